@@ -1,0 +1,33 @@
+# Everything sets itself up: `make serve` and `make test` work from a fresh clone.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: serve test bench lint clean
+.DELETE_ON_ERROR:
+
+serve: .venv/.installed  ## serve the embedded model on 127.0.0.1:8000 (ARGS="--port 9000")
+	@exec $(BIN)/minserve serve $(ARGS)
+
+test: .venv/.installed-test  ## run the test suite (ARGS="-k pool")
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: .venv/.installed-test  ## parity with transformers, then offline speed
+	$(BIN)/python bench/parity.py
+	$(BIN)/python bench/offline.py
+
+lint: .venv/.installed-test  ## format and fix what ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/.installed: setup.py scripts/install.sh
+	@PYTHON=$(PYTHON) scripts/install.sh
+	@touch $@
+
+.venv/.installed-test: setup.py scripts/install.sh
+	@PYTHON=$(PYTHON) scripts/install.sh test
+	@touch .venv/.installed $@
+
+clean:  ## remove the environment and caches
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info

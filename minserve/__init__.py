@@ -1,0 +1,32 @@
+"""minserve: an LLM inference server in pure PyTorch that keeps latency promises.
+
+The public face, imported lazily so that ``import minserve`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minserve.engine.engine import AsyncEngine, Engine
+    from minserve.outputs import CompletionOutput, OutputDelta, RequestOutput
+    from minserve.sampling_params import SamplingParams
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Engine": "minserve.engine.engine",
+    "AsyncEngine": "minserve.engine.engine",
+    "SamplingParams": "minserve.sampling_params",
+    "RequestOutput": "minserve.outputs",
+    "CompletionOutput": "minserve.outputs",
+    "OutputDelta": "minserve.outputs",
+}
+__all__ = ["AsyncEngine", "CompletionOutput", "Engine", "OutputDelta", "RequestOutput", "SamplingParams"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'minserve' has no attribute {name!r}")

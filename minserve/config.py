@@ -1,0 +1,150 @@
+"""Settings: frozen dataclasses whose help texts become the command line's flags.
+
+Knows nothing of torch: names of devices and dtypes are strings until the engine reads them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from minserve.errors import ConfigError
+
+DEFAULT_MODEL = "smollm2"
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+DEVICES = ("auto", "cpu", "cuda")
+POLICIES = ("sarathi", "fcfs")
+ATTENTION_BACKENDS = ("auto", "torch")
+
+
+def option(default: Any, help: str, *, group: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A dataclass field that carries its help text, flag group and choices."""
+    return field(default=default, metadata={"help": help, "group": group, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything that one engine needs to know.
+
+    Raises:
+        ConfigError: where a value is outside its range.
+    """
+
+    model: str = option(
+        DEFAULT_MODEL,
+        "a local Hugging Face folder, a .gguf file, a hub id, or 'smollm2' for the embedded "
+        "SmolLM2-135M-Instruct",
+        group="model",
+    )
+    tokenizer: str | None = option(
+        None, "folder or hub id of the tokenizer, where it is not beside the model", group="model"
+    )
+    dtype: str = option(
+        "auto",
+        "float32, bfloat16 or float16. auto: bfloat16 on a GPU and on CPUs that multiply it in "
+        "hardware, float16 on other CPUs (weights in float16, arithmetic in float32)",
+        group="model",
+        choices=DTYPES,
+    )
+    device: str = option("auto", "auto takes CUDA where there is one", group="model", choices=DEVICES)
+    max_model_len: int | None = option(
+        None, "most tokens of prompt and output together; default: the model's own", group="model"
+    )
+    threads: int | None = option(
+        None, "CPU threads for the forward pass; default: the physical cores", group="model"
+    )
+    attention_backend: str = option(
+        "auto",
+        "auto may fall back, a backend asked for by name fails where it cannot run",
+        group="model",
+        choices=ATTENTION_BACKENDS,
+    )
+    block_size: int = option(32, "tokens per KV cache block", group="kv cache")
+    kv_cache_gib: float | None = option(
+        None,
+        "memory for the KV cache in GiB; default: 90%% of what is free on a GPU, on a CPU a "
+        "quarter of the free memory and at most 4 GiB",
+        group="kv cache",
+    )
+    num_blocks: int | None = option(
+        None, "size of the KV cache in blocks (instead of --kv-cache-gib)", group="kv cache"
+    )
+    prefix_caching: bool = option(
+        True, "reuse the KV of prompts that begin alike", group="kv cache"
+    )
+    policy: str = option(
+        "sarathi",
+        "who runs in each iteration. sarathi: decodes first, then chunked prefills under the "
+        "token budget; fcfs: waiting prefills first, then decodes",
+        group="planner",
+        choices=POLICIES,
+    )
+    token_budget: int = option(512, "most tokens in one iteration", group="planner")
+    max_num_seqs: int = option(128, "most sequences in one iteration", group="planner")
+    chunked_prefill: bool = option(
+        True, "split long prompts over iterations (sarathi always does)", group="planner"
+    )
+    max_queue: int = option(
+        1024, "most outputs waiting or running; a request beyond it is refused", group="planner"
+    )
+    seed: int = option(0, "seed for requests that bring none", group="planner")
+
+    def __post_init__(self) -> None:
+        for name, low in (
+            ("block_size", 1),
+            ("num_blocks", 1),
+            ("token_budget", 1),
+            ("max_num_seqs", 1),
+            ("max_queue", 1),
+            ("max_model_len", 1),
+            ("threads", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ConfigError(f"{name} must be at least {low}, not {value}")
+        if self.kv_cache_gib is not None and not 0 < self.kv_cache_gib < float("inf"):
+            raise ConfigError(f"kv_cache_gib must be above 0, not {self.kv_cache_gib}")
+        if self.num_blocks is not None and self.kv_cache_gib is not None:
+            raise ConfigError("give num_blocks or kv_cache_gib, not both")
+        if self.token_budget < self.max_num_seqs:
+            raise ConfigError(
+                f"token_budget ({self.token_budget}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}): each running sequence takes one token per iteration"
+            )
+        for f in fields(self):
+            choices = f.metadata["choices"]
+            if choices and getattr(self, f.name) not in choices:
+                raise ConfigError(
+                    f"{f.name} must be one of {', '.join(choices)}, not {getattr(self, f.name)!r}"
+                )
+
+    @classmethod
+    def create(cls, model: str = DEFAULT_MODEL, **settings: Any) -> EngineConfig:
+        """Build a config from keyword settings, naming an unknown one.
+
+        Raises:
+            ConfigError: for a setting that does not exist.
+        """
+        known = {f.name for f in fields(cls)}
+        for name in settings:
+            if name not in known:
+                raise ConfigError(f"unknown setting {name!r}; known: {', '.join(sorted(known))}")
+        return cls(model=str(model), **settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Settings of the HTTP server."""
+
+    host: str = option("127.0.0.1", "address to listen on", group="server")
+    port: int = option(8000, "port to listen on; 0 takes a free one", group="server")
+    served_model_name: str | None = option(
+        None, "the model's name in the API; default: taken from --model", group="server"
+    )
+    api_key: str | None = option(
+        None, "require 'Authorization: Bearer KEY' (also MINSERVE_API_KEY)", group="server"
+    )
+    max_body_mib: float = option(8.0, "largest request body in MiB", group="server")
+    shutdown_timeout_s: float = option(
+        30.0, "seconds that running requests may still take after SIGTERM", group="server"
+    )

@@ -1,0 +1,1 @@
+"""Runs what the planner decides. torch lives here and below."""

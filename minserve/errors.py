@@ -1,0 +1,61 @@
+"""Typed errors: one class per condition that a user can meet.
+
+Every error says what is wrong and what to do about it. Nothing below the
+server knows about HTTP; the server maps these classes to status codes.
+"""
+
+from __future__ import annotations
+
+
+class MinserveError(Exception):
+    """Base class of every error that minserve raises on purpose."""
+
+
+class ConfigError(MinserveError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class ModelLoadError(MinserveError):
+    """A model folder or file that cannot be loaded; names the file and the tensor."""
+
+
+class UnsupportedModelError(ModelLoadError):
+    """An architecture, or a variant of one, that minserve does not implement."""
+
+
+class BackendUnavailableError(MinserveError):
+    """An attention backend asked for by name that cannot run here."""
+
+
+class OutOfBlocksError(MinserveError):
+    """The block pool was asked for more blocks than are free.
+
+    Planners never schedule past the free blocks, so this reaching a user is a bug.
+    """
+
+
+class InvalidRequestError(MinserveError):
+    """A request that can never be served as it stands.
+
+    ``param`` names the offending field where one field is to blame.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class RequestTooLongError(InvalidRequestError):
+    """Prompt plus output exceed the model's length or the whole KV pool."""
+
+
+class QueueFullError(MinserveError):
+    """The queue limit is reached; the request was not accepted."""
+
+
+class EngineStoppedError(MinserveError):
+    """The engine is shutting down or has stopped; the request was not served."""
+
+
+class GenerationError(MinserveError):
+    """Running this one request failed; other requests are not affected."""

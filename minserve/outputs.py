@@ -1,0 +1,100 @@
+"""What an engine gives back: deltas while a request runs, a `RequestOutput` at its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from minserve.request import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log probability of one token at one position.
+
+    Attributes:
+        token_id: the token that was sampled (or stands in the prompt).
+        logprob: its natural log probability under the model's raw distribution.
+        rank: 1 for the most likely token.
+        top: ``(token_id, logprob)`` of the most likely tokens, best first; as many
+            as the request asked for.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputDelta:
+    """News of one output of one request.
+
+    Attributes:
+        request_id, index: which output of which request.
+        text: new text; characters split over tokens and beginnings of stop strings
+            are held back until they are decided.
+        token_ids: new tokens (a token may arrive with its text still held back).
+        logprobs: one per new token where asked for, else ``None``.
+        finish_reason: set on the last delta of this output.
+        stop_reason: the stop string or stop token id that ended it, else ``None``.
+        prompt_logprobs: on the first delta of output 0 where asked for; ``None`` for
+            the prompt's first token.
+        num_cached_tokens: prompt tokens that a prefix hit saved (first delta on).
+        error: on the last delta where ``finish_reason`` is ERROR.
+    """
+
+    request_id: str
+    index: int = 0
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    num_cached_tokens: int = 0
+    error: Exception | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class CompletionOutput:
+    """One finished output of a request."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestOutput:
+    """A finished request.
+
+    Attributes:
+        prompt: the text as given, or the chat template's rendering; ``None`` where
+            token ids were given.
+        outputs: ``n`` of them, in order.
+        num_cached_tokens: prompt tokens that a prefix hit saved.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    num_cached_tokens: int = 0
+
+    def add(self, delta: OutputDelta) -> None:
+        """Append one delta of this request."""
+        out = self.outputs[delta.index]
+        out.text += delta.text
+        out.token_ids.extend(delta.token_ids)
+        if delta.logprobs is not None:
+            out.logprobs = (out.logprobs or []) + list(delta.logprobs)
+        if delta.finish_reason is not None:
+            out.finish_reason = delta.finish_reason.value
+            out.stop_reason = delta.stop_reason
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = list(delta.prompt_logprobs)
+        self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)

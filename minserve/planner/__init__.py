@@ -1,0 +1,1 @@
+"""Who runs what in each iteration. Pure: no torch, no clock, no I/O."""

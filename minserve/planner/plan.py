@@ -1,0 +1,86 @@
+"""`IterationPlan`: the one thing a planner returns, and the view of the engine that it plans from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from minserve.request import Sequence
+
+
+@dataclass(slots=True, kw_only=True)
+class IterationPlan:
+    """What one iteration runs. Data only; the engine core carries it out.
+
+    Attributes:
+        num_scheduled_tokens: per sequence id, tokens to run: a prefill chunk's
+            length, or 1 + speculation length for a decode.
+        speculation: per sequence id, how many of these are drafts.
+        admit: waiting sequences that start (or resume) in this iteration.
+        preempt: running sequences that give up their blocks and wait again.
+        relegate: sequences moved to best effort.
+        reject: waiting sequences declined for good.
+        predicted_s: predicted seconds of the iteration; ``None`` where the policy
+            predicts nothing.
+    """
+
+    num_scheduled_tokens: dict[str, int] = field(default_factory=dict)
+    speculation: dict[str, int] = field(default_factory=dict)
+    admit: list[str] = field(default_factory=list)
+    preempt: list[str] = field(default_factory=list)
+    relegate: list[str] = field(default_factory=list)
+    reject: list[str] = field(default_factory=list)
+    predicted_s: float | None = None
+
+    @property
+    def total_tokens(self) -> int:
+        return sum(self.num_scheduled_tokens.values())
+
+
+@dataclass(frozen=True, slots=True)
+class CachedPrefix:
+    """What the prefix index holds of a waiting sequence.
+
+    Attributes:
+        num_tokens: computed tokens that an admission would reuse (whole blocks).
+        num_idle_blocks: of these blocks, how many nobody uses now: taking them
+            makes as many fewer free.
+    """
+
+    num_tokens: int = 0
+    num_idle_blocks: int = 0
+
+
+class MemoryView(Protocol):
+    """What a planner may know of the block pool."""
+
+    block_size: int
+    num_blocks: int
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that can be handed out now (evictable cached ones included)."""
+
+    def cached_prefix(self, seq: Sequence) -> CachedPrefix:
+        """The longest cached prefix of ``seq``, at most all its tokens but the last."""
+
+    def num_releasable_blocks(self, seq: Sequence) -> int:
+        """Blocks that become free when ``seq`` is preempted (those nobody shares)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannerView:
+    """The engine's state, read only.
+
+    Attributes:
+        waiting, running: sequences in rank order (priority, then arrival).
+        token_budget: most tokens in one iteration.
+        max_num_seqs: most sequences in one iteration.
+    """
+
+    waiting: SequenceOf[Sequence]
+    running: SequenceOf[Sequence]
+    memory: MemoryView
+    token_budget: int
+    max_num_seqs: int

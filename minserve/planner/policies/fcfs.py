@@ -1,0 +1,57 @@
+"""First come, first served: vLLM's original order (Kwon et al., SOSP 2023).
+
+Waiting prefills go before decodes. Without chunking an iteration holds either whole
+prompts or decodes, never both; with chunking prefills take the budget first and
+decodes share what is left.
+"""
+
+from __future__ import annotations
+
+from minserve.planner.batch import BatchDraft
+from minserve.planner.plan import IterationPlan, PlannerView
+from minserve.planner.policies.base import Planner
+
+
+class FcfsPlanner(Planner):
+    """Prefills first, then decodes.
+
+    Args:
+        chunked_prefill: split prompts over iterations and mix them with decodes.
+    """
+
+    name = "fcfs"
+
+    def __init__(self, *, chunked_prefill: bool = True) -> None:
+        super().__init__()
+        self.chunked_prefill = chunked_prefill
+
+    def _plan(self, view: PlannerView, now: float) -> IterationPlan:
+        return self._plan_chunked(view) if self.chunked_prefill else self._plan_whole(view)
+
+    def _plan_chunked(self, view: PlannerView) -> IterationPlan:
+        draft = BatchDraft(view)
+        for seq in view.running:
+            if not seq.is_decoding and not draft.is_preempted(seq):
+                draft.schedule(seq, seq.num_uncomputed_tokens, whole=False)
+        for seq in view.waiting:
+            if not draft.admit(seq):
+                break
+        self._decodes(draft)
+        return draft.plan
+
+    def _plan_whole(self, view: PlannerView) -> IterationPlan:
+        # A prompt longer than the budget still has to run in one piece: alone.
+        longest = max((s.num_tokens for s in view.waiting[:1]), default=0)
+        draft = BatchDraft(view, token_budget=max(view.token_budget, longest))
+        for seq in view.waiting:
+            if not draft.admit(seq, whole=True):
+                break
+        if not draft.plan.admit:
+            self._decodes(draft)
+        return draft.plan
+
+    @staticmethod
+    def _decodes(draft: BatchDraft) -> None:
+        for seq in draft.view.running:
+            if seq.is_decoding and not draft.is_preempted(seq):
+                draft.schedule(seq, 1)

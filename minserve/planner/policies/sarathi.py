@@ -1,0 +1,30 @@
+"""Sarathi-Serve's order (Agrawal et al., OSDI 2024): stall-free batches.
+
+Every decode runs in every iteration; what is left of the token budget goes to
+prefills in progress and then to new ones, in chunks.
+"""
+
+from __future__ import annotations
+
+from minserve.planner.batch import BatchDraft
+from minserve.planner.plan import IterationPlan, PlannerView
+from minserve.planner.policies.base import Planner
+
+
+class SarathiPlanner(Planner):
+    """Decodes first, then chunked prefills under the token budget."""
+
+    name = "sarathi"
+
+    def _plan(self, view: PlannerView, now: float) -> IterationPlan:
+        draft = BatchDraft(view)
+        for seq in view.running:
+            if seq.is_decoding and not draft.is_preempted(seq):
+                draft.schedule(seq, 1)
+        for seq in view.running:
+            if not seq.is_decoding and not draft.is_preempted(seq):
+                draft.schedule(seq, seq.num_uncomputed_tokens, whole=False)
+        for seq in view.waiting:
+            if not draft.admit(seq):
+                break
+        return draft.plan

@@ -1,0 +1,140 @@
+"""What was asked (`Request`) and its live state (`Sequence`). No torch, no clock.
+
+A request asks for ``n`` outputs; each is a `Sequence` of its own, and sequences
+are what planners schedule. A sequence's life, with the event on each edge::
+
+    arrival ──QUEUED──► waiting ──SCHEDULED──► running ──FIRST_TOKEN──► running ──FINISHED──► finished
+                           ▲                     │  ▲                      │
+                           │                     │  └───── TOKENS ─────────┤
+                           └───── PREEMPTED ─────┴─────────────────────────┘
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from minserve.sampling_params import SamplingParams
+
+
+class RequestEvent(Enum):
+    """An edge of a sequence's life (drawn above)."""
+
+    QUEUED = "queued"
+    SCHEDULED = "scheduled"
+    FIRST_TOKEN = "first_token"
+    TOKENS = "tokens"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+class SequenceState(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class FinishReason(Enum):
+    """Why a sequence ended; the values are OpenAI's words where it has one."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One request as it was asked. Never changes.
+
+    Attributes:
+        request_id: unique among the requests in flight; chosen by the engine.
+        prompt_token_ids: at least one token, each within the vocabulary.
+        params: sampling settings, ``max_tokens`` already resolved to a number.
+        seed: the seed in force (``params.seed`` or one that the engine drew).
+        arrival_s: time of arrival on the engine's monotonic clock.
+        priority: lower runs earlier; ties by arrival.
+        cache_salt: requests share cached prefixes only with the same salt.
+        stop_token_ids: every id that ends the output (the model's end-of-sequence
+            ids unless ignored, and the request's own).
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    arrival_s: float
+    priority: int = 0
+    cache_salt: str = ""
+    stop_token_ids: frozenset[int] = frozenset()
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """Live state of one output of a request.
+
+    Written by the engine core's ``apply`` alone (and ``block_table`` by the block
+    pool); planners only read it.
+
+    Attributes:
+        token_ids: prompt, then output so far.
+        num_computed_tokens: tokens whose KV is in the cache.
+        num_cached_tokens: of these, how many a prefix hit gave at first admission.
+        block_table: ids of the KV blocks, in token order. Set by the block pool.
+        events: when each event last happened, except FIRST_TOKEN: when it first did.
+    """
+
+    request: Request
+    index: int = 0
+    state: SequenceState = SequenceState.WAITING
+    token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    block_table: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    events: dict[RequestEvent, float] = field(default_factory=dict)
+    seq_id: str = ""
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_token_ids)
+        n = self.request.params.n
+        self.seq_id = self.request.request_id + (f"/{self.index}" if n > 1 else "")
+
+    @property
+    def rank(self) -> tuple[int, float, str]:
+        """Sort key: who goes first (lowest priority number, then earliest arrival)."""
+        return (self.request.priority, self.request.arrival_s, self.seq_id)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens still to run before the next one can be sampled; 1 for a plain decode."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """True where exactly the newest token, sampled before, remains to be computed."""
+        return self.num_output_tokens > 0 and self.num_uncomputed_tokens == 1
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.seq_id!r}, {self.state.value}, prompt={self.num_prompt_tokens}, "
+            f"output={self.num_output_tokens}, computed={self.num_computed_tokens})"
+        )

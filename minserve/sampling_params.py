@@ -1,0 +1,140 @@
+"""How the next token is chosen and when a request ends. Knows nothing of torch or HTTP."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from minserve.errors import InvalidRequestError
+
+MAX_LOGPROBS = 100
+MAX_N = 128
+MAX_STOP_STRINGS = 64
+SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """Sampling settings of one request.
+
+    Attributes:
+        n: how many independent outputs to generate for the prompt.
+        max_tokens: most output tokens; ``None`` means up to the model's length.
+        min_tokens: end-of-sequence and stop token ids are not sampled before this
+            many output tokens, and stop strings do not end the output.
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_p: keep the smallest set of most likely tokens with at least this mass.
+        top_k: keep the k most likely tokens; 0 or -1 keeps all.
+        min_p: drop tokens less likely than ``min_p`` times the most likely one.
+        seed: makes sampled output reproducible whatever else is in the batch.
+            Output ``i`` of ``n`` uses the stream ``(seed, i)``.
+        presence_penalty: subtracted from the logit of a token already generated.
+        frequency_penalty: subtracted once per time that a token was generated.
+        repetition_penalty: divides positive (multiplies negative) logits of tokens
+            seen in the prompt or the output (Keskar et al., 2019, CTRL).
+        stop: strings that end the output; they are not part of it.
+        stop_token_ids: token ids that end the output, kept in ``token_ids`` but
+            not in the text.
+        ignore_eos: do not stop at the model's end-of-sequence token.
+        logprobs: how many alternatives to report per output token (0: only the
+            sampled one); ``None``: no log probabilities. They are of the model's
+            raw distribution, before temperature, penalties and truncation.
+        prompt_logprobs: the same for the prompt's tokens.
+        skip_special_tokens: leave special tokens out of the text.
+
+    Raises:
+        InvalidRequestError: on any value outside its range, naming the field.
+    """
+
+    n: int = 1
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+        self._check_integers()
+        self._check_numbers()
+        self._check_stops()
+
+    def _check_integers(self) -> None:
+        _integer("n", self.n, 1, MAX_N)
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 1)
+        _integer("min_tokens", self.min_tokens, 0)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens ({self.min_tokens}) is larger than max_tokens ({self.max_tokens})",
+                "min_tokens",
+            )
+        _integer("top_k", self.top_k, 0)
+        if self.seed is not None:
+            _integer("seed", self.seed, SEED_MIN, SEED_MAX)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+
+    def _check_numbers(self) -> None:
+        _number("temperature", self.temperature, 0.0, 100.0)
+        _number("top_p", self.top_p, 0.0, 1.0)
+        if self.top_p == 0.0:
+            raise InvalidRequestError("top_p must be above 0", "top_p")
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+
+    def _check_stops(self) -> None:
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise InvalidRequestError(f"at most {MAX_STOP_STRINGS} stop strings", "stop")
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise InvalidRequestError("stop must hold non-empty strings", "stop")
+        for token in self.stop_token_ids:
+            _integer("stop_token_ids", token, 0)
+
+    @property
+    def greedy(self) -> bool:
+        """True where the most likely token is always taken."""
+        return self.temperature == 0.0 or self.top_k == 1
+
+    @property
+    def has_penalties(self) -> bool:
+        """True where earlier tokens change the logits."""
+        return (
+            self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or self.repetition_penalty != 1.0
+        )
+
+
+def _integer(name: str, value: object, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequestError(f"{name} must be an integer, not {value!r}", name)
+    if value < low or (high is not None and value > high):
+        bound = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise InvalidRequestError(f"{name} must be {bound}, not {value}", name)
+
+
+def _number(name: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise InvalidRequestError(f"{name} must be a finite number, not {value!r}", name)
+    if not low <= value <= high:
+        raise InvalidRequestError(f"{name} must be between {low:g} and {high:g}, not {value}", name)

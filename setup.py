@@ -1,0 +1,48 @@
+"""Packaging: `kernels/` and `models/` at the root install as `minserve.kernels` and `minserve.models`."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOTS = {"minserve": "minserve", "minserve.kernels": "kernels", "minserve.models": "models"}
+
+packages = [
+    name
+    for root, folder in ROOTS.items()
+    for name in [root, *(f"{root}.{sub}" for sub in find_packages(folder))]
+]
+
+setup(
+    name="minserve",
+    version="0.1.0",
+    description="A from-scratch LLM inference server in pure PyTorch that keeps latency promises",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=packages,
+    package_dir=ROOTS,
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.0",
+        "numpy>=1.26",
+        "safetensors>=0.5",
+        "gguf>=0.17",
+        "huggingface-hub>=1.0",
+        "aiohttp>=3.11",
+        "jinja2>=3.1",
+        "tqdm>=4.66",
+        "psutil>=6.0",
+    ],
+    extras_require={
+        "test": [
+            "pytest>=8.3",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.130",
+            "openai>=2.0",
+            "tokenizers>=0.22",
+            "ruff==0.15.*",
+        ],
+    },
+    entry_points={"console_scripts": ["minserve=minserve.cli:main"]},
+)
