@@ -1,0 +1,111 @@
+"""The attention interface and the choice of a backend.
+
+A backend plans once per iteration (`prepare`) and runs once per layer (`write_kv`,
+`forward`): everything that depends only on the batch's shape is computed in `prepare`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from minserve.errors import BackendUnavailableError
+
+
+class LayerKV(NamedTuple):
+    """One layer's KV cache; both tensors are ``[num_blocks, block_size, num_kv_heads, head_dim]``."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+@dataclass(slots=True, kw_only=True)
+class AttentionMetadata:
+    """One iteration's batch, shared by every layer. Decodes first, prefill chunks after.
+
+    Attributes:
+        query_start_loc: first token of each sequence in the batch, then the total;
+            Python ints, ``num_seqs + 1`` of them.
+        seq_lens: tokens of each sequence that have KV after this iteration.
+        block_tables: int64 ``[num_seqs, max_blocks]`` on the device, padded with 0.
+        slot_mapping: int64 ``[num_tokens]`` on the device; where each token's KV goes:
+            ``block_id * block_size + offset``.
+        num_decodes: how many of the first sequences are decodes (one query token, or
+            1 + speculation length while drafts are verified).
+        state: what the backend's `prepare` leaves for `forward`.
+    """
+
+    query_start_loc: list[int]
+    seq_lens: list[int]
+    block_tables: torch.Tensor
+    slot_mapping: torch.Tensor
+    num_decodes: int
+    state: Any = None
+
+    @property
+    def num_seqs(self) -> int:
+        return len(self.seq_lens)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.query_start_loc[-1]
+
+
+class AttentionBackend(ABC):
+    """Attention of one model's layers over the paged cache.
+
+    Args:
+        num_heads, num_kv_heads: query heads and KV heads (GQA groups of
+            ``num_heads // num_kv_heads``).
+        head_dim: width of a head.
+        scale: factor on the scores.
+    """
+
+    name: str
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float) -> None:
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.scale = scale
+
+    @abstractmethod
+    def prepare(self, metadata: AttentionMetadata) -> None:
+        """Plan the iteration: fills ``metadata.state``."""
+
+    @abstractmethod
+    def write_kv(
+        self, key: torch.Tensor, value: torch.Tensor, kv: LayerKV, metadata: AttentionMetadata
+    ) -> None:
+        """Store the batch's keys and values, each ``[num_tokens, num_kv_heads, head_dim]``."""
+
+    @abstractmethod
+    def forward(
+        self, query: torch.Tensor, kv: LayerKV, metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        """Attend to everything written so far, causally.
+
+        Args:
+            query: ``[num_tokens, num_heads, head_dim]``.
+
+        Returns:
+            ``[num_tokens, num_heads * head_dim]``.
+        """
+
+
+def make_attention_backend(
+    name: str, num_heads: int, num_kv_heads: int, head_dim: int, scale: float
+) -> AttentionBackend:
+    """The backend of that name; ``auto`` takes the best that runs here.
+
+    Raises:
+        BackendUnavailableError: for an unknown name.
+    """
+    if name in ("auto", "torch"):
+        from minserve.kernels.torch_backend import TorchBackend
+
+        return TorchBackend(num_heads, num_kv_heads, head_dim, scale)
+    raise BackendUnavailableError(f"unknown attention backend {name!r}; known: auto, torch")
