@@ -16,7 +16,10 @@ from minserve.errors import BackendUnavailableError
 
 
 class LayerKV(NamedTuple):
-    """One layer's KV cache; both tensors are ``[num_blocks, block_size, num_kv_heads, head_dim]``."""
+    """One layer's KV cache; both tensors are ``[num_blocks, block_size, num_kv_heads, head_dim]``.
+
+    The order in memory is the backend's own (`AttentionBackend.allocate`).
+    """
 
     key: torch.Tensor
     value: torch.Tensor
@@ -33,6 +36,7 @@ class AttentionMetadata:
         block_tables: int64 ``[num_seqs, max_blocks]`` on the device, padded with 0.
         slot_mapping: int64 ``[num_tokens]`` on the device; where each token's KV goes:
             ``block_id * block_size + offset``.
+        block_size: tokens per block.
         num_decodes: how many of the first sequences are decodes (one query token, or
             1 + speculation length while drafts are verified).
         state: what the backend's `prepare` leaves for `forward`.
@@ -42,6 +46,7 @@ class AttentionMetadata:
     seq_lens: list[int]
     block_tables: torch.Tensor
     slot_mapping: torch.Tensor
+    block_size: int
     num_decodes: int
     state: Any = None
 
@@ -71,6 +76,12 @@ class AttentionBackend(ABC):
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.scale = scale
+
+    @abstractmethod
+    def allocate(
+        self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> LayerKV:
+        """A zeroed cache for one layer."""
 
     @abstractmethod
     def prepare(self, metadata: AttentionMetadata) -> None:

@@ -46,7 +46,9 @@ class EngineConfig:
         group="model",
         choices=DTYPES,
     )
-    device: str = option("auto", "auto takes CUDA where there is one", group="model", choices=DEVICES)
+    device: str = option(
+        "auto", "auto takes CUDA where there is one", group="model", choices=DEVICES
+    )
     max_model_len: int | None = option(
         None, "most tokens of prompt and output together; default: the model's own", group="model"
     )
@@ -87,7 +89,11 @@ class EngineConfig:
     max_queue: int = option(
         1024, "most outputs waiting or running; a request beyond it is refused", group="planner"
     )
-    seed: int = option(0, "seed for requests that bring none", group="planner")
+    seed: int | None = option(
+        None,
+        "base of the seeds drawn for requests that bring none; default: the system's entropy",
+        group="planner",
+    )
 
     def __post_init__(self) -> None:
         for name, low in (

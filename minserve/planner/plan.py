@@ -15,22 +15,16 @@ class IterationPlan:
 
     Attributes:
         num_scheduled_tokens: per sequence id, tokens to run: a prefill chunk's
-            length, or 1 + speculation length for a decode.
-        speculation: per sequence id, how many of these are drafts.
+            length, or 1 for a decode.
         admit: waiting sequences that start (or resume) in this iteration.
         preempt: running sequences that give up their blocks and wait again.
-        relegate: sequences moved to best effort.
-        reject: waiting sequences declined for good.
         predicted_s: predicted seconds of the iteration; ``None`` where the policy
             predicts nothing.
     """
 
     num_scheduled_tokens: dict[str, int] = field(default_factory=dict)
-    speculation: dict[str, int] = field(default_factory=dict)
     admit: list[str] = field(default_factory=list)
     preempt: list[str] = field(default_factory=list)
-    relegate: list[str] = field(default_factory=list)
-    reject: list[str] = field(default_factory=list)
     predicted_s: float | None = None
 
     @property

@@ -1,0 +1,150 @@
+"""From settings to a loaded engine core."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from minserve.config import EngineConfig
+from minserve.engine.block_pool import BlockPool
+from minserve.engine.core import EngineCore
+from minserve.engine.inputs import PromptProcessor
+from minserve.engine.kv_cache import allocate_kv_cache, choose_num_blocks
+from minserve.engine.runner import ModelRunner
+from minserve.engine.tokenizer import Tokenizer
+from minserve.errors import ConfigError
+from minserve.kernels.attention import make_attention_backend
+from minserve.models.layers import Placement
+from minserve.models.loader import ModelSource, find_model, load_config, open_checkpoint
+from minserve.models.registry import build_model
+from minserve.planner.policies import make_planner
+
+log = logging.getLogger(__name__)
+
+# Unpacked copies of CPU weights are kept only for models whose copies fit into this
+# share of the free memory.
+UNPACKED_SHARE_OF_FREE = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedEngine:
+    """A core ready to step, and what its callers need around it."""
+
+    core: EngineCore
+    tokenizer: Tokenizer
+    prompts: PromptProcessor
+    model_name: str
+    max_model_len: int
+    vocab_size: int
+    placement: Placement
+
+
+def load_engine(config: EngineConfig) -> LoadedEngine:
+    """Load the model and allocate its cache. Blocks for as long as reading the weights takes.
+
+    Raises:
+        ModelLoadError, UnsupportedModelError: where the model cannot be read.
+        ConfigError: where a setting does not fit the model or the machine.
+    """
+    started = time.perf_counter()
+    device = _device(config.device)
+    if device.type == "cpu":
+        torch.set_num_threads(config.threads or _physical_cores())
+    source = find_model(config.model)
+    model_config = load_config(source)
+    placement = Placement.choose(device, config.dtype, keep_unpacked=_unpacked_fits(source))
+    with open_checkpoint(source) as checkpoint:
+        model = build_model(checkpoint, model_config, placement)
+    shape = model.shape
+    backend = make_attention_backend(
+        config.attention_backend, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.scale
+    )
+    longest = _max_model_len(config, shape.max_positions)
+    probe = [backend.allocate(1, config.block_size, placement.dtype, device)] * shape.num_layers
+    runner = ModelRunner(model, backend, probe, config.block_size, device)
+    runner.dry_run(
+        min(config.token_budget, longest) if device.type == "cuda" else 8, config.max_num_seqs
+    )
+    num_blocks = choose_num_blocks(config, shape, placement.dtype, device)
+    runner.kv = allocate_kv_cache(
+        backend, shape.num_layers, num_blocks, config.block_size, placement.dtype, device
+    )
+    capacity = num_blocks * config.block_size
+    if config.max_model_len is not None and config.max_model_len > capacity:
+        raise ConfigError(
+            f"max_model_len {config.max_model_len} does not fit the KV cache of {capacity} tokens; "
+            "give it more memory or lower max_model_len"
+        )
+    max_model_len = min(longest, capacity)
+    tokenizer = Tokenizer.load(source, config.tokenizer)
+    core = EngineCore(
+        runner,
+        BlockPool(num_blocks, config.block_size, prefix_caching=config.prefix_caching),
+        make_planner(config.policy, chunked_prefill=config.chunked_prefill),
+        token_budget=config.token_budget,
+        max_num_seqs=config.max_num_seqs,
+        clock=time.monotonic,
+    )
+    log.info(
+        "%s on %s: %s weights, %s arithmetic, %d KV blocks of %d tokens, ready in %.1f s",
+        source.name,
+        device,
+        _name(placement.weight_dtype),
+        _name(placement.dtype),
+        num_blocks,
+        config.block_size,
+        time.perf_counter() - started,
+    )
+    return LoadedEngine(
+        core=core,
+        tokenizer=tokenizer,
+        prompts=PromptProcessor(tokenizer, shape.vocab_size, max_model_len),
+        model_name=source.name,
+        max_model_len=max_model_len,
+        vocab_size=shape.vocab_size,
+        placement=placement,
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device cuda was asked for, but torch sees no CUDA device; use --device cpu"
+        )
+    return torch.device(name)
+
+
+def _physical_cores() -> int:
+    """Physical cores, at most those that this process may use."""
+    physical = psutil.cpu_count(logical=False) or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
+    return max(1, min(physical, allowed))
+
+
+def _unpacked_fits(source: ModelSource) -> bool:
+    """Whether float32 copies of the weights are small beside the free memory.
+
+    Judged by the files' size: at most four times larger in float32 (eight for 4-bit ones).
+    """
+    files = [source.gguf_file] if source.gguf_file else source.config_dir.glob("*.safetensors")
+    size = sum(f.stat().st_size for f in files) * (8 if source.gguf_file else 2)
+    return size <= psutil.virtual_memory().available * UNPACKED_SHARE_OF_FREE
+
+
+def _max_model_len(config: EngineConfig, max_positions: int) -> int:
+    if config.max_model_len is not None and config.max_model_len > max_positions:
+        raise ConfigError(
+            f"max_model_len {config.max_model_len} is beyond the model's {max_positions} positions"
+        )
+    return config.max_model_len or max_positions
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,263 @@
+"""`EngineCore`: the loop's four verbs: plan, run, apply, publish.
+
+Single-threaded and without I/O: engines add and abort requests between two steps and
+pass on the deltas that a step returns. Nothing but this file changes a `Sequence`.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import insort
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+from minserve.engine.block_pool import BlockPool
+from minserve.engine.detokenizer import IncrementalDetokenizer
+from minserve.engine.runner import ModelRunner, RunResult, Scheduled
+from minserve.engine.sampler import SampledToken
+from minserve.errors import GenerationError, MinserveError
+from minserve.outputs import OutputDelta, TokenLogprob
+from minserve.planner.plan import IterationPlan, PlannerView
+from minserve.planner.policies import Planner
+from minserve.request import FinishReason, RequestEvent, Sequence, SequenceState
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Output:
+    """A sequence and what turns its tokens into news for the client."""
+
+    seq: Sequence
+    detokenizer: IncrementalDetokenizer | None
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    told_prompt: bool = False
+
+
+class EngineCore:
+    """Runs sequences to their end.
+
+    Args:
+        runner: carries out batches; must not change sequences.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        pool: BlockPool,
+        planner: Planner,
+        *,
+        token_budget: int,
+        max_num_seqs: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self.runner = runner
+        self.pool = pool
+        self.planner = planner
+        self.token_budget = token_budget
+        self.max_num_seqs = max_num_seqs
+        self.clock = clock
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.num_iterations = 0
+        self._outputs: dict[str, _Output] = {}
+        self._by_request: dict[str, list[str]] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._outputs)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Outputs waiting or running."""
+        return len(self._outputs)
+
+    def add(self, seq: Sequence, detokenizer: IncrementalDetokenizer | None) -> None:
+        """Queue a sequence whose request fits the model and the pool."""
+        seq.events[RequestEvent.QUEUED] = self.clock()
+        self._outputs[seq.seq_id] = _Output(seq, detokenizer)
+        self._by_request.setdefault(seq.request.request_id, []).append(seq.seq_id)
+        insort(self.waiting, seq, key=_rank)
+
+    def abort(self, request_id: str, error: MinserveError | None = None) -> list[OutputDelta]:
+        """End all outputs of a request now and free their blocks; unknown ids are ignored.
+
+        Returns:
+            a last delta for each, ERROR where an error is given, else ABORT.
+        """
+        reason = FinishReason.ABORT if error is None else FinishReason.ERROR
+        return [
+            self._finish(self._outputs[seq_id], reason, error=error)
+            for seq_id in list(self._by_request.get(request_id, ()))
+        ]
+
+    def abort_all(self, error: MinserveError) -> list[OutputDelta]:
+        """`abort` for every request."""
+        return [d for request_id in list(self._by_request) for d in self.abort(request_id, error)]
+
+    def step(self) -> list[OutputDelta]:
+        """One iteration. Returns what is to be published."""
+        plan = self.plan()
+        batch = self._start(plan)
+        if not batch:
+            return []
+        results = self.run(batch)
+        deltas = self.apply(batch, results)
+        self.num_iterations += 1
+        if not self._outputs:
+            self.pool.check_integrity([])
+        return deltas
+
+    def plan(self) -> IterationPlan:
+        """Ask the planner what runs now."""
+        view = PlannerView(
+            waiting=self.waiting,
+            running=self.running,
+            memory=self.pool,
+            token_budget=self.token_budget,
+            max_num_seqs=self.max_num_seqs,
+        )
+        return self.planner.plan(view, self.clock())
+
+    def _start(self, plan: IterationPlan) -> list[Scheduled]:
+        """Carry out preemptions and admissions and make room for the scheduled tokens."""
+        for seq_id in plan.preempt:
+            self._preempt(self._outputs[seq_id].seq)
+        # Hits of all admissions are taken before any block is handed out, lest one
+        # admission's growth evict another's hit.
+        for seq_id in plan.admit:
+            self._admit(self._outputs[seq_id].seq)
+        batch = []
+        for seq_id, num_tokens in plan.num_scheduled_tokens.items():
+            seq = self._outputs[seq_id].seq
+            self.pool.grow(seq, num_tokens)
+            batch.append(Scheduled(seq, num_tokens))
+        return batch
+
+    def run(self, batch: SequenceOf[Scheduled]) -> dict[str, RunResult | Exception]:
+        """Run the batch; where that fails, each sequence alone, to find whose error it is."""
+        try:
+            return dict(self.runner.run(batch))
+        except Exception as error:
+            if len(batch) == 1:
+                log.exception("running %s failed", batch[0].seq)
+                return {batch[0].seq.seq_id: error}
+            log.warning("a batch failed (%s); running its sequences one by one", error)
+            return {k: v for item in batch for k, v in self.run([item]).items()}
+
+    def apply(
+        self, batch: SequenceOf[Scheduled], results: dict[str, RunResult | Exception]
+    ) -> list[OutputDelta]:
+        """Advance every sequence of the batch by its result."""
+        deltas = []
+        for item in batch:
+            output, result = self._outputs[item.seq.seq_id], results[item.seq.seq_id]
+            if isinstance(result, Exception):
+                deltas.append(self._fail(output, result))
+                continue
+            seq = item.seq
+            if seq.num_computed_tokens == 0:
+                output.prompt_logprobs.clear()
+            if not output.told_prompt:
+                output.prompt_logprobs += result.prompt_logprobs
+            seq.num_computed_tokens += item.num_tokens
+            self.pool.commit(seq)
+            if isinstance(result.sampled, GenerationError):
+                deltas.append(self._fail(output, result.sampled))
+            elif result.sampled is not None:
+                deltas.append(self._append(output, result.sampled))
+        return deltas
+
+    def _append(self, output: _Output, sampled: SampledToken) -> OutputDelta:
+        """Append a token; ends the sequence where it, or the text it makes, says so."""
+        seq, params = output.seq, output.seq.request.params
+        seq.token_ids.append(sampled.token_id)
+        now = self.clock()
+        seq.events.setdefault(RequestEvent.FIRST_TOKEN, now)
+        seq.events[RequestEvent.TOKENS] = now
+        news = {
+            "token_ids": (sampled.token_id,),
+            "logprobs": None if sampled.logprob is None else (sampled.logprob,),
+        }
+        if sampled.token_id in seq.request.stop_token_ids:
+            return self._finish(output, FinishReason.STOP, stop_reason=sampled.token_id, **news)
+        text, stop = "", None
+        if output.detokenizer is not None:
+            text, stop = output.detokenizer.add([sampled.token_id])
+        if stop is not None:
+            return self._finish(output, FinishReason.STOP, stop_reason=stop, text=text, **news)
+        if seq.num_output_tokens >= params.max_tokens:
+            return self._finish(output, FinishReason.LENGTH, text=text, **news)
+        return self._delta(output, text=text, **news)
+
+    def _fail(self, output: _Output, error: Exception) -> OutputDelta:
+        if not isinstance(error, MinserveError):
+            error = GenerationError(f"generation failed: {type(error).__name__}: {error}")
+        return self._finish(output, FinishReason.ERROR, error=error)
+
+    def _finish(
+        self,
+        output: _Output,
+        reason: FinishReason,
+        *,
+        text: str = "",
+        stop_reason: str | int | None = None,
+        **news: object,
+    ) -> OutputDelta:
+        """End a sequence, free its blocks and forget it."""
+        seq = output.seq
+        if output.detokenizer is not None and not isinstance(stop_reason, str):
+            text += output.detokenizer.flush()
+        delta = self._delta(
+            output, text=text, finish_reason=reason, stop_reason=stop_reason, **news
+        )
+        (self.running if seq.state is SequenceState.RUNNING else self.waiting).remove(seq)
+        self.pool.release(seq)
+        seq.state = SequenceState.FINISHED
+        seq.finish_reason, seq.stop_reason = reason, stop_reason
+        seq.events[RequestEvent.FINISHED] = self.clock()
+        del self._outputs[seq.seq_id]
+        siblings = self._by_request[seq.request.request_id]
+        siblings.remove(seq.seq_id)
+        if not siblings:
+            del self._by_request[seq.request.request_id]
+        return delta
+
+    def _delta(self, output: _Output, **news: object) -> OutputDelta:
+        seq, prompt_logprobs = output.seq, None
+        if not output.told_prompt and seq.num_output_tokens > 0:
+            output.told_prompt = True
+            if seq.index == 0 and seq.request.params.prompt_logprobs is not None:
+                prompt_logprobs = (None, *output.prompt_logprobs)
+        return OutputDelta(
+            request_id=seq.request.request_id,
+            index=seq.index,
+            prompt_logprobs=prompt_logprobs,
+            num_cached_tokens=seq.num_cached_tokens,
+            **news,
+        )
+
+    def _admit(self, seq: Sequence) -> None:
+        seq.num_computed_tokens = self.pool.admit(seq)
+        if seq.num_preemptions == 0:
+            seq.num_cached_tokens = seq.num_computed_tokens
+        seq.state = SequenceState.RUNNING
+        seq.events[RequestEvent.SCHEDULED] = self.clock()
+        self.waiting.remove(seq)
+        insort(self.running, seq, key=_rank)
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Give up the blocks; the tokens stay and are computed again at the next admission."""
+        self.pool.release(seq)
+        seq.num_computed_tokens = 0
+        seq.num_preemptions += 1
+        seq.state = SequenceState.WAITING
+        seq.events[RequestEvent.PREEMPTED] = self.clock()
+        self.running.remove(seq)
+        insort(self.waiting, seq, key=_rank)
+
+
+def _rank(seq: Sequence) -> tuple[int, float, str]:
+    return seq.rank

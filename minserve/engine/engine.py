@@ -1,0 +1,431 @@
+"""`Engine` (blocking) and `AsyncEngine` (asyncio): the same core with other I/O."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import threading
+import uuid
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+from typing import Any
+
+from tqdm import tqdm
+
+from minserve.config import DEFAULT_MODEL, EngineConfig
+from minserve.engine.build import LoadedEngine, load_engine
+from minserve.engine.detokenizer import IncrementalDetokenizer
+from minserve.errors import (
+    EngineStoppedError,
+    GenerationError,
+    InvalidRequestError,
+    MinserveError,
+    QueueFullError,
+    RequestTooLongError,
+)
+from minserve.outputs import CompletionOutput, OutputDelta, RequestOutput
+from minserve.request import Request, Sequence
+from minserve.sampling_params import SamplingParams
+
+log = logging.getLogger(__name__)
+
+Prompt = str | SequenceOf[int] | SequenceOf[Mapping[str, Any]]
+
+
+class _Submission:
+    """A checked request: its sequences, ready to be queued."""
+
+    def __init__(self, text: str | None, request: Request) -> None:
+        self.text = text
+        self.request = request
+        self.sequences = [Sequence(request, index) for index in range(request.params.n)]
+
+
+class _EngineBase:
+    """Loading, and turning prompts into sequences."""
+
+    def __init__(self, model: str = DEFAULT_MODEL, **settings: Any) -> None:
+        """Load a model.
+
+        Args:
+            model: a local folder, a .gguf file, a hub id, or ``smollm2``.
+            settings: fields of `EngineConfig`.
+
+        Raises:
+            ConfigError, ModelLoadError: where the settings or the model cannot be used.
+        """
+        self.config = EngineConfig.create(model, **settings)
+        self._loaded: LoadedEngine = load_engine(self.config)
+        self._core = self._loaded.core
+        self._seeds = random.Random(self.config.seed)
+        self.tokenizer = self._loaded.tokenizer
+        self.model_name = self._loaded.model_name
+        self.max_model_len = self._loaded.max_model_len
+        self.vocab_size = self._loaded.vocab_size
+
+    def _prepare(
+        self, prompt: Prompt, params: SamplingParams, priority: int = 0, cache_salt: str = ""
+    ) -> _Submission:
+        """Check a request against the model and the pool and resolve its open settings."""
+        text, token_ids = self._loaded.prompts.process(prompt)
+        room = self.max_model_len - len(token_ids)
+        max_tokens = room if params.max_tokens is None else params.max_tokens
+        if max_tokens > room:
+            raise RequestTooLongError(
+                f"{len(token_ids)} prompt tokens and max_tokens {max_tokens} exceed the "
+                f"{self.max_model_len} tokens that a sequence may have here",
+                "max_tokens",
+            )
+        if params.min_tokens > max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens {params.min_tokens} leaves no room: the prompt allows {max_tokens}",
+                "min_tokens",
+            )
+        for token in params.stop_token_ids:
+            if token >= self.vocab_size:
+                raise InvalidRequestError(
+                    f"stop token id {token} is outside the vocabulary of {self.vocab_size}",
+                    "stop_token_ids",
+                )
+        eos = frozenset() if params.ignore_eos else self.tokenizer.eos_token_ids
+        request = Request(
+            request_id=uuid.uuid4().hex,
+            prompt_token_ids=token_ids,
+            params=replace(params, max_tokens=max_tokens),
+            seed=self._seeds.getrandbits(64) if params.seed is None else params.seed,
+            arrival_s=self._core.clock(),
+            priority=priority,
+            cache_salt=cache_salt,
+            stop_token_ids=eos | frozenset(params.stop_token_ids),
+        )
+        return _Submission(text, request)
+
+    def _enqueue(self, submission: _Submission) -> None:
+        request = submission.request
+        for seq in submission.sequences:
+            detokenizer = IncrementalDetokenizer(
+                self.tokenizer.decode, request.prompt_token_ids, request.params
+            )
+            self._core.add(seq, detokenizer)
+
+
+class Engine(_EngineBase):
+    """A blocking engine for scripts and notebooks. Not thread-safe.
+
+    Example:
+        >>> engine = Engine("smollm2")
+        >>> engine.generate("Hello", SamplingParams(max_tokens=8))[0].outputs[0].text
+    """
+
+    def __init__(self, model: str = DEFAULT_MODEL, **settings: Any) -> None:
+        super().__init__(model, **settings)
+        self._mailboxes: dict[str, deque[OutputDelta]] = {}
+
+    def generate(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Run requests together and wait for all of them.
+
+        Args:
+            prompts: one prompt or a list of them; a prompt is a text, a list of token
+                ids, or a list of chat messages (``{"role": ..., "content": ...}``).
+            params: for all prompts, or one for each.
+            progress: show a progress bar of finished outputs.
+
+        Returns:
+            one output per prompt, in order.
+
+        Raises:
+            InvalidRequestError: before anything runs, if a prompt cannot be served.
+            GenerationError: if running one of them failed.
+        """
+        many = _as_list(prompts)
+        every = (
+            [params or SamplingParams()] * len(many)
+            if not isinstance(params, (list, tuple))
+            else params
+        )
+        if len(every) != len(many):
+            raise InvalidRequestError(
+                f"{len(many)} prompts but {len(every)} sampling params", "params"
+            )
+        submissions = [self._prepare(p, s) for p, s in zip(many, every, strict=True)]
+        outputs = [_empty_output(submission) for submission in submissions]
+        total = sum(len(s.sequences) for s in submissions)
+        with tqdm(total=total, desc="Generating", unit="seq", disable=not progress) as bar:
+            for output, delta in self._drain(submissions):
+                outputs[output].add(delta)
+                bar.update(delta.finish_reason is not None)
+        return outputs
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[OutputDelta]:
+        """Run one request and yield its news as it comes. Closing the iterator aborts it.
+
+        Several streams may be read in turns; each step advances all of them.
+
+        Raises:
+            InvalidRequestError: at once, if the prompt cannot be served.
+            GenerationError: while iterating, if running it failed.
+        """
+        submission = self._prepare(prompt, params or SamplingParams())
+        return (delta for _, delta in self._drain([submission]))
+
+    def _drain(self, submissions: list[_Submission]) -> Iterator[tuple[int, OutputDelta]]:
+        """Run requests to their end; yields which one and its delta, in order of events."""
+        mine = {s.request.request_id: i for i, s in enumerate(submissions)}
+        unfinished = sum(len(s.sequences) for s in submissions)
+        mailbox: deque[OutputDelta] = deque()
+        for submission in submissions:
+            self._mailboxes[submission.request.request_id] = mailbox
+            self._enqueue(submission)
+        try:
+            while unfinished:
+                while not mailbox:
+                    self._step()
+                delta = mailbox.popleft()
+                _raise_if_failed(delta)
+                unfinished -= delta.finish_reason is not None
+                yield mine[delta.request_id], delta
+        finally:
+            for request_id in mine:
+                self._core.abort(request_id)
+                del self._mailboxes[request_id]
+
+    def _step(self) -> None:
+        """One iteration; its deltas go to the mailboxes of whoever reads them."""
+        for delta in self._core.step():
+            self._mailboxes[delta.request_id].append(delta)
+
+
+class RequestHandle:
+    """A request in flight: iterate for its deltas, `abort` to stop it.
+
+    Iteration ends when all ``n`` outputs have finished; a failure is the last delta of
+    its output, with ``finish_reason`` ERROR and ``error`` set.
+    """
+
+    def __init__(self, engine: AsyncEngine, submission: _Submission) -> None:
+        self._engine = engine
+        self._deltas: asyncio.Queue[OutputDelta] = asyncio.Queue()
+        self._open = self._unfinished = len(submission.sequences)
+        self.request_id = submission.request.request_id
+        self.prompt = submission.text
+        self.prompt_token_ids = submission.request.prompt_token_ids
+
+    async def __aiter__(self) -> AsyncIterator[OutputDelta]:
+        while self._open:
+            delta = await self._deltas.get()
+            self._open -= delta.finish_reason is not None
+            yield delta
+
+    def abort(self) -> None:
+        """Stop the request and free its KV within an iteration. Does nothing if it ended."""
+        self._engine._abort(self.request_id)
+
+
+class AsyncEngine(_EngineBase):
+    """An asyncio engine. The core runs in a thread of its own; all methods belong to one loop.
+
+    Example:
+        >>> engine = AsyncEngine("smollm2")
+        >>> await engine.start()
+        >>> async for delta in engine.generate("Hello", SamplingParams(max_tokens=8)):
+        ...     print(delta.text, end="")
+    """
+
+    def __init__(self, model: str = DEFAULT_MODEL, **settings: Any) -> None:
+        super().__init__(model, **settings)
+        self._handles: dict[str, RequestHandle] = {}
+        self._num_unfinished = 0
+        self._inbox: deque[tuple[str, Any]] = deque()
+        self._wake = threading.Condition()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._accepting = False
+
+    @property
+    def num_unfinished(self) -> int:
+        """Outputs waiting or running."""
+        return self._num_unfinished
+
+    @property
+    def is_healthy(self) -> bool:
+        """True while requests are accepted and the core's thread lives."""
+        return self._accepting and self._thread is not None and self._thread.is_alive()
+
+    async def start(self) -> None:
+        """Start the core's thread. Does nothing if it runs."""
+        if self._thread is not None:
+            return
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="minserve-core", daemon=True)
+        self._thread.start()
+        self._accepting = True
+
+    async def stop(self, timeout_s: float = 0.0) -> None:
+        """Accept nothing more, wait for what runs, then abort the rest with `EngineStoppedError`."""
+        self._accepting = False
+        if self._thread is None:
+            return
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            log.warning("aborting %d unfinished outputs", self._num_unfinished)
+        self._tell("stop", None)
+        await asyncio.to_thread(self._thread.join)
+        await asyncio.sleep(0)
+        self._thread = None
+
+    def submit(
+        self,
+        prompts: SequenceOf[Prompt],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> list[RequestHandle]:
+        """Queue requests, all or none; checking and counting are one step.
+
+        Args:
+            priority: lower runs earlier.
+            cache_salt: cached prefixes are shared only between requests of equal salt.
+
+        Raises:
+            InvalidRequestError: if one of them cannot be served.
+            QueueFullError: if they would exceed ``max_queue`` outputs.
+            EngineStoppedError: if the engine is not running.
+        """
+        if not self.is_healthy:
+            raise EngineStoppedError("the engine is not running")
+        self._check_room(len(prompts) * params.n)
+        submissions = [self._prepare(p, params, priority, cache_salt) for p in prompts]
+        handles = []
+        for submission in submissions:
+            handle = RequestHandle(self, submission)
+            self._handles[handle.request_id] = handle
+            handles.append(handle)
+            self._num_unfinished += len(submission.sequences)
+            self._tell("add", submission)
+        self._idle.clear()
+        return handles
+
+    def _check_room(self, num_outputs: int) -> None:
+        if self._num_unfinished + num_outputs > self.config.max_queue:
+            raise QueueFullError(
+                f"{self._num_unfinished} outputs are waiting or running and {num_outputs} more "
+                f"would exceed the limit of {self.config.max_queue}; try again later"
+            )
+
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
+    ) -> AsyncIterator[OutputDelta]:
+        """`submit` one prompt and yield its deltas; leaving the loop early aborts it.
+
+        Raises:
+            GenerationError: if running it failed.
+        """
+        await self.start()
+        (handle,) = self.submit([prompt], params or SamplingParams(), **options)
+        try:
+            async for delta in handle:
+                _raise_if_failed(delta)
+                yield delta
+        finally:
+            handle.abort()
+
+    def _abort(self, request_id: str) -> None:
+        if request_id in self._handles:
+            self._tell("abort", request_id)
+
+    def _tell(self, verb: str, what: Any) -> None:
+        with self._wake:
+            self._inbox.append((verb, what))
+            self._wake.notify()
+
+    def _run(self) -> None:
+        """The core's thread: take in news, step, publish."""
+        stop = False
+        while not stop:
+            with self._wake:
+                while not self._inbox and not self._core.has_work:
+                    self._wake.wait()
+            deltas, stop = self._take_in()
+            if not stop:
+                deltas += self._step()
+            if deltas:
+                self._loop.call_soon_threadsafe(self._publish, deltas)
+
+    def _take_in(self) -> tuple[list[OutputDelta], bool]:
+        """Carry out what the loop's side asked for since the last iteration."""
+        deltas: list[OutputDelta] = []
+        while self._inbox:
+            verb, what = self._inbox.popleft()
+            if verb == "add":
+                self._enqueue(what)
+            elif verb == "abort":
+                deltas += self._core.abort(what)
+            else:
+                stopped = EngineStoppedError("the engine is shutting down")
+                return deltas + self._core.abort_all(stopped), True
+        return deltas, False
+
+    def _step(self) -> list[OutputDelta]:
+        """One iteration; whatever goes wrong ends the requests in flight, not the thread."""
+        try:
+            return self._core.step()
+        except Exception as error:
+            log.exception("an iteration failed; its requests are ended with an error")
+            return self._core.abort_all(GenerationError(f"internal error: {error!r}"))
+
+    def _publish(self, deltas: list[OutputDelta]) -> None:
+        """On the loop: hand each delta to its request."""
+        for delta in deltas:
+            handle = self._handles.get(delta.request_id)
+            if handle is None:
+                continue
+            handle._deltas.put_nowait(delta)
+            if delta.finish_reason is not None:
+                self._num_unfinished -= 1
+                handle._unfinished -= 1
+                if not handle._unfinished:
+                    del self._handles[delta.request_id]
+        if not self._num_unfinished:
+            self._idle.set()
+
+
+def _as_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
+    """A single prompt (text, token ids, messages) as a list of one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    prompts = list(prompts)
+    if prompts and isinstance(prompts[0], (int, Mapping)):
+        return [prompts]
+    return prompts
+
+
+def _empty_output(submission: _Submission) -> RequestOutput:
+    request = submission.request
+    return RequestOutput(
+        request_id=request.request_id,
+        prompt=submission.text,
+        prompt_token_ids=list(request.prompt_token_ids),
+        outputs=[CompletionOutput(index=i) for i in range(request.params.n)],
+    )
+
+
+def _raise_if_failed(delta: OutputDelta) -> None:
+    if delta.error is not None:
+        raise (
+            delta.error
+            if isinstance(delta.error, MinserveError)
+            else GenerationError(str(delta.error))
+        )

@@ -1,0 +1,52 @@
+"""`CausalLM`: what the engine asks of a model family."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """The numbers that the engine needs to size caches and check requests.
+
+    Attributes:
+        vocab_size: width of the logits.
+        max_positions: longest sequence that the positions allow.
+        scale: factor on attention scores.
+    """
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    max_positions: int
+    scale: float
+
+
+class CausalLM(ABC):
+    """A decoder over a flat batch of tokens; each layer reads and writes its paged KV."""
+
+    shape: ModelShape
+
+    @abstractmethod
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        kv: Sequence[LayerKV],
+        backend: AttentionBackend,
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        """Final hidden states ``[num_tokens, hidden]`` for int64 ``[num_tokens]`` inputs."""
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 ``[rows, vocab_size]`` for ``[rows, hidden]``; call it only for needed rows."""

@@ -1,0 +1,260 @@
+"""Layers as plain callables: linears in the form that is fastest on their device, norms, RoPE.
+
+A linear's weight is repacked once at load. On a CPU the best form depends on what the
+processor multiplies in hardware (`WeightFormat`); on a GPU it is the plain tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minserve.errors import UnsupportedModelError
+
+Linear = Callable[[Tensor], Tensor]
+
+# Above these many rows of input the unpacked float32 GEMM beats the packed form
+# (bench/linears.py prints the crossover).
+FP16_PACKED_MAX_ROWS = 224
+ONEDNN_PACKED_MAX_ROWS = 512
+
+
+class WeightFormat(Enum):
+    """How a linear's weight is kept.
+
+    DENSE: the plain tensor (GPUs, and whatever else has no packed form).
+    ONEDNN: prepacked for oneDNN in the activations' dtype.
+    FBGEMM_FP16: packed in float16 for FBGEMM, which multiplies in float32: half the
+        memory traffic of float32, for CPUs without bfloat16 arithmetic.
+    """
+
+    DENSE = "dense"
+    ONEDNN = "onednn"
+    FBGEMM_FP16 = "fbgemm-fp16"
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a model's weights live and in which form.
+
+    Attributes:
+        device: of weights and activations.
+        dtype: of activations, embeddings, norms and KV.
+        weight_dtype: to which linear weights are rounded.
+        format: how linear weights are kept.
+        keep_unpacked: also keep the unpacked weight where large batches run faster on
+            it; costs its memory once more.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    weight_dtype: torch.dtype
+    format: WeightFormat
+    keep_unpacked: bool = True
+
+    @classmethod
+    def choose(cls, device: torch.device, dtype: str, *, keep_unpacked: bool = True) -> Placement:
+        """The fastest placement for a dtype name (``auto`` included) on a device.
+
+        ``float16`` on a CPU means weights in float16 and arithmetic in float32.
+        """
+        if device.type != "cpu":
+            chosen = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+            return cls(device, chosen, chosen, WeightFormat.DENSE)
+        fast_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if dtype == "auto":
+            dtype = "bfloat16" if fast_bf16 else "float16"
+        if dtype == "float16":
+            has_fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
+            form = WeightFormat.FBGEMM_FP16 if has_fbgemm else WeightFormat.DENSE
+            return cls(device, torch.float32, torch.float16, form, keep_unpacked)
+        chosen = getattr(torch, dtype)
+        packable = torch.backends.mkldnn.is_available() and (
+            chosen is torch.float32 or (chosen is torch.bfloat16 and fast_bf16)
+        )
+        form = WeightFormat.ONEDNN if packable else WeightFormat.DENSE
+        return cls(device, chosen, chosen, form, keep_unpacked)
+
+    def tensor(self, tensor: Tensor) -> Tensor:
+        """A parameter other than a linear's weight, in the activations' dtype."""
+        return tensor.to(self.device, self.dtype).contiguous()
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None, *, head: bool = False) -> Linear:
+        """A linear layer from a ``[out, in]`` weight of any float dtype.
+
+        Args:
+            head: the output projection, which only ever sees a row per sampled token;
+                no unpacked copy is kept for it.
+        """
+        weight = weight.to(self.device, self.weight_dtype)
+        bias = None if bias is None else self.tensor(bias)
+        keep = self.keep_unpacked and not head
+        if self.format is WeightFormat.FBGEMM_FP16:
+            return Fp16Linear(weight, bias, keep_unpacked=keep)
+        if self.format is WeightFormat.ONEDNN:
+            return OneDnnLinear(weight, bias, keep_unpacked=keep)
+        return DenseLinear(weight.to(self.dtype), bias)
+
+
+class DenseLinear:
+    """``x W^T + b`` on the plain weight."""
+
+    __slots__ = ("bias", "weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = weight.contiguous()
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class OneDnnLinear:
+    """``x W^T + b`` on a weight prepacked for oneDNN; large batches use the plain one."""
+
+    __slots__ = ("bias", "packed", "weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, keep_unpacked: bool) -> None:
+        self.weight = weight.contiguous() if keep_unpacked else None
+        self.bias = bias
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.weight is not None and x.shape[0] > ONEDNN_PACKED_MAX_ROWS:
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+class Fp16Linear:
+    """``x W^T + b`` with the weight in float16 and everything else in float32 (FBGEMM).
+
+    Both forms hold the same rounded weight, so results differ by float32 rounding alone.
+    """
+
+    __slots__ = ("bias", "packed", "weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, keep_unpacked: bool) -> None:
+        unpacked = weight.float().contiguous()
+        self.packed = torch.ops.quantized.linear_prepack_fp16(unpacked, bias)
+        self.weight = unpacked if keep_unpacked else None
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.weight is not None and x.shape[0] > FP16_PACKED_MAX_ROWS:
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+
+
+class RMSNorm:
+    """``x / rms(x) * w`` over the last dimension, computed in float32.
+
+    Four small operations, since torch's own `rms_norm` is composed of more on a CPU.
+    """
+
+    __slots__ = ("eps", "scale", "weight")
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self.weight = weight
+        self.eps = torch.tensor([eps], device=weight.device)
+        self.scale = 1.0 / weight.shape[0]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        inverse = torch.addcmul(self.eps, norm, norm, value=self.scale).rsqrt_()
+        return (wide * inverse).to(x.dtype).mul_(self.weight)
+
+
+class LayerNorm:
+    """Layer norm over the last dimension; weight and bias may be absent."""
+
+    __slots__ = ("bias", "eps", "size", "weight")
+
+    def __init__(
+        self, size: int, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5
+    ) -> None:
+        self.size = (size,)
+        self.weight = weight
+        self.bias = bias
+        self.eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.size, self.weight, self.bias, self.eps)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up`` for ``[tokens, 2 * n]`` holding gate, then up."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+class RotaryEmbedding:
+    """RoPE (Su et al., 2021) on heads whose paired dimensions lie side by side.
+
+    Checkpoints pair dimension ``i`` with ``i + head_dim / 2``; `interleave` reorders the
+    rows of the query and key projections once so that each pair is one complex number
+    and a rotation one multiplication. Scores are unchanged: queries and keys are
+    permuted alike.
+    """
+
+    def __init__(
+        self, head_dim: int, max_positions: int, parameters: dict[str, Any], device: torch.device
+    ) -> None:
+        frequencies = rope_frequencies(head_dim, parameters)
+        angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
+        self._cis = torch.polar(torch.ones_like(angles), angles).to(device)
+
+    def rotations(self, positions: Tensor) -> Tensor:
+        """complex64 ``[num_tokens, 1, head_dim / 2]``: computed once per iteration."""
+        return self._cis[positions].unsqueeze(1)
+
+    @staticmethod
+    def rotate_(heads: Tensor, rotations: Tensor) -> None:
+        """Rotate ``[num_tokens, num_heads, head_dim]`` in place."""
+        wide = heads.float()
+        pairs = torch.view_as_complex(wide.view(*heads.shape[:-1], -1, 2))
+        pairs.mul_(rotations)
+        if wide is not heads:
+            heads.copy_(wide)
+
+    @staticmethod
+    def interleave(weight: Tensor, head_dim: int) -> Tensor:
+        """Reorder the rows of a projection (weight ``[out, in]`` or bias ``[out]``)."""
+        halves = weight.view(-1, 2, head_dim // 2, *weight.shape[1:])
+        return halves.transpose(1, 2).reshape(weight.shape)
+
+
+def rope_frequencies(head_dim: int, parameters: dict[str, Any]) -> Tensor:
+    """float32 ``[head_dim / 2]``: radians per position of each pair.
+
+    Types ``default``, ``linear`` (Chen et al., 2023) and ``llama3`` (Llama 3.1's
+    piecewise scaling: long wavelengths divided by ``factor``, short ones kept, a ramp
+    between).
+
+    Raises:
+        UnsupportedModelError: for any other type.
+    """
+    kind = parameters.get("rope_type", "default")
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    frequencies = 1.0 / (parameters["rope_theta"] ** exponents)
+    if kind == "default":
+        return frequencies
+    if kind == "linear":
+        return frequencies / parameters["factor"]
+    if kind == "llama3":
+        factor = parameters["factor"]
+        low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+        context = parameters["original_max_position_embeddings"]
+        turns = context * frequencies / (2 * math.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return frequencies * keep + frequencies / factor * (1 - keep)
+    raise UnsupportedModelError(
+        f"RoPE scaling {kind!r} is not supported; supported: default, linear, llama3"
+    )

@@ -1,0 +1,171 @@
+"""Llama: pre-norm RMSNorm, RoPE, grouped-query attention, SwiGLU (Touvron et al., 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minserve.errors import UnsupportedModelError
+from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
+from minserve.models.base import CausalLM, ModelShape
+from minserve.models.layers import Placement, RMSNorm, RotaryEmbedding, silu_mul
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+    from minserve.models.loader import Checkpoint
+
+
+class LlamaLayer:
+    """One decoder layer; query, key and value (gate and up) are one matmul each."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        index: int,
+        config: LlamaConfig,
+        shape: ModelShape,
+        placement: Placement,
+    ) -> None:
+        self.shape = shape
+        q_size = shape.num_heads * shape.head_dim
+        kv_size = shape.num_kv_heads * shape.head_dim
+        hidden, prefix = shape.hidden_size, f"model.layers.{index}."
+
+        def weight(name: str, *size: int) -> Tensor:
+            return checkpoint.get(f"{prefix}{name}.weight", size)
+
+        def bias(name: str, size: int, present: bool) -> Tensor | None:
+            return checkpoint.get(f"{prefix}{name}.bias", (size,)) if present else None
+
+        def rotated(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else RotaryEmbedding.interleave(tensor, shape.head_dim)
+
+        self.input_norm = _norm(weight("input_layernorm", hidden), config, placement)
+        self.qkv = placement.linear(
+            torch.cat(
+                [
+                    rotated(weight("self_attn.q_proj", q_size, hidden)),
+                    rotated(weight("self_attn.k_proj", kv_size, hidden)),
+                    weight("self_attn.v_proj", kv_size, hidden),
+                ]
+            ),
+            _cat(
+                rotated(bias("self_attn.q_proj", q_size, config.attention_bias)),
+                rotated(bias("self_attn.k_proj", kv_size, config.attention_bias)),
+                bias("self_attn.v_proj", kv_size, config.attention_bias),
+            ),
+        )
+        self.o_proj = placement.linear(
+            weight("self_attn.o_proj", hidden, q_size),
+            bias("self_attn.o_proj", hidden, config.attention_bias),
+        )
+        self.mlp_norm = _norm(weight("post_attention_layernorm", hidden), config, placement)
+        inner = config.intermediate_size
+        self.gate_up = placement.linear(
+            torch.cat(
+                [weight("mlp.gate_proj", inner, hidden), weight("mlp.up_proj", inner, hidden)]
+            ),
+            _cat(
+                bias("mlp.gate_proj", inner, config.mlp_bias),
+                bias("mlp.up_proj", inner, config.mlp_bias),
+            ),
+        )
+        self.down = placement.linear(
+            weight("mlp.down_proj", hidden, inner), bias("mlp.down_proj", hidden, config.mlp_bias)
+        )
+
+    def __call__(
+        self,
+        x: Tensor,
+        rotations: Tensor,
+        kv: LayerKV,
+        backend: AttentionBackend,
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        heads, kv_heads = self.shape.num_heads, self.shape.num_kv_heads
+        qkv = self.qkv(self.input_norm(x)).view(-1, heads + 2 * kv_heads, self.shape.head_dim)
+        RotaryEmbedding.rotate_(qkv[:, : heads + kv_heads], rotations)
+        query, key, value = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        backend.write_kv(key, value, kv, metadata)
+        x = self.o_proj(backend.forward(query, kv, metadata)).add_(x)
+        return self.down(silu_mul(self.gate_up(self.mlp_norm(x)))).add_(x)
+
+
+class Llama(CausalLM):
+    """The model; weights are read from a checkpoint and repacked for their placement."""
+
+    def __init__(self, checkpoint: Checkpoint, config: LlamaConfig, placement: Placement) -> None:
+        _check(config)
+        self.shape = llama_shape(config)
+        shape = self.shape
+        embed = checkpoint.get("model.embed_tokens.weight", (shape.vocab_size, shape.hidden_size))
+        self.embed = embed.to(placement.device, placement.weight_dtype).contiguous()
+        self.dtype = placement.dtype
+        self.layers = [
+            LlamaLayer(checkpoint, i, config, shape, placement) for i in range(shape.num_layers)
+        ]
+        self.norm = _norm(
+            checkpoint.get("model.norm.weight", (shape.hidden_size,)), config, placement
+        )
+        tied = config.tie_word_embeddings or "lm_head.weight" not in checkpoint.names()
+        head = embed if tied else checkpoint.get("lm_head.weight", tuple(embed.shape))
+        self.head = placement.linear(head, head=True)
+        self.rope = RotaryEmbedding(
+            shape.head_dim, shape.max_positions, config.rope_parameters, placement.device
+        )
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        kv: Sequence[LayerKV],
+        backend: AttentionBackend,
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        x = F.embedding(token_ids, self.embed).to(self.dtype)
+        rotations = self.rope.rotations(positions)
+        for layer, layer_kv in zip(self.layers, kv, strict=True):
+            x = layer(x, rotations, layer_kv, backend, metadata)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.head(self.norm(hidden)).float()
+
+
+def llama_shape(config: LlamaConfig) -> ModelShape:
+    """Shape of a Llama config."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return ModelShape(
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
+        head_dim=head_dim,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        scale=head_dim**-0.5,
+    )
+
+
+def _check(config: LlamaConfig) -> None:
+    if config.hidden_act not in ("silu", "swish"):
+        raise UnsupportedModelError(f"Llama with hidden_act {config.hidden_act!r} is not supported")
+    if config.num_attention_heads % (config.num_key_value_heads or config.num_attention_heads):
+        raise UnsupportedModelError(
+            f"{config.num_attention_heads} heads cannot share {config.num_key_value_heads} KV heads evenly"
+        )
+    if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UnsupportedModelError("Llama with a partial rotary embedding is not supported")
+
+
+def _norm(weight: Tensor, config: LlamaConfig, placement: Placement) -> RMSNorm:
+    return RMSNorm(placement.tensor(weight), config.rms_norm_eps)
+
+
+def _cat(*tensors: Tensor | None) -> Tensor | None:
+    return None if tensors[0] is None else torch.cat(tensors)

@@ -1,0 +1,167 @@
+"""OPT, 125m to 66b: learned positions, LayerNorm before or after, ReLU MLP (Zhang et al., 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minserve.errors import UnsupportedModelError
+from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
+from minserve.models.base import CausalLM, ModelShape
+from minserve.models.layers import LayerNorm, Placement
+
+if TYPE_CHECKING:
+    from transformers import OPTConfig
+
+    from minserve.models.loader import Checkpoint
+
+# fairseq reserved the first rows of the position table.
+POSITION_OFFSET = 2
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu_, "gelu": F.gelu}
+
+
+class OPTLayer:
+    """One decoder layer. ``pre_norm`` is false for OPT-350m alone."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, index: int, config: OPTConfig, placement: Placement
+    ) -> None:
+        hidden, prefix = config.hidden_size, f"model.decoder.layers.{index}."
+        self.pre_norm = config.do_layer_norm_before
+        self.activation = ACTIVATIONS[config.activation_function]
+        self.head_dim = hidden // config.num_attention_heads
+        self.num_heads = config.num_attention_heads
+
+        def weight(name: str, *size: int) -> Tensor:
+            return checkpoint.get(f"{prefix}{name}.weight", size)
+
+        def bias(name: str, size: int) -> Tensor | None:
+            return checkpoint.get(f"{prefix}{name}.bias", (size,)) if config.enable_bias else None
+
+        projections = [f"self_attn.{name}_proj" for name in "qkv"]
+        biases = [bias(name, hidden) for name in projections]
+        self.qkv = placement.linear(
+            torch.cat([weight(name, hidden, hidden) for name in projections]),
+            None if biases[0] is None else torch.cat(biases),
+        )
+        self.out = placement.linear(
+            weight("self_attn.out_proj", hidden, hidden), bias("self_attn.out_proj", hidden)
+        )
+        self.fc1 = placement.linear(
+            weight("fc1", config.ffn_dim, hidden), bias("fc1", config.ffn_dim)
+        )
+        self.fc2 = placement.linear(weight("fc2", hidden, config.ffn_dim), bias("fc2", hidden))
+        self.attention_norm = _norm(checkpoint, f"{prefix}self_attn_layer_norm", config, placement)
+        self.mlp_norm = _norm(checkpoint, f"{prefix}final_layer_norm", config, placement)
+
+    def __call__(
+        self, x: Tensor, kv: LayerKV, backend: AttentionBackend, metadata: AttentionMetadata
+    ) -> Tensor:
+        y = self.attention_norm(x) if self.pre_norm else x
+        query, key, value = self.qkv(y).view(-1, 3, self.num_heads, self.head_dim).unbind(1)
+        backend.write_kv(key, value, kv, metadata)
+        x = self.out(backend.forward(query, kv, metadata)).add_(x)
+        if not self.pre_norm:
+            x = self.attention_norm(x)
+        y = self.mlp_norm(x) if self.pre_norm else x
+        x = self.fc2(self.activation(self.fc1(y))).add_(x)
+        return x if self.pre_norm else self.mlp_norm(x)
+
+
+class OPT(CausalLM):
+    """The model; weights are read from a checkpoint and repacked for their placement."""
+
+    def __init__(self, checkpoint: Checkpoint, config: OPTConfig, placement: Placement) -> None:
+        _check(config)
+        self.shape = opt_shape(config)
+        self.dtype = placement.dtype
+        hidden, width = config.hidden_size, config.word_embed_proj_dim
+        embed = checkpoint.get("model.decoder.embed_tokens.weight", (config.vocab_size, width))
+        self.embed = embed.to(placement.device, placement.weight_dtype).contiguous()
+        self.embed_positions = placement.tensor(
+            checkpoint.get(
+                "model.decoder.embed_positions.weight",
+                (config.max_position_embeddings + POSITION_OFFSET, hidden),
+            )
+        )
+        self.project_in = self.project_out = None
+        if width != hidden:
+            project_in = checkpoint.get("model.decoder.project_in.weight", (hidden, width))
+            project_out = checkpoint.get("model.decoder.project_out.weight", (width, hidden))
+            self.project_in = placement.linear(project_in)
+            self.project_out = placement.linear(project_out, head=True)
+        self.layers = [
+            OPTLayer(checkpoint, i, config, placement) for i in range(config.num_hidden_layers)
+        ]
+        has_norm = config.do_layer_norm_before and not config._remove_final_layer_norm
+        self.norm = (
+            _norm(checkpoint, "model.decoder.final_layer_norm", config, placement)
+            if has_norm
+            else None
+        )
+        tied = config.tie_word_embeddings or "lm_head.weight" not in checkpoint.names()
+        head = embed if tied else checkpoint.get("lm_head.weight", tuple(embed.shape))
+        self.head = placement.linear(head, head=True)
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        kv: Sequence[LayerKV],
+        backend: AttentionBackend,
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        x = F.embedding(token_ids, self.embed).to(self.dtype)
+        if self.project_in is not None:
+            x = self.project_in(x)
+        x = x + F.embedding(positions + POSITION_OFFSET, self.embed_positions)
+        for layer, layer_kv in zip(self.layers, kv, strict=True):
+            x = layer(x, layer_kv, backend, metadata)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        if self.norm is not None:
+            hidden = self.norm(hidden)
+        if self.project_out is not None:
+            hidden = self.project_out(hidden)
+        return self.head(hidden).float()
+
+
+def opt_shape(config: OPTConfig) -> ModelShape:
+    """Shape of an OPT config."""
+    head_dim = config.hidden_size // config.num_attention_heads
+    return ModelShape(
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_attention_heads,
+        head_dim=head_dim,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        scale=head_dim**-0.5,
+    )
+
+
+def _check(config: OPTConfig) -> None:
+    if config.activation_function not in ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"OPT with activation {config.activation_function!r} is not supported; "
+            f"supported: {', '.join(ACTIVATIONS)}"
+        )
+    if config.hidden_size % config.num_attention_heads:
+        raise UnsupportedModelError(
+            f"hidden size {config.hidden_size} does not divide into {config.num_attention_heads} heads"
+        )
+
+
+def _norm(checkpoint: Checkpoint, name: str, config: OPTConfig, placement: Placement) -> LayerNorm:
+    size = config.hidden_size
+    if not config.layer_norm_elementwise_affine:
+        return LayerNorm(size, None, None)
+    weight = placement.tensor(checkpoint.get(f"{name}.weight", (size,)))
+    return LayerNorm(size, weight, placement.tensor(checkpoint.get(f"{name}.bias", (size,))))
