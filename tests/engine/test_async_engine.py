@@ -1,0 +1,173 @@
+"""The asyncio engine: concurrency, aborts, limits and shutdown on a real tiny model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from minserve import AsyncEngine, Engine, SamplingParams
+from minserve.errors import EngineStoppedError, GenerationError, InvalidRequestError, QueueFullError
+from minserve.request import FinishReason
+
+SETTINGS = {"dtype": "float32", "threads": 1, "num_blocks": 200, "block_size": 8}
+GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+ENDLESS = SamplingParams(temperature=0.0, max_tokens=450, ignore_eos=True)
+
+
+@pytest.fixture
+def run(tiny_llama_dir: Path) -> Callable[..., object]:
+    """Runs a coroutine function on a started engine and stops it afterwards."""
+
+    @asynccontextmanager
+    async def started(**settings: object) -> AsyncIterator[AsyncEngine]:
+        engine = AsyncEngine(str(tiny_llama_dir), **SETTINGS | settings)
+        await engine.start()
+        try:
+            yield engine
+        finally:
+            await engine.stop()
+            engine._core.pool.check_integrity([])
+            assert engine._core.pool.num_free_blocks == engine._core.pool.num_blocks
+
+    def runner(test: Callable[[AsyncEngine], Coroutine], **settings: object) -> object:
+        async def main() -> object:
+            async with started(**settings) as engine:
+                return await asyncio.wait_for(test(engine), 60)
+
+        return asyncio.run(main())
+
+    return runner
+
+
+async def collect(engine: AsyncEngine, prompt: object, params: SamplingParams) -> list[int]:
+    return [t async for d in engine.generate(prompt, params) for t in d.token_ids]
+
+
+async def until_idle(engine: AsyncEngine) -> None:
+    while engine.num_unfinished:
+        await asyncio.sleep(0.005)
+
+
+def test_concurrent_requests_get_what_they_get_alone(run: Callable, tiny_llama_dir: Path) -> None:
+    prompt_list = [[i + 5] * (3 * i + 1) for i in range(8)]
+    blocking = Engine(str(tiny_llama_dir), **SETTINGS)
+    expected = [blocking.generate([p], GREEDY)[0].outputs[0].token_ids for p in prompt_list]
+
+    async def test(engine: AsyncEngine) -> list[list[int]]:
+        return await asyncio.gather(*(collect(engine, p, GREEDY) for p in prompt_list))
+
+    assert run(test) == expected
+
+
+def test_leaving_a_stream_aborts_it_and_frees_its_blocks(run: Callable) -> None:
+    async def test(engine: AsyncEngine) -> None:
+        stream = engine.generate([7] * 20, ENDLESS)
+        await anext(stream)
+        assert engine._core.pool.num_free_blocks < 200
+        await stream.aclose()
+        await until_idle(engine)
+        assert engine._core.pool.num_free_blocks == 200
+
+    run(test)
+
+
+def test_two_hundred_requests_opened_and_dropped_leave_nothing(run: Callable) -> None:
+    async def test(engine: AsyncEngine) -> None:
+        handles = [engine.submit([[7] * 20], ENDLESS)[0] for _ in range(200)]
+        for handle in handles:
+            handle.abort()
+            handle.abort()
+        await until_idle(engine)
+        assert len(await collect(engine, [7] * 5, GREEDY)) == 20
+
+    run(test)
+
+
+def test_the_queue_limit_counts_prompts_times_n(run: Callable) -> None:
+    async def test(engine: AsyncEngine) -> None:
+        with pytest.raises(QueueFullError, match="limit of 8"):
+            engine.submit([[5], [6], [7]], SamplingParams(n=3))
+        assert engine.num_unfinished == 0
+        handles = engine.submit([[5], [6]], SamplingParams(n=4, max_tokens=400, ignore_eos=True))
+        with pytest.raises(QueueFullError):
+            engine.submit([[5]], GREEDY)
+        for handle in handles:
+            handle.abort()
+        await until_idle(engine)
+        engine.submit([[5]], GREEDY)[0].abort()
+
+    run(test, max_queue=8)
+
+
+def test_submit_is_all_or_none(run: Callable) -> None:
+    async def test(engine: AsyncEngine) -> None:
+        with pytest.raises(InvalidRequestError):
+            engine.submit([[5], []], GREEDY)
+        assert engine.num_unfinished == 0
+
+    run(test)
+
+
+def test_stop_drains_what_runs(run: Callable) -> None:
+    async def test(engine: AsyncEngine) -> None:
+        task = asyncio.create_task(collect(engine, [5], GREEDY))
+        await asyncio.sleep(0)
+        while not engine.num_unfinished:
+            await asyncio.sleep(0)
+        await engine.stop(timeout_s=30)
+        assert len(await task) == 20
+        assert not engine.is_healthy
+        with pytest.raises(EngineStoppedError):
+            engine.submit([[5]], GREEDY)
+
+    run(test)
+
+
+def test_stop_ends_the_rest_with_an_error(run: Callable) -> None:
+    async def test(engine: AsyncEngine) -> None:
+        (handle,) = engine.submit([[5]], ENDLESS)
+        await engine.stop(timeout_s=0.01)
+        deltas = [d async for d in handle]
+        assert deltas[-1].finish_reason is FinishReason.ERROR
+        assert isinstance(deltas[-1].error, EngineStoppedError)
+
+    run(test)
+
+
+def test_an_iteration_that_fails_ends_its_requests_and_the_engine_serves_on(
+    run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(engine: AsyncEngine) -> None:
+        plan = engine._core.planner.plan
+
+        def broken(*_: object) -> None:
+            monkeypatch.setattr(engine._core.planner, "plan", plan)
+            raise RuntimeError("planner bug")
+
+        monkeypatch.setattr(engine._core.planner, "plan", broken)
+        with pytest.raises(GenerationError, match="planner bug"):
+            await collect(engine, [5], GREEDY)
+        assert engine.is_healthy
+        assert len(await collect(engine, [5], GREEDY)) == 20
+
+    run(test)
+
+
+def test_priority_runs_first(run: Callable) -> None:
+    async def test(engine: AsyncEngine) -> list[str]:
+        order: list[str] = []
+
+        async def follow(name: str, priority: int) -> None:
+            async for delta in engine.generate([5] * 9, GREEDY, priority=priority):
+                if delta.finish_reason:
+                    order.append(name)
+
+        await asyncio.gather(*(follow(n, p) for n, p in [("a", 0), ("b", 5), ("c", -5)]))
+        return order
+
+    order = run(test, max_num_seqs=1)
+    assert order.index("c") < order.index("b")

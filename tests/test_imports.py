@@ -1,0 +1,97 @@
+"""Who may import whom, as the design says: downwards only."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HOMES = {
+    "minserve": ROOT / "minserve",
+    "minserve.kernels": ROOT / "kernels",
+    "minserve.models": ROOT / "models",
+}
+
+# A room may import itself, its neighbours named here, and the ground.
+GROUND = {"errors", "config", "request", "sampling_params", "outputs", "planner"}
+ALLOWED: dict[str, set[str]] = {
+    **{room: set() for room in GROUND},
+    "kernels": set(),
+    "models": {"kernels"},
+    "engine": {"kernels", "models"},
+    "server": {"engine"},
+    "cli": {"engine", "server", "cli_flags", ""},
+    "cli_flags": set(),
+    "__main__": {"cli"},
+    "": {"engine"},  # minserve/__init__.py
+}
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name -> file of every module of the package."""
+    found = {}
+    for prefix, folder in HOMES.items():
+        for path in folder.rglob("*.py"):
+            parts = [prefix, *path.relative_to(folder).with_suffix("").parts]
+            found[".".join(p for p in parts if p != "__init__")] = path
+    return found
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of minserve, and torch, that a file imports (type-checking blocks left out)."""
+    names: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            return
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            names.update(
+                f"{node.module}.{a.name}" for a in node.names if f"{node.module}.{a.name}" in ALL
+            )
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return {n for n in names if n.split(".")[0] in ("minserve", "torch")}
+
+
+ALL = modules()
+
+
+@pytest.mark.parametrize("module", sorted(ALL))
+def test_a_module_imports_only_downwards(module: str) -> None:
+    here = room(module)
+    assert here in ALLOWED, f"{module}: give the room {here!r} its place in this test"
+    for name in imports(ALL[module]):
+        if name.startswith("minserve"):
+            there = room(name)
+            assert there == here or there in GROUND | ALLOWED[here], f"{module} imports {name}"
+
+
+def test_the_ground_does_without_torch() -> None:
+    code = (
+        "import sys, minserve, "
+        + ", ".join(f"minserve.{name}" for name in sorted(GROUND))
+        + ", minserve.planner.policies; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_server_knows_the_engine_by_its_public_face() -> None:
+    for module, path in ALL.items():
+        if room(module) == "server":
+            engine_side = {n for n in imports(path) if n.startswith("minserve.engine")}
+            assert not engine_side, (
+                f"{module} imports {engine_side}; use `from minserve import ...`"
+            )
