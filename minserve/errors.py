@@ -34,6 +34,10 @@ class OutOfBlocksError(MinserveError):
     """
 
 
+class PoolCorruptedError(MinserveError):
+    """The block pool's books do not add up: a bug, found by its integrity check."""
+
+
 class InvalidRequestError(MinserveError):
     """A request that can never be served as it stands.
 

@@ -1,0 +1,155 @@
+"""Tokens to text as they arrive: whole characters only, and never past a stop string.
+
+Knows nothing of tokenizers but a ``decode`` function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from os.path import commonprefix
+
+from minserve.sampling_params import SamplingParams
+
+# What decoders put in place of bytes that are not (yet) a character.
+REPLACEMENT = "\ufffd"
+
+# Prompt tokens decoded before the first output token, so that it gets the space that
+# belongs before it; more than one, since special tokens among them are left out.
+_PROMPT_CONTEXT = 5
+# A UTF-8 character has at most 4 bytes, and a token at least one.
+_MAX_CHARACTER_TOKENS = 4
+
+
+class IncrementalDetokenizer:
+    """Text of one output, token by token.
+
+    Two stages. The first decodes a short window of tokens twice, without and with the
+    new one, and takes the difference, as text-generation-inference and vLLM do: a token's
+    text depends on the tokens before it, so tokens cannot be decoded one by one. A window
+    that ends within a character waits for the rest of it. The second looks for stop
+    strings, and holds back the longest tail that may be the beginning of one. The cost
+    of a token does not grow with the length of the output.
+
+    Attributes:
+        num_tokens: output tokens taken so far. Tokens given to `add` behind the one that
+            completed a stop string are not taken.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[list[int], bool], str],
+        prompt_token_ids: SequenceOf[int],
+        params: SamplingParams,
+    ) -> None:
+        """Start after the prompt.
+
+        Args:
+            decode: ``decode(token_ids, skip_special_tokens)`` gives the text, with U+FFFD
+                for bytes that form no character.
+        """
+        self.num_tokens = 0
+        self._decode = decode
+        self._params = params
+        # Tokens that still matter. The first `_num_read` of them, whose text is
+        # `_read_text`, are context: all of it was given to the second stage.
+        self._window = list(prompt_token_ids[-_PROMPT_CONTEXT:])
+        self._num_read = len(self._window)
+        self._read_text = self._text(self._window)
+        self._held_back = ""
+        self._stopped = False
+
+    def add(self, token_ids: list[int]) -> tuple[str, str | None]:
+        """Take new output tokens (without the stop token, which has no text).
+
+        Returns:
+            the new text that is safe to send, and the stop string that ended the output
+            or ``None``. The text ends before the stop string.
+        """
+        sent = []
+        for token_id in token_ids:
+            if self._stopped:
+                break
+            self.num_tokens += 1
+            text, stop = self._release(self._read(token_id))
+            sent.append(text)
+            if stop is not None:
+                self._stopped = True
+                return "".join(sent), stop
+        return "".join(sent), None
+
+    def flush(self) -> str:
+        """The text still held back, at the end of an output that no stop string ended."""
+        if self._stopped:
+            return ""
+        self._stopped = True
+        return self._held_back + self._difference(self._text(self._window))
+
+    def _text(self, token_ids: list[int]) -> str:
+        return self._decode(token_ids, self._params.skip_special_tokens) if token_ids else ""
+
+    def _difference(self, text: str) -> str:
+        """What ``text`` of the window adds to the text already read.
+
+        The common part, and not merely the length, is taken off: where the prompt ends
+        within a character, the U+FFFD read there turns into that character.
+        """
+        return text[len(commonprefix((self._read_text, text))) :]
+
+    def _read(self, token_id: int) -> str:
+        """First stage: the text that one more token completes, possibly none."""
+        self._window.append(token_id)
+        text, end = self._text(self._window), len(self._window)
+        if text.endswith(REPLACEMENT):
+            end = self._undecided_from(text)
+            if end == self._num_read:
+                return ""
+            text = self._text(self._window[:end])
+        new_text = self._difference(text)
+        # Tokens without text (special ones) wait for text to follow, a few of them.
+        if not new_text and end - self._num_read > _MAX_CHARACTER_TOKENS:
+            del self._window[self._num_read : end]
+        elif new_text:
+            self._window = self._window[self._num_read :]
+            self._num_read = end - self._num_read
+            self._read_text = self._text(self._window[: self._num_read])
+        return new_text
+
+    def _undecided_from(self, text: str) -> int:
+        """Where in the window the tokens begin that may still become a character.
+
+        Normally all unread ones. But tokens that no longer can (a model babbling bytes)
+        must not pile up: once there are more than a character has bytes, the window is
+        cut at the last token border that does not cut a character.
+        """
+        size = len(self._window)
+        if size - self._num_read <= _MAX_CHARACTER_TOKENS:
+            return self._num_read
+        for cut in range(size - 1, size - _MAX_CHARACTER_TOKENS, -1):
+            if self._text(self._window[:cut]) + self._text(self._window[cut:]) == text:
+                return cut
+        return self._num_read
+
+    def _release(self, new_text: str) -> tuple[str, str | None]:
+        """Second stage: split held-back and new text into what is safe and what is not."""
+        text = self._held_back + new_text
+        if not self._params.stop or self.num_tokens < self._params.min_tokens:
+            return text, None
+        found = [
+            (at, -len(stop), stop) for stop in self._params.stop if (at := text.find(stop)) >= 0
+        ]
+        if found:
+            at, _, stop = min(found)
+            self._held_back = ""
+            return text[:at], stop
+        # Text sent before could not begin a stop string, so any match to come begins in
+        # this tail or behind it.
+        safe = len(text) - max(_overlap(text, stop) for stop in self._params.stop)
+        self._held_back = text[safe:]
+        return text[:safe], None
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that begins ``stop`` without completing it."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

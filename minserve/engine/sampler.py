@@ -1,0 +1,410 @@
+"""From logits to tokens: penalties, temperature, truncation, one seeded draw per token.
+
+Knows sequences and logits, nothing of blocks, batches or text. Randomness is counter
+based: the draw for a token is a pure function of (seed, output index, position), so a
+seeded output depends neither on its neighbours in the batch nor on preemptions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minserve.errors import GenerationError
+from minserve.outputs import TokenLogprob
+from minserve.request import Sequence
+
+_MASK64 = 2**64 - 1
+_PHILOX_MULTIPLIER = 0xD2B74407B1CE6E93
+_PHILOX_WEYL = 0x9E3779B97F4A7C15
+_PHILOX_ROUNDS = 10
+
+_FLOAT_MAX = torch.finfo(torch.float32).max
+_FLOAT_TINY = torch.finfo(torch.float32).tiny
+_INVALID = -1  # in place of a token id: this row has no distribution to choose from
+
+# The nucleus is looked for among this many most likely tokens first: most are smaller,
+# and sorting the whole vocabulary costs ten times as much.
+_NUCLEUS_WIDTH = 1024
+# Tokens per chunk of the two-level inverse CDF.
+_CHUNK = 256
+
+
+class SampledToken(NamedTuple):
+    """A chosen token, with its log probability where the request asked for it."""
+
+    token_id: int
+    logprob: TokenLogprob | None
+
+
+def philox(counter: tuple[int, int], key: int) -> tuple[int, int]:
+    """Philox2x64-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+
+    Args:
+        counter: two unsigned 64-bit words.
+        key: one unsigned 64-bit word.
+
+    Returns:
+        two independent uniform 64-bit words.
+    """
+    low, high = counter
+    for _ in range(_PHILOX_ROUNDS):
+        product = _PHILOX_MULTIPLIER * low
+        low, high = (product >> 64) ^ key ^ high, product & _MASK64
+        key = (key + _PHILOX_WEYL) & _MASK64
+    return low, high
+
+
+def uniform(seed: int, index: int, position: int, stream: int = 0) -> float:
+    """A uniform number in [0, 1) with 53 random bits; the same arguments give the same number.
+
+    Args:
+        seed: any 64-bit integer, signed or not.
+        index: which output of the request, below 2**32.
+        position: which output token.
+        stream: which draw for that token, below 2**32; 0 chooses the token itself.
+    """
+    word, _ = philox((position, stream << 32 | index), seed & _MASK64)
+    return (word >> 11) * 2.0**-53
+
+
+class Sampler:
+    """Chooses the next token of every sequence in a batch. Keeps no state.
+
+    Order per row: raw log probabilities, penalties, ``min_tokens``, then argmax, or
+    temperature, ``min_p``, ``top_k``, ``top_p`` and the draw. A row that needs none of
+    this costs one argmax, whatever the other rows ask for.
+    """
+
+    @torch.inference_mode()
+    def sample(self, logits: Tensor, seqs: list[Sequence]) -> list[SampledToken | GenerationError]:
+        """Choose one token per row.
+
+        Args:
+            logits: ``[len(seqs), vocab]``, any float dtype, any device; not changed.
+            seqs: whose next tokens they are; their ``num_output_tokens`` is the position
+                of the draw.
+
+        Returns:
+            per row, the token, or the error where the row's logits contain NaN or leave
+            no token possible. An error never affects the other rows.
+        """
+        if not seqs:
+            return []
+        special = [row for row, seq in enumerate(seqs) if not _is_plain(seq)]
+        if len(special) == len(seqs):
+            chosen = self._choose(logits.float(), seqs)
+        else:
+            chosen = _argmax(logits)
+            if special:
+                rows = _index(special, logits)
+                chosen[rows] = self._choose(logits[rows].float(), [seqs[row] for row in special])
+        token_ids = chosen.tolist()
+        logprobs = self._logprobs(logits, token_ids, seqs)
+        return [
+            SampledToken(token_id, logprobs.get(row)) if token_id != _INVALID else _no_token(seq)
+            for row, (token_id, seq) in enumerate(zip(token_ids, seqs, strict=True))
+        ]
+
+    @torch.inference_mode()
+    def prompt_logprobs(
+        self, logits: Tensor, token_ids: SequenceOf[int], num_top: int
+    ) -> list[TokenLogprob]:
+        """Log probabilities of prompt tokens under the raw distribution.
+
+        Args:
+            logits: ``[len(token_ids), vocab]``, row ``i`` predicting ``token_ids[i]``.
+            num_top: how many of the most likely tokens to report besides.
+
+        Raises:
+            GenerationError: where the logits contain NaN.
+        """
+        if not len(token_ids):
+            return []
+        if bool(logits.isnan().any()):
+            raise GenerationError("the model's logits for the prompt contain NaN")
+        return _token_logprobs(logits, list(token_ids), [num_top] * len(token_ids))
+
+    def _choose(self, logits: Tensor, seqs: list[Sequence]) -> Tensor:
+        """Token ids ``[rows]`` for float32 logits ``[rows, vocab]`` of rows that are not plain."""
+        logits = _penalize(logits, seqs)
+        logits = _mask_early_stops(logits, seqs)
+        drawn = [row for row, seq in enumerate(seqs) if not seq.request.params.greedy]
+        if len(drawn) == len(seqs):
+            return _draw(logits, seqs)
+        chosen = _argmax(logits)
+        if drawn:
+            rows = _index(drawn, logits)
+            chosen[rows] = _draw(logits[rows], [seqs[row] for row in drawn])
+        return chosen
+
+    def _logprobs(
+        self, logits: Tensor, token_ids: list[int], seqs: list[Sequence]
+    ) -> dict[int, TokenLogprob]:
+        """By row, the log probability of the chosen token where it was asked for."""
+        rows = [
+            row
+            for row, seq in enumerate(seqs)
+            if seq.request.params.logprobs is not None and token_ids[row] != _INVALID
+        ]
+        if not rows:
+            return {}
+        asked = _token_logprobs(
+            logits[_index(rows, logits)],
+            [token_ids[row] for row in rows],
+            [seqs[row].request.params.logprobs or 0 for row in rows],
+        )
+        return dict(zip(rows, asked, strict=True))
+
+
+def _is_plain(seq: Sequence) -> bool:
+    """True where the raw logits' argmax is the answer."""
+    params = seq.request.params
+    return params.greedy and not params.has_penalties and not _must_go_on(seq)
+
+
+def _must_go_on(seq: Sequence) -> bool:
+    """True where the tokens that end the output are not allowed yet."""
+    return seq.num_output_tokens < seq.request.params.min_tokens
+
+
+def _no_token(seq: Sequence) -> GenerationError:
+    return GenerationError(
+        f"the model's logits for {seq.seq_id} at output token {seq.num_output_tokens} contain "
+        "NaN or allow no token"
+    )
+
+
+def _index(rows: SequenceOf[int], like: Tensor) -> Tensor:
+    return torch.tensor(rows, dtype=torch.long, device=like.device)
+
+
+def _column(values: list[float], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """One number per row, ``[rows, 1]``."""
+    return torch.tensor(values, dtype=dtype, device=like.device).unsqueeze(1)
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    """The lowest id of the most likely token, ``[rows]``; `_INVALID` for a row without one."""
+    ids = logits.argmax(dim=-1)
+    # argmax takes NaN for the largest number, so the value found tells of any NaN.
+    best = logits.gather(-1, ids.unsqueeze(1)).squeeze(1)
+    return torch.where(best > -math.inf, ids, _INVALID)
+
+
+def _penalize(logits: Tensor, seqs: list[Sequence]) -> Tensor:
+    """Repetition, then frequency and presence penalties, at the few tokens that have any."""
+    repeated = [
+        (row, token, p.repetition_penalty)
+        for row, seq in enumerate(seqs)
+        if (p := seq.request.params).repetition_penalty != 1.0
+        for token in set(seq.token_ids)
+    ]
+    if repeated:
+        cells, factor = _cells(repeated, logits)
+        x = logits[cells]
+        logits = logits.index_put(cells, torch.where(x > 0, x / factor, x * factor))
+    generated = [
+        (row, token, p.frequency_penalty * count + p.presence_penalty)
+        for row, seq in enumerate(seqs)
+        if (p := seq.request.params).frequency_penalty != 0.0 or p.presence_penalty != 0.0
+        for token, count in Counter(seq.output_token_ids).items()
+    ]
+    if generated:
+        cells, amount = _cells(generated, logits)
+        logits = logits.index_put(cells, logits[cells] - amount)
+    return logits
+
+
+def _mask_early_stops(logits: Tensor, seqs: list[Sequence]) -> Tensor:
+    """Forbid the tokens that end an output while it is shorter than ``min_tokens``."""
+    forbidden = [
+        (row, token, -math.inf)
+        for row, seq in enumerate(seqs)
+        if _must_go_on(seq)
+        for token in seq.request.stop_token_ids
+        if token < logits.shape[1]
+    ]
+    return logits.index_put(*_cells(forbidden, logits)) if forbidden else logits
+
+
+def _cells(
+    entries: list[tuple[int, int, float]], like: Tensor
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """(row, token, value) triples as an index into ``[rows, vocab]`` and the values there."""
+    rows, tokens, values = zip(*entries, strict=True)
+    return (_index(rows, like), _index(tokens, like)), _column(values, like).squeeze(1)
+
+
+def _draw(logits: Tensor, seqs: list[Sequence]) -> Tensor:
+    """One token id per row, ``[rows]``, sampled by inverse CDF; `_INVALID` where none can be.
+
+    Args:
+        logits: float32 ``[rows, vocab]`` after penalties and masks.
+    """
+    params = [seq.request.params for seq in seqs]
+    # Finite, and with the largest at 0 before the division, so that nothing overflows
+    # however large the logits or small the temperature.
+    x = logits.clamp(max=_FLOAT_MAX)
+    best = x.amax(dim=-1, keepdim=True)
+    x.sub_(best).div_(_column([max(p.temperature, _FLOAT_TINY) for p in params], x))
+    weights = _truncate(_padded_exp(x), seqs, logits.shape[1])
+    draws = [uniform(s.request.seed, s.index, s.num_output_tokens) for s in seqs]
+    ids = _inverse_cdf(weights, _column(draws, x, torch.float64))
+    return torch.where(best.squeeze(1) > -math.inf, ids, _INVALID)
+
+
+def _padded_exp(x: Tensor) -> Tensor:
+    """``exp(x)``, filled up with zeros to whole chunks of the vocabulary."""
+    rows, vocab = x.shape
+    weights = x.new_zeros(rows, -(-vocab // _CHUNK) * _CHUNK)
+    torch.exp(x, out=weights[:, :vocab])
+    return weights
+
+
+def _truncate(weights: Tensor, seqs: list[Sequence], vocab: int) -> Tensor:
+    """Set to 0 what min_p, then top_k, then top_p leave out.
+
+    Each of them sees what the one before it left, as in vLLM and transformers. Only the
+    rows that ask for a truncation pay for it.
+
+    Args:
+        weights: ``[rows, >= vocab]``, probabilities over the largest one of their row
+            (which is thus 1); changed in place.
+    """
+    params = [seq.request.params for seq in seqs]
+    if any(p.min_p > 0.0 for p in params):
+        weights.masked_fill_(weights < _column([p.min_p for p in params], weights), 0.0)
+    rows = [row for row, p in enumerate(params) if 0 < p.top_k < vocab]
+    weights = _replace_rows(weights, rows, _keep_top_k, [params[row].top_k for row in rows])
+    rows = [row for row, p in enumerate(params) if p.top_p < 1.0]
+    return _replace_rows(weights, rows, _keep_top_p, [params[row].top_p for row in rows])
+
+
+def _replace_rows(
+    x: Tensor, rows: list[int], keep: Callable[[Tensor, list], Tensor], values: list
+) -> Tensor:
+    """``x`` with ``keep(x[rows], values)`` in place of ``x[rows]``; changes ``x``."""
+    if not rows:
+        return x
+    if len(rows) == len(x):
+        return keep(x, values)
+    index = _index(rows, x)
+    return x.index_copy_(0, index, keep(x[index], values))
+
+
+def _keep_top_k(weights: Tensor, top_k: list[int]) -> Tensor:
+    """Keep what is at least as likely as the k-th token (ties are kept, as in transformers)."""
+    best = weights.topk(max(top_k), dim=-1).values
+    kth = best.gather(-1, _index(top_k, weights).unsqueeze(1) - 1)
+    return weights.masked_fill_(weights < kth, 0.0)
+
+
+def _keep_top_p(weights: Tensor, top_p: list[float]) -> Tensor:
+    """Keep the smallest set of most likely tokens with at least ``top_p`` of the mass.
+
+    Nucleus sampling of Holtzman et al. (2020). Among equally likely tokens at the border
+    those with lower ids are kept, which makes the set independent of any sorting order.
+    """
+    wanted = _chunk_sums(weights).sum(-1, keepdim=True)
+    wanted *= _column(top_p, weights, torch.float64)
+    width = min(_NUCLEUS_WIDTH, weights.shape[1])
+    while True:
+        best = weights.topk(width, dim=-1).values
+        mass = best.cumsum(-1, dtype=torch.float64)
+        # A NaN row (an error of its own) compares false and does not widen the search.
+        if width == weights.shape[1] or not bool((mass[:, -1:] < wanted).any()):
+            break
+        width = min(8 * width, weights.shape[1])
+    last = (mass < wanted).sum(-1, keepdim=True).clamp_(max=width - 1)
+    border = best.gather(-1, last)
+    num_surplus = (weights >= border).sum(-1, keepdim=True) - (last + 1)
+    if bool((num_surplus > 0).any()):
+        tied = weights == border
+        num_kept = tied.sum(-1, keepdim=True) - num_surplus
+        weights.masked_fill_(tied & (tied.cumsum(-1) > num_kept), 0.0)
+    return weights.masked_fill_(weights < border, 0.0)
+
+
+def _chunk_sums(weights: Tensor) -> Tensor:
+    """Float64 ``[rows, chunks]``: the sum of each chunk of the vocabulary.
+
+    The few numbers of one chunk are summed in float32, whose error is that of ``exp``.
+    """
+    return weights.view(len(weights), -1, _CHUNK).sum(-1).double()
+
+
+def _inverse_cdf(weights: Tensor, draws: Tensor) -> Tensor:
+    """The token at which the cumulated probability, in order of ids, exceeds the draw.
+
+    Two levels, chunks of the vocabulary and then tokens of one chunk, so that the
+    sequential float64 sum runs over a few hundred numbers instead of the whole vocabulary.
+
+    Args:
+        weights: float32 ``[rows, chunks * _CHUNK]``, not normalized; a row is NaN
+            throughout or has a positive weight.
+        draws: float64 ``[rows, 1]`` in [0, 1).
+
+    Returns:
+        ids ``[rows]``, never of a token with weight 0 (of any token in a NaN row).
+    """
+    sums = _chunk_sums(weights)
+    targets = draws * sums.sum(-1, keepdim=True)
+    chunk, before = _first_above(sums, targets)
+    chunks = weights.view(len(weights), -1, _CHUNK)
+    inner = chunks.gather(1, chunk.unsqueeze(2).expand(-1, -1, _CHUNK)).squeeze(1).double()
+    token, _ = _first_above(inner, targets - before)
+    return (chunk * _CHUNK + token).squeeze(1)
+
+
+def _first_above(weights: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the running sum of ``weights`` first exceeds ``targets``, among positive weights.
+
+    Round-off can push a target out of the range of sums, and a parallel scan need not be
+    monotone to the last bit: the target is clamped and weights of 0 are left out.
+
+    Args:
+        weights: float64 ``[rows, n]``, at least one of each row positive.
+        targets: float64 ``[rows, 1]``.
+
+    Returns:
+        the indices and the sums of all weights before them, both ``[rows, 1]``.
+    """
+    cdf = weights.cumsum(-1)
+    reached = cdf.masked_fill(weights <= 0.0, 0.0)
+    top = reached.amax(-1, keepdim=True)
+    targets = targets.clamp(min=0.0).minimum(torch.nextafter(top, torch.zeros_like(top)))
+    index = (reached > targets).to(torch.uint8).argmax(-1, keepdim=True)
+    return index, (cdf - weights).gather(-1, index)
+
+
+def _token_logprobs(logits: Tensor, token_ids: list[int], num_top: list[int]) -> list[TokenLogprob]:
+    """Log probabilities of given tokens and of the ``num_top[row]`` most likely ones.
+
+    Args:
+        logits: raw, ``[len(token_ids), vocab]``, free of NaN.
+    """
+    logprobs = logits.float().clamp(max=_FLOAT_MAX).log_softmax(-1)
+    own = logprobs.gather(-1, _index(token_ids, logits).unsqueeze(1))
+    ranks = (logprobs > own).sum(-1).add_(1).tolist()
+    width = min(max(num_top), logits.shape[1])
+    best = logprobs.topk(width, dim=-1)
+    table = zip(
+        token_ids,
+        own.squeeze(1).tolist(),
+        ranks,
+        num_top,
+        best.indices.tolist(),
+        best.values.tolist(),
+        strict=True,
+    )
+    return [
+        TokenLogprob(token, logprob, rank, tuple(zip(ids[:top], values[:top], strict=True)))
+        for token, logprob, rank, top, ids, values in table
+    ]
