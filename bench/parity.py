@@ -27,8 +27,9 @@ from minserve.engine.runner import ModelRunner
 from minserve.kernels.attention import AttentionMetadata, make_attention_backend
 from minserve.models.base import CausalLM
 from minserve.models.layers import Placement
-from minserve.models.loader import find_model, load_config, open_checkpoint
+from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
+from minserve.models.source import find_model, load_config
 from minserve.planner.policies import make_planner
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams

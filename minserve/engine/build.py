@@ -20,8 +20,9 @@ from minserve.engine.tokenizer import Tokenizer
 from minserve.errors import ConfigError
 from minserve.kernels.attention import make_attention_backend
 from minserve.models.layers import Placement
-from minserve.models.loader import ModelSource, find_model, load_config, open_checkpoint
+from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
+from minserve.models.source import ModelSource, find_model, load_config
 from minserve.planner.policies import make_planner
 
 log = logging.getLogger(__name__)

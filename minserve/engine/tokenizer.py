@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
     from tokenizers.pre_tokenizers import PreTokenizer
 
-    from minserve.models.loader import GGUFFile, ModelSource
+    from minserve.models.gguf_file import GGUFFile
+    from minserve.models.source import ModelSource
 
 # How Llama 3 cuts text before merging, as published in its tokenizer.json.
 _LLAMA3_PATTERN = (
@@ -87,7 +88,7 @@ class Tokenizer:
         Raises:
             ModelLoadError: where there is no tokenizer, or it cannot be read.
         """
-        from minserve.models.loader import GGUFFile
+        from minserve.models.gguf_file import GGUFFile
 
         gguf = GGUFFile(source.gguf_file) if source.gguf_file is not None else None
         eos = _eos_of_gguf(gguf) if gguf else _eos_of_folder(source.config_dir)
@@ -209,7 +210,7 @@ def _eos_of_gguf(gguf: GGUFFile) -> set[int]:
 
 def _eos_of_folder(folder: Path) -> set[int]:
     """The ids in generation_config.json and config.json, each an int or a list."""
-    from minserve.models.loader import read_json
+    from minserve.models.source import read_json
 
     ids: set[int] = set()
     for file in (folder / "generation_config.json", folder / "config.json"):

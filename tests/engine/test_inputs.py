@@ -9,7 +9,7 @@ import pytest
 from minserve.engine.inputs import PromptProcessor
 from minserve.engine.tokenizer import Tokenizer
 from minserve.errors import InvalidRequestError, RequestTooLongError
-from minserve.models.loader import find_model
+from minserve.models.source import find_model
 
 MAX_LEN = 64
 CHAT = [{"role": "user", "content": "Hi"}]

@@ -12,7 +12,7 @@ import pytest
 
 from minserve.engine.tokenizer import Tokenizer
 from minserve.errors import InvalidRequestError, ModelLoadError, UnsupportedModelError
-from minserve.models.loader import find_model
+from minserve.models.source import find_model
 
 TEXTS = [
     "Hello world",

