@@ -23,7 +23,14 @@ _HOMES = {
     "CompletionOutput": "minserve.outputs",
     "OutputDelta": "minserve.outputs",
 }
-__all__ = ["AsyncEngine", "CompletionOutput", "Engine", "OutputDelta", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "AsyncEngine",
+    "CompletionOutput",
+    "Engine",
+    "OutputDelta",
+    "RequestOutput",
+    "SamplingParams",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,7 +19,7 @@ from gguf.quants import quantize
 from safetensors.torch import load_file, save_file
 
 from minserve.errors import ModelLoadError, UnsupportedModelError
-from minserve.models import loader
+from minserve.models import loader, source
 from minserve.models.gguf_file import GGUFFile
 from minserve.models.loader import open_checkpoint
 from minserve.models.source import ModelSource, find_model, load_config
