@@ -1,0 +1,8 @@
+"""``python -m minserve`` is ``minserve``."""
+
+import sys
+
+from minserve.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""The aiohttp application: routes, and what every request passes through.
+
+Knows the engine by its public face alone: ``submit``, the handles it returns, and the
+tokenizer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from minserve.config import ServerConfig
+from minserve.errors import EngineStoppedError, InvalidRequestError
+from minserve.server.body import read_object
+from minserve.server.errors import HttpError, error_response, to_http_error, unavailable
+from minserve.server.generation import streamed_response, whole_response
+from minserve.server.protocol import (
+    GenerationCall,
+    TokenizeCall,
+    parse_chat,
+    parse_completion,
+    parse_detokenize,
+    parse_tokenize,
+    refuse_slo_headers,
+)
+from minserve.server.responses import Reply
+from minserve.server.sse import dump_json
+
+if TYPE_CHECKING:
+    from minserve.engine.engine import AsyncEngine
+    from minserve.engine.tokenizer import Tokenizer
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+# How long connections may take to send their last bytes once the engine has stopped.
+FLUSH_TIMEOUT_S = 5.0
+OPEN_PATHS = ("/health",)
+
+
+class Server:
+    """The handlers, and the little state that they share.
+
+    Args:
+        config: the server's settings.
+        engine: a started engine; ``None`` while it is still loading, and set later.
+    """
+
+    def __init__(self, config: ServerConfig, engine: AsyncEngine | None = None) -> None:
+        self.config = config
+        self.engine = engine
+        self.draining = False
+        self._created = int(time.time())
+
+    def create_app(self) -> web.Application:
+        """The application with all routes."""
+        app = web.Application(
+            middlewares=[_answer_errors, self._check_key],
+            client_max_size=int(self.config.max_body_mib * 2**20),
+        )
+        app.add_routes(
+            [
+                web.get("/health", self.health),
+                web.get("/v1/models", self.list_models),
+                web.get("/v1/models/{model:.+}", self.get_model),
+                web.post("/v1/completions", self.completions),
+                web.post("/v1/chat/completions", self.chat_completions),
+                web.post("/tokenize", self.tokenize),
+                web.post("/detokenize", self.detokenize),
+            ]
+        )
+        return app
+
+    def create_runner(self) -> web.AppRunner:
+        """A runner with the connection settings that the handlers count on."""
+        return web.AppRunner(
+            self.create_app(),
+            # A client that leaves cancels its handler, whose finally frees the KV.
+            handler_cancellation=True,
+            # Compressed bodies are refused, so none may be unpacked before that.
+            auto_decompress=False,
+            access_log=None,
+            shutdown_timeout=FLUSH_TIMEOUT_S,
+        )
+
+    # --- endpoints ---
+
+    async def health(self, request: web.Request) -> web.Response:
+        """200 while requests are served, 503 otherwise."""
+        if not self._ready_engine().is_healthy:
+            raise unavailable("the engine has stopped working")
+        return _json({"status": "ok"})
+
+    async def list_models(self, request: web.Request) -> web.Response:
+        """The one model, as a list."""
+        return _json({"object": "list", "data": [self._model_card()]})
+
+    async def get_model(self, request: web.Request) -> web.Response:
+        """The one model, by name."""
+        self._check_model(request.match_info["model"])
+        return _json(self._model_card())
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        """POST /v1/completions."""
+        return await self._generate(request, parse_completion)
+
+    async def chat_completions(self, request: web.Request) -> web.StreamResponse:
+        """POST /v1/chat/completions."""
+        return await self._generate(request, parse_chat)
+
+    async def tokenize(self, request: web.Request) -> web.Response:
+        """POST /tokenize: text or messages to token ids."""
+        call = parse_tokenize(await read_object(request))
+        engine = self._loaded_engine()
+        self._check_model(call.model)
+        tokenizer = _require_tokenizer(engine)
+        if call.messages is not None:
+            _require_chat_template(engine)
+        # In a thread: a body of megabytes takes a second or so, which nobody else waits for.
+        tokens = await asyncio.to_thread(_tokenize, tokenizer, call)
+        return _json(
+            {"tokens": tokens, "count": len(tokens), "max_model_len": engine.max_model_len}
+        )
+
+    async def detokenize(self, request: web.Request) -> web.Response:
+        """POST /detokenize: token ids to text, special tokens included."""
+        model, tokens = parse_detokenize(await read_object(request))
+        engine = self._loaded_engine()
+        self._check_model(model)
+        for token in tokens:
+            if token >= engine.vocab_size:
+                raise InvalidRequestError(
+                    f"tokens: {token} is outside the vocabulary of {engine.vocab_size}", "tokens"
+                )
+        decode = _require_tokenizer(engine).decode
+        text = await asyncio.to_thread(decode, tokens, skip_special_tokens=False)
+        return _json({"prompt": text})
+
+    # --- what they share ---
+
+    async def _generate(
+        self, request: web.Request, parse: Callable[[dict[str, Any]], GenerationCall]
+    ) -> web.StreamResponse:
+        refuse_slo_headers(request.headers)
+        call = parse(await read_object(request))
+        engine = self._ready_engine()
+        self._check_model(call.model)
+        if call.chat:
+            _require_chat_template(engine)
+        handles = engine.submit(
+            call.prompts, call.params, priority=call.priority, cache_salt=call.cache_salt
+        )
+        try:
+            reply = Reply(call, handles, self._model_name, engine.tokenizer)
+            if call.stream:
+                return await streamed_response(request, call, reply, handles)
+            return await whole_response(reply, handles)
+        finally:
+            for handle in handles:
+                handle.abort()
+
+    @property
+    def _model_name(self) -> str:
+        return self.config.served_model_name or self._loaded_engine().model_name
+
+    def _loaded_engine(self) -> AsyncEngine:
+        if self.engine is None:
+            raise unavailable("the model is still loading")
+        return self.engine
+
+    def _ready_engine(self) -> AsyncEngine:
+        if self.draining:
+            raise EngineStoppedError("the server is shutting down")
+        return self._loaded_engine()
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name != self._model_name:
+            raise HttpError(
+                404,
+                f"the model {name!r} is not served here; this server has {self._model_name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def _model_card(self) -> dict[str, Any]:
+        engine = self._loaded_engine()
+        return {
+            "id": self._model_name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "minserve",
+            "root": engine.config.model,
+            "max_model_len": engine.max_model_len,
+        }
+
+    @web.middleware
+    async def _check_key(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if self.config.api_key is not None and request.path not in OPEN_PATHS:
+            given = request.headers.get("Authorization", "")
+            expected = f"Bearer {self.config.api_key}"
+            # compare_digest takes as long for a near miss as for a far one.
+            if not hmac.compare_digest(
+                given.encode("utf-8", "surrogateescape"), expected.encode("utf-8")
+            ):
+                raise HttpError(
+                    401,
+                    "missing or wrong API key; send 'Authorization: Bearer KEY'",
+                    kind="authentication_error",
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+        return await handler(request)
+
+
+@web.middleware
+async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Every failure becomes OpenAI's JSON error; the outermost layer."""
+    try:
+        return await handler(request)
+    except ConnectionError:
+        raise  # the client has gone; there is nobody to answer
+    except Exception as error:
+        return error_response(to_http_error(error))
+
+
+def _require_tokenizer(engine: AsyncEngine) -> Tokenizer:
+    if engine.tokenizer is None:
+        raise InvalidRequestError("this model has no tokenizer; send token ids")
+    return engine.tokenizer
+
+
+def _require_chat_template(engine: AsyncEngine) -> None:
+    if engine.tokenizer is None or not engine.tokenizer.has_chat_template:
+        raise InvalidRequestError(
+            "this model has no chat template; use /v1/completions", "messages"
+        )
+
+
+def _tokenize(tokenizer: Tokenizer, call: TokenizeCall) -> list[int]:
+    text = call.prompt if call.messages is None else tokenizer.render_chat(call.messages)
+    return list(tokenizer.encode(text, add_special_tokens=call.add_special_tokens))
+
+
+def _json(value: Any) -> web.Response:
+    return web.Response(body=dump_json(value), content_type="application/json")

@@ -1,0 +1,114 @@
+"""The one place that turns exceptions into HTTP statuses and OpenAI's error bodies."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from aiohttp import web
+
+from minserve.errors import (
+    EngineStoppedError,
+    GenerationError,
+    InvalidRequestError,
+    QueueFullError,
+    RequestTooLongError,
+)
+from minserve.server.sse import dump_json
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER = {"Retry-After": "1"}
+MAX_MESSAGE_CHARS = 1000
+
+
+class HttpError(Exception):
+    """A refusal that belongs to HTTP alone (keys, paths, sizes), not to the engine."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.kind = kind
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+
+def to_http_error(error: Exception) -> HttpError:
+    """Say which status and error body an exception stands for.
+
+    An exception that nobody raised on purpose is logged with its traceback and
+    becomes a 500 that tells the client nothing of the inside.
+    """
+    # A message may repeat a value from the request; what it repeats stays short.
+    text = str(error)[:MAX_MESSAGE_CHARS]
+    match error:
+        case HttpError():
+            return error
+        case RequestTooLongError():
+            return HttpError(400, text, param=error.param, code="context_length_exceeded")
+        case InvalidRequestError():
+            return HttpError(400, text, param=error.param)
+        case QueueFullError():
+            return HttpError(
+                429, text, kind="rate_limit_error", code="queue_full", headers=RETRY_AFTER
+            )
+        case EngineStoppedError():
+            return unavailable(text)
+        case GenerationError():
+            logger.error("generation failed: %s", text, exc_info=error)
+            return HttpError(500, text, kind="server_error", code="generation_failed")
+        case web.HTTPException():
+            return _from_aiohttp(error)
+    logger.error("unexpected error", exc_info=error)
+    return HttpError(500, "internal server error", kind="server_error")
+
+
+def unavailable(message: str) -> HttpError:
+    """A 503: starting, draining or dead."""
+    return HttpError(503, message, kind="service_unavailable_error", headers=RETRY_AFTER)
+
+
+def error_body(error: HttpError) -> dict[str, Any]:
+    """OpenAI's error object."""
+    return {
+        "error": {
+            "message": error.message,
+            "type": error.kind,
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+
+
+def error_response(error: HttpError) -> web.Response:
+    """The complete HTTP answer for an error."""
+    return web.Response(
+        status=error.status,
+        body=dump_json(error_body(error)),
+        content_type="application/json",
+        headers=error.headers,
+    )
+
+
+def _from_aiohttp(error: web.HTTPException) -> HttpError:
+    message = {
+        404: "no such path; see GET /v1/models and POST /v1/chat/completions",
+        405: "this path does not take that method",
+        413: "the request body is too large",
+    }.get(error.status, HTTPStatus(error.status).phrase)
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
+    return HttpError(error.status, message, kind=kind, headers=headers)

@@ -1,0 +1,184 @@
+"""A server process from its socket to its exit code.
+
+The socket is bound before the model loads, so that a busy port costs a second and not
+a minute. While the model loads, every answer is 503. The first SIGTERM or SIGINT stops
+admission, lets running requests finish within a time, and fails the rest; a second one
+ends the process at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import shlex
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from aiohttp import web
+
+from minserve.config import ServerConfig
+from minserve.errors import ConfigError
+from minserve.server.app import Server
+
+if TYPE_CHECKING:
+    from minserve.engine.engine import AsyncEngine
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+BACKLOG = 1024
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class LoadInterrupted(Exception):
+    """A signal came while the model was loading, in a thread that cannot be stopped."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+
+
+def bind_socket(host: str, port: int) -> socket.socket:
+    """Listen on an address.
+
+    Args:
+        port: 0 takes a free one.
+
+    Raises:
+        ConfigError: where the address is taken, unknown or not allowed.
+    """
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, proto)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        # Two sockets may bind one port until one of them listens; so listen at once.
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    sock.setblocking(False)
+    return sock
+
+
+async def serve(
+    sock: socket.socket,
+    config: ServerConfig,
+    load_engine: Callable[[], AsyncEngine],
+    announce: Callable[[AsyncEngine, str], None],
+) -> int:
+    """Serve until a signal comes.
+
+    Args:
+        sock: a listening socket; closed at the end.
+        load_engine: makes the engine; blocks, and runs in a thread of its own.
+        announce: called with the engine and the model's name once requests are served.
+
+    Returns:
+        The number of the signal that ended it.
+
+    Raises:
+        MinserveError: where the model cannot be loaded.
+        LoadInterrupted: where a signal came before the model was loaded.
+    """
+    server = Server(config)
+    runner = server.create_runner()
+    await runner.setup()
+    ended = _first_signal()
+    try:
+        await web.SockSite(runner, sock, backlog=BACKLOG).start()
+        loading = _in_thread(load_engine)
+        await asyncio.wait({loading, ended}, return_when=asyncio.FIRST_COMPLETED)
+        if ended.done():
+            raise LoadInterrupted(ended.result())
+        engine = loading.result()
+        await engine.start()
+        try:
+            server.engine = engine
+            announce(engine, config.served_model_name or engine.model_name)
+            await ended
+            server.draining = True
+            logger.info(
+                "shutting down: %d unfinished, at most %g s more",
+                engine.num_unfinished,
+                config.shutdown_timeout_s,
+            )
+        finally:
+            await engine.stop(config.shutdown_timeout_s)
+        return ended.result()
+    finally:
+        await runner.cleanup()
+
+
+def ready_message(url: str, model: str, *, chat: bool, needs_key: bool) -> str:
+    """What the console says when requests are served: the URL, and a command to try."""
+    body: dict[str, object] = {"model": model}
+    if chat:
+        body["messages"] = [{"role": "user", "content": "Name three colours."}]
+    else:
+        body["prompt"] = "The capital of France is"
+    body["max_tokens"] = 64 if chat else 16
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    key = ' -H "Authorization: Bearer $MINSERVE_API_KEY"' if needs_key else ""
+    return (
+        f"minserve serves {model} on {url}\n"
+        f"Try: curl {url}{path}{key} -H 'Content-Type: application/json' "
+        f"-d {shlex.quote(json.dumps(body))}"
+    )
+
+
+def reachable_url(sock: socket.socket) -> str:
+    """The URL under which this machine reaches a listening socket."""
+    host, port = sock.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1" if host == "0.0.0.0" else "::1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _first_signal() -> asyncio.Future[int]:
+    """A future of the first signal; the second finds the default action restored."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[int] = loop.create_future()
+
+    def on_signal(number: int) -> None:
+        for one in SIGNALS:
+            loop.remove_signal_handler(one)
+            signal.signal(one, signal.SIG_DFL)
+        ended.set_result(number)
+
+    for one in SIGNALS:
+        loop.add_signal_handler(one, on_signal, int(one))
+    return ended
+
+
+def _in_thread(function: Callable[[], T]) -> asyncio.Future[T]:
+    """Run a blocking function in a daemon thread, so that a signal need not wait for it."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if future.cancelled():
+            return
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+
+    def run() -> None:
+        try:
+            outcome = (function(), None)
+        except BaseException as error:
+            outcome = (None, error)
+        loop.call_soon_threadsafe(settle, *outcome)
+
+    threading.Thread(target=run, name="load-model", daemon=True).start()
+    return future

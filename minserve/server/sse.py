@@ -1,0 +1,65 @@
+"""Server-sent events: JSON out, one ``data:`` line per event, nothing else on the wire."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from aiohttp import web
+
+_HEADERS = {
+    "Content-Type": "text/event-stream",
+    "Cache-Control": "no-cache",
+    # Reverse proxies that buffer would turn a stream of tokens into one late block.
+    "X-Accel-Buffering": "no",
+}
+_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def dump_json(value: Any) -> bytes:
+    """Compact UTF-8 JSON.
+
+    Raises:
+        ValueError: for NaN or infinity, which JSON cannot carry.
+    """
+    # Model text is valid Unicode; "replace" only guards against a lone surrogate in a
+    # header or path that an error message repeats.
+    return _encoder.encode(value).encode("utf-8", "replace")
+
+
+class EventStream:
+    """One streamed response. The headers go out with the first event, so that a failure
+    before it can still be answered with a proper status.
+    """
+
+    def __init__(self, request: web.Request) -> None:
+        self._request = request
+        self.response = web.StreamResponse(headers=_HEADERS)
+
+    @property
+    def started(self) -> bool:
+        """True once the status line can no longer be changed."""
+        return self.response.prepared
+
+    async def send(self, event: Any) -> None:
+        """Write one event; waits where the client reads slowly.
+
+        Raises:
+            ConnectionResetError: where the client has gone.
+        """
+        await self._write(dump_json(event))
+
+    async def done(self) -> None:
+        """Write the marker of a complete stream and end the response."""
+        await self._write(b"[DONE]")
+        await self.response.write_eof()
+
+    async def fail(self, event: Any) -> None:
+        """Write an error event and end the response without the marker."""
+        await self._write(dump_json(event))
+        await self.response.write_eof()
+
+    async def _write(self, payload: bytes) -> None:
+        if not self.response.prepared:
+            await self.response.prepare(self._request)
+        await self.response.write(b"data: " + payload + b"\n\n")

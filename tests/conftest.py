@@ -1,0 +1,102 @@
+"""Tiny models with random weights, built once per session: real files, no downloads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+EOS_TOKEN = "</s>"
+SPECIAL_TOKENS = ["<unk>", "<s>", EOS_TOKEN, "<|im_start|>", "<|im_end|>"]
+TOKENIZER_SIZE = 500  # at most; the text below gives fewer merges
+MODEL_VOCAB_SIZE = 512  # wider than the tokenizer, as padded real models are
+MAX_POSITIONS = 512
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TRAINING_TEXT = [
+    "The quick brown fox jumps over the lazy dog while the rain in Spain stays mainly in the plain.",
+    "A server answers requests; a planner decides which tokens of which request run next.",
+    "Grüße aus Köln: naïve café, 東京の天気, Привет мир, ¿qué tal? 🙂 and 1 234 567.89 others.",
+    "def add(a, b):\n    return a + b\n\nprint(add(1, 2))\n",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer Llama with grouped-query attention and a chat template, in float32."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    ids = _save_tokenizer(folder, CHAT_TEMPLATE)
+    config = LlamaConfig(
+        vocab_size=MODEL_VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=MAX_POSITIONS,
+        initializer_range=0.2,  # the usual 0.02 makes every next token nearly as likely
+        tie_word_embeddings=False,
+        **ids,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_opt_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer OPT without a chat template, in float32."""
+    import torch
+    from transformers import OPTConfig, OPTForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-opt"
+    ids = _save_tokenizer(folder, None)
+    config = OPTConfig(
+        vocab_size=MODEL_VOCAB_SIZE,
+        hidden_size=64,
+        word_embed_proj_dim=64,
+        ffn_dim=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_POSITIONS,
+        init_std=0.2,
+        pad_token_id=0,
+        **ids,
+    )
+    torch.manual_seed(1)
+    OPTForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def _save_tokenizer(folder: Path, chat_template: str | None) -> dict[str, int]:
+    """Train a byte-level BPE tokenizer, save it, and return its special ids."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TOKENIZER_SIZE,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(TRAINING_TEXT, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token=EOS_TOKEN
+    )
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)
+    return {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }

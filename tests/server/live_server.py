@@ -1,0 +1,118 @@
+"""A real server over a real socket, in a thread of this process, on a tiny random model."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import openai
+from aiohttp import web
+
+from minserve import AsyncEngine
+from minserve.config import ServerConfig
+from minserve.server.app import Server
+
+ENGINE_SETTINGS: dict[str, Any] = {
+    "dtype": "float32",
+    "device": "cpu",
+    "threads": 1,
+    "num_blocks": 256,
+    "block_size": 16,
+    "max_num_seqs": 32,
+    "max_queue": 64,
+}
+
+
+@dataclass
+class RunningServer:
+    """A server in a thread of its own, with its engine in reach of the test."""
+
+    engine: AsyncEngine
+    loop: asyncio.AbstractEventLoop
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, **options}
+        )
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+
+    def wait_until_free(self, timeout_s: float = 5.0) -> None:
+        """Wait until nothing is waiting or running any more."""
+        deadline = time.monotonic() + timeout_s
+        while self.engine.num_unfinished:
+            assert time.monotonic() < deadline, f"{self.engine.num_unfinished} still unfinished"
+            time.sleep(0.01)
+
+    def wait_until_busy(self, timeout_s: float = 5.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not self.engine.num_unfinished:
+            assert time.monotonic() < deadline, "nothing runs"
+            time.sleep(0.005)
+
+
+def run_server(engine: AsyncEngine, config: ServerConfig) -> Iterator[RunningServer]:
+    """Serve on a free port until the generator is closed."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    ports: list[int] = []
+
+    async def start() -> web.AppRunner:
+        runner = Server(config, engine).create_runner()
+        await engine.start()
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        ports.append(runner.addresses[0][1])
+        return runner
+
+    async def stop(runner: web.AppRunner) -> None:
+        await engine.stop()
+        await runner.cleanup()
+
+    runner = asyncio.run_coroutine_threadsafe(start(), loop).result(30)
+    try:
+        yield RunningServer(engine, loop, ports[0])
+    finally:
+        asyncio.run_coroutine_threadsafe(stop(runner), loop).result(30)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        loop.close()
+
+
+def post(
+    server: RunningServer,
+    path: str,
+    body: Any,
+    headers: dict[str, str] | None = None,
+    method: str = "POST",
+) -> tuple[int, dict[str, str], bytes]:
+    """One request on a connection of its own; ``body`` is bytes or becomes JSON."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    try:
+        connection.request(method, path, data, headers or {})
+        response = connection.getresponse()
+        return response.status, dict(response.getheaders()), response.read()
+    finally:
+        connection.close()
+
+
+def request_bytes(path: str, body: dict[str, Any]) -> bytes:
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+    return head.encode() + data

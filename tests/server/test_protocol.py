@@ -1,0 +1,492 @@
+"""Bodies are parsed strictly: what would change the result is honoured or refused by name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minserve.errors import InvalidRequestError
+from minserve.outputs import OutputDelta, TokenLogprob
+from minserve.request import FinishReason
+from minserve.server.body import parse_object
+from minserve.server.logprobs import LogprobWriter
+from minserve.server.protocol import (
+    parse_chat,
+    parse_completion,
+    parse_detokenize,
+    parse_tokenize,
+    refuse_slo_headers,
+)
+from minserve.server.responses import Reply
+from minserve.server.sse import dump_json
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def completion(**fields: Any) -> Any:
+    return parse_completion({"prompt": "hello", **fields})
+
+
+def chat(**fields: Any) -> Any:
+    return parse_chat({"messages": HELLO, **fields})
+
+
+# --- JSON ---
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"[]", "JSON object"),
+        (b'"text"', "JSON object"),
+        (b"null", "JSON object"),
+        (b'{"a": 1, "a": 2}', "'a' appears twice"),
+        (b'{"a": {"b": 1, "b": 1}}', "'b' appears twice"),
+        (b'{"a": NaN}', "NaN"),
+        (b'{"a": Infinity}', "Infinity"),
+        (b'{"a": -Infinity}', "-Infinity"),
+        (b'{"a": 1e999}', "too large"),
+        (b'{"a": 1' + b"0" * 30 + b"}", "too large"),
+        (b'{"a": -1' + b"0" * 5000 + b"}", "too large"),
+        (rb'{"a": "\ud800"}', "surrogate"),
+        (rb'{"a": ["ok", {"b": "x\uDFFFy"}]}', "surrogate"),
+        (rb'{"\ud83d": 1}', "surrogate"),
+        (b'{"a": "\xff"}', "UTF-8"),
+        (b'{"a": "\xed\xa0\x80"}', "UTF-8"),
+        (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+        (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested too deeply"),
+    ],
+)
+def test_what_is_not_strict_json_is_refused(raw: bytes, says: str) -> None:
+    with pytest.raises(InvalidRequestError, match=says):
+        parse_object(raw)
+
+
+def test_escapes_and_long_digit_strings_are_no_numbers() -> None:
+    value = {"emoji": "🙂", "digits": "1" * 100, "small": 5, "backslash": "\\ud800"}
+    assert parse_object(json.dumps(value).encode()) == value
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63)
+    | st.floats(allow_nan=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+)
+FIELD_NAMES = st.sampled_from(
+    [
+        "prompt",
+        "messages",
+        "max_tokens",
+        "n",
+        "temperature",
+        "top_p",
+        "top_k",
+        "stop",
+        "stop_token_ids",
+        "seed",
+        "logprobs",
+        "echo",
+        "stream",
+        "stream_options",
+        "best_of",
+        "logit_bias",
+        "tools",
+        "response_format",
+        "priority",
+        "metadata",
+    ]
+)
+
+
+@given(st.dictionaries(FIELD_NAMES | st.text(), JSON, max_size=6))
+def test_any_body_is_parsed_or_refused_but_never_crashes(body: dict[str, Any]) -> None:
+    for parse in (parse_completion, parse_chat, parse_tokenize, parse_detokenize):
+        try:
+            parse(body)
+        except InvalidRequestError as error:
+            dump_json({"message": str(error), "param": error.param})
+
+
+# --- fields ---
+
+
+def test_defaults_are_those_of_openai() -> None:
+    call = completion()
+    assert (call.params.max_tokens, call.params.temperature, call.params.n) == (16, 1.0, 1)
+    assert not call.stream
+    assert not call.echo
+    assert chat().params.max_tokens is None
+
+
+def test_sampling_fields_arrive_in_the_params() -> None:
+    fields = {
+        "max_tokens": 7,
+        "min_tokens": 2,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 40,
+        "min_p": 0.1,
+        "n": 3,
+        "seed": 11,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "repetition_penalty": 1.2,
+        "ignore_eos": True,
+        "skip_special_tokens": False,
+        "stop": ["a", "b"],
+        "stop_token_ids": [4, 5],
+    }
+    for call in (completion(**fields), chat(**fields)):
+        for name, value in fields.items():
+            expected = tuple(value) if isinstance(value, list) else value
+            assert getattr(call.params, name) == expected, name
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("text", ["text"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2, 3], [[1, 2, 3]]),
+        ([[1, 2], [3]], [[1, 2], [3]]),
+    ],
+)
+def test_the_four_forms_of_a_prompt(prompt: Any, prompts: list[Any]) -> None:
+    assert completion(prompt=prompt).prompts == prompts
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [None, [], [[]], [[1], []], [1, "a"], ["a", 1], [True], [1.0], [-1], 5, {}, [[1], "a"]],
+)
+def test_other_prompts_are_refused(prompt: Any) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        completion(prompt=prompt)
+    assert caught.value.param == "prompt"
+
+
+HARMLESS = [
+    {"best_of": 1},
+    {"logprobs": None},
+    {"stop": None},
+    {"stop": []},
+    {"user": "somebody"},
+    {"suffix": None},
+    {"logit_bias": None},
+    {"logit_bias": {}},
+    {"stream_options": None},
+    {"stream_options": {"include_usage": True}},
+    {"service_tier": "auto"},
+    {"some_future_field": None},
+]
+HARMLESS_CHAT = [
+    {"tools": None},
+    {"tools": []},
+    {"tool_choice": "none"},
+    {"response_format": {"type": "text"}},
+    {"modalities": ["text"]},
+    {"store": False},
+    {"metadata": None},
+    {"parallel_tool_calls": True},
+    {"service_tier": "default"},
+    {"logprobs": False, "top_logprobs": 0},
+]
+
+
+@pytest.mark.parametrize("fields", HARMLESS, ids=str)
+def test_harmless_defaults_are_accepted(fields: dict[str, Any]) -> None:
+    plain = completion()
+    call = completion(**fields)
+    assert (call.prompts, call.params) == (plain.prompts, plain.params)
+
+
+@pytest.mark.parametrize("fields", HARMLESS_CHAT, ids=str)
+def test_harmless_chat_defaults_are_accepted(fields: dict[str, Any]) -> None:
+    assert chat(**fields) == chat()
+
+
+REFUSED = [
+    ("best_of", 3),
+    ("suffix", "end"),
+    ("logit_bias", {"5": 10}),
+    ("slo", "coding"),
+    ("slo", {"ttft_ms": 100}),
+    ("temprature", 0.5),
+    ("request_id", "mine"),
+    ("use_beam_search", True),
+    ("echo", 1),
+    ("stream", "yes"),
+    ("max_tokens", 1.0),
+    ("max_tokens", True),
+    ("max_tokens", 0),
+    ("max_tokens", -1),
+    ("max_tokens", "5"),
+    ("n", 0),
+    ("n", 10**9),
+    ("n", True),
+    ("temperature", -0.1),
+    ("temperature", 1e308),
+    ("temperature", True),
+    ("temperature", [[[]]]),
+    ("temperature", 10**19),
+    ("top_p", 0),
+    ("top_p", 1.1),
+    ("top_k", -2),
+    ("top_k", 10**15),
+    ("min_p", 2),
+    ("seed", 1.5),
+    ("seed", 2**65),
+    ("logprobs", True),
+    ("logprobs", 101),
+    ("logprobs", -1),
+    ("stop", 5),
+    ("stop", [""]),
+    ("stop", ["a", None]),
+    ("stop", ["x"] * 65),
+    ("stop_token_ids", 5),
+    ("stop_token_ids", "ab"),
+    ("stop_token_ids", [1, "a"]),
+    ("stop_token_ids", [-1]),
+    ("presence_penalty", 3),
+    ("repetition_penalty", 0),
+    ("min_tokens", 17),
+    ("priority", "high"),
+    ("stream_options", True),
+    ("user", 5),
+    ("model", 5),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), REFUSED)
+def test_a_value_that_cannot_be_honoured_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        completion(**{name: value})
+    assert caught.value.param == name
+
+
+def test_unknown_stream_options_are_refused() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        completion(stream=True, stream_options={"include_costs": True})
+    assert caught.value.param == "stream_options.include_costs"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tools", [{"type": "function"}]),
+        ("tool_choice", "required"),
+        ("response_format", {"type": "json_object"}),
+        ("modalities", ["audio"]),
+        ("logprobs", 1),
+        ("top_logprobs", 5),
+        ("max_completion_tokens", 0),
+        ("echo", True),
+        ("prompt", "hello"),
+        ("chat_template", "{{ 1 }}"),
+        ("reasoning_effort", "high"),
+    ],
+)
+def test_chat_refuses_what_it_cannot_do(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        chat(**{name: value})
+    assert caught.value.param == name
+
+
+def test_max_completion_tokens_wins() -> None:
+    assert chat(max_tokens=5, max_completion_tokens=9).params.max_tokens == 9
+
+
+def test_chat_logprobs_are_a_switch_and_a_number() -> None:
+    assert chat(logprobs=True).params.logprobs == 0
+    assert chat(logprobs=True, top_logprobs=5).params.logprobs == 5
+
+
+def test_echo_asks_for_prompt_logprobs_too() -> None:
+    call = completion(echo=True, logprobs=2, max_tokens=1)
+    assert (call.params.logprobs, call.params.prompt_logprobs) == (2, 2)
+    assert completion(echo=True).params.prompt_logprobs is None
+
+
+def test_echo_without_output_runs_one_token_and_drops_it() -> None:
+    call = completion(echo=True, max_tokens=0)
+    assert call.drop_output
+    assert call.params.max_tokens == 1
+    with pytest.raises(InvalidRequestError, match="min_tokens"):
+        completion(echo=True, max_tokens=0, min_tokens=1)
+
+
+# --- messages ---
+
+
+def test_text_parts_are_joined_and_developer_is_system() -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    call = chat(
+        messages=[
+            {"role": "developer", "content": "be brief"},
+            {"role": "user", "content": parts, "name": "ann"},
+            {"role": "assistant", "content": "ok", "refusal": None, "tool_calls": []},
+        ]
+    )
+    assert call.prompts == [
+        [
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": "one\ntwo", "name": "ann"},
+            {"role": "assistant", "content": "ok"},
+        ]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        (None, "messages"),
+        ([], "messages"),
+        ("hello", "messages"),
+        (["hello"], "messages[0]"),
+        ([{"content": "x"}], "messages[0].role"),
+        ([{"role": "wizard", "content": "x"}], "messages[0].role"),
+        ([{"role": ["user"], "content": "x"}], "messages[0].role"),
+        ([{"role": "user"}], "messages[0].content"),
+        ([{"role": "user", "content": 5}], "messages[0].content"),
+        ([*HELLO, {"role": "user", "content": ["x"]}], "messages[1].content[0]"),
+        (
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "image_url", "image_url": {"url": "http://x"}}],
+                }
+            ],
+            "messages[0].content[0].type",
+        ),
+        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
+        ([{"role": "user", "content": "x", "audio": {}}], "messages[0].audio"),
+        ([{"role": "assistant", "content": "x", "tool_calls": [1]}], "messages[0].tool_calls"),
+    ],
+)
+def test_messages_are_refused_by_place(messages: Any, param: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        chat(messages=messages)
+    assert caught.value.param == param
+
+
+# --- the rest ---
+
+
+def test_slo_headers_are_refused_by_name() -> None:
+    refuse_slo_headers({"Content-Type": "application/json"})
+    for name in ("x-slo-ttft-ms", "X-LLM-D-SLO-TPOT-MS"):
+        with pytest.raises(InvalidRequestError) as caught:
+            refuse_slo_headers({name: "100"})
+        assert caught.value.param == name.lower()
+
+
+def test_tokenize_takes_prompt_or_messages() -> None:
+    assert parse_tokenize({"prompt": "hi"}).add_special_tokens
+    assert not parse_tokenize({"messages": HELLO}).add_special_tokens
+    assert not parse_tokenize({"prompt": "hi", "add_special_tokens": False}).add_special_tokens
+    for body in ({}, {"prompt": "hi", "messages": HELLO}, {"prompt": ["hi"]}):
+        with pytest.raises(InvalidRequestError):
+            parse_tokenize(body)
+
+
+def test_detokenize_takes_ids_only() -> None:
+    assert parse_detokenize({"tokens": [1, 2]}) == (None, [1, 2])
+    assert parse_detokenize({"tokens": [], "model": "m"}) == ("m", [])
+    for tokens in (None, "ab", [1.0], [True], [-1], [[1]]):
+        with pytest.raises(InvalidRequestError):
+            parse_detokenize({"tokens": tokens})
+
+
+# --- responses ---
+
+
+class LetterTokenizer:
+    """Token ``i`` is the letter ``chr(97 + i)``."""
+
+    def token_text(self, token_id: int) -> str:
+        return chr(97 + token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([97 + token_id])
+
+    def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
+        return "".join(map(self.token_text, ids))
+
+
+class FinishedHandle:
+    prompt = "ab"
+    prompt_token_ids = (0, 1)
+
+
+def entry(token_id: int, logprob: float = -1.0, top: Any = ()) -> TokenLogprob:
+    return TokenLogprob(token_id, logprob, 1, top)
+
+
+def reply_to(call: Any) -> Reply:
+    return Reply(call, [FinishedHandle()] * len(call.prompts), "m", LetterTokenizer())
+
+
+def test_impossible_tokens_have_a_finite_logprob() -> None:
+    writer = LogprobWriter(LetterTokenizer())
+    arrays, _ = writer.completion([0], [entry(0, float("-inf"))])
+    assert arrays["token_logprobs"] == [-9999.0]
+    dump_json(arrays)
+    dump_json(writer.chat([entry(0, float("-inf"), ((1, float("-inf")),))]))
+
+
+def test_the_sampled_token_is_always_among_the_alternatives() -> None:
+    writer = LogprobWriter(LetterTokenizer())
+    arrays, offset = writer.completion([2, 0], [entry(2, -3.0, ((0, -0.1),)), entry(0, -0.5)])
+    assert arrays == {
+        "tokens": ["c", "a"],
+        "token_logprobs": [-3.0, -0.5],
+        "top_logprobs": [{"a": -0.1, "c": -3.0}, {"a": -0.5}],
+        "text_offset": [0, 1],
+    }
+    assert offset == 2
+
+
+def test_every_choice_begins_with_the_prompts_logprobs_whoever_comes_first() -> None:
+    reply = reply_to(completion(prompt=[0, 1], echo=True, logprobs=0, n=2, max_tokens=1))
+    end = {"finish_reason": FinishReason.LENGTH, "request_id": "r"}
+    early = OutputDelta(index=1, text="d", token_ids=(3,), logprobs=(entry(3),), **end)
+    assert reply.chunks(0, early) == []
+    first = OutputDelta(
+        text="c", token_ids=(2,), logprobs=(entry(2),), prompt_logprobs=(None, entry(1)), **end
+    )
+    choices = [chunk["choices"][0] for chunk in reply.chunks(0, first)]
+    assert [choice["index"] for choice in choices] == [1, 0]
+    assert [choice["text"] for choice in choices] == ["abd", "abc"]
+    assert choices[0]["logprobs"]["tokens"] == ["a", "b", "d"]
+    assert choices[0]["logprobs"]["token_logprobs"] == [None, -1.0, -1.0]
+    assert choices[0]["logprobs"]["text_offset"] == [0, 1, 2]
+
+
+def test_held_back_deltas_make_no_chunk_and_the_role_comes_once() -> None:
+    reply = reply_to(chat())
+    assert reply.chunks(0, OutputDelta(request_id="r", token_ids=(0,))) == []
+    (one,) = reply.chunks(0, OutputDelta(request_id="r", text="ab", token_ids=(1,)))
+    assert one["choices"][0]["delta"] == {"role": "assistant", "content": "ab"}
+    end = OutputDelta(request_id="r", token_ids=(2,), finish_reason=FinishReason.STOP)
+    (last,) = reply.chunks(0, end)
+    assert last["choices"][0]["delta"] == {}
+    assert last["choices"][0]["finish_reason"] == "stop"
+    assert reply.usage_chunk()["usage"]["completion_tokens"] == 3
+
+
+def test_dropped_output_leaves_the_prompt_alone() -> None:
+    reply = reply_to(completion(prompt=[0, 1], echo=True, max_tokens=0))
+    delta = OutputDelta(request_id="r", text="z", token_ids=(25,), finish_reason=FinishReason.STOP)
+    body = reply.body([(0, delta)])
+    assert body["choices"][0]["text"] == "ab"
+    assert body["choices"][0]["finish_reason"] == "length"
+    assert body["usage"]["completion_tokens"] == 0

@@ -1,0 +1,206 @@
+"""What is refused: every malformed or forbidden request gets a 4xx in OpenAI's error form."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from live_server import RunningServer, post
+
+from minserve.config import ServerConfig
+
+PROMPT = "The quick brown fox"
+MESSAGES = [{"role": "user", "content": "The quick brown fox jumps over"}]
+
+
+def error_of(raw: bytes) -> dict[str, Any]:
+    error = json.loads(raw)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    return error
+
+
+def completion_with(**fields: Any) -> dict[str, Any]:
+    return {"model": "tiny", "prompt": PROMPT, **fields}
+
+
+MALFORMED: list[tuple[str, Any]] = [
+    ("/v1/completions", b""),
+    ("/v1/completions", b"[1, 2]"),
+    ("/v1/completions", b'"text"'),
+    ("/v1/completions", b'{"prompt": "a", "prompt": "b"}'),
+    ("/v1/completions", b'{"prompt": "a", "temperature": NaN}'),
+    ("/v1/completions", b'{"prompt": "a", "temperature": 1e999}'),
+    ("/v1/completions", rb'{"prompt": "\ud800"}'),
+    ("/v1/completions", b'{"prompt": "\xff"}'),
+    ("/v1/completions", b'{"prompt":' * 50_000),
+    ("/v1/completions", b'{"prompt":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+    ("/v1/completions", {"model": "tiny"}),
+    ("/v1/completions", completion_with(prompt="")),
+    ("/v1/completions", completion_with(prompt=[])),
+    ("/v1/completions", completion_with(prompt=[""])),
+    ("/v1/completions", completion_with(prompt=[[]])),
+    ("/v1/completions", completion_with(prompt=[512])),
+    ("/v1/completions", completion_with(prompt=[2**40])),
+    ("/v1/completions", completion_with(prompt=[-1])),
+    ("/v1/completions", completion_with(prompt="word " * 2000)),
+    ("/v1/completions", completion_with(prompt=[5] * 600)),
+    ("/v1/completions", completion_with(n=10**6)),
+    ("/v1/completions", completion_with(n=128)),
+    ("/v1/completions", completion_with(prompt=[PROMPT] * 100)),
+    ("/v1/completions", completion_with(max_tokens=10**9)),
+    ("/v1/completions", completion_with(max_tokens=512)),
+    ("/v1/completions", completion_with(max_tokens=0)),
+    ("/v1/completions", completion_with(max_tokens=1.0)),
+    ("/v1/completions", completion_with(max_tokens=True)),
+    ("/v1/completions", completion_with(min_tokens=17)),
+    ("/v1/completions", completion_with(temperature=1e308)),
+    ("/v1/completions", completion_with(temperature=-1)),
+    ("/v1/completions", completion_with(top_k=10**18)),
+    ("/v1/completions", completion_with(stop_token_ids=[512])),
+    ("/v1/completions", completion_with(stop_token_ids=[2**63])),
+    ("/v1/completions", completion_with(seed=2**64)),
+    ("/v1/completions", completion_with(slo="coding")),
+    ("/v1/completions", completion_with(model="other")),
+    ("/v1/completions", completion_with(**{"x" * 10_000: 1})),
+    ("/v1/chat/completions", {"messages": []}),
+    ("/v1/chat/completions", {"messages": "hello"}),
+    ("/v1/chat/completions", {"messages": [{"role": "user"}]}),
+    ("/v1/chat/completions", {"messages": MESSAGES, "min_tokens": 10**15}),
+    ("/v1/chat/completions", {"messages": MESSAGES, "tools": [{"type": "function"}]}),
+    ("/tokenize", {}),
+    ("/tokenize", {"prompt": 5}),
+    ("/detokenize", {"tokens": [512]}),
+    ("/detokenize", {"tokens": [10**30]}),
+    ("/detokenize", {"tokens": "abc"}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), MALFORMED)
+def test_a_malformed_request_gets_4xx_and_the_next_is_served(
+    server: RunningServer, path: str, body: Any
+) -> None:
+    status, headers, raw = post(server, path, body)
+    assert 400 <= status < 500, raw
+    assert headers["Content-Type"].startswith("application/json")
+    assert len(error_of(raw)["message"]) <= 1000
+    status, _, raw = post(server, "/v1/completions", {"prompt": PROMPT, "max_tokens": 10})
+    assert status == 200
+    assert json.loads(raw)["choices"][0]["finish_reason"]
+
+
+def test_errors_become_the_clients_exceptions(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.completions.create(model="tiny", prompt=PROMPT, temperature=-1)
+    assert bad.value.param == "temperature"
+    with pytest.raises(openai.BadRequestError) as long:
+        client.completions.create(model="tiny", prompt=PROMPT, max_tokens=10**6)
+    assert long.value.code == "context_length_exceeded"
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.completions.create(model="other", prompt=PROMPT)
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.RateLimitError) as full:
+        client.completions.create(model="tiny", prompt=[PROMPT] * 65)
+    assert full.value.response.headers["retry-after"] == "1"
+
+
+def test_a_refused_stream_has_a_status_and_no_stream(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="tiny", prompt=PROMPT, max_tokens=10**6, stream=True)
+
+
+def test_paths_and_methods(server: RunningServer) -> None:
+    for method, path, expected in (
+        ("GET", "/nowhere", 404),
+        ("POST", "/v1/nowhere", 404),
+        ("GET", "/v1/models/other", 404),
+        ("GET", "/v1/completions", 405),
+        ("DELETE", "/v1/models", 405),
+        ("PUT", "/health", 405),
+    ):
+        status, headers, raw = post(server, path, None, method=method)
+        assert status == expected, path
+        assert error_of(raw)["type"] == "invalid_request_error"
+        assert ("Allow" in headers) == (expected == 405)
+
+
+def test_large_and_compressed_bodies(server: RunningServer) -> None:
+    status, _, raw = post(server, "/v1/completions", completion_with(prompt="x" * 2**21))
+    assert status == 413
+    error_of(raw)
+    status, _, raw = post(
+        server, "/v1/completions", b"\x1f\x8b" + b"0" * 100, {"Content-Encoding": "gzip"}
+    )
+    assert status == 415
+    error_of(raw)
+
+
+def test_a_chunked_body_over_the_limit(server: RunningServer) -> None:
+    with server.connect() as sock:
+        sock.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
+        chunk = b"10000\r\n" + b"x" * 65536 + b"\r\n"
+        for _ in range(17):
+            sock.sendall(chunk)
+        assert sock.recv(65536).startswith(b"HTTP/1.1 413")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"POST /v1/completions HTTP/1.1\r\nHost: [::\r\nContent-Length: 2\r\n\r\n{}",
+        b"what is this?\r\n\r\n",
+        b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 20_000 + b"\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n{}",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+)
+def test_broken_http_gets_4xx(server: RunningServer, head: bytes) -> None:
+    with server.connect() as sock:
+        sock.sendall(head)
+        assert re.match(rb"HTTP/1\.[01] 4\d\d ", sock.recv(65536))
+
+
+def test_slo_headers_are_refused(server: RunningServer) -> None:
+    headers = {"X-SLO-TTFT-MS": "100"}
+    status, _, raw = post(server, "/v1/completions", completion_with(), headers)
+    assert status == 400
+    assert error_of(raw)["param"] == "x-slo-ttft-ms"
+
+
+def test_any_content_type_is_read_as_json(server: RunningServer) -> None:
+    for content_type in ("application/json", "application/x-www-form-urlencoded", "text/plain"):
+        headers = {"Content-Type": content_type}
+        assert post(server, "/v1/completions", completion_with(), headers)[0] == 200
+
+
+def test_the_key_guards_everything_but_health(
+    tiny_llama_dir: Path, start_server: Callable[..., RunningServer]
+) -> None:
+    server = start_server(tiny_llama_dir, ServerConfig(api_key="sécret"))
+    assert post(server, "/health", None, method="GET")[0] == 200
+    for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": "sécret"}):
+        sent = {k: v.encode() for k, v in headers.items()}
+        status, _, raw = post(server, "/v1/models", None, sent, method="GET")
+        assert status == 401
+        assert error_of(raw)["code"] == "invalid_api_key"
+    sent = {"Authorization": "Bearer sécret".encode()}
+    assert post(server, "/v1/models", None, sent, method="GET")[0] == 200
+
+
+def test_a_model_without_chat_template_refuses_chat(
+    tiny_opt_dir: Path, start_server: Callable[..., RunningServer]
+) -> None:
+    server = start_server(tiny_opt_dir, ServerConfig())
+    status, _, raw = post(server, "/v1/chat/completions", {"messages": MESSAGES})
+    assert status == 400
+    assert "chat template" in error_of(raw)["message"]
+    assert post(server, "/tokenize", {"messages": MESSAGES})[0] == 400
+    assert post(server, "/v1/completions", {"prompt": PROMPT})[0] == 200
