@@ -136,13 +136,13 @@ def run_child(
 
 
 def _watch_memory(pid: int, peak: list[float]) -> None:
-    """Highest resident memory of a process and its children, in GiB, sampled ten times a second."""
+    """Highest resident memory of a process and its children, in GiB, sampled every second."""
     try:
         root = psutil.Process(pid)
         while root.is_running() and root.status() != psutil.STATUS_ZOMBIE:
             processes = [root, *root.children(recursive=True)]
             peak[0] = max(peak[0], sum(_memory(p) for p in processes) / 2**30)
-            time.sleep(0.1)
+            time.sleep(1.0)
     except psutil.NoSuchProcess:
         pass
 

@@ -9,8 +9,10 @@ torch's fused attention over its own blocks.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -78,7 +80,7 @@ class TorchBackend(AttentionBackend):
         poison a sum.
         """
         size = (num_blocks, self.num_kv_heads, block_size, self.head_dim)
-        key, value = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
+        key, value = (_zeros(size, dtype, device) for _ in range(2))
         return LayerKV(key.transpose(1, 2), value.transpose(1, 2))
 
     def prepare(self, metadata: AttentionMetadata) -> None:
@@ -204,6 +206,17 @@ class TorchBackend(AttentionBackend):
             enable_gqa=True,
         )
         return out.squeeze(0).transpose(0, 1)
+
+
+def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that cost no memory on a CPU until they are written.
+
+    NumPy takes zeroed pages from the system; torch would write every byte at once.
+    """
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    pages = np.zeros(math.prod(size) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(pages).view(dtype).view(size)
 
 
 def _similar_decodes(metadata: AttentionMetadata) -> list[list[int]]:

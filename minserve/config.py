@@ -140,7 +140,11 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """Settings of the HTTP server."""
+    """Settings of the HTTP server.
+
+    Raises:
+        ConfigError: where a value is outside its range.
+    """
 
     host: str = option("127.0.0.1", "address to listen on", group="server")
     port: int = option(8000, "port to listen on; 0 takes a free one", group="server")
@@ -151,6 +155,16 @@ class ServerConfig:
         None, "require 'Authorization: Bearer KEY' (also MINSERVE_API_KEY)", group="server"
     )
     max_body_mib: float = option(8.0, "largest request body in MiB", group="server")
-    shutdown_timeout_s: float = option(
+    shutdown_timeout: float = option(
         30.0, "seconds that running requests may still take after SIGTERM", group="server"
     )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be between 0 and 65535, not {self.port}")
+        if self.api_key == "":
+            raise ConfigError("the API key is empty; leave it out to serve without one")
+        if not 0 < self.max_body_mib < float("inf"):
+            raise ConfigError(f"max_body_mib must be above 0, not {self.max_body_mib}")
+        if not 0 <= self.shutdown_timeout < float("inf"):
+            raise ConfigError(f"shutdown_timeout must not be below 0, not {self.shutdown_timeout}")

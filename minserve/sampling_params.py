@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from minserve.errors import InvalidRequestError
@@ -10,6 +9,7 @@ from minserve.errors import InvalidRequestError
 MAX_LOGPROBS = 100
 MAX_N = 128
 MAX_STOP_STRINGS = 64
+MAX_TOP_K = 2**31 - 1
 SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1
 
 
@@ -65,11 +65,14 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stop = (self.stop,) if isinstance(self.stop, str) else _list("stop", self.stop)
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        if self.top_k == -1:
+        object.__setattr__(self, "stop_token_ids", _list("stop_token_ids", self.stop_token_ids))
+        if self.top_k == -1 and not isinstance(self.top_k, bool):
             object.__setattr__(self, "top_k", 0)
+        for name in ("ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequestError(f"{name} must be True or False", name)
         self._check_integers()
         self._check_numbers()
         self._check_stops()
@@ -84,7 +87,7 @@ class SamplingParams:
                 f"min_tokens ({self.min_tokens}) is larger than max_tokens ({self.max_tokens})",
                 "min_tokens",
             )
-        _integer("top_k", self.top_k, 0)
+        _integer("top_k", self.top_k, 0, MAX_TOP_K)
         if self.seed is not None:
             _integer("seed", self.seed, SEED_MIN, SEED_MAX)
         for name in ("logprobs", "prompt_logprobs"):
@@ -127,14 +130,24 @@ class SamplingParams:
 
 def _integer(name: str, value: object, low: int, high: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidRequestError(f"{name} must be an integer, not {value!r}", name)
+        raise InvalidRequestError(f"{name} must be an integer, not {value!r:.80}", name)
     if value < low or (high is not None and value > high):
         bound = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise InvalidRequestError(f"{name} must be {bound}, not {value}", name)
+        raise InvalidRequestError(f"{name} must be {bound}, not {value!s:.40}", name)
+
+
+def _list(name: str, value: object) -> tuple:
+    if value is None:
+        return ()
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        raise InvalidRequestError(f"{name} must be a list, not {value!r:.80}", name)
+    return tuple(value)
 
 
 def _number(name: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise InvalidRequestError(f"{name} must be a finite number, not {value!r}", name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:  # NaN
+        raise InvalidRequestError(f"{name} must be a number, not {value!r:.80}", name)
     if not low <= value <= high:
-        raise InvalidRequestError(f"{name} must be between {low:g} and {high:g}, not {value}", name)
+        raise InvalidRequestError(
+            f"{name} must be between {low:g} and {high:g}, not {value!s:.40}", name
+        )

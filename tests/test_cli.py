@@ -270,7 +270,7 @@ def test_sigterm_lets_running_requests_finish_and_exits_0(tiny_llama_dir: Path) 
 
 
 def test_what_outlasts_the_shutdown_timeout_ends_with_an_error(tiny_llama_dir: Path) -> None:
-    args = ["--port", "0", "--model", str(tiny_llama_dir), *SMALL, "--shutdown-timeout-s", "0.1"]
+    args = ["--port", "0", "--model", str(tiny_llama_dir), *SMALL, "--shutdown-timeout", "0.1"]
     with process("serve", *args) as server:
         stream = start_stream(announced_port(server))
         server.send_signal(signal.SIGTERM)

@@ -319,6 +319,11 @@ class AsyncEngine(_EngineBase):
         return handles
 
     def _check_room(self, num_outputs: int) -> None:
+        if num_outputs > self.config.max_queue:
+            raise InvalidRequestError(
+                f"{num_outputs} outputs in one request; at most {self.config.max_queue} "
+                "can be queued here"
+            )
         if self._num_unfinished + num_outputs > self.config.max_queue:
             raise QueueFullError(
                 f"{self._num_unfinished} outputs are waiting or running and {num_outputs} more "

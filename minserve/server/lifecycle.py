@@ -110,10 +110,10 @@ async def serve(
             logger.info(
                 "shutting down: %d unfinished, at most %g s more",
                 engine.num_unfinished,
-                config.shutdown_timeout_s,
+                config.shutdown_timeout,
             )
         finally:
-            await engine.stop(config.shutdown_timeout_s)
+            await engine.stop(config.shutdown_timeout)
         return ended.result()
     finally:
         await runner.cleanup()
