@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -188,9 +189,9 @@ def export_for_peer(model: str, dtype: str) -> str:
     if (folder / "ready").exists():
         return str(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = load_config(source)
-    config.architectures, config.dtype = ["LlamaForCausalLM"], dtype
-    config.save_pretrained(folder)
+    config = asdict(load_config(source))
+    config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(config))
     with open_checkpoint(source) as checkpoint:
         tensors = {
             name: checkpoint.get(name).to(getattr(torch, dtype)) for name in checkpoint.names()

@@ -9,14 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minserve.errors import UnsupportedModelError
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
 from minserve.models.base import CausalLM, ModelShape
 from minserve.models.layers import Placement, RMSNorm, RotaryEmbedding, silu_mul
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
-
+    from minserve.models.config import LlamaConfig
     from minserve.models.loader import Checkpoint
 
 
@@ -100,7 +98,6 @@ class Llama(CausalLM):
     """The model; weights are read from a checkpoint and repacked for their placement."""
 
     def __init__(self, checkpoint: Checkpoint, config: LlamaConfig, placement: Placement) -> None:
-        _check(config)
         self.shape = llama_shape(config)
         shape = self.shape
         embed = checkpoint.get("model.embed_tokens.weight", (shape.vocab_size, shape.hidden_size))
@@ -112,8 +109,9 @@ class Llama(CausalLM):
         self.norm = _norm(
             checkpoint.get("model.norm.weight", (shape.hidden_size,)), config, placement
         )
-        tied = config.tie_word_embeddings or "lm_head.weight" not in checkpoint.names()
-        head = embed if tied else checkpoint.get("lm_head.weight", tuple(embed.shape))
+        head = embed
+        if not config.tie_word_embeddings:
+            head = checkpoint.get("lm_head.weight", tuple(embed.shape))
         self.head = placement.linear(head, head=True)
         self.rope = RotaryEmbedding(
             shape.head_dim, shape.max_positions, config.rope_parameters, placement.device
@@ -139,28 +137,16 @@ class Llama(CausalLM):
 
 def llama_shape(config: LlamaConfig) -> ModelShape:
     """Shape of a Llama config."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ModelShape(
         num_layers=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
-        head_dim=head_dim,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         max_positions=config.max_position_embeddings,
-        scale=head_dim**-0.5,
+        scale=config.head_dim**-0.5,
     )
-
-
-def _check(config: LlamaConfig) -> None:
-    if config.hidden_act not in ("silu", "swish"):
-        raise UnsupportedModelError(f"Llama with hidden_act {config.hidden_act!r} is not supported")
-    if config.num_attention_heads % (config.num_key_value_heads or config.num_attention_heads):
-        raise UnsupportedModelError(
-            f"{config.num_attention_heads} heads cannot share {config.num_key_value_heads} KV heads evenly"
-        )
-    if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModelError("Llama with a partial rotary embedding is not supported")
 
 
 def _norm(weight: Tensor, config: LlamaConfig, placement: Placement) -> RMSNorm:

@@ -9,14 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minserve.errors import UnsupportedModelError
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
 from minserve.models.base import CausalLM, ModelShape
 from minserve.models.layers import LayerNorm, Placement
 
 if TYPE_CHECKING:
-    from transformers import OPTConfig
-
+    from minserve.models.config import OPTConfig
     from minserve.models.loader import Checkpoint
 
 # fairseq reserved the first rows of the position table.
@@ -77,7 +75,6 @@ class OPT(CausalLM):
     """The model; weights are read from a checkpoint and repacked for their placement."""
 
     def __init__(self, checkpoint: Checkpoint, config: OPTConfig, placement: Placement) -> None:
-        _check(config)
         self.shape = opt_shape(config)
         self.dtype = placement.dtype
         hidden, width = config.hidden_size, config.word_embed_proj_dim
@@ -104,8 +101,9 @@ class OPT(CausalLM):
             if has_norm
             else None
         )
-        tied = config.tie_word_embeddings or "lm_head.weight" not in checkpoint.names()
-        head = embed if tied else checkpoint.get("lm_head.weight", tuple(embed.shape))
+        head = embed
+        if not config.tie_word_embeddings:
+            head = checkpoint.get("lm_head.weight", tuple(embed.shape))
         self.head = placement.linear(head, head=True)
 
     def forward(
@@ -145,18 +143,6 @@ def opt_shape(config: OPTConfig) -> ModelShape:
         max_positions=config.max_position_embeddings,
         scale=head_dim**-0.5,
     )
-
-
-def _check(config: OPTConfig) -> None:
-    if config.activation_function not in ACTIVATIONS:
-        raise UnsupportedModelError(
-            f"OPT with activation {config.activation_function!r} is not supported; "
-            f"supported: {', '.join(ACTIVATIONS)}"
-        )
-    if config.hidden_size % config.num_attention_heads:
-        raise UnsupportedModelError(
-            f"hidden size {config.hidden_size} does not divide into {config.num_attention_heads} heads"
-        )
 
 
 def _norm(checkpoint: Checkpoint, name: str, config: OPTConfig, placement: Placement) -> LayerNorm:

