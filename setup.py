@@ -18,7 +18,6 @@ setup(
     description="A from-scratch LLM inference server in pure PyTorch that keeps latency promises",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
     python_requires=">=3.11",
     packages=packages,
     package_dir=ROOTS,

@@ -8,21 +8,26 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from minserve.errors import BackendUnavailableError
 
 
-class LayerKV(NamedTuple):
-    """One layer's KV cache; both tensors are ``[num_blocks, block_size, num_kv_heads, head_dim]``.
+@dataclass(frozen=True, slots=True)
+class LayerKV:
+    """One layer's KV cache, made by `AttentionBackend.allocate`.
 
-    The order in memory is the backend's own (`AttentionBackend.allocate`).
+    Attributes:
+        key, value: ``[num_blocks, block_size, num_kv_heads, head_dim]``; their order in
+            memory is the backend's own.
+        views: other views of the same memory that the backend keeps at hand.
     """
 
     key: torch.Tensor
     value: torch.Tensor
+    views: Any = None
 
 
 @dataclass(slots=True, kw_only=True)

@@ -1,8 +1,8 @@
 """Attention in plain torch operations: the reference, and the CPU path.
 
-Decodes are batched: the blocks of all decoding sequences are gathered by one
-`index_select` per cache, straight into ``[sequences * kv heads, tokens, head_dim]``,
-and the heads of a GQA group share one matmul over them. Sequences of similar length
+Decodes are batched: keys and values of all decoding sequences are gathered by one
+`index_select` over their blocks, straight into ``[sequences * kv heads, tokens,
+head_dim]``, and the heads of a GQA group share one matmul over them. Sequences of similar length
 are grouped, so that padding at most doubles the work. Each prefill chunk runs through
 torch's fused attention over its own blocks.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,13 +24,27 @@ from minserve.kernels.attention import AttentionBackend, AttentionMetadata, Laye
 GROUP_MIN_FILL = 0.5
 
 
+class _Views(NamedTuple):
+    """A layer's memory, ``[num_blocks, 2 (key, value), num_kv_heads, block_size, head_dim]``,
+    seen as rows.
+
+    Attributes:
+        blocks: ``[num_blocks * 2 * num_kv_heads, block_size * head_dim]``.
+        tokens: ``[num_blocks * 2 * num_kv_heads * block_size, head_dim]``.
+    """
+
+    blocks: Tensor
+    tokens: Tensor
+
+
 @dataclass(slots=True)
 class _Decodes:
     """Decoding sequences of similar length, with equally many query tokens each.
 
     Attributes:
         tokens: their rows of the batch: a slice where adjacent, else int64 indices.
-        rows: int64 ``[sequences * kv heads * blocks]``: which (block, head) to gather.
+        rows: int64 ``[2 * sequences * kv heads * blocks]``: which of `_Views.blocks` to
+            gather, keys first.
         visible: bool ``[sequences, queries, padded length]``: who may look where.
         bias: the same as 0 / -inf in float32, ``[sequences * kv heads, queries * group
             or 1, padded length]``; ``None`` where the fused kernel is used.
@@ -56,8 +71,8 @@ class _State:
     """What `prepare` computes once for all layers.
 
     Attributes:
-        new_rows: int64 ``[num_tokens * kv heads]``: where new KV goes in a cache viewed as
-            rows of (block, head, offset).
+        new_rows: int64 ``[2 * num_tokens * kv heads]``: which of `_Views.tokens` new keys,
+            then new values, replace.
     """
 
     new_rows: Tensor
@@ -73,24 +88,21 @@ class TorchBackend(AttentionBackend):
     def allocate(
         self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> LayerKV:
-        """A cache in memory order ``[num_blocks, num_kv_heads, block_size, head_dim]``.
+        """A cache in which the tokens of one head in one block lie together, so that
+        gathering rows of (block, head) yields each head's keys in one piece.
 
-        A head's tokens of one block lie together, so that gathering (block, head) rows
-        yields each head's keys in one piece. Zeroed, since a masked NaN would still
-        poison a sum.
+        Zeroed, since a masked NaN would still poison a sum.
         """
-        size = (num_blocks, self.num_kv_heads, block_size, self.head_dim)
-        key, value = (_zeros(size, dtype, device) for _ in range(2))
-        return LayerKV(key.transpose(1, 2), value.transpose(1, 2))
+        size = (num_blocks, 2, self.num_kv_heads, block_size, self.head_dim)
+        memory = _zeros(size, dtype, device)
+        views = _Views(memory.view(-1, block_size * self.head_dim), memory.view(-1, self.head_dim))
+        return LayerKV(memory[:, 0].transpose(1, 2), memory[:, 1].transpose(1, 2), views)
 
     def prepare(self, metadata: AttentionMetadata) -> None:
-        size, heads = (
-            metadata.block_size,
-            torch.arange(self.num_kv_heads, device=metadata.slot_mapping.device),
-        )
-        blocks, offsets = metadata.slot_mapping // size, metadata.slot_mapping % size
-        first_heads = blocks.unsqueeze(1) * self.num_kv_heads + heads
-        state = _State((first_heads * size + offsets.unsqueeze(1)).flatten())
+        blocks = metadata.slot_mapping // metadata.block_size
+        offsets = metadata.slot_mapping % metadata.block_size
+        rows = self._rows(blocks.unsqueeze(1)) * metadata.block_size + offsets.view(1, -1, 1, 1)
+        state = _State(rows.flatten())
         for sequences in _similar_decodes(metadata):
             state.decodes.append(self._prepare_decodes(sequences, metadata))
         for i in range(metadata.num_decodes, metadata.num_seqs):
@@ -100,13 +112,13 @@ class TorchBackend(AttentionBackend):
     def write_kv(
         self, key: Tensor, value: Tensor, kv: LayerKV, metadata: AttentionMetadata
     ) -> None:
-        rows = metadata.state.new_rows
-        for cache, new in ((kv.key, key), (kv.value, value)):
-            by_row = cache.transpose(1, 2).view(-1, self.head_dim)
-            by_row.index_copy_(0, rows, new.reshape(-1, self.head_dim))
+        new = torch.stack((key, value)).view(-1, self.head_dim)
+        kv.views.tokens.index_copy_(0, metadata.state.new_rows, new)
 
     def forward(self, query: Tensor, kv: LayerKV, metadata: AttentionMetadata) -> Tensor:
         state = metadata.state
+        if len(state.decodes) == 1 and not state.prefills:
+            return self._decode(query, kv, state.decodes[0]).flatten(1)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         for decodes in state.decodes:
             out[decodes.tokens] = self._decode(query[decodes.tokens], kv, decodes)
@@ -130,7 +142,9 @@ class TorchBackend(AttentionBackend):
         last = lengths.unsqueeze(1) - num_queries + torch.arange(num_queries, device=device)
         position = torch.arange(num_blocks * metadata.block_size, device=device)
         visible = position <= last.unsqueeze(2)
-        return _Decodes(tokens, self._rows(tables[:, :num_blocks]), visible, self._bias(visible))
+        return _Decodes(
+            tokens, self._rows(tables[:, :num_blocks]).flatten(), visible, self._bias(visible)
+        )
 
     def _bias(self, visible: Tensor) -> Tensor:
         bias = torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, -torch.inf)
@@ -146,24 +160,25 @@ class TorchBackend(AttentionBackend):
         if seq_len > num_queries:
             position = torch.arange(seq_len, device=metadata.slot_mapping.device)
             mask = position <= position[seq_len - num_queries :].unsqueeze(1)
-        rows = self._rows(metadata.block_tables[i : i + 1, :num_blocks])
+        rows = self._rows(metadata.block_tables[i : i + 1, :num_blocks]).flatten()
         return _Prefill(tokens, rows, seq_len, mask)
 
     def _rows(self, tables: Tensor) -> Tensor:
-        """(sequence, head, block) order over a cache viewed as rows of (block, head)."""
-        heads = torch.arange(self.num_kv_heads, device=tables.device)
-        return (tables.unsqueeze(1) * self.num_kv_heads + heads.view(1, -1, 1)).flatten()
+        """``[sequences, blocks]`` block ids to ``[2, sequences, kv heads, blocks]`` rows of
+        `_Views.blocks`.
+        """
+        part = torch.arange(2, device=tables.device).view(-1, 1, 1, 1)
+        head = torch.arange(self.num_kv_heads, device=tables.device).view(-1, 1)
+        return (tables.unsqueeze(1) * 2 + part) * self.num_kv_heads + head
 
-    def _gather(self, cache: Tensor, rows: Tensor, num_seqs: int) -> Tensor:
-        """``[num_seqs, num_kv_heads, tokens, head_dim]``, contiguous."""
-        row_size = cache.shape[1] * self.head_dim
-        gathered = cache.transpose(1, 2).view(-1, row_size).index_select(0, rows)
-        return gathered.view(num_seqs, self.num_kv_heads, -1, self.head_dim)
+    def _gather(self, kv: LayerKV, rows: Tensor, num_seqs: int) -> tuple[Tensor, Tensor]:
+        """Keys and values, each ``[num_seqs, num_kv_heads, tokens, head_dim]``, contiguous."""
+        gathered = kv.views.blocks.index_select(0, rows)
+        return gathered.view(2, num_seqs, self.num_kv_heads, -1, self.head_dim).unbind(0)
 
     def _decode(self, query: Tensor, kv: LayerKV, decodes: _Decodes) -> Tensor:
         num_seqs, num_queries, _ = decodes.visible.shape
-        key = self._gather(kv.key, decodes.rows, num_seqs)
-        value = self._gather(kv.value, decodes.rows, num_seqs)
+        key, value = self._gather(kv, decodes.rows, num_seqs)
         query = query.view(num_seqs, num_queries, self.num_heads, self.head_dim)
         if query.dtype is torch.float32 and query.device.type == "cpu":
             return self._decode_matmul(query, key, value, decodes.bias)
@@ -194,12 +209,11 @@ class TorchBackend(AttentionBackend):
         return out.reshape(num_seqs * num_queries, heads, dim)
 
     def _prefill(self, query: Tensor, kv: LayerKV, prefill: _Prefill) -> Tensor:
-        key = self._gather(kv.key, prefill.rows, 1)[:, :, : prefill.seq_len]
-        value = self._gather(kv.value, prefill.rows, 1)[:, :, : prefill.seq_len]
+        key, value = self._gather(kv, prefill.rows, 1)
         out = F.scaled_dot_product_attention(
             query.transpose(0, 1).unsqueeze(0),
-            key,
-            value,
+            key[:, :, : prefill.seq_len],
+            value[:, :, : prefill.seq_len],
             attn_mask=prefill.mask,
             is_causal=prefill.mask is None,
             scale=self.scale,

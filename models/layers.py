@@ -66,7 +66,9 @@ class Placement:
         ``float16`` on a CPU means weights in float16 and arithmetic in float32.
         """
         if device.type != "cpu":
-            chosen = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+            if dtype == "auto":
+                dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+            chosen = getattr(torch, dtype)
             return cls(device, chosen, chosen, WeightFormat.DENSE)
         fast_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
         if dtype == "auto":

@@ -29,9 +29,9 @@ _FLOAT_MAX = torch.finfo(torch.float32).max
 _FLOAT_TINY = torch.finfo(torch.float32).tiny
 _INVALID = -1  # in place of a token id: this row has no distribution to choose from
 
-# The nucleus is looked for among this many most likely tokens first: most are smaller,
-# and sorting the whole vocabulary costs ten times as much.
-_NUCLEUS_WIDTH = 1024
+# The nucleus is looked for among tokens at least this likely (the most likely one being 1)
+# before the next bound is tried: sorting these few costs a tenth of sorting all.
+_NUCLEUS_FLOORS = (1e-3, 1e-6, 0.0)
 # Tokens per chunk of the two-level inverse CDF.
 _CHUNK = 256
 
@@ -314,15 +314,13 @@ def _keep_top_p(weights: Tensor, top_p: list[float]) -> Tensor:
     """
     wanted = _chunk_sums(weights).sum(-1, keepdim=True)
     wanted *= _column(top_p, weights, torch.float64)
-    width = min(_NUCLEUS_WIDTH, weights.shape[1])
-    while True:
-        best = weights.topk(width, dim=-1).values
+    for floor in _NUCLEUS_FLOORS:
+        best = _sorted_from(weights, floor)
         mass = best.cumsum(-1, dtype=torch.float64)
-        # A NaN row (an error of its own) compares false and does not widen the search.
-        if width == weights.shape[1] or not bool((mass[:, -1:] < wanted).any()):
+        # A NaN row (an error of its own) compares false and does not lower the floor.
+        if not bool((mass[:, -1:] < wanted).any()):
             break
-        width = min(8 * width, weights.shape[1])
-    last = (mass < wanted).sum(-1, keepdim=True).clamp_(max=width - 1)
+    last = (mass < wanted).sum(-1, keepdim=True).clamp_(max=best.shape[1] - 1)
     border = best.gather(-1, last)
     num_surplus = (weights >= border).sum(-1, keepdim=True) - (last + 1)
     if bool((num_surplus > 0).any()):
@@ -330,6 +328,20 @@ def _keep_top_p(weights: Tensor, top_p: list[float]) -> Tensor:
         num_kept = tied.sum(-1, keepdim=True) - num_surplus
         weights.masked_fill_(tied & (tied.cumsum(-1) > num_kept), 0.0)
     return weights.masked_fill_(weights < border, 0.0)
+
+
+def _sorted_from(weights: Tensor, floor: float) -> Tensor:
+    """Each row's weights of at least ``floor``, descending, filled up with zeros."""
+    if floor == 0.0:
+        return weights.sort(dim=-1, descending=True).values
+    rows, columns = (weights >= floor).nonzero(as_tuple=True)
+    counts = torch.bincount(rows, minlength=len(weights))
+    firsts = counts.cumsum(0) - counts
+    packed = weights.new_zeros(len(weights), max(1, int(counts.max())))
+    packed[rows, torch.arange(len(rows), device=rows.device) - firsts[rows]] = weights[
+        rows, columns
+    ]
+    return packed.sort(dim=-1, descending=True).values
 
 
 def _chunk_sums(weights: Tensor) -> Tensor:

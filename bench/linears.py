@@ -1,0 +1,119 @@
+"""Which form of a linear's weight is fastest at how many rows, on this CPU.
+
+Runs all linears of the model's layers once per measurement, so that no weight stays in a
+cache, after measuring what the machine can do at all. The last line is JSON.
+
+    python bench/linears.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from minserve.models import layers
+from minserve.models.layers import Placement, WeightFormat
+from minserve.models.source import find_model, load_config
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+def milliseconds(run: Callable[[], object], repeats: int) -> float:
+    """Median wall time of ``run`` after one warm-up."""
+    run()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - started) * 1e3)
+    return statistics.median(times)
+
+
+def ceilings() -> dict[str, float]:
+    """Copy bandwidth in GB/s (read + written), matmul rates in GFLOP/s."""
+    source = torch.ones(64 * 2**20)
+    target = torch.empty_like(source)
+    out = {"copy_gb_s": 2 * source.nbytes / milliseconds(lambda: target.copy_(source), 7) / 1e6}
+    for dtype in (torch.float32, torch.bfloat16):
+        size = 2048 if dtype is torch.float32 or _fast_bf16() else 256
+        a = torch.ones(size, size, dtype=dtype)
+        name = f"matmul_{str(dtype).removeprefix('torch.')}_gflop_s"
+        out[name] = 2 * size**3 / milliseconds(lambda a=a: a @ a, 5) / 1e6
+    return {name: round(value, 1) for name, value in out.items()}
+
+
+def forms() -> dict[str, Placement]:
+    """The ways to keep a weight that make sense on this CPU, without their fallbacks."""
+    cpu = torch.device("cpu")
+    found = {
+        "float32": Placement(cpu, torch.float32, torch.float32, WeightFormat.DENSE),
+        "float32 onednn": Placement(cpu, torch.float32, torch.float32, WeightFormat.ONEDNN, False),
+        "float16 fbgemm": Placement(
+            cpu, torch.float32, torch.float16, WeightFormat.FBGEMM_FP16, False
+        ),
+    }
+    if _fast_bf16():
+        found["bfloat16"] = Placement(cpu, torch.bfloat16, torch.bfloat16, WeightFormat.DENSE)
+        found["bfloat16 onednn"] = Placement(
+            cpu, torch.bfloat16, torch.bfloat16, WeightFormat.ONEDNN, False
+        )
+    return found
+
+
+def _fast_bf16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2", help="a Llama; only its shapes are used")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    config = load_config(find_model(args.model))
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    hidden, inner = config.hidden_size, config.intermediate_size
+    shapes = [
+        (heads * config.head_dim, hidden),
+        (hidden, config.num_attention_heads * config.head_dim),
+        (2 * inner, hidden),
+        (hidden, inner),
+    ]
+    limits = ceilings()
+    print(f"{args.threads} threads; ceilings: {limits}")
+    print("milliseconds for all linears of all layers; * is the fastest")
+    table: dict[str, dict[int, float]] = {}
+    for name, placement in forms().items():
+        linears = [
+            placement.linear(torch.randn(shape) * 0.02)
+            for _ in range(config.num_hidden_layers)
+            for shape in shapes
+        ]
+        inputs = {m: [torch.randn(m, i).to(placement.dtype) for _, i in shapes] for m in ROWS}
+        table[name] = {}
+        for rows, xs in inputs.items():
+            run = lambda xs=xs: [f(xs[i % len(xs)]) for i, f in enumerate(linears)]  # noqa: E731, B023
+            table[name][rows] = round(milliseconds(run, 7 if rows < 256 else 3), 1)
+        del linears
+    print(f"{'rows':>6}" + "".join(f"{name:>18}" for name in table))
+    for rows in ROWS:
+        best = min(table, key=lambda name: table[name][rows])
+        cells = (f"{table[n][rows]}{'*' if n == best else ' '}" for n in table)
+        print(f"{rows:>6}" + "".join(f"{cell:>18}" for cell in cells))
+    crossovers = {
+        "FP16_PACKED_MAX_ROWS": layers.FP16_PACKED_MAX_ROWS,
+        "ONEDNN_PACKED_MAX_ROWS": layers.ONEDNN_PACKED_MAX_ROWS,
+    }
+    print(json.dumps({"ceilings": limits, "ms": table, "in_use": crossovers}))
+
+
+if __name__ == "__main__":
+    main()
