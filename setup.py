@@ -34,6 +34,7 @@ setup(
         "psutil>=6.0",
     ],
     extras_require={
+        "plot": ["matplotlib>=3.9"],
         "test": [
             "pytest>=8.3",
             "pytest-timeout>=2.3",

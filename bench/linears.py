@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from tqdm import tqdm
 
 from minserve.models import layers
 from minserve.models.layers import Placement, WeightFormat
@@ -69,7 +70,36 @@ def _fast_bf16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def layer_shapes(model: str) -> tuple[int, list[tuple[int, int]]]:
+    """Layers of a Llama, and ``[out, in]`` of the four linears in each."""
+    config = load_config(find_model(model))
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return config.num_hidden_layers, [
+        (heads * config.head_dim, hidden),
+        (hidden, config.num_attention_heads * config.head_dim),
+        (2 * inner, hidden),
+        (hidden, inner),
+    ]
+
+
 @torch.inference_mode()
+def sweep(placement: Placement, num_layers: int, shapes: list[tuple[int, int]]) -> dict[int, float]:
+    """Milliseconds for all linears of all layers, by rows of input."""
+    weights = [torch.randn(shape) * 0.02 for _ in range(num_layers) for shape in shapes]
+    linears = [placement.linear(weight) for weight in weights]
+    times = {}
+    for rows in ROWS:
+        inputs = [torch.randn(rows, width).to(placement.dtype) for _, width in shapes]
+
+        def run(inputs: list[torch.Tensor] = inputs) -> None:
+            for i, linear in enumerate(linears):
+                linear(inputs[i % len(inputs)])
+
+        times[rows] = round(milliseconds(run, 7 if rows < 256 else 3), 1)
+    return times
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -78,31 +108,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    config = load_config(find_model(args.model))
-    heads = config.num_attention_heads + 2 * config.num_key_value_heads
-    hidden, inner = config.hidden_size, config.intermediate_size
-    shapes = [
-        (heads * config.head_dim, hidden),
-        (hidden, config.num_attention_heads * config.head_dim),
-        (2 * inner, hidden),
-        (hidden, inner),
-    ]
     limits = ceilings()
     print(f"{args.threads} threads; ceilings: {limits}")
     print("milliseconds for all linears of all layers; * is the fastest")
-    table: dict[str, dict[int, float]] = {}
-    for name, placement in forms().items():
-        linears = [
-            placement.linear(torch.randn(shape) * 0.02)
-            for _ in range(config.num_hidden_layers)
-            for shape in shapes
-        ]
-        inputs = {m: [torch.randn(m, i).to(placement.dtype) for _, i in shapes] for m in ROWS}
-        table[name] = {}
-        for rows, xs in inputs.items():
-            run = lambda xs=xs: [f(xs[i % len(xs)]) for i, f in enumerate(linears)]  # noqa: E731, B023
-            table[name][rows] = round(milliseconds(run, 7 if rows < 256 else 3), 1)
-        del linears
+    num_layers, shapes = layer_shapes(args.model)
+    table = {}
+    for name, placement in tqdm(forms().items(), desc="Measuring", unit="form"):
+        table[name] = sweep(placement, num_layers, shapes)
     print(f"{'rows':>6}" + "".join(f"{name:>18}" for name in table))
     for rows in ROWS:
         best = min(table, key=lambda name: table[name][rows])

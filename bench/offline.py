@@ -277,6 +277,28 @@ def table(columns: dict[str, dict[str, float]]) -> None:
         print(f"{row:22}" + "".join(f"{values[row]:>18}" for values in columns.values()))
 
 
+def plot(columns: dict[str, dict[str, float]], file: str) -> None:
+    """Save bars of tokens per second, one panel per metric."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(METRICS), figsize=(3 * len(METRICS), 3.2))
+    colours = ["#1f6feb", "#b6bcc4", "#7d8590"]
+    for panel, metric in zip(panels, METRICS, strict=True):
+        values = [engine[metric] for engine in columns.values()]
+        bars = panel.bar(range(len(values)), values, color=colours[: len(values)])
+        panel.bar_label(bars, fmt="%.0f", padding=2)
+        panel.set_title(metric.replace("_b", ", batch ").replace("_1024", " of 1024 tokens"))
+        panel.set_xticks(range(len(values)), [name.replace(", ", "\n") for name in columns])
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.margins(y=0.15)
+    panels[0].set_ylabel("tokens per second")
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -287,6 +309,7 @@ def main() -> None:
     parser.add_argument("--peer", choices=["vllm"])
     parser.add_argument("--peer-dtype", choices=["bfloat16", "float32", "float16"],
                         help="default: bfloat16 where the CPU multiplies it in hardware, else float32")  # fmt: skip
+    parser.add_argument("--plot", metavar="FILE.png", help="also save a picture (needs matplotlib)")
     parser.add_argument("--child", choices=["minserve", "vllm"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -304,12 +327,11 @@ def main() -> None:
     peer = compare(args, runs) if args.peer else {}
     result["minserve"] = medians(runs)
     result |= peer
-    table(
-        {
-            "minserve": result["minserve"],
-            **({f"vLLM, {k}": v for k, v in peer["vllm_variants"].items()} if peer else {}),
-        }
-    )
+    columns = {"minserve": result["minserve"]}
+    columns |= {f"vLLM, {name}": values for name, values in peer.get("vllm_variants", {}).items()}
+    table(columns)
+    if args.plot:
+        plot(columns, args.plot)
     print(json.dumps(result))
 
 

@@ -89,11 +89,11 @@ def test_two_hundred_requests_opened_and_dropped_leave_nothing(run: Callable) ->
 
 def test_the_queue_limit_counts_prompts_times_n(run: Callable) -> None:
     async def test(engine: AsyncEngine) -> None:
-        with pytest.raises(QueueFullError, match="limit of 8"):
+        with pytest.raises(InvalidRequestError, match="9 outputs in one request; at most 8"):
             engine.submit([[5], [6], [7]], SamplingParams(n=3))
         assert engine.num_unfinished == 0
         handles = engine.submit([[5], [6]], SamplingParams(n=4, max_tokens=400, ignore_eos=True))
-        with pytest.raises(QueueFullError):
+        with pytest.raises(QueueFullError, match="limit of 8"):
             engine.submit([[5]], GREEDY)
         for handle in handles:
             handle.abort()

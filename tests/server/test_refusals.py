@@ -104,9 +104,27 @@ def test_errors_become_the_clients_exceptions(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="other", prompt=PROMPT)
     assert missing.value.code == "model_not_found"
-    with pytest.raises(openai.RateLimitError) as full:
+    with pytest.raises(openai.BadRequestError, match="at most 64 can be queued"):
         client.completions.create(model="tiny", prompt=[PROMPT] * 65)
+
+
+def test_a_full_queue_is_a_rate_limit_and_room_comes_back(
+    server: RunningServer, client: openai.OpenAI
+) -> None:
+    full_house = client.completions.create(
+        model="tiny",
+        prompt=[PROMPT] * 64,
+        max_tokens=400,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    next(iter(full_house))
+    with pytest.raises(openai.RateLimitError) as full:
+        client.completions.create(model="tiny", prompt=PROMPT, max_tokens=1)
     assert full.value.response.headers["retry-after"] == "1"
+    full_house.close()
+    server.wait_until_free()
+    assert client.completions.create(model="tiny", prompt=PROMPT, max_tokens=1).choices
 
 
 def test_a_refused_stream_has_a_status_and_no_stream(client: openai.OpenAI) -> None:
