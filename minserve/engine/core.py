@@ -106,9 +106,15 @@ class EngineCore:
         results = self.run(batch)
         deltas = self.apply(batch, results)
         self.num_iterations += 1
-        if not self._outputs:
-            self.pool.check_integrity([])
         return deltas
+
+    def check_integrity(self) -> None:
+        """Check the pool's books against what runs; for idle moments.
+
+        Raises:
+            PoolCorruptedError: where blocks were lost or given twice, which is a bug.
+        """
+        self.pool.check_integrity(self.running)
 
     def plan(self) -> IterationPlan:
         """Ask the planner what runs now."""

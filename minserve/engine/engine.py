@@ -27,7 +27,7 @@ from minserve.errors import (
     RequestTooLongError,
 )
 from minserve.outputs import CompletionOutput, OutputDelta, RequestOutput
-from minserve.request import Request, Sequence
+from minserve.request import FinishReason, Request, Sequence
 from minserve.sampling_params import SamplingParams
 
 log = logging.getLogger(__name__)
@@ -197,6 +197,8 @@ class Engine(_EngineBase):
             for request_id in mine:
                 self._core.abort(request_id)
                 del self._mailboxes[request_id]
+            if not self._core.has_work:
+                self._core.check_integrity()
 
     def _step(self) -> None:
         """One iteration; its deltas go to the mailboxes of whoever reads them."""
@@ -357,7 +359,15 @@ class AsyncEngine(_EngineBase):
             self._wake.notify()
 
     def _run(self) -> None:
-        """The core's thread: take in news, step, publish."""
+        """The core's thread. Should the core itself break, every request hears of it."""
+        try:
+            self._serve()
+        except Exception as error:
+            log.exception("the engine core is broken; restart the process")
+            self._loop.call_soon_threadsafe(self._fail_all, error)
+
+    def _serve(self) -> None:
+        """Take in news, step, publish, until told to stop."""
         stop = False
         while not stop:
             with self._wake:
@@ -368,6 +378,8 @@ class AsyncEngine(_EngineBase):
                 deltas += self._step()
             if deltas:
                 self._loop.call_soon_threadsafe(self._publish, deltas)
+            if not self._core.has_work:
+                self._core.check_integrity()
 
     def _take_in(self) -> tuple[list[OutputDelta], bool]:
         """Carry out what the loop's side asked for since the last iteration."""
@@ -390,6 +402,18 @@ class AsyncEngine(_EngineBase):
         except Exception as error:
             log.exception("an iteration failed; its requests are ended with an error")
             return self._core.abort_all(GenerationError(f"internal error: {error!r}"))
+
+    def _fail_all(self, error: Exception) -> None:
+        """On the loop: end every request in flight, and accept no more."""
+        self._accepting = False
+        failure = GenerationError(f"the engine broke: {error!r}")
+        self._publish(
+            [
+                OutputDelta(request_id=request_id, finish_reason=FinishReason.ERROR, error=failure)
+                for request_id, handle in self._handles.items()
+                for _ in range(handle._unfinished)
+            ]
+        )
 
     def _publish(self, deltas: list[OutputDelta]) -> None:
         """On the loop: hand each delta to its request."""

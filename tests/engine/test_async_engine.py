@@ -157,6 +157,32 @@ def test_an_iteration_that_fails_ends_its_requests_and_the_engine_serves_on(
     run(test)
 
 
+def test_a_broken_core_ends_every_request_and_accepts_no_more(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        engine = AsyncEngine(str(tiny_llama_dir), **SETTINGS)
+        await engine.start()
+        handles = engine.submit([[5], [6]], SamplingParams(n=2, max_tokens=450, ignore_eos=True))
+
+        def broken(*_: object) -> None:
+            raise RuntimeError("books in disorder")
+
+        monkeypatch.setattr(engine._core, "step", broken)
+        monkeypatch.setattr(engine._core, "abort_all", broken)
+        for handle in handles:
+            deltas = [d async for d in handle]
+            failures = [d for d in deltas if d.finish_reason is FinishReason.ERROR]
+            assert len(failures) == 2
+            assert "books in disorder" in str(failures[0].error)
+        assert not engine.is_healthy
+        with pytest.raises(EngineStoppedError):
+            engine.submit([[5]], GREEDY)
+        await engine.stop()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
 def test_priority_runs_first(run: Callable) -> None:
     async def test(engine: AsyncEngine) -> list[str]:
         order: list[str] = []
