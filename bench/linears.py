@@ -17,7 +17,6 @@ from collections.abc import Callable
 import torch
 from tqdm import tqdm
 
-from minserve.models import layers
 from minserve.models.layers import Placement, WeightFormat
 from minserve.models.source import find_model, load_config
 
@@ -49,19 +48,17 @@ def ceilings() -> dict[str, float]:
 
 
 def forms() -> dict[str, Placement]:
-    """The ways to keep a weight that make sense on this CPU, without their fallbacks."""
+    """The ways to keep a weight that make sense on this CPU."""
     cpu = torch.device("cpu")
     found = {
         "float32": Placement(cpu, torch.float32, torch.float32, WeightFormat.DENSE),
-        "float32 onednn": Placement(cpu, torch.float32, torch.float32, WeightFormat.ONEDNN, False),
-        "float16 fbgemm": Placement(
-            cpu, torch.float32, torch.float16, WeightFormat.FBGEMM_FP16, False
-        ),
+        "float32 onednn": Placement(cpu, torch.float32, torch.float32, WeightFormat.ONEDNN),
+        "float16 fbgemm": Placement(cpu, torch.float32, torch.float16, WeightFormat.FBGEMM_FP16),
     }
     if _fast_bf16():
         found["bfloat16"] = Placement(cpu, torch.bfloat16, torch.bfloat16, WeightFormat.DENSE)
         found["bfloat16 onednn"] = Placement(
-            cpu, torch.bfloat16, torch.bfloat16, WeightFormat.ONEDNN, False
+            cpu, torch.bfloat16, torch.bfloat16, WeightFormat.ONEDNN
         )
     return found
 
@@ -120,11 +117,7 @@ def main() -> None:
         best = min(table, key=lambda name: table[name][rows])
         cells = (f"{table[n][rows]}{'*' if n == best else ' '}" for n in table)
         print(f"{rows:>6}" + "".join(f"{cell:>18}" for cell in cells))
-    crossovers = {
-        "FP16_PACKED_MAX_ROWS": layers.FP16_PACKED_MAX_ROWS,
-        "ONEDNN_PACKED_MAX_ROWS": layers.ONEDNN_PACKED_MAX_ROWS,
-    }
-    print(json.dumps({"ceilings": limits, "ms": table, "in_use": crossovers}))
+    print(json.dumps({"ceilings": limits, "ms": table}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Layers as plain callables: linears in the form that is fastest on their device, norms, RoPE.
 
 A linear's weight is repacked once at load. On a CPU the best form depends on what the
-processor multiplies in hardware (`WeightFormat`); on a GPU it is the plain tensor.
+processor multiplies in hardware (`WeightFormat`; bench/linears.py compares them); on a GPU
+it is the plain tensor.
 """
 
 from __future__ import annotations
@@ -19,11 +20,6 @@ from torch import Tensor
 from minserve.errors import UnsupportedModelError
 
 Linear = Callable[[Tensor], Tensor]
-
-# Above these many rows of input the unpacked float32 GEMM beats the packed form
-# (bench/linears.py prints the crossover).
-FP16_PACKED_MAX_ROWS = 224
-ONEDNN_PACKED_MAX_ROWS = 512
 
 
 class WeightFormat(Enum):
@@ -49,18 +45,15 @@ class Placement:
         dtype: of activations, embeddings, norms and KV.
         weight_dtype: to which linear weights are rounded.
         format: how linear weights are kept.
-        keep_unpacked: also keep the unpacked weight where large batches run faster on
-            it; costs its memory once more.
     """
 
     device: torch.device
     dtype: torch.dtype
     weight_dtype: torch.dtype
     format: WeightFormat
-    keep_unpacked: bool = True
 
     @classmethod
-    def choose(cls, device: torch.device, dtype: str, *, keep_unpacked: bool = True) -> Placement:
+    def choose(cls, device: torch.device, dtype: str) -> Placement:
         """The fastest placement for a dtype name (``auto`` included) on a device.
 
         ``float16`` on a CPU means weights in float16 and arithmetic in float32.
@@ -76,32 +69,26 @@ class Placement:
         if dtype == "float16":
             has_fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
             form = WeightFormat.FBGEMM_FP16 if has_fbgemm else WeightFormat.DENSE
-            return cls(device, torch.float32, torch.float16, form, keep_unpacked)
+            return cls(device, torch.float32, torch.float16, form)
         chosen = getattr(torch, dtype)
         packable = torch.backends.mkldnn.is_available() and (
             chosen is torch.float32 or (chosen is torch.bfloat16 and fast_bf16)
         )
         form = WeightFormat.ONEDNN if packable else WeightFormat.DENSE
-        return cls(device, chosen, chosen, form, keep_unpacked)
+        return cls(device, chosen, chosen, form)
 
     def tensor(self, tensor: Tensor) -> Tensor:
         """A parameter other than a linear's weight, in the activations' dtype."""
         return tensor.to(self.device, self.dtype).contiguous()
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None, *, head: bool = False) -> Linear:
-        """A linear layer from a ``[out, in]`` weight of any float dtype.
-
-        Args:
-            head: the output projection, which only ever sees a row per sampled token;
-                no unpacked copy is kept for it.
-        """
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """A linear layer from a ``[out, in]`` weight of any float dtype."""
         weight = weight.to(self.device, self.weight_dtype)
         bias = None if bias is None else self.tensor(bias)
-        keep = self.keep_unpacked and not head
         if self.format is WeightFormat.FBGEMM_FP16:
-            return Fp16Linear(weight, bias, keep_unpacked=keep)
+            return Fp16Linear(weight, bias)
         if self.format is WeightFormat.ONEDNN:
-            return OneDnnLinear(weight, bias, keep_unpacked=keep)
+            return OneDnnLinear(weight, bias)
         return DenseLinear(weight.to(self.dtype), bias)
 
 
@@ -119,38 +106,27 @@ class DenseLinear:
 
 
 class OneDnnLinear:
-    """``x W^T + b`` on a weight prepacked for oneDNN; large batches use the plain one."""
+    """``x W^T + b`` on a weight prepacked for oneDNN."""
 
-    __slots__ = ("bias", "packed", "weight")
+    __slots__ = ("bias", "packed")
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, keep_unpacked: bool) -> None:
-        self.weight = weight.contiguous() if keep_unpacked else None
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.bias = bias
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.weight is not None and x.shape[0] > ONEDNN_PACKED_MAX_ROWS:
-            return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
 class Fp16Linear:
-    """``x W^T + b`` with the weight in float16 and everything else in float32 (FBGEMM).
+    """``x W^T + b`` with the weight in float16 and everything else in float32 (FBGEMM)."""
 
-    Both forms hold the same rounded weight, so results differ by float32 rounding alone.
-    """
+    __slots__ = ("packed",)
 
-    __slots__ = ("bias", "packed", "weight")
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, keep_unpacked: bool) -> None:
-        unpacked = weight.float().contiguous()
-        self.packed = torch.ops.quantized.linear_prepack_fp16(unpacked, bias)
-        self.weight = unpacked if keep_unpacked else None
-        self.bias = bias
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float().contiguous(), bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.weight is not None and x.shape[0] > FP16_PACKED_MAX_ROWS:
-            return F.linear(x, self.weight, self.bias)
         return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
 
 

@@ -112,7 +112,7 @@ class Llama(CausalLM):
         head = embed
         if not config.tie_word_embeddings:
             head = checkpoint.get("lm_head.weight", tuple(embed.shape))
-        self.head = placement.linear(head, head=True)
+        self.head = placement.linear(head)
         self.rope = RotaryEmbedding(
             shape.head_dim, shape.max_positions, config.rope_parameters, placement.device
         )

@@ -91,7 +91,7 @@ class OPT(CausalLM):
             project_in = checkpoint.get("model.decoder.project_in.weight", (hidden, width))
             project_out = checkpoint.get("model.decoder.project_out.weight", (width, hidden))
             self.project_in = placement.linear(project_in)
-            self.project_out = placement.linear(project_out, head=True)
+            self.project_out = placement.linear(project_out)
         self.layers = [
             OPTLayer(checkpoint, i, config, placement) for i in range(config.num_hidden_layers)
         ]
@@ -104,7 +104,7 @@ class OPT(CausalLM):
         head = embed
         if not config.tie_word_embeddings:
             head = checkpoint.get("lm_head.weight", tuple(embed.shape))
-        self.head = placement.linear(head, head=True)
+        self.head = placement.linear(head)
 
     def forward(
         self,

@@ -22,14 +22,10 @@ from minserve.kernels.attention import make_attention_backend
 from minserve.models.layers import Placement
 from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
-from minserve.models.source import ModelSource, find_model, load_config
+from minserve.models.source import find_model, load_config
 from minserve.planner.policies import make_planner
 
 log = logging.getLogger(__name__)
-
-# Unpacked copies of CPU weights are kept only for models whose copies fit into this
-# share of the free memory.
-UNPACKED_SHARE_OF_FREE = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +54,7 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         torch.set_num_threads(config.threads or _physical_cores())
     source = find_model(config.model)
     model_config = load_config(source)
-    placement = Placement.choose(device, config.dtype, keep_unpacked=_unpacked_fits(source))
+    placement = Placement.choose(device, config.dtype)
     with open_checkpoint(source) as checkpoint:
         model = build_model(checkpoint, model_config, placement)
     shape = model.shape
@@ -127,16 +123,6 @@ def _physical_cores() -> int:
     physical = psutil.cpu_count(logical=False) or 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
     return max(1, min(physical, allowed))
-
-
-def _unpacked_fits(source: ModelSource) -> bool:
-    """Whether float32 copies of the weights are small beside the free memory.
-
-    Judged by the files' size: at most four times larger in float32 (eight for 4-bit ones).
-    """
-    files = [source.gguf_file] if source.gguf_file else source.config_dir.glob("*.safetensors")
-    size = sum(f.stat().st_size for f in files) * (8 if source.gguf_file else 2)
-    return size <= psutil.virtual_memory().available * UNPACKED_SHARE_OF_FREE
 
 
 def _max_model_len(config: EngineConfig, max_positions: int) -> int:

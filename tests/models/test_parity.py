@@ -24,10 +24,9 @@ def test_every_weight_format_multiplies_alike(form: WeightFormat, bias: bool, ro
     x, b = torch.randn(rows, 96, generator=generator), torch.randn(48, generator=generator)
     weight_dtype = torch.float16 if form is WeightFormat.FBGEMM_FP16 else torch.float32
     want = x.double() @ weight.double().T + (b.double() if bias else 0)
-    for keep in (False, True):
-        placement = Placement(torch.device("cpu"), torch.float32, weight_dtype, form, keep)
-        got = placement.linear(weight, b if bias else None)(x)
-        assert (got - want).abs().max() < 1e-4
+    placement = Placement(torch.device("cpu"), torch.float32, weight_dtype, form)
+    got = placement.linear(weight, b if bias else None)(x)
+    assert (got - want).abs().max() < 1e-4
 
 
 def test_float32_on_a_cpu_takes_the_prepacked_form() -> None:

@@ -52,7 +52,7 @@ def reference_logprobs(model: torch.nn.Module, token_ids: list[int]) -> torch.Te
 
 def our_logprobs(dtype: str, token_ids: list[int]) -> torch.Tensor:
     source = find_model("smollm2")
-    placement = Placement.choose(torch.device("cpu"), dtype, keep_unpacked=False)
+    placement = Placement.choose(torch.device("cpu"), dtype)
     with open_checkpoint(source, progress=False) as checkpoint:
         model = build_model(checkpoint, load_config(source), placement)
     runner = parity.make_runner(model, placement)
