@@ -127,6 +127,7 @@ def ready_message(url: str, model: str, *, chat: bool, needs_key: bool) -> str:
     else:
         body["prompt"] = "The capital of France is"
     body["max_tokens"] = 64 if chat else 16
+    body["temperature"] = 0
     path = "/v1/chat/completions" if chat else "/v1/completions"
     key = ' -H "Authorization: Bearer $MINSERVE_API_KEY"' if needs_key else ""
     return (
