@@ -2,9 +2,9 @@
 
 Decodes are batched: keys and values of all decoding sequences are gathered by one
 `index_select` over their blocks, straight into ``[sequences * kv heads, tokens,
-head_dim]``, and the heads of a GQA group share one matmul over them. Sequences of similar length
-are grouped, so that padding at most doubles the work. Each prefill chunk runs through
-torch's fused attention over its own blocks.
+head_dim]``, and the heads of a GQA group share one matmul over them. Sequences of
+similar length are grouped, so that padding at most doubles the work. Each prefill chunk
+runs through torch's fused attention over its own blocks.
 """
 
 from __future__ import annotations
@@ -47,13 +47,14 @@ class _Decodes:
             gather, keys first.
         visible: bool ``[sequences, queries, padded length]``: who may look where.
         bias: the same as 0 / -inf in float32, ``[sequences * kv heads, queries * group
-            or 1, padded length]``; ``None`` where the fused kernel is used.
+            or 1, padded length]``. Made by the first layer that needs it; the fused
+            kernel does not.
     """
 
     tokens: slice | Tensor
     rows: Tensor
     visible: Tensor
-    bias: Tensor | None
+    bias: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -142,9 +143,7 @@ class TorchBackend(AttentionBackend):
         last = lengths.unsqueeze(1) - num_queries + torch.arange(num_queries, device=device)
         position = torch.arange(num_blocks * metadata.block_size, device=device)
         visible = position <= last.unsqueeze(2)
-        return _Decodes(
-            tokens, self._rows(tables[:, :num_blocks]).flatten(), visible, self._bias(visible)
-        )
+        return _Decodes(tokens, self._rows(tables[:, :num_blocks]).flatten(), visible)
 
     def _bias(self, visible: Tensor) -> Tensor:
         bias = torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, -torch.inf)
@@ -181,6 +180,8 @@ class TorchBackend(AttentionBackend):
         key, value = self._gather(kv, decodes.rows, num_seqs)
         query = query.view(num_seqs, num_queries, self.num_heads, self.head_dim)
         if query.dtype is torch.float32 and query.device.type == "cpu":
+            if decodes.bias is None:
+                decodes.bias = self._bias(decodes.visible)
             return self._decode_matmul(query, key, value, decodes.bias)
         out = F.scaled_dot_product_attention(
             query.transpose(1, 2),

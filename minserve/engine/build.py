@@ -38,7 +38,6 @@ class LoadedEngine:
     model_name: str
     max_model_len: int
     vocab_size: int
-    placement: Placement
 
 
 def load_engine(config: EngineConfig) -> LoadedEngine:
@@ -104,7 +103,6 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         model_name=source.name,
         max_model_len=max_model_len,
         vocab_size=shape.vocab_size,
-        placement=placement,
     )
 
 

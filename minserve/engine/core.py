@@ -61,7 +61,6 @@ class EngineCore:
         self.clock = clock
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.num_iterations = 0
         self._outputs: dict[str, _Output] = {}
         self._by_request: dict[str, list[str]] = {}
 
@@ -104,9 +103,7 @@ class EngineCore:
         if not batch:
             return []
         results = self.run(batch)
-        deltas = self.apply(batch, results)
-        self.num_iterations += 1
-        return deltas
+        return self.apply(batch, results)
 
     def check_integrity(self) -> None:
         """Check the pool's books against what runs; for idle moments.
