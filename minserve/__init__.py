@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from minserve.engine.engine import AsyncEngine, Engine
     from minserve.outputs import CompletionOutput, OutputDelta, RequestOutput
     from minserve.sampling_params import SamplingParams
+    from minserve.slo import SLO, DecodeStage, SLOReport
 
 __version__ = "0.1.0"
 
@@ -22,13 +23,19 @@ _HOMES = {
     "RequestOutput": "minserve.outputs",
     "CompletionOutput": "minserve.outputs",
     "OutputDelta": "minserve.outputs",
+    "SLO": "minserve.slo",
+    "DecodeStage": "minserve.slo",
+    "SLOReport": "minserve.slo",
 }
 __all__ = [
+    "SLO",
     "AsyncEngine",
     "CompletionOutput",
+    "DecodeStage",
     "Engine",
     "OutputDelta",
     "RequestOutput",
+    "SLOReport",
     "SamplingParams",
 ]
 

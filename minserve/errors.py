@@ -53,8 +53,30 @@ class RequestTooLongError(InvalidRequestError):
     """Prompt plus output exceed the model's length or the whole KV pool."""
 
 
+class InvalidSLOError(InvalidRequestError):
+    """A latency objective that is out of range, contradicts another, or names no class."""
+
+
+class SLOUnattainableError(MinserveError):
+    """The planner cannot keep this request's SLO, and the request asked to be refused then.
+
+    Attributes:
+        reason: a word for logs and headers, such as ``compute`` or ``memory``.
+        retry_after_s: when, by the planner's prediction, the same request would be admitted.
+    """
+
+    def __init__(self, message: str, *, reason: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+
 class QueueFullError(MinserveError):
     """The queue limit is reached; the request was not accepted."""
+
+
+class ProfileError(MinserveError):
+    """The device's speed could not be measured or fitted."""
 
 
 class EngineStoppedError(MinserveError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from minserve.request import FinishReason
+from minserve.slo import SLOReport, worst_report
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class OutputDelta:
             the prompt's first token.
         num_cached_tokens: prompt tokens that a prefix hit saved (first delta on).
         error: on the last delta where ``finish_reason`` is ERROR.
+        slo: on the last delta, what was promised and kept; ``None`` without an SLO.
     """
 
     request_id: str
@@ -53,6 +55,7 @@ class OutputDelta:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     num_cached_tokens: int = 0
     error: Exception | None = None
+    slo: SLOReport | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -76,6 +79,8 @@ class RequestOutput:
             token ids were given.
         outputs: ``n`` of them, in order.
         num_cached_tokens: prompt tokens that a prefix hit saved.
+        slo: what was promised and what was kept, of the output that fared worst;
+            ``None`` without an SLO.
     """
 
     request_id: str
@@ -84,6 +89,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     prompt_logprobs: list[TokenLogprob | None] | None = None
     num_cached_tokens: int = 0
+    slo: SLOReport | None = None
 
     def add(self, delta: OutputDelta) -> None:
         """Append one delta of this request."""
@@ -97,4 +103,6 @@ class RequestOutput:
             out.stop_reason = delta.stop_reason
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = list(delta.prompt_logprobs)
+        if delta.slo is not None:
+            self.slo = delta.slo if self.slo is None else worst_report((self.slo, delta.slo))
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)

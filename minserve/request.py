@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from minserve.sampling_params import SamplingParams
+from minserve.slo import SLO, Progress, Standing, Targets
 
 
 class RequestEvent(Enum):
@@ -57,6 +58,8 @@ class Request:
         cache_salt: requests share cached prefixes only with the same salt.
         stop_token_ids: every id that ends the output (the model's end-of-sequence
             ids unless ignored, and the request's own).
+        slo: what latency was asked for; ``None`` asks for nothing.
+        targets: the SLO in seconds on this device; set together with ``slo``.
     """
 
     request_id: str
@@ -67,6 +70,8 @@ class Request:
     priority: int = 0
     cache_salt: str = ""
     stop_token_ids: frozenset[int] = frozenset()
+    slo: SLO | None = None
+    targets: Targets | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -83,6 +88,8 @@ class Sequence:
         block_table: ids of the KV blocks, in token order. Set by the block pool.
         block_hashes: prefix digests of the full blocks so far. Set by the block pool.
         events: when each event last happened, except FIRST_TOKEN: when it first did.
+        progress: how the output stands against its targets; ``None`` without an SLO.
+        standing: what the planner has promised; without an SLO always BEST_EFFORT.
     """
 
     request: Request
@@ -98,8 +105,13 @@ class Sequence:
     stop_reason: str | int | None = None
     events: dict[RequestEvent, float] = field(default_factory=dict)
     seq_id: str = ""
+    progress: Progress | None = None
+    standing: Standing = Standing.BEST_EFFORT
 
     def __post_init__(self) -> None:
+        if self.request.targets is not None:
+            self.progress = Progress(self.request.targets, self.request.arrival_s)
+            self.standing = Standing.PENDING
         self.token_ids = list(self.request.prompt_token_ids)
         n = self.request.params.n
         self.seq_id = self.request.request_id + (f"/{self.index}" if n > 1 else "")
@@ -133,7 +145,11 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         """True where exactly the newest token, sampled before, remains to be computed."""
-        return self.num_output_tokens > 0 and self.num_uncomputed_tokens == 1
+        # Asked several times per sequence and iteration, hence without the properties above.
+        num_tokens = len(self.token_ids)
+        return num_tokens - self.num_computed_tokens == 1 and num_tokens > len(
+            self.request.prompt_token_ids
+        )
 
     def __repr__(self) -> str:
         return (
