@@ -6,6 +6,8 @@ only says in which order sequences are served.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
+
 from minserve.planner.plan import CachedPrefix, IterationPlan, PlannerView
 from minserve.request import Sequence
 
@@ -19,16 +21,30 @@ class BatchDraft:
 
     Invariants: tokens scheduled <= token budget; sequences <= max_num_seqs; blocks
     needed by what is scheduled and admitted <= free blocks + blocks of the preempted.
+
+    Args:
+        order: the running sequences, the last to be preempted first; default: by rank.
+        num_kept: how many of them an admission with ``evict`` may not preempt.
     """
 
-    def __init__(self, view: PlannerView, token_budget: int | None = None) -> None:
+    def __init__(
+        self,
+        view: PlannerView,
+        token_budget: int | None = None,
+        *,
+        order: SequenceOf[Sequence] | None = None,
+        num_kept: int = 0,
+    ) -> None:
         self.view = view
+        self._order = view.running if order is None else order
+        self._num_kept = num_kept
         self.plan = IterationPlan()
         self.budget = view.token_budget if token_budget is None else token_budget
         self._free = view.memory.num_free_blocks
         self._preempted: set[str] = set()
         self._num_running = len(view.running)
-        self._blocks_promised: int | None = None
+        self._running_promises: int | None = None
+        self._starting_promises = 0
 
     def is_preempted(self, seq: Sequence) -> bool:
         return seq.seq_id in self._preempted
@@ -37,7 +53,7 @@ class BatchDraft:
         """Run up to ``num_tokens`` more tokens of a running sequence.
 
         Takes free blocks; where they do not suffice, preempts running sequences that
-        rank behind ``seq`` and are not yet scheduled, last first. With ``whole=False``
+        stand behind ``seq`` in the order and are not yet scheduled, last first. With ``whole=False``
         fewer tokens may be scheduled, as many as blocks and budget allow.
 
         Returns:
@@ -59,33 +75,64 @@ class BatchDraft:
         self._take(seq, num_tokens, needed)
         return num_tokens
 
-    def admit(self, seq: Sequence, *, whole: bool = False) -> int:
+    def admit(
+        self,
+        seq: Sequence,
+        *,
+        whole: bool = False,
+        most: int | None = None,
+        evict: bool = False,
+    ) -> int:
         """Start a waiting sequence with its first chunk.
 
         Admits only if all of its known tokens fit beside what running prefills still
-        need, and only while nobody is being preempted. Nobody is preempted for it.
+        need.
+
+        Args:
+            most: tokens that the first chunk may have, beside the budget.
+            evict: preempt sequences that are not kept to make room. Otherwise nobody is
+                preempted for it, and it starts only while nobody is being preempted.
 
         Returns:
             tokens scheduled; 0 where it stays waiting.
         """
-        if self._preempted or self._num_running >= self.view.max_num_seqs or self.budget <= 0:
+        if self.budget <= 0 or (self._preempted and not evict):
             return 0
         hit = self.view.memory.cached_prefix(seq)
         remaining = seq.num_tokens - hit.num_tokens
-        num_tokens = self._clip(remaining, whole)
-        if num_tokens == 0:
+        num_tokens = self._clip(remaining if most is None else min(remaining, most), whole)
+        if num_tokens <= 0:
             return 0
         total = self._blocks_of(seq.num_tokens) - hit.num_tokens // self.view.memory.block_size
         total += hit.num_idle_blocks
-        spare = self._free - self._promised() - self._watermark()
-        if total > spare:
+        if not (self._has_room(total) or (evict and self._evict_for(total))):
             return 0
         first = self._first_chunk_blocks(num_tokens, hit)
         self.plan.admit.append(seq.seq_id)
         self._num_running += 1
-        self._blocks_promised = self._promised() + total - first
+        self._starting_promises += total - first
         self._take(seq, num_tokens, first)
         return num_tokens
+
+    def _has_room(self, num_blocks: int) -> bool:
+        """True where one more sequence with that many blocks can run."""
+        spare = self._free - self._promised() - self._watermark()
+        return self._num_running < self.view.max_num_seqs and num_blocks <= spare
+
+    def _evict_for(self, num_blocks: int) -> bool:
+        """Preempt sequences that are not kept until there is room; nobody where that cannot be."""
+        victims = [
+            seq
+            for seq in self._order[self._num_kept :]
+            if not self.is_preempted(seq) and seq.seq_id not in self.plan.num_scheduled_tokens
+        ]
+        gain = sum(self.view.memory.num_releasable_blocks(seq) for seq in victims)
+        spare = self._free - self._promised() - self._watermark()
+        if not victims or num_blocks > spare + gain:
+            return False
+        while victims and not self._has_room(num_blocks):
+            self._preempt(victims.pop())
+        return self._has_room(num_blocks)
 
     def _watermark(self) -> int:
         """Blocks to leave free; none when nothing runs, so that a lone request always starts."""
@@ -114,15 +161,15 @@ class BatchDraft:
         return own - hit.num_tokens // self.view.memory.block_size + hit.num_idle_blocks
 
     def _promised(self) -> int:
-        """Blocks that running prefills will still need for tokens they already have."""
-        if self._blocks_promised is None:
-            self._blocks_promised = sum(
+        """Blocks that prefills under way will still need for tokens they already have."""
+        if self._running_promises is None:
+            self._running_promises = sum(
                 max(0, self._blocks_of(s.num_tokens) - len(s.block_table))
                 - self._blocks_for(s, self.plan.num_scheduled_tokens.get(s.seq_id, 0))
                 for s in self.view.running
                 if not self.is_preempted(s)
             )
-        return self._blocks_promised
+        return self._running_promises + self._starting_promises
 
     def _take(self, seq: Sequence, num_tokens: int, num_blocks: int) -> None:
         self.plan.num_scheduled_tokens[seq.seq_id] = num_tokens
@@ -130,14 +177,18 @@ class BatchDraft:
         self._free -= num_blocks
 
     def _preempt_one_behind(self, seq: Sequence) -> bool:
-        for victim in reversed(self.view.running):
-            if victim.rank <= seq.rank:
+        for victim in reversed(self._order):
+            if victim is seq:
                 return False
             if self.is_preempted(victim) or victim.seq_id in self.plan.num_scheduled_tokens:
                 continue
-            self._preempted.add(victim.seq_id)
-            self.plan.preempt.append(victim.seq_id)
-            self._num_running -= 1
-            self._free += self.view.memory.num_releasable_blocks(victim)
+            self._preempt(victim)
             return True
         return False
+
+    def _preempt(self, victim: Sequence) -> None:
+        self._preempted.add(victim.seq_id)
+        self.plan.preempt.append(victim.seq_id)
+        self._num_running -= 1
+        self._free += self.view.memory.num_releasable_blocks(victim)
+        self._running_promises = None

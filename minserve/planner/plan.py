@@ -6,7 +6,21 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from minserve.planner.perf_model import BatchShape
 from minserve.request import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a request is refused, and when the same request would be admitted.
+
+    Attributes:
+        reason: ``compute`` or ``memory``: what there is too little of.
+        retry_after_s: seconds from now, by the planner's prediction.
+    """
+
+    reason: str
+    retry_after_s: float
 
 
 @dataclass(slots=True, kw_only=True)
@@ -18,13 +32,21 @@ class IterationPlan:
             length, or 1 for a decode.
         admit: waiting sequences that start (or resume) in this iteration.
         preempt: running sequences that give up their blocks and wait again.
-        predicted_s: predicted seconds of the iteration; ``None`` where the policy
-            predicts nothing.
+        promote: sequences whose SLO is promised from now on.
+        relegate: sequences whose SLO is given up: they are served as best effort.
+        reject: sequences that end here, as they asked, since their SLO cannot be kept.
+        shape: what of this batch decides its time.
+        predicted_s: predicted seconds of the iteration; ``None`` without a performance
+            model.
     """
 
     num_scheduled_tokens: dict[str, int] = field(default_factory=dict)
     admit: list[str] = field(default_factory=list)
     preempt: list[str] = field(default_factory=list)
+    promote: list[str] = field(default_factory=list)
+    relegate: list[str] = field(default_factory=list)
+    reject: dict[str, Refusal] = field(default_factory=dict)
+    shape: BatchShape = field(default_factory=BatchShape)
     predicted_s: float | None = None
 
     @property

@@ -5,91 +5,13 @@ from __future__ import annotations
 import random
 
 import pytest
+from replay import Replay, make_sequence
 
 from minserve.engine.block_pool import BlockPool
 from minserve.errors import ConfigError
-from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.policies import Planner, make_planner
-from minserve.request import Request, Sequence, SequenceState
-from minserve.sampling_params import SamplingParams
 
-POLICIES = [("sarathi", True), ("fcfs", True), ("fcfs", False)]
-
-
-def make_sequence(
-    name: str, prompt: list[int], output: int, arrival: float = 0.0, priority: int = 0
-) -> Sequence:
-    params = SamplingParams(max_tokens=output)
-    return Sequence(
-        Request(
-            request_id=name,
-            prompt_token_ids=tuple(prompt),
-            params=params,
-            seed=0,
-            arrival_s=arrival,
-            priority=priority,
-        )
-    )
-
-
-class Replay:
-    """The engine core's plan and apply, without a model: every sampled token is random."""
-
-    def __init__(self, planner: Planner, pool: BlockPool, budget: int, max_num_seqs: int) -> None:
-        self.planner, self.pool = planner, pool
-        self.budget, self.max_num_seqs = budget, max_num_seqs
-        self.waiting: list[Sequence] = []
-        self.running: list[Sequence] = []
-        self.finished: list[Sequence] = []
-        self.rng = random.Random(0)
-
-    def view(self) -> PlannerView:
-        return PlannerView(
-            waiting=sorted(self.waiting, key=lambda s: s.rank),
-            running=sorted(self.running, key=lambda s: s.rank),
-            memory=self.pool,
-            token_budget=self.budget,
-            max_num_seqs=self.max_num_seqs,
-        )
-
-    def step(self) -> IterationPlan:
-        plan = self.planner.plan(self.view(), now=0.0)
-        by_id = {s.seq_id: s for s in self.waiting + self.running}
-        assert len(plan.num_scheduled_tokens) <= self.max_num_seqs
-        for seq_id in plan.preempt:
-            seq = by_id[seq_id]
-            assert seq.state is SequenceState.RUNNING
-            assert seq_id not in plan.num_scheduled_tokens
-            self.pool.release(seq)
-            seq.num_computed_tokens, seq.state = 0, SequenceState.WAITING
-            seq.num_preemptions += 1
-            self.running.remove(seq)
-            self.waiting.append(seq)
-        for seq_id in plan.admit:
-            seq = by_id[seq_id]
-            assert seq.state is SequenceState.WAITING
-            seq.num_computed_tokens, seq.state = self.pool.admit(seq), SequenceState.RUNNING
-            self.waiting.remove(seq)
-            self.running.append(seq)
-        for seq_id, count in plan.num_scheduled_tokens.items():
-            assert 1 <= count <= by_id[seq_id].num_uncomputed_tokens
-            self.pool.grow(by_id[seq_id], count)  # raises if the planner promised too much
-        for seq_id, count in plan.num_scheduled_tokens.items():
-            self.advance(by_id[seq_id], count)
-        self.pool.check_integrity(self.running)
-        return plan
-
-    def advance(self, seq: Sequence, count: int) -> None:
-        seq.num_computed_tokens += count
-        self.pool.commit(seq)
-        if seq.num_uncomputed_tokens:
-            return
-        seq.token_ids.append(self.rng.randrange(3))
-        if seq.num_output_tokens == seq.request.params.max_tokens:
-            seq.state = SequenceState.FINISHED
-            self.running.remove(seq)
-            self.pool.release(seq)
-            self.finished.append(seq)
+POLICIES = [("sarathi", True), ("fcfs", True), ("fcfs", False), ("dp", True), ("edf", True)]
 
 
 @pytest.mark.parametrize(("name", "chunked"), POLICIES)
@@ -208,7 +130,8 @@ def test_planners_count_what_they_decide() -> None:
 
 
 def test_settings_that_a_policy_cannot_honour_are_refused() -> None:
-    with pytest.raises(ConfigError, match="sarathi always chunks"):
-        make_planner("sarathi", chunked_prefill=False)
+    for name in ("sarathi", "dp"):
+        with pytest.raises(ConfigError, match=f"{name} always chunks"):
+            make_planner(name, chunked_prefill=False)
     with pytest.raises(ConfigError, match="unknown policy 'lifo'"):
         make_planner("lifo")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+from minserve.planner.perf_model import BatchShape, PerfModel
 from minserve.planner.plan import IterationPlan, PlannerView
+from minserve.request import Sequence
 
 
 class Planner(ABC):
@@ -12,13 +14,17 @@ class Planner(ABC):
 
     ``plan`` does what all policies share; a policy writes ``_plan``.
 
+    Args:
+        model: the device's speed; with it every policy predicts its iterations.
+
     Attributes:
         num_plans, num_preemptions, num_admissions: counted since the start.
     """
 
     name: str
 
-    def __init__(self) -> None:
+    def __init__(self, model: PerfModel | None = None) -> None:
+        self.model = model
         self.num_plans = 0
         self.num_preemptions = 0
         self.num_admissions = 0
@@ -34,8 +40,36 @@ class Planner(ABC):
         self.num_plans += 1
         self.num_preemptions += len(plan.preempt)
         self.num_admissions += len(plan.admit)
+        if self.model is not None and plan.num_scheduled_tokens:
+            if not plan.shape.tokens:
+                plan.shape = _shape(view, plan)
+            plan.predicted_s = self.model.predict(plan.shape)
         return plan
+
+    def observe(self, plan: IterationPlan, seconds: float) -> None:
+        """An iteration as planned took so long."""
+        if self.model is not None:
+            self.model.observe(plan.shape, seconds)
+
+    def finished(self, seq: Sequence) -> None:  # noqa: B027 - most policies need not know
+        """An output came to its own end."""
 
     @abstractmethod
     def _plan(self, view: PlannerView, now: float) -> IterationPlan:
         """The policy's decision."""
+
+
+def _shape(view: PlannerView, plan: IterationPlan) -> BatchShape:
+    """The batch's shape. A sequence that starts begins behind its cached prefix."""
+    scheduled, chunks = plan.num_scheduled_tokens, []
+    for seq in view.running:
+        num_tokens = scheduled.get(seq.seq_id)
+        if num_tokens is not None:
+            chunks.append((seq.num_computed_tokens, num_tokens))
+    if plan.admit:
+        starting = set(plan.admit)
+        for seq in view.waiting:
+            if seq.seq_id in starting:
+                cached = view.memory.cached_prefix(seq).num_tokens
+                chunks.append((cached, scheduled[seq.seq_id]))
+    return BatchShape.of(chunks)

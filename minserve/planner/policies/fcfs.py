@@ -8,6 +8,7 @@ decodes share what is left.
 from __future__ import annotations
 
 from minserve.planner.batch import BatchDraft
+from minserve.planner.perf_model import PerfModel
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.policies.base import Planner
 
@@ -21,8 +22,8 @@ class FcfsPlanner(Planner):
 
     name = "fcfs"
 
-    def __init__(self, *, chunked_prefill: bool = True) -> None:
-        super().__init__()
+    def __init__(self, model: PerfModel | None = None, *, chunked_prefill: bool = True) -> None:
+        super().__init__(model)
         self.chunked_prefill = chunked_prefill
 
     def _plan(self, view: PlannerView, now: float) -> IterationPlan:

@@ -1,0 +1,133 @@
+"""How late is too late: what may still be reached, by two relaxations of the admission program.
+
+Both go through the candidates from the last deadline to the first and ask how a target is
+reached with those that are left. One looks at time: prefills one after another, slowed only
+as much as so many accepted ones must slow them (Moore's problem; the recursion is Lawler and
+Moore's, Management Science, 1969). The other looks at memory alone. What they rule out, no
+set can reach; what they let pass may still be infeasible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+class Clock:
+    """Time as the tokens that could be prefilled by then at given rates.
+
+    Args:
+        starts: ``[J]`` of segments; the last one never ends.
+        rates: ``[J]``, above 0.
+    """
+
+    # Seconds after the last start that are told apart.
+    FAR_S = 1e8
+
+    def __init__(self, starts: Floats, rates: Floats) -> None:
+        self._times = np.concatenate((starts, starts[-1:] + self.FAR_S))
+        self._tokens = np.zeros(len(self._times))
+        np.cumsum(rates * np.diff(self._times), out=self._tokens[1:])
+
+    def tokens(self, times: Floats) -> Floats:
+        """-inf before the first start."""
+        return np.interp(times, self._times, self._tokens, left=-np.inf)
+
+    def times(self, tokens: Floats) -> Floats:
+        """-inf for what was over before the first start."""
+        return np.interp(tokens, self._tokens, self._times, left=-np.inf, right=np.inf)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rest:
+    """The candidates in deadline order, and what is to be reached with them.
+
+    Attributes:
+        works: ``[N]``, in tokens.
+        deadlines: ``[N]``, in seconds.
+        blocks: ``[N]``.
+        units: of value, whole numbers; 0 for forced ones.
+        forced: whether it must be taken.
+        target: units in all, at least 1.
+        end_s: one unit may be missing where the last prefill is done by then; -inf for never.
+    """
+
+    works: Floats
+    deadlines: Floats
+    blocks: SequenceOf[int]
+    units: SequenceOf[int]
+    forced: SequenceOf[bool]
+    target: int
+    end_s: float
+
+
+def loosened(tokens: Floats) -> Floats:
+    """Rounding must not rule out what just fits."""
+    return tokens * (1 + 1e-9) + 1e-6
+
+
+def slowdown(rates: Floats, fastest: Floats, sizes: Ints) -> Floats:
+    """What share of the fastest rate is left at most beside so many accepted ones.
+
+    Args:
+        rates: ``[J, C]`` of count vectors, above 0.
+        fastest: ``[J]``, at least as fast.
+        sizes: ``[C]``, of each count vector.
+
+    Returns:
+        ``[most + 1]``, never rising.
+    """
+    left = np.zeros(int(sizes.max()) + 1)
+    np.maximum.at(left, sizes, (rates / fastest[:, None]).max(axis=0))
+    return np.maximum.accumulate(left[::-1])[::-1]
+
+
+def latest_s(rest: Rest, clock: Clock, left: Floats) -> list[list[float]]:
+    """Until when those accepted must be done, if the target is to be reached after all.
+
+    Args:
+        left: `slowdown`, relative to the clock.
+
+    Returns:
+        by number of candidates behind, and units accepted (at most the target).
+    """
+    num, target, pad = len(rest.works), rest.target, max(rest.units)
+    # How many are accepted at least.
+    size = np.cumsum([0, *rest.forced])[:-1, None] + -(-np.arange(target) // pad)
+    cost = rest.works[:, None] / left.take(size, mode="clip")
+    due = clock.tokens(rest.deadlines)
+    latest = np.full((num + 1, target + pad), np.inf)
+    latest[num, :target] = -np.inf
+    latest[num, target - 1] = clock.tokens(rest.end_s)
+    for k in range(num - 1, -1, -1):
+        row, later, units = latest[k, :target], latest[k + 1], rest.units[k]
+        np.minimum(later[units : units + target], due[k, ...], out=row)
+        row -= cost[k]
+        if not rest.forced[k]:
+            np.maximum(row, later[:target], out=row)
+    return clock.times(loosened(latest[:, : target + 1])).tolist()
+
+
+def least_blocks(rest: Rest) -> list[list[float]]:
+    """How many more blocks the target takes at least.
+
+    Returns:
+        by number of candidates behind, and units accepted (at most the target).
+    """
+    num, target, pad = len(rest.works), rest.target, max(rest.units)
+    least = np.zeros((num + 1, target + pad))
+    least[num, :target] = np.inf
+    if rest.end_s > -np.inf:
+        least[num, target - 1] = 0.0
+    for k in range(num - 1, -1, -1):
+        row, later, units = least[k, :target], least[k + 1], rest.units[k]
+        np.add(later[units : units + target], rest.blocks[k], out=row)
+        if not rest.forced[k]:
+            np.minimum(row, later[:target], out=row)
+    return least[:, : target + 1].tolist()

@@ -1,0 +1,279 @@
+"""One iteration's batch from deadlines: who runs, how many tokens, how long it may take.
+
+The batch is as long as the nearest decode deadline allows, not of a fixed size. In order:
+
+1. decodes that could not wait for the iteration after this one, earliest deadline first,
+   and best effort as far as its share is overdue;
+2. prefill chunks of admitted sequences, earliest deadline first;
+3. the other decodes: ahead of schedule, so that they may skip an iteration (the credits of
+   Scorpio, arXiv 2505.23022) but get what is left, which builds up credit again;
+4. pending sequences, all but their last prompt token: their clock must not start before
+   anyone promises to keep up with it;
+5. best effort, decodes first, prefills in chunks.
+
+Best effort may preempt nobody; admitted sequences preempt best effort when blocks or slots
+run out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+from minserve.planner.batch import BatchDraft
+from minserve.planner.perf_model import BatchShape, PerfModel
+from minserve.planner.plan import IterationPlan, PlannerView
+from minserve.request import Sequence, SequenceState
+
+Due = tuple[float, Sequence]
+
+
+@dataclass(slots=True, kw_only=True)
+class Work:
+    """The sequences of one iteration, sorted into the roles above.
+
+    Attributes:
+        decodes, prefills: admitted sequences with their next deadline, earliest first.
+            Prefills may be waiting still.
+        pending: neither promised nor given up, by deadline.
+        best_effort: the others, in rank order.
+    """
+
+    decodes: list[Due] = field(default_factory=list)
+    prefills: list[Due] = field(default_factory=list)
+    pending: list[Due] = field(default_factory=list)
+    best_effort: list[Sequence] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchLimits:
+    """How long an iteration may take.
+
+    Attributes:
+        longest_s: where no decode is due; what a new arrival may have to wait.
+        guard_s: how long before its deadline a token must be ready, so that it also
+            reaches the client in time.
+        best_effort_s: of this iteration, what best effort gets before admitted prefills;
+            the nearest decode deadline stands all the same.
+    """
+
+    longest_s: float
+    guard_s: float
+    best_effort_s: float = 0.0
+
+
+def form_batch(
+    view: PlannerView, work: Work, model: PerfModel | None, limits: BatchLimits, now: float
+) -> tuple[IterationPlan, float]:
+    """Fill one iteration.
+
+    Args:
+        model: without one nothing is timed and the token budget is the only bound.
+        now: seconds on the engine's monotonic clock.
+
+    Returns:
+        the plan, and the predicted seconds of it that went to best effort.
+    """
+    running = [seq for _, seq in work.decodes]
+    running += [seq for _, seq in work.prefills if seq.state is SequenceState.RUNNING]
+    # Of the admitted, the latest deadline gives way first.
+    order = sorted(running, key=lambda seq: seq.rank)
+    num_kept = len(order)
+    order += [seq for _, seq in work.pending if seq.state is SequenceState.RUNNING]
+    order += [seq for seq in work.best_effort if seq.state is SequenceState.RUNNING]
+    batch = _TimedBatch(BatchDraft(view, order=order, num_kept=num_kept), model)
+    slack = _slack(work.decodes, batch, limits, now)
+    limit = min(slack / batch.margin, limits.longest_s)
+
+    must, may = _split_decodes(work, batch, limit, limits, now)
+    for _, seq in must:
+        batch.decode(seq, slack)
+    given = 0.0
+    if limits.best_effort_s > 0:
+        given = _best_effort(batch, work.best_effort, batch.seconds + limits.best_effort_s, limit)
+    for deadline, seq in work.prefills:
+        if batch.is_full(limit):
+            break
+        # One that ends in this batch gets its first token at the batch's end.
+        soon = deadline - limits.guard_s - now
+        if batch.prefill(seq, min(limit, soon), whole=True, evict=True):
+            limit = min(limit, soon)
+        else:
+            batch.prefill(seq, limit, evict=True)
+    for _, seq in may:
+        batch.decode(seq, limit)
+
+    # Neither pending nor best effort may use up the credit of admitted decodes.
+    pace = min((seq.progress.tpot_s for _, seq in work.decodes), default=limit)
+    spare = min(limit, pace / batch.margin)
+    hold = bool(work.decodes or work.prefills)
+    for _, seq in work.pending:
+        if batch.is_full(spare):
+            break
+        batch.prefill(seq, spare, hold=hold)
+    given += _best_effort(batch, work.best_effort, spare, limit)
+    batch.draft.plan.shape = batch.shape
+    return batch.draft.plan, given
+
+
+class _TimedBatch:
+    """A `BatchDraft` that also knows how long the batch will take."""
+
+    def __init__(self, draft: BatchDraft, model: PerfModel | None) -> None:
+        self.draft = draft
+        self.model = model
+        self.margin = 1.0 if model is None else model.margin
+        self._tokens = self._seqs = self._context = self._pairs = 0
+        drift = 1.0 if model is None else model.drift
+        pieces = () if model is None else model.pieces
+        # Per piece: seconds of one decode, and of each token of its context.
+        self._per_decode = [
+            (
+                drift * (p.tokens + p.seqs),
+                drift * (p.context_tokens + p.attention_pairs),
+            )
+            for p in pieces
+        ]
+        self._sums = [drift * p.base for p in pieces]
+
+    @property
+    def seconds(self) -> float:
+        """Predicted seconds of what is scheduled so far."""
+        return max(self._sums, default=0.0) if self._seqs else 0.0
+
+    def is_full(self, limit: float) -> bool:
+        """True where not one more token fits within the limit."""
+        if not self._seqs:
+            return False
+        least = (total + one for total, (one, _) in zip(self._sums, self._per_decode, strict=True))
+        return self.draft.budget <= 0 or max(least, default=0.0) > limit
+
+    def seconds_of_decodes(self, seqs: SequenceOf[Sequence]) -> float:
+        """Predicted seconds of a batch of these decodes alone."""
+        if self.model is None or not seqs:
+            return 0.0
+        context = sum(len(seq.token_ids) for seq in seqs)
+        return self.model.predict(BatchShape(len(seqs), len(seqs), context, context))
+
+    def decode(self, seq: Sequence, limit: float) -> bool:
+        """Run one token, where the batch then still ends within the limit."""
+        context = len(seq.token_ids)
+        sums = [
+            total + one + each * context
+            for total, (one, each) in zip(self._sums, self._per_decode, strict=True)
+        ]
+        # The first one runs however late it is: a batch of nobody helps nobody.
+        if self._seqs and sums and max(sums) > limit:
+            return False
+        if self.draft.is_preempted(seq) or not self.draft.schedule(seq, 1):
+            return False
+        self._sums = sums
+        self._tokens += 1
+        self._seqs += 1
+        self._context += context
+        self._pairs += context
+        return True
+
+    def prefill(
+        self,
+        seq: Sequence,
+        limit: float,
+        *,
+        whole: bool = False,
+        evict: bool = False,
+        hold: bool = False,
+    ) -> int:
+        """Run a chunk as long as the limit allows, of a running or a waiting sequence.
+
+        Args:
+            whole: all that is left, or nothing.
+            evict: preempt best effort to start it.
+            hold: stop short of the last token, whose run would sample the next.
+        """
+        waiting = seq.state is SequenceState.WAITING
+        if self.draft.budget <= 0 or self.draft.is_preempted(seq):
+            return 0
+        if waiting:
+            start = self.draft.view.memory.cached_prefix(seq).num_tokens
+        else:
+            start = seq.num_computed_tokens
+        most = seq.num_tokens - start - (1 if hold else 0)
+        wanted = most
+        if self.model is not None:
+            fitting = self.model.max_tokens_within(limit, self.shape, start)
+            most = min(most, fitting if self._seqs else max(fitting, 1))
+        if most <= 0 or (whole and most < wanted):
+            return 0
+        if waiting:
+            num_tokens = self.draft.admit(seq, most=most, whole=whole, evict=evict)
+        else:
+            num_tokens = self.draft.schedule(seq, most, whole=whole)
+        if num_tokens:
+            self._add_chunk(start, num_tokens)
+        return num_tokens
+
+    @property
+    def shape(self) -> BatchShape:
+        """Of what is scheduled so far."""
+        return BatchShape(self._tokens, self._seqs, self._context, self._pairs)
+
+    def _add_chunk(self, start: int, num_tokens: int) -> None:
+        chunk = BatchShape.of([(start, num_tokens)])
+        self._tokens += num_tokens
+        self._seqs += 1
+        self._context += chunk.context_tokens
+        self._pairs += chunk.attention_pairs
+        if self.model is not None:
+            drift, shape = self.model.drift, self.shape
+            self._sums = [drift * piece.seconds(shape) for piece in self.model.pieces]
+
+
+def _slack(decodes: list[Due], batch: _TimedBatch, limits: BatchLimits, now: float) -> float:
+    """Seconds until the first decode deadline that can still be met."""
+    if not decodes:
+        return limits.longest_s * batch.margin
+    alone = batch.seconds_of_decodes([decodes[0][1]])
+    for deadline, _ in decodes:
+        slack = deadline - limits.guard_s - now
+        if slack >= alone:
+            return slack
+    return alone
+
+
+def _split_decodes(
+    work: Work, batch: _TimedBatch, limit: float, limits: BatchLimits, now: float
+) -> tuple[list[Due], list[Due]]:
+    """Decodes that must run now, and those that could also run in the next iteration."""
+    if not work.prefills:
+        return work.decodes, []
+    # The next iteration has to hold all those that skip this one, and prefills that end now.
+    # It should also be as long as the tightest pace allows, since each one has a constant
+    # cost: whoever would cut it short runs now.
+    everyone = batch.seconds_of_decodes([seq for _, seq in (*work.decodes, *work.prefills)])
+    pace = min((seq.progress.tpot_s for _, seq in work.decodes), default=0.0)
+    following = max(batch.margin * everyone + 2 * limits.guard_s, min(pace, limits.longest_s))
+    horizon = now + max(limit, everyone) + following
+    for i, (deadline, _) in enumerate(work.decodes):
+        if deadline > horizon:
+            return work.decodes[:i], work.decodes[i:]
+    return work.decodes, []
+
+
+def _best_effort(
+    batch: _TimedBatch, sequences: list[Sequence], until: float, limit: float
+) -> float:
+    """Run best effort until the batch takes so long; returns the predicted seconds of it."""
+    before, until = batch.seconds, min(until, limit)
+    todo = [seq for seq in sequences if seq.seq_id not in batch.draft.plan.num_scheduled_tokens]
+    for seq in todo:
+        if batch.is_full(until):
+            return batch.seconds - before
+        if seq.is_decoding:
+            batch.decode(seq, until)
+    for seq in todo:
+        if seq.state is SequenceState.RUNNING and not seq.is_decoding:
+            batch.prefill(seq, until)
+    for seq in todo:
+        if seq.state is SequenceState.WAITING and not batch.prefill(seq, until):
+            break
+    return batch.seconds - before

@@ -1,0 +1,114 @@
+"""How long will an output be? Nobody knows; these are the ways to guess.
+
+Admission needs it for memory (how many blocks a request will come to hold) and for time
+(when its decoding ends and makes room).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from bisect import bisect_right, insort
+from collections import deque
+from collections.abc import Mapping
+
+from minserve.errors import ConfigError
+from minserve.request import Sequence
+
+WINDOW = 512
+MIN_SAMPLES = 8
+# Before a class has finished outputs, and beyond the longest one seen.
+FIRST_GUESS = 128
+
+
+class LengthEstimator(ABC):
+    """Guesses output lengths; learns from finished outputs."""
+
+    def remaining(self, seq: Sequence) -> int:
+        """Tokens that the output will still have: at least 1, within ``max_tokens``."""
+        done = seq.num_output_tokens
+        return max(1, min(self._total(seq), seq.request.params.max_tokens) - done)
+
+    @abstractmethod
+    def _total(self, seq: Sequence) -> int:
+        """The whole output's length."""
+
+    def finished(self, seq: Sequence) -> None:  # noqa: B027 - not every way of guessing learns
+        """An output came to its own end."""
+
+
+class BoundLengths(LengthEstimator):
+    """Every output is as long as it may be: ``max_tokens``."""
+
+    def _total(self, seq: Sequence) -> int:
+        return seq.request.params.max_tokens
+
+
+class OracleLengths(LengthEstimator):
+    """True lengths, known beforehand: for reproducing published results only.
+
+    Args:
+        lengths: output tokens by request id.
+    """
+
+    def __init__(self, lengths: Mapping[str, int]) -> None:
+        self._lengths = lengths
+
+    def _total(self, seq: Sequence) -> int:
+        return self._lengths[seq.request.request_id]
+
+
+class QuantileLengths(LengthEstimator):
+    """A quantile of the lengths that outputs of the same class had lately.
+
+    Conditioned on what is generated already: of the outputs that were longer than this
+    one is now, the quantile. The client's own hint, where given, stands until it is passed.
+
+    Args:
+        quantile: in (0, 1]; higher is more cautious.
+    """
+
+    def __init__(self, quantile: float = 0.8) -> None:
+        self._quantile = quantile
+        self._recent: dict[str, deque[int]] = {}
+        self._ordered: dict[str, list[int]] = {}
+
+    def _total(self, seq: Sequence) -> int:
+        slo, done = seq.request.slo, seq.num_output_tokens
+        if slo is not None and slo.expected_output_tokens is not None:
+            if slo.expected_output_tokens > done:
+                return slo.expected_output_tokens
+            return 2 * done
+        ordered = self._ordered.get(_class_of(seq), [])
+        longer = bisect_right(ordered, done)
+        num_longer = len(ordered) - longer
+        if len(ordered) < MIN_SAMPLES or num_longer == 0:
+            # An output that outlived all others is as likely as not to double.
+            return max(FIRST_GUESS, 2 * done)
+        return ordered[longer + math.ceil(self._quantile * num_longer) - 1]
+
+    def finished(self, seq: Sequence) -> None:
+        name = _class_of(seq)
+        recent = self._recent.setdefault(name, deque())
+        ordered = self._ordered.setdefault(name, [])
+        recent.append(seq.num_output_tokens)
+        insort(ordered, seq.num_output_tokens)
+        if len(recent) > WINDOW:
+            ordered.remove(recent.popleft())
+
+
+def make_length_estimator(name: str) -> LengthEstimator:
+    """``quantile`` or ``max_tokens``; the oracle is made by who knows the lengths.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
+    if name == "quantile":
+        return QuantileLengths()
+    if name == "max_tokens":
+        return BoundLengths()
+    raise ConfigError(f"unknown length estimator {name!r}; known: quantile, max_tokens")
+
+
+def _class_of(seq: Sequence) -> str:
+    return "" if seq.request.slo is None else seq.request.slo.name

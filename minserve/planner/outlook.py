@@ -1,0 +1,146 @@
+"""`Outlook`: what the sequences that already run will take from now on.
+
+Piecewise constant over time: how many sequences of each TPOT tier need their token in every
+TPOT, and how many KV blocks are free. Tiers shrink and blocks are freed where outputs are
+predicted to end; a sequence ahead of its schedule needs nothing until it is due again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_SEGMENTS = 8
+MAX_TIERS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tier:
+    """Sequences of one TPOT.
+
+    Attributes:
+        tpot_s: seconds per token.
+        context_tokens: mean context of such a sequence, for the cost of its attention.
+    """
+
+    tpot_s: float
+    context_tokens: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """J segments of time from now on; the last one never ends.
+
+    Attributes:
+        starts: ``[J]`` float64, when each segment begins; ``starts[0]`` is now.
+        counts: ``[J, L]`` int64, decoding sequences of each of the L tiers.
+        free_blocks: ``[J]`` int64, blocks that admitted sequences do not need.
+        free_seqs: how many more sequences may run.
+    """
+
+    starts: NDArray[np.float64]
+    counts: NDArray[np.int64]
+    free_blocks: NDArray[np.int64]
+    free_seqs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """A sequence of one tier needs its tokens from ``start_s`` to ``end_s``."""
+
+    tier: int
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """A sequence holds, or will come to hold, blocks until ``end_s`` (inf: for good)."""
+
+    num_blocks: int
+    end_s: float
+
+
+def group_tiers(
+    paces: Iterable[tuple[float, int]], max_tiers: int = MAX_TIERS
+) -> tuple[list[Tier], dict[float, int]]:
+    """Sort TPOTs into few tiers; a TPOT between two joins the tighter one.
+
+    Args:
+        paces: ``(tpot_s, context tokens)`` of each sequence; infinite TPOTs have no tier.
+
+    Returns:
+        the tiers, tightest first, and each TPOT's index among them.
+    """
+    contexts: dict[float, list[int]] = {}
+    for tpot, context in paces:
+        if math.isfinite(tpot):
+            contexts.setdefault(tpot, []).append(context)
+    distinct = sorted(contexts)
+    # Cut at the widest gaps, as ratios: what is close in pace shares a tier.
+    gaps = sorted(range(1, len(distinct)), key=lambda i: distinct[i - 1] / distinct[i])
+    cuts = set(gaps[: max_tiers - 1])
+    tiers: list[Tier] = []
+    index: dict[float, int] = {}
+    members: list[int] = []
+    for i, tpot in enumerate(distinct):
+        if i == 0 or i in cuts:
+            members = []
+            tiers.append(Tier(tpot_s=tpot))
+        members += contexts[tpot]
+        tiers[-1] = Tier(tpot_s=tiers[-1].tpot_s, context_tokens=sum(members) / len(members))
+        index[tpot] = len(tiers) - 1
+    return tiers, index
+
+
+def build_outlook(
+    now: float,
+    horizon_s: float,
+    demands: SequenceOf[Demand],
+    holdings: SequenceOf[Holding],
+    *,
+    num_tiers: int,
+    num_blocks: int,
+    free_seqs: int,
+) -> Outlook:
+    """Lay demands and holdings on a time axis of at most `MAX_SEGMENTS` segments.
+
+    Rounded to the cautious side: what begins within a segment counts from its start, what
+    ends within one counts to its end, what ends after the horizon counts for good.
+
+    Args:
+        horizon_s: when the last promise that is to be decided falls due.
+        num_blocks: size of the pool.
+    """
+    begin = np.array([d.start_s for d in demands], dtype=np.float64)
+    end = np.array([d.end_s for d in demands], dtype=np.float64)
+    release = np.array([h.end_s for h in holdings], dtype=np.float64)
+    held = np.array([h.num_blocks for h in holdings], dtype=np.int64)
+    tier = np.array([d.tier for d in demands], dtype=np.int64)
+    starts = _segments(now, horizon_s, np.concatenate([begin, end, release]))
+    num = len(starts)
+    counts = np.zeros((num + 1, num_tiers), dtype=np.int64)
+    np.add.at(counts, (np.maximum(np.searchsorted(starts, begin, side="right") - 1, 0), tier), 1)
+    np.add.at(counts, (np.searchsorted(starts, end), tier), -1)
+    freed = np.zeros(num + 1, dtype=np.int64)
+    np.add.at(freed, np.searchsorted(starts, release), held)
+    return Outlook(
+        starts=starts,
+        counts=counts.cumsum(axis=0)[:num],
+        free_blocks=num_blocks - int(held.sum()) + freed.cumsum()[:num],
+        free_seqs=free_seqs,
+    )
+
+
+def _segments(now: float, horizon_s: float, edges: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Now, and the later edges before the horizon, thinned out evenly to `MAX_SEGMENTS`."""
+    inner = np.unique(edges[(edges > now) & (edges < horizon_s)])
+    if len(inner) > MAX_SEGMENTS - 1:
+        picked = np.linspace(0, len(inner) - 1, MAX_SEGMENTS - 1).round().astype(np.int64)
+        inner = inner[picked]
+    return np.concatenate([[now], inner])

@@ -1,0 +1,194 @@
+"""`PerfModel`: how many seconds a batch takes, and how many tokens fit in a time.
+
+The form is that of SLOs-Serve (arXiv 2504.08784), with the terms that it lacks: the maximum
+of linear pieces over (tokens, sequences, context tokens, attention pairs, draft steps, 1),
+all coefficients at least 0. A GPU has a flat piece (weights are read whatever the batch) and
+a steep one (arithmetic); a CPU often needs one piece only.
+
+The profile gives the coefficients once (`minserve.planner.perf_fit`). Online, `observe`
+follows the device's drifting speed and keeps a margin from the scatter around it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, astuple, dataclass
+from typing import Any
+
+# One observation moves the drift by this share of its (clipped) surprise: about 20
+# iterations to follow a change of speed.
+DRIFT_RATE = 0.05
+MAX_SURPRISE = 0.7
+RESIDUAL_WINDOW = 512
+# Before this many observations the margin is the profile's own.
+MIN_RESIDUALS = 32
+REFRESH_EVERY = 8
+# A machine that stands still at times cannot be planned around; past this, caution would
+# only make it slower.
+MAX_MARGIN = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    """What of a batch decides its time.
+
+    Attributes:
+        tokens: tokens run, prefill and decode alike.
+        seqs: sequences in the batch.
+        context_tokens: over all sequences, tokens with KV after the iteration.
+        attention_pairs: over all tokens run, the tokens that each attends to.
+        draft_steps: forward passes of the draft model.
+    """
+
+    tokens: int = 0
+    seqs: int = 0
+    context_tokens: int = 0
+    attention_pairs: int = 0
+    draft_steps: int = 0
+
+    @classmethod
+    def of(cls, chunks: Iterable[tuple[int, int]]) -> BatchShape:
+        """The shape of a batch of ``(tokens already computed, tokens to run)``, one per sequence."""
+        tokens = seqs = context = pairs = 0
+        for start, num_tokens in chunks:
+            tokens += num_tokens
+            seqs += 1
+            context += start + num_tokens
+            pairs += num_tokens * start + num_tokens * (num_tokens + 1) // 2
+        return cls(tokens, seqs, context, pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One linear piece: seconds per unit of each feature, and the constant."""
+
+    tokens: float
+    seqs: float = 0.0
+    context_tokens: float = 0.0
+    attention_pairs: float = 0.0
+    draft_steps: float = 0.0
+    base: float = 0.0
+
+    def seconds(self, shape: BatchShape) -> float:
+        return (
+            self.tokens * shape.tokens
+            + self.seqs * shape.seqs
+            + self.context_tokens * shape.context_tokens
+            + self.attention_pairs * shape.attention_pairs
+            + self.draft_steps * shape.draft_steps
+            + self.base
+        )
+
+
+class PerfModel:
+    """Seconds of a batch as the maximum of linear pieces, corrected online.
+
+    Args:
+        pieces: at least one; together they must grow with the tokens.
+        quantile: of recent residuals; ``margin`` covers this share of iterations.
+        margin: until there are enough residuals.
+
+    Attributes:
+        drift: measured over profiled speed, now; 1.1 is a device 10% slower than profiled.
+        margin: factor on a prediction that the chosen quantile of recent iterations kept;
+            between 1 and `MAX_MARGIN`.
+    """
+
+    def __init__(
+        self, pieces: Iterable[Piece], *, quantile: float = 0.9, margin: float = 1.1
+    ) -> None:
+        self.pieces = tuple(pieces)
+        if not self.pieces or not any(piece.tokens > 0 for piece in self.pieces):
+            raise ValueError("a performance model needs a piece that grows with the tokens")
+        if any(not c >= 0 or math.isinf(c) for piece in self.pieces for c in astuple(piece)):
+            raise ValueError("coefficients must be finite and at least 0")
+        self.quantile = quantile
+        self.drift = 1.0
+        self.margin = min(margin, MAX_MARGIN)
+        self.num_observations = 0
+        self._residuals: deque[float] = deque(maxlen=RESIDUAL_WINDOW)
+
+    def profiled(self, shape: BatchShape) -> float:
+        """Seconds by the profile alone: what promises are made from, stable over time."""
+        return max(piece.seconds(shape) for piece in self.pieces)
+
+    def predict(self, shape: BatchShape) -> float:
+        """Seconds that the batch should take now."""
+        return self.drift * self.profiled(shape)
+
+    def zero_load_prefill_s(self, num_tokens: int) -> float:
+        """T(prompt) of the idle device, for ``ttft_slowdown``."""
+        return self.profiled(BatchShape.of([(0, num_tokens)]))
+
+    def zero_load_decode_s(self, context_tokens: int) -> float:
+        """Seconds per token of a lone request, for ``tpot_slowdown``."""
+        return self.profiled(BatchShape.of([(context_tokens, 1)]))
+
+    def max_tokens_within(self, seconds: float, shape: BatchShape, start: int = 0) -> int:
+        """The longest prefill chunk that fits beside a batch.
+
+        Args:
+            seconds: for the whole batch, by `predict`.
+            shape: the batch without the chunk.
+            start: tokens of the chunk's sequence that are computed already.
+
+        Returns:
+            0 where not one token fits.
+        """
+        limit = seconds / self.drift
+        return max(0, min(_longest_chunk(piece, limit, shape, start) for piece in self.pieces))
+
+    def observe(self, shape: BatchShape, seconds: float) -> None:
+        """Learn from an iteration that took so long."""
+        profiled = self.profiled(shape)
+        if not (seconds > 0 and profiled > 0):
+            return
+        self._residuals.append(seconds / (self.drift * profiled))
+        surprise = math.log(seconds / profiled) - math.log(self.drift)
+        clipped = max(-MAX_SURPRISE, min(MAX_SURPRISE, surprise))
+        self.num_observations += 1
+        # The first observations weigh more, so that a wrong profile is left quickly.
+        rate = max(DRIFT_RATE, 1.0 / (self.num_observations + 1))
+        self.drift *= math.exp(rate * clipped)
+        enough = len(self._residuals) >= MIN_RESIDUALS
+        if enough and self.num_observations % REFRESH_EVERY == 0:
+            worst = residual_quantile(self._residuals, self.quantile)
+            self.margin = min(max(1.0, worst), MAX_MARGIN)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The profile, ready for JSON; the online correction is left out."""
+        return {"pieces": [asdict(piece) for piece in self.pieces], "margin": self.margin}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, quantile: float = 0.9) -> PerfModel:
+        """A model as `to_dict` wrote it.
+
+        Raises:
+            ValueError, TypeError, KeyError: where it is not one.
+        """
+        pieces = [Piece(**piece) for piece in values["pieces"]]
+        return cls(pieces, quantile=quantile, margin=float(values["margin"]))
+
+
+def residual_quantile(values: Iterable[float], quantile: float) -> float:
+    """The smallest value that at least that share of the values does not exceed."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, math.ceil(quantile * len(ordered)) - 1)]
+
+
+def _longest_chunk(piece: Piece, limit: float, shape: BatchShape, start: int) -> float:
+    """Largest n with piece(shape + a chunk of n tokens after ``start``) <= limit.
+
+    The chunk adds n tokens, a sequence, start + n context and n x start + n (n + 1) / 2
+    pairs: a quadratic in n.
+    """
+    left = limit - piece.seconds(shape) - piece.seqs - piece.context_tokens * start
+    if left < 0:
+        return 0
+    square = piece.attention_pairs / 2
+    linear = piece.tokens + piece.context_tokens + piece.attention_pairs * (start + 0.5)
+    if square == 0:
+        return math.inf if linear == 0 else math.floor(left / linear)
+    return math.floor((math.sqrt(linear**2 + 4 * square * left) - linear) / (2 * square))

@@ -1,0 +1,173 @@
+"""Planning by promises: whoever's SLOs can be kept runs, chosen by a dynamic program.
+
+After SLOs-Serve (arXiv 2504.08784), with what it leaves open: requests that do not fit stay
+pending until their last feasible start, doomed ones are relegated instead of dooming the
+others, output lengths are estimated, memory and time are released at predicted ends.
+
+A sequence is promised its SLO once its prefill starts; until then every round of admission
+decides anew. Rounds take place when a sequence comes or goes, and every 0.1 s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as SequenceOf
+
+from minserve.planner.admission import Admission, admit
+from minserve.planner.budget import PrefillRates
+from minserve.planner.formation import BatchLimits, Work, form_batch
+from minserve.planner.lengths import LengthEstimator, QuantileLengths
+from minserve.planner.outlook import Outlook
+from minserve.planner.perf_model import BatchShape, PerfModel
+from minserve.planner.plan import IterationPlan, PlannerView
+from minserve.planner.policies.base import Planner
+from minserve.planner.review import ReviewSettings, Verdict, review
+from minserve.planner.timeline import Candidate
+from minserve.request import Sequence, SequenceState
+from minserve.slo import Standing
+
+REVIEW_EVERY_S = 0.1
+# An iteration in which no decode is due lasts as long as so many lone decodes, each with its
+# guard time: an arrival waits for half of it on average, and what an iteration costs in any
+# case is spread over it.
+LONGEST_ITERATION = 5.0
+# A token still has to be detokenized, written and read.
+GUARD_S = 0.003
+
+
+class DpPlanner(Planner):
+    """Admission by `minserve.planner.admission`, batches by `minserve.planner.formation`.
+
+    Args:
+        model: without one nothing can be promised and every sequence is best effort.
+        lengths: guesses output lengths.
+        best_effort_share: of the device's time, at least, in [0, 1).
+    """
+
+    name = "dp"
+
+    def __init__(
+        self,
+        model: PerfModel | None = None,
+        *,
+        lengths: LengthEstimator | None = None,
+        best_effort_share: float = 0.05,
+    ) -> None:
+        super().__init__(model)
+        self.lengths = lengths or QuantileLengths()
+        self.best_effort_share = best_effort_share
+        self._chosen: dict[str, None] = {}
+        self._seen: list[str] = []
+        self._last_review_s = -math.inf
+        self._cached: dict[str, int] = {}
+        # Best effort's account: what it is owed, and what the plan under way gives it.
+        self._owed_s = 0.0
+        self._given_s = 0.0
+        self._best_effort_waits = False
+
+    @staticmethod
+    def choose(
+        candidates: SequenceOf[Candidate], outlook: Outlook, rates: PrefillRates
+    ) -> Admission:
+        """Who of the candidates is served."""
+        return admit(candidates, outlook, rates)
+
+    def finished(self, seq: Sequence) -> None:
+        self.lengths.finished(seq)
+
+    def observe(self, plan: IterationPlan, seconds: float) -> None:
+        super().observe(plan, seconds)
+        if self._best_effort_waits:
+            self._owed_s += self.best_effort_share * seconds
+        self._owed_s = max(0.0, self._owed_s - self._given_s)
+
+    def _plan(self, view: PlannerView, now: float) -> IterationPlan:
+        verdict = Verdict()
+        if self.model is not None and self._is_due(view, now):
+            verdict = self._review(view, now)
+        work = self._sort(view, now, verdict)
+        plan, self._given_s = form_batch(view, work, self.model, self._limits(work), now)
+        plan.relegate, plan.reject = list(verdict.relegate), verdict.reject
+        for _, seq in (*work.prefills, *work.decodes):
+            started = seq.state is SequenceState.RUNNING or seq.seq_id in plan.num_scheduled_tokens
+            if started and seq.standing is not Standing.ADMITTED:
+                plan.promote.append(seq.seq_id)
+        return plan
+
+    def _is_due(self, view: PlannerView, now: float) -> bool:
+        """True where someone came or went since the last round, or that is 0.1 s ago."""
+        ids = [seq.seq_id for seq in view.waiting]
+        ids += [seq.seq_id for seq in view.running]
+        if ids == self._seen and now - self._last_review_s < REVIEW_EVERY_S:
+            return False
+        for seq_id in self._cached.keys() - ids:
+            del self._cached[seq_id]
+        self._seen, self._last_review_s = ids, now
+        return True
+
+    def _review(self, view: PlannerView, now: float) -> Verdict:
+        def cached_tokens(seq: Sequence) -> int:
+            # Looked up once per wait: it costs hashing the prompt.
+            if seq.seq_id not in self._cached:
+                self._cached[seq.seq_id] = view.memory.cached_prefix(seq).num_tokens
+            return self._cached[seq.seq_id]
+
+        settings = ReviewSettings(
+            window_s=self._longest_s(),
+            guard_s=GUARD_S,
+            best_effort_share=self.best_effort_share,
+        )
+        verdict = review(view, now, self.model, self.lengths, cached_tokens, self.choose, settings)
+        self._chosen = verdict.chosen
+        return verdict
+
+    def _sort(self, view: PlannerView, now: float, verdict: Verdict) -> Work:
+        """Every sequence's role in this iteration; relegates those whose SLO is broken."""
+        work = Work()
+        for seq in (*view.running, *view.waiting):
+            seq_id, progress = seq.seq_id, seq.progress
+            if seq_id in verdict.reject:
+                continue
+            chosen = seq_id in self._chosen
+            given_up = seq.standing is Standing.BEST_EFFORT and not chosen
+            if progress is None or self.model is None or given_up or seq_id in verdict.relegate:
+                work.best_effort.append(seq)
+            elif progress.is_broken(now):
+                if seq.standing is not Standing.BEST_EFFORT:
+                    verdict.relegate[seq_id] = None
+                work.best_effort.append(seq)
+            elif not chosen and seq.standing is not Standing.ADMITTED:
+                work.pending.append((progress.next_deadline_s, seq))
+            elif seq.is_decoding:
+                work.decodes.append((progress.next_deadline_s, seq))
+            else:
+                work.prefills.append((progress.next_deadline_s, seq))
+        for role in (work.decodes, work.prefills, work.pending):
+            role.sort(key=_deadline)
+        work.best_effort.sort(key=_rank)
+        return work
+
+    def _longest_s(self) -> float:
+        return LONGEST_ITERATION * (self.model.predict(BatchShape.of([(0, 1)])) + GUARD_S)
+
+    def _limits(self, work: Work) -> BatchLimits:
+        self._best_effort_waits = bool(work.best_effort)
+        if self.model is None:
+            return BatchLimits(longest_s=math.inf, guard_s=GUARD_S)
+        # Saved up until it is worth an iteration: a decode, or a few prefill tokens.
+        longest_s = self._longest_s()
+        owed = self._owed_s if work.best_effort else 0.0
+        enough = owed >= longest_s / LONGEST_ITERATION
+        return BatchLimits(
+            longest_s=longest_s,
+            guard_s=GUARD_S,
+            best_effort_s=min(owed, longest_s / 2) if enough else 0.0,
+        )
+
+
+def _deadline(due: tuple[float, Sequence]) -> float:
+    return due[0]
+
+
+def _rank(seq: Sequence) -> tuple[int, float, str]:
+    return seq.rank

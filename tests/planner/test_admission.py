@@ -1,0 +1,226 @@
+"""The admission program against every subset, and against the event simulation."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from planner_instances import Instance, all_done_s, best_by_brute_force, random_instance
+
+from minserve.planner import admission
+from minserve.planner.admission import admit
+from minserve.planner.bounds import Rest
+from minserve.planner.budget import PrefillRates
+from minserve.planner.outlook import Outlook, Tier
+from minserve.planner.perf_model import PerfModel, Piece
+from minserve.planner.timeline import Candidate, simulate
+
+NUM_BLOCKS_OF_SEEDS = 12
+SEEDS_PER_BLOCK = 125
+
+
+def instance_of(*candidates: Candidate, free_blocks: int = 100, free_seqs: int = 10) -> Instance:
+    """On an idle device: 500 tokens per second, a tier of 0.1 s per token."""
+    model = PerfModel([Piece(tokens=0.002)])
+    rates = PrefillRates(model, [Tier(tpot_s=0.1)], window_s=0.1)
+    outlook = Outlook(
+        starts=np.array([0.0]),
+        counts=np.array([[0]]),
+        free_blocks=np.array([free_blocks]),
+        free_seqs=free_seqs,
+    )
+    return Instance(list(candidates), outlook, rates)
+
+
+def decide(instance: Instance) -> admission.Admission:
+    return admit(instance.candidates, instance.outlook, instance.rates)
+
+
+@pytest.mark.parametrize("block", range(NUM_BLOCKS_OF_SEEDS))
+def test_it_finds_the_best_of_all_subsets_and_simulation_agrees(block: int) -> None:
+    for seed in range(block * SEEDS_PER_BLOCK, (block + 1) * SEEDS_PER_BLOCK):
+        instance = random_instance(random.Random(seed), num_candidates=7)
+        got, best = decide(instance), best_by_brute_force(instance)
+        chosen = [instance.candidates[i] for i in got.accepted]
+        assert simulate(chosen, instance.outlook, instance.rates).feasible, seed
+        if best is None:
+            # Forced ones that never fit for good may fit until they are released.
+            assert not got.feasible or all(c.forced for c in chosen), seed
+            continue
+        assert got.feasible, seed
+        assert got.value >= best[0] - 1e-9, seed
+        if got.value == best[0] and all_done_s(instance, got.accepted) is not None:
+            assert got.done_s <= best[1] + 1e-6, seed
+        forced = {i for i, c in enumerate(instance.candidates) if c.forced}
+        assert forced <= set(got.accepted), seed
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("roomy", [True, False])
+def test_the_bounds_rule_out_nothing_better(
+    monkeypatch: pytest.MonkeyPatch, alike: bool, roomy: bool
+) -> None:
+    """On instances too large for brute force: the program without bounds, without limits."""
+    monkeypatch.setattr(admission, "MAX_STATES", 10**9)
+    monkeypatch.setattr(admission, "MAX_TIE_STATES", 10**9)
+    instances = [
+        random_instance(
+            random.Random(seed), num_candidates=13, alike=alike, roomy=roomy, free_seqs=100
+        )
+        for seed in range(40)
+    ]
+    bounded = [decide(one) for one in instances]
+
+    def nothing(rest: Rest, *_: object) -> list[list[float]]:
+        return [[math.inf] * (rest.target + 1)] * (len(rest.works) + 1)
+
+    monkeypatch.setattr(admission, "latest_s", nothing)
+    monkeypatch.setattr(admission, "least_blocks", lambda _: None)
+    assert any(decide(one).value < sum(c.value for c in one.candidates) for one in instances)
+    for one, found in zip(instances, bounded, strict=True):
+        every = decide(one)
+        assert found.value == every.value
+        assert found.done_s == pytest.approx(every.done_s)
+
+
+def test_the_program_finds_the_best_set_without_a_good_one_to_begin_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(admission._Program, "_good_set", admission._Program._nobody)
+    monkeypatch.setattr(admission, "MAX_TIE_STATES", 10**9)
+    short_of_memory = 0
+    for seed in range(400):
+        rng = random.Random(seed)
+        instance = random_instance(rng, num_candidates=8, alike=seed % 2 == 0, roomy=False)
+        candidates = [replace(c, forced=False) for c in instance.candidates]
+        instance = Instance(candidates, instance.outlook, instance.rates)
+        got, best = decide(instance), best_by_brute_force(instance)
+        assert got.value >= best[0], seed
+        if got.value == best[0] and all_done_s(instance, got.accepted) is not None:
+            assert got.done_s <= best[1] + 1e-6, seed
+        short_of_memory += sum(c.blocks for c in candidates) > instance.outlook.free_blocks.max()
+    assert short_of_memory > 100
+
+
+def test_one_long_prompt_gives_way_to_two_short_ones() -> None:
+    long = Candidate(work=450, deadline_s=1.0, tier=0, blocks=1)
+    short = Candidate(work=200, deadline_s=1.1, tier=0, blocks=1)
+    assert decide(instance_of(long, short, short)).accepted == (1, 2)
+
+
+def test_value_outweighs_number() -> None:
+    long = Candidate(work=450, deadline_s=1.0, tier=0, blocks=1, value=3.0)
+    short = Candidate(work=200, deadline_s=1.1, tier=0, blocks=1)
+    assert decide(instance_of(long, short, short)).accepted == (0,)
+
+
+def test_ties_leave_the_largest_budget() -> None:
+    slow = Candidate(work=400, deadline_s=1.0, tier=0, blocks=1)
+    quick = Candidate(work=300, deadline_s=1.0, tier=0, blocks=1)
+    got = decide(instance_of(slow, quick))
+    assert got.accepted == (1,)
+    assert got.done_s == pytest.approx(0.6)
+
+
+def test_memory_decides_where_it_is_short() -> None:
+    big = Candidate(work=10, deadline_s=1.0, tier=0, blocks=9)
+    small = Candidate(work=10, deadline_s=1.1, tier=0, blocks=5)
+    assert decide(instance_of(big, small, small, free_blocks=10)).accepted == (1, 2)
+
+
+def test_slots_decide_where_they_are_short() -> None:
+    one = Candidate(work=10, deadline_s=1.0, tier=0, blocks=1)
+    assert len(decide(instance_of(one, one, one, free_seqs=2)).accepted) == 2
+    forced = Candidate(work=10, deadline_s=1.0, tier=0, blocks=1, forced=True)
+    assert decide(instance_of(one, forced, free_seqs=0)).accepted == (1,)
+
+
+def test_forced_ones_that_are_late_are_reported_and_nobody_is_accepted() -> None:
+    late = Candidate(work=1000, deadline_s=1.0, tier=0, blocks=1, forced=True)
+    fine = Candidate(work=10, deadline_s=1.0, tier=0, blocks=1)
+    got = decide(instance_of(late, fine))
+    assert not got.feasible
+    assert got.accepted == ()
+
+
+@pytest.mark.parametrize(
+    "candidate",
+    [
+        Candidate(work=10, deadline_s=-1.0, tier=0, blocks=1),
+        Candidate(work=10, deadline_s=0.001, tier=None, blocks=1),
+        Candidate(work=10, deadline_s=1.0, tier=0, blocks=1000),
+    ],
+    ids=["past deadline", "too little time", "too much memory"],
+)
+def test_who_cannot_fit_is_left_out(candidate: Candidate) -> None:
+    fine = Candidate(work=10, deadline_s=1.0, tier=0, blocks=1)
+    got = decide(instance_of(candidate, fine))
+    assert got.feasible
+    assert got.accepted == (1,)
+
+
+def test_nobody_to_decide_on() -> None:
+    got = decide(instance_of())
+    assert got.feasible
+    assert got.accepted == ()
+
+
+def test_without_tiers_only_prefill_counts() -> None:
+    model = PerfModel([Piece(tokens=0.002)])
+    outlook = Outlook(
+        starts=np.array([0.0]),
+        counts=np.zeros((1, 0), dtype=np.int64),
+        free_blocks=np.array([10]),
+        free_seqs=10,
+    )
+    rates = PrefillRates(model, [], window_s=0.1)
+    one = Candidate(work=300, deadline_s=1.0, tier=None, blocks=1)
+    assert len(admit([one, one], outlook, rates).accepted) == 1
+
+
+@pytest.mark.parametrize("limit", ["MAX_CELLS", "MAX_STATES"])
+def test_instances_beyond_a_limit_get_a_good_set_and_say_so(
+    monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setattr(admission, limit, 0)
+    monkeypatch.setattr(admission, "MAX_TIE_STATES", 0)
+    long = Candidate(work=450, deadline_s=1.0, tier=0, blocks=1)
+    got = decide(instance_of(long, long, long))
+    assert got.feasible
+    assert len(got.accepted) == 1
+    assert not got.exact
+
+
+def test_beyond_the_limit_of_ties_the_value_is_still_the_highest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(admission, "MAX_TIE_STATES", 1)
+    later = 0
+    for seed in range(300):
+        instance = random_instance(random.Random(seed), num_candidates=7, alike=True)
+        got, best = decide(instance), best_by_brute_force(instance)
+        if best is not None:
+            assert got.value >= best[0]
+            later += got.value == best[0] and got.done_s > best[1] + 1e-6
+    assert later > 0, "else the limit was never reached"
+
+
+def test_values_that_are_no_multiples_of_one_another_are_compared_exactly() -> None:
+    rng = random.Random(0)
+    for seed in range(300):
+        instance = random_instance(random.Random(seed), num_candidates=7, alike=False)
+        candidates = [replace(c, value=rng.uniform(0.5, 2.0)) for c in instance.candidates]
+        instance = Instance(candidates, instance.outlook, instance.rates)
+        got, best = decide(instance), best_by_brute_force(instance)
+        if best is not None:
+            assert got.exact
+            assert got.value >= best[0] - 1e-9, seed
+
+
+def test_equal_deadlines_are_kept_in_the_order_given() -> None:
+    same = [Candidate(work=w, deadline_s=1.0, tier=0, blocks=1) for w in (300, 100, 200)]
+    got = decide(instance_of(*same))
+    assert got.accepted == (1, 2)

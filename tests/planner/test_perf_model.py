@@ -1,0 +1,194 @@
+"""`PerfModel`: the inverse is exact, the online correction follows the device."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minserve.planner.perf_model import (
+    MAX_MARGIN,
+    MIN_RESIDUALS,
+    BatchShape,
+    PerfModel,
+    Piece,
+    residual_quantile,
+)
+
+SHAPE = BatchShape.of([(100, 1), (300, 1), (0, 64)])
+MODEL = (Piece(2e-3, 1e-3, 1e-5, 8e-7, 0.0, 0.03), Piece(1e-4, base=0.05))
+
+coefficient = st.one_of(st.just(0.0), st.floats(1e-9, 1e-2))
+pieces = st.lists(
+    st.builds(
+        Piece,
+        tokens=st.floats(1e-6, 1e-2),
+        seqs=coefficient,
+        context_tokens=coefficient,
+        attention_pairs=st.one_of(st.just(0.0), st.floats(1e-9, 1e-5)),
+        draft_steps=coefficient,
+        base=st.floats(0, 0.1),
+    ),
+    min_size=1,
+    max_size=3,
+)
+batches = st.lists(st.tuples(st.integers(0, 500), st.integers(1, 50)), max_size=5)
+
+
+def test_the_shape_of_a_batch_counts_every_pair_of_tokens() -> None:
+    chunks = [(0, 5), (7, 3), (100, 1)]
+    pairs = sum(start + i + 1 for start, n in chunks for i in range(n))
+    assert BatchShape.of(chunks) == BatchShape(9, 3, 5 + 10 + 101, pairs)
+
+
+@settings(max_examples=150, deadline=None)
+@given(pieces, batches, st.integers(0, 2000), st.floats(0, 2), st.floats(0.3, 3))
+def test_the_longest_chunk_that_fits_is_found_exactly(
+    some: list[Piece], chunks: list[tuple[int, int]], start: int, seconds: float, drift: float
+) -> None:
+    model = PerfModel(some)
+    model.drift = drift
+
+    def taken(n: int) -> float:
+        return model.predict(BatchShape.of([*chunks, (start, n)]))
+
+    found = model.max_tokens_within(seconds, BatchShape.of(chunks), start)
+    # Doubling, then halving: the largest n that fits, by prediction alone.
+    low, high = 0, 1
+    while taken(high) <= seconds:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if taken(middle) <= seconds else (low, middle)
+    if found != low:  # sums of floats may fall on either side of a tie, no further
+        tie = max(found, low)
+        assert abs(found - low) == 1
+        assert taken(tie) == pytest.approx(seconds, rel=1e-9)
+
+
+def test_every_short_time_against_brute_force() -> None:
+    model = PerfModel(MODEL)
+    beside = BatchShape.of([(50, 1)] * 4)
+    for seconds in (0.0, 0.03, 0.0351, 0.05, 0.0612, 0.1, 0.25):
+        fitting = [
+            n
+            for n in range(1, 300)
+            if model.predict(BatchShape.of([*[(50, 1)] * 4, (20, n)])) <= seconds
+        ]
+        assert model.max_tokens_within(seconds, beside, start=20) == max(fitting, default=0)
+
+
+def test_the_drift_follows_a_device_that_slows_down() -> None:
+    model, rng = PerfModel(MODEL), random.Random(0)
+    promised = model.zero_load_prefill_s(512)
+    for _ in range(200):
+        model.observe(SHAPE, 1.3 * model.profiled(SHAPE) * rng.uniform(0.95, 1.05))
+    assert model.drift == pytest.approx(1.3, rel=0.03)
+    assert model.predict(SHAPE) == model.drift * model.profiled(SHAPE)
+    assert model.zero_load_prefill_s(512) == promised
+    before = model.max_tokens_within(0.5, SHAPE)
+    for _ in range(200):
+        model.observe(SHAPE, 0.8 * model.profiled(SHAPE))
+    assert model.drift == pytest.approx(0.8, rel=0.03)
+    assert model.max_tokens_within(0.5, SHAPE) > before
+
+
+def test_a_wrong_profile_is_left_within_few_iterations() -> None:
+    model = PerfModel(MODEL)
+    for _ in range(15):
+        model.observe(SHAPE, 4 * model.profiled(SHAPE))
+    assert model.drift > 2.5
+
+
+@pytest.mark.parametrize("quantile", [0.7, 0.9, 0.99])
+def test_the_margin_covers_its_share_of_iterations(quantile: float) -> None:
+    model, rng = PerfModel(MODEL, quantile=quantile), random.Random(1)
+    kept = 0
+    for i in range(3000):
+        seconds = model.profiled(SHAPE) * math.exp(rng.gauss(0, 0.15))
+        kept += i >= 1000 and seconds <= model.margin * model.predict(SHAPE)
+        model.observe(SHAPE, seconds)
+    assert kept / 2000 == pytest.approx(quantile, abs=0.02)
+
+
+def test_the_margin_is_the_profiles_own_until_there_are_residuals() -> None:
+    model = PerfModel(MODEL, margin=1.25)
+    for _ in range(MIN_RESIDUALS - 1):
+        model.observe(SHAPE, 1.1 * model.profiled(SHAPE))
+    assert model.margin == 1.25
+    for _ in range(100):
+        model.observe(SHAPE, 0.5 * model.profiled(SHAPE))
+    assert 1.0 <= model.margin < 1.25
+
+
+def test_outliers_barely_move_the_drift_and_the_margin_has_a_bound() -> None:
+    model = PerfModel(MODEL, quantile=0.9)
+    for i in range(400):
+        model.observe(SHAPE, model.profiled(SHAPE) * (50 if i % 25 == 24 else 1))
+    assert model.drift < 1.07  # the mean would say 3
+    assert model.margin < 1.1
+    for _ in range(200):
+        model.observe(SHAPE, model.profiled(SHAPE))
+        for _ in range(2):
+            model.observe(SHAPE, 50 * model.profiled(SHAPE))
+    assert model.margin <= MAX_MARGIN
+    assert PerfModel(MODEL, margin=100.0).margin == MAX_MARGIN
+
+
+def test_times_that_are_not_above_zero_teach_nothing() -> None:
+    model = PerfModel(MODEL)
+    for seconds in (0.0, -1.0, float("nan")):
+        model.observe(SHAPE, seconds)
+    model.observe(BatchShape(), 0.0)
+    assert (model.drift, model.num_observations) == (1.0, 0)
+
+
+def test_a_model_survives_json_without_its_online_correction() -> None:
+    model = PerfModel(MODEL, margin=1.2)
+    model.observe(SHAPE, 1.0)
+    copy = PerfModel.from_dict(json.loads(json.dumps(model.to_dict())), quantile=0.99)
+    assert copy.pieces == model.pieces
+    assert (copy.margin, copy.drift, copy.quantile) == (1.2, 1.0, 0.99)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"pieces": []},
+        {"pieces": [{"tokens": 1.0}]},
+        {"pieces": [{"tokens": 1.0, "colour": 2.0}], "margin": 1.1},
+        {"pieces": [{"tokens": -1.0}], "margin": 1.1},
+        {"pieces": [{"tokens": "fast"}], "margin": 1.1},
+        {"pieces": 3, "margin": 1.1},
+    ],
+)
+def test_what_is_no_model_is_refused(values: dict) -> None:
+    with pytest.raises((ValueError, TypeError, KeyError)):
+        PerfModel.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        (),
+        (Piece(0.0, base=0.1),),
+        (Piece(-1e-3),),
+        (Piece(1e-3), Piece(1e-3, seqs=-1e-9)),
+        (Piece(float("nan")),),
+        (Piece(1e-3, base=float("nan")),),
+        (Piece(1e-3, context_tokens=float("inf")),),
+    ],
+)
+def test_pieces_that_cannot_be_are_refused(bad: tuple[Piece, ...]) -> None:
+    with pytest.raises(ValueError, match=r"piece|coefficients"):
+        PerfModel(bad)
+
+
+def test_the_residual_quantile_is_a_value_that_occurred() -> None:
+    values = [5.0, 1.0, 4.0, 2.0, 3.0]
+    assert [residual_quantile(values, q) for q in (0.2, 0.5, 0.8, 0.81, 1.0)] == [1, 3, 4, 5, 5]
