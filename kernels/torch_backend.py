@@ -85,6 +85,7 @@ class TorchBackend(AttentionBackend):
     """The torch backend. Runs on any device and in any float dtype."""
 
     name = "torch"
+    _scratch: Tensor | None = None
 
     def allocate(
         self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
@@ -172,7 +173,14 @@ class TorchBackend(AttentionBackend):
 
     def _gather(self, kv: LayerKV, rows: Tensor, num_seqs: int) -> tuple[Tensor, Tensor]:
         """Keys and values, each ``[num_seqs, num_kv_heads, tokens, head_dim]``, contiguous."""
-        gathered = kv.views.blocks.index_select(0, rows)
+        width = kv.views.blocks.shape[1]
+        size = len(rows) * width
+        # One buffer for all layers: fresh memory of this size is mapped page by page each
+        # time, which took longer than the copy (32 sequences of 1200 tokens: 2 to 3 times).
+        if self._scratch is None or self._scratch.numel() < size:
+            self._scratch = torch.empty(size, dtype=kv.key.dtype, device=kv.key.device)
+        gathered = self._scratch[:size].view(-1, width)
+        torch.index_select(kv.views.blocks, 0, rows, out=gathered)
         return gathered.view(2, num_seqs, self.num_kv_heads, -1, self.head_dim).unbind(0)
 
     def _decode(self, query: Tensor, kv: LayerKV, decodes: _Decodes) -> Tensor:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from minserve import __version__
 from minserve.cli_flags import add_config_flags, add_sampling_flags, given
+from minserve.cli_profile import add_profile
 from minserve.config import EngineConfig, ServerConfig
 from minserve.errors import ConfigError, MinserveError
 from minserve.outputs import CompletionOutput, TokenLogprob
@@ -34,6 +35,7 @@ examples:
   minserve serve                                the embedded model on http://127.0.0.1:8000
   minserve serve --model ./Llama-3.2-1B --port 9000
   minserve generate --prompt "Name three colours."
+  minserve profile                              how fast is the model on this machine?
 
 'minserve COMMAND --help' lists every setting.
 """
@@ -102,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(commands)
     _add_generate(commands)
+    add_profile(commands)
     return parser
 
 
@@ -172,7 +175,12 @@ def _serve(args: argparse.Namespace) -> int:
     def load_engine() -> AsyncEngine:
         from minserve import AsyncEngine
 
-        return AsyncEngine(**engine_settings)
+        engine = AsyncEngine(**engine_settings)
+        engine.profile(server_config.profile_seconds, progress=True)
+        unkept = engine.unattainable_classes()
+        if unkept:
+            logging.getLogger(__name__).warning(unkept)
+        return engine
 
     def announce(engine: AsyncEngine, model: str) -> None:
         chat = engine.tokenizer is not None and engine.tokenizer.has_chat_template

@@ -5,15 +5,18 @@ Knows nothing of torch: names of devices and dtypes are strings until the engine
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from minserve.errors import ConfigError
+from minserve.slo import SLO
 
 DEFAULT_MODEL = "smollm2"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
-POLICIES = ("sarathi", "fcfs")
+POLICIES = ("dp", "edf", "sarathi", "fcfs")
+LENGTH_ESTIMATORS = ("quantile", "max_tokens")
 ATTENTION_BACKENDS = ("auto", "torch")
 
 
@@ -75,19 +78,53 @@ class EngineConfig:
         True, "reuse the KV of prompts that begin alike", group="kv cache"
     )
     policy: str = option(
-        "sarathi",
-        "who runs in each iteration. sarathi: decodes first, then chunked prefills under the "
-        "token budget; fcfs: waiting prefills first, then decodes",
+        "dp",
+        "who runs in each iteration. dp: whoever's SLOs can be kept, chosen by a dynamic program; "
+        "edf: the same with greedy admission by deadline; sarathi: decodes first, then chunked "
+        "prefills under the token budget; fcfs: waiting prefills first, then decodes",
         group="planner",
         choices=POLICIES,
     )
-    token_budget: int = option(512, "most tokens in one iteration", group="planner")
+    token_budget: int = option(
+        512,
+        "most tokens in one iteration (dp and edf make it shorter to keep SLOs)",
+        group="planner",
+    )
     max_num_seqs: int = option(128, "most sequences in one iteration", group="planner")
     chunked_prefill: bool = option(
-        True, "split long prompts over iterations (sarathi always does)", group="planner"
+        True, "split long prompts over iterations (only fcfs can do without)", group="planner"
     )
     max_queue: int = option(
         1024, "most outputs waiting or running; a request beyond it is refused", group="planner"
+    )
+    slo_classes: str | Mapping[str, SLO] | None = option(
+        None,
+        "TOML file of SLO classes, added to the built-in ones (chatbot, coding, ...)",
+        group="slo",
+    )
+    default_slo: str | None = option(
+        None, "class of requests that bring no SLO; default: they are best effort", group="slo"
+    )
+    thinking_marker: str | None = option(
+        None,
+        "text that ends the model's thinking; default: </think> where the tokenizer knows it",
+        group="slo",
+    )
+    length_estimator: str = option(
+        "quantile",
+        "how long outputs will be. quantile: from recent outputs of the same class; max_tokens: "
+        "as long as they may be",
+        group="slo",
+        choices=LENGTH_ESTIMATORS,
+    )
+    margin_quantile: float = option(
+        0.99,
+        "share of iterations that the planner's predicted times should cover; higher is more "
+        "cautious",
+        group="slo",
+    )
+    best_effort_share: float = option(
+        0.05, "share of the device's time that best effort gets at least", group="slo"
     )
     seed: int | None = option(
         None,
@@ -110,6 +147,14 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be at least {low}, not {value}")
         if self.kv_cache_gib is not None and not 0 < self.kv_cache_gib < float("inf"):
             raise ConfigError(f"kv_cache_gib must be above 0, not {self.kv_cache_gib}")
+        if not 0 < self.margin_quantile < 1:
+            raise ConfigError(
+                f"margin_quantile must be between 0 and 1, not {self.margin_quantile}"
+            )
+        if not 0 <= self.best_effort_share < 1:
+            raise ConfigError(
+                f"best_effort_share must be at least 0 and below 1, not {self.best_effort_share}"
+            )
         if self.num_blocks is not None and self.kv_cache_gib is not None:
             raise ConfigError("give num_blocks or kv_cache_gib, not both")
         if self.token_budget < self.max_num_seqs:
@@ -159,7 +204,13 @@ class ServerConfig:
         30.0, "seconds that running requests may still take after SIGTERM", group="server"
     )
 
+    profile_seconds: float = option(
+        40.0, "time to measure this device at the first start; the result is kept", group="server"
+    )
+
     def __post_init__(self) -> None:
+        if not 0 < self.profile_seconds < float("inf"):
+            raise ConfigError(f"profile_seconds must be above 0, not {self.profile_seconds}")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be between 0 and 65535, not {self.port}")
         if self.api_key == "":

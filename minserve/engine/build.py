@@ -23,6 +23,7 @@ from minserve.models.layers import Placement
 from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
 from minserve.models.source import find_model, load_config
+from minserve.planner.lengths import make_length_estimator
 from minserve.planner.policies import make_planner
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,12 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     core = EngineCore(
         runner,
         BlockPool(num_blocks, config.block_size, prefix_caching=config.prefix_caching),
-        make_planner(config.policy, chunked_prefill=config.chunked_prefill),
+        make_planner(
+            config.policy,
+            chunked_prefill=config.chunked_prefill,
+            lengths=make_length_estimator(config.length_estimator),
+            best_effort_share=config.best_effort_share,
+        ),
         token_budget=config.token_budget,
         max_num_seqs=config.max_num_seqs,
         clock=time.monotonic,

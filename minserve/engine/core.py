@@ -8,31 +8,48 @@ from __future__ import annotations
 
 import logging
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.detokenizer import IncrementalDetokenizer
 from minserve.engine.runner import ModelRunner, RunResult, Scheduled
 from minserve.engine.sampler import SampledToken
-from minserve.errors import GenerationError, MinserveError
+from minserve.errors import GenerationError, MinserveError, SLOUnattainableError
 from minserve.outputs import OutputDelta, TokenLogprob
-from minserve.planner.plan import IterationPlan, PlannerView
+from minserve.planner.plan import IterationPlan, PlannerView, Refusal
 from minserve.planner.policies import Planner
 from minserve.request import FinishReason, RequestEvent, Sequence, SequenceState
+from minserve.slo import Outcome, SLOReport, Standing, report
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class _Output:
-    """A sequence and what turns its tokens into news for the client."""
+    """A sequence and what turns its tokens into news for the client.
+
+    Attributes:
+        marker_ids: token ids of those stage markers that are one token.
+        tail: the newest text, as far back as a stage's marker may begin.
+    """
 
     seq: Sequence
     detokenizer: IncrementalDetokenizer | None
+    marker_ids: Mapping[str, int] = field(default_factory=dict)
+    tail: str = ""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     told_prompt: bool = False
+
+    def passes(self, marker: str, token_id: int, text: str) -> bool:
+        """True where the newest token completes a stage's marker."""
+        seen = self.tail + text
+        if token_id == self.marker_ids.get(marker) or marker in seen:
+            self.tail = ""
+            return True
+        self.tail = seen[-len(marker) :]
+        return False
 
 
 class EngineCore:
@@ -73,10 +90,20 @@ class EngineCore:
         """Outputs waiting or running."""
         return len(self._outputs)
 
-    def add(self, seq: Sequence, detokenizer: IncrementalDetokenizer | None) -> None:
-        """Queue a sequence whose request fits the model and the pool."""
+    def add(
+        self,
+        seq: Sequence,
+        detokenizer: IncrementalDetokenizer | None,
+        marker_ids: Mapping[str, int] | None = None,
+    ) -> None:
+        """Queue a sequence whose request fits the model and the pool.
+
+        Args:
+            marker_ids: of the SLO's stage markers, those that are one token (and may be
+                missing from the text, as special tokens are).
+        """
         seq.events[RequestEvent.QUEUED] = self.clock()
-        self._outputs[seq.seq_id] = _Output(seq, detokenizer)
+        self._outputs[seq.seq_id] = _Output(seq, detokenizer, marker_ids or {})
         self._by_request.setdefault(seq.request.request_id, []).append(seq.seq_id)
         insort(self.waiting, seq, key=_rank)
 
@@ -98,12 +125,15 @@ class EngineCore:
 
     def step(self) -> list[OutputDelta]:
         """One iteration. Returns what is to be published."""
+        started = self.clock()
         plan = self.plan()
+        deltas = self._settle(plan)
         batch = self._start(plan)
-        if not batch:
-            return []
-        results = self.run(batch)
-        return self.apply(batch, results)
+        if batch:
+            results = self.run(batch)
+            deltas += self.apply(batch, results)
+            self.planner.observe(plan, self.clock() - started)
+        return deltas
 
     def check_integrity(self) -> None:
         """Check the pool's books against what runs; for idle moments.
@@ -123,6 +153,28 @@ class EngineCore:
             max_num_seqs=self.max_num_seqs,
         )
         return self.planner.plan(view, self.clock())
+
+    def _settle(self, plan: IterationPlan) -> list[OutputDelta]:
+        """Carry out what the planner promises, gives up and refuses."""
+        for seq_id in plan.promote:
+            self._outputs[seq_id].seq.standing = Standing.ADMITTED
+        for seq_id in plan.relegate:
+            self._outputs[seq_id].seq.standing = Standing.BEST_EFFORT
+        deltas = []
+        for seq_id, refusal in plan.reject.items():
+            if seq_id in self._outputs:  # a sibling's refusal may have ended it already
+                deltas += self._refuse(self._outputs[seq_id].seq, refusal)
+        return deltas
+
+    def _refuse(self, seq: Sequence, refusal: Refusal) -> list[OutputDelta]:
+        """End the whole request of a sequence that has not begun."""
+        error = SLOUnattainableError(
+            f"the SLO cannot be kept now (too little {refusal.reason}); "
+            f"try again in {refusal.retry_after_s:.1f} s",
+            reason=refusal.reason,
+            retry_after_s=refusal.retry_after_s,
+        )
+        return self.abort(seq.request.request_id, error)
 
     def _start(self, plan: IterationPlan) -> list[Scheduled]:
         """Carry out preemptions and admissions and make room for the scheduled tokens."""
@@ -184,11 +236,17 @@ class EngineCore:
             "token_ids": (sampled.token_id,),
             "logprobs": None if sampled.logprob is None else (sampled.logprob,),
         }
+        marker = None
+        if seq.progress is not None:
+            marker = seq.progress.marker
+            seq.progress.add_token(now)
         if sampled.token_id in seq.request.stop_token_ids:
             return self._finish(output, FinishReason.STOP, stop_reason=sampled.token_id, **news)
         text, stop = "", None
         if output.detokenizer is not None:
             text, stop = output.detokenizer.add([sampled.token_id])
+        if marker is not None and output.passes(marker, sampled.token_id, text):
+            seq.progress.end_stage()
         if stop is not None:
             return self._finish(output, FinishReason.STOP, stop_reason=stop, text=text, **news)
         if seq.num_output_tokens >= params.max_tokens:
@@ -213,8 +271,15 @@ class EngineCore:
         seq = output.seq
         if output.detokenizer is not None and not isinstance(stop_reason, str):
             text += output.detokenizer.flush()
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self.planner.finished(seq)
         delta = self._delta(
-            output, text=text, finish_reason=reason, stop_reason=stop_reason, **news
+            output,
+            text=text,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            slo=_report(seq, news.get("error")),
+            **news,
         )
         (self.running if seq.state is SequenceState.RUNNING else self.waiting).remove(seq)
         self.pool.release(seq)
@@ -260,6 +325,24 @@ class EngineCore:
         seq.events[RequestEvent.PREEMPTED] = self.clock()
         self.running.remove(seq)
         insort(self.waiting, seq, key=_rank)
+
+
+def _report(seq: Sequence, error: object) -> SLOReport | None:
+    """What was promised and kept; an output that ended in an error attained nothing."""
+    if seq.progress is None:
+        return None
+    kept = report(seq.request.slo.name, seq.progress, admitted=seq.standing is Standing.ADMITTED)
+    if error is None:
+        return kept
+    refused = isinstance(error, SLOUnattainableError)
+    outcome = Outcome.REJECTED if refused else Outcome.FAILED
+    return replace(
+        kept,
+        outcome=outcome,
+        attained=False,
+        attained_mean=False,
+        admitted=kept.admitted and not refused,
+    )
 
 
 def _rank(seq: Sequence) -> tuple[int, float, str]:

@@ -4,115 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import threading
-import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
 from typing import Any
 
 from tqdm import tqdm
 
-from minserve.config import DEFAULT_MODEL, EngineConfig
-from minserve.engine.build import LoadedEngine, load_engine
-from minserve.engine.detokenizer import IncrementalDetokenizer
+from minserve.config import DEFAULT_MODEL
+from minserve.engine.base import PROBE_S, EngineBase, Prompt, Submission
 from minserve.errors import (
     EngineStoppedError,
     GenerationError,
     InvalidRequestError,
     MinserveError,
     QueueFullError,
-    RequestTooLongError,
 )
 from minserve.outputs import CompletionOutput, OutputDelta, RequestOutput
-from minserve.request import FinishReason, Request, Sequence
+from minserve.request import FinishReason
 from minserve.sampling_params import SamplingParams
+from minserve.slo import SLO
 
 log = logging.getLogger(__name__)
 
-Prompt = str | SequenceOf[int] | SequenceOf[Mapping[str, Any]]
 
-
-class _Submission:
-    """A checked request: its sequences, ready to be queued."""
-
-    def __init__(self, text: str | None, request: Request) -> None:
-        self.text = text
-        self.request = request
-        self.sequences = [Sequence(request, index) for index in range(request.params.n)]
-
-
-class _EngineBase:
-    """Loading, and turning prompts into sequences."""
-
-    def __init__(self, model: str = DEFAULT_MODEL, **settings: Any) -> None:
-        """Load a model.
-
-        Args:
-            model: a local folder, a .gguf file, a hub id, or ``smollm2``.
-            settings: fields of `EngineConfig`.
-
-        Raises:
-            ConfigError, ModelLoadError: where the settings or the model cannot be used.
-        """
-        self.config = EngineConfig.create(model, **settings)
-        self._loaded: LoadedEngine = load_engine(self.config)
-        self._core = self._loaded.core
-        self._seeds = random.Random(self.config.seed)
-        self.tokenizer = self._loaded.tokenizer
-        self.model_name = self._loaded.model_name
-        self.max_model_len = self._loaded.max_model_len
-        self.vocab_size = self._loaded.vocab_size
-
-    def _prepare(
-        self, prompt: Prompt, params: SamplingParams, priority: int = 0, cache_salt: str = ""
-    ) -> _Submission:
-        """Check a request against the model and the pool and resolve its open settings."""
-        text, token_ids = self._loaded.prompts.process(prompt)
-        room = self.max_model_len - len(token_ids)
-        max_tokens = room if params.max_tokens is None else params.max_tokens
-        if max_tokens > room:
-            raise RequestTooLongError(
-                f"{len(token_ids)} prompt tokens and max_tokens {max_tokens} exceed the "
-                f"{self.max_model_len} tokens that a sequence may have here",
-                "max_tokens",
-            )
-        if params.min_tokens > max_tokens:
-            raise InvalidRequestError(
-                f"min_tokens {params.min_tokens} leaves no room: the prompt allows {max_tokens}",
-                "min_tokens",
-            )
-        for token in params.stop_token_ids:
-            if token >= self.vocab_size:
-                raise InvalidRequestError(
-                    f"stop token id {token} is outside the vocabulary of {self.vocab_size}",
-                    "stop_token_ids",
-                )
-        eos = frozenset() if params.ignore_eos else self.tokenizer.eos_token_ids
-        request = Request(
-            request_id=uuid.uuid4().hex,
-            prompt_token_ids=token_ids,
-            params=replace(params, max_tokens=max_tokens),
-            seed=self._seeds.getrandbits(64) if params.seed is None else params.seed,
-            arrival_s=self._core.clock(),
-            priority=priority,
-            cache_salt=cache_salt,
-            stop_token_ids=eos | frozenset(params.stop_token_ids),
-        )
-        return _Submission(text, request)
-
-    def _enqueue(self, submission: _Submission) -> None:
-        request = submission.request
-        for seq in submission.sequences:
-            detokenizer = IncrementalDetokenizer(
-                self.tokenizer.decode, request.prompt_token_ids, request.params
-            )
-            self._core.add(seq, detokenizer)
-
-
-class Engine(_EngineBase):
+class Engine(EngineBase):
     """A blocking engine for scripts and notebooks. Not thread-safe.
 
     Example:
@@ -129,6 +46,7 @@ class Engine(_EngineBase):
         prompts: Prompt | SequenceOf[Prompt],
         params: SamplingParams | SequenceOf[SamplingParams] | None = None,
         *,
+        slo: SLO | str | None = None,
         progress: bool = False,
     ) -> list[RequestOutput]:
         """Run requests together and wait for all of them.
@@ -137,6 +55,7 @@ class Engine(_EngineBase):
             prompts: one prompt or a list of them; a prompt is a text, a list of token
                 ids, or a list of chat messages (``{"role": ..., "content": ...}``).
             params: for all prompts, or one for each.
+            slo: latency asked for, as an `SLO` or a class's name; default: the engine's.
             progress: show a progress bar of finished outputs.
 
         Returns:
@@ -144,8 +63,11 @@ class Engine(_EngineBase):
 
         Raises:
             InvalidRequestError: before anything runs, if a prompt cannot be served.
+            InvalidSLOError: for an unknown class.
+            SLOUnattainableError: if the SLO asks to be refused rather than be late.
             GenerationError: if running one of them failed.
         """
+        self._ready_for(slo)
         many = _as_list(prompts)
         every = (
             [params or SamplingParams()] * len(many)
@@ -156,7 +78,9 @@ class Engine(_EngineBase):
             raise InvalidRequestError(
                 f"{len(many)} prompts but {len(every)} sampling params", "params"
             )
-        submissions = [self._prepare(p, s) for p, s in zip(many, every, strict=True)]
+        submissions = [
+            self._prepare(prompt, one, slo=slo) for prompt, one in zip(many, every, strict=True)
+        ]
         outputs = [_empty_output(submission) for submission in submissions]
         total = sum(len(s.sequences) for s in submissions)
         with tqdm(total=total, desc="Generating", unit="seq", disable=not progress) as bar:
@@ -165,7 +89,13 @@ class Engine(_EngineBase):
                 bar.update(delta.finish_reason is not None)
         return outputs
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[OutputDelta]:
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        slo: SLO | str | None = None,
+    ) -> Iterator[OutputDelta]:
         """Run one request and yield its news as it comes. Closing the iterator aborts it.
 
         Several streams may be read in turns; each step advances all of them.
@@ -174,10 +104,11 @@ class Engine(_EngineBase):
             InvalidRequestError: at once, if the prompt cannot be served.
             GenerationError: while iterating, if running it failed.
         """
-        submission = self._prepare(prompt, params or SamplingParams())
+        self._ready_for(slo)
+        submission = self._prepare(prompt, params or SamplingParams(), slo=slo)
         return (delta for _, delta in self._drain([submission]))
 
-    def _drain(self, submissions: list[_Submission]) -> Iterator[tuple[int, OutputDelta]]:
+    def _drain(self, submissions: list[Submission]) -> Iterator[tuple[int, OutputDelta]]:
         """Run requests to their end; yields which one and its delta, in order of events."""
         mine = {s.request.request_id: i for i, s in enumerate(submissions)}
         unfinished = sum(len(s.sequences) for s in submissions)
@@ -213,7 +144,7 @@ class RequestHandle:
     its output, with ``finish_reason`` ERROR and ``error`` set.
     """
 
-    def __init__(self, engine: AsyncEngine, submission: _Submission) -> None:
+    def __init__(self, engine: AsyncEngine, submission: Submission) -> None:
         self._engine = engine
         self._deltas: asyncio.Queue[OutputDelta] = asyncio.Queue()
         self._open = self._unfinished = len(submission.sequences)
@@ -232,7 +163,7 @@ class RequestHandle:
         self._engine._abort(self.request_id)
 
 
-class AsyncEngine(_EngineBase):
+class AsyncEngine(EngineBase):
     """An asyncio engine. The core runs in a thread of its own; all methods belong to one loop.
 
     Example:
@@ -265,9 +196,14 @@ class AsyncEngine(_EngineBase):
         return self._accepting and self._thread is not None and self._thread.is_alive()
 
     async def start(self) -> None:
-        """Start the core's thread. Does nothing if it runs."""
+        """Start the core's thread. Does nothing if it runs.
+
+        Where the device was never profiled, measures it for a few seconds first (`profile`).
+        """
         if self._thread is not None:
             return
+        if self.perf_model is None:
+            await asyncio.to_thread(self.profile, PROBE_S)
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="minserve-core", daemon=True)
         self._thread.start()
@@ -294,14 +230,19 @@ class AsyncEngine(_EngineBase):
         *,
         priority: int = 0,
         cache_salt: str = "",
+        slo: SLO | str | None = None,
     ) -> list[RequestHandle]:
         """Queue requests, all or none; checking and counting are one step.
 
         Args:
             priority: lower runs earlier.
             cache_salt: cached prefixes are shared only between requests of equal salt.
+            slo: latency asked for, as an `SLO` or a class's name; default: the engine's.
+                One that cannot be kept and asks to be refused ends its handle's first
+                output with `SLOUnattainableError`.
 
         Raises:
+            InvalidSLOError: for an unknown class.
             InvalidRequestError: if one of them cannot be served.
             QueueFullError: if they would exceed ``max_queue`` outputs.
             EngineStoppedError: if the engine is not running.
@@ -309,7 +250,7 @@ class AsyncEngine(_EngineBase):
         if not self.is_healthy:
             raise EngineStoppedError("the engine is not running")
         self._check_room(len(prompts) * params.n)
-        submissions = [self._prepare(p, params, priority, cache_salt) for p in prompts]
+        submissions = [self._prepare(p, params, priority, cache_salt, slo) for p in prompts]
         handles = []
         for submission in submissions:
             handle = RequestHandle(self, submission)
@@ -441,7 +382,7 @@ def _as_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
     return prompts
 
 
-def _empty_output(submission: _Submission) -> RequestOutput:
+def _empty_output(submission: Submission) -> RequestOutput:
     request = submission.request
     return RequestOutput(
         request_id=request.request_id,

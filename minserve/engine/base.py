@@ -1,0 +1,190 @@
+"""What both engines share: loading, profiling, and turning prompts into sequences."""
+
+from __future__ import annotations
+
+import logging
+import random
+import uuid
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+from typing import Any
+
+from minserve.config import DEFAULT_MODEL, EngineConfig
+from minserve.engine import profile_cache
+from minserve.engine.build import LoadedEngine, load_engine
+from minserve.engine.detokenizer import IncrementalDetokenizer
+from minserve.engine.profile_cache import Profile
+from minserve.engine.profiler import profile_core
+from minserve.engine.promises import Promises
+from minserve.errors import InvalidRequestError, InvalidSLOError, RequestTooLongError
+from minserve.planner.lone_request import TYPICAL_TOKENS, describe_misses, lone_request_misses
+from minserve.planner.perf_model import PerfModel
+from minserve.planner.policies import PROMISING
+from minserve.request import Request, Sequence
+from minserve.sampling_params import SamplingParams
+from minserve.slo import SLO, OnUnattainable
+
+log = logging.getLogger(__name__)
+
+# A rough profile, for engines that were not profiled when an SLO first asks for it.
+PROBE_S = 3.0
+POOR_R2 = 0.8
+
+Prompt = str | SequenceOf[int] | SequenceOf[Mapping[str, Any]]
+
+
+class Submission:
+    """A checked request: its sequences, ready to be queued."""
+
+    def __init__(self, text: str | None, request: Request) -> None:
+        self.text = text
+        self.request = request
+        self.sequences = [Sequence(request, index) for index in range(request.params.n)]
+
+
+class EngineBase:
+    """Loading, and turning prompts into sequences."""
+
+    def __init__(self, model: str = DEFAULT_MODEL, **settings: Any) -> None:
+        """Load a model.
+
+        Args:
+            model: a local folder, a .gguf file, a hub id, or ``smollm2``.
+            settings: fields of `EngineConfig`.
+
+        Raises:
+            ConfigError, ModelLoadError: where the settings or the model cannot be used.
+        """
+        self.config = EngineConfig.create(model, **settings)
+        self._loaded: LoadedEngine = load_engine(self.config)
+        self._core = self._loaded.core
+        self._seeds = random.Random(self.config.seed)
+        self.tokenizer = self._loaded.tokenizer
+        self._promises = Promises(self.config, self.tokenizer)
+        self.model_name = self._loaded.model_name
+        self.max_model_len = self._loaded.max_model_len
+        self.vocab_size = self._loaded.vocab_size
+
+    @property
+    def slo_classes(self) -> Mapping[str, SLO]:
+        """The SLO classes, by name."""
+        return self._promises.classes
+
+    @property
+    def default_slo(self) -> SLO | None:
+        """The SLO of requests that bring none."""
+        return self._promises.default
+
+    @property
+    def thinking_marker(self) -> str | None:
+        """The text that ends this model's thinking, such as ``</think>``; or ``None``."""
+        return self._promises.thinking_marker
+
+    @property
+    def perf_model(self) -> PerfModel | None:
+        """The device's speed as the planner sees it; ``None`` until it was profiled."""
+        return self._core.planner.model
+
+    def unattainable_classes(self) -> str:
+        """A table of the SLO classes that not even a lone request would be kept; often empty."""
+        num_tokens = min(TYPICAL_TOKENS, self.max_model_len)
+        misses = lone_request_misses(self.slo_classes, self.perf_model, num_tokens)
+        return describe_misses(misses, num_tokens)
+
+    def profile(self, seconds: float, *, progress: bool = False) -> Profile:
+        """Take this device's speed from the cache, or measure it.
+
+        Call it before the first request; engines call it by themselves with a few seconds
+        where SLOs need it.
+
+        Args:
+            seconds: at most, for measuring. A cached profile that was allowed less is
+                measured again.
+            progress: show a progress bar.
+        """
+        key = profile_cache.profile_key(self._core, self.model_name)
+        profile = profile_cache.load(key)
+        if profile is None or profile.allowed_s < seconds:
+            profile = profile_core(self._core, self.model_name, seconds=seconds, progress=progress)
+            if seconds > PROBE_S and profile.quality.r2 < POOR_R2:
+                log.warning(
+                    "the measured times are hard to predict (R2 %.2f): was the machine busy? "
+                    "They are used now, but not kept; try 'minserve profile' when it is idle",
+                    profile.quality.r2,
+                )
+            else:
+                profile_cache.save(profile)
+        self._core.planner.model = profile.new_model(quantile=self.config.margin_quantile)
+        return profile
+
+    def _prepare(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        priority: int = 0,
+        cache_salt: str = "",
+        slo: SLO | str | None = None,
+    ) -> Submission:
+        """Check a request against the model and the pool and resolve its open settings."""
+        text, token_ids = self._loaded.prompts.process(prompt)
+        room = self.max_model_len - len(token_ids)
+        max_tokens = room if params.max_tokens is None else params.max_tokens
+        if max_tokens > room:
+            raise RequestTooLongError(
+                f"{len(token_ids)} prompt tokens and max_tokens {max_tokens} exceed the "
+                f"{self.max_model_len} tokens that a sequence may have here",
+                "max_tokens",
+            )
+        if params.min_tokens > max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens {params.min_tokens} leaves no room: the prompt allows {max_tokens}",
+                "min_tokens",
+            )
+        for token in params.stop_token_ids:
+            if token >= self.vocab_size:
+                raise InvalidRequestError(
+                    f"stop token id {token} is outside the vocabulary of {self.vocab_size}",
+                    "stop_token_ids",
+                )
+        slo, targets = self._promises.find(slo), None
+        if slo is not None:
+            refuses = slo.on_unattainable is OnUnattainable.REJECT
+            if refuses and self.config.policy not in PROMISING:
+                raise InvalidSLOError(
+                    f"policy {self.config.policy} promises nothing, so it cannot refuse what it "
+                    f"cannot keep; use one of {', '.join(PROMISING)}",
+                    "slo.on_unattainable",
+                )
+            targets = self._promises.targets(slo, len(token_ids), self.perf_model)
+        eos = frozenset() if params.ignore_eos else self.tokenizer.eos_token_ids
+        request = Request(
+            request_id=uuid.uuid4().hex,
+            prompt_token_ids=token_ids,
+            params=replace(params, max_tokens=max_tokens),
+            seed=self._seeds.getrandbits(64) if params.seed is None else params.seed,
+            arrival_s=self._core.clock(),
+            priority=priority,
+            cache_salt=cache_salt,
+            stop_token_ids=eos | frozenset(params.stop_token_ids),
+            slo=slo,
+            targets=targets,
+        )
+        return Submission(text, request)
+
+    def _ready_for(self, slo: SLO | str | None) -> None:
+        """Know the device's speed before a promise depends on it."""
+        promised = self._promises.find(slo)
+        if promised is None or self.perf_model is not None:
+            return
+        if promised.needs_profile or self.config.policy in PROMISING:
+            self.profile(PROBE_S)
+
+    def _enqueue(self, submission: Submission) -> None:
+        request = submission.request
+        marker_ids = self._promises.marker_ids(request.slo)
+        for seq in submission.sequences:
+            detokenizer = IncrementalDetokenizer(
+                self.tokenizer.decode, request.prompt_token_ids, request.params
+            )
+            self._core.add(seq, detokenizer, marker_ids)

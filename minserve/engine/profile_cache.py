@@ -1,0 +1,203 @@
+"""Profiles on disk, one JSON file per `ProfileKey`, under the user's cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minserve.engine.core import EngineCore
+from minserve.planner.perf_fit import FitQuality, Sample
+from minserve.planner.perf_model import BatchShape, PerfModel
+
+log = logging.getLogger(__name__)
+
+# Files of another format are measured anew.
+FORMAT = 1
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileKey:
+    """What a profile holds for.
+
+    Attributes:
+        model: name, family and shape.
+        device: the CPU's or GPU's product name.
+        dtype: of weights, and of activations where they differ.
+        threads: of the CPU.
+    """
+
+    model: str
+    device: str
+    dtype: str
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A measured batch and what a fit that never saw its shape says of it."""
+
+    shape: BatchShape
+    measured_s: float
+    predicted_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """One device's measured speed with one model.
+
+    Attributes:
+        torch: its version.
+        model: fitted to all samples.
+        quality: on the held-out shapes, by a fit to the others.
+        held_out: these shapes.
+        samples: every shape with the median of its repeats.
+        measured_at: ISO 8601, UTC.
+        seconds: that the measurement took.
+        allowed_s: that it was allowed; a rough profile was allowed little.
+    """
+
+    key: ProfileKey
+    torch: str
+    model: PerfModel
+    quality: FitQuality
+    held_out: tuple[Prediction, ...]
+    samples: tuple[Sample, ...]
+    measured_at: str
+    seconds: float
+    allowed_s: float
+
+    def new_model(self, quantile: float) -> PerfModel:
+        """A copy of the model, for one planner to correct online.
+
+        Args:
+            quantile: of iterations that its margin covers.
+        """
+        return PerfModel(self.model.pieces, quantile=quantile, margin=self.model.margin)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "format": FORMAT,
+            "key": asdict(self.key),
+            "torch": self.torch,
+            "model": self.model.to_dict(),
+            "quality": asdict(self.quality),
+            "held_out": [[*astuple(p.shape), p.measured_s, p.predicted_s] for p in self.held_out],
+            "samples": [[*astuple(s.shape), s.seconds] for s in self.samples],
+            "measured_at": self.measured_at,
+            "seconds": self.seconds,
+            "allowed_s": self.allowed_s,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Profile:
+        """A profile as `to_dict` wrote it.
+
+        Raises:
+            ValueError, TypeError, KeyError: where it is not one, or of another format.
+        """
+        if values["format"] != FORMAT:
+            raise ValueError(f"format {values['format']!r}, not {FORMAT}")
+        return cls(
+            key=ProfileKey(**values["key"]),
+            torch=str(values["torch"]),
+            model=PerfModel.from_dict(values["model"]),
+            quality=FitQuality(**values["quality"]),
+            held_out=tuple(Prediction(BatchShape(*s), m, p) for *s, m, p in values["held_out"]),
+            samples=tuple(Sample(BatchShape(*shape), s) for *shape, s in values["samples"]),
+            measured_at=str(values["measured_at"]),
+            seconds=float(values["seconds"]),
+            allowed_s=float(values["allowed_s"]),
+        )
+
+
+def profile_key(core: EngineCore, model_name: str) -> ProfileKey:
+    """The key of a loaded model on its device. Names alone do not tell models apart, so
+    family and shape go in with them.
+    """
+    runner = core.runner
+    shape = runner.model.shape
+    family = type(runner.model).__name__
+    numbers = (
+        f"{shape.num_layers}x{shape.hidden_size}, {shape.num_heads}/{shape.num_kv_heads} heads of "
+        f"{shape.head_dim}, vocabulary {shape.vocab_size}"
+    )
+    weights, arithmetic = _name(runner.model.embed.dtype), _name(runner.kv[0].key.dtype)
+    return ProfileKey(
+        model=f"{model_name} ({family} {numbers})",
+        device=_device_name(runner.device),
+        dtype=weights if weights == arithmetic else f"{weights} in {arithmetic}",
+        threads=torch.get_num_threads(),
+    )
+
+
+def profile_path(key: ProfileKey) -> Path:
+    """Where the key's profile is kept, whether it exists or not."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    cache = Path(base) if base else Path.home() / ".cache"
+    text = json.dumps(asdict(key), sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:10]
+    words = f"{key.model.split(' (')[0]} {key.device} {key.dtype} {key.threads}t"
+    slug = re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-.")[:80]
+    return cache / "minserve" / "profiles" / f"{slug}-{digest}.json"
+
+
+def load(key: ProfileKey) -> Profile | None:
+    """The kept profile; ``None``, with a warning where a file is unusable, if there is none."""
+    path = profile_path(key)
+    try:
+        profile = Profile.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        log.warning("ignoring the profile %s: %s: %s", path, type(error).__name__, error)
+        return None
+    if profile.key != key:
+        log.warning("ignoring the profile %s: it is of %s", path, profile.key)
+        return None
+    return profile
+
+
+def save(profile: Profile) -> Path:
+    """Keep a profile in place of the key's older one. Readers see the one or the other.
+
+    Raises:
+        OSError: where the folder cannot be written.
+    """
+    path = profile_path(profile.key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            json.dump(profile.to_dict(), file, indent=1)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", CPUINFO.read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

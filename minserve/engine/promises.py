@@ -1,0 +1,89 @@
+"""From what a request asks for to seconds on this device: classes, defaults, markers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from minserve.config import EngineConfig
+from minserve.engine.tokenizer import Tokenizer
+from minserve.errors import ConfigError, InvalidSLOError
+from minserve.planner.perf_model import PerfModel
+from minserve.slo import SLO, Targets, preset_classes
+from minserve.slo_fields import load_classes
+
+THINKING_MARKER = "</think>"
+
+
+class Promises:
+    """The SLO classes of an engine, and what they mean here.
+
+    Attributes:
+        classes: by name.
+        default: of requests that bring none; ``None`` promises them nothing.
+        thinking_marker: text that ends this model's thinking, or ``None``.
+
+    Raises:
+        ConfigError: for a classes file that cannot be read or an unknown default class.
+    """
+
+    def __init__(self, config: EngineConfig, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.classes = _classes(config.slo_classes)
+        if config.default_slo is not None and config.default_slo not in self.classes:
+            raise ConfigError(
+                f"default_slo {config.default_slo!r} is no SLO class; known: {self._known()}"
+            )
+        self.default = None if config.default_slo is None else self.classes[config.default_slo]
+        self.thinking_marker = config.thinking_marker
+        if self.thinking_marker is None and self._token_of(THINKING_MARKER) is not None:
+            self.thinking_marker = THINKING_MARKER
+
+    def find(self, slo: SLO | str | None) -> SLO | None:
+        """The SLO in force: the one given, the class of that name, or the default.
+
+        Raises:
+            InvalidSLOError: for an unknown class.
+        """
+        if slo is None:
+            return self.default
+        if isinstance(slo, SLO):
+            return slo
+        if slo not in self.classes:
+            raise InvalidSLOError(f"no SLO class {slo!r}; known: {self._known()}", "slo")
+        return self.classes[slo]
+
+    def targets(self, slo: SLO, num_prompt_tokens: int, model: PerfModel | None) -> Targets:
+        """The SLO in seconds for a prompt of that length.
+
+        Args:
+            model: needed where the SLO is a multiple of the device's speed.
+        """
+        if model is None:
+            if slo.needs_profile:
+                raise ConfigError("an SLO as a slowdown needs a performance profile")
+            return slo.resolve(0.0, 0.0)
+        return slo.resolve(
+            model.zero_load_prefill_s(num_prompt_tokens),
+            model.zero_load_decode_s(num_prompt_tokens),
+        )
+
+    def marker_ids(self, slo: SLO | None) -> Mapping[str, int]:
+        """Of the SLO's stage markers, those that are a single token."""
+        markers = () if slo is None else [s.until for s in slo.stages if s.until is not None]
+        found = {marker: self._token_of(marker) for marker in markers}
+        return {marker: token for marker, token in found.items() if token is not None}
+
+    def _token_of(self, text: str) -> int | None:
+        ids = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids[0] if len(ids) == 1 else None
+
+    def _known(self) -> str:
+        return ", ".join(sorted(self.classes))
+
+
+def _classes(given: str | Mapping[str, SLO] | None) -> Mapping[str, SLO]:
+    if given is None:
+        return preset_classes()
+    if isinstance(given, str):
+        return load_classes(given)
+    return {**preset_classes(), **{name: slo.named(name) for name, slo in given.items()}}
