@@ -26,10 +26,11 @@ from minserve.server.protocol import (
     parse_completion,
     parse_detokenize,
     parse_tokenize,
-    refuse_slo_headers,
 )
 from minserve.server.responses import Reply
+from minserve.server.slo import read_slo
 from minserve.server.sse import dump_json
+from minserve.slo import OnUnattainable
 
 if TYPE_CHECKING:
     from minserve.engine.engine import AsyncEngine
@@ -145,19 +146,26 @@ class Server:
     async def _generate(
         self, request: web.Request, parse: Callable[[dict[str, Any]], GenerationCall]
     ) -> web.StreamResponse:
-        refuse_slo_headers(request.headers)
-        call = parse(await read_object(request))
+        values = await read_object(request)
         engine = self._ready_engine()
+        # Part of it may stand in the headers, so it is no business of the body's parser.
+        slo = read_slo(values.pop("slo", None), request.headers, engine)
+        call = parse(values)
         self._check_model(call.model)
         if call.chat:
             _require_chat_template(engine)
         handles = engine.submit(
-            call.prompts, call.params, priority=call.priority, cache_salt=call.cache_salt
+            call.prompts,
+            call.params,
+            priority=call.priority,
+            cache_salt=call.cache_salt,
+            slo=slo,
         )
         try:
             reply = Reply(call, handles, self._model_name, engine.tokenizer)
             if call.stream:
-                return await streamed_response(request, call, reply, handles)
+                refusable = slo is not None and slo.on_unattainable is OnUnattainable.REJECT
+                return await streamed_response(request, call, reply, handles, refusable=refusable)
             return await whole_response(reply, handles)
         finally:
             for handle in handles:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -15,12 +16,15 @@ from minserve.errors import (
     InvalidRequestError,
     QueueFullError,
     RequestTooLongError,
+    SLOUnattainableError,
 )
 from minserve.server.sse import dump_json
 
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER = {"Retry-After": "1"}
+# Where the planner expects no room at all: nobody knows that much of the future.
+MAX_RETRY_AFTER_S = 3600.0
 MAX_MESSAGE_CHARS = 1000
 
 
@@ -65,6 +69,14 @@ def to_http_error(error: Exception) -> HttpError:
             return HttpError(
                 429, text, kind="rate_limit_error", code="queue_full", headers=RETRY_AFTER
             )
+        case SLOUnattainableError():
+            return HttpError(
+                429,
+                text,
+                kind="rate_limit_error",
+                code="slo_unattainable",
+                headers=_when_to_retry(error),
+            )
         case EngineStoppedError():
             return unavailable(text)
         case GenerationError():
@@ -74,6 +86,16 @@ def to_http_error(error: Exception) -> HttpError:
             return _from_aiohttp(error)
     logger.error("unexpected error", exc_info=error)
     return HttpError(500, "internal server error", kind="server_error")
+
+
+def _when_to_retry(error: SLOUnattainableError) -> dict[str, str]:
+    """The planner's own prediction; a client that looks at seconds alone waits one at least."""
+    wait_s = min(max(0.0, error.retry_after_s), MAX_RETRY_AFTER_S)
+    return {
+        "Retry-After": str(max(1, math.ceil(wait_s))),
+        "retry-after-ms": str(max(1, math.ceil(wait_s * 1e3))),
+        "x-request-dropped-reason": error.reason,
+    }
 
 
 def unavailable(message: str) -> HttpError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
@@ -39,23 +39,40 @@ async def whole_response(reply: Reply, handles: Sequence[RequestHandle]) -> web.
 
 
 async def streamed_response(
-    request: web.Request, call: GenerationCall, reply: Reply, handles: Sequence[RequestHandle]
+    request: web.Request,
+    call: GenerationCall,
+    reply: Reply,
+    handles: Sequence[RequestHandle],
+    *,
+    refusable: bool = False,
 ) -> web.StreamResponse:
     """Answer with server-sent events.
 
     A failure before the first event is raised, to be answered with its status; a later
     one becomes an error event after which the stream ends without ``[DONE]``.
 
+    Args:
+        refusable: the planner may still refuse an output that has not begun. So that this
+            too is answered with a status, nothing is sent before all have begun. They
+            share one TTFT, so the request's last first token comes no later by this.
+
     Raises:
         MinserveError: where an output failed before anything was sent.
         ConnectionResetError: where the client has gone.
     """
     events = EventStream(request)
+    num_held = len(handles) * call.params.n if refusable else 0
+    begun: set[tuple[int, int]] = set()
+    held: list[dict[str, Any]] = []
     try:
         async with aclosing(merged(handles)) as stream:
             async for prompt, delta in stream:
-                for chunk in reply.chunks(prompt, delta):
-                    await events.send(chunk)
+                begun.add((prompt, delta.index))
+                held += reply.chunks(prompt, delta)
+                if len(begun) >= num_held:
+                    for chunk in held:
+                        await events.send(chunk)
+                    held.clear()
     except ConnectionError:
         raise
     except Exception as error:

@@ -19,7 +19,6 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 COMPLETION_MAX_TOKENS = 16
 INT32_MAX = 2**31 - 1
 ROLES = ("system", "developer", "user", "assistant", "tool")
-SLO_HEADER_PREFIXES = ("x-slo-", "x-llm-d-slo-")
 
 # Fields that are not implemented, with the values that ask for nothing.
 _HARMLESS: dict[str, tuple[Any, ...]] = {
@@ -93,17 +92,6 @@ class TokenizeCall:
     prompt: str | None
     messages: list[dict[str, str]] | None
     add_special_tokens: bool
-
-
-def refuse_slo_headers(headers: Mapping[str, str]) -> None:
-    """Refuse latency objectives in headers.
-
-    Raises:
-        InvalidRequestError: naming the header.
-    """
-    for name in headers:
-        if name.lower().startswith(SLO_HEADER_PREFIXES):
-            raise InvalidRequestError(f"the header {name} is not supported", name.lower())
 
 
 def parse_completion(values: dict[str, Any]) -> GenerationCall:

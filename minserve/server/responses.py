@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from minserve.outputs import OutputDelta, TokenLogprob
 from minserve.server.logprobs import LogprobWriter, join_arrays
 from minserve.server.protocol import GenerationCall
+from minserve.server.slo import slo_object
+from minserve.slo import SLOReport, worst_report
 
 if TYPE_CHECKING:
     from minserve.engine.engine import RequestHandle
@@ -44,6 +46,7 @@ class _Group:
         self.prompt_logprobs: Sequence[TokenLogprob | None] | None = None
         self.awaits_prompt_logprobs = call.params.prompt_logprobs is not None
         self.held: list[OutputDelta] = []
+        self.slo_reports: list[SLOReport] = []
 
     def note(self, delta: OutputDelta, counts_output: bool) -> None:
         """Count a delta's tokens and keep what it says of the prompt."""
@@ -53,6 +56,8 @@ class _Group:
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = delta.prompt_logprobs
             self.awaits_prompt_logprobs = False
+        if delta.slo is not None:
+            self.slo_reports.append(delta.slo)
 
 
 class Reply:
@@ -100,7 +105,7 @@ class Reply:
 
     def usage_chunk(self) -> dict[str, Any]:
         """The chunk without choices that closes a stream with ``include_usage``."""
-        return {**self._chunk_head, "choices": [], "usage": self._usage()}
+        return {**self._chunk_head, "choices": [], "usage": self._final_usage()}
 
     def body(self, deltas: Sequence[tuple[int, OutputDelta]]) -> dict[str, Any]:
         """The whole response, from every ``(prompt, delta)`` in order of arrival."""
@@ -110,7 +115,7 @@ class Reply:
             self._groups[prompt].note(delta, not self._call.drop_output)
             merged[prompt * n + delta.index].append(delta)
         choices = [self._whole_choice(i // n, _merge(own)) for i, own in enumerate(merged) if own]
-        return {**self._head, "choices": choices, "usage": self._usage()}
+        return {**self._head, "choices": choices, "usage": self._final_usage()}
 
     def _chunk(self, prompt: int, delta: OutputDelta) -> dict[str, Any] | None:
         choice = self._choice(prompt, delta)
@@ -185,6 +190,13 @@ class Reply:
         if self._tokenizer is None:
             return ""
         return self._tokenizer.decode(group.handle.prompt_token_ids, skip_special_tokens=False)
+
+    def _final_usage(self) -> dict[str, Any]:
+        """With what became of the SLO, where there was one: as the worst of all outputs fared."""
+        reports = [report for group in self._groups for report in group.slo_reports]
+        if not reports:
+            return self._usage()
+        return {**self._usage(), "slo": slo_object(worst_report(reports))}
 
     def _usage(self) -> dict[str, Any]:
         prompt_tokens = sum(len(group.handle.prompt_token_ids) for group in self._groups)

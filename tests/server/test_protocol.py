@@ -19,7 +19,6 @@ from minserve.server.protocol import (
     parse_completion,
     parse_detokenize,
     parse_tokenize,
-    refuse_slo_headers,
 )
 from minserve.server.responses import Reply
 from minserve.server.sse import dump_json
@@ -218,8 +217,6 @@ REFUSED = [
     ("best_of", 3),
     ("suffix", "end"),
     ("logit_bias", {"5": 10}),
-    ("slo", "coding"),
-    ("slo", {"ttft_ms": 100}),
     ("temprature", 0.5),
     ("request_id", "mine"),
     ("use_beam_search", True),
@@ -379,14 +376,6 @@ def test_messages_are_refused_by_place(messages: Any, param: str) -> None:
 
 
 # --- the rest ---
-
-
-def test_slo_headers_are_refused_by_name() -> None:
-    refuse_slo_headers({"Content-Type": "application/json"})
-    for name in ("x-slo-ttft-ms", "X-LLM-D-SLO-TPOT-MS"):
-        with pytest.raises(InvalidRequestError) as caught:
-            refuse_slo_headers({name: "100"})
-        assert caught.value.param == name.lower()
 
 
 def test_tokenize_takes_prompt_or_messages() -> None:
