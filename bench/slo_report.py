@@ -1,0 +1,300 @@
+"""Judging, tables, capacity and plot of `slo_serving.py`: arithmetic on finished runs.
+
+Attainment is `minserve.slo`'s, on the client's own timestamps, of all requests offered.
+Capacity is the largest rate with an attainment of at least 90%, on straight lines
+between the measured rates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from slo_load import CLASSES, Answer, Offered
+
+from minserve.slo import judge
+
+LEVEL = 0.9
+MISSES = ("late first token", "late token", "rejected", "failed", "unanswered")
+COLOURS = {"dp": "#1f6feb", "edf": "#2da44e", "sarathi": "#bf8700", "fcfs": "#7d8590"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What became of one request; times in seconds.
+
+    Attributes:
+        cause: of the miss, one of ``MISSES``; ``None`` where the SLO was attained.
+        attained_mean: the mean form.
+        ttft_s: ``None`` where no token came.
+        tpot_s: mean over the output; ``None`` before two tokens.
+        send_lag_s: how late the client itself was.
+    """
+
+    name: str
+    cause: str | None
+    attained_mean: bool
+    ttft_s: float | None
+    tpot_s: float | None
+    send_lag_s: float
+
+    @property
+    def attained(self) -> bool:
+        return self.cause is None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One policy's answers to one trace.
+
+    Attributes:
+        process: of the arrivals.
+        rate: offered, in requests per second.
+        variant: the policy's name, and its setting where several are tried.
+        seconds: over which requests arrived.
+        cores_elsewhere: processors that neither the server nor the client kept busy.
+        slowness: a lone request's time per token, over the profile's.
+        disturbed: whether these two are too high to trust the run.
+    """
+
+    process: str
+    rate: float
+    repeat: int
+    policy: str
+    variant: str
+    seconds: float
+    cores_elsewhere: float
+    slowness: float
+    disturbed: bool
+    verdicts: Sequence[Verdict]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """All runs of one variant at one rate, pooled."""
+
+    runs: Sequence[Run]
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        return [verdict for run in self.runs for verdict in run.verdicts]
+
+    @property
+    def attainment(self) -> float:
+        return share(verdict.attained for verdict in self.verdicts)
+
+    @property
+    def goodput(self) -> float:
+        """Attained requests per second of arrivals."""
+        return sum(v.attained for v in self.verdicts) / sum(run.seconds for run in self.runs)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """Lowest and highest attainment of a run."""
+        each = [share(verdict.attained for verdict in run.verdicts) for run in self.runs]
+        return min(each), max(each)
+
+    def of_class(self, name: str) -> float:
+        return share(verdict.attained for verdict in self.verdicts if verdict.name == name)
+
+
+def verdict_on(answer: Answer) -> Verdict:
+    """Judge an answer by the client's clock."""
+    progress = judge(answer.offered.targets, answer.due_s, answer.token_times)
+    done = answer.ended == "done"
+    if done and progress.attained:
+        cause = None
+    elif answer.ended in ("rejected", "failed"):
+        cause = answer.ended
+    elif progress.first_token_s is None:
+        cause = "unanswered"
+    else:
+        cause = "late first token" if progress.late_ttft else "late token"
+    return Verdict(
+        name=answer.offered.name,
+        cause=cause,
+        attained_mean=done and progress.attained_mean,
+        ttft_s=progress.ttft_s,
+        tpot_s=progress.mean_tpot_s,
+        send_lag_s=answer.sent_s - answer.due_s,
+    )
+
+
+def disagreements(answers: Iterable[Answer]) -> int:
+    """Answers whose server promised other times than the client judged by.
+
+    The server rounds to microseconds.
+    """
+    count = 0
+    for answer in answers:
+        if answer.reported is None:
+            continue
+        ours, theirs = answer.offered.targets, answer.reported["targets"]
+        pairs = (
+            (ours.ttft_s, theirs["ttft_ms"]),
+            (ours.stages[-1].tpot_s, theirs["tpot_ms"]),
+        )
+        count += any(told is None or abs(s * 1e3 - told) > 2e-3 for s, told in pairs)
+    return count
+
+
+def share(flags: Iterable[bool]) -> float:
+    """Of flags that are true; NaN of none."""
+    values = list(flags)
+    return sum(values) / len(values) if values else math.nan
+
+
+def percentile(values: Iterable[float], q: float) -> float:
+    """The smallest value that a share ``q`` of the values does not exceed; NaN of none."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(q * len(ordered)) - 1)] if ordered else math.nan
+
+
+def cells(runs: Iterable[Run]) -> dict[tuple[str, float, str], Cell]:
+    """Runs pooled by (process, rate, variant), in the order they first came."""
+    grouped: dict[tuple[str, float, str], list[Run]] = {}
+    for run in runs:
+        grouped.setdefault((run.process, run.rate, run.variant), []).append(run)
+    return {key: Cell(group) for key, group in grouped.items()}
+
+
+def curves(runs: Sequence[Run], process: str) -> dict[str, dict[float, Cell]]:
+    """Policy -> rate -> cell. Of a policy's variants the best one at each rate counts."""
+    found: dict[str, dict[float, Cell]] = {}
+    for (its_process, rate, _), cell in sorted(cells(runs).items()):
+        if its_process == process:
+            curve = found.setdefault(cell.runs[0].policy, {})
+            if rate not in curve or cell.attainment > curve[rate].attainment:
+                curve[rate] = cell
+    return found
+
+
+def capacity(attainment: Mapping[float, float], level: float = LEVEL) -> float | None:
+    """The largest rate with at least this attainment, between measured points linearly.
+
+    Args:
+        attainment: by rate.
+
+    Returns:
+        the highest measured rate where that still attains (the capacity is at least this);
+        ``None`` where no measured rate does.
+    """
+    rates = sorted(attainment)
+    if attainment[rates[-1]] >= level:
+        return rates[-1]
+    for low, high in reversed(list(pairwise(rates))):
+        if attainment[low] >= level:
+            fallen = (attainment[low] - level) / (attainment[low] - attainment[high])
+            return low + fallen * (high - low)
+    return None
+
+
+def print_promises(trace: Sequence[Offered]) -> None:
+    """What the device's own speed makes of the slowdowns."""
+    print("\nclass            prompt  output (mean tokens)   TTFT SLO (median)   TPOT SLO")
+    for work in CLASSES:
+        own = [offered for offered in trace if offered.name == work.name]
+        if not own:
+            continue
+        prompt = sum(offered.prompt.num_tokens for offered in own) / len(own)
+        output = sum(offered.num_output_tokens for offered in own) / len(own)
+        ttft = percentile([offered.targets.ttft_s for offered in own], 0.5)
+        tpot = percentile([offered.targets.stages[-1].tpot_s for offered in own], 0.5)
+        print(f"{work.name:15}{prompt:8.0f}{output:8.0f}{ttft:28.2f} s{1e3 * tpot:11.0f} ms")
+
+
+def print_table(runs: Sequence[Run], process: str, classes: Sequence[str]) -> None:
+    """A row per rate and variant: attainment, goodput, misses by cause, latencies."""
+    print(f"\n{process} arrivals: % of offered requests that attained their SLO")
+    head = f"{'req/s':>6} {'policy':12}{'all':>6}" + "".join(f"{c[:7]:>8}" for c in classes)
+    head += f"{'mean form':>11}{'goodput':>9}  " + "".join(f"{miss:>18}" for miss in MISSES)
+    print(head + f"{'TTFT p50':>10}{'p99 s':>7}{'TPOT p50':>10}{'p99 ms':>8}")
+    for (its_process, rate, variant), cell in cells(runs).items():
+        if its_process != process:
+            continue
+        verdicts = cell.verdicts
+        causes = Counter(verdict.cause for verdict in verdicts)
+        # Requests that never got a token took longer than any that did.
+        ttft = [math.inf if v.ttft_s is None else v.ttft_s for v in verdicts]
+        tpot = [1e3 * v.tpot_s for v in verdicts if v.tpot_s is not None]
+        row = f"{rate:6.2f} {variant:12}{100 * cell.attainment:6.1f}"
+        row += "".join(f"{100 * cell.of_class(name):8.1f}" for name in classes)
+        row += f"{100 * share(v.attained_mean for v in verdicts):11.1f}{cell.goodput:9.2f}  "
+        row += "".join(f"{causes[miss]:18d}" for miss in MISSES)
+        row += f"{percentile(ttft, 0.5):10.2f}{percentile(ttft, 0.99):7.2f}"
+        print(row + f"{percentile(tpot, 0.5):10.0f}{percentile(tpot, 0.99):8.0f}")
+
+
+def summary(runs: Sequence[Run]) -> dict[str, Any]:
+    """Capacity and attainment by process and policy, for the JSON line.
+
+    ``at_least`` lists the policies that attain 90% at the highest rate still; a capacity of
+    ``None`` lies below the lowest.
+    """
+    result: dict[str, Any] = {"capacity": {}, "at_least": {}, "attainment": {}}
+    for process in dict.fromkeys(run.process for run in runs):
+        rates = {
+            policy: {rate: cell.attainment for rate, cell in sorted(curve.items())}
+            for policy, curve in curves(runs, process).items()
+        }
+        found = {policy: capacity(curve) for policy, curve in rates.items()}
+        result["capacity"][process] = {
+            policy: None if one is None else round(one, 3) for policy, one in found.items()
+        }
+        result["at_least"][process] = [
+            policy for policy, curve in rates.items() if curve[max(curve)] >= LEVEL
+        ]
+        result["attainment"][process] = {
+            policy: {f"{rate:g}": round(one, 4) for rate, one in curve.items()}
+            for policy, curve in rates.items()
+        }
+    return result
+
+
+def print_capacity(result: Mapping[str, Any], lowest: float) -> None:
+    """The capacities in words."""
+    for process, capacities in result["capacity"].items():
+        print(f"\n{process}: capacity, the most req/s with {LEVEL:.0%} attained (interpolated)")
+        for policy, one in capacities.items():
+            text = f"below {lowest:g}" if one is None else f"{one:.2f}"
+            if policy in result["at_least"][process]:
+                text = f"at least {text}"
+            print(f"  {policy:10}{text}")
+
+
+def plot(runs: Sequence[Run], file: str) -> None:
+    """Save attainment against rate: a panel per arrival process, a line per policy, a band
+    from the lowest to the highest repeat.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    processes = list(dict.fromkeys(run.process for run in runs))
+    figure, panels = pyplot.subplots(
+        1, len(processes), figsize=(5 * len(processes), 3.6), sharey=True, squeeze=False
+    )
+    for panel, process in zip(panels[0], processes, strict=True):
+        for policy, curve in curves(runs, process).items():
+            rates = sorted(curve)
+            lows, highs = zip(*(curve[rate].spread for rate in rates), strict=True)
+            means = [100 * curve[rate].attainment for rate in rates]
+            colour = COLOURS[policy]
+            panel.plot(rates, means, marker="o", markersize=4, label=policy, color=colour)
+            panel.fill_between(
+                rates, [100 * x for x in lows], [100 * x for x in highs], alpha=0.15, color=colour
+            )
+        panel.axhline(100 * LEVEL, color="#b6bcc4", linestyle="--", linewidth=1)
+        panel.set_title(f"{process} arrivals")
+        panel.set_xlabel("requests per second offered")
+        panel.set_ylim(0, 102)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("% attaining their SLO")
+    panels[0][0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
