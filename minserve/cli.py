@@ -176,6 +176,7 @@ def _serve(args: argparse.Namespace) -> int:
         from minserve import AsyncEngine
 
         engine = AsyncEngine(**engine_settings)
+        engine.warm_up()
         engine.profile(server_config.profile_seconds, progress=True)
         unkept = engine.unattainable_classes()
         if unkept:

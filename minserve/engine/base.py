@@ -7,6 +7,7 @@ import random
 import uuid
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -91,6 +92,13 @@ class EngineBase:
         num_tokens = min(TYPICAL_TOKENS, self.max_model_len)
         misses = lone_request_misses(self.slo_classes, self.perf_model, num_tokens)
         return describe_misses(misses, num_tokens)
+
+    def warm_up(self) -> None:
+        """Load what only the first chat would need, and all other requests would wait for."""
+        if self.tokenizer.has_chat_template:
+            # A template may refuse this chat; by then it is loaded.
+            with suppress(InvalidRequestError):
+                self.tokenizer.render_chat([{"role": "user", "content": "Hello"}])
 
     def profile(self, seconds: float, *, progress: bool = False) -> Profile:
         """Take this device's speed from the cache, or measure it.
