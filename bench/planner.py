@@ -14,6 +14,7 @@ over all subsets of small random instances. The last line is JSON.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import statistics
@@ -151,6 +152,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the last line alone")
     args = parser.parse_args()
+    gc.freeze()  # as the server does
     rows = {}
     cases = [(r, w, t) for r, w in SIZES for t in (1, 2, 3)]
     for running, waiting, tiers in tqdm(cases, desc="planning", disable=args.json):

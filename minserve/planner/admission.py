@@ -38,11 +38,9 @@ from minserve.planner.timeline import (
     simulate,
 )
 
-# Count vectors, and states visited, beyond which a decision would take too long. Among sets
-# of the highest value, fewer states are spent on finding the one that is done first.
+# Count vectors, and states visited, beyond which a decision would take too long.
 MAX_CELLS = 50_000
-MAX_STATES = 1500
-MAX_TIE_STATES = 300
+MAX_STATES = 2500
 # Values that are no multiples of the smallest are rounded to so many units in all.
 MAX_UNITS = 256
 # Tokens per second where there is no budget: nothing gets done, yet no division by 0.
@@ -186,11 +184,7 @@ class _Program:
         best = self._good_set()
         if best is None:
             return None
-        found = None if any(self._units) else best
-        if found is None and self._is_whole:
-            found = self._search(best, MAX_TIE_STATES, ties=True)
-        if found is None:
-            found = self._search(best, MAX_STATES, ties=not self._is_whole)
+        found = self._search(best) if any(self._units) else best
         state = last = found or best
         accepted = []
         while state.before is not None:
@@ -337,24 +331,23 @@ class _Program:
     def _nobody(self) -> _State:
         return _State(self._starts[0], 0, 0, self._row(0))
 
-    def _search(self, best: _State, max_states: int, *, ties: bool) -> _State | None:
+    def _search(self, best: _State) -> _State | None:
         """The program.
 
         Args:
-            best: a set to be better than.
-            ties: better is also who is as valuable, and done earlier.
+            best: a set to be better than: more valuable, or as valuable and done earlier.
 
         Returns:
-            the best set; ``None`` beyond ``max_states``.
+            the best set; ``None`` beyond `MAX_STATES`.
         """
-        rest = self._rest(best, ties)
+        rest = self._rest(best)
         latest = [latest_s(rest, *one) for one in zip(self._clocks, self._left, strict=True)]
         free, target = self._free_from[-1], rest.target
         least = least_blocks(rest) if self._is_tight else None
         frontier, num_states = [self._nobody()], 0
         for k, candidate in enumerate(self._candidates):
             num_states += len(frontier)
-            if num_states > max_states:
+            if num_states > MAX_STATES:
                 return None
             late = [of_kind[k + 1] for of_kind in latest]
             few = least[k + 1] if least else None
@@ -377,7 +370,7 @@ class _Program:
             frontier = [state for group in groups.values() for state in group]
         return max([best, *frontier], key=_merit)
 
-    def _rest(self, best: _State, ties: bool) -> Rest:
+    def _rest(self, best: _State) -> Rest:
         """The target: one unit more than the best set has, or as much value as it has."""
         target = best.units + 1
         if not self._is_whole:
@@ -390,7 +383,7 @@ class _Program:
             units=self._units,
             forced=[c.forced for c in self._candidates],
             target=target,
-            end_s=best.now if ties and self._is_whole else -math.inf,
+            end_s=best.now if self._is_whole else -math.inf,
         )
 
 

@@ -65,7 +65,6 @@ def test_the_bounds_rule_out_nothing_better(
 ) -> None:
     """On instances too large for brute force: the program without bounds, without limits."""
     monkeypatch.setattr(admission, "MAX_STATES", 10**9)
-    monkeypatch.setattr(admission, "MAX_TIE_STATES", 10**9)
     instances = [
         random_instance(
             random.Random(seed), num_candidates=13, alike=alike, roomy=roomy, free_seqs=100
@@ -90,7 +89,6 @@ def test_the_program_finds_the_best_set_without_a_good_one_to_begin_with(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(admission._Program, "_good_set", admission._Program._nobody)
-    monkeypatch.setattr(admission, "MAX_TIE_STATES", 10**9)
     short_of_memory = 0
     for seed in range(400):
         rng = random.Random(seed)
@@ -186,26 +184,11 @@ def test_instances_beyond_a_limit_get_a_good_set_and_say_so(
     monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
     monkeypatch.setattr(admission, limit, 0)
-    monkeypatch.setattr(admission, "MAX_TIE_STATES", 0)
     long = Candidate(work=450, deadline_s=1.0, tier=0, blocks=1)
     got = decide(instance_of(long, long, long))
     assert got.feasible
     assert len(got.accepted) == 1
     assert not got.exact
-
-
-def test_beyond_the_limit_of_ties_the_value_is_still_the_highest(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(admission, "MAX_TIE_STATES", 1)
-    later = 0
-    for seed in range(300):
-        instance = random_instance(random.Random(seed), num_candidates=7, alike=True)
-        got, best = decide(instance), best_by_brute_force(instance)
-        if best is not None:
-            assert got.value >= best[0]
-            later += got.value == best[0] and got.done_s > best[1] + 1e-6
-    assert later > 0, "else the limit was never reached"
 
 
 def test_values_that_are_no_multiples_of_one_another_are_compared_exactly() -> None:
