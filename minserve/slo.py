@@ -20,12 +20,15 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cache
 from types import MappingProxyType
 
 from minserve.errors import InvalidSLOError
 
 MAX_SECONDS = 1e6
 MAX_SLOWDOWN = 1e6
+# The name of SLOs that are no class's.
+CUSTOM = "custom"
 # Times are compared after sums of floats; a promise is not broken by their rounding.
 ROUNDING_S = 1e-9
 
@@ -94,6 +97,10 @@ class DecodeStage:
     def has_end(self) -> bool:
         return self.until is not None or self.tokens is not None
 
+    @property
+    def has_pace(self) -> bool:
+        return self.tpot is not None or self.tpot_slowdown is not None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SLO:
@@ -122,7 +129,7 @@ class SLO:
     expected_output_tokens: int | None = None
     on_unattainable: OnUnattainable = OnUnattainable.BEST_EFFORT
     value: float = 1.0
-    name: str = "custom"
+    name: str = CUSTOM
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
@@ -168,20 +175,25 @@ class SLO:
             )
 
     @property
+    def decode_stages(self) -> tuple[DecodeStage, ...]:
+        """``stages``, or the single one that ``tpot`` or ``tpot_slowdown`` stands for."""
+        return self.stages or (DecodeStage(tpot=self.tpot, tpot_slowdown=self.tpot_slowdown),)
+
+    @property
     def promises_anything(self) -> bool:
-        paced = any(s.tpot is not None or s.tpot_slowdown is not None for s in self.stages)
-        return paced or any(
-            one is not None
-            for one in (self.ttft, self.ttft_slowdown, self.tpot, self.tpot_slowdown)
-        )
+        prompt = self.ttft is not None or self.ttft_slowdown is not None
+        return prompt or any(stage.has_pace for stage in self.decode_stages)
+
+    @property
+    def refuses_delay(self) -> bool:
+        """True where the request would rather be refused than be late."""
+        return self.on_unattainable is OnUnattainable.REJECT
 
     @property
     def needs_profile(self) -> bool:
         """True where an objective is a multiple of this device's own speed."""
-        return (
-            self.ttft_slowdown is not None
-            or self.tpot_slowdown is not None
-            or any(stage.tpot_slowdown is not None for stage in self.stages)
+        return self.ttft_slowdown is not None or any(
+            stage.tpot_slowdown is not None for stage in self.decode_stages
         )
 
     def named(self, name: str) -> SLO:
@@ -195,7 +207,6 @@ class SLO:
             zero_load_ttft_s: prefill time of the whole prompt on the idle device.
             zero_load_tpot_s: time per token of a lone request.
         """
-        stages = self.stages or (DecodeStage(tpot=self.tpot, tpot_slowdown=self.tpot_slowdown),)
         return Targets(
             ttft_s=_in_seconds(self.ttft, self.ttft_slowdown, zero_load_ttft_s),
             stages=tuple(
@@ -204,7 +215,7 @@ class SLO:
                     until=stage.until,
                     tokens=stage.tokens,
                 )
-                for stage in stages
+                for stage in self.decode_stages
             ),
         )
 
@@ -465,12 +476,9 @@ def judge(
     return progress
 
 
+@cache
 def preset_classes() -> Mapping[str, SLO]:
     """The classes of the SLOs-Serve evaluation (arXiv 2504.08784), by name."""
-    return _PRESETS
-
-
-def _presets() -> Mapping[str, SLO]:
     tight, loose = 0.050, 0.100
     thinking = (DecodeStage(tpot=tight, until="</think>"), DecodeStage(tpot=loose))
     classes = {
@@ -529,6 +537,3 @@ def _check_count(name: str, value: int | None) -> None:
 def _check_either(name: str, value: object, other: str, other_value: object) -> None:
     if value is not None and other_value is not None:
         raise InvalidSLOError(f"give {name} or {other}, not both", other)
-
-
-_PRESETS = _presets()

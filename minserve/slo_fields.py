@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from minserve.errors import ConfigError, InvalidSLOError
-from minserve.slo import MAX_SECONDS, MAX_SLOWDOWN, SLO, DecodeStage, preset_classes
+from minserve.slo import CUSTOM, MAX_SECONDS, MAX_SLOWDOWN, SLO, DecodeStage, preset_classes
 
-# The name of SLOs that are no class's.
-CUSTOM = "custom"
 _THINKING = ("thinking_tpot_ms", "thinking_tpot_slowdown")
 _OBJECTIVES = ("ttft_ms", "ttft_slowdown", "tpot_ms", "tpot_slowdown", *_THINKING)
 # Fields that `SLO` calls by the same name and whose values it checks.
@@ -189,7 +187,7 @@ def _refined_stages(
     thinking = _objective(fields, where, *_THINKING)
     if pace is None and thinking is None:
         return ()
-    *earlier, last = _stages(base)
+    *earlier, last = (DecodeStage(),) if base is None else base.decode_stages
     if pace is not None:
         last = _at_pace(last, pace)
     if thinking is not None:
@@ -200,12 +198,6 @@ def _refined_stages(
             raise _error(where, name, "this model marks no end of thinking")
         earlier = [_at_pace(earlier[0] if earlier else DecodeStage(until=marker), thinking)]
     return (*earlier, last)
-
-
-def _stages(slo: SLO | None) -> tuple[DecodeStage, ...]:
-    if slo is None:
-        return (DecodeStage(),)
-    return slo.stages or (DecodeStage(tpot=slo.tpot, tpot_slowdown=slo.tpot_slowdown),)
 
 
 def _at_pace(stage: DecodeStage, pace: _Pace) -> DecodeStage:

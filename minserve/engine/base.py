@@ -24,7 +24,7 @@ from minserve.planner.perf_model import PerfModel
 from minserve.planner.policies import PROMISING
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
-from minserve.slo import SLO, OnUnattainable
+from minserve.slo import SLO
 
 log = logging.getLogger(__name__)
 
@@ -157,8 +157,7 @@ class EngineBase:
                 )
         slo, targets = self._promises.find(slo), None
         if slo is not None:
-            refuses = slo.on_unattainable is OnUnattainable.REJECT
-            if refuses and self.config.policy not in PROMISING:
+            if slo.refuses_delay and self.config.policy not in PROMISING:
                 raise InvalidSLOError(
                     f"policy {self.config.policy} promises nothing, so it cannot refuse what it "
                     f"cannot keep; use one of {', '.join(PROMISING)}",

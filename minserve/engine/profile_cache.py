@@ -62,7 +62,7 @@ class Profile:
         model: fitted to all samples.
         quality: on the held-out shapes, by a fit to the others.
         held_out: these shapes.
-        samples: every shape with the median of its repeats.
+        samples: every shape with the mean of its undisturbed repeats.
         measured_at: ISO 8601, UTC.
         seconds: that the measurement took.
         allowed_s: that it was allowed; a rough profile was allowed little.

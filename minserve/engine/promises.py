@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from minserve.config import EngineConfig
 from minserve.engine.tokenizer import Tokenizer
-from minserve.errors import ConfigError, InvalidSLOError
+from minserve.errors import ConfigError
 from minserve.planner.perf_model import PerfModel
 from minserve.slo import SLO, Targets, preset_classes
-from minserve.slo_fields import load_classes
+from minserve.slo_fields import find_class, load_classes
 
 THINKING_MARKER = "</think>"
 
@@ -30,9 +30,8 @@ class Promises:
         self._tokenizer = tokenizer
         self.classes = _classes(config.slo_classes)
         if config.default_slo is not None and config.default_slo not in self.classes:
-            raise ConfigError(
-                f"default_slo {config.default_slo!r} is no SLO class; known: {self._known()}"
-            )
+            known = ", ".join(sorted(self.classes))
+            raise ConfigError(f"default_slo {config.default_slo!r} is no SLO class; known: {known}")
         self.default = None if config.default_slo is None else self.classes[config.default_slo]
         self.thinking_marker = config.thinking_marker
         if self.thinking_marker is None and self._token_of(THINKING_MARKER) is not None:
@@ -46,11 +45,7 @@ class Promises:
         """
         if slo is None:
             return self.default
-        if isinstance(slo, SLO):
-            return slo
-        if slo not in self.classes:
-            raise InvalidSLOError(f"no SLO class {slo!r}; known: {self._known()}", "slo")
-        return self.classes[slo]
+        return slo if isinstance(slo, SLO) else find_class(slo, self.classes, "slo")
 
     def targets(self, slo: SLO, num_prompt_tokens: int, model: PerfModel | None) -> Targets:
         """The SLO in seconds for a prompt of that length.
@@ -76,9 +71,6 @@ class Promises:
     def _token_of(self, text: str) -> int | None:
         ids = self._tokenizer.encode(text, add_special_tokens=False)
         return ids[0] if len(ids) == 1 else None
-
-    def _known(self) -> str:
-        return ", ".join(sorted(self.classes))
 
 
 def _classes(given: str | Mapping[str, SLO] | None) -> Mapping[str, SLO]:

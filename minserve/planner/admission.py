@@ -34,6 +34,7 @@ from minserve.planner.timeline import (
     Admission,
     Candidate,
     by_deadline,
+    first_steady,
     insert_greedily,
     simulate,
 )
@@ -133,9 +134,7 @@ class _Program:
     ) -> None:
         self._outlook, self._rates = outlook, rates
         self._starts = [*outlook.starts.tolist(), math.inf]
-        # Free from a segment on: what later segments free, but never more than they have.
-        free_from = np.minimum.accumulate(outlook.free_blocks[::-1])[::-1]
-        self._free_from: list[int] = free_from.tolist()
+        self._free_from = outlook.free_from
         # Nobody accepted: no set leaves prefill more.
         self._clock = Clock(outlook.starts, np.maximum(rates(outlook.counts), NO_RATE))
         self._index, self.most = self._hopeful(candidates)
@@ -230,9 +229,7 @@ class _Program:
         rates = self._table[:, column].tolist()
         steady = 0
         if min(rates) < NO_RATE:
-            steady = len(rates)
-            while steady and rates[steady - 1] >= 0:
-                steady -= 1
+            steady = first_steady(rates)
             rates = [max(rate, NO_RATE) for rate in rates]
         kinds = [number for number, d in enumerate(self._kinds, 1) if self._counts[d, column]]
         self._rows[cell] = row = _Row(rates, steady, min(kinds, default=0))

@@ -82,6 +82,7 @@ class BatchDraft:
         whole: bool = False,
         most: int | None = None,
         evict: bool = False,
+        hit: CachedPrefix | None = None,
     ) -> int:
         """Start a waiting sequence with its first chunk.
 
@@ -92,13 +93,15 @@ class BatchDraft:
             most: tokens that the first chunk may have, beside the budget.
             evict: preempt sequences that are not kept to make room. Otherwise nobody is
                 preempted for it, and it starts only while nobody is being preempted.
+            hit: its cached prefix, where that has been looked up already.
 
         Returns:
             tokens scheduled; 0 where it stays waiting.
         """
         if self.budget <= 0 or (self._preempted and not evict):
             return 0
-        hit = self.view.memory.cached_prefix(seq)
+        if hit is None:
+            hit = self.view.memory.cached_prefix(seq)
         remaining = seq.num_tokens - hit.num_tokens
         num_tokens = self._clip(remaining if most is None else min(remaining, most), whole)
         if num_tokens <= 0:

@@ -190,13 +190,14 @@ class _TimedBatch:
             evict: preempt best effort to start it.
             hold: stop short of the last token, whose run would sample the next.
         """
-        waiting = seq.state is SequenceState.WAITING
         if self.draft.budget <= 0 or self.draft.is_preempted(seq):
             return 0
-        if waiting:
-            start = self.draft.view.memory.cached_prefix(seq).num_tokens
-        else:
-            start = seq.num_computed_tokens
+        hit = (
+            self.draft.view.memory.cached_prefix(seq)
+            if seq.state is SequenceState.WAITING
+            else None
+        )
+        start = seq.num_computed_tokens if hit is None else hit.num_tokens
         most = seq.num_tokens - start - (1 if hold else 0)
         wanted = most
         if self.model is not None:
@@ -204,8 +205,8 @@ class _TimedBatch:
             most = min(most, fitting if self._seqs else max(fitting, 1))
         if most <= 0 or (whole and most < wanted):
             return 0
-        if waiting:
-            num_tokens = self.draft.admit(seq, most=most, whole=whole, evict=evict)
+        if hit is not None:
+            num_tokens = self.draft.admit(seq, most=most, whole=whole, evict=evict, hit=hit)
         else:
             num_tokens = self.draft.schedule(seq, most, whole=whole)
         if num_tokens:

@@ -48,6 +48,11 @@ class Outlook:
     free_blocks: NDArray[np.int64]
     free_seqs: int
 
+    @property
+    def free_from(self) -> list[int]:
+        """Per segment, blocks that are free from its start on, for good."""
+        return np.minimum.accumulate(self.free_blocks[::-1])[::-1].tolist()
+
 
 @dataclass(frozen=True, slots=True)
 class Demand:

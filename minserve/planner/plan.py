@@ -15,7 +15,8 @@ class Refusal:
     """Why a request is refused, and when the same request would be admitted.
 
     Attributes:
-        reason: ``compute`` or ``memory``: what there is too little of.
+        reason: what there is too little of: ``compute``, ``memory``, or ``device`` where
+            the SLO could not even be kept on an idle one.
         retry_after_s: seconds from now, by the planner's prediction.
     """
 

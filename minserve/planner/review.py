@@ -27,7 +27,7 @@ from minserve.planner.perf_model import PerfModel
 from minserve.planner.plan import PlannerView, Refusal
 from minserve.planner.timeline import Candidate
 from minserve.request import Sequence, SequenceState
-from minserve.slo import OnUnattainable, Standing
+from minserve.slo import Standing
 
 # Stands for "no deadline"; finite, so that what never gets done is never accepted.
 FAR_S = 1e7
@@ -113,7 +113,7 @@ def awaits_answer(seq: Sequence) -> bool:
     """True where a request that would rather be refused than late has not begun."""
     return (
         seq.standing is Standing.PENDING
-        and seq.request.slo.on_unattainable is OnUnattainable.REJECT
+        and seq.request.slo.refuses_delay
         and seq.state is SequenceState.WAITING
         and seq.num_output_tokens == 0
     )
@@ -151,7 +151,7 @@ class _Round:
         # a promise is given up when it will be broken, not when it might be.
         self.likely_rates = self._rates(model, 1.0)
         self.remaining = {s.seq_id: lengths.remaining(s) for s in (*settled, *open_)}
-        self.demands = [d for s in settled for d in self._demands(s)]
+        self.demands = {s.seq_id: self._demands(s) for s in settled}
         self.candidates = [self._candidate(s, cached_tokens) for s in open_]
 
     def _rates(self, model: PerfModel, share: float) -> PrefillRates:
@@ -202,9 +202,11 @@ class _Round:
         Args:
             accepted: count these as settled too, from when their prefills are done.
         """
-        holdings, demands = [], list(self.demands)
+        holdings: list[Holding] = []
+        demands: list[Demand] = []
         for seq in self.settled:
-            own = self._demands(seq)
+            own = self.demands[seq.seq_id]
+            demands += own
             holdings.append(Holding(self._blocks(seq), own[-1].end_s if own else math.inf))
         for candidate in accepted:
             end = self._done_s + candidate.decode_s
@@ -230,13 +232,14 @@ class _Round:
         order = sorted(self.settled, key=lambda s: self.remaining[s.seq_id], reverse=True)
         for seq in order:
             counts = [0] * len(self.tiers)
-            for demand in self.demands:
-                counts[demand.tier] += demand.start_s <= self.now + SOON_S
+            for own in self.demands.values():
+                for demand in own:
+                    counts[demand.tier] += demand.start_s <= self.now + SOON_S
             if self.likely_rates.one(counts) >= 0:
                 return
             verdict.relegate[seq.seq_id] = None
             self.settled.remove(seq)
-            self.demands = [d for s in self.settled for d in self._demands(s)]
+            del self.demands[seq.seq_id]
 
     def choose(self, choose: Choose) -> set[int]:
         """Indices of the candidates to be served."""

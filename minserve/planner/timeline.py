@@ -119,6 +119,14 @@ def insert_greedily(
     return Admission(tuple(accepted), True, value, walk.now, exact=False)
 
 
+def first_steady(rates: SequenceOf[float]) -> int:
+    """The segment from which on all decodes keep their pace: behind the last rate below 0."""
+    steady = len(rates)
+    while steady and rates[steady - 1] >= 0:
+        steady -= 1
+    return steady
+
+
 def by_deadline(candidates: SequenceOf[Candidate]) -> list[int]:
     """Indices in deadline order, equal deadlines in the order given."""
     return sorted(range(len(candidates)), key=lambda i: candidates[i].deadline_s)
@@ -135,7 +143,7 @@ class _Rows:
 
     def __init__(self, outlook: Outlook, rates: PrefillRates) -> None:
         self.starts = [*outlook.starts.tolist(), math.inf]
-        self.free_from: list[int] = np.minimum.accumulate(outlook.free_blocks[::-1])[::-1].tolist()
+        self.free_from: list[int] = outlook.free_from
         self.idle = (0,) * outlook.counts.shape[1]
         self._counts = outlook.counts
         self._rates = rates
@@ -164,10 +172,7 @@ class _Rows:
         more = np.array(path, dtype=np.int64).reshape(len(path), len(self.idle))
         values = self._rates.of_sums(self._counts, more).T
         for counts, row in zip(path, values.tolist(), strict=True):
-            steady = len(row)
-            while steady and row[steady - 1] >= 0:
-                steady -= 1
-            self._rows[counts] = [max(rate, 0.0) for rate in row], steady
+            self._rows[counts] = [max(rate, 0.0) for rate in row], first_steady(row)
 
 
 def _changed(counts: tuple[int, ...], tier: int, change: int) -> tuple[int, ...]:

@@ -30,7 +30,6 @@ from minserve.server.protocol import (
 from minserve.server.responses import Reply
 from minserve.server.slo import read_slo
 from minserve.server.sse import dump_json
-from minserve.slo import OnUnattainable
 
 if TYPE_CHECKING:
     from minserve.engine.engine import AsyncEngine
@@ -164,7 +163,7 @@ class Server:
         try:
             reply = Reply(call, handles, self._model_name, engine.tokenizer)
             if call.stream:
-                refusable = slo is not None and slo.on_unattainable is OnUnattainable.REJECT
+                refusable = slo is not None and slo.refuses_delay
                 return await streamed_response(request, call, reply, handles, refusable=refusable)
             return await whole_response(reply, handles)
         finally:
