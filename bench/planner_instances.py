@@ -48,9 +48,9 @@ def random_instance(
         roomy: memory is no matter; default: half of the time.
     """
     num_tiers = num_tiers or rng.randint(1, 3)
-    pieces = [Piece(0.002, 0.001, 1e-6, rng.choice([0.0, 1e-7]), 0.0, 0.02)]
+    pieces = [Piece(0.002, 0.001, 1e-6, rng.choice([0.0, 1e-7]), base=0.02)]
     if rng.random() < 0.5:
-        pieces.append(Piece(0.0005, 0.0, 0.0, 0.0, 0.0, rng.uniform(0.02, 0.04)))
+        pieces.append(Piece(0.0005, base=rng.uniform(0.02, 0.04)))
     tpots = sorted(rng.uniform(0.04, 0.2) for _ in range(num_tiers))
     tiers = [Tier(tpot_s=t, context_tokens=rng.uniform(0, 500)) for t in tpots]
     rates = PrefillRates(PerfModel(pieces), tiers, window_s=0.15, share=rng.uniform(0.8, 1.0))

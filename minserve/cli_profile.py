@@ -45,6 +45,7 @@ _COLUMNS = (
     ("context_tokens", "/1k context tokens", 1e6),
     ("attention_pairs", "/1M attention pairs", 1e9),
     ("draft_steps", "per draft step", 1e3),
+    ("draft_tokens", "per draft token", 1e3),
     ("base", "constant", 1e3),
 )
 

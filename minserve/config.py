@@ -18,6 +18,7 @@ DEVICES = ("auto", "cpu", "cuda")
 POLICIES = ("dp", "edf", "sarathi", "fcfs")
 LENGTH_ESTIMATORS = ("quantile", "max_tokens")
 ATTENTION_BACKENDS = ("auto", "torch")
+SPECULATORS = ("auto", "draft", "ngram", "off")
 
 
 def option(default: Any, help: str, *, group: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -97,6 +98,26 @@ class EngineConfig:
     max_queue: int = option(
         1024, "most outputs waiting or running; a request beyond it is refused", group="planner"
     )
+    speculator: str = option(
+        "auto",
+        "who drafts tokens for the model to verify. draft: a small model; ngram: what followed "
+        "the last time that the text ended like this; auto: draft where --draft-model is given, "
+        "else off",
+        group="speculation",
+        choices=SPECULATORS,
+    )
+    draft_model: str | None = option(
+        None,
+        "the draft model, as for --model; its vocabulary must be the model's. Default with "
+        "--speculator draft and the embedded model: the draft that comes with it",
+        group="speculation",
+    )
+    max_speculation: int = option(
+        8,
+        "most tokens drafted for a sequence in one iteration. dp and edf choose each length by "
+        "what it brings, sarathi and fcfs always draft this many",
+        group="speculation",
+    )
     slo_classes: str | Mapping[str, SLO] | None = option(
         None,
         "TOML file of SLO classes, added to the built-in ones (chatbot, coding, ...)",
@@ -140,6 +161,7 @@ class EngineConfig:
             ("max_num_seqs", 1),
             ("max_queue", 1),
             ("max_model_len", 1),
+            ("max_speculation", 1),
             ("threads", 1),
         ):
             value = getattr(self, name)
@@ -154,6 +176,10 @@ class EngineConfig:
         if not 0 <= self.best_effort_share < 1:
             raise ConfigError(
                 f"best_effort_share must be at least 0 and below 1, not {self.best_effort_share}"
+            )
+        if self.draft_model is not None and self.speculator not in ("auto", "draft"):
+            raise ConfigError(
+                f"draft_model is given, but speculator {self.speculator!r} does not use one"
             )
         if self.num_blocks is not None and self.kv_cache_gib is not None:
             raise ConfigError("give num_blocks or kv_cache_gib, not both")

@@ -41,6 +41,8 @@ class OutputDelta:
         prompt_logprobs: on the first delta of output 0 where asked for; ``None`` for
             the prompt's first token.
         num_cached_tokens: prompt tokens that a prefix hit saved (first delta on).
+        num_draft_tokens, num_accepted_tokens: of this output, drafted so far and of these
+            accepted.
         error: on the last delta where ``finish_reason`` is ERROR.
         slo: on the last delta, what was promised and kept; ``None`` without an SLO.
     """
@@ -54,13 +56,19 @@ class OutputDelta:
     stop_reason: str | int | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     num_cached_tokens: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
     error: Exception | None = None
     slo: SLOReport | None = None
 
 
 @dataclass(slots=True, kw_only=True)
 class CompletionOutput:
-    """One finished output of a request."""
+    """One finished output of a request.
+
+    Attributes:
+        num_draft_tokens, num_accepted_tokens: drafted by speculation, and of these accepted.
+    """
 
     index: int
     text: str = ""
@@ -68,6 +76,8 @@ class CompletionOutput:
     logprobs: list[TokenLogprob] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -96,6 +106,8 @@ class RequestOutput:
         out = self.outputs[delta.index]
         out.text += delta.text
         out.token_ids.extend(delta.token_ids)
+        out.num_draft_tokens = delta.num_draft_tokens
+        out.num_accepted_tokens = delta.num_accepted_tokens
         if delta.logprobs is not None:
             out.logprobs = (out.logprobs or []) + list(delta.logprobs)
         if delta.finish_reason is not None:

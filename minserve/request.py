@@ -85,6 +85,7 @@ class Sequence:
         token_ids: prompt, then output so far.
         num_computed_tokens: tokens whose KV is in the cache.
         num_cached_tokens: of these, how many a prefix hit gave at first admission.
+        num_draft_tokens, num_accepted_tokens: drafted so far, and of these those accepted.
         block_table: ids of the KV blocks, in token order. Set by the block pool.
         block_hashes: prefix digests of the full blocks so far. Set by the block pool.
         events: when each event last happened, except FIRST_TOKEN: when it first did.
@@ -99,6 +100,8 @@ class Sequence:
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     finish_reason: FinishReason | None = None

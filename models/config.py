@@ -39,6 +39,8 @@ class LlamaConfig(_Config):
     """A Llama model's numbers.
 
     Attributes:
+        draft_vocab_size: rows of the head, where a draft model's is trimmed to some of the
+            vocabulary; 0 means all of it.
         rope_parameters: ``rope_type``, ``rope_theta`` and what the type needs besides.
     """
 
@@ -57,6 +59,7 @@ class LlamaConfig(_Config):
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
+    draft_vocab_size: int = 0
     rope_parameters: dict[str, Any] = field(default_factory=dict)
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

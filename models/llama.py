@@ -111,7 +111,8 @@ class Llama(CausalLM):
         )
         head = embed
         if not config.tie_word_embeddings:
-            head = checkpoint.get("lm_head.weight", tuple(embed.shape))
+            rows = config.draft_vocab_size or shape.vocab_size
+            head = checkpoint.get("lm_head.weight", (rows, shape.hidden_size))
         self.head = placement.linear(head)
         self.rope = RotaryEmbedding(
             shape.head_dim, shape.max_positions, config.rope_parameters, placement.device

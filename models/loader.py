@@ -107,6 +107,24 @@ class Checkpoint(ABC):
         self._advance()
         return tensor
 
+    def get_ids(self, name: str, below: int) -> torch.Tensor:
+        """Read a vector of different token ids, int64.
+
+        Raises:
+            ModelLoadError: where it is missing, unreadable or something else.
+        """
+        if name not in self._stored:
+            raise ModelLoadError(f"{self._path}: tensor {name!r} is missing")
+        ids = self._read(self._stored[name], self._files[self._stored[name]])
+        good = ids.dim() == 1 and not ids.dtype.is_floating_point and len(ids.unique()) == len(ids)
+        if not good or not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= below:
+            raise ModelLoadError(
+                f"{self.describe(name)}: tensor {name!r} does not hold different token ids "
+                f"below {below}"
+            )
+        self._advance()
+        return ids.long()
+
     @abstractmethod
     def _read(self, stored: str, file: Path) -> torch.Tensor:
         """Read a tensor by its stored name from its file."""

@@ -16,7 +16,7 @@ from minserve.engine import profile_cache
 from minserve.engine.build import LoadedEngine, load_engine
 from minserve.engine.detokenizer import IncrementalDetokenizer
 from minserve.engine.profile_cache import Profile
-from minserve.engine.profiler import profile_core
+from minserve.engine.profiler import measure_drafting, profile_core
 from minserve.engine.promises import Promises
 from minserve.errors import InvalidRequestError, InvalidSLOError, RequestTooLongError
 from minserve.planner.lone_request import TYPICAL_TOKENS, describe_misses, lone_request_misses
@@ -123,7 +123,8 @@ class EngineBase:
                 )
             else:
                 profile_cache.save(profile)
-        self._core.planner.model = profile.new_model(quantile=self.config.margin_quantile)
+        model = profile.new_model(quantile=self.config.margin_quantile)
+        self._core.planner.model = model.with_draft_costs(*measure_drafting(self._core))
         return profile
 
     def _prepare(
@@ -180,11 +181,15 @@ class EngineBase:
         return Submission(text, request)
 
     def _ready_for(self, slo: SLO | str | None) -> None:
-        """Know the device's speed before a promise depends on it."""
+        """Know the device's speed before a promise, or the length of a draft, depends on it."""
         promised = self._promises.find(slo)
-        if promised is None or self.perf_model is not None:
+        if self.perf_model is not None:
             return
-        if promised.needs_profile or self.config.policy in PROMISING:
+        plans = self.config.policy in PROMISING
+        speculates = self._core.proposer is not None
+        if (plans and (speculates or promised is not None)) or (
+            promised is not None and promised.needs_profile
+        ):
             self.profile(PROBE_S)
 
     def _enqueue(self, submission: Submission) -> None:

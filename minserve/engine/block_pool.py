@@ -171,6 +171,12 @@ class BlockPool:
             serial = (entry or self._insert(seq, position, serial)).serial
         self._num_committed[seq.seq_id] = num_full
 
+    def trim(self, seq: Sequence) -> None:
+        """Take back the blocks behind the computed tokens: what was grown for rejected drafts."""
+        needed = -(-seq.num_computed_tokens // self.block_size)
+        while len(seq.block_table) > needed:
+            self._drop(seq.block_table.pop())
+
     def release(self, seq: Sequence) -> None:
         """Take all blocks from ``seq``; indexed ones stay findable until they are needed.
 
@@ -178,11 +184,7 @@ class BlockPool:
         beginning than an end.
         """
         for block in reversed(seq.block_table):
-            self._refs[block] -= 1
-            if self._refs[block] == 0:
-                self._free[block] = None
-                if self._entry_of[block] is None:
-                    self._free.move_to_end(block, last=False)
+            self._drop(block)
         seq.block_table.clear()
         self._num_committed.pop(seq.seq_id, None)
 
@@ -258,6 +260,14 @@ class BlockPool:
             del self._index[entry.digest]
             self._entry_of[block] = None
             if block in self._free:
+                self._free.move_to_end(block, last=False)
+
+    def _drop(self, block: int) -> None:
+        """One user of a block fewer; the last one frees it."""
+        self._refs[block] -= 1
+        if self._refs[block] == 0:
+            self._free[block] = None
+            if self._entry_of[block] is None:
                 self._free.move_to_end(block, last=False)
 
     def _acquire(self, block: int) -> None:

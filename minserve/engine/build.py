@@ -13,16 +13,27 @@ import torch
 from minserve.config import EngineConfig
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.core import EngineCore
+from minserve.engine.draft_model import DraftModelProposer
 from minserve.engine.inputs import PromptProcessor
 from minserve.engine.kv_cache import allocate_kv_cache, choose_num_blocks
+from minserve.engine.paged_model import PagedModel
 from minserve.engine.runner import ModelRunner
+from minserve.engine.speculator import NgramProposer, Proposer
 from minserve.engine.tokenizer import Tokenizer
 from minserve.errors import ConfigError
 from minserve.kernels.attention import make_attention_backend
+from minserve.models.base import CausalLM, ModelShape
+from minserve.models.draft import DraftModel, load_draft_model
 from minserve.models.layers import Placement
 from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
-from minserve.models.source import find_model, load_config
+from minserve.models.source import (
+    EMBEDDED_DRAFT,
+    EMBEDDED_MODEL,
+    ModelSource,
+    find_model,
+    load_config,
+)
 from minserve.planner.lengths import make_length_estimator
 from minserve.planner.policies import make_planner
 
@@ -58,19 +69,23 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     with open_checkpoint(source) as checkpoint:
         model = build_model(checkpoint, model_config, placement)
     shape = model.shape
-    backend = make_attention_backend(
-        config.attention_backend, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.scale
-    )
+    tokenizer = Tokenizer.load(source, config.tokenizer)
+    draft = _load_draft(config, model, tokenizer, placement)
     longest = _max_model_len(config, shape.max_positions)
-    probe = [backend.allocate(1, config.block_size, placement.dtype, device)] * shape.num_layers
-    runner = ModelRunner(model, backend, probe, config.block_size, device)
-    runner.dry_run(
-        min(config.token_budget, longest) if device.type == "cuda" else 8, config.max_num_seqs
-    )
-    num_blocks = choose_num_blocks(config, shape, placement.dtype, device)
-    runner.kv = allocate_kv_cache(
-        backend, shape.num_layers, num_blocks, config.block_size, placement.dtype, device
-    )
+    runner = ModelRunner(model, *_probe(config, shape, placement))
+    drafter = None
+    if draft is not None:
+        drafter = PagedModel(draft.model, *_probe(config, draft.model.shape, placement))
+    models = [one for one in (runner, drafter) if one is not None]
+    for one in models:
+        one.dry_run(
+            min(config.token_budget, longest) if device.type == "cuda" else 8, config.max_num_seqs
+        )
+    shapes = [one.model.shape for one in models]
+    num_blocks = choose_num_blocks(config, shapes, placement.dtype, device)
+    for one in models:
+        layers, size = one.model.shape.num_layers, config.block_size
+        one.kv = allocate_kv_cache(one.backend, layers, num_blocks, size, placement.dtype, device)
     capacity = num_blocks * config.block_size
     if config.max_model_len is not None and config.max_model_len > capacity:
         raise ConfigError(
@@ -78,7 +93,6 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
             "give it more memory or lower max_model_len"
         )
     max_model_len = min(longest, capacity)
-    tokenizer = Tokenizer.load(source, config.tokenizer)
     core = EngineCore(
         runner,
         BlockPool(num_blocks, config.block_size, prefix_caching=config.prefix_caching),
@@ -91,6 +105,7 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         token_budget=config.token_budget,
         max_num_seqs=config.max_num_seqs,
         clock=time.monotonic,
+        proposer=_make_proposer(config, draft, drafter, shape.vocab_size),
     )
     log.info(
         "%s on %s: %s weights, %s arithmetic, %d KV blocks of %d tokens, ready in %.1f s",
@@ -110,6 +125,51 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         max_model_len=max_model_len,
         vocab_size=shape.vocab_size,
     )
+
+
+def _probe(config: EngineConfig, shape: ModelShape, placement: Placement) -> tuple:
+    """What a `PagedModel` needs beside its model, with a KV cache of one block for now."""
+    backend = make_attention_backend(
+        config.attention_backend, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.scale
+    )
+    kv = backend.allocate(1, config.block_size, placement.dtype, placement.device)
+    return backend, [kv] * shape.num_layers, config.block_size, placement.device
+
+
+def _load_draft(
+    config: EngineConfig, model: CausalLM, tokenizer: Tokenizer, placement: Placement
+) -> DraftModel | None:
+    """The draft model that the settings ask for.
+
+    Raises:
+        ConfigError: where none is given, or its vocabulary is not the model's.
+    """
+    name = config.draft_model
+    if config.speculator != "draft" and name is None:
+        return None
+    if name is None:
+        if config.model != EMBEDDED_MODEL:
+            raise ConfigError("speculator draft needs a draft_model for this model")
+        name = EMBEDDED_DRAFT
+    source = find_model(name)
+    if _has_tokenizer(source) and not Tokenizer.load(source).has_vocabulary_of(tokenizer):
+        raise ConfigError(
+            f"the draft model {source.name} has another vocabulary than the model: the same "
+            "token id means different texts"
+        )
+    return load_draft_model(source, model, placement)
+
+
+def _has_tokenizer(source: ModelSource) -> bool:
+    return source.gguf_file is not None or (source.config_dir / "tokenizer.json").is_file()
+
+
+def _make_proposer(
+    config: EngineConfig, draft: DraftModel | None, drafter: PagedModel | None, vocab_size: int
+) -> Proposer | None:
+    if draft is not None:
+        return DraftModelProposer(config.max_speculation, drafter, vocab_size, draft.head_token_ids)
+    return NgramProposer(config.max_speculation) if config.speculator == "ngram" else None
 
 
 def _device(name: str) -> torch.device:

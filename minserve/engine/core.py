@@ -11,11 +11,13 @@ from bisect import insort
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.detokenizer import IncrementalDetokenizer
 from minserve.engine.runner import ModelRunner, RunResult, Scheduled
-from minserve.engine.sampler import SampledToken
+from minserve.engine.sampler import Proposal, SampledToken, Verified
+from minserve.engine.speculator import Proposer, SpeculationStats, Wanted
 from minserve.errors import GenerationError, MinserveError, SLOUnattainableError
 from minserve.outputs import OutputDelta, TokenLogprob
 from minserve.planner.plan import IterationPlan, PlannerView, Refusal
@@ -52,12 +54,23 @@ class _Output:
         return False
 
 
+class _End(NamedTuple):
+    """Why an output ends here."""
+
+    reason: FinishReason
+    stop_reason: str | int | None = None
+
+
 class EngineCore:
     """Runs sequences to their end.
 
     Args:
         runner: carries out batches; must not change sequences.
         clock: monotonic seconds.
+        proposer: drafts tokens where the planner asks for it; ``None`` never does.
+
+    Attributes:
+        speculation: counts of what was drafted and accepted.
     """
 
     def __init__(
@@ -69,6 +82,7 @@ class EngineCore:
         token_budget: int,
         max_num_seqs: int,
         clock: Callable[[], float],
+        proposer: Proposer | None = None,
     ) -> None:
         self.runner = runner
         self.pool = pool
@@ -76,6 +90,8 @@ class EngineCore:
         self.token_budget = token_budget
         self.max_num_seqs = max_num_seqs
         self.clock = clock
+        self.proposer = proposer
+        self.speculation = SpeculationStats()
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._outputs: dict[str, _Output] = {}
@@ -130,6 +146,7 @@ class EngineCore:
         deltas = self._settle(plan)
         batch = self._start(plan)
         if batch:
+            batch = self._draft(batch, plan)
             results = self.run(batch)
             deltas += self.apply(batch, results)
             self.planner.observe(plan, self.clock() - started)
@@ -151,6 +168,7 @@ class EngineCore:
             memory=self.pool,
             token_budget=self.token_budget,
             max_num_seqs=self.max_num_seqs,
+            speculation=self.proposer,
         )
         return self.planner.plan(view, self.clock())
 
@@ -188,8 +206,27 @@ class EngineCore:
         for seq_id, num_tokens in plan.num_scheduled_tokens.items():
             seq = self._outputs[seq_id].seq
             self.pool.grow(seq, num_tokens)
-            batch.append(Scheduled(seq, num_tokens))
+            batch.append(Scheduled(seq, num_tokens - plan.speculation.get(seq_id, 0)))
         return batch
+
+    def _draft(self, batch: list[Scheduled], plan: IterationPlan) -> list[Scheduled]:
+        """The batch with the proposals that the plan asks for."""
+        if self.proposer is None or not (plan.speculation or plan.catch_up):
+            return batch
+        wanted = [
+            Wanted(item.seq, plan.speculation.get(seq_id, 0), plan.catch_up.get(seq_id, 0))
+            for item in batch
+            if (seq_id := item.seq.seq_id) in plan.speculation or seq_id in plan.catch_up
+        ]
+        proposals: dict[str, Proposal] = {}
+        try:
+            proposals = self.proposer.propose(wanted)
+        except Exception:
+            # Nobody's request depends on a guess.
+            log.exception("drafting failed; this iteration goes on without")
+            for one in wanted:
+                self.proposer.forget(one.seq)
+        return [replace(item, proposal=proposals.get(item.seq.seq_id)) for item in batch]
 
     def run(self, batch: SequenceOf[Scheduled]) -> dict[str, RunResult | Exception]:
         """Run the batch; where that fails, each sequence alone, to find whose error it is."""
@@ -222,36 +259,70 @@ class EngineCore:
             if isinstance(result.sampled, GenerationError):
                 deltas.append(self._fail(output, result.sampled))
             elif result.sampled is not None:
-                deltas.append(self._append(output, result.sampled))
+                self._count(item, result.sampled)
+                deltas.append(self._append(output, result.sampled.tokens))
+                self._roll_back(item)
         return deltas
 
-    def _append(self, output: _Output, sampled: SampledToken) -> OutputDelta:
-        """Append a token; ends the sequence where it, or the text it makes, says so."""
-        seq, params = output.seq, output.seq.request.params
-        seq.token_ids.append(sampled.token_id)
-        now = self.clock()
+    def _count(self, item: Scheduled, verified: Verified) -> None:
+        """Keep count of what became of a proposal."""
+        num_drafted, seq = len(item.drafted), item.seq
+        if self.proposer is not None:
+            self.planner.verified(seq, num_drafted, verified.num_accepted)
+        if num_drafted:
+            seq.num_draft_tokens += num_drafted
+            seq.num_accepted_tokens += verified.num_accepted
+            self.speculation.add(num_drafted, verified.num_accepted)
+
+    def _roll_back(self, item: Scheduled) -> None:
+        """Leave nothing of the drafts that were not accepted."""
+        seq = item.seq
+        if self.proposer is not None and seq.state is SequenceState.RUNNING:
+            self.pool.trim(seq)
+            self.proposer.roll_back(seq)
+
+    def _append(self, output: _Output, tokens: SequenceOf[SampledToken]) -> OutputDelta:
+        """Append tokens, each behind the KV of the one before it, as far as the output goes."""
+        seq, now = output.seq, self.clock()
         seq.events.setdefault(RequestEvent.FIRST_TOKEN, now)
         seq.events[RequestEvent.TOKENS] = now
+        text, end, num = "", None, 0
+        while end is None and num < len(tokens):
+            if num > 0:
+                seq.num_computed_tokens += 1
+                self.pool.commit(seq)
+            new_text, end = self._append_one(output, tokens[num].token_id, now)
+            text, num = text + new_text, num + 1
         news = {
-            "token_ids": (sampled.token_id,),
-            "logprobs": None if sampled.logprob is None else (sampled.logprob,),
+            "text": text,
+            "token_ids": tuple(token.token_id for token in tokens[:num]),
+            "logprobs": None
+            if tokens[0].logprob is None
+            else tuple(token.logprob for token in tokens[:num]),
         }
-        marker = None
+        if end is None:
+            return self._delta(output, **news)
+        return self._finish(output, end.reason, stop_reason=end.stop_reason, **news)
+
+    def _append_one(self, output: _Output, token_id: int, now: float) -> tuple[str, _End | None]:
+        """Append a token. Returns its text, and the end where the token or the text says so."""
+        seq, marker = output.seq, None
+        seq.token_ids.append(token_id)
         if seq.progress is not None:
             marker = seq.progress.marker
             seq.progress.add_token(now)
-        if sampled.token_id in seq.request.stop_token_ids:
-            return self._finish(output, FinishReason.STOP, stop_reason=sampled.token_id, **news)
+        if token_id in seq.request.stop_token_ids:
+            return "", _End(FinishReason.STOP, token_id)
         text, stop = "", None
         if output.detokenizer is not None:
-            text, stop = output.detokenizer.add([sampled.token_id])
-        if marker is not None and output.passes(marker, sampled.token_id, text):
+            text, stop = output.detokenizer.add([token_id])
+        if marker is not None and output.passes(marker, token_id, text):
             seq.progress.end_stage()
         if stop is not None:
-            return self._finish(output, FinishReason.STOP, stop_reason=stop, text=text, **news)
-        if seq.num_output_tokens >= params.max_tokens:
-            return self._finish(output, FinishReason.LENGTH, text=text, **news)
-        return self._delta(output, text=text, **news)
+            return text, _End(FinishReason.STOP, stop)
+        if seq.num_output_tokens >= seq.request.params.max_tokens:
+            return text, _End(FinishReason.LENGTH)
+        return text, None
 
     def _fail(self, output: _Output, error: Exception) -> OutputDelta:
         if not isinstance(error, MinserveError):
@@ -282,7 +353,7 @@ class EngineCore:
             **news,
         )
         (self.running if seq.state is SequenceState.RUNNING else self.waiting).remove(seq)
-        self.pool.release(seq)
+        self._release(seq)
         seq.state = SequenceState.FINISHED
         seq.finish_reason, seq.stop_reason = reason, stop_reason
         seq.events[RequestEvent.FINISHED] = self.clock()
@@ -304,6 +375,8 @@ class EngineCore:
             index=seq.index,
             prompt_logprobs=prompt_logprobs,
             num_cached_tokens=seq.num_cached_tokens,
+            num_draft_tokens=seq.num_draft_tokens,
+            num_accepted_tokens=seq.num_accepted_tokens,
             **news,
         )
 
@@ -316,9 +389,14 @@ class EngineCore:
         self.waiting.remove(seq)
         insort(self.running, seq, key=_rank)
 
+    def _release(self, seq: Sequence) -> None:
+        self.pool.release(seq)
+        if self.proposer is not None:
+            self.proposer.forget(seq)
+
     def _preempt(self, seq: Sequence) -> None:
         """Give up the blocks; the tokens stay and are computed again at the next admission."""
-        self.pool.release(seq)
+        self._release(seq)
         seq.num_computed_tokens = 0
         seq.num_preemptions += 1
         seq.state = SequenceState.WAITING

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import psutil
 import torch
 
@@ -23,19 +25,23 @@ def bytes_per_block(shape: ModelShape, block_size: int, dtype: torch.dtype) -> i
 
 
 def choose_num_blocks(
-    config: EngineConfig, shape: ModelShape, dtype: torch.dtype, device: torch.device
+    config: EngineConfig, shapes: Sequence[ModelShape], dtype: torch.dtype, device: torch.device
 ) -> int:
     """Blocks that the settings ask for, or that fit into the memory that is free now.
 
     On a GPU call it after a dry run at the largest batch, so that activations are
     counted. Never more than `max_num_seqs` sequences of full length could use.
 
+    Args:
+        shapes: of the model, and of the draft model where there is one: a block holds the
+            KV of both.
+
     Raises:
         ConfigError: where not a single block fits.
     """
     if config.num_blocks is not None:
         return config.num_blocks
-    per_block = bytes_per_block(shape, config.block_size, dtype)
+    per_block = sum(bytes_per_block(shape, config.block_size, dtype) for shape in shapes)
     if config.kv_cache_gib is not None:
         budget = config.kv_cache_gib * GIB
     elif device.type == "cuda":
@@ -43,7 +49,7 @@ def choose_num_blocks(
         budget = torch.cuda.mem_get_info(device)[0] * GPU_SHARE_OF_FREE
     else:
         budget = min(psutil.virtual_memory().available * CPU_SHARE_OF_FREE, CPU_MOST_GIB * GIB)
-    longest = config.max_model_len or shape.max_positions
+    longest = config.max_model_len or shapes[0].max_positions
     useful = config.max_num_seqs * -(-longest // config.block_size)
     num_blocks = min(int(budget // per_block), useful)
     if num_blocks < 1:

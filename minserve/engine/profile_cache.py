@@ -23,7 +23,7 @@ from minserve.planner.perf_model import BatchShape, PerfModel
 log = logging.getLogger(__name__)
 
 # Files of another format are measured anew.
-FORMAT = 1
+FORMAT = 2
 CPUINFO = Path("/proc/cpuinfo")
 
 

@@ -15,13 +15,16 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import count
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from minserve.engine.core import EngineCore
+from minserve.engine.draft_model import DraftModelProposer
 from minserve.engine.profile_cache import Prediction, Profile, profile_key
 from minserve.engine.profile_design import Batch, Limits, design
 from minserve.engine.runner import Scheduled
+from minserve.engine.speculator import Wanted
 from minserve.errors import ProfileError
 from minserve.planner.perf_fit import Sample, evaluate, fit
 from minserve.planner.perf_model import PerfModel, residual_quantile
@@ -43,6 +46,10 @@ RESERVE = 0.3
 # A batch that should take more than this share of the time is left out.
 BATCH_SHARE = 0.04
 HELD_OUT_SHARE = 0.25
+# Sizes at which the draft model is measured.
+DRAFT_SEQS = (1, 4, 16)
+DRAFT_STEPS = (1, 4)
+DRAFT_CONTEXT = 48
 
 Times = dict[Batch, list[float]]
 
@@ -172,6 +179,34 @@ def _agree(runs: SequenceOf[float]) -> bool:
     return len(runs) > 1 and sorted(runs)[1] <= AGREEMENT * min(runs)
 
 
+def measure_drafting(core: EngineCore) -> tuple[float, float]:
+    """Seconds of each forward pass of the draft model, and of each token in it.
+
+    Both 0 where nothing is drafted, or by lookup. Takes a second or so for a small model.
+
+    Raises:
+        ProfileError: where the core is at work.
+    """
+    proposer = core.proposer
+    if not isinstance(proposer, DraftModelProposer):
+        return 0.0, 0.0
+    if core.has_work:
+        raise ProfileError("only an idle engine can be profiled; wait until its requests ended")
+    bench, rows, times = _Workbench(core, seed=0), [], []
+    for num_seqs in DRAFT_SEQS:
+        if not Limits.of(core).allow(Batch(decodes=(DRAFT_CONTEXT,) * num_seqs)):
+            continue
+        for num_steps in DRAFT_STEPS:
+            runs = bench.time_drafts(num_seqs, min(num_steps, proposer.max_tokens))
+            for (steps, tokens), seconds in runs.items():
+                rows.append((steps, tokens))
+                times.append(undisturbed(seconds))
+    # Every row is divided by its time, so that residuals are relative.
+    weighted = np.array(rows, dtype=np.float64) / np.array(times)[:, None]
+    (step_s, token_s), *_ = np.linalg.lstsq(weighted, np.ones(len(rows)), rcond=None)
+    return max(0.0, float(step_s)), max(0.0, float(token_s))
+
+
 class _Workbench:
     """Runs batches of synthetic sequences on a core and leaves nothing behind."""
 
@@ -191,6 +226,30 @@ class _Workbench:
             self._core.runner.run(scheduled)
             self._synchronize()
             return time.perf_counter() - started
+
+    def time_drafts(self, num_seqs: int, num_steps: int) -> dict[tuple[int, int], list[float]]:
+        """Seconds of drafting, by forward passes and tokens run: behind contexts whose draft KV
+        is missing, and then behind the same with it.
+        """
+        proposer, times = self._core.proposer, {}
+        for _ in range(REPEATS + 1):  # the first of a process is slow
+            with self._scheduled(Batch(decodes=(DRAFT_CONTEXT,) * num_seqs)) as scheduled:
+                wanted = [Wanted(item.seq, num_steps) for item in scheduled]
+                for one in wanted:
+                    self._core.pool.grow(one.seq, 1 + num_steps)
+                for _ in range(2):
+                    tokens = sum(proposer.lag(one.seq) + num_steps for one in wanted)
+                    self._synchronize()
+                    started = time.perf_counter()
+                    proposer.propose(wanted)
+                    self._synchronize()
+                    seconds = time.perf_counter() - started
+                    times.setdefault((num_steps, tokens), []).append(seconds)
+                    for one in wanted:
+                        proposer.roll_back(one.seq)
+                for one in wanted:
+                    proposer.forget(one.seq)
+        return times
 
     @contextmanager
     def _scheduled(self, batch: Batch) -> Iterator[list[Scheduled]]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from minserve.engine.sampler import SampledToken, Sampler
+from minserve.engine.paged_model import Chunk, PagedModel
+from minserve.engine.sampler import Proposal, Sampler, Verified
 from minserve.errors import GenerationError
-from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
-from minserve.models.base import CausalLM
 from minserve.outputs import TokenLogprob
 from minserve.request import Sequence
 
@@ -21,10 +21,19 @@ PROMPT_LOGPROB_ROWS = 64
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """A sequence and how many of its uncomputed tokens this iteration runs."""
+    """A sequence and how many of its uncomputed tokens this iteration runs.
+
+    Attributes:
+        proposal: drafted tokens to run, and verify, behind them.
+    """
 
     seq: Sequence
     num_tokens: int
+    proposal: Proposal | None = None
+
+    @property
+    def drafted(self) -> tuple[int, ...]:
+        return () if self.proposal is None else self.proposal.token_ids
 
     @property
     def samples(self) -> bool:
@@ -37,7 +46,13 @@ class Scheduled:
 
     @property
     def end(self) -> int:
+        """Where the sequence's own tokens of this iteration end; drafts come behind."""
         return self.seq.num_computed_tokens + self.num_tokens
+
+    @property
+    def chunk(self) -> Chunk:
+        own = self.seq.token_ids[self.start : self.end]
+        return Chunk([*own, *self.drafted], self.start, self.seq.block_table)
 
 
 @dataclass(slots=True)
@@ -45,35 +60,20 @@ class RunResult:
     """What the forward pass gave for one sequence.
 
     Attributes:
-        sampled: the next token, the error that its sampling met, or ``None`` where the
+        sampled: the next tokens, the error that their sampling met, or ``None`` where the
             chunk did not reach the end.
         prompt_logprobs: of prompt tokens ``start + 1 .. end`` where asked for.
     """
 
-    sampled: SampledToken | GenerationError | None = None
+    sampled: Verified | GenerationError | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
-class ModelRunner:
-    """Runs batches on one device. Knows nothing of planning, text or requests' ends.
+class ModelRunner(PagedModel):
+    """Runs batches of the target model. Knows nothing of planning, text or requests' ends."""
 
-    Args:
-        kv: one cache per layer.
-    """
-
-    def __init__(
-        self,
-        model: CausalLM,
-        backend: AttentionBackend,
-        kv: SequenceOf[LayerKV],
-        block_size: int,
-        device: torch.device,
-    ) -> None:
-        self.model = model
-        self.backend = backend
-        self.kv = kv
-        self.block_size = block_size
-        self.device = device
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.sampler = Sampler()
 
     @torch.inference_mode()
@@ -84,75 +84,53 @@ class ModelRunner:
         batch, or a part of it, can be run again.
         """
         batch = sorted(batch, key=lambda s: not s.seq.is_decoding)
-        token_ids, positions, metadata = self._inputs(batch)
-        self.backend.prepare(metadata)
-        hidden = self.model.forward(token_ids, positions, self.kv, self.backend, metadata)
+        chunks = [item.chunk for item in batch]
+        hidden = self.forward(chunks, sum(item.seq.is_decoding for item in batch))
+        first_rows, row = [], 0
+        for chunk in chunks:
+            first_rows.append(row)
+            row += len(chunk.token_ids)
         results = {item.seq.seq_id: RunResult() for item in batch}
-        self._sample(batch, metadata, hidden, results)
-        self._prompt_logprobs(batch, metadata, hidden, results)
+        self._sample(batch, first_rows, hidden, results)
+        self._prompt_logprobs(batch, first_rows, hidden, results)
         return results
-
-    def _inputs(self, batch: SequenceOf[Scheduled]) -> tuple[Tensor, Tensor, AttentionMetadata]:
-        """Token ids and positions, int64 ``[num_tokens]``, and the attention metadata."""
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        starts, size = [0], self.block_size
-        for item in batch:
-            table = item.seq.block_table
-            token_ids += item.seq.token_ids[item.start : item.end]
-            positions += range(item.start, item.end)
-            slots += [table[p // size] * size + p % size for p in range(item.start, item.end)]
-            starts.append(len(token_ids))
-        widest = max(len(item.seq.block_table) for item in batch)
-        tables = [
-            item.seq.block_table + [0] * (widest - len(item.seq.block_table)) for item in batch
-        ]
-        metadata = AttentionMetadata(
-            query_start_loc=starts,
-            seq_lens=[item.end for item in batch],
-            block_tables=self._tensor(tables),
-            slot_mapping=self._tensor(slots),
-            block_size=size,
-            num_decodes=sum(item.seq.is_decoding for item in batch),
-        )
-        return self._tensor(token_ids), self._tensor(positions), metadata
-
-    def _tensor(self, values: list) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
 
     def _sample(
         self,
         batch: SequenceOf[Scheduled],
-        metadata: AttentionMetadata,
+        first_rows: list[int],
         hidden: Tensor,
         results: dict[str, RunResult],
     ) -> None:
-        sampling = [i for i, item in enumerate(batch) if item.samples]
+        sampling, rows = [], []
+        for item, first in zip(batch, first_rows, strict=True):
+            if item.samples:
+                sampling.append(item)
+                newest = first + item.num_tokens - 1
+                rows += range(newest, newest + len(item.drafted) + 1)
         if not sampling:
             return
-        rows = [metadata.query_start_loc[i + 1] - 1 for i in sampling]
         if len(rows) < hidden.shape[0]:
-            hidden = hidden[self._tensor(rows)]
-        seqs = [batch[i].seq for i in sampling]
-        sampled = self.sampler.sample(self.model.logits(hidden), seqs)
-        for seq, token in zip(seqs, sampled, strict=True):
-            results[seq.seq_id].sampled = token
+            hidden = hidden[self.tensor(rows)]
+        seqs = [item.seq for item in sampling]
+        proposals = [item.proposal for item in sampling]
+        sampled = self.sampler.verify(self.model.logits(hidden), seqs, proposals)
+        for seq, tokens in zip(seqs, sampled, strict=True):
+            results[seq.seq_id].sampled = tokens
 
     def _prompt_logprobs(
         self,
         batch: SequenceOf[Scheduled],
-        metadata: AttentionMetadata,
+        first_rows: list[int],
         hidden: Tensor,
         results: dict[str, RunResult],
     ) -> None:
         """The row of prompt token p predicts token p + 1."""
-        for i, item in enumerate(batch):
+        for item, first_row in zip(batch, first_rows, strict=True):
             wanted = item.seq.request.params.prompt_logprobs
             last = min(item.end, item.seq.num_prompt_tokens - 1)
             if wanted is None or item.start >= last:
                 continue
-            first_row = metadata.query_start_loc[i]
             for begin in range(item.start, last, PROMPT_LOGPROB_ROWS):
                 end = min(begin + PROMPT_LOGPROB_ROWS, last)
                 rows = hidden[first_row + begin - item.start : first_row + end - item.start]
@@ -160,30 +138,3 @@ class ModelRunner:
                 results[item.seq.seq_id].prompt_logprobs += self.sampler.prompt_logprobs(
                     self.model.logits(rows), targets, wanted
                 )
-
-    @torch.inference_mode()
-    def dry_run(self, num_tokens: int, num_seqs: int) -> None:
-        """Run a batch of zeros at the given size, without KV of anyone being touched.
-
-        Warms up libraries and, on a GPU, leaves the peak memory of the largest batch
-        reserved, so that what is free afterwards can go to the KV cache.
-        """
-        scratch = [
-            self.backend.allocate(
-                -(-num_tokens // self.block_size), self.block_size, kv.key.dtype, self.device
-            )
-            for kv in self.kv[:1]
-        ] * len(self.kv)
-        num_blocks = scratch[0].key.shape[0]
-        metadata = AttentionMetadata(
-            query_start_loc=[0, num_tokens],
-            seq_lens=[num_tokens],
-            block_tables=self._tensor([list(range(num_blocks))]),
-            slot_mapping=self._tensor(list(range(num_tokens))),
-            block_size=self.block_size,
-            num_decodes=0,
-        )
-        self.backend.prepare(metadata)
-        zeros = self._tensor([0] * num_tokens)
-        hidden = self.model.forward(zeros, zeros, scratch, self.backend, metadata)
-        self.model.logits(hidden[: min(num_seqs, num_tokens)])

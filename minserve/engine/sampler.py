@@ -1,39 +1,38 @@
-"""From logits to tokens: penalties, temperature, truncation, one seeded draw per token.
+"""From logits to tokens: one for each sequence, or as many as verify of those drafted for it.
 
-Knows sequences and logits, nothing of blocks, batches or text. Randomness is counter
-based: the draw for a token is a pure function of (seed, output index, position), so a
-seeded output depends neither on its neighbours in the batch nor on preemptions.
+Knows sequences and logits, nothing of blocks, batches or text. The distributions and draws
+are those of `minserve.engine.distribution`.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from minserve.engine.distribution import (
+    ACCEPTANCE,
+    CHOICE,
+    DRAFT,
+    INVALID,
+    RESIDUAL,
+    Row,
+    adjust,
+    argmax,
+    column,
+    draw,
+    index_of,
+    inverse_cdf,
+    weigh,
+)
 from minserve.errors import GenerationError
 from minserve.outputs import TokenLogprob
 from minserve.request import Sequence
 
-_MASK64 = 2**64 - 1
-_PHILOX_MULTIPLIER = 0xD2B74407B1CE6E93
-_PHILOX_WEYL = 0x9E3779B97F4A7C15
-_PHILOX_ROUNDS = 10
-
 _FLOAT_MAX = torch.finfo(torch.float32).max
-_FLOAT_TINY = torch.finfo(torch.float32).tiny
-_INVALID = -1  # in place of a token id: this row has no distribution to choose from
-
-# The nucleus is looked for among tokens at least this likely (the most likely one being 1)
-# before the next bound is tried: sorting these few costs a tenth of sorting all.
-_NUCLEUS_FLOORS = (1e-3, 1e-6, 0.0)
-# Tokens per chunk of the two-level inverse CDF.
-_CHUNK = 256
 
 
 class SampledToken(NamedTuple):
@@ -43,39 +42,47 @@ class SampledToken(NamedTuple):
     logprob: TokenLogprob | None
 
 
-def philox(counter: tuple[int, int], key: int) -> tuple[int, int]:
-    """Philox2x64-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """Tokens drafted for a sequence.
 
-    Args:
-        counter: two unsigned 64-bit words.
-        key: one unsigned 64-bit word.
-
-    Returns:
-        two independent uniform 64-bit words.
+    Attributes:
+        token_ids: at least one.
+        probabilities: per drafted token, the distribution that it was drawn from, float32
+            ``[>= vocab]``, summing to 1. ``None`` where no chance was involved other than
+            the target's own draw: greedy drafts, prompt lookup, seeded requests.
     """
-    low, high = counter
-    for _ in range(_PHILOX_ROUNDS):
-        product = _PHILOX_MULTIPLIER * low
-        low, high = (product >> 64) ^ key ^ high, product & _MASK64
-        key = (key + _PHILOX_WEYL) & _MASK64
-    return low, high
+
+    token_ids: tuple[int, ...]
+    probabilities: tuple[Tensor, ...] | None = None
 
 
-def uniform(seed: int, index: int, position: int, stream: int = 0) -> float:
-    """A uniform number in [0, 1) with 53 random bits; the same arguments give the same number.
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What came of a proposal.
 
-    Args:
-        seed: any 64-bit integer, signed or not.
-        index: which output of the request, below 2**32.
-        position: which output token.
-        stream: which draw for that token, below 2**32; 0 chooses the token itself.
+    Attributes:
+        tokens: the accepted ones and one more: the target's own choice behind them.
     """
-    word, _ = philox((position, stream << 32 | index), seed & _MASK64)
-    return (word >> 11) * 2.0**-53
+
+    tokens: tuple[SampledToken, ...]
+
+    @property
+    def num_accepted(self) -> int:
+        return len(self.tokens) - 1
+
+
+class Drafted(NamedTuple):
+    """A draft model's choice for one row: the token, `INVALID` where there is none, and the
+    distribution that it was drawn from (as in `Proposal`).
+    """
+
+    token_id: int
+    probabilities: Tensor | None
 
 
 class Sampler:
-    """Chooses the next token of every sequence in a batch. Keeps no state.
+    """Chooses the next tokens of every sequence in a batch. Keeps no state.
 
     Order per row: raw log probabilities, penalties, ``min_tokens``, then argmax, or
     temperature, ``min_p``, ``top_k``, ``top_p`` and the draw. A row that needs none of
@@ -95,22 +102,81 @@ class Sampler:
             per row, the token, or the error where the row's logits contain NaN or leave
             no token possible. An error never affects the other rows.
         """
+        verified = self.verify(logits, seqs, [None] * len(seqs))
+        return [v if isinstance(v, GenerationError) else v.tokens[0] for v in verified]
+
+    @torch.inference_mode()
+    def verify(
+        self, logits: Tensor, seqs: list[Sequence], proposals: SequenceOf[Proposal | None]
+    ) -> list[Verified | GenerationError]:
+        """Accept drafted tokens such that the output is what the target alone would give.
+
+        A token drafted without chance is accepted where the target's own choice at its
+        place is the same token: the output is token for token what it would be without
+        speculation, under a seed as well. One that was drawn from a distribution q is
+        accepted with probability min(1, p / q), else drawn anew from max(0, p - q), which
+        leaves the target's distribution p unchanged (Leviathan et al., "Fast inference from
+        transformers via speculative decoding", ICML 2023).
+
+        Args:
+            logits: any float dtype, not changed; per sequence one row, and one more for
+                each of its drafted tokens.
+            proposals: per sequence, what was drafted, if anything was.
+
+        Returns:
+            per sequence, its tokens, or the error as in `sample`.
+        """
         if not seqs:
             return []
-        special = [row for row, seq in enumerate(seqs) if not _is_plain(seq)]
-        if len(special) == len(seqs):
-            chosen = self._choose(logits.float(), seqs)
-        else:
-            chosen = _argmax(logits)
-            if special:
-                rows = _index(special, logits)
-                chosen[rows] = self._choose(logits[rows].float(), [seqs[row] for row in special])
-        token_ids = chosen.tolist()
-        logprobs = self._logprobs(logits, token_ids, seqs)
-        return [
-            SampledToken(token_id, logprobs.get(row)) if token_id != _INVALID else _no_token(seq)
-            for row, (token_id, seq) in enumerate(zip(token_ids, seqs, strict=True))
+        drafts = [() if proposal is None else proposal.token_ids for proposal in proposals]
+        rows = [
+            Row(seq, draft[:num])
+            for seq, draft in zip(seqs, drafts, strict=True)
+            for num in range(len(draft) + 1)
         ]
+        firsts = _firsts(drafts)
+        by_chance = [i for i, one in enumerate(proposals) if one is not None and one.probabilities]
+        tokens: dict[int, list[int]] = {}
+        if by_chance:
+            tokens |= _reject(logits, rows, firsts, {i: proposals[i] for i in by_chance})
+        if len(by_chance) < len(seqs):
+            others = [i for i in range(len(seqs)) if i not in tokens]
+            tokens |= _compare(logits, rows, firsts, {i: drafts[i] for i in others})
+        chosen = {
+            firsts[i] + place: token
+            for i, own in tokens.items()
+            for place, token in enumerate(own)
+            if token != INVALID
+        }
+        logprobs = _logprobs(logits, rows, chosen)
+        return [self._verified(seqs[i], firsts[i], tokens[i], logprobs) for i in range(len(seqs))]
+
+    @torch.inference_mode()
+    def draft(self, logits: Tensor, rows: SequenceOf[Row]) -> list[Drafted]:
+        """A draft model's choices, such that the target is likely to accept them.
+
+        A greedy row takes the most likely token, a seeded one is drawn with the number that
+        the target will use; others have draws of their own.
+
+        Args:
+            logits: of the draft model, ``[len(rows), vocab]``; not changed.
+        """
+        if all(row.is_plain for row in rows):
+            return [Drafted(token, None) for token in argmax(logits).tolist()]
+        logits = adjust(logits.float(), rows)
+        ids, probabilities = argmax(logits), {}
+        drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
+        if drawn:
+            own = [rows[i] for i in drawn]
+            weights, is_valid = weigh(logits[index_of(drawn, logits)], own)
+            draws = [row.uniform(CHOICE if row.is_seeded else DRAFT) for row in own]
+            chosen = inverse_cdf(weights, column(draws, weights, torch.float64))
+            ids[index_of(drawn, logits)] = torch.where(is_valid, chosen, INVALID)
+            shares = _normalized(weights)
+            probabilities = {
+                i: shares[place] for place, i in enumerate(drawn) if not rows[i].is_seeded
+            }
+        return [Drafted(token, probabilities.get(i)) for i, token in enumerate(ids.tolist())]
 
     @torch.inference_mode()
     def prompt_logprobs(
@@ -131,269 +197,144 @@ class Sampler:
             raise GenerationError("the model's logits for the prompt contain NaN")
         return _token_logprobs(logits, list(token_ids), [num_top] * len(token_ids))
 
-    def _choose(self, logits: Tensor, seqs: list[Sequence]) -> Tensor:
-        """Token ids ``[rows]`` for float32 logits ``[rows, vocab]`` of rows that are not plain."""
-        logits = _penalize(logits, seqs)
-        logits = _mask_early_stops(logits, seqs)
-        drawn = [row for row, seq in enumerate(seqs) if not seq.request.params.greedy]
-        if len(drawn) == len(seqs):
-            return _draw(logits, seqs)
-        chosen = _argmax(logits)
-        if drawn:
-            rows = _index(drawn, logits)
-            chosen[rows] = _draw(logits[rows], [seqs[row] for row in drawn])
-        return chosen
-
-    def _logprobs(
-        self, logits: Tensor, token_ids: list[int], seqs: list[Sequence]
-    ) -> dict[int, TokenLogprob]:
-        """By row, the log probability of the chosen token where it was asked for."""
-        rows = [
-            row
-            for row, seq in enumerate(seqs)
-            if seq.request.params.logprobs is not None and token_ids[row] != _INVALID
-        ]
-        if not rows:
-            return {}
-        asked = _token_logprobs(
-            logits[_index(rows, logits)],
-            [token_ids[row] for row in rows],
-            [seqs[row].request.params.logprobs or 0 for row in rows],
+    @staticmethod
+    def _verified(
+        seq: Sequence, first: int, tokens: list[int], logprobs: dict[int, TokenLogprob]
+    ) -> Verified | GenerationError:
+        # Behind accepted tokens a row without a choice is none of their business: the last
+        # of them is run again, and if it is no better then, that is the error.
+        if tokens[-1] == INVALID:
+            tokens = tokens[:-1]
+        if not tokens:
+            return GenerationError(
+                f"the model's logits for {seq.seq_id} at output token {seq.num_output_tokens} "
+                "contain NaN or allow no token"
+            )
+        return Verified(
+            tuple(
+                SampledToken(token, logprobs.get(first + place))
+                for place, token in enumerate(tokens)
+            )
         )
-        return dict(zip(rows, asked, strict=True))
 
 
-def _is_plain(seq: Sequence) -> bool:
-    """True where the raw logits' argmax is the answer."""
-    params = seq.request.params
-    return params.greedy and not params.has_penalties and not _must_go_on(seq)
+def _firsts(drafts: SequenceOf[SequenceOf[int]]) -> list[int]:
+    """Per sequence, its first row."""
+    firsts, row = [], 0
+    for draft in drafts:
+        firsts.append(row)
+        row += len(draft) + 1
+    return firsts
 
 
-def _must_go_on(seq: Sequence) -> bool:
-    """True where the tokens that end the output are not allowed yet."""
-    return seq.num_output_tokens < seq.request.params.min_tokens
+def _select(
+    logits: Tensor, rows: SequenceOf[Row], firsts: list[int], sizes: dict[int, int]
+) -> tuple[Tensor, list[Row], list[int]]:
+    """The rows of some sequences, given with the number of their drafts; each one's first of these."""
+    wanted = [firsts[i] + place for i, size in sizes.items() for place in range(size + 1)]
+    starts, start = [], 0
+    for size in sizes.values():
+        starts.append(start)
+        start += size + 1
+    if len(wanted) < len(rows):
+        logits = logits[index_of(wanted, logits)]
+    return logits, [rows[row] for row in wanted], starts
 
 
-def _no_token(seq: Sequence) -> GenerationError:
-    return GenerationError(
-        f"the model's logits for {seq.seq_id} at output token {seq.num_output_tokens} contain "
-        "NaN or allow no token"
+def _compare(
+    logits: Tensor, rows: SequenceOf[Row], firsts: list[int], drafts: dict[int, tuple[int, ...]]
+) -> dict[int, list[int]]:
+    """By sequence, the target's choices: as many as agree with the drafts, and one more."""
+    sizes = {i: len(draft) for i, draft in drafts.items()}
+    logits, rows, starts = _select(logits, rows, firsts, sizes)
+    chosen = _choose(logits, rows).tolist()
+    tokens = {}
+    for (i, draft), start in zip(drafts.items(), starts, strict=True):
+        num = 0
+        while num < len(draft) and chosen[start + num] == draft[num]:
+            num += 1
+        tokens[i] = chosen[start : start + num + 1]
+    return tokens
+
+
+def _choose(logits: Tensor, rows: SequenceOf[Row]) -> Tensor:
+    """The target's own choice for each row, ``[rows]``."""
+    special = [i for i, row in enumerate(rows) if not row.is_plain]
+    if not special:
+        return argmax(logits)
+    if len(special) < len(rows):
+        chosen, index = argmax(logits), index_of(special, logits)
+        chosen[index] = _choose(logits[index], [rows[i] for i in special])
+        return chosen
+    logits = adjust(logits.float(), rows)
+    drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
+    if len(drawn) == len(rows):
+        return draw(logits, rows)
+    chosen = argmax(logits)
+    if drawn:
+        index = index_of(drawn, logits)
+        chosen[index] = draw(logits[index], [rows[i] for i in drawn])
+    return chosen
+
+
+def _reject(
+    logits: Tensor, rows: SequenceOf[Row], firsts: list[int], proposals: dict[int, Proposal]
+) -> dict[int, list[int]]:
+    """By sequence, the drafted tokens that rejection sampling accepts, and one more."""
+    sizes = {i: len(proposal.token_ids) for i, proposal in proposals.items()}
+    logits, rows, starts = _select(logits, rows, firsts, sizes)
+    weights, is_valid = weigh(adjust(logits.float(), rows), rows)
+    valid, p = is_valid.tolist(), _normalized(weights)
+    tokens, finals, draws = {}, [], []
+    for (i, proposal), start in zip(proposals.items(), starts, strict=True):
+        num = _num_accepted(proposal, p[start:], rows[start:], valid[start:])
+        tokens[i] = list(proposal.token_ids[:num])
+        row, final = rows[start + num], p[start + num]
+        stream = CHOICE
+        if num < len(proposal.token_ids):
+            residual = (final - proposal.probabilities[num]).clamp_(min=0.0)
+            # Where p and q are the same but for rounding, nothing is left.
+            if bool(residual.sum() > 0):
+                final, stream = residual, RESIDUAL
+        finals.append(final)
+        draws.append(row.uniform(stream))
+    last = inverse_cdf(torch.stack(finals), column(draws, p, torch.float64)).tolist()
+    for (i, own), start, token in zip(tokens.items(), starts, last, strict=True):
+        tokens[i] = [*own, token if valid[start + len(own)] else INVALID]
+    return tokens
+
+
+def _num_accepted(
+    proposal: Proposal, p: Tensor, rows: SequenceOf[Row], valid: SequenceOf[bool]
+) -> int:
+    """How many of the drafted tokens are accepted, in order until the first that is not."""
+    for num, token in enumerate(proposal.token_ids):
+        if not valid[num]:
+            return num
+        target, drafted = float(p[num, token]), float(proposal.probabilities[num][token])
+        if rows[num].uniform(ACCEPTANCE) * drafted >= target:
+            return num
+    return len(proposal.token_ids)
+
+
+def _normalized(weights: Tensor) -> Tensor:
+    """Weights as probabilities, float32."""
+    return weights / weights.sum(-1, keepdim=True, dtype=torch.float64).float()
+
+
+def _logprobs(
+    logits: Tensor, rows: SequenceOf[Row], chosen: dict[int, int]
+) -> dict[int, TokenLogprob]:
+    """By row, the log probability of the chosen token where it was asked for."""
+    asked = [row for row in chosen if rows[row].params.logprobs is not None]
+    if not asked:
+        return {}
+    found = _token_logprobs(
+        logits[index_of(asked, logits)],
+        [chosen[row] for row in asked],
+        [rows[row].params.logprobs or 0 for row in asked],
     )
-
-
-def _index(rows: SequenceOf[int], like: Tensor) -> Tensor:
-    return torch.tensor(rows, dtype=torch.long, device=like.device)
-
-
-def _column(values: list[float], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """One number per row, ``[rows, 1]``."""
-    return torch.tensor(values, dtype=dtype, device=like.device).unsqueeze(1)
-
-
-def _argmax(logits: Tensor) -> Tensor:
-    """The lowest id of the most likely token, ``[rows]``; `_INVALID` for a row without one."""
-    ids = logits.argmax(dim=-1)
-    # argmax takes NaN for the largest number, so the value found tells of any NaN.
-    best = logits.gather(-1, ids.unsqueeze(1)).squeeze(1)
-    return torch.where(best > -math.inf, ids, _INVALID)
-
-
-def _penalize(logits: Tensor, seqs: list[Sequence]) -> Tensor:
-    """Repetition, then frequency and presence penalties, at the few tokens that have any."""
-    repeated = [
-        (row, token, p.repetition_penalty)
-        for row, seq in enumerate(seqs)
-        if (p := seq.request.params).repetition_penalty != 1.0
-        for token in set(seq.token_ids)
-    ]
-    if repeated:
-        cells, factor = _cells(repeated, logits)
-        x = logits[cells]
-        logits = logits.index_put(cells, torch.where(x > 0, x / factor, x * factor))
-    generated = [
-        (row, token, p.frequency_penalty * count + p.presence_penalty)
-        for row, seq in enumerate(seqs)
-        if (p := seq.request.params).frequency_penalty != 0.0 or p.presence_penalty != 0.0
-        for token, count in Counter(seq.output_token_ids).items()
-    ]
-    if generated:
-        cells, amount = _cells(generated, logits)
-        logits = logits.index_put(cells, logits[cells] - amount)
-    return logits
-
-
-def _mask_early_stops(logits: Tensor, seqs: list[Sequence]) -> Tensor:
-    """Forbid the tokens that end an output while it is shorter than ``min_tokens``."""
-    forbidden = [
-        (row, token, -math.inf)
-        for row, seq in enumerate(seqs)
-        if _must_go_on(seq)
-        for token in seq.request.stop_token_ids
-        if token < logits.shape[1]
-    ]
-    return logits.index_put(*_cells(forbidden, logits)) if forbidden else logits
-
-
-def _cells(
-    entries: list[tuple[int, int, float]], like: Tensor
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """(row, token, value) triples as an index into ``[rows, vocab]`` and the values there."""
-    rows, tokens, values = zip(*entries, strict=True)
-    return (_index(rows, like), _index(tokens, like)), _column(values, like).squeeze(1)
-
-
-def _draw(logits: Tensor, seqs: list[Sequence]) -> Tensor:
-    """One token id per row, ``[rows]``, sampled by inverse CDF; `_INVALID` where none can be.
-
-    Args:
-        logits: float32 ``[rows, vocab]`` after penalties and masks.
-    """
-    params = [seq.request.params for seq in seqs]
-    # Finite, and with the largest at 0 before the division, so that nothing overflows
-    # however large the logits or small the temperature.
-    x = logits.clamp(max=_FLOAT_MAX)
-    best = x.amax(dim=-1, keepdim=True)
-    x.sub_(best).div_(_column([max(p.temperature, _FLOAT_TINY) for p in params], x))
-    weights = _truncate(_padded_exp(x), seqs, logits.shape[1])
-    draws = [uniform(s.request.seed, s.index, s.num_output_tokens) for s in seqs]
-    ids = _inverse_cdf(weights, _column(draws, x, torch.float64))
-    return torch.where(best.squeeze(1) > -math.inf, ids, _INVALID)
-
-
-def _padded_exp(x: Tensor) -> Tensor:
-    """``exp(x)``, filled up with zeros to whole chunks of the vocabulary."""
-    rows, vocab = x.shape
-    weights = x.new_zeros(rows, -(-vocab // _CHUNK) * _CHUNK)
-    torch.exp(x, out=weights[:, :vocab])
-    return weights
-
-
-def _truncate(weights: Tensor, seqs: list[Sequence], vocab: int) -> Tensor:
-    """Set to 0 what min_p, then top_k, then top_p leave out.
-
-    Each of them sees what the one before it left, as in vLLM and transformers. Only the
-    rows that ask for a truncation pay for it.
-
-    Args:
-        weights: ``[rows, >= vocab]``, probabilities over the largest one of their row
-            (which is thus 1); changed in place.
-    """
-    params = [seq.request.params for seq in seqs]
-    if any(p.min_p > 0.0 for p in params):
-        weights.masked_fill_(weights < _column([p.min_p for p in params], weights), 0.0)
-    rows = [row for row, p in enumerate(params) if 0 < p.top_k < vocab]
-    weights = _replace_rows(weights, rows, _keep_top_k, [params[row].top_k for row in rows])
-    rows = [row for row, p in enumerate(params) if p.top_p < 1.0]
-    return _replace_rows(weights, rows, _keep_top_p, [params[row].top_p for row in rows])
-
-
-def _replace_rows(
-    x: Tensor, rows: list[int], keep: Callable[[Tensor, list], Tensor], values: list
-) -> Tensor:
-    """``x`` with ``keep(x[rows], values)`` in place of ``x[rows]``; changes ``x``."""
-    if not rows:
-        return x
-    if len(rows) == len(x):
-        return keep(x, values)
-    index = _index(rows, x)
-    return x.index_copy_(0, index, keep(x[index], values))
-
-
-def _keep_top_k(weights: Tensor, top_k: list[int]) -> Tensor:
-    """Keep what is at least as likely as the k-th token (ties are kept, as in transformers)."""
-    best = weights.topk(max(top_k), dim=-1).values
-    kth = best.gather(-1, _index(top_k, weights).unsqueeze(1) - 1)
-    return weights.masked_fill_(weights < kth, 0.0)
-
-
-def _keep_top_p(weights: Tensor, top_p: list[float]) -> Tensor:
-    """Keep the smallest set of most likely tokens with at least ``top_p`` of the mass.
-
-    Nucleus sampling of Holtzman et al. (2020). Among equally likely tokens at the border
-    those with lower ids are kept, which makes the set independent of any sorting order.
-    """
-    wanted = _chunk_sums(weights).sum(-1, keepdim=True)
-    wanted *= _column(top_p, weights, torch.float64)
-    for floor in _NUCLEUS_FLOORS:
-        best = _sorted_from(weights, floor)
-        mass = best.cumsum(-1, dtype=torch.float64)
-        # A NaN row (an error of its own) compares false and does not lower the floor.
-        if not bool((mass[:, -1:] < wanted).any()):
-            break
-    last = (mass < wanted).sum(-1, keepdim=True).clamp_(max=best.shape[1] - 1)
-    border = best.gather(-1, last)
-    num_surplus = (weights >= border).sum(-1, keepdim=True) - (last + 1)
-    if bool((num_surplus > 0).any()):
-        tied = weights == border
-        num_kept = tied.sum(-1, keepdim=True) - num_surplus
-        weights.masked_fill_(tied & (tied.cumsum(-1) > num_kept), 0.0)
-    return weights.masked_fill_(weights < border, 0.0)
-
-
-def _sorted_from(weights: Tensor, floor: float) -> Tensor:
-    """Each row's weights of at least ``floor``, descending, filled up with zeros."""
-    if floor == 0.0:
-        return weights.sort(dim=-1, descending=True).values
-    rows, columns = (weights >= floor).nonzero(as_tuple=True)
-    counts = torch.bincount(rows, minlength=len(weights))
-    firsts = counts.cumsum(0) - counts
-    packed = weights.new_zeros(len(weights), max(1, int(counts.max())))
-    packed[rows, torch.arange(len(rows), device=rows.device) - firsts[rows]] = weights[
-        rows, columns
-    ]
-    return packed.sort(dim=-1, descending=True).values
-
-
-def _chunk_sums(weights: Tensor) -> Tensor:
-    """Float64 ``[rows, chunks]``: the sum of each chunk of the vocabulary.
-
-    The few numbers of one chunk are summed in float32, whose error is that of ``exp``.
-    """
-    return weights.view(len(weights), -1, _CHUNK).sum(-1).double()
-
-
-def _inverse_cdf(weights: Tensor, draws: Tensor) -> Tensor:
-    """The token at which the cumulated probability, in order of ids, exceeds the draw.
-
-    Two levels, chunks of the vocabulary and then tokens of one chunk, so that the
-    sequential float64 sum runs over a few hundred numbers instead of the whole vocabulary.
-
-    Args:
-        weights: float32 ``[rows, chunks * _CHUNK]``, not normalized; a row is NaN
-            throughout or has a positive weight.
-        draws: float64 ``[rows, 1]`` in [0, 1).
-
-    Returns:
-        ids ``[rows]``, never of a token with weight 0 (of any token in a NaN row).
-    """
-    sums = _chunk_sums(weights)
-    targets = draws * sums.sum(-1, keepdim=True)
-    chunk, before = _first_above(sums, targets)
-    chunks = weights.view(len(weights), -1, _CHUNK)
-    inner = chunks.gather(1, chunk.unsqueeze(2).expand(-1, -1, _CHUNK)).squeeze(1).double()
-    token, _ = _first_above(inner, targets - before)
-    return (chunk * _CHUNK + token).squeeze(1)
-
-
-def _first_above(weights: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the running sum of ``weights`` first exceeds ``targets``, among positive weights.
-
-    Round-off can push a target out of the range of sums, and a parallel scan need not be
-    monotone to the last bit: the target is clamped and weights of 0 are left out.
-
-    Args:
-        weights: float64 ``[rows, n]``, at least one of each row positive.
-        targets: float64 ``[rows, 1]``.
-
-    Returns:
-        the indices and the sums of all weights before them, both ``[rows, 1]``.
-    """
-    cdf = weights.cumsum(-1)
-    reached = cdf.masked_fill(weights <= 0.0, 0.0)
-    top = reached.amax(-1, keepdim=True)
-    targets = targets.clamp(min=0.0).minimum(torch.nextafter(top, torch.zeros_like(top)))
-    index = (reached > targets).to(torch.uint8).argmax(-1, keepdim=True)
-    return index, (cdf - weights).gather(-1, index)
+    return dict(zip(asked, found, strict=True))
 
 
 def _token_logprobs(logits: Tensor, token_ids: list[int], num_top: list[int]) -> list[TokenLogprob]:
@@ -403,7 +344,7 @@ def _token_logprobs(logits: Tensor, token_ids: list[int], num_top: list[int]) ->
         logits: raw, ``[len(token_ids), vocab]``, free of NaN.
     """
     logprobs = logits.float().clamp(max=_FLOAT_MAX).log_softmax(-1)
-    own = logprobs.gather(-1, _index(token_ids, logits).unsqueeze(1))
+    own = logprobs.gather(-1, index_of(token_ids, logits).unsqueeze(1))
     ranks = (logprobs > own).sum(-1).add_(1).tolist()
     width = min(max(num_top), logits.shape[1])
     best = logprobs.topk(width, dim=-1)

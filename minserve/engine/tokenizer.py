@@ -77,6 +77,11 @@ class Tokenizer:
         eos = self._special_id("eos_token")
         self.eos_token_ids = frozenset(eos_token_ids) | ({eos} if eos is not None else set())
 
+    def has_vocabulary_of(self, other: Tokenizer) -> bool:
+        """True where every token has the same id in both."""
+        mine, theirs = (t._backend.get_vocab(with_added_tokens=True) for t in (self, other))
+        return mine == theirs
+
     @classmethod
     def load(cls, source: ModelSource, tokenizer: str | None = None) -> Tokenizer:
         """Load a model's tokenizer.

@@ -75,6 +75,36 @@ class BatchDraft:
         self._take(seq, num_tokens, needed)
         return num_tokens
 
+    def decode(self, seq: Sequence) -> None:
+        """Schedule a decode, with as many drafts as may be: the policies without a model of
+        time speculate at a fixed length.
+        """
+        drafter = self.view.speculation
+        if self.schedule(seq, 1) and drafter is not None:
+            left = seq.request.params.max_tokens - seq.num_output_tokens - 1
+            self.speculate(seq, min(drafter.limit(seq), left))
+
+    def speculate(self, seq: Sequence, num_tokens: int) -> int:
+        """Have up to ``num_tokens`` drafted for a decode that is scheduled already.
+
+        Takes what is left of the budget and of free blocks, and preempts nobody for a guess.
+
+        Returns:
+            tokens to be drafted.
+        """
+        spare = self._free - self._promised()
+        room = (len(seq.block_table) + self._new_blocks(seq) + max(0, spare)) * self._block_size
+        room -= seq.num_computed_tokens + self.plan.num_scheduled_tokens[seq.seq_id]
+        num_tokens = min(num_tokens, self.budget, room)
+        if num_tokens <= 0:
+            return 0
+        before = self._new_blocks(seq)
+        self.plan.num_scheduled_tokens[seq.seq_id] += num_tokens
+        self.plan.speculation[seq.seq_id] = num_tokens
+        self.budget -= num_tokens
+        self._free -= self._new_blocks(seq) - before
+        return num_tokens
+
     def admit(
         self,
         seq: Sequence,
@@ -148,8 +178,16 @@ class BatchDraft:
             return num_tokens
         return 0 if whole else max(self.budget, 0)
 
+    @property
+    def _block_size(self) -> int:
+        return self.view.memory.block_size
+
     def _blocks_of(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.view.memory.block_size)
+        return -(-num_tokens // self._block_size)
+
+    def _new_blocks(self, seq: Sequence) -> int:
+        """Blocks for what is scheduled of a running sequence."""
+        return self._blocks_for(seq, self.plan.num_scheduled_tokens.get(seq.seq_id, 0))
 
     def _blocks_for(self, seq: Sequence, num_tokens: int) -> int:
         end = seq.num_computed_tokens + num_tokens
@@ -167,8 +205,7 @@ class BatchDraft:
         """Blocks that prefills under way will still need for tokens they already have."""
         if self._running_promises is None:
             self._running_promises = sum(
-                max(0, self._blocks_of(s.num_tokens) - len(s.block_table))
-                - self._blocks_for(s, self.plan.num_scheduled_tokens.get(s.seq_id, 0))
+                max(0, self._blocks_of(s.num_tokens) - len(s.block_table) - self._new_blocks(s))
                 for s in self.view.running
                 if not self.is_preempted(s)
             )

@@ -11,6 +11,10 @@ The batch is as long as the nearest decode deadline allows, not of a fixed size.
    anyone promises to keep up with it;
 5. best effort, decodes first, prefills in chunks.
 
+Tokens are drafted for decodes that must run, where that leaves longer batches to the prefills
+behind them, and for all decodes of a batch without prefills, as far as that makes them faster
+(`minserve.planner.speculation`).
+
 Best effort may preempt nobody; admitted sequences preempt best effort when blocks or slots
 run out.
 """
@@ -18,11 +22,18 @@ run out.
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from minserve.planner.batch import BatchDraft
 from minserve.planner.perf_model import BatchShape, PerfModel
 from minserve.planner.plan import IterationPlan, PlannerView
+from minserve.planner.speculation import (
+    MOST_LAG,
+    Drafting,
+    Speculator,
+    most_tokens_per_second,
+    with_drafts,
+)
 from minserve.request import Sequence, SequenceState
 
 Due = tuple[float, Sequence]
@@ -63,13 +74,19 @@ class BatchLimits:
 
 
 def form_batch(
-    view: PlannerView, work: Work, model: PerfModel | None, limits: BatchLimits, now: float
+    view: PlannerView,
+    work: Work,
+    model: PerfModel | None,
+    limits: BatchLimits,
+    now: float,
+    drafting: Drafting | None = None,
 ) -> tuple[IterationPlan, float]:
     """Fill one iteration.
 
     Args:
         model: without one nothing is timed and the token budget is the only bound.
         now: seconds on the engine's monotonic clock.
+        drafting: ``None`` drafts nothing.
 
     Returns:
         the plan, and the predicted seconds of it that went to best effort.
@@ -87,7 +104,8 @@ def form_batch(
 
     must, may = _split_decodes(work, batch, limit, limits, now)
     for _, seq in must:
-        batch.decode(seq, slack)
+        if batch.decode(seq, slack) and drafting is not None and work.prefills:
+            _draft_for_prefills(batch, seq, drafting, limit)
     given = 0.0
     if limits.best_effort_s > 0:
         given = _best_effort(batch, work.best_effort, batch.seconds + limits.best_effort_s, limit)
@@ -112,6 +130,8 @@ def form_batch(
             break
         batch.prefill(seq, spare, hold=hold)
     given += _best_effort(batch, work.best_effort, spare, limit)
+    if drafting is not None and not batch.num_prefills:
+        _draft_for_speed(batch, view, drafting, limit)
     batch.draft.plan.shape = batch.shape
     return batch.draft.plan, given
 
@@ -123,7 +143,9 @@ class _TimedBatch:
         self.draft = draft
         self.model = model
         self.margin = 1.0 if model is None else model.margin
+        self.num_prefills = 0
         self._tokens = self._seqs = self._context = self._pairs = 0
+        self._draft_steps = self._draft_tokens = 0
         drift = 1.0 if model is None else model.drift
         pieces = () if model is None else model.pieces
         # Per piece: seconds of one decode, and of each token of its context.
@@ -216,16 +238,62 @@ class _TimedBatch:
     @property
     def shape(self) -> BatchShape:
         """Of what is scheduled so far."""
-        return BatchShape(self._tokens, self._seqs, self._context, self._pairs)
+        return BatchShape(
+            self._tokens,
+            self._seqs,
+            self._context,
+            self._pairs,
+            self._draft_steps,
+            self._draft_tokens,
+        )
+
+    def speculate(self, one: Speculator, length: int, limit: float) -> None:
+        """Draft up to so many tokens for a scheduled decode, as far as the limit allows."""
+        while length > 0:
+            shape = with_drafts(self.shape, [one], [length])
+            if self.model.predict(shape) <= limit:
+                break
+            length -= 1
+        length = self.draft.speculate(one.seq, length)
+        if length > 0:
+            self._grow(with_drafts(self.shape, [one], [length]))
+
+    def catch_up(self, one: Speculator, limit: float) -> None:
+        """Let the draft model run what it lacks of a sequence, as far as the limit allows."""
+        token_s = self.model.drift * max(piece.draft_tokens for piece in self.model.pieces)
+        shape = replace(self.shape, draft_steps=max(self._draft_steps, 1))
+        left = limit - self.model.predict(shape)
+        if left <= 0:
+            return
+        num_tokens = one.lag if token_s == 0 else min(one.lag, int(left / token_s))
+        if num_tokens > 0:
+            self.draft.plan.catch_up[one.seq.seq_id] = num_tokens
+            self._grow(replace(shape, draft_tokens=self._draft_tokens + num_tokens))
 
     def _add_chunk(self, start: int, num_tokens: int) -> None:
-        chunk = BatchShape.of([(start, num_tokens)])
-        self._tokens += num_tokens
-        self._seqs += 1
-        self._context += chunk.context_tokens
-        self._pairs += chunk.attention_pairs
+        chunk, shape = BatchShape.of([(start, num_tokens)]), self.shape
+        self.num_prefills += 1
+        self._grow(
+            replace(
+                shape,
+                tokens=shape.tokens + num_tokens,
+                seqs=shape.seqs + 1,
+                context_tokens=shape.context_tokens + chunk.context_tokens,
+                attention_pairs=shape.attention_pairs + chunk.attention_pairs,
+            )
+        )
+
+    def _grow(self, shape: BatchShape) -> None:
+        """The batch has this shape now."""
+        self._tokens, self._seqs, self._context, self._pairs = (
+            shape.tokens,
+            shape.seqs,
+            shape.context_tokens,
+            shape.attention_pairs,
+        )
+        self._draft_steps, self._draft_tokens = shape.draft_steps, shape.draft_tokens
         if self.model is not None:
-            drift, shape = self.model.drift, self.shape
+            drift = self.model.drift
             self._sums = [drift * piece.seconds(shape) for piece in self.model.pieces]
 
 
@@ -278,3 +346,45 @@ def _best_effort(
         if seq.state is SequenceState.WAITING and not batch.prefill(seq, until):
             break
     return batch.seconds - before
+
+
+def _draft_for_prefills(
+    batch: _TimedBatch, seq: Sequence, drafting: Drafting, limit: float
+) -> None:
+    """Draft for a decode at the length that leaves most to prefills over time."""
+    threshold = drafting.thresholds.get(seq.progress.tpot_s)
+    if threshold is None:
+        return
+    one = drafting.speculator(seq)
+    length = one.length(threshold, drafting.view.max_tokens)
+    if length == 0:
+        return
+    if one.lag > MOST_LAG:
+        batch.catch_up(one, (batch.seconds + limit) / 2)
+    else:
+        batch.speculate(one, length, limit)
+
+
+def _draft_for_speed(
+    batch: _TimedBatch, view: PlannerView, drafting: Drafting, limit: float
+) -> None:
+    """Draft for the decodes of a batch such that it brings most tokens per second."""
+    if batch.model is None:
+        return
+    scheduled = batch.draft.plan.num_scheduled_tokens
+    decodes = [seq for seq in view.running if seq.seq_id in scheduled]
+    speculators = [one for seq in decodes if (one := drafting.speculator(seq)).limit > 0]
+    # Whoever must catch up first is counted as if it had, to see what that is worth.
+    ready = [one if one.lag <= MOST_LAG else replace(one, lag=0) for one in speculators]
+    plain_s, token_s = batch.seconds, batch.model.drift * batch.model.pieces[0].draft_tokens
+    best = most_tokens_per_second(batch.model, batch.shape, len(decodes), ready, limit)
+    for one, length in zip(speculators, best.lengths, strict=True):
+        if length == 0:
+            continue
+        if one.lag <= MOST_LAG:
+            batch.speculate(one, length, limit)
+            continue
+        saved_s = plain_s * (1.0 - 1.0 / best.gain) / len(decodes)
+        if drafting.remaining(one.seq) * saved_s >= one.lag * token_s:
+            # An iteration at most doubles for it.
+            batch.catch_up(one, min(limit, 2.0 * plain_s))

@@ -22,7 +22,7 @@ from minserve.planner.perf_model import BatchShape, PerfModel, Piece, residual_q
 
 Floats = NDArray[np.float64]
 
-NUM_FEATURES = 6  # the fields of `BatchShape`, and 1
+NUM_FEATURES = 7  # the fields of `BatchShape`, and 1
 MIN_SAMPLES = NUM_FEATURES
 # More pieces are only looked for where each would have twice as many samples as coefficients.
 SAMPLES_PER_PIECE = 2 * NUM_FEATURES

@@ -1,7 +1,8 @@
 """`PerfModel`: how many seconds a batch takes, and how many tokens fit in a time.
 
 The form is that of SLOs-Serve (arXiv 2504.08784), with the terms that it lacks: the maximum
-of linear pieces over (tokens, sequences, context tokens, attention pairs, draft steps, 1),
+of linear pieces over (tokens, sequences, context tokens, attention pairs, draft steps, draft
+tokens, 1),
 all coefficients at least 0. A GPU has a flat piece (weights are read whatever the batch) and
 a steep one (arithmetic); a CPU often needs one piece only.
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
 # One observation moves the drift by this share of its (clipped) surprise: about 20
@@ -40,6 +41,7 @@ class BatchShape:
         context_tokens: over all sequences, tokens with KV after the iteration.
         attention_pairs: over all tokens run, the tokens that each attends to.
         draft_steps: forward passes of the draft model.
+        draft_tokens: tokens that these run.
     """
 
     tokens: int = 0
@@ -47,6 +49,7 @@ class BatchShape:
     context_tokens: int = 0
     attention_pairs: int = 0
     draft_steps: int = 0
+    draft_tokens: int = 0
 
     @classmethod
     def of(cls, chunks: Iterable[tuple[int, int]]) -> BatchShape:
@@ -69,6 +72,7 @@ class Piece:
     context_tokens: float = 0.0
     attention_pairs: float = 0.0
     draft_steps: float = 0.0
+    draft_tokens: float = 0.0
     base: float = 0.0
 
     def seconds(self, shape: BatchShape) -> float:
@@ -78,6 +82,7 @@ class Piece:
             + self.context_tokens * shape.context_tokens
             + self.attention_pairs * shape.attention_pairs
             + self.draft_steps * shape.draft_steps
+            + self.draft_tokens * shape.draft_tokens
             + self.base
         )
 
@@ -156,6 +161,15 @@ class PerfModel:
         if enough and self.num_observations % REFRESH_EVERY == 0:
             worst = residual_quantile(self._residuals, self.quantile)
             self.margin = min(max(1.0, worst), MAX_MARGIN)
+
+    def with_draft_costs(self, step_s: float, token_s: float) -> PerfModel:
+        """The same device with a draft model, which runs before the target.
+
+        Args:
+            step_s, token_s: seconds of each forward pass, and of each token in it.
+        """
+        pieces = [replace(p, draft_steps=step_s, draft_tokens=token_s) for p in self.pieces]
+        return PerfModel(pieces, quantile=self.quantile, margin=self.margin)
 
     def to_dict(self) -> dict[str, Any]:
         """The profile, ready for JSON; the online correction is left out."""

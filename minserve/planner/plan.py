@@ -30,7 +30,11 @@ class IterationPlan:
 
     Attributes:
         num_scheduled_tokens: per sequence id, tokens to run: a prefill chunk's
-            length, or 1 for a decode.
+            length, or 1 + the speculation length for a decode.
+        speculation: per decoding sequence, how many of these are to be drafted; none of
+            the others is.
+        catch_up: per decoding sequence, how many tokens the draft model runs of those that
+            it lacks, without drafting yet.
         admit: waiting sequences that start (or resume) in this iteration.
         preempt: running sequences that give up their blocks and wait again.
         promote: sequences whose SLO is promised from now on.
@@ -42,6 +46,8 @@ class IterationPlan:
     """
 
     num_scheduled_tokens: dict[str, int] = field(default_factory=dict)
+    speculation: dict[str, int] = field(default_factory=dict)
+    catch_up: dict[str, int] = field(default_factory=dict)
     admit: list[str] = field(default_factory=list)
     preempt: list[str] = field(default_factory=list)
     promote: list[str] = field(default_factory=list)
@@ -86,6 +92,18 @@ class MemoryView(Protocol):
         """Blocks that become free when ``seq`` is preempted (those nobody shares)."""
 
 
+class SpeculationView(Protocol):
+    """What a planner may know of who drafts."""
+
+    max_tokens: int
+
+    def limit(self, seq: Sequence) -> int:
+        """How many tokens can be drafted for a decoding sequence now."""
+
+    def lag(self, seq: Sequence) -> int:
+        """Tokens that the draft model lacks of a sequence, before it can draft."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannerView:
     """The engine's state, read only.
@@ -94,6 +112,7 @@ class PlannerView:
         waiting, running: sequences in rank order (priority, then arrival).
         token_budget: most tokens in one iteration.
         max_num_seqs: most sequences in one iteration.
+        speculation: who drafts; ``None`` where nobody does.
     """
 
     waiting: SequenceOf[Sequence]
@@ -101,3 +120,4 @@ class PlannerView:
     memory: MemoryView
     token_budget: int
     max_num_seqs: int
+    speculation: SpeculationView | None = None

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from minserve.planner.acceptance import AcceptanceEstimator
 from minserve.planner.admission import Admission
-from minserve.planner.budget import PrefillRates
+from minserve.planner.budget import PrefillRates, TierSpeculation
 from minserve.planner.lengths import LengthEstimator
 from minserve.planner.outlook import (
     Demand,
@@ -46,20 +47,28 @@ class ReviewSettings:
         window_s: length of an iteration in which no decode is due.
         guard_s: how long before its deadline a token must be ready.
         best_effort_share: of the device's time, kept free while best effort waits.
+        max_speculation: most tokens drafted for a sequence; 0 where nobody drafts.
     """
 
     window_s: float
     guard_s: float
     best_effort_share: float
+    max_speculation: int = 0
 
 
 @dataclass(slots=True)
 class Verdict:
-    """What a round decided, by sequence id; who is in none of them waits."""
+    """What a round decided, by sequence id; who is in none of them waits.
+
+    Attributes:
+        thresholds: by TPOT in seconds, how likely a drafted token must be to be accepted
+            while prefills wait; TPOTs for which drafting does not pay are missing.
+    """
 
     chosen: dict[str, None] = field(default_factory=dict)
     relegate: dict[str, None] = field(default_factory=dict)
     reject: dict[str, Refusal] = field(default_factory=dict)
+    thresholds: dict[float, float] = field(default_factory=dict)
 
 
 def review(
@@ -70,22 +79,26 @@ def review(
     cached_tokens: Callable[[Sequence], int],
     choose: Choose,
     settings: ReviewSettings,
+    acceptance: AcceptanceEstimator,
 ) -> Verdict:
     """Decide who is served.
 
     Args:
         cached_tokens: of a waiting sequence, tokens in the prefix index.
         choose: the admission program.
+        acceptance: of drafted tokens.
     """
     verdict = Verdict()
     settled, open_ = _partition(view, now)
     if not settled and not open_:
         return verdict
-    round_ = _Round(view, now, model, lengths, cached_tokens, settings, settled, open_)
+    round_ = _Round(view, now, model, lengths, cached_tokens, settings, acceptance, settled, open_)
     round_.shed_overload(verdict)
     if not open_:
+        verdict.thresholds = round_.thresholds(set())
         return verdict
     accepted = round_.choose(choose)
+    verdict.thresholds = round_.thresholds(accepted)
     verdict.chosen = {open_[i].seq_id: None for i in sorted(accepted)}
     for i, seq in enumerate(open_):
         if i not in accepted:
@@ -130,6 +143,7 @@ class _Round:
         lengths: LengthEstimator,
         cached_tokens: Callable[[Sequence], int],
         settings: ReviewSettings,
+        acceptance: AcceptanceEstimator,
         settled: list[Sequence],
         open_: list[Sequence],
     ) -> None:
@@ -145,20 +159,68 @@ class _Round:
             s.progress is None or s.standing is Standing.BEST_EFFORT
             for s in (*view.running, *view.waiting)
         )
+        speculation = self._speculation(acceptance, open_)
         share = 1.0 - (settings.best_effort_share if crowded else 0.0)
-        self.rates = self._rates(model, share / model.margin)
+        self.rates = self._rates(model, share / model.margin, speculation)
         # For what is promised already, the likely time counts and not the cautious one:
         # a promise is given up when it will be broken, not when it might be.
-        self.likely_rates = self._rates(model, 1.0)
+        self.likely_rates = self._rates(model, 1.0, speculation)
         self.remaining = {s.seq_id: lengths.remaining(s) for s in (*settled, *open_)}
         self.demands = {s.seq_id: self._demands(s) for s in settled}
         self.candidates = [self._candidate(s, cached_tokens) for s in open_]
 
-    def _rates(self, model: PerfModel, share: float) -> PrefillRates:
+    def _rates(
+        self, model: PerfModel, share: float, speculation: TierSpeculation | None
+    ) -> PrefillRates:
         settings = self.settings
         return PrefillRates(
-            model, self.tiers, window_s=settings.window_s, guard_s=settings.guard_s, share=share
+            model,
+            self.tiers,
+            window_s=settings.window_s,
+            guard_s=settings.guard_s,
+            share=share,
+            speculation=speculation,
         )
+
+    def _speculation(
+        self, acceptance: AcceptanceEstimator, open_: list[Sequence]
+    ) -> TierSpeculation | None:
+        """Acceptance per tier, and the count vectors between those of now and of everybody."""
+        if not self.settings.max_speculation or not self.tiers:
+            return None
+        totals, members = [0.0] * len(self.tiers), [0] * len(self.tiers)
+        vectors = [tuple(members)]
+        for seqs in (self.settled, open_):
+            for seq in seqs:
+                tier = self.index.get(seq.progress.tpot_s)
+                if tier is not None:
+                    members[tier] += 1
+                    totals[tier] += acceptance.rate(seq)
+            vectors.append(tuple(members))
+        shared = acceptance.shared_rate
+        return TierSpeculation(
+            acceptance=tuple(
+                acceptance.coverage * (total / num if num else shared)
+                for total, num in zip(totals, members, strict=True)
+            ),
+            max_tokens=self.settings.max_speculation,
+            near=tuple(dict.fromkeys(vectors[1:])),
+        )
+
+    def thresholds(self, accepted: set[int]) -> dict[float, float]:
+        """Of `Verdict`, while the settled and the accepted decode."""
+        if not self.settings.max_speculation:
+            return {}
+        counts = [0] * len(self.tiers)
+        for seq in self.settled:
+            tier = self.index.get(seq.progress.tpot_s)
+            if tier is not None:
+                counts[tier] += 1
+        for i in accepted:
+            if self.candidates[i].tier is not None:
+                counts[self.candidates[i].tier] += 1
+        by_tier = self.rates.thresholds(counts)
+        return {tpot: by_tier[tier] for tpot, tier in self.index.items() if tier in by_tier}
 
     def _blocks(self, seq: Sequence) -> int:
         return -(-(seq.num_tokens + self.remaining[seq.seq_id]) // self._block_size)

@@ -9,7 +9,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from minserve.engine.sampler import SampledToken, Sampler, philox, uniform
+from minserve.engine.distribution import philox, uniform
+from minserve.engine.sampler import SampledToken, Sampler
 from minserve.errors import GenerationError
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
@@ -373,7 +374,7 @@ def test_extreme_logits_give_a_possible_token(name, settings):
 
 @pytest.mark.parametrize("u", [0.0, 1.0 - 2**-53, 0.5])
 def test_zero_probability_tokens_are_never_taken_at_the_ends(monkeypatch, u):
-    monkeypatch.setattr("minserve.engine.sampler.uniform", lambda *_: u)
+    monkeypatch.setattr("minserve.engine.distribution.uniform", lambda *_: u)
     logits = torch.full((3, VOCAB), -math.inf)
     logits[0, 300:310] = torch.arange(10.0)
     logits[1, 255:257] = 0.1

@@ -13,8 +13,8 @@ from minserve.planner.perf_model import PerfModel, Piece
 
 
 def random_rates(rng: random.Random, num_tiers: int) -> PrefillRates:
-    flat = Piece(rng.choice([0.0, 1e-5]), rng.choice([0.0, 1e-4]), 1e-8, 0.0, 0.0, 0.025)
-    steep = Piece(rng.uniform(1e-5, 1e-3), 1e-5, 1e-8, 1e-9, 0.0, 0.003)
+    flat = Piece(rng.choice([0.0, 1e-5]), rng.choice([0.0, 1e-4]), 1e-8, base=0.025)
+    steep = Piece(rng.uniform(1e-5, 1e-3), 1e-5, 1e-8, 1e-9, base=0.003)
     tiers = [
         Tier(tpot_s=rng.uniform(0.03, 0.2), context_tokens=rng.uniform(0, 900))
         for _ in range(num_tiers)

@@ -20,7 +20,7 @@ from minserve.planner.perf_model import (
 )
 
 SHAPE = BatchShape.of([(100, 1), (300, 1), (0, 64)])
-MODEL = (Piece(2e-3, 1e-3, 1e-5, 8e-7, 0.0, 0.03), Piece(1e-4, base=0.05))
+MODEL = (Piece(2e-3, 1e-3, 1e-5, 8e-7, base=0.03), Piece(1e-4, base=0.05))
 
 coefficient = st.one_of(st.just(0.0), st.floats(1e-9, 1e-2))
 pieces = st.lists(

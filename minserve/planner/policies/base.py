@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 
 from minserve.planner.perf_model import BatchShape, PerfModel
 from minserve.planner.plan import IterationPlan, PlannerView
@@ -54,6 +55,11 @@ class Planner(ABC):
     def finished(self, seq: Sequence) -> None:  # noqa: B027 - most policies need not know
         """An output came to its own end."""
 
+    def verified(  # noqa: B027 - most policies need not know
+        self, seq: Sequence, num_drafted: int, num_accepted: int
+    ) -> None:
+        """So many tokens were drafted for a decode, perhaps none, and so many accepted."""
+
     @abstractmethod
     def _plan(self, view: PlannerView, now: float) -> IterationPlan:
         """The policy's decision."""
@@ -72,4 +78,12 @@ def _shape(view: PlannerView, plan: IterationPlan) -> BatchShape:
             if seq.seq_id in starting:
                 cached = view.memory.cached_prefix(seq).num_tokens
                 chunks.append((cached, scheduled[seq.seq_id]))
-    return BatchShape.of(chunks)
+    shape = BatchShape.of(chunks)
+    if not plan.speculation:
+        return shape
+    lags = (view.speculation.lag(s) for s in view.running if s.seq_id in plan.speculation)
+    return replace(
+        shape,
+        draft_steps=max(plan.speculation.values()),
+        draft_tokens=sum(plan.speculation.values()) + sum(lags),
+    )

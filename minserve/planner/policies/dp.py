@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as SequenceOf
 
+from minserve.planner.acceptance import AcceptanceEstimator
 from minserve.planner.admission import Admission, admit
 from minserve.planner.budget import PrefillRates
 from minserve.planner.formation import BatchLimits, Work, form_batch
@@ -22,6 +23,7 @@ from minserve.planner.perf_model import BatchShape, PerfModel
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.policies.base import Planner
 from minserve.planner.review import ReviewSettings, Verdict, review
+from minserve.planner.speculation import Drafting
 from minserve.planner.timeline import Candidate
 from minserve.request import Sequence, SequenceState
 from minserve.slo import Standing
@@ -56,6 +58,8 @@ class DpPlanner(Planner):
         super().__init__(model)
         self.lengths = lengths or QuantileLengths()
         self.best_effort_share = best_effort_share
+        self.acceptance = AcceptanceEstimator()
+        self._thresholds: dict[float, float] = {}
         self._chosen: dict[str, None] = {}
         self._seen: list[str] = []
         self._last_review_s = -math.inf
@@ -75,6 +79,9 @@ class DpPlanner(Planner):
     def finished(self, seq: Sequence) -> None:
         self.lengths.finished(seq)
 
+    def verified(self, seq: Sequence, num_drafted: int, num_accepted: int) -> None:
+        self.acceptance.verified(seq, num_drafted, num_accepted)
+
     def observe(self, plan: IterationPlan, seconds: float) -> None:
         super().observe(plan, seconds)
         if self._best_effort_waits:
@@ -86,7 +93,13 @@ class DpPlanner(Planner):
         if self.model is not None and self._is_due(view, now):
             verdict = self._review(view, now)
         work = self._sort(view, now, verdict)
-        plan, self._given_s = form_batch(view, work, self.model, self._limits(work), now)
+        drafting = None
+        if view.speculation is not None and self.model is not None:
+            drafting = Drafting(
+                view.speculation, self.acceptance, self.lengths.remaining, self._thresholds
+            )
+        limits = self._limits(work)
+        plan, self._given_s = form_batch(view, work, self.model, limits, now, drafting)
         plan.relegate, plan.reject = list(verdict.relegate), verdict.reject
         for _, seq in (*work.prefills, *work.decodes):
             started = seq.state is SequenceState.RUNNING or seq.seq_id in plan.num_scheduled_tokens
@@ -102,6 +115,7 @@ class DpPlanner(Planner):
             return False
         for seq_id in self._cached.keys() - ids:
             del self._cached[seq_id]
+        self.acceptance.keep_only(ids)
         self._seen, self._last_review_s = ids, now
         return True
 
@@ -116,9 +130,19 @@ class DpPlanner(Planner):
             window_s=self._longest_s(),
             guard_s=GUARD_S,
             best_effort_share=self.best_effort_share,
+            max_speculation=0 if view.speculation is None else view.speculation.max_tokens,
         )
-        verdict = review(view, now, self.model, self.lengths, cached_tokens, self.choose, settings)
-        self._chosen = verdict.chosen
+        verdict = review(
+            view,
+            now,
+            self.model,
+            self.lengths,
+            cached_tokens,
+            self.choose,
+            settings,
+            self.acceptance,
+        )
+        self._chosen, self._thresholds = verdict.chosen, verdict.thresholds
         return verdict
 
     def _sort(self, view: PlannerView, now: float, verdict: Verdict) -> Work:

@@ -55,4 +55,4 @@ class FcfsPlanner(Planner):
     def _decodes(draft: BatchDraft) -> None:
         for seq in draft.view.running:
             if seq.is_decoding and not draft.is_preempted(seq):
-                draft.schedule(seq, 1)
+                draft.decode(seq)

@@ -20,7 +20,7 @@ class SarathiPlanner(Planner):
         draft = BatchDraft(view)
         for seq in view.running:
             if seq.is_decoding and not draft.is_preempted(seq):
-                draft.schedule(seq, 1)
+                draft.decode(seq)
         for seq in view.running:
             if not seq.is_decoding and not draft.is_preempted(seq):
                 draft.schedule(seq, seq.num_uncomputed_tokens, whole=False)

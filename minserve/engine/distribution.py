@@ -1,0 +1,344 @@
+"""The distribution that a token is drawn from, and the draw: pure functions of logits and rows.
+
+Knows nothing of batches, blocks or text. Randomness is counter based: each draw is a pure
+function of (seed, output index, position, stream), so that a seeded output depends neither
+on its neighbours in the batch nor on preemptions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minserve.request import Sequence
+from minserve.sampling_params import SamplingParams
+
+_MASK64 = 2**64 - 1
+_PHILOX_MULTIPLIER = 0xD2B74407B1CE6E93
+_PHILOX_WEYL = 0x9E3779B97F4A7C15
+_PHILOX_ROUNDS = 10
+
+# Streams of draws for one token: the target's own choice, whether a draft is accepted, what
+# takes the place of a rejected one, and the draft model's choice.
+CHOICE, ACCEPTANCE, RESIDUAL, DRAFT = range(4)
+
+_FLOAT_MAX = torch.finfo(torch.float32).max
+_FLOAT_TINY = torch.finfo(torch.float32).tiny
+INVALID = -1  # in place of a token id: this row has no distribution to choose from
+
+# The nucleus is looked for among tokens at least this likely (the most likely one being 1)
+# before the next bound is tried: sorting these few costs a tenth of sorting all.
+_NUCLEUS_FLOORS = (1e-3, 1e-6, 0.0)
+# Tokens per chunk of the two-level inverse CDF.
+_CHUNK = 256
+
+
+class Row(NamedTuple):
+    """Where a token is to be chosen: behind a sequence's tokens and some drafted ones."""
+
+    seq: Sequence
+    drafted: tuple[int, ...] = ()
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.seq.request.params
+
+    @property
+    def position(self) -> int:
+        """Which output token it is, from 0 on."""
+        return self.seq.num_output_tokens + len(self.drafted)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Everything before the token."""
+        return self.seq.token_ids + list(self.drafted) if self.drafted else self.seq.token_ids
+
+    @property
+    def is_seeded(self) -> bool:
+        """True where the request chose its seed, so that its output must be reproducible."""
+        return self.params.seed is not None
+
+    @property
+    def must_go_on(self) -> bool:
+        """True where the tokens that end the output are not allowed yet."""
+        return self.position < self.params.min_tokens
+
+    @property
+    def is_plain(self) -> bool:
+        """True where the raw logits' argmax is the answer."""
+        params = self.params
+        return params.greedy and not params.has_penalties and not self.must_go_on
+
+    def uniform(self, stream: int) -> float:
+        """This token's draw of a stream."""
+        return uniform(self.seq.request.seed, self.seq.index, self.position, stream)
+
+
+def philox(counter: tuple[int, int], key: int) -> tuple[int, int]:
+    """Philox2x64-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+
+    Args:
+        counter: two unsigned 64-bit words.
+        key: one unsigned 64-bit word.
+
+    Returns:
+        two independent uniform 64-bit words.
+    """
+    low, high = counter
+    for _ in range(_PHILOX_ROUNDS):
+        product = _PHILOX_MULTIPLIER * low
+        low, high = (product >> 64) ^ key ^ high, product & _MASK64
+        key = (key + _PHILOX_WEYL) & _MASK64
+    return low, high
+
+
+def uniform(seed: int, index: int, position: int, stream: int = 0) -> float:
+    """A uniform number in [0, 1) with 53 random bits; the same arguments give the same number.
+
+    Args:
+        seed: any 64-bit integer, signed or not.
+        index: which output of the request, below 2**32.
+        position: which output token.
+        stream: which draw for that token, below 2**32; 0 chooses the token itself.
+    """
+    word, _ = philox((position, stream << 32 | index), seed & _MASK64)
+    return (word >> 11) * 2.0**-53
+
+
+def index_of(rows: SequenceOf[int], like: Tensor) -> Tensor:
+    return torch.tensor(rows, dtype=torch.long, device=like.device)
+
+
+def column(values: list[float], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """One number per row, ``[rows, 1]``."""
+    return torch.tensor(values, dtype=dtype, device=like.device).unsqueeze(1)
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """The lowest id of the most likely token, ``[rows]``; `INVALID` for a row without one."""
+    ids = logits.argmax(dim=-1)
+    # argmax takes NaN for the largest number, so the value found tells of any NaN.
+    best = logits.gather(-1, ids.unsqueeze(1)).squeeze(1)
+    return torch.where(best > -math.inf, ids, INVALID)
+
+
+def adjust(logits: Tensor, rows: SequenceOf[Row]) -> Tensor:
+    """Logits ``[rows, vocab]`` after penalties, and without ends that would come too early."""
+    return _mask_early_stops(_penalize(logits, rows), rows)
+
+
+def _penalize(logits: Tensor, rows: SequenceOf[Row]) -> Tensor:
+    """Repetition, then frequency and presence penalties, at the few tokens that have any."""
+    repeated = [
+        (i, token, row.params.repetition_penalty)
+        for i, row in enumerate(rows)
+        if row.params.repetition_penalty != 1.0
+        for token in set(row.token_ids)
+    ]
+    if repeated:
+        cells, factor = _cells(repeated, logits)
+        x = logits[cells]
+        logits = logits.index_put(cells, torch.where(x > 0, x / factor, x * factor))
+    generated = [
+        (i, token, p.frequency_penalty * count + p.presence_penalty)
+        for i, row in enumerate(rows)
+        if (p := row.params).frequency_penalty != 0.0 or p.presence_penalty != 0.0
+        for token, count in Counter(row.token_ids[row.seq.num_prompt_tokens :]).items()
+    ]
+    if generated:
+        cells, amount = _cells(generated, logits)
+        logits = logits.index_put(cells, logits[cells] - amount)
+    return logits
+
+
+def _mask_early_stops(logits: Tensor, rows: SequenceOf[Row]) -> Tensor:
+    """Forbid the tokens that end an output while it is shorter than ``min_tokens``."""
+    forbidden = [
+        (i, token, -math.inf)
+        for i, row in enumerate(rows)
+        if row.must_go_on
+        for token in row.seq.request.stop_token_ids
+        if token < logits.shape[1]
+    ]
+    return logits.index_put(*_cells(forbidden, logits)) if forbidden else logits
+
+
+def _cells(
+    entries: list[tuple[int, int, float]], like: Tensor
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """(row, token, value) triples as an index into ``[rows, vocab]`` and the values there."""
+    rows, tokens, values = zip(*entries, strict=True)
+    return (index_of(rows, like), index_of(tokens, like)), column(values, like).squeeze(1)
+
+
+def draw(logits: Tensor, rows: SequenceOf[Row], stream: int = CHOICE) -> Tensor:
+    """One token id per row, ``[rows]``, sampled by inverse CDF; `INVALID` where none can be.
+
+    Args:
+        logits: float32 ``[rows, vocab]`` from `adjust`.
+    """
+    weights, is_valid = weigh(logits, rows)
+    draws = [row.uniform(stream) for row in rows]
+    ids = inverse_cdf(weights, column(draws, weights, torch.float64))
+    return torch.where(is_valid, ids, INVALID)
+
+
+def weigh(logits: Tensor, rows: SequenceOf[Row]) -> tuple[Tensor, Tensor]:
+    """The distribution of each row, after temperature and truncation.
+
+    Args:
+        logits: float32 ``[rows, vocab]`` from `adjust`.
+
+    Returns:
+        weights, float32 ``[rows, >= vocab]``, not normalized and filled up with zeros to
+        whole chunks of the vocabulary; and bool ``[rows]``, false where the logits contain
+        NaN or leave no token possible.
+    """
+    # Finite, and with the largest at 0 before the division, so that nothing overflows
+    # however large the logits or small the temperature.
+    x = logits.clamp(max=_FLOAT_MAX)
+    best = x.amax(dim=-1, keepdim=True)
+    x.sub_(best).div_(column([max(row.params.temperature, _FLOAT_TINY) for row in rows], x))
+    weights = _truncate(_padded_exp(x), [row.params for row in rows], logits.shape[1])
+    return weights, best.squeeze(1) > -math.inf
+
+
+def _padded_exp(x: Tensor) -> Tensor:
+    """``exp(x)``, filled up with zeros to whole chunks of the vocabulary."""
+    rows, vocab = x.shape
+    weights = x.new_zeros(rows, -(-vocab // _CHUNK) * _CHUNK)
+    torch.exp(x, out=weights[:, :vocab])
+    return weights
+
+
+def _truncate(weights: Tensor, params: SequenceOf[SamplingParams], vocab: int) -> Tensor:
+    """Set to 0 what min_p, then top_k, then top_p leave out.
+
+    Each of them sees what the one before it left, as in vLLM and transformers. Only the
+    rows that ask for a truncation pay for it.
+
+    Args:
+        weights: ``[rows, >= vocab]``, probabilities over the largest one of their row
+            (which is thus 1); changed in place.
+    """
+    if any(p.min_p > 0.0 for p in params):
+        weights.masked_fill_(weights < column([p.min_p for p in params], weights), 0.0)
+    rows = [row for row, p in enumerate(params) if 0 < p.top_k < vocab]
+    weights = _replace_rows(weights, rows, _keep_top_k, [params[row].top_k for row in rows])
+    rows = [row for row, p in enumerate(params) if p.top_p < 1.0]
+    return _replace_rows(weights, rows, _keep_top_p, [params[row].top_p for row in rows])
+
+
+def _replace_rows(
+    x: Tensor, rows: list[int], keep: Callable[[Tensor, list], Tensor], values: list
+) -> Tensor:
+    """``x`` with ``keep(x[rows], values)`` in place of ``x[rows]``; changes ``x``."""
+    if not rows:
+        return x
+    if len(rows) == len(x):
+        return keep(x, values)
+    index = index_of(rows, x)
+    return x.index_copy_(0, index, keep(x[index], values))
+
+
+def _keep_top_k(weights: Tensor, top_k: list[int]) -> Tensor:
+    """Keep what is at least as likely as the k-th token (ties are kept, as in transformers)."""
+    best = weights.topk(max(top_k), dim=-1).values
+    kth = best.gather(-1, index_of(top_k, weights).unsqueeze(1) - 1)
+    return weights.masked_fill_(weights < kth, 0.0)
+
+
+def _keep_top_p(weights: Tensor, top_p: list[float]) -> Tensor:
+    """Keep the smallest set of most likely tokens with at least ``top_p`` of the mass.
+
+    Nucleus sampling of Holtzman et al. (2020). Among equally likely tokens at the border
+    those with lower ids are kept, which makes the set independent of any sorting order.
+    """
+    wanted = _chunk_sums(weights).sum(-1, keepdim=True)
+    wanted *= column(top_p, weights, torch.float64)
+    for floor in _NUCLEUS_FLOORS:
+        best = _sorted_from(weights, floor)
+        mass = best.cumsum(-1, dtype=torch.float64)
+        # A NaN row (an error of its own) compares false and does not lower the floor.
+        if not bool((mass[:, -1:] < wanted).any()):
+            break
+    last = (mass < wanted).sum(-1, keepdim=True).clamp_(max=best.shape[1] - 1)
+    border = best.gather(-1, last)
+    num_surplus = (weights >= border).sum(-1, keepdim=True) - (last + 1)
+    if bool((num_surplus > 0).any()):
+        tied = weights == border
+        num_kept = tied.sum(-1, keepdim=True) - num_surplus
+        weights.masked_fill_(tied & (tied.cumsum(-1) > num_kept), 0.0)
+    return weights.masked_fill_(weights < border, 0.0)
+
+
+def _sorted_from(weights: Tensor, floor: float) -> Tensor:
+    """Each row's weights of at least ``floor``, descending, filled up with zeros."""
+    if floor == 0.0:
+        return weights.sort(dim=-1, descending=True).values
+    rows, columns = (weights >= floor).nonzero(as_tuple=True)
+    counts = torch.bincount(rows, minlength=len(weights))
+    firsts = counts.cumsum(0) - counts
+    packed = weights.new_zeros(len(weights), max(1, int(counts.max())))
+    packed[rows, torch.arange(len(rows), device=rows.device) - firsts[rows]] = weights[
+        rows, columns
+    ]
+    return packed.sort(dim=-1, descending=True).values
+
+
+def _chunk_sums(weights: Tensor) -> Tensor:
+    """Float64 ``[rows, chunks]``: the sum of each chunk of the vocabulary.
+
+    The few numbers of one chunk are summed in float32, whose error is that of ``exp``.
+    """
+    return weights.view(len(weights), -1, _CHUNK).sum(-1).double()
+
+
+def inverse_cdf(weights: Tensor, draws: Tensor) -> Tensor:
+    """The token at which the cumulated probability, in order of ids, exceeds the draw.
+
+    Two levels, chunks of the vocabulary and then tokens of one chunk, so that the
+    sequential float64 sum runs over a few hundred numbers instead of the whole vocabulary.
+
+    Args:
+        weights: float32 ``[rows, chunks * _CHUNK]``, not normalized; a row is NaN
+            throughout or has a positive weight.
+        draws: float64 ``[rows, 1]`` in [0, 1).
+
+    Returns:
+        ids ``[rows]``, never of a token with weight 0 (of any token in a NaN row).
+    """
+    sums = _chunk_sums(weights)
+    targets = draws * sums.sum(-1, keepdim=True)
+    chunk, before = _first_above(sums, targets)
+    chunks = weights.view(len(weights), -1, _CHUNK)
+    inner = chunks.gather(1, chunk.unsqueeze(2).expand(-1, -1, _CHUNK)).squeeze(1).double()
+    token, _ = _first_above(inner, targets - before)
+    return (chunk * _CHUNK + token).squeeze(1)
+
+
+def _first_above(weights: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the running sum of ``weights`` first exceeds ``targets``, among positive weights.
+
+    Round-off can push a target out of the range of sums, and a parallel scan need not be
+    monotone to the last bit: the target is clamped and weights of 0 are left out.
+
+    Args:
+        weights: float64 ``[rows, n]``, at least one of each row positive.
+        targets: float64 ``[rows, 1]``.
+
+    Returns:
+        the indices and the sums of all weights before them, both ``[rows, 1]``.
+    """
+    cdf = weights.cumsum(-1)
+    reached = cdf.masked_fill(weights <= 0.0, 0.0)
+    top = reached.amax(-1, keepdim=True)
+    targets = targets.clamp(min=0.0).minimum(torch.nextafter(top, torch.zeros_like(top)))
+    index = (reached > targets).to(torch.uint8).argmax(-1, keepdim=True)
+    return index, (cdf - weights).gather(-1, index)

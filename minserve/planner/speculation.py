@@ -1,0 +1,160 @@
+"""How many tokens to draft for whom, such that it pays. Length 0 is a choice like any other.
+
+Two questions, one answer. Where nothing but decodes runs, drafts pay if they bring more
+tokens per second. Where prefills wait, they pay if they let each decode come round less
+often, and so leave longer batches to the prefills (`minserve.planner.budget` finds the
+length per tier). Either way a token is worth drafting as long as the chance that it is
+accepted, which falls with every token before it, is above a threshold; sequences whose
+drafts are accepted more often thus get longer ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
+
+from minserve.planner.acceptance import AcceptanceEstimator, expected_tokens
+from minserve.planner.perf_model import BatchShape, PerfModel
+from minserve.planner.plan import SpeculationView
+from minserve.request import Sequence
+
+# A gain smaller than this is less than predictions are good for.
+WORTH = 1.03
+ROUNDS = 3
+# A sequence of which the draft model lacks more tokens first catches up, over iterations.
+MOST_LAG = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Speculator:
+    """A decode for which tokens could be drafted.
+
+    Attributes:
+        acceptance: chance that a drafted token is accepted.
+        limit: most tokens.
+        lag: tokens that the draft model has to run first.
+    """
+
+    seq: Sequence
+    acceptance: float
+    limit: int
+    lag: int = 0
+
+    def length(self, threshold: float, longest: int) -> int:
+        """Tokens whose chance to be accepted is at least the threshold."""
+        most = min(self.limit, longest)
+        if threshold <= 0.0:
+            return most
+        if threshold >= 1.0 or self.acceptance <= 0.0:
+            return 0
+        return min(most, int(math.log(threshold) / math.log(self.acceptance) + 1e-9))
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """Lengths for a batch, and what they bring.
+
+    Attributes:
+        lengths: per speculator.
+        gain: expected tokens per second over those without speculation, at least 1.
+    """
+
+    lengths: tuple[int, ...]
+    gain: float
+
+
+@dataclass(frozen=True, slots=True)
+class Drafting:
+    """What a batch under construction needs to know of speculation.
+
+    Attributes:
+        view: who drafts.
+        acceptance: how often drafts are accepted.
+        remaining: tokens that an output is likely still to have.
+        thresholds: per TPOT in seconds, where prefills wait: how likely a token must be to be
+            accepted; TPOTs that are missing draft nothing then.
+    """
+
+    view: SpeculationView
+    acceptance: AcceptanceEstimator
+    remaining: Callable[[Sequence], int]
+    thresholds: Mapping[float, float]
+
+    def speculator(self, seq: Sequence) -> Speculator:
+        """A decoding sequence as a speculator; its last token comes from the target alone."""
+        left = seq.request.params.max_tokens - seq.num_output_tokens - 1
+        limit = self.view.limit(seq)
+        self.acceptance.asked(limit > 0)
+        limit = max(0, min(limit, left))
+        return Speculator(seq, self.acceptance.rate(seq), limit, self.view.lag(seq))
+
+
+def with_drafts(
+    shape: BatchShape, speculators: SequenceOf[Speculator], lengths: SequenceOf[int]
+) -> BatchShape:
+    """The shape of a batch of decodes, once so many tokens are drafted for some of them."""
+    tokens = context = pairs = draft_tokens = 0
+    for one, length in zip(speculators, lengths, strict=True):
+        if length:
+            tokens += length
+            context += length
+            pairs += length * one.seq.num_tokens + length * (length + 1) // 2
+            draft_tokens += length + one.lag
+    return replace(
+        shape,
+        tokens=shape.tokens + tokens,
+        context_tokens=shape.context_tokens + context,
+        attention_pairs=shape.attention_pairs + pairs,
+        draft_steps=max(shape.draft_steps, *lengths, 0),
+        draft_tokens=shape.draft_tokens + draft_tokens,
+    )
+
+
+def most_tokens_per_second(
+    model: PerfModel,
+    shape: BatchShape,
+    num_decodes: int,
+    speculators: SequenceOf[Speculator],
+    limit_s: float,
+) -> Speculation:
+    """The lengths that bring most tokens per second of a batch of decodes.
+
+    For each number of draft steps, the threshold at which one token more no longer raises
+    the rate is found by iteration (Dinkelbach, "On nonlinear fractional programming",
+    Management Science 13, 1967).
+
+    Args:
+        shape: of the batch without drafts.
+        num_decodes: in that batch, each worth one token.
+        limit_s: predicted seconds that it may take with them.
+    """
+    none = Speculation((0,) * len(speculators), 1.0)
+    plain_s = model.predict(shape)
+    if not speculators or plain_s <= 0:
+        return none
+    plain_rate = num_decodes / plain_s
+    # What one more token costs where it costs most, attention left out.
+    token_s = model.drift * max(p.tokens + p.draft_tokens for p in model.pieces)
+    best, best_rate = none, plain_rate * WORTH
+    for steps in range(1, max(one.limit for one in speculators) + 1):
+        rate = max(best_rate, plain_rate)
+        for _ in range(ROUNDS):
+            lengths = tuple(one.length(token_s * rate, steps) for one in speculators)
+            if not any(lengths):
+                break
+            seconds = model.predict(with_drafts(shape, speculators, lengths))
+            extra = sum(
+                expected_tokens(one.acceptance, length) - 1.0
+                for one, length in zip(speculators, lengths, strict=True)
+            )
+            found = (num_decodes + extra) / seconds
+            if found > best_rate and seconds <= limit_s:
+                best_rate, best = found, Speculation(lengths, found / plain_rate)
+            if abs(found / rate - 1.0) < 0.01:
+                break
+            rate = found
+        if not any(lengths) or max(lengths) < steps:
+            break
+    return best

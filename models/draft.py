@@ -1,0 +1,86 @@
+"""Draft models: small ones of the same vocabulary, which may borrow the target's embeddings.
+
+A draft's checkpoint is that of any model, but for two things that it may leave out or trim.
+Without ``model.embed_tokens.weight`` it uses the target's embeddings. With ``draft_vocab_size``
+in its configuration its head stands for some of the vocabulary only, the tokens of the tensor
+``lm_head.token_ids``; without ``lm_head.weight`` the head's rows are their embeddings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from minserve.errors import ConfigError, ModelLoadError
+from minserve.models.base import CausalLM
+from minserve.models.layers import Placement
+from minserve.models.loader import Checkpoint, open_checkpoint
+from minserve.models.registry import build_model
+from minserve.models.source import ModelSource, load_config
+
+EMBEDDING, HEAD, HEAD_IDS = "model.embed_tokens.weight", "lm_head.weight", "lm_head.token_ids"
+
+
+@dataclass(frozen=True, slots=True)
+class DraftModel:
+    """A loaded draft model.
+
+    Attributes:
+        head_token_ids: int64 ``[head]``, the tokens that its logits stand for; ``None``
+            where they stand for the whole vocabulary.
+    """
+
+    model: CausalLM
+    head_token_ids: Tensor | None = None
+
+
+def load_draft_model(source: ModelSource, target: CausalLM, placement: Placement) -> DraftModel:
+    """Read a draft model for a target.
+
+    Raises:
+        ConfigError: where its vocabulary is of another size than the target's.
+        ModelLoadError, UnsupportedModelError: where it cannot be read.
+    """
+    config = load_config(source)
+    if config.vocab_size != target.shape.vocab_size:
+        raise ConfigError(
+            f"the draft model {source.name} has a vocabulary of {config.vocab_size} tokens, the "
+            f"model one of {target.shape.vocab_size}; a draft model needs the model's vocabulary"
+        )
+    with open_checkpoint(source) as checkpoint:
+        ids = None
+        if getattr(config, "draft_vocab_size", 0):
+            ids = checkpoint.get_ids(HEAD_IDS, below=config.vocab_size)
+        borrowing = _Borrowing(checkpoint, target, ids)
+        model = build_model(borrowing, config, placement)
+    return DraftModel(model, None if ids is None else ids.to(placement.device))
+
+
+class _Borrowing:
+    """A checkpoint in which the target's embeddings take the place of missing ones."""
+
+    def __init__(self, checkpoint: Checkpoint, target: CausalLM, ids: Tensor | None) -> None:
+        self._checkpoint = checkpoint
+        self._names = checkpoint.names()
+        self._target = target
+        self._ids = ids
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if name in self._names:
+            return self._checkpoint.get(name, shape)
+        if name == EMBEDDING:
+            tensor = self._target.embed
+        elif name == HEAD and self._ids is not None:
+            tensor = self._embedding(shape[1:])[self._ids]
+        else:
+            return self._checkpoint.get(name, shape)  # raises, naming what is missing
+        if tuple(tensor.shape) != tuple(shape):
+            raise ModelLoadError(
+                f"the draft model's {name} would be the model's, whose shape is "
+                f"{tuple(tensor.shape)} and not {tuple(shape)}"
+            )
+        return tensor
+
+    def _embedding(self, width: tuple[int, ...]) -> Tensor:
+        return self.get(EMBEDDING, (self._target.shape.vocab_size, *width))
