@@ -210,7 +210,7 @@ def print_promises(trace: Sequence[Offered]) -> None:
 def print_table(runs: Sequence[Run], process: str, classes: Sequence[str]) -> None:
     """A row per rate and variant: attainment, goodput, misses by cause, latencies."""
     print(f"\n{process} arrivals: % of offered requests that attained their SLO")
-    head = f"{'req/s':>6} {'policy':12}{'all':>6}" + "".join(f"{c[:7]:>8}" for c in classes)
+    head = f"{'req/s':>6} {'policy':18}{'all':>6}" + "".join(f"{c[:7]:>8}" for c in classes)
     head += f"{'mean form':>11}{'goodput':>9}  " + "".join(f"{miss:>18}" for miss in MISSES)
     print(head + f"{'TTFT p50':>10}{'p99 s':>7}{'TPOT p50':>10}{'p99 ms':>8}")
     for (its_process, rate, variant), cell in cells(runs).items():
@@ -221,7 +221,7 @@ def print_table(runs: Sequence[Run], process: str, classes: Sequence[str]) -> No
         # Requests that never got a token took longer than any that did.
         ttft = [math.inf if v.ttft_s is None else v.ttft_s for v in verdicts]
         tpot = [1e3 * v.tpot_s for v in verdicts if v.tpot_s is not None]
-        row = f"{rate:6.2f} {variant:12}{100 * cell.attainment:6.1f}"
+        row = f"{rate:6.2f} {variant:18}{100 * cell.attainment:6.1f}"
         row += "".join(f"{100 * cell.of_class(name):8.1f}" for name in classes)
         row += f"{100 * share(v.attained_mean for v in verdicts):11.1f}{cell.goodput:9.2f}  "
         row += "".join(f"{causes[miss]:18d}" for miss in MISSES)
@@ -263,7 +263,7 @@ def print_capacity(result: Mapping[str, Any], lowest: float) -> None:
             text = f"below {lowest:g}" if one is None else f"{one:.2f}"
             if policy in result["at_least"][process]:
                 text = f"at least {text}"
-            print(f"  {policy:10}{text}")
+            print(f"  {policy:14}{text}")
 
 
 def plot(runs: Sequence[Run], file: str) -> None:
@@ -284,8 +284,9 @@ def plot(runs: Sequence[Run], file: str) -> None:
             rates = sorted(curve)
             lows, highs = zip(*(curve[rate].spread for rate in rates), strict=True)
             means = [100 * curve[rate].attainment for rate in rates]
-            colour = COLOURS[policy]
-            panel.plot(rates, means, marker="o", markersize=4, label=policy, color=colour)
+            # With drafts in the policy's colour, dashed.
+            colour, style = COLOURS[policy.partition("+")[0]], "--" if "+" in policy else "-"
+            panel.plot(rates, means, style, marker="o", markersize=4, label=policy, color=colour)
             panel.fill_between(
                 rates, [100 * x for x in lows], [100 * x for x in highs], alpha=0.15, color=colour
             )

@@ -16,6 +16,8 @@ import aiohttp
 import psutil
 from slo_load import Answer, Offered, drive
 
+from minserve.planner.policies import PROMISING
+
 STOP_S = 60.0
 MOST_SEQS = 128
 KV_GIB = 2.0
@@ -26,19 +28,31 @@ DISTURBED_CORES = 0.15
 QUIET_S = 60.0
 
 
+# What policies that do not choose the length themselves draft: longer pays less often.
+FIXED_SPECULATION = 3
+
+
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A policy, and the token budget where it is not the server's default."""
+    """A policy, the token budget where it is not the server's default, and who drafts."""
 
     policy: str
     token_budget: int | None = None
+    speculator: str = "off"
+
+    @property
+    def label(self) -> str:
+        """Policy and speculator: what is compared."""
+        return self.policy if self.speculator == "off" else f"{self.policy}+{self.speculator}"
 
     def __str__(self) -> str:
-        return self.policy if self.token_budget is None else f"{self.policy} {self.token_budget}"
+        return self.label if self.token_budget is None else f"{self.label} {self.token_budget}"
 
     @property
     def flags(self) -> list[str]:
-        flags = ["--policy", self.policy]
+        flags = ["--policy", self.policy, "--speculator", self.speculator]
+        if self.speculator != "off" and self.policy not in PROMISING:
+            flags += ["--max-speculation", str(FIXED_SPECULATION)]
         if self.token_budget is not None:
             most = min(MOST_SEQS, self.token_budget)
             flags += ["--token-budget", str(self.token_budget), "--max-num-seqs", str(most)]

@@ -6,9 +6,12 @@ attainment, goodput and capacity by the client's clock (`slo_report.py`). A serv
 while another one is measured; the order of the policies rotates. The sarathi policy is
 tried with several token budgets and the best one at each rate counts. Client and server
 share the machine, as they would on a laptop. Every request is told `max_tokens` equal to
-its length and ignores the end of text, so that all policies do exactly the same work.
+its length and ignores the end of text, so that all policies do exactly the same work. With
+--speculator every policy runs a second time with drafts: dp and edf choose their lengths,
+sarathi and fcfs draft a fixed number.
 
     python bench/slo_serving.py                                   # Poisson, about 20 minutes
+    python bench/slo_serving.py --policies dp --speculator ngram  # what speculation adds
     python bench/slo_serving.py --quick                           # does it run? 2 minutes
     python bench/slo_serving.py --arrivals poisson,bursty --repeats 3 --plot docs/slo_serving.png
 
@@ -28,6 +31,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 from offline import machine
@@ -56,7 +60,7 @@ from slo_report import (
 from slo_servers import DISTURBED_CORES, Fleet, Server, Variant, await_quiet
 from tqdm import tqdm
 
-from minserve.config import POLICIES, ServerConfig
+from minserve.config import POLICIES, SPECULATORS, ServerConfig
 from minserve.planner.perf_model import PerfModel
 from minserve.slo import SLO
 
@@ -178,7 +182,7 @@ class Bench:
             process=process,
             rate=rate,
             repeat=repeat,
-            policy=variant.policy,
+            policy=variant.label,
             variant=str(variant),
             seconds=self._args.seconds,
             cores_elsewhere=elsewhere,
@@ -204,6 +208,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--policies", type=names, default=list(POLICIES))
     parser.add_argument("--sarathi-budgets", type=numbers, default=list(SARATHI_BUDGETS),
                         help="token budgets; the best one at each rate counts")  # fmt: skip
+    parser.add_argument("--speculator", choices=SPECULATORS[1:], default="off",
+                        help="also serve with drafts from there, beside without")  # fmt: skip
     parser.add_argument("--rates", type=numbers, help="requests per second")
     parser.add_argument("--seconds", type=float, default=40.0, help="of arrivals, per run")
     parser.add_argument("--arrivals", type=names, default=["poisson"], help="poisson,bursty")
@@ -249,7 +255,8 @@ def main() -> None:
     variants = []
     for policy in args.policies:
         budgets = map(int, args.sarathi_budgets) if policy == "sarathi" else [None]
-        variants += [Variant(policy, budget) for budget in budgets]
+        speculators = dict.fromkeys(("off", args.speculator))
+        variants += [Variant(policy, *both) for both in product(budgets, speculators)]
     model, prompts = read_profile(args.model)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

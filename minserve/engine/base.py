@@ -18,6 +18,7 @@ from minserve.engine.detokenizer import IncrementalDetokenizer
 from minserve.engine.profile_cache import Profile
 from minserve.engine.profiler import measure_drafting, profile_core
 from minserve.engine.promises import Promises
+from minserve.engine.speculator import SpeculationStats
 from minserve.errors import InvalidRequestError, InvalidSLOError, RequestTooLongError
 from minserve.planner.lone_request import TYPICAL_TOKENS, describe_misses, lone_request_misses
 from minserve.planner.perf_model import PerfModel
@@ -86,6 +87,11 @@ class EngineBase:
     def perf_model(self) -> PerfModel | None:
         """The device's speed as the planner sees it; ``None`` until it was profiled."""
         return self._core.planner.model
+
+    @property
+    def speculation_stats(self) -> SpeculationStats:
+        """What was drafted and accepted since the start; the engine goes on counting in it."""
+        return self._core.speculation
 
     def unattainable_classes(self) -> str:
         """A table of the SLO classes that not even a lone request would be kept; often empty."""
