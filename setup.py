@@ -30,6 +30,7 @@ setup(
         "huggingface-hub>=1.0",
         "aiohttp>=3.11",
         "jinja2>=3.1",
+        "prometheus-client>=0.21",
         "tqdm>=4.66",
         "psutil>=6.0",
     ],

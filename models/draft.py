@@ -50,8 +50,15 @@ def load_draft_model(source: ModelSource, target: CausalLM, placement: Placement
         )
     with open_checkpoint(source) as checkpoint:
         ids = None
-        if getattr(config, "draft_vocab_size", 0):
+        rows = getattr(config, "draft_vocab_size", 0)
+        if rows:
             ids = checkpoint.get_ids(HEAD_IDS, below=config.vocab_size)
+            if len(ids) != rows or config.tie_word_embeddings:
+                raise ModelLoadError(
+                    f"{checkpoint.describe(HEAD_IDS)}: {len(ids)} token ids do not fit a head of "
+                    f"{rows} rows (draft_vocab_size; tie_word_embeddings "
+                    f"{config.tie_word_embeddings})"
+                )
         borrowing = _Borrowing(checkpoint, target, ids)
         model = build_model(borrowing, config, placement)
     return DraftModel(model, None if ids is None else ids.to(placement.device))

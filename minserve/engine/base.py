@@ -64,6 +64,7 @@ class EngineBase:
         self._seeds = random.Random(self.config.seed)
         self.tokenizer = self._loaded.tokenizer
         self._promises = Promises(self.config, self.tokenizer)
+        self._core.stats.add_classes(self._promises.classes)
         self.model_name = self._loaded.model_name
         self.max_model_len = self._loaded.max_model_len
         self.vocab_size = self._loaded.vocab_size

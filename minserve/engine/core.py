@@ -17,7 +17,8 @@ from minserve.engine.block_pool import BlockPool
 from minserve.engine.detokenizer import IncrementalDetokenizer
 from minserve.engine.runner import ModelRunner, RunResult, Scheduled
 from minserve.engine.sampler import Proposal, SampledToken, Verified
-from minserve.engine.speculator import Proposer, SpeculationStats, Wanted
+from minserve.engine.speculator import Proposer, Wanted
+from minserve.engine.stats import EngineStats
 from minserve.errors import GenerationError, MinserveError, SLOUnattainableError
 from minserve.outputs import OutputDelta, TokenLogprob
 from minserve.planner.plan import IterationPlan, PlannerView, Refusal
@@ -70,7 +71,8 @@ class EngineCore:
         proposer: drafts tokens where the planner asks for it; ``None`` never does.
 
     Attributes:
-        speculation: counts of what was drafted and accepted.
+        stats: what was counted so far; `snapshot` adds what others count.
+        speculation: of these, what was drafted and accepted.
     """
 
     def __init__(
@@ -91,7 +93,8 @@ class EngineCore:
         self.max_num_seqs = max_num_seqs
         self.clock = clock
         self.proposer = proposer
-        self.speculation = SpeculationStats()
+        self.stats = EngineStats()
+        self.speculation = self.stats.speculation
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._outputs: dict[str, _Output] = {}
@@ -143,14 +146,30 @@ class EngineCore:
         """One iteration. Returns what is to be published."""
         started = self.clock()
         plan = self.plan()
+        self.stats.planning_s.observe(self.clock() - started)
         deltas = self._settle(plan)
         batch = self._start(plan)
         if batch:
             batch = self._draft(batch, plan)
+            self.stats.batch(batch)
             results = self.run(batch)
             deltas += self.apply(batch, results)
-            self.planner.observe(plan, self.clock() - started)
+            seconds = self.clock() - started
+            self.planner.observe(plan, seconds)
+            self.stats.iteration(plan.predicted_s, seconds)
         return deltas
+
+    def snapshot(self) -> EngineStats:
+        """What was counted so far and how things stand, as a copy; between two steps."""
+        pool = self.pool
+        return self.stats.copy(
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+            kv_usage=1 - pool.num_free_blocks / pool.num_blocks,
+            num_prefix_queries=pool.prefix_queries_tokens,
+            num_prefix_hits=pool.prefix_hits_tokens,
+            num_preemptions=self.planner.num_preemptions,
+        )
 
     def check_integrity(self) -> None:
         """Check the pool's books against what runs; for idle moments.
@@ -284,6 +303,7 @@ class EngineCore:
     def _append(self, output: _Output, tokens: SequenceOf[SampledToken]) -> OutputDelta:
         """Append tokens, each behind the KV of the one before it, as far as the output goes."""
         seq, now = output.seq, self.clock()
+        self.stats.delivered(seq, now)
         seq.events.setdefault(RequestEvent.FIRST_TOKEN, now)
         seq.events[RequestEvent.TOKENS] = now
         text, end, num = "", None, 0
@@ -293,6 +313,7 @@ class EngineCore:
                 self.pool.commit(seq)
             new_text, end = self._append_one(output, tokens[num].token_id, now)
             text, num = text + new_text, num + 1
+        self.stats.num_generation_tokens += num
         news = {
             "text": text,
             "token_ids": tuple(token.token_id for token in tokens[:num]),
@@ -357,6 +378,7 @@ class EngineCore:
         seq.state = SequenceState.FINISHED
         seq.finish_reason, seq.stop_reason = reason, stop_reason
         seq.events[RequestEvent.FINISHED] = self.clock()
+        self.stats.ended(seq, delta.slo)
         del self._outputs[seq.seq_id]
         siblings = self._by_request[seq.request.request_id]
         siblings.remove(seq.seq_id)
@@ -382,10 +404,12 @@ class EngineCore:
 
     def _admit(self, seq: Sequence) -> None:
         seq.num_computed_tokens = self.pool.admit(seq)
+        now = self.clock()
         if seq.num_preemptions == 0:
             seq.num_cached_tokens = seq.num_computed_tokens
+            self.stats.admitted(seq, now)
         seq.state = SequenceState.RUNNING
-        seq.events[RequestEvent.SCHEDULED] = self.clock()
+        seq.events[RequestEvent.SCHEDULED] = now
         self.waiting.remove(seq)
         insort(self.running, seq, key=_rank)
 

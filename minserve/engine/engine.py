@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from minserve.config import DEFAULT_MODEL
 from minserve.engine.base import PROBE_S, EngineBase, Prompt, Submission
+from minserve.engine.stats import EngineStats
 from minserve.errors import (
     EngineStoppedError,
     GenerationError,
@@ -184,6 +185,7 @@ class AsyncEngine(EngineBase):
         self._idle = asyncio.Event()
         self._idle.set()
         self._accepting = False
+        self._stats = self._core.snapshot()
 
     @property
     def num_unfinished(self) -> int:
@@ -194,6 +196,14 @@ class AsyncEngine(EngineBase):
     def is_healthy(self) -> bool:
         """True while requests are accepted and the core's thread lives."""
         return self._accepting and self._thread is not None and self._thread.is_alive()
+
+    def stats(self) -> EngineStats:
+        """What was counted up to the end of the newest iteration.
+
+        From any thread, at once, even while an iteration runs. A request's own counts are in
+        it before its last delta is out. It is shared and never changes: leave it so.
+        """
+        return self._stats
 
     async def start(self) -> None:
         """Start the core's thread. Does nothing if it runs.
@@ -317,6 +327,8 @@ class AsyncEngine(EngineBase):
             deltas, stop = self._take_in()
             if not stop:
                 deltas += self._step()
+            # A whole one in place of the last, so that readers need no lock.
+            self._stats = self._core.snapshot()
             if deltas:
                 self._loop.call_soon_threadsafe(self._publish, deltas)
             if not self._core.has_work:

@@ -27,8 +27,9 @@ class _Record:
     accepted: float = 0.0
 
     def add(self, tried: int, accepted: int, fade: float) -> None:
-        self.tried = fade * self.tried + tried
-        self.accepted = fade * self.accepted + accepted
+        kept = fade ** max(1, tried)
+        self.tried = kept * self.tried + tried
+        self.accepted = kept * self.accepted + accepted
 
 
 class AcceptanceEstimator:

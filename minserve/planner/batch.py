@@ -75,14 +75,20 @@ class BatchDraft:
         self._take(seq, num_tokens, needed)
         return num_tokens
 
-    def decode(self, seq: Sequence) -> None:
-        """Schedule a decode, with as many drafts as may be: the policies without a model of
-        time speculate at a fixed length.
+    def decodes(self) -> None:
+        """Schedule all running decodes, then as many drafts for them as may be: the policies
+        without a model of time speculate at a fixed length.
         """
+        scheduled = [
+            seq
+            for seq in self.view.running
+            if seq.is_decoding and not self.is_preempted(seq) and self.schedule(seq, 1)
+        ]
         drafter = self.view.speculation
-        if self.schedule(seq, 1) and drafter is not None:
-            left = seq.request.params.max_tokens - seq.num_output_tokens - 1
-            self.speculate(seq, min(drafter.limit(seq), left))
+        if drafter is not None:
+            for seq in scheduled:
+                left = seq.request.params.max_tokens - seq.num_output_tokens - 1
+                self.speculate(seq, min(drafter.limit(seq), left))
 
     def speculate(self, seq: Sequence, num_tokens: int) -> int:
         """Have up to ``num_tokens`` drafted for a decode that is scheduled already.

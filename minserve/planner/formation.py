@@ -130,7 +130,9 @@ def form_batch(
             break
         batch.prefill(seq, spare, hold=hold)
     given += _best_effort(batch, work.best_effort, spare, limit)
-    if drafting is not None and not batch.num_prefills:
+    # Whoever drafted for the sake of prefills has done so, even if none of them fits now.
+    drafted = batch.draft.plan.speculation or batch.draft.plan.catch_up
+    if drafting is not None and not batch.num_prefills and not drafted:
         _draft_for_speed(batch, view, drafting, limit)
     batch.draft.plan.shape = batch.shape
     return batch.draft.plan, given
@@ -293,7 +295,7 @@ class _TimedBatch:
         )
         self._draft_steps, self._draft_tokens = shape.draft_steps, shape.draft_tokens
         if self.model is not None:
-            drift = self.model.drift
+            drift = self.model.correction(shape)
             self._sums = [drift * piece.seconds(shape) for piece in self.model.pieces]
 
 

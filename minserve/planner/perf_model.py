@@ -22,6 +22,9 @@ from typing import Any
 # iterations to follow a change of speed.
 DRIFT_RATE = 0.05
 MAX_SURPRISE = 0.7
+# Bounds of what is learned about batches with drafts, and its half-life: 700 batches without.
+MAX_SPECULATION = 4.0
+SPECULATION_FADE = 0.999
 RESIDUAL_WINDOW = 512
 # Before this many observations the margin is the profile's own.
 MIN_RESIDUALS = 32
@@ -97,6 +100,8 @@ class PerfModel:
 
     Attributes:
         drift: measured over profiled speed, now; 1.1 is a device 10% slower than profiled.
+        speculation_drift: the same for batches with drafts, over that for all others: what
+            the profile has wrong about them.
         margin: factor on a prediction that the chosen quantile of recent iterations kept;
             between 1 and `MAX_MARGIN`.
     """
@@ -111,6 +116,7 @@ class PerfModel:
             raise ValueError("coefficients must be finite and at least 0")
         self.quantile = quantile
         self.drift = 1.0
+        self.speculation_drift = 1.0
         self.margin = min(margin, MAX_MARGIN)
         self.num_observations = 0
         self._residuals: deque[float] = deque(maxlen=RESIDUAL_WINDOW)
@@ -121,7 +127,11 @@ class PerfModel:
 
     def predict(self, shape: BatchShape) -> float:
         """Seconds that the batch should take now."""
-        return self.drift * self.profiled(shape)
+        return self.correction(shape) * self.profiled(shape)
+
+    def correction(self, shape: BatchShape) -> float:
+        """Measured over profiled speed of such a batch, now."""
+        return self.drift * self.speculation_drift if shape.draft_steps else self.drift
 
     def zero_load_prefill_s(self, num_tokens: int) -> float:
         """T(prompt) of the idle device, for ``ttft_slowdown``."""
@@ -150,13 +160,21 @@ class PerfModel:
         profiled = self.profiled(shape)
         if not (seconds > 0 and profiled > 0):
             return
-        self._residuals.append(seconds / (self.drift * profiled))
-        surprise = math.log(seconds / profiled) - math.log(self.drift)
+        surprise = math.log(seconds / (self.correction(shape) * profiled))
+        self._residuals.append(math.exp(surprise))
         clipped = max(-MAX_SURPRISE, min(MAX_SURPRISE, surprise))
         self.num_observations += 1
         # The first observations weigh more, so that a wrong profile is left quickly.
         rate = max(DRIFT_RATE, 1.0 / (self.num_observations + 1))
-        self.drift *= math.exp(rate * clipped)
+        if not shape.draft_steps:
+            self.drift *= math.exp(rate * clipped)
+            # Forgotten slowly: were it believed for good, no batch would ever show otherwise.
+            self.speculation_drift **= SPECULATION_FADE
+        else:
+            # Whether the device or the drafts are slower cannot be told from one batch.
+            self.drift *= math.exp(0.5 * rate * clipped)
+            drift = self.speculation_drift * math.exp(rate * clipped)
+            self.speculation_drift = min(max(drift, 1 / MAX_SPECULATION), MAX_SPECULATION)
         enough = len(self._residuals) >= MIN_RESIDUALS
         if enough and self.num_observations % REFRESH_EVERY == 0:
             worst = residual_quantile(self._residuals, self.quantile)

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
+from itertools import product
 
 from minserve.planner.acceptance import AcceptanceEstimator, expected_tokens
 from minserve.planner.perf_model import BatchShape, PerfModel
@@ -135,14 +136,21 @@ def most_tokens_per_second(
     if not speculators or plain_s <= 0:
         return none
     plain_rate = num_decodes / plain_s
-    # What one more token costs where it costs most, attention left out.
-    token_s = model.drift * max(p.tokens + p.draft_tokens for p in model.pieces)
     best, best_rate = none, plain_rate * WORTH
-    for steps in range(1, max(one.limit for one in speculators) + 1):
-        rate = max(best_rate, plain_rate)
+    # Not even if drafted tokens cost nothing but one step of the draft model?
+    hoped = sum(expected_tokens(one.acceptance, one.limit) - 1.0 for one in speculators)
+    least = model.predict(replace(shape, draft_steps=1))
+    if (num_decodes + hoped) / least <= best_rate:
+        return none
+    # What one more token costs, attention left out, depends on the piece that decides.
+    costs = {p.tokens + p.draft_tokens for p in model.pieces}
+    longest = max(one.limit for one in speculators)
+    for token_s, steps in product(costs, range(1, longest + 1)):
+        rate = best_rate
         for _ in range(ROUNDS):
-            lengths = tuple(one.length(token_s * rate, steps) for one in speculators)
-            if not any(lengths):
+            threshold = model.drift * token_s * rate
+            lengths = tuple(one.length(threshold, steps) for one in speculators)
+            if max(lengths) < steps:
                 break
             seconds = model.predict(with_drafts(shape, speculators, lengths))
             extra = sum(
@@ -155,6 +163,4 @@ def most_tokens_per_second(
             if abs(found / rate - 1.0) < 0.01:
                 break
             rate = found
-        if not any(lengths) or max(lengths) < steps:
-            break
     return best

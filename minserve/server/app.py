@@ -1,7 +1,7 @@
 """The aiohttp application: routes, and what every request passes through.
 
-Knows the engine by its public face alone: ``submit``, the handles it returns, and the
-tokenizer.
+Knows the engine by its public face alone: ``submit``, the handles it returns, ``stats``, and
+the tokenizer.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from minserve.errors import EngineStoppedError, InvalidRequestError
 from minserve.server.body import read_object
 from minserve.server.errors import HttpError, error_response, to_http_error, unavailable
 from minserve.server.generation import streamed_response, whole_response
+from minserve.server.metrics import CONTENT_TYPE, create_registry, render
 from minserve.server.protocol import (
     GenerationCall,
     TokenizeCall,
@@ -39,7 +40,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 # How long connections may take to send their last bytes once the engine has stopped.
 FLUSH_TIMEOUT_S = 5.0
-OPEN_PATHS = ("/health",)
+# What watches over a server asks these, and they tell nothing of what is asked and answered.
+OPEN_PATHS = ("/health", "/metrics")
 
 
 class Server:
@@ -55,6 +57,7 @@ class Server:
         self.engine = engine
         self.draining = False
         self._created = int(time.time())
+        self._metrics = create_registry(self._loaded_engine)
 
     def create_app(self) -> web.Application:
         """The application with all routes."""
@@ -65,6 +68,7 @@ class Server:
         app.add_routes(
             [
                 web.get("/health", self.health),
+                web.get("/metrics", self.metrics),
                 web.get("/v1/models", self.list_models),
                 web.get("/v1/models/{model:.+}", self.get_model),
                 web.post("/v1/completions", self.completions),
@@ -94,6 +98,15 @@ class Server:
         if not self._ready_engine().is_healthy:
             raise unavailable("the engine has stopped working")
         return _json({"status": "ok"})
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        """Prometheus metrics, as of the newest iteration; needs no API key, as /health does not.
+
+        Answered while draining too; 503 while the model loads.
+        """
+        # In a thread: a few milliseconds of formatting that no stream should wait for.
+        text = await asyncio.to_thread(render, self._metrics)
+        return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
 
     async def list_models(self, request: web.Request) -> web.Response:
         """The one model, as a list."""

@@ -69,6 +69,7 @@ class GenerationCall:
         drop_output: ``max_tokens: 0`` with ``echo``: only the prompt is wanted.
         include_usage: close a stream with a usage chunk.
         continuous_usage: put the usage so far on every chunk.
+        include_acceptance: tell in the final usage what became of drafted tokens.
     """
 
     chat: bool
@@ -78,6 +79,7 @@ class GenerationCall:
     stream: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
+    include_acceptance: bool = False
     echo: bool = False
     drop_output: bool = False
     priority: int = 0
@@ -165,6 +167,11 @@ def _finish_call(fields: Fields, *, params: dict[str, Any], **call: Any) -> Gene
     options.only("include_obfuscation", False)
     options.finish()
     stream = fields.boolean("stream")
+    include_acceptance = fields.boolean("include_acceptance")
+    if include_acceptance and stream and not include_usage:
+        raise fields.error(
+            "include_acceptance", "needs stream_options.include_usage: it is told in that chunk"
+        )
     priority = fields.integer("priority") or 0
     cache_salt = fields.string("cache_salt") or ""
     sampling = _parse_sampling(fields, params)
@@ -175,6 +182,7 @@ def _finish_call(fields: Fields, *, params: dict[str, Any], **call: Any) -> Gene
         stream=stream,
         include_usage=include_usage,
         continuous_usage=continuous_usage,
+        include_acceptance=include_acceptance,
         priority=priority,
         cache_salt=cache_salt,
         **call,

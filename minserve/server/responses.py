@@ -29,6 +29,8 @@ class _Choice:
 
     begun: bool = False
     text_offset: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 class _Group:
@@ -56,6 +58,9 @@ class _Group:
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = delta.prompt_logprobs
             self.awaits_prompt_logprobs = False
+        choice = self.choices[delta.index]
+        choice.num_draft_tokens = delta.num_draft_tokens
+        choice.num_accepted_tokens = delta.num_accepted_tokens
         if delta.slo is not None:
             self.slo_reports.append(delta.slo)
 
@@ -192,11 +197,26 @@ class Reply:
         return self._tokenizer.decode(group.handle.prompt_token_ids, skip_special_tokens=False)
 
     def _final_usage(self) -> dict[str, Any]:
-        """With what became of the SLO, where there was one: as the worst of all outputs fared."""
+        """With what became of drafts, where asked for, and of the SLO, where there was one: as
+        the worst of all outputs fared.
+        """
+        usage = self._usage()
+        if self._call.include_acceptance:
+            usage["acceptance"] = self._acceptance()
         reports = [report for group in self._groups for report in group.slo_reports]
-        if not reports:
-            return self._usage()
-        return {**self._usage(), "slo": slo_object(worst_report(reports))}
+        if reports:
+            usage["slo"] = slo_object(worst_report(reports))
+        return usage
+
+    def _acceptance(self) -> dict[str, Any]:
+        choices = [choice for group in self._groups for choice in group.choices]
+        drafted = sum(choice.num_draft_tokens for choice in choices)
+        accepted = sum(choice.num_accepted_tokens for choice in choices)
+        return {
+            "draft_tokens": drafted,
+            "accepted_tokens": accepted,
+            "rate": accepted / drafted if drafted else None,
+        }
 
     def _usage(self) -> dict[str, Any]:
         prompt_tokens = sum(len(group.handle.prompt_token_ids) for group in self._groups)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -192,3 +193,17 @@ def test_pieces_that_cannot_be_are_refused(bad: tuple[Piece, ...]) -> None:
 def test_the_residual_quantile_is_a_value_that_occurred() -> None:
     values = [5.0, 1.0, 4.0, 2.0, 3.0]
     assert [residual_quantile(values, q) for q in (0.2, 0.5, 0.8, 0.81, 1.0)] == [1, 3, 4, 5, 5]
+
+
+def test_batches_with_drafts_that_are_slower_than_profiled_are_learned_apart() -> None:
+    model = PerfModel(MODEL).with_draft_costs(0.002, 0.0001)
+    plain, drafted = BatchShape.of([(100, 1)]), BatchShape.of([(100, 5)])
+    drafted = replace(drafted, draft_steps=4, draft_tokens=4)
+    for _ in range(300):
+        model.observe(plain, model.profiled(plain))
+        model.observe(drafted, 2.0 * model.profiled(drafted))
+    assert model.predict(plain) == pytest.approx(model.profiled(plain), rel=0.1)
+    assert model.predict(drafted) == pytest.approx(2.0 * model.profiled(drafted), rel=0.1)
+    for _ in range(3000):
+        model.observe(plain, model.profiled(plain))
+    assert model.speculation_drift < 1.1  # worth another try

@@ -265,6 +265,53 @@ def test_many_streams_at_once_do_not_mix(server: RunningServer) -> None:
     assert together == alone
 
 
+# --- what became of drafts ---
+
+
+# Whatever was said is said again, so that even a random model is easy to foresee.
+REPEATING = {"frequency_penalty": -2, "max_tokens": 48, "temperature": 0, "model": "tiny"}
+
+
+def test_the_acceptance_is_told_where_it_is_asked_for(
+    tiny_llama_dir: Path, start_server: Callable[..., RunningServer]
+) -> None:
+    server = start_server(
+        tiny_llama_dir, ServerConfig(served_model_name="tiny"), policy="sarathi", speculator="ngram"
+    )
+    asked = {"ignore_eos": True, "include_acceptance": True}
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    counts = server.engine.stats
+    with server.client() as client:
+        for create, prompt in (
+            (client.completions.create, {"prompt": ["The rain " * 9, PROMPT], "n": 2}),
+            (client.chat.completions.create, {"messages": MESSAGES}),
+        ):
+            before = counts().speculation
+            told = create(**REPEATING, **prompt, extra_body=asked).usage.acceptance
+            after = counts().speculation
+            drafted = after.num_draft_tokens - before.num_draft_tokens
+            accepted = after.num_accepted_tokens - before.num_accepted_tokens
+            assert 0 < accepted <= drafted
+            assert told == {
+                "draft_tokens": drafted,
+                "accepted_tokens": accepted,
+                "rate": accepted / drafted,
+            }
+            *chunks, last = create(**REPEATING, **prompt, **options, extra_body=asked)
+            assert last.usage.acceptance == told
+            assert all(chunk.usage is None for chunk in chunks)
+            plain = create(**REPEATING, **prompt, extra_body={"ignore_eos": True})
+            assert "acceptance" not in plain.usage.model_extra
+
+
+def test_without_a_speculator_nothing_was_drafted(client: openai.OpenAI) -> None:
+    asked = {"include_acceptance": True}
+    usage = client.completions.create(prompt=PROMPT, **GREEDY, extra_body=asked).usage
+    assert usage.acceptance == {"draft_tokens": 0, "accepted_tokens": 0, "rate": None}
+    plain = client.completions.create(prompt=PROMPT, **GREEDY).usage
+    assert "acceptance" not in plain.model_extra
+
+
 # --- clients that leave or lag ---
 
 

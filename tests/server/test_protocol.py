@@ -222,6 +222,8 @@ REFUSED = [
     ("use_beam_search", True),
     ("echo", 1),
     ("stream", "yes"),
+    ("include_acceptance", 1),
+    ("include_acceptance", "true"),
     ("max_tokens", 1.0),
     ("max_tokens", True),
     ("max_tokens", 0),
@@ -268,6 +270,15 @@ def test_a_value_that_cannot_be_honoured_is_refused_by_name(name: str, value: An
     with pytest.raises(InvalidRequestError) as caught:
         completion(**{name: value})
     assert caught.value.param == name
+
+
+def test_a_stream_without_a_usage_chunk_cannot_tell_the_acceptance() -> None:
+    asked = {"include_acceptance": True, "stream": True}
+    for parse in (completion, chat):
+        assert parse(**asked, stream_options={"include_usage": True}).include_acceptance
+        with pytest.raises(InvalidRequestError, match="include_usage") as caught:
+            parse(**asked)
+        assert caught.value.param == "include_acceptance"
 
 
 def test_unknown_stream_options_are_refused() -> None:

@@ -84,6 +84,7 @@ MALFORMED: list[tuple[str, Any]] = [
     ("/v1/chat/completions", {"messages": "hello"}),
     ("/v1/chat/completions", {"messages": [{"role": "user"}]}),
     ("/v1/chat/completions", {"messages": MESSAGES, "min_tokens": 10**15}),
+    ("/v1/chat/completions", {"messages": MESSAGES, "include_acceptance": "yes"}),
     ("/v1/chat/completions", {"messages": MESSAGES, "tools": [{"type": "function"}]}),
     ("/tokenize", {}),
     ("/tokenize", {"prompt": 5}),
@@ -204,11 +205,12 @@ def test_any_content_type_is_read_as_json(server: RunningServer) -> None:
         assert post(server, "/v1/completions", completion_with(), headers)[0] == 200
 
 
-def test_the_key_guards_everything_but_health(
+def test_the_key_guards_everything_but_health_and_metrics(
     tiny_llama_dir: Path, start_server: Callable[..., RunningServer]
 ) -> None:
     server = start_server(tiny_llama_dir, ServerConfig(api_key="sécret"))
-    assert post(server, "/health", None, method="GET")[0] == 200
+    for path in ("/health", "/metrics"):
+        assert post(server, path, None, method="GET")[0] == 200
     for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": "sécret"}):
         sent = {k: v.encode() for k, v in headers.items()}
         status, _, raw = post(server, "/v1/models", None, sent, method="GET")

@@ -37,7 +37,7 @@ class FcfsPlanner(Planner):
         for seq in view.waiting:
             if not draft.admit(seq):
                 break
-        self._decodes(draft)
+        draft.decodes()
         return draft.plan
 
     def _plan_whole(self, view: PlannerView) -> IterationPlan:
@@ -48,11 +48,5 @@ class FcfsPlanner(Planner):
             if not draft.admit(seq, whole=True):
                 break
         if not draft.plan.admit:
-            self._decodes(draft)
+            draft.decodes()
         return draft.plan
-
-    @staticmethod
-    def _decodes(draft: BatchDraft) -> None:
-        for seq in draft.view.running:
-            if seq.is_decoding and not draft.is_preempted(seq):
-                draft.decode(seq)

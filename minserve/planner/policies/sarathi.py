@@ -18,9 +18,7 @@ class SarathiPlanner(Planner):
 
     def _plan(self, view: PlannerView, now: float) -> IterationPlan:
         draft = BatchDraft(view)
-        for seq in view.running:
-            if seq.is_decoding and not draft.is_preempted(seq):
-                draft.decode(seq)
+        draft.decodes()
         for seq in view.running:
             if not seq.is_decoding and not draft.is_preempted(seq):
                 draft.schedule(seq, seq.num_uncomputed_tokens, whole=False)

@@ -1,0 +1,182 @@
+"""What an engine has done so far, in plain numbers: `EngineStats`, counted by the core.
+
+Requests here are outputs: one that asks for ``n`` of them counts ``n`` times, its prompt once.
+All times are seconds on the engine's clock. A request arrives when it has been checked and its
+prompt tokenized, and a token has come when its iteration ends: parsing before and the
+network behind are not in these numbers, just as they are not in an SLO's.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field, fields, replace
+
+from minserve.engine.runner import Scheduled
+from minserve.engine.speculator import SpeculationStats
+from minserve.request import FinishReason, RequestEvent, Sequence
+from minserve.slo import CUSTOM, Outcome, SLOReport
+
+# Bounds of buckets, in steps of 1, 2, 5: of an iteration, and of a request.
+ITERATION_SECONDS = tuple(float(f"{m}e{e}") for e in range(-5, 1) for m in (1, 2, 5))
+REQUEST_SECONDS = tuple(float(f"{m}e{e}") for e in range(-3, 3) for m in (1, 2, 5))
+BATCH_TOKENS = (0, *(2**e for e in range(15)))
+
+
+class Histogram:
+    """How often a number fell into which bucket, cheap enough for every token.
+
+    Attributes:
+        bounds: upper bounds of the buckets, rising; a bound belongs to the bucket below it.
+        counts: per bucket, and last of what was above them all.
+        total: sum of all numbers observed.
+    """
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count one number."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def copy(self) -> Histogram:
+        """The counts as they are."""
+        twin = Histogram(self.bounds)
+        twin.counts, twin.total = self.counts.copy(), self.total
+        return twin
+
+
+def _of_iterations() -> Histogram:
+    return Histogram(ITERATION_SECONDS)
+
+
+def _of_requests() -> Histogram:
+    return Histogram(REQUEST_SECONDS)
+
+
+def _of_batches() -> Histogram:
+    return Histogram(BATCH_TOKENS)
+
+
+@dataclass(slots=True, kw_only=True)
+class EngineStats:
+    """Counts since the start, and the state after the newest iteration.
+
+    Attributes:
+        num_running, num_waiting: now.
+        kv_usage: share of the KV blocks in use, 0 to 1; cached blocks that nobody uses are free.
+        num_prefix_queries, num_prefix_hits: tokens of admitted sequences that were looked up
+            in the prefix cache, and of these those found.
+        num_preemptions: times that a running sequence gave up its blocks.
+        num_prompt_tokens: of requests whose first output has begun.
+        num_generation_tokens: tokens of outputs.
+        finished: outputs that ended, by reason.
+        slo_requests: outputs with an SLO that ended, by class and outcome. The classes are
+            those of `add_classes`; any other counts as ``custom``. An aborted output counts
+            only where it was late by then.
+        ttft_s: from arrival to the first token.
+        inter_token_s: between two deliveries to one output; by speculation a delivery may
+            bring several tokens.
+        e2e_s: from arrival to the last token, of outputs that stopped or reached their length.
+        queue_s: from arrival to the first admission.
+        iteration_s, predicted_s: of iterations that ran something, planning included; as the
+            planner predicted them, where it could.
+        planning_s: of each plan.
+        prefill_tokens, decode_tokens, draft_tokens: that one iteration ran.
+        speculation: what was drafted and accepted.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_usage: float = 0.0
+    num_prefix_queries: int = 0
+    num_prefix_hits: int = 0
+    num_preemptions: int = 0
+    num_prompt_tokens: int = 0
+    num_generation_tokens: int = 0
+    finished: dict[FinishReason, int] = field(
+        default_factory=lambda: dict.fromkeys(FinishReason, 0)
+    )
+    slo_requests: dict[tuple[str, Outcome], int] = field(
+        default_factory=lambda: {(CUSTOM, outcome): 0 for outcome in Outcome}
+    )
+    ttft_s: Histogram = field(default_factory=_of_requests)
+    inter_token_s: Histogram = field(default_factory=_of_iterations)
+    e2e_s: Histogram = field(default_factory=_of_requests)
+    queue_s: Histogram = field(default_factory=_of_requests)
+    iteration_s: Histogram = field(default_factory=_of_iterations)
+    predicted_s: Histogram = field(default_factory=_of_iterations)
+    planning_s: Histogram = field(default_factory=_of_iterations)
+    prefill_tokens: Histogram = field(default_factory=_of_batches)
+    decode_tokens: Histogram = field(default_factory=_of_batches)
+    draft_tokens: Histogram = field(default_factory=_of_batches)
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)
+
+    def add_classes(self, names: Iterable[str]) -> None:
+        """Count these SLO classes by name."""
+        for name in names:
+            for outcome in Outcome:
+                self.slo_requests.setdefault((name, outcome), 0)
+
+    def admitted(self, seq: Sequence, now: float) -> None:
+        """A sequence left the queue for the first time."""
+        self.queue_s.observe(now - seq.request.arrival_s)
+
+    def delivered(self, seq: Sequence, now: float) -> None:
+        """New tokens have come; to be told before the sequence notes the event."""
+        last = seq.events.get(RequestEvent.TOKENS)
+        if last is not None:
+            self.inter_token_s.observe(now - last)
+            return
+        self.ttft_s.observe(now - seq.request.arrival_s)
+        if seq.index == 0:
+            self.num_prompt_tokens += seq.num_prompt_tokens
+
+    def ended(self, seq: Sequence, report: SLOReport | None) -> None:
+        """A sequence has finished, for whatever reason."""
+        reason, now = seq.finish_reason, seq.events[RequestEvent.FINISHED]
+        self.finished[reason] += 1
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self.e2e_s.observe(now - seq.request.arrival_s)
+        if report is None:
+            return
+        # Whoever leaves while all is in time says nothing of the SLO.
+        if reason is FinishReason.ABORT and (report.attained or not seq.progress.is_broken(now)):
+            return
+        key = (report.name, report.outcome)
+        self.slo_requests[key if key in self.slo_requests else (CUSTOM, report.outcome)] += 1
+
+    def batch(self, batch: SequenceOf[Scheduled]) -> None:
+        """A batch is about to run; afterwards its prefills may be decodes."""
+        prefill = decode = drafted = 0
+        for item in batch:
+            if item.seq.is_decoding:
+                decode += item.num_tokens
+                drafted += len(item.drafted)
+            else:
+                prefill += item.num_tokens
+        self.prefill_tokens.observe(prefill)
+        self.decode_tokens.observe(decode)
+        self.draft_tokens.observe(drafted)
+
+    def iteration(self, predicted_s: float | None, measured_s: float) -> None:
+        """A batch has run."""
+        self.iteration_s.observe(measured_s)
+        if predicted_s is not None:
+            self.predicted_s.observe(predicted_s)
+
+    def copy(self, **state: float) -> EngineStats:
+        """All counts as they are, with the given fields replaced."""
+        places = self.speculation.num_accepted_per_pos.copy()
+        own = {"speculation": replace(self.speculation, num_accepted_per_pos=places)}
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, (dict, Histogram)):
+                own[one.name] = value.copy()
+        return replace(self, **own, **state)

@@ -1,0 +1,202 @@
+"""GET /metrics: the engine's counts in Prometheus' text format, under vLLM's names.
+
+The engine counts; here is only what each count is called. Labels come from fixed sets: finish
+reasons and outcomes from their enums, SLO classes as configured (``custom`` for SLOs of no
+class; requests without an SLO are in no class), positions up to ``max_speculation``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from minserve.slo import Outcome
+
+if TYPE_CHECKING:
+    from minserve.engine.engine import AsyncEngine
+    from minserve.engine.stats import EngineStats, Histogram
+
+PREFIX = "minserve:"
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+
+class EngineCollector(Collector):
+    """Reads one engine's counts at each scrape.
+
+    Args:
+        find_engine: the engine to ask; raises where there is none yet.
+    """
+
+    def __init__(self, find_engine: Callable[[], AsyncEngine]) -> None:
+        self._find_engine = find_engine
+
+    def collect(self) -> Iterator[Metric]:
+        """All metrics, of one moment."""
+        engine = self._find_engine()
+        stats = engine.stats()
+        yield from _gauges(stats)
+        yield from _counters(stats)
+        yield from _speculation(stats, engine.config.max_speculation)
+        yield from _slo(stats)
+        yield from _request_histograms(stats)
+        yield from _iteration_histograms(stats)
+
+
+def create_registry(find_engine: Callable[[], AsyncEngine]) -> CollectorRegistry:
+    """A registry with one engine's metrics and nothing of the process's other registries."""
+    registry = CollectorRegistry()
+    registry.register(EngineCollector(find_engine))
+    return registry
+
+
+def render(registry: CollectorRegistry) -> bytes:
+    """The text of a scrape, of `CONTENT_TYPE`; takes milliseconds, from any thread."""
+    return generate_latest(registry)
+
+
+def _gauges(stats: EngineStats) -> Iterator[Metric]:
+    for name, text, value in (
+        ("num_requests_running", "Outputs that hold KV blocks.", stats.num_running),
+        ("num_requests_waiting", "Outputs that wait for admission.", stats.num_waiting),
+        ("kv_cache_usage_perc", "KV blocks in use; 1 is all of them.", stats.kv_usage),
+    ):
+        yield GaugeMetricFamily(PREFIX + name, text, value)
+
+
+def _counters(stats: EngineStats) -> Iterator[Metric]:
+    for name, text, value in (
+        (
+            "prefix_cache_queries",
+            "Tokens looked up in the prefix cache at admission.",
+            stats.num_prefix_queries,
+        ),
+        ("prefix_cache_hits", "Of these tokens, those it held.", stats.num_prefix_hits),
+        (
+            "num_preemptions",
+            "Times that a running output gave up its KV blocks.",
+            stats.num_preemptions,
+        ),
+        (
+            "prompt_tokens",
+            "Prompt tokens of requests whose first output has begun.",
+            stats.num_prompt_tokens,
+        ),
+        ("generation_tokens", "Tokens of outputs.", stats.num_generation_tokens),
+    ):
+        yield CounterMetricFamily(PREFIX + name, text, value)
+    yield _counter(
+        "request_success",
+        "Outputs that ended, by reason.",
+        "finished_reason",
+        ((reason.value, num) for reason, num in stats.finished.items()),
+    )
+
+
+def _speculation(stats: EngineStats, max_speculation: int) -> Iterator[Metric]:
+    counts = stats.speculation
+    for name, text, value in (
+        ("num_drafts", "Proposals verified.", counts.num_drafts),
+        ("num_draft_tokens", "Tokens drafted.", counts.num_draft_tokens),
+        ("num_accepted_tokens", "Drafted tokens accepted.", counts.num_accepted_tokens),
+    ):
+        yield CounterMetricFamily(f"{PREFIX}spec_decode_{name}", text, value)
+    places = dict.fromkeys(range(max_speculation), 0)
+    places.update(enumerate(counts.num_accepted_per_pos))
+    yield _counter(
+        "spec_decode_num_accepted_tokens_per_pos",
+        "Drafted tokens accepted, by their position in the proposal.",
+        "position",
+        ((str(place), num) for place, num in places.items()),
+    )
+
+
+def _slo(stats: EngineStats) -> Iterator[Metric]:
+    requests = CounterMetricFamily(
+        f"{PREFIX}slo_requests",
+        "Outputs with an SLO that ended; one that was aborted counts only where it was late.",
+        labels=("class", "outcome"),
+    )
+    ended: dict[str, int] = {}
+    for (name, outcome), num in stats.slo_requests.items():
+        requests.add_metric((name, outcome.value), num)
+        ended[name] = ended.get(name, 0) + num
+    yield requests
+    attainment = GaugeMetricFamily(
+        f"{PREFIX}slo_attainment",
+        "Share of these that attained their SLO since the start; missing before the first.",
+        labels=("class",),
+    )
+    for name, num in ended.items():
+        if num:
+            attainment.add_metric((name,), stats.slo_requests[name, Outcome.ATTAINED] / num)
+    yield attainment
+
+
+def _request_histograms(stats: EngineStats) -> Iterator[Metric]:
+    for name, text, histogram in (
+        ("time_to_first_token_seconds", "From arrival to the first token.", stats.ttft_s),
+        (
+            "inter_token_latency_seconds",
+            "Between two deliveries of tokens to one output.",
+            stats.inter_token_s,
+        ),
+        (
+            "e2e_request_latency_seconds",
+            "From arrival to the end, of outputs that ended by stop or length.",
+            stats.e2e_s,
+        ),
+        ("request_queue_time_seconds", "From arrival to the first admission.", stats.queue_s),
+    ):
+        yield _histogram(name, text, histogram)
+
+
+def _iteration_histograms(stats: EngineStats) -> Iterator[Metric]:
+    for name, text, histogram in (
+        (
+            "iteration_seconds",
+            "Of an iteration that ran a batch, with planning.",
+            stats.iteration_s,
+        ),
+        ("iteration_predicted_seconds", "The same as the planner foresaw it.", stats.predicted_s),
+        ("planning_seconds", "Of planning an iteration.", stats.planning_s),
+    ):
+        yield _histogram(name, text, histogram)
+    tokens = HistogramMetricFamily(
+        f"{PREFIX}batch_tokens", "Tokens that one iteration ran, by kind.", labels=("kind",)
+    )
+    for kind, histogram in (
+        ("prefill", stats.prefill_tokens),
+        ("decode", stats.decode_tokens),
+        ("draft", stats.draft_tokens),
+    ):
+        tokens.add_metric((kind,), _buckets(histogram), histogram.total)
+    yield tokens
+
+
+def _counter(name: str, text: str, label: str, values: Iterable[tuple[str, int]]) -> Metric:
+    family = CounterMetricFamily(PREFIX + name, text, labels=(label,))
+    for value, num in values:
+        family.add_metric((value,), num)
+    return family
+
+
+def _histogram(name: str, text: str, histogram: Histogram) -> Metric:
+    return HistogramMetricFamily(
+        PREFIX + name, text, buckets=_buckets(histogram), sum_value=histogram.total
+    )
+
+
+def _buckets(histogram: Histogram) -> list[tuple[str, int]]:
+    """Upper bounds with counts of all up to there, as Prometheus wants them."""
+    bounds = [*(str(float(bound)) for bound in histogram.bounds), "+Inf"]
+    return list(zip(bounds, accumulate(histogram.counts), strict=True))
