@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from example_scripts import load_example
 
 EOS_TOKEN = "</s>"
 SPECIAL_TOKENS = ["<unk>", "<s>", EOS_TOKEN, "<|im_start|>", "<|im_end|>"]
@@ -105,25 +103,13 @@ def _train_pair(folder: Path, family: str) -> Any:
     """Train a pair on one thread: sums in another order would give other models."""
     import torch
 
-    example = _load_example("train_tiny_pair")
+    example = load_example("train_tiny_pair")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         return example.train_pair(folder, family, example.SMALL, progress=False)
     finally:
         torch.set_num_threads(threads)
-
-
-def _load_example(name: str) -> ModuleType:
-    """A script as a module: examples are not a package."""
-    path = Path(__file__).parents[1] / "examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def _save_tokenizer(folder: Path, chat_template: str | None) -> dict[str, int]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from example_scripts import load_example
 
 from minserve import Engine, SamplingParams
 
@@ -17,19 +15,7 @@ PROMPTS = ["def read(self, path):\n    ", "import os\nimport sys\n\n", "class Er
 NEW_TOKENS = 32
 
 
-def load_example() -> ModuleType:
-    """The script as a module: examples are not a package."""
-    path = Path(__file__).parents[1] / "examples" / "train_tiny_pair.py"
-    spec = importlib.util.spec_from_file_location("train_tiny_pair", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-example = load_example()
+example = load_example("train_tiny_pair")
 
 
 @pytest.fixture(scope="module", params=example.FAMILIES)
@@ -38,18 +24,8 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pairs") / family
-
-
-@pytest.fixture(scope="module")
-def pair(folder: Path, family: str):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums in another order would give other models
-    try:
-        return example.train_pair(folder, family, example.SMALL, progress=False)
-    finally:
-        torch.set_num_threads(threads)
+def pair(family: str, request: pytest.FixtureRequest):
+    return request.getfixturevalue(f"tiny_{family}_pair")
 
 
 def test_the_draft_agrees_often_but_not_always(pair) -> None:
@@ -91,7 +67,9 @@ def test_target_and_draft_share_one_vocabulary(pair) -> None:
         assert tokenizer.eos_token_id == config.eos_token_id
 
 
-def test_the_same_recipe_again_reuses_the_files(pair, folder: Path, family: str) -> None:
+def test_the_same_recipe_again_reuses_the_files(pair, family: str) -> None:
+    folder = pair.target.parent
+
     def written() -> dict[Path, int]:
         return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 

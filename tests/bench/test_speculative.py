@@ -9,8 +9,6 @@ import pytest
 from speculative import (
     CASES,
     EFFORTS,
-    SyntheticSampler,
-    _mismatch,
     grouped,
     main,
     num_runs,
@@ -30,6 +28,8 @@ from speculative_report import (
     summary,
     table,
 )
+from speculative_runs import _mismatch
+from speculative_synthetic import SyntheticSampler
 
 from minserve.engine.sampler import SampledToken, Verified
 from minserve.outputs import CompletionOutput, TokenLogprob
