@@ -18,7 +18,7 @@ from minserve.cli_flags import add_config_flags, add_sampling_flags, given
 from minserve.cli_profile import add_profile
 from minserve.config import EngineConfig, ServerConfig
 from minserve.errors import ConfigError, MinserveError
-from minserve.outputs import CompletionOutput, TokenLogprob
+from minserve.outputs import CompletionOutput, TokenLogprob, acceptance
 from minserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -266,6 +266,11 @@ def _report(
         "completion_tokens": num_output_tokens,
         "total_tokens": len(result.prompt_token_ids) + num_output_tokens,
     }
+    if engine.speculates:
+        report["usage"]["acceptance"] = acceptance(
+            sum(output.num_draft_tokens for output in result.outputs),
+            sum(output.num_accepted_tokens for output in result.outputs),
+        )
     report["timings"] = {
         "generate_s": round(generate_s, 4),
         "output_tokens_per_s": round(num_output_tokens / generate_s, 2),

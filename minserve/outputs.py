@@ -26,6 +26,16 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
+def acceptance(num_draft_tokens: int, num_accepted_tokens: int) -> dict[str, int | float | None]:
+    """What became of drafts, for JSON; the rate is ``None`` where nothing was drafted."""
+    rate = num_accepted_tokens / num_draft_tokens if num_draft_tokens else None
+    return {
+        "draft_tokens": num_draft_tokens,
+        "accepted_tokens": num_accepted_tokens,
+        "rate": rate,
+    }
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputDelta:
     """News of one output of one request.

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -168,6 +169,18 @@ def test_generate_prints_only_the_text(
     assert report["timings"]["generate_s"] > 0
     assert main(args) == 0
     assert capsys.readouterr().out == report["text"] + "\n"
+
+
+def test_generate_tells_what_became_of_drafts(
+    tiny_llama_pair: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["generate", "--model", str(tiny_llama_pair.target), "--num-blocks", "32", "--json"]
+    args += ["--draft-model", str(tiny_llama_pair.draft), "--policy", "sarathi"]
+    assert main([*args, "--temperature", "0", "--max-tokens", "24", "--prompt", "import os\n"]) == 0
+    told = json.loads(capsys.readouterr().out)["usage"]["acceptance"]
+    assert 0 <= told["accepted_tokens"] <= told["draft_tokens"]
+    assert told["draft_tokens"] > 0
+    assert told["rate"] == told["accepted_tokens"] / told["draft_tokens"]
 
 
 def test_generate_uses_the_chat_template_unless_raw(

@@ -90,6 +90,11 @@ class EngineBase:
         return self._core.planner.model
 
     @property
+    def speculates(self) -> bool:
+        """True where a speculator drafts tokens."""
+        return self._core.proposer is not None
+
+    @property
     def speculation_stats(self) -> SpeculationStats:
         """What was drafted and accepted since the start; the engine goes on counting in it."""
         return self._core.speculation
@@ -193,8 +198,7 @@ class EngineBase:
         if self.perf_model is not None:
             return
         plans = self.config.policy in PROMISING
-        speculates = self._core.proposer is not None
-        if (plans and (speculates or promised is not None)) or (
+        if (plans and (self.speculates or promised is not None)) or (
             promised is not None and promised.needs_profile
         ):
             self.profile(PROBE_S)

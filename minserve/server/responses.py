@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from minserve.outputs import OutputDelta, TokenLogprob
+from minserve.outputs import OutputDelta, TokenLogprob, acceptance
 from minserve.server.logprobs import LogprobWriter, join_arrays
 from minserve.server.protocol import GenerationCall
 from minserve.server.slo import slo_object
@@ -210,13 +210,10 @@ class Reply:
 
     def _acceptance(self) -> dict[str, Any]:
         choices = [choice for group in self._groups for choice in group.choices]
-        drafted = sum(choice.num_draft_tokens for choice in choices)
-        accepted = sum(choice.num_accepted_tokens for choice in choices)
-        return {
-            "draft_tokens": drafted,
-            "accepted_tokens": accepted,
-            "rate": accepted / drafted if drafted else None,
-        }
+        return acceptance(
+            sum(choice.num_draft_tokens for choice in choices),
+            sum(choice.num_accepted_tokens for choice in choices),
+        )
 
     def _usage(self) -> dict[str, Any]:
         prompt_tokens = sum(len(group.handle.prompt_token_ids) for group in self._groups)
