@@ -380,6 +380,7 @@ def _draft_for_speed(
     ready = [one if one.lag <= MOST_LAG else replace(one, lag=0) for one in speculators]
     plain_s, token_s = batch.seconds, batch.model.drift * batch.model.pieces[0].draft_tokens
     best = most_tokens_per_second(batch.model, batch.shape, len(decodes), ready, limit)
+    drafting.declined = bool(speculators) and not any(best.lengths)
     for one, length in zip(speculators, best.lengths, strict=True):
         if length == 0:
             continue

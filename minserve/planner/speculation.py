@@ -66,7 +66,7 @@ class Speculation:
     gain: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Drafting:
     """What a batch under construction needs to know of speculation.
 
@@ -76,12 +76,14 @@ class Drafting:
         remaining: tokens that an output is likely still to have.
         thresholds: per TPOT in seconds, where prefills wait: how likely a token must be to be
             accepted; TPOTs that are missing draft nothing then.
+        declined: set where tokens could have been drafted for the batch, but did not pay.
     """
 
     view: SpeculationView
     acceptance: AcceptanceEstimator
     remaining: Callable[[Sequence], int]
     thresholds: Mapping[float, float]
+    declined: bool = False
 
     def speculator(self, seq: Sequence) -> Speculator:
         """A decoding sequence as a speculator; its last token comes from the target alone."""

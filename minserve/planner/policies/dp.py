@@ -35,6 +35,9 @@ REVIEW_EVERY_S = 0.1
 LONGEST_ITERATION = 5.0
 # A token still has to be detokenized, written and read.
 GUARD_S = 0.003
+# Where drafts do not pay, they are not weighed again for so many iterations of the same
+# sequences: for a tiny model weighing them costs as much as they could bring.
+REST = 16
 
 
 class DpPlanner(Planner):
@@ -60,6 +63,7 @@ class DpPlanner(Planner):
         self.best_effort_share = best_effort_share
         self.acceptance = AcceptanceEstimator()
         self._thresholds: dict[float, float] = {}
+        self._rest = 0
         self._chosen: dict[str, None] = {}
         self._seen: list[str] = []
         self._last_review_s = -math.inf
@@ -94,12 +98,15 @@ class DpPlanner(Planner):
             verdict = self._review(view, now)
         work = self._sort(view, now, verdict)
         drafting = None
-        if view.speculation is not None and self.model is not None:
+        self._rest -= 1
+        if view.speculation is not None and self.model is not None and self._rest < 0:
             drafting = Drafting(
                 view.speculation, self.acceptance, self.lengths.remaining, self._thresholds
             )
         limits = self._limits(work)
         plan, self._given_s = form_batch(view, work, self.model, limits, now, drafting)
+        if drafting is not None and drafting.declined:
+            self._rest = REST
         plan.relegate, plan.reject = list(verdict.relegate), verdict.reject
         for _, seq in (*work.prefills, *work.decodes):
             started = seq.state is SequenceState.RUNNING or seq.seq_id in plan.num_scheduled_tokens
@@ -116,6 +123,8 @@ class DpPlanner(Planner):
         for seq_id in self._cached.keys() - ids:
             del self._cached[seq_id]
         self.acceptance.keep_only(ids)
+        if ids != self._seen:
+            self._rest = 0
         self._seen, self._last_review_s = ids, now
         return True
 
