@@ -108,8 +108,7 @@ class EngineConfig:
     )
     draft_model: str | None = option(
         None,
-        "the draft model, as for --model; its vocabulary must be the model's. Default with "
-        "--speculator draft and the embedded model: the draft that comes with it",
+        "the draft model, as for --model; its vocabulary must be the model's",
         group="speculation",
     )
     max_speculation: int = option(
@@ -181,6 +180,8 @@ class EngineConfig:
             raise ConfigError(
                 f"draft_model is given, but speculator {self.speculator!r} does not use one"
             )
+        if self.speculator == "draft" and self.draft_model is None:
+            raise ConfigError("speculator draft needs a draft_model")
         if self.num_blocks is not None and self.kv_cache_gib is not None:
             raise ConfigError("give num_blocks or kv_cache_gib, not both")
         if self.token_budget < self.max_num_seqs:

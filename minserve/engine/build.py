@@ -27,13 +27,7 @@ from minserve.models.draft import DraftModel, load_draft_model
 from minserve.models.layers import Placement
 from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
-from minserve.models.source import (
-    EMBEDDED_DRAFT,
-    EMBEDDED_MODEL,
-    ModelSource,
-    find_model,
-    load_config,
-)
+from minserve.models.source import ModelSource, find_model, load_config
 from minserve.planner.lengths import make_length_estimator
 from minserve.planner.policies import make_planner
 
@@ -142,16 +136,11 @@ def _load_draft(
     """The draft model that the settings ask for.
 
     Raises:
-        ConfigError: where none is given, or its vocabulary is not the model's.
+        ConfigError: where its vocabulary is not the model's.
     """
-    name = config.draft_model
-    if config.speculator != "draft" and name is None:
+    if config.draft_model is None:
         return None
-    if name is None:
-        if config.model != EMBEDDED_MODEL:
-            raise ConfigError("speculator draft needs a draft_model for this model")
-        name = EMBEDDED_DRAFT
-    source = find_model(name)
+    source = find_model(config.draft_model)
     if _has_tokenizer(source) and not Tokenizer.load(source).has_vocabulary_of(tokenizer):
         raise ConfigError(
             f"the draft model {source.name} has another vocabulary than the model: the same "

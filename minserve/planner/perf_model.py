@@ -23,10 +23,10 @@ from typing import Any
 DRIFT_RATE = 0.05
 MAX_SURPRISE = 0.7
 # Of what is learned about batches with drafts: how fast, since each of them may be a loss; the
-# bounds; and how it is forgotten, by half in 700 batches without.
-SPECULATION_RATE = 0.2
+# bounds; and how it is forgotten, by half in 200 batches without.
+SPECULATION_RATE = 0.1
 MAX_SPECULATION = 4.0
-SPECULATION_FADE = 0.999
+SPECULATION_FADE = 0.9965
 RESIDUAL_WINDOW = 512
 # Before this many observations the margin is the profile's own.
 MIN_RESIDUALS = 32
@@ -175,7 +175,7 @@ class PerfModel:
         else:
             # Whether the device or the drafts are slower cannot be told from one batch.
             self.drift *= math.exp(0.5 * rate * clipped)
-            drift = self.speculation_drift * math.exp(max(rate, SPECULATION_RATE) * clipped)
+            drift = self.speculation_drift * math.exp(SPECULATION_RATE * clipped)
             self.speculation_drift = min(max(drift, 1 / MAX_SPECULATION), MAX_SPECULATION)
         enough = len(self._residuals) >= MIN_RESIDUALS
         if enough and self.num_observations % REFRESH_EVERY == 0:
