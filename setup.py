@@ -21,6 +21,7 @@ setup(
     python_requires=">=3.11",
     packages=packages,
     package_dir=ROOTS,
+    package_data={"minserve.models": ["smollm2_draft/*"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.0",

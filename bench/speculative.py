@@ -47,14 +47,13 @@ from tqdm import tqdm
 
 from minserve import Engine
 from minserve.errors import MinserveError
-from minserve.models.source import find_model, load_config
+from minserve.models.source import EMBEDDED_DRAFT, find_model, load_config
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
 # Longest prompts taken, in tokens, and the largest batch of them for which there are blocks.
 MOST_PROMPT, MOST_BATCH = 224, 24
 CODE_PROMPT, SYNTHETIC_PROMPT = 96, 128
-NO_DRAFT = "needs --smollm2-draft DIR, a draft model made by examples/distill_draft.py"
 CHAT = "{text}"
 EXTRACT = "Repeat the key sentences of the following abstract word by word.\n\n{text}"
 EDIT = (
@@ -192,14 +191,14 @@ def bench_real(
     """All cases with trained models, group by group."""
     cases = [case for case in CASES if _is_chosen(case, args)]
     for case in cases:
-        results[case.name] = CaseResult(name=case.name, missing=_missing(case, args))
+        results[case.name] = CaseResult(name=case.name, missing=_missing(case))
     cases = [case for case in cases if results[case.name].missing is None]
     efforts = {case.group: EFFORTS[case.group.split("-")[0], args.quick] for case in cases}
     total = sum(num_runs([case], efforts[case.group], args) for case in cases)
     with tqdm(total=total, desc="Measuring", unit="run") as bar:
         for name, effort in efforts.items():
             own = [case for case in cases if case.group == name]
-            target, draft, code = name, args.smollm2_draft, []
+            target, draft, code = name, None, []
             if name.startswith("tiny"):
                 bar.set_description(f"Measuring: {name}, training where not done before")
                 folder, code = tiny_pair(name, quick=args.quick)
@@ -220,15 +219,13 @@ def _is_chosen(case: Case, args: argparse.Namespace) -> bool:
     return case.in_quick or not args.quick
 
 
-def _missing(case: Case, args: argparse.Namespace) -> str | None:
+def _missing(case: Case) -> str | None:
     """Why a case cannot run here."""
     try:
         if case.group == "smollm2":
             find_model(case.group)
             if case.speculator == "draft":
-                if args.smollm2_draft is None:
-                    return NO_DRAFT
-                load_config(find_model(args.smollm2_draft))
+                load_config(find_model(EMBEDDED_DRAFT))
     except MinserveError as error:
         return str(error)
     return None
@@ -270,8 +267,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="less of everything, see above")
     parser.add_argument("--only", metavar="CASE[,CASE]", type=lambda text: text.split(","),
                         help=", ".join(case.name for case in CASES))  # fmt: skip
-    parser.add_argument("--smollm2-draft", metavar="DIR",
-                        help="a draft model for SmolLM2, made by examples/distill_draft.py")  # fmt: skip
     parser.add_argument("--batch-sizes", type=int, nargs="+", metavar="B", help="default: 1 4 16")
     parser.add_argument("--fixed", type=int, metavar="K",
                         help="also always draft K tokens (policy sarathi)")  # fmt: skip

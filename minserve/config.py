@@ -108,7 +108,8 @@ class EngineConfig:
     )
     draft_model: str | None = option(
         None,
-        "the draft model, as for --model; its vocabulary must be the model's",
+        "the draft model, as for --model; its vocabulary must be the model's. Default with "
+        "--speculator draft and the embedded model: the draft that comes with it",
         group="speculation",
     )
     max_speculation: int = option(
@@ -180,8 +181,8 @@ class EngineConfig:
             raise ConfigError(
                 f"draft_model is given, but speculator {self.speculator!r} does not use one"
             )
-        if self.speculator == "draft" and self.draft_model is None:
-            raise ConfigError("speculator draft needs a draft_model")
+        if self.speculator == "draft" and self.draft_model is None and self.model != DEFAULT_MODEL:
+            raise ConfigError(f"speculator draft needs a draft_model for {self.model}")
         if self.num_blocks is not None and self.kv_cache_gib is not None:
             raise ConfigError("give num_blocks or kv_cache_gib, not both")
         if self.token_budget < self.max_num_seqs:

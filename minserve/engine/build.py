@@ -27,7 +27,7 @@ from minserve.models.draft import DraftModel, load_draft_model
 from minserve.models.layers import Placement
 from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
-from minserve.models.source import ModelSource, find_model, load_config
+from minserve.models.source import EMBEDDED_DRAFT, ModelSource, find_model, load_config
 from minserve.planner.lengths import make_length_estimator
 from minserve.planner.policies import make_planner
 
@@ -138,9 +138,9 @@ def _load_draft(
     Raises:
         ConfigError: where its vocabulary is not the model's.
     """
-    if config.draft_model is None:
+    if config.draft_model is None and config.speculator != "draft":
         return None
-    source = find_model(config.draft_model)
+    source = find_model(config.draft_model or EMBEDDED_DRAFT)
     if _has_tokenizer(source) and not Tokenizer.load(source).has_vocabulary_of(tokenizer):
         raise ConfigError(
             f"the draft model {source.name} has another vocabulary than the model: the same "
