@@ -187,10 +187,9 @@ def test_groups_of_prompts():
 
 
 def test_the_progress_bar_counts_runs_of_both_engines():
-    effort = EFFORTS["tiny", True]
-    args = parse(["--quick"])
-    assert num_runs(CASES[:1], effort, args) == 2 * (5 * 2 + 5)
-    assert num_runs(CASES[:1], effort, parse(["--quick", "--fixed", "2"])) == 4 * (5 * 2 + 5)
+    effort = replace(EFFORTS["tiny", True], rounds={1: 4, 4: 5}, lone_prompts=2)
+    assert num_runs(CASES[:1], effort, parse([])) == 2 * (4 * 2 + 5)
+    assert num_runs(CASES[:1], effort, parse(["--fixed", "2"])) == 4 * (4 * 2 + 5)
 
 
 @pytest.mark.parametrize(
