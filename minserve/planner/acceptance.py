@@ -17,6 +17,9 @@ SHARED_WEIGHT = 4.0
 OWN_FADE = 1 - 1 / 48
 SHARED_FADE = 1 - 1 / 4096
 MOST = 0.98
+# Batches wait for whoever has least in hand, so that what a few verifications bring is what
+# can be planned with.
+NUM_VERIFICATIONS = 2
 
 
 @dataclass(slots=True)

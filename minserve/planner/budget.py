@@ -15,13 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from minserve.planner.acceptance import cautious_tokens
+from minserve.planner.acceptance import NUM_VERIFICATIONS, cautious_tokens
 from minserve.planner.outlook import Tier
 from minserve.planner.perf_model import PerfModel
 
 INFEASIBLE = -1.0
-# A promise is kept by what a sequence makes of about so many verifications.
-NUM_VERIFICATIONS = 8
 # Lengths per tier that are kept: those that are best somewhere near the present counts.
 MOST_CHOICES = 3
 
@@ -98,6 +96,10 @@ class PrefillRates:
             for tier, length in enumerate(self.lengths(counts))
             if length > 0
         }
+
+    def need_drafts(self, counts: SequenceOf[int]) -> bool:
+        """True where the decodes would not keep their TPOT without speculation."""
+        return self._choices[0].one(counts) < 0
 
     def __call__(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
         """Tokens per second at each count vector.

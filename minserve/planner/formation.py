@@ -21,9 +21,11 @@ run out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
+from minserve.planner.acceptance import NUM_VERIFICATIONS, cautious_tokens
 from minserve.planner.batch import BatchDraft
 from minserve.planner.perf_model import BatchShape, PerfModel
 from minserve.planner.plan import IterationPlan, PlannerView
@@ -31,6 +33,7 @@ from minserve.planner.speculation import (
     MOST_LAG,
     Drafting,
     Speculator,
+    most_left_to_prefills,
     most_tokens_per_second,
     with_drafts,
 )
@@ -102,10 +105,15 @@ def form_batch(
     slack = _slack(work.decodes, batch, limits, now)
     limit = min(slack / batch.margin, limits.longest_s)
 
-    must, may = _split_decodes(work, batch, limit, limits, now)
-    for _, seq in must:
-        if batch.decode(seq, slack) and drafting is not None and work.prefills:
-            _draft_for_prefills(batch, seq, drafting, limit)
+    speculators: dict[str, Speculator] = {}
+    if drafting is not None and model is not None and work.prefills:
+        speculators = drafting.speculators_for_prefills(seq for _, seq in work.decodes)
+    must, may = _split_decodes(work, batch, limit, limits, now, speculators)
+    run = [seq for _, seq in must if batch.decode(seq, slack)]
+    if speculators:
+        own = [one for seq in run if (one := speculators.get(seq.seq_id)) is not None]
+        needed = drafting.for_prefills.needed
+        _draft_for_prefills(batch, own, len(work.decodes), limit, limits.guard_s, needed)
     given = 0.0
     if limits.best_effort_s > 0:
         given = _best_effort(batch, work.best_effort, batch.seconds + limits.best_effort_s, limit)
@@ -312,7 +320,12 @@ def _slack(decodes: list[Due], batch: _TimedBatch, limits: BatchLimits, now: flo
 
 
 def _split_decodes(
-    work: Work, batch: _TimedBatch, limit: float, limits: BatchLimits, now: float
+    work: Work,
+    batch: _TimedBatch,
+    limit: float,
+    limits: BatchLimits,
+    now: float,
+    speculators: Mapping[str, Speculator],
 ) -> tuple[list[Due], list[Due]]:
     """Decodes that must run now, and those that could also run in the next iteration."""
     if not work.prefills:
@@ -321,13 +334,22 @@ def _split_decodes(
     # It should also be as long as the tightest pace allows, since each one has a constant
     # cost: whoever would cut it short runs now.
     everyone = batch.seconds_of_decodes([seq for _, seq in (*work.decodes, *work.prefills)])
-    pace = min((seq.progress.tpot_s for _, seq in work.decodes), default=0.0)
+    pace = min((_pace_s(seq, speculators) for _, seq in work.decodes), default=0.0)
     following = max(batch.margin * everyone + 2 * limits.guard_s, min(pace, limits.longest_s))
     horizon = now + max(limit, everyone) + following
     for i, (deadline, _) in enumerate(work.decodes):
         if deadline > horizon:
             return work.decodes[:i], work.decodes[i:]
     return work.decodes, []
+
+
+def _pace_s(seq: Sequence, speculators: Mapping[str, Speculator]) -> float:
+    """Seconds until a decode must come round again, which with drafts is later."""
+    one = speculators.get(seq.seq_id)
+    if one is None:
+        return seq.progress.tpot_s
+    tokens = cautious_tokens(one.acceptance, one.limit, NUM_VERIFICATIONS)
+    return tokens * seq.progress.tpot_s
 
 
 def _best_effort(
@@ -351,19 +373,27 @@ def _best_effort(
 
 
 def _draft_for_prefills(
-    batch: _TimedBatch, seq: Sequence, drafting: Drafting, limit: float
+    batch: _TimedBatch,
+    speculators: list[Speculator],
+    num_decodes: int,
+    limit: float,
+    guard_s: float,
+    needed: bool,
 ) -> None:
-    """Draft for a decode at the length that leaves most to prefills over time."""
-    threshold = drafting.thresholds.get(seq.progress.tpot_s)
-    if threshold is None:
-        return
-    one = drafting.speculator(seq)
-    length = one.length(threshold, drafting.view.max_tokens)
-    if length == 0:
-        return
-    if one.lag > MOST_LAG:
-        batch.catch_up(one, (batch.seconds + limit) / 2)
+    """Draft for the decodes of a batch such that most is left to prefills; where drafts are
+    needed for the decodes' own promises, all that was planned.
+    """
+    ready = []
+    for one in speculators:
+        if one.lag > MOST_LAG:
+            batch.catch_up(one, (batch.seconds + limit) / 2)
+        else:
+            ready.append(one)
+    if needed:
+        lengths = tuple(one.limit for one in ready)
     else:
+        lengths = most_left_to_prefills(batch.model, batch.shape, num_decodes, ready, guard_s)
+    for one, length in zip(ready, lengths, strict=True):
         batch.speculate(one, length, limit)
 
 

@@ -26,6 +26,7 @@ from minserve.planner.outlook import (
 )
 from minserve.planner.perf_model import PerfModel
 from minserve.planner.plan import PlannerView, Refusal
+from minserve.planner.speculation import NO_DRAFTS, DraftsForPrefills
 from minserve.planner.timeline import Candidate
 from minserve.request import Sequence, SequenceState
 from minserve.slo import Standing
@@ -61,14 +62,13 @@ class Verdict:
     """What a round decided, by sequence id; who is in none of them waits.
 
     Attributes:
-        thresholds: by TPOT in seconds, how likely a drafted token must be to be accepted
-            while prefills wait; TPOTs for which drafting does not pay are missing.
+        drafts: what drafting is worth while prefills wait.
     """
 
     chosen: dict[str, None] = field(default_factory=dict)
     relegate: dict[str, None] = field(default_factory=dict)
     reject: dict[str, Refusal] = field(default_factory=dict)
-    thresholds: dict[float, float] = field(default_factory=dict)
+    drafts: DraftsForPrefills = NO_DRAFTS
 
 
 def review(
@@ -95,10 +95,10 @@ def review(
     round_ = _Round(view, now, model, lengths, cached_tokens, settings, acceptance, settled, open_)
     round_.shed_overload(verdict)
     if not open_:
-        verdict.thresholds = round_.thresholds(set())
+        verdict.drafts = round_.drafts(set())
         return verdict
     accepted = round_.choose(choose)
-    verdict.thresholds = round_.thresholds(accepted)
+    verdict.drafts = round_.drafts(accepted)
     verdict.chosen = {open_[i].seq_id: None for i in sorted(accepted)}
     for i, seq in enumerate(open_):
         if i not in accepted:
@@ -207,10 +207,10 @@ class _Round:
             near=tuple(dict.fromkeys(vectors[1:])),
         )
 
-    def thresholds(self, accepted: set[int]) -> dict[float, float]:
-        """Of `Verdict`, while the settled and the accepted decode."""
+    def drafts(self, accepted: set[int]) -> DraftsForPrefills:
+        """What drafting is worth while the settled and the accepted decode."""
         if not self.settings.max_speculation:
-            return {}
+            return NO_DRAFTS
         counts = [0] * len(self.tiers)
         for seq in self.settled:
             tier = self.index.get(seq.progress.tpot_s)
@@ -220,7 +220,10 @@ class _Round:
             if self.candidates[i].tier is not None:
                 counts[self.candidates[i].tier] += 1
         by_tier = self.rates.thresholds(counts)
-        return {tpot: by_tier[tier] for tpot, tier in self.index.items() if tier in by_tier}
+        return DraftsForPrefills(
+            {tpot: by_tier[tier] for tpot, tier in self.index.items() if tier in by_tier},
+            self.rates.need_drafts(counts),
+        )
 
     def _blocks(self, seq: Sequence) -> int:
         return -(-(seq.num_tokens + self.remaining[seq.seq_id]) // self._block_size)

@@ -11,7 +11,7 @@ drafts are accepted more often thus get longer ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from itertools import product
@@ -66,6 +66,23 @@ class Speculation:
     gain: float
 
 
+@dataclass(frozen=True, slots=True)
+class DraftsForPrefills:
+    """What drafting is worth while prefills wait, by the prefill budget.
+
+    Attributes:
+        thresholds: by TPOT in seconds, how likely a token must be to be accepted; TPOTs that
+            are missing draft nothing.
+        needed: True where the decodes would not keep their TPOT without.
+    """
+
+    thresholds: Mapping[float, float]
+    needed: bool
+
+
+NO_DRAFTS = DraftsForPrefills({}, needed=False)
+
+
 @dataclass(slots=True)
 class Drafting:
     """What a batch under construction needs to know of speculation.
@@ -74,15 +91,14 @@ class Drafting:
         view: who drafts.
         acceptance: how often drafts are accepted.
         remaining: tokens that an output is likely still to have.
-        thresholds: per TPOT in seconds, where prefills wait: how likely a token must be to be
-            accepted; TPOTs that are missing draft nothing then.
+        for_prefills: what drafting is worth while prefills wait.
         declined: set where tokens could have been drafted for the batch, but did not pay.
     """
 
     view: SpeculationView
     acceptance: AcceptanceEstimator
     remaining: Callable[[Sequence], int]
-    thresholds: Mapping[float, float]
+    for_prefills: DraftsForPrefills
     declined: bool = False
 
     def speculator(self, seq: Sequence) -> Speculator:
@@ -92,6 +108,20 @@ class Drafting:
         self.acceptance.asked(limit > 0)
         limit = max(0, min(limit, left))
         return Speculator(seq, self.acceptance.rate(seq), limit, self.view.lag(seq))
+
+    def speculators_for_prefills(self, seqs: Iterable[Sequence]) -> dict[str, Speculator]:
+        """By sequence id, the decodes that draft while prefills wait, each with the length that
+        leaves most to prefills over time as its limit.
+        """
+        found = {}
+        for seq in seqs:
+            threshold = self.for_prefills.thresholds.get(seq.progress.tpot_s)
+            if threshold is not None:
+                one = self.speculator(seq)
+                length = one.length(threshold, self.view.max_tokens)
+                if length > 0:
+                    found[seq.seq_id] = replace(one, limit=length)
+        return found
 
 
 def with_drafts(
@@ -165,4 +195,46 @@ def most_tokens_per_second(
             if abs(found / rate - 1.0) < 0.01:
                 break
             rate = found
+    return best
+
+
+def most_left_to_prefills(
+    model: PerfModel,
+    shape: BatchShape,
+    num_decodes: int,
+    speculators: SequenceOf[Speculator],
+    guard_s: float,
+) -> tuple[int, ...]:
+    """The lengths that leave most time to prefills, counted over this batch and later ones.
+
+    Drafts take time of this batch. For each token that they bring, a decode need not come
+    round another time; and where they bring one to every decode, a batch less is run, with
+    its constant cost. Decodes that draft alone, in batches which the others cut short, thus
+    draft little or not at all.
+
+    Args:
+        shape: of the batch without drafts.
+        num_decodes: of all batches, in this one or not.
+        speculators: decodes of the batch, with the longest speculation as their limit.
+        guard_s: part of every batch's constant cost.
+    """
+    # The piece that decides where a batch is filled with prefills.
+    steep = max(model.pieces, key=lambda p: p.tokens)
+    constant_s = model.drift * steep.base + guard_s
+    plain_s = model.drift * steep.seconds(shape)
+    worth_s = [
+        model.drift * steep.seconds(BatchShape(1, 1, one.seq.num_tokens, one.seq.num_tokens))
+        - model.drift * steep.base
+        + constant_s / num_decodes
+        for one in speculators
+    ]
+    best, most_s = (0,) * len(speculators), 0.0
+    for longest in range(1, max((one.limit for one in speculators), default=0) + 1):
+        lengths = tuple(min(one.limit, longest) for one in speculators)
+        with_ = with_drafts(shape, speculators, lengths)
+        left_s = plain_s - model.correction(with_) * steep.seconds(with_)
+        for one, length, each_s in zip(speculators, lengths, worth_s, strict=True):
+            left_s += (expected_tokens(one.acceptance, length) - 1.0) * each_s
+        if left_s > most_s:
+            best, most_s = lengths, left_s
     return best

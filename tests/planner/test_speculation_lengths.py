@@ -16,6 +16,7 @@ from minserve.planner.speculation import (
     WORTH,
     Speculation,
     Speculator,
+    most_left_to_prefills,
     most_tokens_per_second,
     with_drafts,
 )
@@ -174,3 +175,54 @@ def test_a_batch_with_drafts_ends_within_its_limit() -> None:
             assert model.predict(shape_by_hand(ones, found.lengths, others)) <= limit_s
         shortened += found != choose(model, ones, others)
     assert shortened > 10
+
+
+# -- while prefills wait -----------------------------------------------------------------
+
+
+def left_by_hand(
+    model: PerfModel,
+    ones: SequenceOf[Speculator],
+    lengths: SequenceOf[int],
+    others: int,
+    decodes: int,
+    guard_s: float,
+) -> float:
+    """Seconds saved later, less those that drafts take now, on the steepest piece alone."""
+    steep = PerfModel([max(model.pieces, key=lambda piece: piece.tokens)])
+    steep.drift = model.drift
+    empty_s = steep.predict(BatchShape())
+    now_s = steep.predict(shape_by_hand(ones, lengths, others))
+    left_s = steep.predict(shape_by_hand(ones, [0] * len(ones), others)) - now_s
+    for one, length in zip(ones, lengths, strict=True):
+        extra = tokens_by_hand([one], [length], 0) - 1
+        again_s = steep.predict(BatchShape.of([(one.seq.num_tokens - 1, 1)])) - empty_s
+        left_s += extra * (again_s + (empty_s + guard_s) / decodes)
+    return left_s
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_while_prefills_wait_no_cap_on_the_lengths_leaves_more(seed: int) -> None:
+    rng = random.Random(seed)
+    model = random_device(rng)
+    ones = [speculator(rng.random(), rng.randint(1, LONGEST)) for _ in range(rng.randint(1, 5))]
+    others, skipping, guard_s = rng.randint(0, 3), rng.randint(0, 4), rng.choice([0.0, 0.003])
+    total = len(ones) + others + skipping
+    plain = shape_by_hand(ones, [0] * len(ones), others)
+    chosen = most_left_to_prefills(model, plain, total, ones, guard_s)
+    found = left_by_hand(model, ones, chosen, others, total, guard_s)
+    assert found >= 0.0, "drafts that cost more than they bring"
+    for longest in range(LONGEST + 1):
+        lengths = [min(one.limit, longest) for one in ones]
+        other = left_by_hand(model, ones, lengths, others, total, guard_s)
+        assert other <= found + 1e-12
+
+
+def test_a_decode_that_would_draft_alone_among_many_does_not() -> None:
+    model = PerfModel([Piece(tokens=3e-4, draft_steps=0.001, draft_tokens=1e-6, base=0.005)])
+    everybody = [speculator(0.9) for _ in range(10)]
+    together = most_left_to_prefills(model, decodes(10), 10, everybody, 0.003)
+    alone = most_left_to_prefills(model, decodes(1), 10, everybody[:1], 0.003)
+    assert min(together) >= 3
+    assert alone == (0,)
+    assert most_left_to_prefills(model, decodes(1), 10, [], 0.003) == ()

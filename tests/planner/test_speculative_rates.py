@@ -183,6 +183,18 @@ def test_thresholds_are_the_chances_of_the_last_tokens_worth_drafting() -> None:
     assert found > 10
 
 
+def test_drafts_are_needed_where_decodes_alone_do_not_keep_their_pace() -> None:
+    found = set()
+    for seed in range(60):
+        model, tiers, acceptance, counts, rng = example(seed, 2)
+        rates = speculative(model, tiers, acceptance, counts)
+        many = tuple(rng.choice([1, 10, 100]) * count for count in counts)
+        needed = rates.need_drafts(many)
+        assert needed == (PrefillRates(model, tiers, **SETTINGS).one(many) < 0)
+        found.add(needed)
+    assert found == {True, False}
+
+
 def test_drafts_that_are_never_accepted_change_nothing() -> None:
     for seed in range(20):
         model, tiers, _, counts, _ = example(seed, 2)

@@ -23,7 +23,7 @@ from minserve.planner.perf_model import BatchShape, PerfModel
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.policies.base import Planner
 from minserve.planner.review import ReviewSettings, Verdict, review
-from minserve.planner.speculation import Drafting
+from minserve.planner.speculation import NO_DRAFTS, Drafting
 from minserve.planner.timeline import Candidate
 from minserve.request import Sequence, SequenceState
 from minserve.slo import Standing
@@ -62,7 +62,7 @@ class DpPlanner(Planner):
         self.lengths = lengths or QuantileLengths()
         self.best_effort_share = best_effort_share
         self.acceptance = AcceptanceEstimator()
-        self._thresholds: dict[float, float] = {}
+        self._drafts = NO_DRAFTS
         self._rest = 0
         self._chosen: dict[str, None] = {}
         self._seen: list[str] = []
@@ -101,7 +101,7 @@ class DpPlanner(Planner):
         self._rest -= 1
         if view.speculation is not None and self.model is not None and self._rest < 0:
             drafting = Drafting(
-                view.speculation, self.acceptance, self.lengths.remaining, self._thresholds
+                view.speculation, self.acceptance, self.lengths.remaining, self._drafts
             )
         limits = self._limits(work)
         plan, self._given_s = form_batch(view, work, self.model, limits, now, drafting)
@@ -151,7 +151,7 @@ class DpPlanner(Planner):
             settings,
             self.acceptance,
         )
-        self._chosen, self._thresholds = verdict.chosen, verdict.thresholds
+        self._chosen, self._drafts = verdict.chosen, verdict.drafts
         return verdict
 
     def _sort(self, view: PlannerView, now: float, verdict: Verdict) -> Work:
