@@ -79,7 +79,7 @@ class SyntheticSampler(Sampler):
                 break
             num += 1
         accepted = tuple(SampledToken(token, None) for token in drafted[:num])
-        return Verified((*accepted, real.tokens[-1]))
+        return Verified((*accepted, real.tokens[-1]), len(accepted))
 
 
 class RandomCheckpoint:

@@ -62,14 +62,12 @@ class Verified:
     """What came of a proposal.
 
     Attributes:
-        tokens: the accepted ones and one more: the target's own choice behind them.
+        tokens: the accepted ones and, where the target has one, its own choice behind them.
+        num_accepted: of the drafted tokens.
     """
 
     tokens: tuple[SampledToken, ...]
-
-    @property
-    def num_accepted(self) -> int:
-        return len(self.tokens) - 1
+    num_accepted: int
 
 
 class Drafted(NamedTuple):
@@ -203,6 +201,7 @@ class Sampler:
     ) -> Verified | GenerationError:
         # Behind accepted tokens a row without a choice is none of their business: the last
         # of them is run again, and if it is no better then, that is the error.
+        num_accepted = len(tokens) - 1
         if tokens[-1] == INVALID:
             tokens = tokens[:-1]
         if not tokens:
@@ -214,7 +213,8 @@ class Sampler:
             tuple(
                 SampledToken(token, logprobs.get(first + place))
                 for place, token in enumerate(tokens)
-            )
+            ),
+            num_accepted,
         )
 
 

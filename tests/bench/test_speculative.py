@@ -210,7 +210,7 @@ def test_wrong_arguments_are_refused(wrong: list[str]):
 
 @pytest.mark.parametrize("rate", [0.0, 0.7, 1.0])
 def test_synthetic_acceptance_is_what_was_asked_for(rate: float):
-    sampler, real = SyntheticSampler(rate), Verified((SampledToken(7, None),))
+    sampler, real = SyntheticSampler(rate), Verified((SampledToken(7, None),), 0)
     length, accepted = 3, [0, 0, 0]
     for seed in range(400):
         request = Request(

@@ -349,6 +349,7 @@ def test_a_row_without_a_distribution_ends_its_own_sequence_there(
         assert seqs[1].seq_id in str(second)
     else:
         assert second.tokens == whole[1].tokens[:place]
+        assert second.num_accepted == place
 
 
 # -- log probabilities -------------------------------------------------------------------
