@@ -285,36 +285,58 @@ def _reject(
     logits, rows, starts = _select(logits, rows, firsts, sizes)
     weights, is_valid = weigh(adjust(logits.float(), rows), rows)
     valid, p = is_valid.tolist(), _normalized(weights)
-    tokens, finals, draws = {}, [], []
-    for (i, proposal), start in zip(proposals.items(), starts, strict=True):
-        num = _num_accepted(proposal, p[start:], rows[start:], valid[start:])
-        tokens[i] = list(proposal.token_ids[:num])
-        row, final = rows[start + num], p[start + num]
-        stream = CHOICE
-        if num < len(proposal.token_ids):
-            residual = (final - proposal.probabilities[num]).clamp_(min=0.0)
+    nums = _nums_accepted(p, rows, valid, starts, list(proposals.values()))
+    ends = [start + num for start, num in zip(starts, nums, strict=True)]
+    finals, draws = p[index_of(ends, p)], []
+    for place, (proposal, num) in enumerate(zip(proposals.values(), nums, strict=True)):
+        rejected = num < len(proposal.token_ids)
+        draws.append(rows[ends[place]].uniform(RESIDUAL if rejected else CHOICE))
+        if rejected:
+            residual = (finals[place] - proposal.probabilities[num]).clamp_(min=0.0)
             # Where p and q are the same but for rounding, nothing is left.
-            if bool(residual.sum() > 0):
-                final, stream = residual, RESIDUAL
-        finals.append(final)
-        draws.append(row.uniform(stream))
-    last = inverse_cdf(torch.stack(finals), column(draws, p, torch.float64)).tolist()
-    for (i, own), start, token in zip(tokens.items(), starts, last, strict=True):
-        tokens[i] = [*own, token if valid[start + len(own)] else INVALID]
-    return tokens
+            finals[place] = torch.where(residual.sum() > 0, residual, finals[place])
+    last = inverse_cdf(finals, column(draws, p, torch.float64)).tolist()
+    return {
+        i: [*proposal.token_ids[:num], token if valid[end] else INVALID]
+        for (i, proposal), num, end, token in zip(proposals.items(), nums, ends, last, strict=True)
+    }
 
 
-def _num_accepted(
-    proposal: Proposal, p: Tensor, rows: SequenceOf[Row], valid: SequenceOf[bool]
-) -> int:
-    """How many of the drafted tokens are accepted, in order until the first that is not."""
-    for num, token in enumerate(proposal.token_ids):
-        if not valid[num]:
-            return num
-        target, drafted = float(p[num, token]), float(proposal.probabilities[num][token])
-        if rows[num].uniform(ACCEPTANCE) * drafted >= target:
-            return num
-    return len(proposal.token_ids)
+def _nums_accepted(
+    p: Tensor,
+    rows: SequenceOf[Row],
+    valid: SequenceOf[bool],
+    starts: SequenceOf[int],
+    proposals: SequenceOf[Proposal],
+) -> list[int]:
+    """How many of the tokens of each proposal are accepted, in order until the first that is not.
+
+    Args:
+        p: the target's distributions ``[rows, vocab]``, of which each proposal has one per
+            token from its start on.
+    """
+    drafted = [
+        (start + place, token, proposal.probabilities[place])
+        for start, proposal in zip(starts, proposals, strict=True)
+        for place, token in enumerate(proposal.token_ids)
+    ]
+    places, tokens, q = zip(*drafted, strict=True)
+    # One copy for all: on a GPU each one waits for the device.
+    chances = torch.stack(
+        (
+            p[index_of(places, p), index_of(tokens, p)],
+            torch.stack([own[token] for own, token in zip(q, tokens, strict=True)]),
+        )
+    ).tolist()
+    accepts = iter(
+        valid[row] and rows[row].uniform(ACCEPTANCE) * by_draft < by_target
+        for row, by_target, by_draft in zip(places, *chances, strict=True)
+    )
+    nums = []
+    for proposal in proposals:
+        own = [next(accepts) for _ in proposal.token_ids]
+        nums.append(own.index(False) if False in own else len(own))
+    return nums
 
 
 def _normalized(weights: Tensor) -> Tensor:

@@ -250,31 +250,36 @@ def test_the_share_of_accepted_drafts_is_what_p_and_q_have_in_common() -> None:
 
 
 def _p_in_place_of_the_residual(patch: pytest.MonkeyPatch) -> None:
-    original = sampler_module._num_accepted
+    original = sampler_module._nums_accepted
 
-    def broken(proposal, p, rows, valid):
-        num = original(proposal, p, rows, valid)
-        if num < len(proposal.token_ids):
-            proposal.probabilities[num].zero_()
-        return num
+    def broken(p, rows, valid, starts, proposals):
+        nums = original(p, rows, valid, starts, proposals)
+        for num, proposal in zip(nums, proposals, strict=True):
+            if num < len(proposal.token_ids):
+                proposal.probabilities[num].zero_()
+        return nums
 
-    patch.setattr(sampler_module, "_num_accepted", broken)
+    patch.setattr(sampler_module, "_nums_accepted", broken)
 
 
 def _q_in_place_of_p_for_the_bonus(patch: pytest.MonkeyPatch) -> None:
-    original = sampler_module._num_accepted
+    original = sampler_module._nums_accepted
 
-    def broken(proposal, p, rows, valid):
-        num = original(proposal, p, rows, valid)
-        if num == len(proposal.token_ids):
-            p[num].copy_(proposal.probabilities[-1])
-        return num
+    def broken(p, rows, valid, starts, proposals):
+        nums = original(p, rows, valid, starts, proposals)
+        for num, start, proposal in zip(nums, starts, proposals, strict=True):
+            if num == len(proposal.token_ids):
+                p[start + num].copy_(proposal.probabilities[-1])
+        return nums
 
-    patch.setattr(sampler_module, "_num_accepted", broken)
+    patch.setattr(sampler_module, "_nums_accepted", broken)
 
 
 def _every_draft_accepted(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(sampler_module, "_num_accepted", lambda proposal, *_: len(proposal.token_ids))
+    def broken(*arguments):
+        return [len(proposal.token_ids) for proposal in arguments[-1]]
+
+    patch.setattr(sampler_module, "_nums_accepted", broken)
 
 
 def _acceptance_by_the_drafts_own_number(patch: pytest.MonkeyPatch) -> None:
