@@ -325,7 +325,7 @@ def test_the_check_of_outputs_finds_a_broken_verification(
     tiny_llama_pair: Any, plain: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        sampler_module, "_num_accepted", lambda proposal, *_: len(proposal.token_ids)
+        sampler_module, "_nums_accepted", lambda *args: [len(one.token_ids) for one in args[-1]]
     )
     engine = make_engine(tiny_llama_pair, "draft", **MANY)
     assert surprise(sample_many(engine, FEW), 1, exact_of(plain, FEW)) > 1.5
