@@ -90,7 +90,9 @@ def expected_tokens(acceptance: float, length: int) -> float:
     return (1.0 - acceptance ** (length + 1)) / (1.0 - acceptance)
 
 
-def cautious_tokens(acceptance: float, length: int, num_verifications: float) -> float:
+def cautious_tokens(
+    acceptance: float, length: int, num_verifications: float = NUM_VERIFICATIONS
+) -> float:
     """The mean of `expected_tokens`, less its standard error over so many verifications.
 
     The number of tokens is at least j + 1 with probability a^j, so that its second moment is

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from minserve.planner.acceptance import NUM_VERIFICATIONS, cautious_tokens
+from minserve.planner.acceptance import cautious_tokens
 from minserve.planner.outlook import Tier
 from minserve.planner.perf_model import PerfModel
 
@@ -72,7 +72,7 @@ class PrefillRates:
             self._choices = _best_near(self._choices, speculation.near)
         # Attention beyond the mean of a token: what makes a long prompt cost more than
         # its tokens, as tokens of the steepest piece.
-        steep = max(model.pieces, key=lambda p: p.tokens)
+        steep = model.steepest
         self._pair_tokens = steep.attention_pairs / steep.tokens
 
     def work(self, start: int, end: int) -> float:
@@ -241,7 +241,7 @@ def _candidates(
         return [plain]
     stretched = [
         [
-            tier.tpot_s * cautious_tokens(acceptance, length, NUM_VERIFICATIONS)
+            tier.tpot_s * cautious_tokens(acceptance, length)
             for length in range(speculation.max_tokens + 1)
         ]
         for tier, acceptance in zip(tiers, speculation.acceptance, strict=True)

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
-from minserve.planner.acceptance import NUM_VERIFICATIONS, cautious_tokens
+from minserve.planner.acceptance import cautious_tokens
 from minserve.planner.batch import BatchDraft
 from minserve.planner.perf_model import BatchShape, PerfModel
 from minserve.planner.plan import IterationPlan, PlannerView
@@ -106,7 +106,7 @@ def form_batch(
     limit = min(slack / batch.margin, limits.longest_s)
 
     speculators: dict[str, Speculator] = {}
-    if drafting is not None and model is not None and work.prefills:
+    if drafting is not None and work.prefills:
         speculators = drafting.speculators_for_prefills(seq for _, seq in work.decodes)
     must, may = _split_decodes(work, batch, limit, limits, now, speculators)
     run = [seq for _, seq in must if batch.decode(seq, slack)]
@@ -348,8 +348,7 @@ def _pace_s(seq: Sequence, speculators: Mapping[str, Speculator]) -> float:
     one = speculators.get(seq.seq_id)
     if one is None:
         return seq.progress.tpot_s
-    tokens = cautious_tokens(one.acceptance, one.limit, NUM_VERIFICATIONS)
-    return tokens * seq.progress.tpot_s
+    return cautious_tokens(one.acceptance, one.limit) * seq.progress.tpot_s
 
 
 def _best_effort(

@@ -123,6 +123,11 @@ class PerfModel:
         self.num_observations = 0
         self._residuals: deque[float] = deque(maxlen=RESIDUAL_WINDOW)
 
+    @property
+    def steepest(self) -> Piece:
+        """The piece that decides where a batch is filled with prefills."""
+        return max(self.pieces, key=lambda piece: piece.tokens)
+
     def profiled(self, shape: BatchShape) -> float:
         """Seconds by the profile alone: what promises are made from, stable over time."""
         return max(piece.seconds(shape) for piece in self.pieces)

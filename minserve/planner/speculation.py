@@ -2,10 +2,10 @@
 
 Two questions, one answer. Where nothing but decodes runs, drafts pay if they bring more
 tokens per second. Where prefills wait, they pay if they let each decode come round less
-often, and so leave longer batches to the prefills (`minserve.planner.budget` finds the
-length per tier). Either way a token is worth drafting as long as the chance that it is
-accepted, which falls with every token before it, is above a threshold; sequences whose
-drafts are accepted more often thus get longer ones.
+often, and so leave longer batches to the prefills: `minserve.planner.budget` finds the length
+per tier, and a batch drafts as much of it as pays there and then. Either way a token is worth
+drafting as long as the chance that it is accepted, which falls with every token before it, is
+above a threshold; sequences whose drafts are accepted more often thus get longer ones.
 """
 
 from __future__ import annotations
@@ -218,14 +218,12 @@ def most_left_to_prefills(
         speculators: decodes of the batch, with the longest speculation as their limit.
         guard_s: part of every batch's constant cost.
     """
-    # The piece that decides where a batch is filled with prefills.
-    steep = max(model.pieces, key=lambda p: p.tokens)
-    constant_s = model.drift * steep.base + guard_s
-    plain_s = model.drift * steep.seconds(shape)
+    steep, drift = model.steepest, model.drift
+    plain_s = drift * steep.seconds(shape)
+    constant_s = (drift * steep.base + guard_s) / num_decodes
     worth_s = [
-        model.drift * steep.seconds(BatchShape(1, 1, one.seq.num_tokens, one.seq.num_tokens))
-        - model.drift * steep.base
-        + constant_s / num_decodes
+        drift * (steep.seconds(BatchShape.of([(one.seq.num_tokens - 1, 1)])) - steep.base)
+        + constant_s
         for one in speculators
     ]
     best, most_s = (0,) * len(speculators), 0.0

@@ -11,7 +11,6 @@ import pytest
 from minserve.planner.acceptance import cautious_tokens
 from minserve.planner.budget import (
     INFEASIBLE,
-    NUM_VERIFICATIONS,
     PrefillRates,
     TierSpeculation,
 )
@@ -43,7 +42,7 @@ def plain_formula(
 ) -> float:
     """Tokens per second left to prefills, where each tier drafts at its length."""
     tpots = [
-        tier.tpot_s * cautious_tokens(a, length, NUM_VERIFICATIONS)
+        tier.tpot_s * cautious_tokens(a, length)
         for tier, a, length in zip(tiers, acceptance, lengths, strict=True)
     ]
     window = min([WINDOW_S, *(t for t, count in zip(tpots, counts, strict=True) if count)])
@@ -66,7 +65,7 @@ def plain_formula(
 def enumeration(tiers: list[Tier], acceptance: tuple[float, ...]) -> set[tuple[int, ...]]:
     """One tier's length bounds the batch; the others take the shortest that does not."""
     stretched = [
-        [tier.tpot_s * cautious_tokens(a, n, NUM_VERIFICATIONS) for n in range(LONGEST + 1)]
+        [tier.tpot_s * cautious_tokens(a, n) for n in range(LONGEST + 1)]
         for tier, a in zip(tiers, acceptance, strict=True)
     ]
     found = {(0,) * len(tiers)}
