@@ -1,6 +1,6 @@
 """Judging, tables, capacity and plot of `slo_serving.py`: arithmetic on finished runs.
 
-Attainment is `minserve.slo`'s, on the client's own timestamps, of all requests offered.
+Attainment is `minserve.attainment`'s, on the client's own timestamps, of all requests offered.
 Capacity is the largest rate with an attainment of at least 90%, on straight lines
 between the measured rates.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 from slo_load import CLASSES, Answer, Offered
 
-from minserve.slo import judge
+from minserve.attainment import judge
 
 LEVEL = 0.9
 MISSES = ("late first token", "late token", "rejected", "failed", "unanswered")

@@ -9,10 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from minserve.attainment import SLOReport
     from minserve.engine.engine import AsyncEngine, Engine
     from minserve.outputs import CompletionOutput, OutputDelta, RequestOutput
     from minserve.sampling_params import SamplingParams
-    from minserve.slo import SLO, DecodeStage, SLOReport
+    from minserve.slo import SLO, DecodeStage
 
 __version__ = "0.1.0"
 
@@ -25,7 +26,7 @@ _HOMES = {
     "OutputDelta": "minserve.outputs",
     "SLO": "minserve.slo",
     "DecodeStage": "minserve.slo",
-    "SLOReport": "minserve.slo",
+    "SLOReport": "minserve.attainment",
 }
 __all__ = [
     "SLO",

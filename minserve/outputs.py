@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from minserve.attainment import SLOReport, worst_report
 from minserve.request import FinishReason
-from minserve.slo import SLOReport, worst_report
 
 
 @dataclass(frozen=True, slots=True)

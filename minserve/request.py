@@ -14,8 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from minserve.attainment import Progress
 from minserve.sampling_params import SamplingParams
-from minserve.slo import SLO, Progress, Standing, Targets
+from minserve.slo import SLO, Standing, Targets
 
 
 class RequestEvent(Enum):

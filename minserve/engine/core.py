@@ -13,6 +13,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from minserve.attainment import Outcome, SLOReport, report
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.detokenizer import IncrementalDetokenizer
 from minserve.engine.runner import ModelRunner, RunResult, Scheduled
@@ -24,7 +25,7 @@ from minserve.outputs import OutputDelta, TokenLogprob
 from minserve.planner.plan import IterationPlan, PlannerView, Refusal
 from minserve.planner.policies import Planner
 from minserve.request import FinishReason, RequestEvent, Sequence, SequenceState
-from minserve.slo import Outcome, SLOReport, Standing, report
+from minserve.slo import Standing
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minserve.attainment import ROUNDING_S
 from minserve.planner.budget import PrefillRates
 from minserve.planner.outlook import Outlook
-from minserve.slo import ROUNDING_S
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from minserve.slo import Outcome
+from minserve.attainment import Outcome
 
 if TYPE_CHECKING:
     from minserve.engine.engine import AsyncEngine

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from minserve.attainment import SLOReport, worst_report
 from minserve.outputs import OutputDelta, TokenLogprob, acceptance
 from minserve.server.logprobs import LogprobWriter, join_arrays
 from minserve.server.protocol import GenerationCall
 from minserve.server.slo import slo_object
-from minserve.slo import SLOReport, worst_report
 
 if TYPE_CHECKING:
     from minserve.engine.engine import RequestHandle

@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from minserve.attainment import SLOReport
 from minserve.errors import InvalidSLOError
-from minserve.slo import SLO, SLOReport
+from minserve.slo import SLO
 from minserve.slo_fields import find_class, parse_slo, seconds
 
 if TYPE_CHECKING:

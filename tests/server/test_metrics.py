@@ -15,10 +15,10 @@ from aiohttp import ClientSession, web
 from live_server import RunningServer, post, request_bytes
 from prometheus_client.parser import text_string_to_metric_families
 
+from minserve.attainment import Outcome
 from minserve.config import ServerConfig
 from minserve.request import FinishReason
 from minserve.server.app import Server
-from minserve.slo import Outcome
 
 CONTRACT = {
     "num_requests_running": "gauge",

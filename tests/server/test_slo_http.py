@@ -17,6 +17,7 @@ from aiohttp import ClientSession, web
 from live_server import RunningServer, post
 from multidict import CIMultiDict
 
+from minserve.attainment import SLOReport, judge, report
 from minserve.config import ServerConfig
 from minserve.errors import InvalidSLOError, SLOUnattainableError
 from minserve.outputs import OutputDelta
@@ -26,17 +27,7 @@ from minserve.server.generation import streamed_response
 from minserve.server.protocol import parse_completion
 from minserve.server.responses import Reply
 from minserve.server.slo import read_slo, slo_object
-from minserve.slo import (
-    SLO,
-    DecodeStage,
-    OnUnattainable,
-    SLOReport,
-    StageTarget,
-    Targets,
-    judge,
-    preset_classes,
-    report,
-)
+from minserve.slo import SLO, DecodeStage, OnUnattainable, StageTarget, Targets, preset_classes
 
 PROMPT = "The quick brown fox"
 # So generous that only a hanging machine is late; so tight that nothing can be in time; and
