@@ -77,9 +77,9 @@ CASES = (
 
 EFFORTS = {
     ("tiny", False): Effort({1: 4, 4: 5, 16: 4}, 3, 96, 10.0, 4, 64),
-    ("tiny", True): Effort({1: 3, 4: 3}, 2, 64, 2.0, 3, 48),
+    ("tiny", True): Effort({1: 3, 4: 3}, 2, 64, 1.0, 2, 32),
     ("smollm2", False): Effort({1: 4, 4: 3, 16: 2}, 3, 64, 20.0, 3, 48),
-    ("smollm2", True): Effort({1: 2}, 1, 32, 4.0, 1, 16),
+    ("smollm2", True): Effort({1: 2}, 1, 28, 3.0, 1, 16),
     ("synthetic", False): Effort({1: 5, 4: 4, 16: 3}, 2, 96, 20.0, 0, 0),
     ("synthetic", True): Effort({1: 2, 4: 2}, 1, 24, 2.0, 0, 0),
 }
