@@ -24,6 +24,7 @@ setup(
     package_data={"minserve.models": ["smollm2_draft/*"]},
     install_requires=[
         "torch>=2.11",
+        "triton>=3.6,<4; platform_system == 'Linux'",
         "transformers>=5.0",
         "numpy>=1.26",
         "safetensors>=0.5",

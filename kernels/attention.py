@@ -14,6 +14,8 @@ import torch
 
 from minserve.errors import BackendUnavailableError
 
+BACKENDS = ("torch", "triton", "flash-attn")
+
 
 @dataclass(frozen=True, slots=True)
 class LayerKV:
@@ -44,6 +46,8 @@ class AttentionMetadata:
         block_size: tokens per block.
         num_decodes: how many of the first sequences are decodes (one query token, or
             1 + speculation length while drafts are verified).
+        starts, lengths: `query_start_loc` and `seq_lens` on the device, int64, for backends
+            that read them there; ``None`` where nobody put them there.
         state: what the backend's `prepare` leaves for `forward`.
     """
 
@@ -53,6 +57,8 @@ class AttentionMetadata:
     slot_mapping: torch.Tensor
     block_size: int
     num_decodes: int
+    starts: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
     state: Any = None
 
     @property
@@ -94,9 +100,22 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def write_kv(
-        self, key: torch.Tensor, value: torch.Tensor, kv: LayerKV, metadata: AttentionMetadata
+        self,
+        qkv: torch.Tensor,
+        kv: LayerKV,
+        metadata: AttentionMetadata,
+        rotations: torch.Tensor | None = None,
     ) -> None:
-        """Store the batch's keys and values, each ``[num_tokens, num_kv_heads, head_dim]``."""
+        """Store the batch's keys and values.
+
+        Args:
+            qkv: ``[num_tokens, num_heads + 2 * num_kv_heads, head_dim]``: the heads of
+                queries, keys, values.
+            rotations: complex64 ``[num_tokens, 1, head_dim / 2]``, where RoPE is due: the
+                queries are rotated in place, the keys before they are stored (what is left
+                of them in ``qkv`` is the backend's business). A head's dimensions
+                ``2 i`` and ``2 i + 1`` are one complex number.
+        """
 
     @abstractmethod
     def forward(
@@ -105,23 +124,60 @@ class AttentionBackend(ABC):
         """Attend to everything written so far, causally.
 
         Args:
-            query: ``[num_tokens, num_heads, head_dim]``.
+            query: ``[num_tokens, num_heads, head_dim]``; heads adjacent, rows need not be.
 
         Returns:
             ``[num_tokens, num_heads * head_dim]``.
         """
 
 
+def choose_attention_backend(name: str, device: torch.device) -> str:
+    """The name of the backend to use on a device. ``auto`` takes the best that runs there.
+
+    Raises:
+        BackendUnavailableError: for an unknown name, or one that cannot run there.
+    """
+    if name not in BACKENDS:
+        known = ", ".join(("auto", *BACKENDS))
+        if name != "auto":
+            raise BackendUnavailableError(f"unknown attention backend {name!r}; known: {known}")
+        return "triton" if device.type == "cuda" and not _why_not_triton(device) else "torch"
+    if name != "torch" and (problem := _why_not_triton(device)):
+        raise BackendUnavailableError(f"attention backend {name!r} cannot run here: {problem}")
+    return name
+
+
+def _why_not_triton(device: torch.device) -> str | None:
+    """What keeps Triton kernels from running on a device; ``None`` where nothing does."""
+    try:
+        from triton import knobs
+    except ImportError:
+        return "triton is not installed (pip install triton, on Linux)"
+    if device.type != "cuda" and not knobs.runtime.interpret:
+        return (
+            f"it needs a CUDA device, and this one is {device.type}; use --attention-backend torch"
+        )
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or newer; use --attention-backend torch"
+    return None
+
+
 def make_attention_backend(
     name: str, num_heads: int, num_kv_heads: int, head_dim: int, scale: float
 ) -> AttentionBackend:
-    """The backend of that name; ``auto`` takes the best that runs here.
+    """The backend of a name that `choose_attention_backend` gave.
 
     Raises:
-        BackendUnavailableError: for an unknown name.
+        BackendUnavailableError: for an unknown name, or where it cannot serve such heads.
     """
-    if name in ("auto", "torch"):
-        from minserve.kernels.torch_backend import TorchBackend
-
-        return TorchBackend(num_heads, num_kv_heads, head_dim, scale)
-    raise BackendUnavailableError(f"unknown attention backend {name!r}; known: auto, torch")
+    if name == "torch":
+        from minserve.kernels.torch_backend import TorchBackend as Backend
+    elif name == "triton":
+        from minserve.kernels.triton_backend import TritonBackend as Backend
+    elif name == "flash-attn":
+        from minserve.kernels.flash_attn import FlashAttnBackend as Backend
+    else:
+        raise BackendUnavailableError(
+            f"unknown attention backend {name!r}; known: {', '.join(BACKENDS)}"
+        )
+    return Backend(num_heads, num_kv_heads, head_dim, scale)

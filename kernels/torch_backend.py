@@ -112,9 +112,17 @@ class TorchBackend(AttentionBackend):
         metadata.state = state
 
     def write_kv(
-        self, key: Tensor, value: Tensor, kv: LayerKV, metadata: AttentionMetadata
+        self,
+        qkv: Tensor,
+        kv: LayerKV,
+        metadata: AttentionMetadata,
+        rotations: Tensor | None = None,
     ) -> None:
-        new = torch.stack((key, value)).view(-1, self.head_dim)
+        num_rotated = self.num_heads + self.num_kv_heads
+        if rotations is not None:
+            _rotate_(qkv[:, :num_rotated], rotations)
+        new = torch.stack((qkv[:, self.num_heads : num_rotated], qkv[:, num_rotated:]))
+        new = new.view(-1, self.head_dim)
         kv.views.tokens.index_copy_(0, metadata.state.new_rows, new)
 
     def forward(self, query: Tensor, kv: LayerKV, metadata: AttentionMetadata) -> Tensor:
@@ -240,6 +248,15 @@ def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
         return torch.zeros(size, dtype=dtype, device=device)
     pages = np.zeros(math.prod(size) * dtype.itemsize, dtype=np.uint8)
     return torch.from_numpy(pages).view(dtype).view(size)
+
+
+def _rotate_(heads: Tensor, rotations: Tensor) -> None:
+    """Rotate ``[num_tokens, num_heads, head_dim]`` in place (RoPE; Su et al., 2021)."""
+    wide = heads.float()
+    pairs = torch.view_as_complex(wide.view(*heads.shape[:-1], -1, 2))
+    pairs.mul_(rotations)
+    if wide is not heads:
+        heads.copy_(wide)
 
 
 def _similar_decodes(metadata: AttentionMetadata) -> list[list[int]]:

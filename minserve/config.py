@@ -17,7 +17,7 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 POLICIES = ("dp", "edf", "sarathi", "fcfs")
 LENGTH_ESTIMATORS = ("quantile", "max_tokens")
-ATTENTION_BACKENDS = ("auto", "torch")
+ATTENTION_BACKENDS = ("auto", "torch", "triton", "flash-attn")
 SPECULATORS = ("auto", "draft", "ngram", "off")
 
 
@@ -61,7 +61,9 @@ class EngineConfig:
     )
     attention_backend: str = option(
         "auto",
-        "auto may fall back, a backend asked for by name fails where it cannot run",
+        "triton: this project's kernels; flash-attn: that library's; torch: plain operations, "
+        "everywhere. auto: triton on a GPU that can, else torch. A backend asked for by name "
+        "fails where it cannot run",
         group="model",
         choices=ATTENTION_BACKENDS,
     )

@@ -174,7 +174,9 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 class RotaryEmbedding:
-    """RoPE (Su et al., 2021) on heads whose paired dimensions lie side by side.
+    """RoPE (Su et al., 2021) for heads whose paired dimensions lie side by side.
+
+    Makes the rotations; attention backends carry them out, on the way into the KV cache.
 
     Checkpoints pair dimension ``i`` with ``i + head_dim / 2``; `interleave` reorders the
     rows of the query and key projections once so that each pair is one complex number
@@ -192,15 +194,6 @@ class RotaryEmbedding:
     def rotations(self, positions: Tensor) -> Tensor:
         """complex64 ``[num_tokens, 1, head_dim / 2]``: computed once per iteration."""
         return self._cis[positions].unsqueeze(1)
-
-    @staticmethod
-    def rotate_(heads: Tensor, rotations: Tensor) -> None:
-        """Rotate ``[num_tokens, num_heads, head_dim]`` in place."""
-        wide = heads.float()
-        pairs = torch.view_as_complex(wide.view(*heads.shape[:-1], -1, 2))
-        pairs.mul_(rotations)
-        if wide is not heads:
-            heads.copy_(wide)
 
     @staticmethod
     def interleave(weight: Tensor, head_dim: int) -> Tensor:

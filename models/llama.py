@@ -87,10 +87,8 @@ class LlamaLayer:
     ) -> Tensor:
         heads, kv_heads = self.shape.num_heads, self.shape.num_kv_heads
         qkv = self.qkv(self.input_norm(x)).view(-1, heads + 2 * kv_heads, self.shape.head_dim)
-        RotaryEmbedding.rotate_(qkv[:, : heads + kv_heads], rotations)
-        query, key, value = qkv.split((heads, kv_heads, kv_heads), dim=1)
-        backend.write_kv(key, value, kv, metadata)
-        x = self.o_proj(backend.forward(query, kv, metadata)).add_(x)
+        backend.write_kv(qkv, kv, metadata, rotations)
+        x = self.o_proj(backend.forward(qkv[:, :heads], kv, metadata)).add_(x)
         return self.down(silu_mul(self.gate_up(self.mlp_norm(x)))).add_(x)
 
 

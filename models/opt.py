@@ -61,9 +61,9 @@ class OPTLayer:
         self, x: Tensor, kv: LayerKV, backend: AttentionBackend, metadata: AttentionMetadata
     ) -> Tensor:
         y = self.attention_norm(x) if self.pre_norm else x
-        query, key, value = self.qkv(y).view(-1, 3, self.num_heads, self.head_dim).unbind(1)
-        backend.write_kv(key, value, kv, metadata)
-        x = self.out(backend.forward(query, kv, metadata)).add_(x)
+        qkv = self.qkv(y).view(-1, 3 * self.num_heads, self.head_dim)
+        backend.write_kv(qkv, kv, metadata)
+        x = self.out(backend.forward(qkv[:, : self.num_heads], kv, metadata)).add_(x)
         if not self.pre_norm:
             x = self.attention_norm(x)
         y = self.mlp_norm(x) if self.pre_norm else x

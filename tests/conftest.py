@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from example_scripts import load_example
+
+if not torch.cuda.is_available():
+    # Triton reads it when a kernel is defined: without a GPU its interpreter runs them.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 EOS_TOKEN = "</s>"
 SPECIAL_TOKENS = ["<unk>", "<s>", EOS_TOKEN, "<|im_start|>", "<|im_end|>"]
@@ -40,7 +46,6 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer Llama with grouped-query attention and a chat template, in float32."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
@@ -65,7 +70,6 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_opt_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer OPT without a chat template, in float32."""
-    import torch
     from transformers import OPTConfig, OPTForCausalLM
 
     folder = tmp_path_factory.mktemp("models") / "tiny-opt"
@@ -101,8 +105,6 @@ def tiny_opt_pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def _train_pair(folder: Path, family: str) -> Any:
     """Train a pair on one thread: sums in another order would give other models."""
-    import torch
-
     example = load_example("train_tiny_pair")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -21,7 +21,7 @@ from minserve.engine.runner import ModelRunner
 from minserve.engine.speculator import NgramProposer, Proposer
 from minserve.engine.tokenizer import Tokenizer
 from minserve.errors import ConfigError
-from minserve.kernels.attention import make_attention_backend
+from minserve.kernels.attention import choose_attention_backend, make_attention_backend
 from minserve.models.base import CausalLM, ModelShape
 from minserve.models.draft import DraftModel, load_draft_model
 from minserve.models.layers import Placement
@@ -123,8 +123,9 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
 
 def _probe(config: EngineConfig, shape: ModelShape, placement: Placement) -> tuple:
     """What a `PagedModel` needs beside its model, with a KV cache of one block for now."""
+    name = choose_attention_backend(config.attention_backend, placement.device)
     backend = make_attention_backend(
-        config.attention_backend, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.scale
+        name, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.scale
     )
     kv = backend.allocate(1, config.block_size, placement.dtype, placement.device)
     return backend, [kv] * shape.num_layers, config.block_size, placement.device

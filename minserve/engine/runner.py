@@ -69,6 +69,17 @@ class RunResult:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
+class Flight:
+    """A batch that was handed to the device. `results` waits for what it gives."""
+
+    def __init__(self, results: dict[str, RunResult]) -> None:
+        self._results = results
+
+    def results(self) -> dict[str, RunResult]:
+        """By sequence id."""
+        return self._results
+
+
 class ModelRunner(PagedModel):
     """Runs batches of the target model. Knows nothing of planning, text or requests' ends."""
 
@@ -76,9 +87,13 @@ class ModelRunner(PagedModel):
         super().__init__(*args)
         self.sampler = Sampler()
 
-    @torch.inference_mode()
     def run(self, batch: SequenceOf[Scheduled]) -> dict[str, RunResult]:
-        """One forward pass; results by sequence id.
+        """`launch`, and wait for the results."""
+        return self.launch(batch).results()
+
+    @torch.inference_mode()
+    def launch(self, batch: SequenceOf[Scheduled]) -> Flight:
+        """One forward pass, handed to the device.
 
         Writes KV for the scheduled tokens and changes no sequence, so that the same
         batch, or a part of it, can be run again.
@@ -93,7 +108,7 @@ class ModelRunner(PagedModel):
         results = {item.seq.seq_id: RunResult() for item in batch}
         self._sample(batch, first_rows, hidden, results)
         self._prompt_logprobs(batch, first_rows, hidden, results)
-        return results
+        return Flight(results)
 
     def _sample(
         self,

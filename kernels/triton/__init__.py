@@ -1,0 +1,1 @@
+"""Triton kernels, one op per file: the kernel, and its wrapper on tensors."""
