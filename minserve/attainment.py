@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass
 from enum import Enum
 
@@ -86,6 +87,13 @@ class Progress:
                 self.worst_token_lateness_s = lateness
         if target.tokens is not None and times.num_gaps + 1 >= target.tokens:
             self.end_stage()
+
+    def with_token(self, now: float) -> Progress:
+        """A copy to which one token more has come."""
+        twin = copy(self)
+        twin._times, twin._closed = copy(self._times), self._closed.copy()
+        twin.add_token(now)
+        return twin
 
     def end_stage(self) -> None:
         """The marker of this stage has come; does nothing in the last stage."""

@@ -11,12 +11,16 @@ are what planners schedule. A sequence's life, with the event on each edge::
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field
 from enum import Enum
 
 from minserve.attainment import Progress
 from minserve.sampling_params import SamplingParams
 from minserve.slo import SLO, Standing, Targets
+
+# Stands for a token that is yet to be sampled.
+UNKNOWN_TOKEN = -1
 
 
 class RequestEvent(Enum):
@@ -154,6 +158,24 @@ class Sequence:
         return num_tokens - self.num_computed_tokens == 1 and num_tokens > len(
             self.request.prompt_token_ids
         )
+
+    def ahead(self, num_tokens: int, at: float) -> Sequence:
+        """A copy, to plan with, as the sequence will be when more of its tokens have run.
+
+        The lists of blocks are those of the sequence itself.
+
+        Args:
+            num_tokens: so many more. Where nothing is left to run, the next token is there
+                too, as `UNKNOWN_TOKEN`.
+            at: when that will be.
+        """
+        twin = copy(self)
+        twin.num_computed_tokens += num_tokens
+        if twin.num_uncomputed_tokens == 0:
+            twin.token_ids = [*self.token_ids, UNKNOWN_TOKEN]
+            if self.progress is not None:
+                twin.progress = self.progress.with_token(at)
+        return twin
 
     def __repr__(self) -> str:
         return (

@@ -2,6 +2,12 @@
 
 Single-threaded and without I/O: engines add and abort requests between two steps and
 pass on the deltas that a step returns. Nothing but this file changes a `Sequence`.
+
+Where the device runs by itself, an iteration is planned while the one before it runs
+(`minserve.engine.lookahead`)::
+
+    host     settle start launch │ plan the next │ wait   apply │ settle start launch │ ...
+    device                       └─ batch ───────────────┘      └─ ...                └─ batch
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ from typing import NamedTuple
 from minserve.attainment import Outcome, SLOReport, report
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.detokenizer import IncrementalDetokenizer
+from minserve.engine.lookahead import PlanAhead, confirm, project
 from minserve.engine.runner import ModelRunner, RunResult, Scheduled
 from minserve.engine.sampler import Proposal, SampledToken, Verified
 from minserve.engine.speculator import Proposer, Wanted
@@ -70,6 +77,9 @@ class EngineCore:
         runner: carries out batches; must not change sequences.
         clock: monotonic seconds.
         proposer: drafts tokens where the planner asks for it; ``None`` never does.
+        plans_ahead: plan each iteration while the one before it runs. Worth it where the
+            device does not need the thread that plans; otherwise a plan made at the last
+            moment knows more.
 
     Attributes:
         stats: what was counted so far; `snapshot` adds what others count.
@@ -86,6 +96,7 @@ class EngineCore:
         max_num_seqs: int,
         clock: Callable[[], float],
         proposer: Proposer | None = None,
+        plans_ahead: bool = False,
     ) -> None:
         self.runner = runner
         self.pool = pool
@@ -94,10 +105,12 @@ class EngineCore:
         self.max_num_seqs = max_num_seqs
         self.clock = clock
         self.proposer = proposer
+        self.plans_ahead = plans_ahead
         self.stats = EngineStats()
         self.speculation = self.stats.speculation
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self._ahead: PlanAhead | None = None
         self._outputs: dict[str, _Output] = {}
         self._by_request: dict[str, list[str]] = {}
 
@@ -147,13 +160,14 @@ class EngineCore:
         """One iteration. Returns what is to be published."""
         started = self.clock()
         plan = self.plan()
-        self.stats.planning_s.observe(self.clock() - started)
         deltas = self._settle(plan)
         batch = self._start(plan)
+        self.planner.started(plan)
         if batch:
             batch = self._draft(batch, plan)
             self.stats.batch(batch)
-            results = self.run(batch)
+            ends_at = started + (plan.predicted_s or 0.0)
+            results = self.run(batch, lambda: self._plan_ahead(batch, ends_at))
             deltas += self.apply(batch, results)
             seconds = self.clock() - started
             self.planner.observe(plan, seconds)
@@ -181,8 +195,33 @@ class EngineCore:
         self.pool.check_integrity(self.running)
 
     def plan(self) -> IterationPlan:
-        """Ask the planner what runs now."""
-        view = PlannerView(
+        """What runs now: as planned ahead, where that still holds, else as planned now."""
+        view, ahead, self._ahead = self._view(), self._ahead, None
+        if ahead is not None:
+            plan = confirm(ahead, view, self.clock())
+            self.stats.plans_ahead["discarded" if plan is None else "held"] += 1
+            if plan is not None:
+                if plan is not ahead.plan:
+                    self.planner.reckon(plan, view)
+                return plan
+            self.planner.discarded()
+        return self._ask_planner(view, self.clock())
+
+    def _plan_ahead(self, batch: SequenceOf[Scheduled], ends_at: float) -> None:
+        """Plan the next iteration while a batch runs."""
+        if not self.plans_ahead:
+            return
+        at = max(ends_at, self.clock())
+        try:
+            view = project(self._view(), batch, at)
+            if view.running or view.waiting:
+                self._ahead = PlanAhead.of(self._ask_planner(view, at), view)
+        except Exception:
+            # What the batch brings must not be lost. Without a plan the next step makes one.
+            log.exception("planning ahead failed; the next iteration is planned when it is due")
+
+    def _view(self) -> PlannerView:
+        return PlannerView(
             waiting=self.waiting,
             running=self.running,
             memory=self.pool,
@@ -190,7 +229,12 @@ class EngineCore:
             max_num_seqs=self.max_num_seqs,
             speculation=self.proposer,
         )
-        return self.planner.plan(view, self.clock())
+
+    def _ask_planner(self, view: PlannerView, now: float) -> IterationPlan:
+        started = self.clock()
+        plan = self.planner.plan(view, now)
+        self.stats.planning_s.observe(self.clock() - started)
+        return plan
 
     def _settle(self, plan: IterationPlan) -> list[OutputDelta]:
         """Carry out what the planner promises, gives up and refuses."""
@@ -248,10 +292,18 @@ class EngineCore:
                 self.proposer.forget(one.seq)
         return [replace(item, proposal=proposals.get(item.seq.seq_id)) for item in batch]
 
-    def run(self, batch: SequenceOf[Scheduled]) -> dict[str, RunResult | Exception]:
-        """Run the batch; where that fails, each sequence alone, to find whose error it is."""
+    def run(
+        self, batch: SequenceOf[Scheduled], meanwhile: Callable[[], None] = lambda: None
+    ) -> dict[str, RunResult | Exception]:
+        """Run the batch; where that fails, each sequence alone, to find whose error it is.
+
+        Args:
+            meanwhile: called while the device has the batch; must not raise.
+        """
         try:
-            return dict(self.runner.run(batch))
+            flight = self.runner.launch(batch)
+            meanwhile()
+            return dict(flight.results())
         except Exception as error:
             if len(batch) == 1:
                 log.exception("running %s failed", batch[0].seq)

@@ -94,6 +94,7 @@ class Replay:
         assert len(plan.num_scheduled_tokens) <= self.max_num_seqs
         self._settle(plan, by_id)
         self._start(plan, by_id)
+        self.planner.started(plan)
         seconds = 0.0
         if self.device is not None and plan.num_scheduled_tokens:
             chunks = [
