@@ -19,9 +19,6 @@ from minserve.attainment import Progress
 from minserve.sampling_params import SamplingParams
 from minserve.slo import SLO, Standing, Targets
 
-# Stands for a token that is yet to be sampled.
-UNKNOWN_TOKEN = -1
-
 
 class RequestEvent(Enum):
     """An edge of a sequence's life (drawn above)."""
@@ -160,19 +157,22 @@ class Sequence:
         )
 
     def ahead(self, num_tokens: int, at: float) -> Sequence:
-        """A copy, to plan with, as the sequence will be when more of its tokens have run.
+        """The sequence as it will be when so many more of its tokens have run, to plan with.
 
-        The lists of blocks are those of the sequence itself.
+        Where nothing is left to run then, the next token is there too.
 
         Args:
-            num_tokens: so many more. Where nothing is left to run, the next token is there
-                too, as `UNKNOWN_TOKEN`.
             at: when that will be.
+
+        Returns:
+            a copy that shares its lists of blocks with the sequence. Its token ids can be
+            counted but mean nothing.
         """
         twin = copy(self)
         twin.num_computed_tokens += num_tokens
         if twin.num_uncomputed_tokens == 0:
-            twin.token_ids = [*self.token_ids, UNKNOWN_TOKEN]
+            # A copy of the list would cost as much as planning does where contexts are long.
+            twin.token_ids = range(self.num_tokens + 1)
             if self.progress is not None:
                 twin.progress = self.progress.with_token(at)
         return twin
