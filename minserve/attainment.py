@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from copy import copy
 from dataclasses import dataclass
 from enum import Enum
 
 from minserve.slo import Targets
+from minserve.slots import copy_slots
 
 # Times are compared after sums of floats; a promise is not broken by their rounding.
 ROUNDING_S = 1e-9
@@ -90,8 +90,10 @@ class Progress:
 
     def with_token(self, now: float) -> Progress:
         """A copy to which one token more has come."""
-        twin = copy(self)
-        twin._times, twin._closed = copy(self._times), self._closed.copy()
+        twin, times = copy_slots(self), self._times
+        if times is not None:
+            twin._times = copy_slots(times)
+        twin._closed = self._closed.copy()
         twin.add_token(now)
         return twin
 

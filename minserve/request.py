@@ -11,13 +11,13 @@ are what planners schedule. A sequence's life, with the event on each edge::
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import dataclass, field
 from enum import Enum
 
 from minserve.attainment import Progress
 from minserve.sampling_params import SamplingParams
 from minserve.slo import SLO, Standing, Targets
+from minserve.slots import copy_slots
 
 
 class RequestEvent(Enum):
@@ -168,7 +168,7 @@ class Sequence:
             a copy that shares its lists of blocks with the sequence. Its token ids can be
             counted but mean nothing.
         """
-        twin = copy(self)
+        twin = copy_slots(self)
         twin.num_computed_tokens += num_tokens
         if twin.num_uncomputed_tokens == 0:
             # A copy of the list would cost as much as planning does where contexts are long.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from minserve.engine.runner import Scheduled
 from minserve.planner.plan import IterationPlan, MemoryView, PlannerView, SpeculationView
-from minserve.request import Sequence, SequenceState
+from minserve.request import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,10 +174,7 @@ def _fits(
         if seq_id in starting:
             hit = memory.cached_prefix(seq)
             start, num_held = hit.num_tokens, hit.num_tokens // size - hit.num_idle_blocks
-        due = SequenceState.WAITING if seq_id in starting else SequenceState.RUNNING
-        expected = starts.get(seq_id)
-        stands = seq.is_decoding if expected is None else start == expected
-        if seq.state is not due or not stands:
+        if not (start == starts[seq_id] if seq_id in starts else seq.is_decoding):
             return False
         free -= max(0, -(-(start + num_tokens) // size) - num_held)
     return free >= 0
