@@ -2,7 +2,7 @@
 
 Knows nothing of batches, blocks or text. Randomness is counter based: each draw is a pure
 function of (seed, output index, position, stream), so that a seeded output depends neither
-on its neighbours in the batch nor on preemptions.
+on its neighbours in the batch nor on preemptions. Nothing here waits for a device.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minserve.engine import transfers
 from minserve.request import Sequence
 from minserve.sampling_params import SamplingParams
 
@@ -112,12 +113,12 @@ def uniform(seed: int, index: int, position: int, stream: int = 0) -> float:
 
 
 def index_of(rows: SequenceOf[int], like: Tensor) -> Tensor:
-    return torch.tensor(rows, dtype=torch.long, device=like.device)
+    return transfers.to_device(rows, torch.long, like.device)
 
 
 def column(values: list[float], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """One number per row, ``[rows, 1]``."""
-    return torch.tensor(values, dtype=dtype, device=like.device).unsqueeze(1)
+    return transfers.to_device(values, dtype, like.device).unsqueeze(1)
 
 
 def argmax(logits: Tensor) -> Tensor:
@@ -262,20 +263,33 @@ def _keep_top_p(weights: Tensor, top_p: list[float]) -> Tensor:
     """
     wanted = _chunk_sums(weights).sum(-1, keepdim=True)
     wanted *= column(top_p, weights, torch.float64)
-    for floor in _NUCLEUS_FLOORS:
-        best = _sorted_from(weights, floor)
-        mass = best.cumsum(-1, dtype=torch.float64)
-        # A NaN row (an error of its own) compares false and does not lower the floor.
-        if not bool((mass[:, -1:] < wanted).any()):
-            break
+    best, mass = _likeliest(weights, wanted)
     last = (mass < wanted).sum(-1, keepdim=True).clamp_(max=best.shape[1] - 1)
     border = best.gather(-1, last)
     num_surplus = (weights >= border).sum(-1, keepdim=True) - (last + 1)
-    if bool((num_surplus > 0).any()):
+    # Seldom are there any; where that can be seen at no cost, the scan for them is spared.
+    if transfers.runs_behind(weights.device) or bool((num_surplus > 0).any()):
         tied = weights == border
         num_kept = tied.sum(-1, keepdim=True) - num_surplus
         weights.masked_fill_(tied & (tied.cumsum(-1) > num_kept), 0.0)
     return weights.masked_fill_(weights < border, 0.0)
+
+
+def _likeliest(weights: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's largest weights, descending, as many as sum up to ``wanted`` or more of them.
+
+    Returns:
+        float32 weights, filled up with zeros, and their running sums, float64.
+    """
+    # How many are needed is known only after looking.
+    floors = (0.0,) if transfers.runs_behind(weights.device) else _NUCLEUS_FLOORS
+    for floor in floors:
+        best = _sorted_from(weights, floor)
+        mass = best.cumsum(-1, dtype=torch.float64)
+        # A NaN row (an error of its own) compares false and does not lower the floor.
+        if floor == 0.0 or not bool((mass[:, -1:] < wanted).any()):
+            break
+    return best, mass
 
 
 def _sorted_from(weights: Tensor, floor: float) -> Tensor:

@@ -1,0 +1,189 @@
+"""What is queued for a device must not wait for it: checked on a device without any values.
+
+Tensors on torch's ``meta`` device have shapes and no values, so that whatever looks at one
+fails. Values that come from the host must come in queued copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from test_sampler import SETTINGS, VOCAB, make_seq, random_logits
+from test_verification import batch_of_three, mixed_batch, seq_with
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from minserve.engine import transfers
+from minserve.engine.distribution import Row
+from minserve.engine.sampler import Proposal, Sampler
+
+SAMPLER = Sampler()
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+class QueuedCopiesOnly(TorchDispatchMode):
+    """Fails where the host would wait until its values are on the device.
+
+    Numbers (tensors without dimensions) go along with whatever is queued.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name, first = func.overloadpacket.__name__, args[0] if args else None
+        if name == "_to_copy" and first.device == CPU and not kwargs.get("non_blocking"):
+            assert kwargs.get("device", CPU) == CPU, "a copy to a device that is waited for"
+        inputs = [x for x in tree_leaves(args) if isinstance(x, Tensor) and x.dim() > 0]
+        assert len({x.device for x in inputs}) < 2, f"{name} of tensors on host and device"
+        return func(*args, **kwargs)
+
+
+def host_tensor(*args: Any, make: Callable = torch.tensor, **more: Any) -> Tensor:
+    assert more.get("device", CPU) == CPU, "Python numbers on a device are waited for"
+    return make(*args, **more)
+
+
+class NoCopy:
+    """In place of the copy to the host, which is queued, but which no values can be copied by."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        for tensor in tensors:
+            assert tensor.device == META
+            assert tensor.dtype in (torch.int64, torch.float64)
+        self.tensors = tensors
+
+
+@contextmanager
+def nothing_waits() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch, QueuedCopiesOnly():
+        patch.setattr(transfers, "HostCopy", NoCopy)
+        patch.setattr(torch, "tensor", host_tensor)
+        yield
+
+
+@contextmanager
+def as_on_a_device() -> Iterator[None]:
+    """Take the way of a device with tensors that have values."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transfers, "runs_behind", lambda _: True)
+        yield
+
+
+def on_meta(proposals: list[Proposal | None]) -> list[Proposal | None]:
+    return [
+        Proposal(one.token_ids, tuple(q.to(META) for q in one.probabilities))
+        if one is not None and one.probabilities
+        else one
+        for one in proposals
+    ]
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda x: x.tolist(),
+        lambda x: x[0].item(),
+        lambda x: bool((x > 0).any()),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.cpu(),
+        lambda x: x.add(torch.tensor([1.0], device=META)),
+        lambda x: x.add(torch.tensor([1.0]).to(META)),
+        lambda x: x[torch.tensor([0, 1])],
+    ],
+)
+def test_the_check_finds_what_waits(look: Callable[[Tensor], Any]) -> None:
+    with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), nothing_waits():
+        look(torch.empty(3, device=META))
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_sampling_is_launched_without_waiting(settings: dict, logprobs: int | None) -> None:
+    seqs = [
+        make_seq(output=[4, 5], stop=[7], logprobs=logprobs, seed=i, **settings) for i in (1, 2)
+    ]
+    seqs.append(make_seq(temperature=0.0))
+    with nothing_waits():
+        SAMPLER.launch(torch.empty(3, VOCAB, device=META), seqs, [None] * 3)
+
+
+@pytest.mark.parametrize("kind", ["plain", "drawn", "by chance"])
+def test_verification_is_launched_without_waiting(kind: str) -> None:
+    _, seqs, proposals = batch_of_three(kind)
+    proposals = on_meta(proposals)
+    with nothing_waits():
+        SAMPLER.launch(torch.empty(12, VOCAB, device=META), seqs, proposals)
+
+
+def test_a_mixed_batch_is_launched_without_waiting() -> None:
+    logits, seqs, proposals = mixed_batch()
+    whole, proposals = torch.cat(logits).to(META), on_meta(proposals)
+    with nothing_waits():
+        SAMPLER.launch(whole, seqs, proposals)
+
+
+def test_results_on_the_way_of_a_device_are_those_of_the_host() -> None:
+    logits, seqs, proposals = mixed_batch()
+    whole = torch.cat(logits)
+    expected = SAMPLER.verify(whole, seqs, proposals)
+    with as_on_a_device():
+        assert SAMPLER.verify(whole, seqs, proposals) == expected
+    hurt = whole.clone()
+    hurt[::7, 3] = torch.nan
+    hurt[::11] = -torch.inf
+    expected = SAMPLER.verify(hurt, seqs, proposals)
+    with as_on_a_device():
+        assert list(map(str, SAMPLER.verify(hurt, seqs, proposals))) == list(map(str, expected))
+
+
+def test_ties_at_the_border_of_top_p_are_cut_alike() -> None:
+    logits = random_logits(64, seed=3).round()
+    seqs = [make_seq(top_p=0.3 + 0.01 * i, seed=i) for i in range(64)]
+    expected = SAMPLER.sample(logits, seqs)
+    with as_on_a_device():
+        assert SAMPLER.sample(logits, seqs) == expected
+
+
+def test_drafts_on_the_way_of_a_device_are_those_of_the_host() -> None:
+    rows = [Row(seq_with([7], seed=i, **settings), (8,)) for i, settings in enumerate(SETTINGS)]
+    logits = random_logits(len(rows), seed=4)
+    expected = SAMPLER.draft(logits, rows)
+    with as_on_a_device():
+        got = SAMPLER.draft(logits, rows)
+    for one, other in zip(got, expected, strict=True):
+        assert one.token_id == other.token_id
+        assert (one.probabilities is None) == (other.probabilities is None)
+        if one.probabilities is not None:
+            assert torch.equal(one.probabilities, other.probabilities)
+
+
+def test_results_are_of_the_moment_of_the_launch() -> None:
+    logits = random_logits(2, seed=8)
+    seqs = [make_seq(seed=i, logprobs=1) for i in range(2)]
+    with as_on_a_device():
+        expected = SAMPLER.sample(logits, seqs)
+        pending = SAMPLER.launch(logits, seqs, [None, None])
+        logits.zero_()  # as the next replay of a graph overwrites what it gave
+        assert [one.tokens[0] for one in pending.results()] == expected
+
+
+def test_a_host_copy_keeps_shapes_types_and_values() -> None:
+    tensors = (
+        torch.arange(6).view(2, 3),
+        torch.tensor([0.1, -torch.inf, 1e-300], dtype=torch.float64),
+        torch.empty(0, dtype=torch.int64),
+        torch.tensor([2**62, -1]),
+    )
+    with as_on_a_device():
+        copies = transfers.HostCopy(*tensors).wait()
+    for copy, tensor in zip(copies, tensors, strict=True):
+        assert copy.dtype == tensor.dtype
+        assert torch.equal(copy, tensor)
+        assert copy.data_ptr() != tensor.data_ptr() or not len(tensor)
