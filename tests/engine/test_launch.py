@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +19,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from minserve import Engine, SamplingParams
 from minserve.engine import transfers
+from minserve.engine.cuda_graphs import DecodeGraphs, GraphLimits, Rerun
 from minserve.engine.distribution import Row
+from minserve.engine.runner import Flight, ModelRunner, Scheduled
 from minserve.engine.sampler import Proposal, Sampler
+from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
+from minserve.models.layers import Placement, WeightFormat
+from minserve.models.loader import open_checkpoint
+from minserve.models.registry import build_model
+from minserve.models.source import find_model, load_config
 
 SAMPLER = Sampler()
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -129,6 +138,56 @@ def test_a_mixed_batch_is_launched_without_waiting() -> None:
         SAMPLER.launch(whole, seqs, proposals)
 
 
+class NoAttention(AttentionBackend):
+    """Queries come out as they went in."""
+
+    def allocate(
+        self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> LayerKV:
+        empty = torch.empty(num_blocks, block_size, self.num_kv_heads, 1, device=device)
+        return LayerKV(empty, empty)
+
+    def prepare(self, metadata: AttentionMetadata) -> None:
+        inputs = (metadata.slot_mapping, metadata.block_tables, metadata.starts, metadata.lengths)
+        assert all(x.device == META for x in inputs)
+
+    def write_kv(self, *_: Any) -> None:
+        pass
+
+    def forward(self, query: Tensor, kv: LayerKV, metadata: AttentionMetadata) -> Tensor:
+        return query.flatten(1)
+
+
+def runner_on_meta(folder: Path) -> ModelRunner:
+    source = find_model(str(folder))
+    placement = Placement(META, torch.float32, torch.float32, WeightFormat.DENSE)
+    with open_checkpoint(source) as checkpoint:
+        model = build_model(checkpoint, load_config(source), placement)
+    shape = model.shape
+    backend = NoAttention(shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.scale)
+    kv = [backend.allocate(40, 16, torch.float32, META)] * shape.num_layers
+    return ModelRunner(model, backend, kv, 16, META)
+
+
+@pytest.mark.parametrize("with_graphs", [False, True], ids=["passes", "graphs"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_batches_are_launched_without_waiting(
+    family: str, with_graphs: bool, request: pytest.FixtureRequest
+) -> None:
+    runner = runner_on_meta(request.getfixturevalue(f"tiny_{family}_dir"))
+    decode, verified, prefill = (make_seq(prompt=range(40), output=[1], seed=i) for i in range(3))
+    for seq in (decode, verified):
+        seq.num_computed_tokens = 40
+    for seq in (decode, verified, prefill):
+        seq.block_table = [3, 4, 5]
+    decodes = [Scheduled(decode, 1), Scheduled(verified, 1, Proposal((7, 8)))]
+    with nothing_waits():
+        if with_graphs:
+            runner.graphs = DecodeGraphs(runner, Rerun(), GraphLimits(4, 8, 100, (1, 4)))
+        for batch in (decodes[:1], decodes, [*decodes, Scheduled(prefill, 20)]):
+            assert isinstance(runner.launch(batch), Flight)
+
+
 def test_results_on_the_way_of_a_device_are_those_of_the_host() -> None:
     logits, seqs, proposals = mixed_batch()
     whole = torch.cat(logits)
@@ -162,6 +221,29 @@ def test_drafts_on_the_way_of_a_device_are_those_of_the_host() -> None:
         assert (one.probabilities is None) == (other.probabilities is None)
         if one.probabilities is not None:
             assert torch.equal(one.probabilities, other.probabilities)
+
+
+def test_an_engine_on_the_way_of_a_device_says_the_same(tiny_llama_dir: Path) -> None:
+    engine = Engine(str(tiny_llama_dir), dtype="float32", threads=1, num_blocks=200, seed=3,
+                    token_budget=64, max_num_seqs=16)  # fmt: skip
+    prompts = ["The quick brown fox", "def add(a, b):", "x", "Grüße aus Köln " * 8]
+    common = {"max_tokens": 8, "prompt_logprobs": 1, "logprobs": 2, "ignore_eos": True}
+    params = [
+        SamplingParams(temperature=0.0, **common),
+        SamplingParams(top_p=0.8, seed=1, **common),
+        SamplingParams(top_k=9, repetition_penalty=1.3, seed=2, **common),
+        SamplingParams(temperature=0.7, min_p=0.02, seed=3, **common),
+    ]
+
+    def outputs() -> list[tuple]:
+        return [
+            (result.outputs[0].token_ids, result.outputs[0].logprobs, result.prompt_logprobs)
+            for result in engine.generate(prompts, params)
+        ]
+
+    expected = outputs()
+    with as_on_a_device():
+        assert outputs() == expected
 
 
 def test_results_are_of_the_moment_of_the_launch() -> None:
