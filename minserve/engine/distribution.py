@@ -13,6 +13,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,8 @@ _MASK64 = 2**64 - 1
 _PHILOX_MULTIPLIER = 0xD2B74407B1CE6E93
 _PHILOX_WEYL = 0x9E3779B97F4A7C15
 _PHILOX_ROUNDS = 10
+# From so many numbers on NumPy's overhead is less than that of plain Python's arithmetic.
+_FEWEST_AT_ONCE = 64
 
 # Streams of draws for one token: the target's own choice, whether a draft is accepted, what
 # takes the place of a rejected one, and the draft model's choice.
@@ -112,6 +115,31 @@ def uniform(seed: int, index: int, position: int, stream: int = 0) -> float:
     return (word >> 11) * 2.0**-53
 
 
+def uniforms(rows: SequenceOf[Row], streams: SequenceOf[int]) -> list[float]:
+    """`Row.uniform` of each row and its stream."""
+    if len(rows) < _FEWEST_AT_ONCE:
+        return [row.uniform(stream) for row, stream in zip(rows, streams, strict=True)]
+    num = len(rows)
+    low = np.fromiter((row.position for row in rows), np.uint64, num)
+    indices = np.fromiter((row.seq.index for row in rows), np.uint64, num)
+    key = np.fromiter((row.seq.request.seed & _MASK64 for row in rows), np.uint64, num)
+    high = np.array(streams, dtype=np.uint64) << np.uint64(32) | indices
+    for _ in range(_PHILOX_ROUNDS):
+        low, high = _high_word(low) ^ key ^ high, low * np.uint64(_PHILOX_MULTIPLIER)
+        key = key + np.uint64(_PHILOX_WEYL)
+    return ((low >> np.uint64(11)) * 2.0**-53).tolist()
+
+
+def _high_word(x: np.ndarray) -> np.ndarray:
+    """The upper 64 of the 128 bits of each product with Philox's multiplier, in 32-bit steps."""
+    half, lower = np.uint64(32), np.uint64(2**32 - 1)
+    a_high, a_low = np.uint64(_PHILOX_MULTIPLIER >> 32), np.uint64(_PHILOX_MULTIPLIER) & lower
+    x_high, x_low = x >> half, x & lower
+    middle = a_high * x_low + (a_low * x_low >> half)
+    other = a_low * x_high + (middle & lower)
+    return a_high * x_high + (middle >> half) + (other >> half)
+
+
 def index_of(rows: SequenceOf[int], like: Tensor) -> Tensor:
     return transfers.to_device(rows, torch.long, like.device)
 
@@ -185,7 +213,7 @@ def draw(logits: Tensor, rows: SequenceOf[Row], stream: int = CHOICE) -> Tensor:
         logits: float32 ``[rows, vocab]`` from `adjust`.
     """
     weights, is_valid = weigh(logits, rows)
-    draws = [row.uniform(stream) for row in rows]
+    draws = uniforms(rows, [stream] * len(rows))
     ids = inverse_cdf(weights, column(draws, weights, torch.float64))
     return torch.where(is_valid, ids, INVALID)
 

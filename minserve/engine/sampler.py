@@ -24,6 +24,7 @@ from minserve.engine.distribution import (
     draw,
     index_of,
     inverse_cdf,
+    uniforms,
     weigh,
 )
 from minserve.engine.token_logprobs import logprob_tensors, token_logprobs
@@ -142,7 +143,7 @@ class Sampler:
         if drawn:
             own = [rows[i] for i in drawn]
             weights, is_valid = weigh(logits[index_of(drawn, logits)], own)
-            draws = [row.uniform(CHOICE if row.is_seeded else DRAFT) for row in own]
+            draws = uniforms(own, [CHOICE if row.is_seeded else DRAFT for row in own])
             chosen = inverse_cdf(weights, column(draws, weights, torch.float64))
             ids[index_of(drawn, logits)] = torch.where(is_valid, chosen, INVALID)
             shares = normalized(weights)

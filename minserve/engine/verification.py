@@ -23,6 +23,7 @@ from minserve.engine.distribution import (
     column,
     index_of,
     inverse_cdf,
+    uniforms,
     weigh,
 )
 from minserve.engine.token_logprobs import logprob_tensors, token_logprobs
@@ -246,7 +247,8 @@ def _nums_accepted(
     places, tokens, by_draft = zip(*drafted, strict=True)
     index = index_of(places, p)
     by_target = p[index, index_of(tokens, p)].double()
-    draws = column([rows[row].uniform(ACCEPTANCE) for row in places], p, torch.float64).squeeze(1)
+    numbers = uniforms([rows[row] for row in places], [ACCEPTANCE] * len(places))
+    draws = column(numbers, p, torch.float64).squeeze(1)
     accepts = is_valid[index] & (draws * torch.stack(by_draft).double() < by_target)
     # The row behind the last draft accepts nothing, which ends the count there.
     by_row = torch.zeros_like(is_valid).index_copy_(0, index, accepts)
@@ -271,10 +273,9 @@ def _at_ends(
     q = [own for one in proposals for own in (*one.probabilities, nothing)]
     streams = [s for one in proposals for s in (*[RESIDUAL] * len(one.token_ids), CHOICE)]
     if transfers.runs_behind(p.device):
-        draws = [row.uniform(stream) for row, stream in zip(rows, streams, strict=True)]
-        return torch.stack(q)[ends], column(draws, p, torch.float64)[ends]
+        return torch.stack(q)[ends], column(uniforms(rows, streams), p, torch.float64)[ends]
     at = ends.tolist()
-    draws = [rows[row].uniform(streams[row]) for row in at]
+    draws = uniforms([rows[row] for row in at], [streams[row] for row in at])
     return torch.stack([q[row] for row in at]), column(draws, p, torch.float64)
 
 
