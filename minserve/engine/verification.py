@@ -216,11 +216,7 @@ def reject(
         start += len(proposal.token_ids) + 1
     nums = _nums_accepted(p, rows, is_valid, starts, proposals)
     ends = index_of(starts, p) + nums
-    finals = p[ends]
-    q, draws = _at_ends(ends, p, rows, proposals)
-    residual = (finals - q).clamp_(min=0.0)
-    # Where p and q are the same but for rounding, nothing is left.
-    finals = torch.where(residual.sum(-1, keepdim=True) > 0, residual, finals)
+    finals, draws = _at_ends(ends, p, rows, proposals)
     last = torch.where(is_valid[ends], inverse_cdf(finals, draws), INVALID)
     drafted = [token for one in proposals for token in (*one.token_ids, INVALID)]
     return index_of(drafted, p).index_copy_(0, ends, last), nums
@@ -266,17 +262,31 @@ def _at_ends(
     """What chooses the target's token at the row where each proposal ends.
 
     Returns:
-        the distribution of the draft rejected there, ``[proposals, >= vocab]``, zeros where
-        none was; and the number to draw with, float64 ``[proposals, 1]``.
+        the distribution, float32 ``[proposals, >= vocab]``: what is left of p without that
+        of the draft rejected there, or p where none was; and the number to draw with, float64
+        ``[proposals, 1]``.
     """
-    nothing = p.new_zeros(p.shape[1])
-    q = [own for one in proposals for own in (*one.probabilities, nothing)]
     streams = [s for one in proposals for s in (*[RESIDUAL] * len(one.token_ids), CHOICE)]
     if transfers.runs_behind(p.device):
-        return torch.stack(q)[ends], column(uniforms(rows, streams), p, torch.float64)[ends]
-    at = ends.tolist()
+        nothing = p.new_zeros(p.shape[1])  # is drafted behind the last token
+        q = [own for one in proposals for own in (*one.probabilities, nothing)]
+        finals = _residual(p[ends], torch.stack(q)[ends])
+        return finals, column(uniforms(rows, streams), p, torch.float64)[ends]
+    finals, at = p[ends], ends.tolist()
+    start = 0
+    for place, (proposal, end) in enumerate(zip(proposals, at, strict=True)):
+        if end < start + len(proposal.token_ids):
+            finals[place] = _residual(finals[place], proposal.probabilities[end - start])
+        start += len(proposal.token_ids) + 1
     draws = uniforms([rows[row] for row in at], [streams[row] for row in at])
-    return torch.stack([q[row] for row in at]), column(draws, p, torch.float64)
+    return finals, column(draws, p, torch.float64)
+
+
+def _residual(p: Tensor, q: Tensor) -> Tensor:
+    """What is left of distributions p ``[..., >= vocab]`` without q, not normalized."""
+    residual = (p - q).clamp_(min=0.0)
+    # Where p and q are the same but for rounding, nothing is left.
+    return torch.where(residual.sum(-1, keepdim=True) > 0, residual, p)
 
 
 def normalized(weights: Tensor) -> Tensor:
