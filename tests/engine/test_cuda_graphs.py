@@ -6,7 +6,6 @@ reaches them in another way.
 
 from __future__ import annotations
 
-import importlib.util
 import random
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -48,10 +47,10 @@ def model(request: pytest.FixtureRequest) -> CausalLM:
     return load(request.getfixturevalue(f"tiny_{request.param}_dir"))
 
 
-def load(folder: Path) -> CausalLM:
-    source = find_model(str(folder))
+def load(folder: Path, fused: bool = False) -> CausalLM:
+    source, placement = find_model(str(folder)), Placement.choose(CPU, "float32", fused)
     with open_checkpoint(source) as checkpoint:
-        return build_model(checkpoint, load_config(source), Placement.choose(CPU, "float32"))
+        return build_model(checkpoint, load_config(source), placement)
 
 
 def paged(model: CausalLM, make: Callable[..., AttentionBackend]) -> PagedModel:
@@ -121,21 +120,18 @@ def test_a_replay_gives_what_the_pass_itself_gives(model: CausalLM, most: int) -
     assert counting.num_replays == len(batches)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("minserve.kernels.triton_backend") is None
-    or torch.cuda.is_available(),
-    reason="runs Triton's interpreter on the CPU",
-)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs Triton's interpreter on the CPU")
 @pytest.mark.parametrize("most", [1, 4], ids=["decodes", "verifications"])
 def test_a_replay_of_triton_kernels_gives_what_the_pass_itself_gives(
     tiny_llama_dir: Path, most: int
 ) -> None:
-    model = load(tiny_llama_dir)
-    replayed = paged(model, lambda *shape: make_attention_backend("triton", *shape))
+    replayed = paged(
+        load(tiny_llama_dir, fused=True), lambda *shape: make_attention_backend("triton", *shape)
+    )
     assert replayed.backend.supports_graphs
     limits = GraphLimits(max_num_seqs=4, max_num_tokens=8, max_seq_len=160, max_queries=(most,))
     replayed.graphs = DecodeGraphs(replayed, Rerun(), limits)
-    plain = paged(model, TorchBackend)
+    plain = paged(load(tiny_llama_dir), TorchBackend)
     for chunks in random_batches(2, most, seed=most):
         assert_same_pass(replayed, plain, chunks[:2])
 
