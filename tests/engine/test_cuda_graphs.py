@@ -16,6 +16,7 @@ import torch
 from padded_backend import PaddedBackend
 from torch import Tensor
 
+from minserve import Engine, SamplingParams
 from minserve.engine.batch_tensors import Chunk
 from minserve.engine.cuda_graphs import DecodeGraphs, GraphLimits, Recorder, Rerun, padded_sizes
 from minserve.engine.kv_cache import allocate_kv_cache
@@ -179,3 +180,21 @@ def test_padding_is_small(largest: int) -> None:
     for size, larger in pairwise(sizes):
         assert larger - size <= max(8, size / 8)
     assert len(sizes) < 60
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("speculator", ["off", "ngram"])
+def test_an_engine_with_cuda_graphs_says_what_it_says_without(
+    tiny_llama_dir: Path, speculator: str
+) -> None:
+    prompts = ["The quick brown fox", "def add(a, b):", "x", "one two one two one two"]
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+    outputs = []
+    for cuda_graphs in (True, False):
+        engine = Engine(str(tiny_llama_dir), dtype="float32", device="cuda", num_blocks=200,
+                        token_budget=64, max_num_seqs=16, policy="sarathi", max_speculation=3,
+                        speculator=speculator, cuda_graphs=cuda_graphs)  # fmt: skip
+        assert (engine._core.runner.graphs is not None) == cuda_graphs
+        results = engine.generate(prompts, params)
+        outputs.append([result.outputs[0].token_ids for result in results])
+    assert outputs[0] == outputs[1]

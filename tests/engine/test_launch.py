@@ -269,3 +269,25 @@ def test_a_host_copy_keeps_shapes_types_and_values() -> None:
         assert copy.dtype == tensor.dtype
         assert torch.equal(copy, tensor)
         assert copy.data_ptr() != tensor.data_ptr() or not len(tensor)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_finds_nothing_that_waits_either() -> None:
+    logits, seqs, proposals = mixed_batch()
+    whole = torch.cat(logits)
+    expected = SAMPLER.verify(whole, seqs, proposals)
+    whole = whole.cuda()
+    proposals = [
+        one
+        and Proposal(
+            one.token_ids, one.probabilities and tuple(map(Tensor.cuda, one.probabilities))
+        )
+        for one in proposals
+    ]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pending = SAMPLER.launch(whole, seqs, proposals)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    chosen = [[token.token_id for token in one.tokens] for one in pending.results()]
+    assert chosen == [[token.token_id for token in one.tokens] for one in expected]
