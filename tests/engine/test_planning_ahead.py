@@ -11,7 +11,7 @@ import pytest
 from speculating import DEVICE, PROMPTS, essence, make_engine
 
 from minserve import SLO, Engine, SamplingParams
-from minserve.engine.runner import Flight, Scheduled
+from minserve.engine.runner import Flight, RunResult, Scheduled
 from minserve.errors import GenerationError, SLOUnattainableError
 from minserve.outputs import CompletionOutput
 from minserve.planner.perf_model import PerfModel
@@ -195,14 +195,17 @@ def recorded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     core = engine._core
     launch, plan = core.runner.launch, core.planner.plan
 
-    class RecordedFlight(Flight):
-        def results(self) -> Any:
-            events.append("results")
-            return super().results()
-
     def launching(batch: list[Scheduled]) -> Flight:
         events.append("launch")
-        return RecordedFlight(launch(batch).results())
+        flight = launch(batch)
+        results = flight.results
+
+        def landing() -> dict[str, RunResult]:
+            events.append("results")
+            return results()
+
+        monkeypatch.setattr(flight, "results", landing)
+        return flight
 
     def planning(view: PlannerView, now: float) -> IterationPlan:
         events.append("plan")
@@ -296,16 +299,17 @@ def test_a_request_that_fails_on_the_device_fails_alone(
     expected = [engine.generate([p], GREEDY)[0].outputs[0].token_ids for p in prompts(3)]
     launch = engine._core.runner.launch
 
-    class FailedFlight(Flight):
-        def results(self) -> Any:
-            raise RuntimeError("device fell over")
+    def fall_over() -> dict[str, RunResult]:
+        raise RuntimeError("device fell over")
 
     def failing(batch: list[Scheduled]) -> Flight:
-        if not any(poison in item.seq.token_ids for item in batch):
-            return launch(batch)
-        if fails_at == "launch":
-            raise RuntimeError("device fell over")
-        return FailedFlight({})
+        is_poisoned = any(poison in item.seq.token_ids for item in batch)
+        if is_poisoned and fails_at == "launch":
+            fall_over()
+        flight = launch(batch)
+        if is_poisoned:
+            monkeypatch.setattr(flight, "results", fall_over)
+        return flight
 
     monkeypatch.setattr(engine._core.runner, "launch", failing)
     bad = engine.stream([poison, 8, 9], GREEDY)
