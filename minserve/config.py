@@ -94,9 +94,10 @@ class EngineConfig:
         group="planner",
         choices=POLICIES,
     )
-    token_budget: int = option(
-        512,
-        "most tokens in one iteration (dp and edf make it shorter to keep SLOs)",
+    token_budget: int | None = option(
+        None,
+        "most tokens in one iteration (dp and edf make it shorter to keep SLOs); default: 8192 on a "
+        "GPU, 512 on a CPU",
         group="planner",
     )
     max_num_seqs: int = option(128, "most sequences in one iteration", group="planner")
@@ -193,7 +194,7 @@ class EngineConfig:
             raise ConfigError(f"speculator draft needs a draft_model for {self.model}")
         if self.num_blocks is not None and self.kv_cache_gib is not None:
             raise ConfigError("give num_blocks or kv_cache_gib, not both")
-        if self.token_budget < self.max_num_seqs:
+        if self.token_budget is not None and self.token_budget < self.max_num_seqs:
             raise ConfigError(
                 f"token_budget ({self.token_budget}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}): each running sequence takes one token per iteration"

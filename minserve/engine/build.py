@@ -34,6 +34,9 @@ from minserve.planner.policies import make_planner
 
 log = logging.getLogger(__name__)
 
+# Most tokens of an iteration, unless the settings say. A GPU needs thousands to be busy.
+TOKEN_BUDGETS = {"cuda": 8192, "cpu": 512}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedEngine:
@@ -53,39 +56,27 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     Raises:
         ModelLoadError, UnsupportedModelError: where the model cannot be read.
         ConfigError: where a setting does not fit the model or the machine.
+        BackendUnavailableError: where the attention backend asked for cannot run here.
     """
     started = time.perf_counter()
     device = _device(config.device)
     if device.type == "cpu":
         torch.set_num_threads(config.threads or _physical_cores())
+    if config.token_budget is None:
+        config = replace(config, token_budget=TOKEN_BUDGETS[device.type])
     source = find_model(config.model)
-    model_config = load_config(source)
     attention = choose_attention_backend(config.attention_backend, device)
     placement = Placement.choose(device, config.dtype, fused=attention != "torch")
     with open_checkpoint(source) as checkpoint:
-        model = build_model(checkpoint, model_config, placement)
-    shape = model.shape
+        model = build_model(checkpoint, load_config(source), placement)
     tokenizer = Tokenizer.load(source, config.tokenizer)
     draft = _load_draft(config, model, tokenizer, placement)
-    longest = _max_model_len(config, shape.max_positions)
-    runner = ModelRunner(model, *_probe(attention, shape, config.block_size, placement))
+    runner = ModelRunner(model, *_probe(attention, model.shape, config.block_size, placement))
     drafter = None
     if draft is not None:
-        drafter = PagedModel(
-            draft.model, *_probe(attention, draft.model.shape, config.block_size, placement)
-        )
-    models = [one for one in (runner, drafter) if one is not None]
-    with_graphs = config.cuda_graphs and device.type == "cuda" and runner.backend.supports_graphs
-    num_blocks = _allocate_kv_cache(config, models, placement, longest, with_graphs)
-    capacity = num_blocks * config.block_size
-    if config.max_model_len is not None and config.max_model_len > capacity:
-        raise ConfigError(
-            f"max_model_len {config.max_model_len} does not fit the KV cache of {capacity} tokens; "
-            "give it more memory or lower max_model_len"
-        )
-    max_model_len = min(longest, capacity)
-    if with_graphs:
-        _record_graphs(config, runner, drafter, max_model_len)
+        probe = _probe(attention, draft.model.shape, config.block_size, placement)
+        drafter = PagedModel(draft.model, *probe)
+    num_blocks, max_model_len = _make_ready(config, runner, drafter, placement)
     core = EngineCore(
         runner,
         BlockPool(num_blocks, config.block_size, prefix_caching=config.prefix_caching),
@@ -98,15 +89,16 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         token_budget=config.token_budget,
         max_num_seqs=config.max_num_seqs,
         clock=time.monotonic,
-        proposer=_make_proposer(config, draft, drafter, shape.vocab_size),
+        proposer=_make_proposer(config, draft, drafter, model.shape.vocab_size),
         plans_ahead=device.type == "cuda",
     )
     log.info(
-        "%s on %s: %s weights, %s arithmetic, %d KV blocks of %d tokens, ready in %.1f s",
+        "%s on %s: %s weights, %s arithmetic, %s attention, %d KV blocks of %d tokens, ready in %.1f s",
         source.name,
         device,
         _name(placement.weight_dtype),
         _name(placement.dtype),
+        attention,
         num_blocks,
         config.block_size,
         time.perf_counter() - started,
@@ -114,16 +106,45 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     return LoadedEngine(
         core=core,
         tokenizer=tokenizer,
-        prompts=PromptProcessor(tokenizer, shape.vocab_size, max_model_len),
+        prompts=PromptProcessor(tokenizer, model.shape.vocab_size, max_model_len),
         model_name=source.name,
         max_model_len=max_model_len,
-        vocab_size=shape.vocab_size,
+        vocab_size=model.shape.vocab_size,
     )
+
+
+def _make_ready(
+    config: EngineConfig, runner: ModelRunner, drafter: PagedModel | None, placement: Placement
+) -> tuple[int, int]:
+    """Warm the models up, give them their KV caches and record their CUDA graphs.
+
+    Returns:
+        the number of KV blocks, and the most tokens of a sequence.
+
+    Raises:
+        ConfigError: where the cache does not hold what the settings ask for.
+    """
+    longest = _max_model_len(config, runner.model.shape.max_positions)
+    with_graphs = (
+        config.cuda_graphs and placement.device.type == "cuda" and runner.backend.supports_graphs
+    )
+    num_blocks = _allocate_kv_cache(config, runner, drafter, placement, longest, with_graphs)
+    capacity = num_blocks * config.block_size
+    if config.max_model_len is not None and config.max_model_len > capacity:
+        raise ConfigError(
+            f"max_model_len {config.max_model_len} does not fit the KV cache of {capacity} tokens; "
+            "give it more memory or lower max_model_len"
+        )
+    max_model_len = min(longest, capacity)
+    if with_graphs:
+        _record_graphs(config, runner, drafter, max_model_len)
+    return num_blocks, max_model_len
 
 
 def _allocate_kv_cache(
     config: EngineConfig,
-    models: list[PagedModel],
+    runner: ModelRunner,
+    drafter: PagedModel | None,
     placement: Placement,
     longest: int,
     with_graphs: bool,
@@ -133,11 +154,16 @@ def _allocate_kv_cache(
     Raises:
         ConfigError: where not a single block fits.
     """
-    on_gpu = placement.device.type == "cuda"
-    if on_gpu:
+    models = [one for one in (runner, drafter) if one is not None]
+    if placement.device.type == "cuda":
         torch.cuda.empty_cache()  # of what loading left, so that the dry run's peak is its own
-    for one in models:
-        one.dry_run(min(config.token_budget, longest) if on_gpu else 8, config.max_num_seqs)
+        num_tokens = min(config.token_budget, longest)
+        runner.dry_run(num_tokens, config.max_num_seqs, 1 + _most_drafts(config))
+        if drafter is not None:
+            drafter.dry_run(num_tokens, config.max_num_seqs, MOST_DECODE_TOKENS)
+    else:
+        for one in models:
+            one.dry_run(8, config.max_num_seqs)
     num_blocks = choose_num_blocks(
         config,
         [one.model.shape for one in models],
@@ -197,6 +223,12 @@ def _make_proposer(
     return NgramProposer(config.max_speculation) if config.speculator == "ngram" else None
 
 
+def _most_drafts(config: EngineConfig) -> int:
+    """Tokens drafted for a sequence in one iteration, at most."""
+    speculates = config.draft_model is not None or config.speculator in ("draft", "ngram")
+    return config.max_speculation if speculates else 0
+
+
 def _record_graphs(
     config: EngineConfig, runner: ModelRunner, drafter: PagedModel | None, max_model_len: int
 ) -> None:
@@ -208,9 +240,11 @@ def _record_graphs(
         max_seq_len=max_model_len,
         max_queries=(1,),
     )
-    speculates = drafter is not None or config.speculator == "ngram"
-    verifying = replace(limits, max_queries=(1, 1 + config.max_speculation))
-    runner.graphs = DecodeGraphs(runner, recorder, verifying if speculates else limits)
+    if most_drafts := _most_drafts(config):
+        verifying = replace(limits, max_queries=(1, 1 + most_drafts))
+        runner.graphs = DecodeGraphs(runner, recorder, verifying)
+    else:
+        runner.graphs = DecodeGraphs(runner, recorder, limits)
     if drafter is not None:
         drafting = replace(limits, max_queries=(1, MOST_DECODE_TOKENS))
         drafter.graphs = DecodeGraphs(drafter, recorder, drafting)

@@ -87,19 +87,24 @@ class PagedModel:
         return hidden[transfers.to_device(rows, torch.int64, self.device)]
 
     @torch.inference_mode()
-    def dry_run(self, num_tokens: int, num_seqs: int) -> None:
-        """Run a batch of zeros at the given size, without KV of anyone being touched.
+    def dry_run(self, num_tokens: int, num_seqs: int, max_queries: int = 1) -> None:
+        """Run batches of zeros, without KV of anyone being touched: one of the given size, then
+        decodes of up to so many query tokens, each beside a short chunk.
 
-        Warms up libraries and, on a GPU, leaves the peak memory of the largest batch
-        reserved, so that what is free afterwards can go to the KV cache.
+        Warms up libraries and compiles kernels, for which no request should wait, and on a
+        GPU leaves the peak memory of the largest batch reserved, so that what is free
+        afterwards can go to the KV cache.
         """
-        num_blocks = -(-num_tokens // self.block_size)
+        blocks = list(range(-(-num_tokens // self.block_size)))
         scratch = self.backend.allocate(
-            num_blocks, self.block_size, self.kv[0].key.dtype, self.device
+            len(blocks), self.block_size, self.kv[0].key.dtype, self.device
         )
-        chunk = Chunk([0] * num_tokens, 0, list(range(num_blocks)))
-        hidden = self._run([chunk], 0, [scratch] * len(self.kv))
+        kv = [scratch] * len(self.kv)
+        hidden = self._run([Chunk([0] * num_tokens, 0, blocks)], 0, kv)
         self.model.logits(hidden[: min(num_seqs, num_tokens)])
+        for num in range(1, min(max_queries, num_tokens) + 1):
+            chunk = Chunk([0] * num, num_tokens - num, blocks)
+            self._run([chunk, chunk], 1, kv)
 
     def _run(self, chunks: SequenceOf[Chunk], num_decodes: int, kv: SequenceOf[LayerKV]) -> Tensor:
         layout = BatchLayout.of(chunks)
