@@ -49,7 +49,7 @@ def _cell(row: Row, name: str, width: int, form: str) -> str:
 
 
 def _ratio(row: Row, name: str) -> str:
-    if name not in row["ms"] or OURS not in row["ms"]:
+    if row.get("dry") or name not in row["ms"] or OURS not in row["ms"]:
         return "-"
     return f"{row['ms'][name][1] / row['ms'][OURS][1]:.2f}x"
 

@@ -14,8 +14,6 @@ from kernel_rows import row_problems
 from kernel_timing import Ceilings, checked, measure, one_call
 from tqdm import tqdm
 
-from minserve.errors import BackendUnavailableError
-
 KERNELS = ("decode", "prefill", *ROW_KERNELS)
 FREE_SHARE = 0.8  # of the device's memory, that a problem may take
 
@@ -83,7 +81,7 @@ def _row(problem: Problem, ceilings: Ceilings | None, rep_ms: float) -> dict[str
             contestant = build()
             row["error"][name] = checked(contestant, expected, problem.dtype)
             timing = one_call(contestant) if ceilings is None else measure(contestant, rep_ms)
-        except (RuntimeError, BackendUnavailableError, ImportError) as reason:
+        except Exception as reason:  # whatever one kernel meets, the others are worth timing
             row["failed"][name] = f"{type(reason).__name__}: {reason}".partition("\n")[0][:200]
             if expected.is_cuda:
                 torch.cuda.synchronize()

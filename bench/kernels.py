@@ -26,9 +26,10 @@ from kernel_cases import Scale, Setting
 from kernel_report import failures, plot, summary, table
 from kernel_sweep import KERNELS, sweep
 from kernel_timing import Ceilings, measure_ceilings
+from triton import knobs
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -42,15 +43,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     mode.add_argument("--dry", action="store_true", help="tiny, on a CPU, in the interpreter")
     mode.add_argument("--tune", action="store_true", help="try other tiles for attention")
     mode.add_argument("--compile-only", action="store_true", help="compile for sm_80 and sm_90")
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
-def choose_interpreter(args: argparse.Namespace) -> None:
-    """Triton reads the variable when a kernel is defined, which is later than now."""
-    if args.dry:
-        os.environ["TRITON_INTERPRET"] = "1"
-    else:
+def choose_interpreter(wanted: bool) -> None:
+    """Start anew where Triton's interpreter is not as wanted: Triton asks when it is imported."""
+    if wanted != knobs.runtime.interpret:
         os.environ.pop("TRITON_INTERPRET", None)
+        if wanted:
+            os.environ["TRITON_INTERPRET"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 def machine() -> dict[str, str]:
@@ -91,6 +93,8 @@ def run_sweep(args: argparse.Namespace) -> int:
                 with args.out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({**row, **machine_words}) + "\n")
     finally:
+        if args.dry:
+            print("dry run: nothing below is a measurement")
         print("\n".join(table(rows)))
     if args.plot is not None:
         plot(rows, args.plot, machine_words["device"])
@@ -100,9 +104,9 @@ def run_sweep(args: argparse.Namespace) -> int:
     return 1 if failures(rows) else 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    choose_interpreter(args)
+def main() -> int:
+    args = parse()
+    choose_interpreter(args.dry)
     if args.compile_only:
         from kernel_compile import run_compile
 

@@ -29,6 +29,7 @@ KIB = 1024
 # Programming Guide, "Compute capabilities"; the chips' datasheets).
 MAX_SHARED = {80: 163 * KIB, 90: 227 * KIB}
 MULTIPROCESSORS = {80: 108, 90: 132}
+ARCHS = tuple(MAX_SHARED)
 TENSOR_CORE = re.compile(r"wgmma\.mma_async|mma\.sync")
 
 

@@ -1,0 +1,194 @@
+"""`kernels.py --compile-only`: what the wrappers would launch, compiled for GPUs not there.
+
+The problems are those of the sweep, over more shapes of heads; their contestant
+``minserve`` runs as it is, but for the launches (`triton_aot`).
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from kernel_attention import Batch, attention_problem
+from kernel_cases import OURS, Heads, Problem, Setting
+from kernel_rows import kv_problem, norm_problem, silu_mul_problem
+from synthetic_models import SHAPES
+from tqdm import tqdm
+from triton_aot import ARCHS, KIB, Built, compiling_for, inspect
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+GROUPS = (1, 4, 8)  # query heads per KV head
+NUM_KV_HEADS = 8
+BLOCK_SIZES = (16, 32, 128)
+QUERIES = (1, 5)  # of a decode: alone, and with four drafted tokens
+CONTEXT = 4096
+CHUNK = 512
+TOKENS = 64
+# What fp16 adds to bfloat16 is another type name in the same code: a part is enough.
+FP16_HEAD_DIMS = (64, 128)
+NORM_MODELS = ("opt-125m", "opt-6.7b", "opt-30b", "llama-3.1-8b", "llama-3.1-70b")
+WORKERS = 2
+
+
+class Case(NamedTuple):
+    """Something to compile.
+
+    Attributes:
+        kernel: what the table calls it.
+        label: the rest of its row.
+        make: the problem.
+        needs_wgmma: whether sm_90 must multiply with its own instructions.
+    """
+
+    kernel: str
+    label: str
+    dtype: torch.dtype
+    make: Callable[[Setting], Problem]
+    needs_wgmma: bool = False
+
+
+class Compiled(NamedTuple):
+    """What one case came to on one architecture; ``failure`` says why it came to nothing."""
+
+    kernel: str
+    label: str
+    arch: int
+    kernels: list[Built]
+    failures: list[str]
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """All that the server may launch; with ``quick`` a case or two of each kernel."""
+    for heads, block_size, dtype in _attention_shapes(quick):
+        where = f"{_name(dtype)} D {heads.head_dim} group {heads[0] // heads[1]} block {block_size}"
+        for queries in QUERIES:
+            batch = _batch(heads, queries, block_size, decode=True)
+            make = partial(attention_problem, batch)
+            yield Case("decode", f"{where} queries {queries}", dtype, make)
+        batch = _batch(heads, CHUNK, block_size, decode=False)
+        yield Case("prefill", where, dtype, partial(attention_problem, batch), needs_wgmma=True)
+    head_dims = (128,) if quick else HEAD_DIMS
+    for head_dim in head_dims:
+        heads = Heads(4 * NUM_KV_HEADS, NUM_KV_HEADS, head_dim)
+        for block_size in BLOCK_SIZES[1:2] if quick else BLOCK_SIZES:
+            for rope in (False, True):
+                make = partial(kv_problem, "", heads, TOKENS, block_size, rope)
+                label = f"bfloat16 D {head_dim} block {block_size} rope {rope}"
+                yield Case("write_kv", label, torch.bfloat16, make)
+    for model in ("opt-6.7b", "llama-3.1-8b") if quick else NORM_MODELS:
+        for residual in (False, True):
+            kernel = "layer_norm" if model.startswith("opt") else "rms_norm"
+            make = partial(norm_problem, model, TOKENS, residual=residual)
+            yield Case(kernel, f"bfloat16 {model} residual {residual}", torch.bfloat16, make)
+        if "intermediate_size" in SHAPES[model]:
+            make = partial(silu_mul_problem, model, TOKENS)
+            yield Case("silu_mul", f"bfloat16 {model}", torch.bfloat16, make)
+
+
+def _attention_shapes(quick: bool) -> Iterator[tuple[Heads, int, torch.dtype]]:
+    """Heads, block size and dtype."""
+    if quick:
+        yield Heads(NUM_KV_HEADS, NUM_KV_HEADS, 64), 32, torch.bfloat16
+        yield Heads(4 * NUM_KV_HEADS, NUM_KV_HEADS, 128), 32, torch.bfloat16
+        return
+    for head_dim in HEAD_DIMS:
+        for group in GROUPS:
+            heads = Heads(group * NUM_KV_HEADS, NUM_KV_HEADS, head_dim)
+            for block_size in BLOCK_SIZES:
+                yield heads, block_size, torch.bfloat16
+            if head_dim in FP16_HEAD_DIMS:
+                yield heads, 32, torch.float16
+
+
+def _batch(heads: Heads, queries: int, block_size: int, *, decode: bool) -> Batch:
+    return Batch(
+        model="",
+        heads=heads,
+        seqs=4 if decode else 1,
+        queries=queries,
+        past=CONTEXT - queries,
+        decode=decode,
+        block_size=block_size,
+    )
+
+
+def compile_case(case: Case, arch: int) -> Compiled:
+    """Compile all that one case launches on one architecture."""
+    setting = Setting(torch.device("cpu"), case.dtype, cache_bytes=0, filled=False)
+    failures, kernels = [], []
+    try:
+        with torch.inference_mode(), compiling_for(arch) as launched:
+            case.make(setting).contestants[OURS]().runs[0]()
+        kernels = [inspect(kernel) for kernel in {one.hash: one for one in launched}.values()]
+    except Exception as error:  # a kernel that does not compile must not hide the others
+        failures.append(f"{type(error).__name__}: {error}".strip().partition("\n")[0][:300])
+    else:
+        if not kernels:
+            failures.append("it launched no kernel")
+        if case.needs_wgmma and arch >= 90 and not any(k.instructions == "wgmma" for k in kernels):
+            failures.append("no wgmma on sm_90")
+    failures += [f"{kernel.name}: {what}" for kernel in kernels for what in kernel.problems()]
+    return Compiled(case.kernel, case.label, arch, kernels, failures)
+
+
+def run_compile(*, quick: bool) -> int:
+    """Compile everything, print the table and the line of JSON. Returns the exit status."""
+    started = time.perf_counter()
+    tasks = [(case, arch) for case in cases(quick) for arch in ARCHS]
+    results: list[Compiled] = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(WORKERS, mp_context=context, initializer=_one_thread) as pool:
+        pending = [pool.submit(compile_case, *task) for task in tasks]
+        for done in tqdm(as_completed(pending), total=len(tasks), unit="case", mininterval=1.0):
+            results.append(done.result())
+    results.sort(key=lambda r: (r.kernel, r.label, r.arch))
+    print(
+        f"{'kernel':<11}{'case':<44}{'arch':>6}{'function':>30}{'warps':>7}{'stages':>8}"
+        f"{'regs':>6}{'spills':>8}{'KiB':>7}  instructions"
+    )
+    for result in results:
+        for kernel in result.kernels:
+            print(_line(result, kernel))
+    failures = [
+        f"{r.kernel} {r.label} sm_{r.arch}: {failure}" for r in results for failure in r.failures
+    ]
+    for failure in failures:
+        print(f"FAILED {failure}")
+    built = {k.digest: k for result in results for k in result.kernels}.values()
+    summary = {
+        "kernels": len(built),
+        "cases": len(results),
+        "spills": sum(kernel.spill_bytes for kernel in built),
+        "archs": list(ARCHS),
+        "max_shared": max((kernel.shared for kernel in built), default=0),
+        "max_registers": max((kernel.registers for kernel in built), default=0),
+        "seconds": round(time.perf_counter() - started, 1),
+        "failures": failures,
+    }
+    print(json.dumps(summary))
+    return 1 if failures else 0
+
+
+def _line(result: Compiled, kernel: Built) -> str:
+    return (
+        f"{result.kernel:<11}{result.label:<44}{result.arch:>6}{kernel.name:>30}"
+        f"{kernel.num_warps:>7}{kernel.num_stages:>8}{kernel.registers:>6}{kernel.spill_bytes:>8}"
+        f"{kernel.shared / KIB:>7.1f}  {kernel.instructions or '-'}"
+    )
+
+
+def _one_thread() -> None:
+    """A worker has a core to itself."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
