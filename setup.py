@@ -38,6 +38,7 @@ setup(
     ],
     extras_require={
         "plot": ["matplotlib>=3.9"],
+        "flash-attn": ["flash-attn>=2.6"],
         "test": [
             "pytest>=8.3",
             "pytest-timeout>=2.3",

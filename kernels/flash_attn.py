@@ -1,0 +1,142 @@
+"""Attention by the flash-attn library (Dao, 2023), over the same paged KV cache.
+
+An optional extra: ``pip install minserve[flash-attn]``. The cache, and what is written to it,
+are those of `TritonBackend`; only attention itself is the library's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minserve.errors import BackendUnavailableError
+from minserve.kernels.attention import AttentionMetadata, LayerKV
+from minserve.kernels.triton_backend import TritonBackend, on_device
+
+# flash-attn 2 pages its KV in blocks of a multiple of so many tokens.
+PAGE = 256
+
+
+@dataclass(slots=True)
+class _Part:
+    """The decodes, or the prefill chunks, of one iteration.
+
+    Attributes:
+        tokens: their rows of the batch.
+        starts, lengths: int32, on the device; first query token of each sequence (from 0 on)
+            and then the end, and tokens with KV of each.
+        kv_starts: int32: the running sum of the lengths, from 0 on.
+        tables: int32 ``[num_seqs, max_blocks]``.
+        most_queries, longest: of one sequence.
+        num_queries: of each sequence, where all have equally many, else ``None``.
+    """
+
+    tokens: slice
+    starts: Tensor
+    lengths: Tensor
+    kv_starts: Tensor
+    tables: Tensor
+    most_queries: int
+    longest: int
+    num_queries: int | None
+
+
+class FlashAttnBackend(TritonBackend):
+    """flash-attn over block tables.
+
+    Raises:
+        BackendUnavailableError: where flash-attn is missing; it says how to get it.
+    """
+
+    name = "flash-attn"
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float) -> None:
+        super().__init__(num_heads, num_kv_heads, head_dim, scale)
+        self._library = _import_flash_attn()
+
+    def allocate(
+        self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> LayerKV:
+        """As `TritonBackend.allocate`.
+
+        Raises:
+            BackendUnavailableError: for block sizes or dtypes that flash-attn does not know.
+        """
+        if block_size % PAGE:
+            raise BackendUnavailableError(
+                f"flash-attn needs KV blocks of a multiple of {PAGE} tokens, not {block_size}; use "
+                f"--block-size {PAGE}"
+            )
+        if dtype not in (torch.float16, torch.bfloat16):
+            raise BackendUnavailableError(
+                f"flash-attn computes in float16 or bfloat16, not {str(dtype).removeprefix('torch.')}; "
+                "use --attention-backend torch"
+            )
+        return super().allocate(num_blocks, block_size, dtype, device)
+
+    def prepare(self, metadata: AttentionMetadata) -> None:
+        num, end = metadata.num_decodes, metadata.num_seqs
+        metadata.state = [
+            _part(metadata, first, last) for first, last in ((0, num), (num, end)) if first < last
+        ]
+
+    def forward(self, query: Tensor, kv: LayerKV, metadata: AttentionMetadata) -> Tensor:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        for part in metadata.state:
+            out[part.tokens] = self._attend(query[part.tokens], kv, part)
+        return out.flatten(1)
+
+    def _attend(self, query: Tensor, kv: LayerKV, part: _Part) -> Tensor:
+        shared = {"softmax_scale": self.scale, "causal": True, "block_table": part.tables}
+        if part.num_queries is not None:
+            by_sequence = query.unflatten(0, (-1, part.num_queries))
+            return self._library.flash_attn_with_kvcache(
+                by_sequence, kv.key, kv.value, cache_seqlens=part.lengths, **shared
+            ).flatten(0, 1)
+        return self._library.flash_attn_varlen_func(
+            query,
+            kv.key,
+            kv.value,
+            part.starts,
+            part.kv_starts,
+            part.most_queries,
+            part.longest,
+            **shared,
+        )
+
+
+def _part(metadata: AttentionMetadata, first: int, last: int) -> _Part:
+    """Of the sequences from ``first`` on, before ``last``."""
+    device = metadata.slot_mapping.device
+    starts = metadata.query_start_loc[first : last + 1]
+    lengths = metadata.seq_lens[first:last]
+    counts = {end - start for start, end in pairwise(starts)}
+    kv_starts = [0]
+    for length in lengths:
+        kv_starts.append(kv_starts[-1] + length)
+    is_decode = first < metadata.num_decodes
+    return _Part(
+        tokens=slice(starts[0], starts[-1]),
+        starts=on_device(device, [start - starts[0] for start in starts]).int(),
+        lengths=on_device(device, lengths).int(),
+        kv_starts=on_device(device, kv_starts).int(),
+        tables=metadata.block_tables[first:last].int(),
+        most_queries=max(counts),
+        longest=max(lengths),
+        num_queries=counts.pop() if is_decode and len(counts) == 1 else None,
+    )
+
+
+def _import_flash_attn() -> Any:
+    try:
+        import flash_attn
+    except ImportError as error:
+        raise BackendUnavailableError(
+            "attention backend 'flash-attn' needs the flash-attn library: "
+            f"pip install minserve[flash-attn] (on a machine with CUDA); {error}"
+        ) from error
+    return flash_attn

@@ -1,0 +1,375 @@
+"""Attention of decodes over the paged KV cache: a few query tokens against a long context.
+
+Flash-decoding (Dao et al., 2023): the context of a sequence is split over programs, so that
+a small batch fills the device as well, and a second kernel merges the splits by their log-sum-exp.
+All query heads that share a KV head, and all query tokens of a sequence (several while
+drafts are verified), are the rows of one tile: keys and values are read once for them.
+
+How long a split is, is decided on the device from the lengths in the batch (`_plan_kernel`),
+so that a captured CUDA graph splits every batch anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MOST_SPLITS = 64
+# The grid has room for so many times the programs that are wanted: splits follow the longest
+# sequence of the batch, and the programs of shorter ones that find nothing to do end at once.
+GRID_SLACK = 4
+LOG2_E = 1.4426950408889634
+
+
+class DecodeTile(NamedTuple):
+    """Shape of one program: rows (query tokens x heads of a group), and tokens of context at
+    a time.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def decode_tile(num_rows: int, head_dim: int, dtype: torch.dtype) -> DecodeTile:
+    """The tile for so many rows per sequence and KV head."""
+    block_m = min(64, max(16, triton.next_power_of_2(num_rows)))
+    block_n = 64 if head_dim <= 128 else 32
+    if dtype is torch.float32:
+        return DecodeTile(min(block_m, 32), block_n // 2, num_warps=4, num_stages=2)
+    return DecodeTile(block_m, block_n, num_warps=8 if block_m > 32 else 4, num_stages=3)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """One iteration's decodes, for every layer's `batched_decode`.
+
+    Attributes:
+        starts: int64 ``[num_seqs + 1]``: first query token of each sequence, then the end.
+        lengths: int64 ``[num_seqs]``: tokens with KV, the query tokens included; 0, with no
+            query tokens, for padding.
+        tables: int64 ``[num_seqs, max_blocks]``.
+        split_len: int64 ``[1]``: tokens of context per split.
+        num_splits: of the longest sequence, at most.
+        most_queries: of a sequence.
+        partial: float32 ``[num_tokens, num_heads, num_splits, head_dim]``: the splits' outputs;
+            empty where there is one split.
+        lse: float32 ``[num_tokens, num_heads, num_splits]``: log2 of their sums of exponentials.
+    """
+
+    starts: Tensor
+    lengths: Tensor
+    tables: Tensor
+    split_len: Tensor
+    num_splits: int
+    most_queries: int
+    tile: DecodeTile
+    partial: Tensor
+    lse: Tensor
+
+    @property
+    def num_seqs(self) -> int:
+        return self.lengths.shape[0]
+
+
+def plan_decodes(
+    starts: Tensor,
+    lengths: Tensor,
+    tables: Tensor,
+    *,
+    num_tokens: int,
+    most_queries: int,
+    longest: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    num_programs: int,
+) -> DecodePlan:
+    """Decide the splits of a batch. Enqueues work, waits for nothing.
+
+    Args:
+        starts, lengths, tables: as in `DecodePlan`.
+        num_tokens: query tokens, at least as many as the sequences have.
+        most_queries, longest: bounds on query tokens and length of a sequence.
+        dtype: of queries and KV.
+        num_programs: how many programs keep the device busy.
+    """
+    rows = most_queries * (num_heads // num_kv_heads)
+    tile = decode_tile(rows, head_dim, dtype)
+    per_split = lengths.shape[0] * num_kv_heads * triton.cdiv(rows, tile.block_m)
+    num_splits = min(
+        triton.cdiv(GRID_SLACK * num_programs, per_split),
+        triton.cdiv(longest, tile.block_n),
+        MOST_SPLITS,
+    )
+    split_len = lengths.new_empty(1)
+    shape = (num_tokens, num_heads, num_splits) if num_splits > 1 else (0, 0, 0)
+    partial = torch.empty((*shape, head_dim), dtype=torch.float32, device=lengths.device)
+    lse = torch.empty(shape, dtype=torch.float32, device=lengths.device)
+    if num_splits > 1:
+        _plan_kernel[(1,)](
+            lengths,
+            split_len,
+            lengths.shape[0],
+            per_split // lengths.shape[0],
+            num_programs,
+            NUM_SPLITS=num_splits,
+            BLOCK_N=tile.block_n,
+            BLOCK=128,
+            num_warps=4,
+        )
+    return DecodePlan(
+        starts, lengths, tables, split_len, num_splits, most_queries, tile, partial, lse
+    )
+
+
+def batched_decode(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    out: Tensor,
+    plan: DecodePlan,
+    scale: float,
+) -> None:
+    """Attend causally; the last query token of a sequence is its newest token.
+
+    Args:
+        query: ``[num_tokens, num_heads, head_dim]``; rows may be strided.
+        key_cache, value_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]``, contiguous.
+        out: ``[num_tokens, num_heads, head_dim]``, contiguous: written.
+        scale: factor on the scores.
+    """
+    if plan.num_seqs == 0:
+        return
+    _, num_heads, head_dim = query.shape
+    _, block_size, num_kv_heads, _ = key_cache.shape
+    tile = plan.tile
+    num_tiles = triton.cdiv(plan.most_queries * (num_heads // num_kv_heads), tile.block_m)
+    _decode_kernel[(num_kv_heads, plan.num_seqs * num_tiles, plan.num_splits)](
+        query,
+        key_cache,
+        value_cache,
+        out,
+        plan.partial,
+        plan.lse,
+        plan.starts,
+        plan.lengths,
+        plan.tables,
+        plan.split_len,
+        query.stride(0),
+        plan.tables.stride(0),
+        scale * LOG2_E,
+        NUM_TILES=num_tiles,
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        NUM_SPLITS=plan.num_splits,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    if plan.num_splits > 1:
+        _merge_kernel[(num_heads, plan.num_seqs * plan.most_queries)](
+            plan.partial,
+            plan.lse,
+            out,
+            plan.starts,
+            plan.lengths,
+            plan.split_len,
+            MOST_QUERIES=plan.most_queries,
+            NUM_HEADS=num_heads,
+            HEAD_DIM=head_dim,
+            NUM_SPLITS=plan.num_splits,
+            BLOCK_SPLITS=triton.next_power_of_2(plan.num_splits),
+            BLOCK_D=triton.next_power_of_2(head_dim),
+            num_warps=2,
+        )
+
+
+@triton.jit(do_not_specialize=["num_seqs", "num_programs"])
+def _plan_kernel(
+    lengths_ptr,
+    split_len_ptr,
+    num_seqs,
+    programs_per_seq,
+    num_programs,
+    NUM_SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Tokens per split: as many programs as are wanted get about the same number of tokens, as far
+    as the longest sequence then has no more than `NUM_SPLITS` splits.
+    """
+    total = tl.zeros([BLOCK], dtype=tl.int64)
+    longest = tl.zeros([BLOCK], dtype=tl.int64)
+    for first in range(0, num_seqs, BLOCK):
+        seqs = first + tl.arange(0, BLOCK)
+        lengths = tl.load(lengths_ptr + seqs, mask=seqs < num_seqs, other=0)
+        total += lengths
+        longest = tl.maximum(longest, lengths)
+    fair = tl.cdiv(tl.sum(total, 0) * programs_per_seq, num_programs)
+    least = tl.cdiv(tl.max(longest, 0), NUM_SPLITS)
+    split_len = tl.cdiv(tl.maximum(tl.maximum(fair, least), 1), BLOCK_N) * BLOCK_N
+    tl.store(split_len_ptr, split_len)
+
+
+@triton.jit
+def _decode_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    out_ptr,
+    partial_ptr,
+    lse_ptr,
+    starts_ptr,
+    lengths_ptr,
+    tables_ptr,
+    split_len_ptr,
+    query_stride,
+    table_stride,
+    scale,
+    NUM_TILES: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One split of one sequence's context, for one KV head and a tile of its queries.
+
+    Row r of a sequence's queries is head ``r % group`` of query token ``r // group``.
+    """
+    GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
+    kv_head = tl.program_id(0)
+    seq = tl.program_id(1) // NUM_TILES
+    split = tl.program_id(2)
+    start = tl.load(starts_ptr + seq)
+    num_queries = (tl.load(starts_ptr + seq + 1) - start).to(tl.int32)
+    length = tl.load(lengths_ptr + seq).to(tl.int32)
+    rows = (tl.program_id(1) % NUM_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if tl.min(rows, 0) >= num_queries * GROUP:
+        return
+    begin, end = 0, length
+    if NUM_SPLITS > 1:
+        split_len = tl.load(split_len_ptr).to(tl.int32)
+        begin = split * split_len
+        end = tl.minimum(length, begin + split_len)
+        if begin >= length:
+            return
+
+    is_row = rows < num_queries * GROUP
+    token = start + rows // GROUP
+    head = kv_head * GROUP + rows % GROUP
+    position = length - num_queries + rows // GROUP
+    dim = tl.arange(0, BLOCK_D)
+    is_dim = dim < HEAD_DIM
+    query = tl.load(
+        query_ptr + token[:, None] * query_stride + head[:, None] * HEAD_DIM + dim[None, :],
+        mask=is_row[:, None] & is_dim[None, :],
+        other=0.0,
+    )
+    best = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    table_ptr = tables_ptr + seq.to(tl.int64) * table_stride
+    for first in range(begin, end, BLOCK_N):
+        context = first + tl.arange(0, BLOCK_N)
+        is_there = context < end
+        block = tl.load(table_ptr + context // BLOCK_SIZE, mask=is_there, other=0).to(tl.int64)
+        slot = block * BLOCK_SIZE + context % BLOCK_SIZE
+        offset = (slot * NUM_KV_HEADS + kv_head) * HEAD_DIM
+        key = tl.load(
+            key_ptr + offset[None, :] + dim[:, None],
+            mask=is_there[None, :] & is_dim[:, None],
+            other=0.0,
+        )
+        scores = tl.dot(query, key, input_precision="ieee") * scale
+        is_seen = is_there[None, :] & (context[None, :] <= position[:, None])
+        scores = tl.where(is_seen, scores, float("-inf"))
+        new_best = tl.maximum(best, tl.max(scores, 1))
+        # A row may see nothing of a whole split: the drafted tokens at its end come later.
+        shift = tl.where(new_best == float("-inf"), 0.0, new_best)
+        weights = tl.exp2(scores - shift[:, None])
+        decay = tl.exp2(best - shift)
+        value = tl.load(
+            value_ptr + offset[:, None] + dim[None, :],
+            mask=is_there[:, None] & is_dim[None, :],
+            other=0.0,
+        )
+        total = total * decay + tl.sum(weights, 1)
+        acc = acc * decay[:, None]
+        acc = tl.dot(weights.to(value.dtype), value, acc, input_precision="ieee")
+        best = new_best
+
+    acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    row = token * NUM_HEADS + head
+    is_out = is_row[:, None] & is_dim[None, :]
+    if end - begin == length:
+        out_ptrs = out_ptr + row[:, None] * HEAD_DIM + dim[None, :]
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=is_out)
+    else:
+        row = row * NUM_SPLITS + split
+        tl.store(partial_ptr + row[:, None] * HEAD_DIM + dim[None, :], acc, mask=is_out)
+        tl.store(lse_ptr + row, best + tl.log2(total), mask=is_row)
+
+
+@triton.jit
+def _merge_kernel(
+    partial_ptr,
+    lse_ptr,
+    out_ptr,
+    starts_ptr,
+    lengths_ptr,
+    split_len_ptr,
+    MOST_QUERIES: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The splits' outputs of one head of one query token, weighted by their sums of exponentials."""
+    CHUNK: tl.constexpr = 8
+    head = tl.program_id(0)
+    seq = tl.program_id(1) // MOST_QUERIES
+    start = tl.load(starts_ptr + seq)
+    token = start + tl.program_id(1) % MOST_QUERIES
+    if token >= tl.load(starts_ptr + seq + 1):
+        return
+    num_splits = tl.cdiv(tl.load(lengths_ptr + seq), tl.load(split_len_ptr))
+    if num_splits <= 1:
+        return
+    row = token * NUM_HEADS + head
+    splits = tl.arange(0, BLOCK_SPLITS)
+    all_lse = tl.load(
+        lse_ptr + row * NUM_SPLITS + splits, mask=splits < num_splits, other=float("-inf")
+    )
+    best = tl.max(all_lse, 0)
+    total = tl.sum(tl.exp2(all_lse - best), 0)
+    dim = tl.arange(0, BLOCK_D)
+    acc = tl.zeros([BLOCK_D], dtype=tl.float32)
+    for first in range(0, num_splits, CHUNK):
+        split = first + tl.arange(0, CHUNK)
+        split_row = row * NUM_SPLITS + split
+        lse = tl.load(lse_ptr + split_row, mask=split < num_splits, other=float("-inf"))
+        partial = tl.load(
+            partial_ptr + split_row[:, None] * HEAD_DIM + dim[None, :],
+            mask=(split < num_splits)[:, None] & (dim < HEAD_DIM)[None, :],
+            other=0.0,
+        )
+        acc += tl.sum(tl.exp2(lse - best)[:, None] * partial, 0)
+    out = (acc / total).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * HEAD_DIM + dim, out, mask=dim < HEAD_DIM)

@@ -1,0 +1,265 @@
+"""Attention of prefill chunks over the paged KV cache, all chunks of a batch in one launch.
+
+FlashAttention-2 (Dao, 2023): a program holds a tile of one head's queries and walks over the
+context from its first token, found through the block table, to the tile's last query. What
+every query of the tile may see is not masked; the rest is, causally.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = 1.4426950408889634
+
+
+class PrefillTile(NamedTuple):
+    """Shape of one program: queries, and tokens of context at a time."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def prefill_tile(longest: int, head_dim: int, dtype: torch.dtype, capability: int) -> PrefillTile:
+    """The tile for a batch whose longest chunk has so many tokens.
+
+    Args:
+        capability: the device's compute capability, times ten (90 for Hopper): before 90 the
+            products' operands take registers, of which nothing may spill.
+    """
+    if dtype is torch.float32:
+        return PrefillTile(32, 32 if head_dim <= 128 else 16, num_warps=8, num_stages=2)
+    if head_dim > 128:
+        return PrefillTile(64, 32, num_warps=8, num_stages=2)
+    if longest <= 64:
+        return PrefillTile(64, 32, num_warps=4, num_stages=3)
+    return PrefillTile(
+        128, 64, num_warps=8, num_stages=3 if capability >= 90 or head_dim <= 64 else 2
+    )
+
+
+def prefill_tiles(
+    query_start_loc: Sequence[int], seq_lens: Sequence[int], first_seq: int, block_m: int
+) -> list[tuple[int, int]]:
+    """Which programs run: (sequence, its first query token), those with most context first, so
+    that no long one is left over at the end.
+
+    Args:
+        query_start_loc, seq_lens: as in `AttentionMetadata`.
+        first_seq: of the prefill chunks.
+    """
+    tiles = []
+    for seq in range(first_seq, len(seq_lens)):
+        num_queries = query_start_loc[seq + 1] - query_start_loc[seq]
+        earlier = seq_lens[seq] - num_queries
+        tiles += [(earlier + first, seq, first) for first in range(0, num_queries, block_m)]
+    tiles.sort(reverse=True)
+    return [(seq, first) for _, seq, first in tiles]
+
+
+def chunked_prefill(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    out: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    tables: Tensor,
+    tiles: Tensor,
+    tile: PrefillTile,
+    scale: float,
+) -> None:
+    """Attend causally; the last query token of a chunk is the newest token of its sequence.
+
+    Args:
+        query: ``[num_tokens, num_heads, head_dim]``; rows may be strided.
+        key_cache, value_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]``, contiguous.
+        out: ``[num_tokens, num_heads, head_dim]``, contiguous: the chunks' rows are written.
+        starts, lengths, tables: of all sequences of the batch, int64: ``[num_seqs + 1]``,
+            ``[num_seqs]``, ``[num_seqs, max_blocks]``.
+        tiles: int64 ``[num_tiles, 2]``, from `prefill_tiles`.
+        scale: factor on the scores.
+    """
+    if tiles.shape[0] == 0:
+        return
+    _, num_heads, head_dim = query.shape
+    _, block_size, num_kv_heads, _ = key_cache.shape
+    low = 2 ** (head_dim.bit_length() - 1)
+    high = max(16, triton.next_power_of_2(head_dim - low)) if head_dim > low else 0
+    _prefill_kernel[(num_heads, tiles.shape[0])](
+        query,
+        key_cache,
+        value_cache,
+        out,
+        starts,
+        lengths,
+        tables,
+        tiles,
+        query.stride(0),
+        tables.stride(0),
+        scale * LOG2_E,
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        LOW=low,
+        HIGH=high,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+@triton.jit
+def _prefill_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    out_ptr,
+    starts_ptr,
+    lengths_ptr,
+    tables_ptr,
+    tiles_ptr,
+    query_stride,
+    table_stride,
+    scale,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+):
+    """One tile of one head's queries.
+
+    A head of 80 or 96 dimensions is computed as its first 64 and the other 16 or 32: as one
+    power of two it would cost as much as 128.
+    """
+    head = tl.program_id(0)
+    kv_head = head // (NUM_HEADS // NUM_KV_HEADS)
+    seq = tl.load(tiles_ptr + 2 * tl.program_id(1))
+    first = tl.load(tiles_ptr + 2 * tl.program_id(1) + 1).to(tl.int32)
+    start = tl.load(starts_ptr + seq)
+    num_queries = (tl.load(starts_ptr + seq + 1) - start).to(tl.int32)
+    length = tl.load(lengths_ptr + seq).to(tl.int32)
+
+    rows = first + tl.arange(0, BLOCK_M)
+    position = length - num_queries + rows
+    is_row = (rows < num_queries)[:, None]
+    low = tl.arange(0, LOW)
+    high = LOW + tl.arange(0, HIGH if HIGH > 0 else 16)
+    query_ptrs = query_ptr + ((start + rows) * query_stride + head * HEAD_DIM)[:, None]
+    query_low = tl.load(query_ptrs + low[None, :], mask=is_row, other=0.0)
+    query_high = query_low
+    if HIGH > 0:
+        is_high = is_row & (high < HEAD_DIM)[None, :]
+        query_high = tl.load(query_ptrs + high[None, :], mask=is_high, other=0.0)
+
+    best = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    acc_low = tl.zeros([BLOCK_M, LOW], dtype=tl.float32)
+    acc_high = tl.zeros([BLOCK_M, HIGH if HIGH > 0 else 16], dtype=tl.float32)
+    table_ptr = tables_ptr + seq * table_stride
+    seen_by_all = length - num_queries + first + 1
+    end_unmasked = (seen_by_all // BLOCK_N) * BLOCK_N
+    end = tl.minimum(length, seen_by_all + BLOCK_M - 1)
+    best, total, acc_low, acc_high = _attend(
+        best, total, acc_low, acc_high, query_low, query_high, key_ptr, value_ptr, table_ptr,
+        position, low, high, kv_head, 0, end_unmasked, end, scale,
+        NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N, HIGH, False,
+    )  # fmt: skip
+    best, total, acc_low, acc_high = _attend(
+        best, total, acc_low, acc_high, query_low, query_high, key_ptr, value_ptr, table_ptr,
+        position, low, high, kv_head, end_unmasked, end, end, scale,
+        NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N, HIGH, True,
+    )  # fmt: skip
+
+    out_ptrs = out_ptr + (((start + rows) * NUM_HEADS + head) * HEAD_DIM)[:, None]
+    out_low = (acc_low / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptrs + low[None, :], out_low, mask=is_row)
+    if HIGH > 0:
+        out_high = (acc_high / total[:, None]).to(out_ptr.dtype.element_ty)
+        is_high = is_row & (high < HEAD_DIM)[None, :]
+        tl.store(out_ptrs + high[None, :], out_high, mask=is_high)
+
+
+@triton.jit
+def _attend(
+    best,
+    total,
+    acc_low,
+    acc_high,
+    query_low,
+    query_high,
+    key_ptr,
+    value_ptr,
+    table_ptr,
+    position,
+    low,
+    high,
+    kv_head,
+    begin,
+    until,
+    end,
+    scale,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HIGH: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Go on over the context in [begin, until); masked, where not all rows may see all of it.
+
+    Every row has seen a token when its first tile of context is through, so that `best` is
+    finite from then on.
+    """
+    is_high = high < HEAD_DIM
+    for first in range(begin, until, BLOCK_N):
+        context = first + tl.arange(0, BLOCK_N)
+        is_there = context < end
+        block_ptrs = table_ptr + context // BLOCK_SIZE
+        block = _load(block_ptrs, is_there, MASKED)
+        slot = block.to(tl.int64) * BLOCK_SIZE + context % BLOCK_SIZE
+        offset = (slot * NUM_KV_HEADS + kv_head) * HEAD_DIM
+        key_ptrs, value_ptrs = key_ptr + offset[None, :], value_ptr + offset[:, None]
+        key = _load(key_ptrs + low[:, None], is_there[None, :], MASKED)
+        scores = tl.dot(query_low, key, input_precision="ieee")
+        if HIGH > 0:
+            is_key = is_there[None, :] & is_high[:, None]
+            key_high = tl.load(key_ptrs + high[:, None], mask=is_key, other=0.0)
+            scores = tl.dot(query_high, key_high, scores, input_precision="ieee")
+        scores = scores * scale
+        if MASKED:
+            is_seen = is_there[None, :] & (context[None, :] <= position[:, None])
+            scores = tl.where(is_seen, scores, float("-inf"))
+        new_best = tl.maximum(best, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_best[:, None])
+        decay = tl.exp2(best - new_best)
+        total = total * decay + tl.sum(weights, 1)
+        value = _load(value_ptrs + low[None, :], is_there[:, None], MASKED)
+        weights = weights.to(value.dtype)
+        acc_low = tl.dot(weights, value, acc_low * decay[:, None], input_precision="ieee")
+        if HIGH > 0:
+            is_value = is_there[:, None] & is_high[None, :]
+            value_high = tl.load(value_ptrs + high[None, :], mask=is_value, other=0.0)
+            acc_high = tl.dot(
+                weights, value_high, acc_high * decay[:, None], input_precision="ieee"
+            )
+        best = new_best
+    return best, total, acc_low, acc_high
+
+
+@triton.jit
+def _load(ptrs, mask, MASKED: tl.constexpr):
+    return tl.load(ptrs, mask=mask, other=0) if MASKED else tl.load(ptrs)

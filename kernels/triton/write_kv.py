@@ -1,0 +1,108 @@
+"""New keys and values into the paged KV cache, with RoPE (Su et al., 2021) on the way."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+# Elements of a program: eight a thread, one load of 16 bytes in half precision.
+TILE, NUM_WARPS = 1024, 4
+
+
+@triton.jit(do_not_specialize=["slot_mapping"])
+def _write_kv_kernel(
+    qkv,
+    key_cache,
+    value_cache,
+    slot_mapping,
+    rotations,
+    QKV_STRIDE: tl.constexpr,
+    KEY_BLOCK_STRIDE: tl.constexpr,
+    VALUE_BLOCK_STRIDE: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    FIRST_HEAD: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIMS: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_mapping + token)
+    if slot < 0:
+        return
+    heads = FIRST_HEAD + tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    dims = tl.arange(0, DIMS)[None, :]
+    NUM_ROTATED: tl.constexpr = NUM_HEADS + NUM_KV_HEADS
+    mask = (heads < NUM_ROTATED + NUM_KV_HEADS) & (dims < HEAD_DIM)
+    source = qkv + token * QKV_STRIDE + heads * HEAD_DIM + dims
+    x = tl.load(source, mask, other=0.0)
+    if rotations is not None:
+        turns = tl.load(rotations + token * HEAD_DIM + dims, dims < HEAD_DIM, other=0.0)
+        cos, sin = tl.split(tl.reshape(turns, (1, DIMS // 2, 2)))
+        real, imag = tl.split(tl.reshape(x.to(tl.float32), (HEADS, DIMS // 2, 2)))
+        turned = tl.join(real * cos - imag * sin, real * sin + imag * cos)
+        turned = tl.reshape(turned, (HEADS, DIMS)).to(x.dtype)
+        tl.store(source, turned, mask & (heads < NUM_HEADS))
+        x = tl.where(heads < NUM_ROTATED, turned, x)
+    block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+    # Of the token, measured from its first key and from its first value.
+    place = offset * (NUM_KV_HEADS * HEAD_DIM) + dims
+    key = key_cache + block * KEY_BLOCK_STRIDE + place + (heads - NUM_HEADS) * HEAD_DIM
+    value = value_cache + block * VALUE_BLOCK_STRIDE + place + (heads - NUM_ROTATED) * HEAD_DIM
+    tl.store(key, x, mask & (heads >= NUM_HEADS) & (heads < NUM_ROTATED))
+    tl.store(value, x, mask & (heads >= NUM_ROTATED))
+
+
+def write_kv(
+    qkv: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    block_size: int,
+    rotations: torch.Tensor | None = None,
+) -> None:
+    """Store each token's keys and values in its slot of the cache.
+
+    Args:
+        qkv: ``[num_tokens, num_heads + 2 * num_kv_heads, head_dim]``: the heads of queries,
+            keys, values; float16, bfloat16 or float32; heads adjacent, rows need not be.
+            ``head_dim`` even, at most 256.
+        key_cache, value_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]``, of the
+            dtype of ``qkv``; blocks need not be adjacent, what is in one is.
+        slot_mapping: int64 ``[num_tokens]``: ``block_id * block_size + offset``. A negative
+            slot means a row of padding, of which nothing is written.
+        rotations: complex64 ``[num_tokens, 1, head_dim / 2]``, contiguous: queries are rotated
+            in place and keys on their way into the cache (those in ``qkv`` stay as they were).
+            A head's dimensions ``2 i`` and ``2 i + 1`` are one complex number.
+    """
+    num_tokens, num_rows, head_dim = qkv.shape
+    assert num_rows == num_heads + 2 * num_kv_heads
+    assert qkv.stride()[1:] == key_cache.stride()[2:] == value_cache.stride()[2:] == (head_dim, 1)
+    if not num_tokens:
+        return
+    first_head = num_heads if rotations is None else 0
+    dims = triton.next_power_of_2(head_dim)
+    heads = min(max(1, TILE // dims), triton.next_power_of_2(num_rows - first_head))
+    grid = (num_tokens, triton.cdiv(num_rows - first_head, heads))
+    _write_kv_kernel[grid](
+        qkv,
+        key_cache,
+        value_cache,
+        slot_mapping,
+        None if rotations is None else torch.view_as_real(rotations),
+        QKV_STRIDE=qkv.stride(0),
+        KEY_BLOCK_STRIDE=key_cache.stride(0),
+        VALUE_BLOCK_STRIDE=value_cache.stride(0),
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        FIRST_HEAD=first_head,
+        HEADS=heads,
+        DIMS=dims,
+        num_warps=NUM_WARPS,
+    )

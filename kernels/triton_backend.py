@@ -1,0 +1,177 @@
+"""Attention by this project's Triton kernels: prefill chunks in one launch, decodes in another."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minserve.errors import BackendUnavailableError
+from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
+from minserve.kernels.triton.batched_decode import DecodePlan, batched_decode, plan_decodes
+from minserve.kernels.triton.chunked_prefill import (
+    PrefillTile,
+    chunked_prefill,
+    prefill_tile,
+    prefill_tiles,
+)
+from minserve.kernels.triton.write_kv import write_kv
+
+# Programs that keep a multiprocessor busy: two fit at a time, and finish at different times.
+PROGRAMS_PER_MULTIPROCESSOR = 4
+MOST_HEAD_DIM = 256
+
+
+class Device(NamedTuple):
+    """A device's traits.
+
+    Attributes:
+        num_programs: that keep it busy.
+        capability: its compute capability, times ten.
+    """
+
+    num_programs: int
+    capability: int
+
+
+# Triton's interpreter has nothing to fill; a few splits are as good as many.
+INTERPRETED = Device(num_programs=16, capability=90)
+
+
+@dataclass(slots=True)
+class _State:
+    """What `prepare` decides for all layers.
+
+    Attributes:
+        starts, lengths: of the whole batch, on the device.
+        tiles: int64 ``[num_tiles, 2]``: the prefill chunks' programs; ``None`` without any.
+    """
+
+    starts: Tensor
+    lengths: Tensor
+    decodes: DecodePlan | None = None
+    tile: PrefillTile | None = None
+    tiles: Tensor | None = None
+
+
+class TritonBackend(AttentionBackend):
+    """The Triton kernels, for CUDA devices (and Triton's interpreter).
+
+    Raises:
+        BackendUnavailableError: for heads that the kernels do not know.
+    """
+
+    name = "triton"
+    # Of the cache, as allocated; the tiles depend on it.
+    _dtype = torch.float16
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float) -> None:
+        super().__init__(num_heads, num_kv_heads, head_dim, scale)
+        if not 16 <= head_dim <= MOST_HEAD_DIM or head_dim % 8:
+            raise BackendUnavailableError(
+                f"the {self.name} attention backend needs heads of 16 to {MOST_HEAD_DIM} dimensions "
+                f"in steps of 8, not {head_dim}; use --attention-backend torch"
+            )
+
+    def allocate(
+        self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> LayerKV:
+        self._dtype = dtype
+        size = (num_blocks, block_size, self.num_kv_heads, self.head_dim)
+        key, value = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
+        return LayerKV(key, value)
+
+    def prepare(self, metadata: AttentionMetadata) -> None:
+        device = metadata.slot_mapping.device
+        starts, lengths = metadata.starts, metadata.lengths
+        if starts is None:
+            starts = on_device(device, metadata.query_start_loc)
+        if lengths is None:
+            lengths = on_device(device, metadata.seq_lens)
+        state = metadata.state = _State(starts, lengths)
+        if metadata.num_decodes:
+            state.decodes = self._plan_decodes(metadata, state)
+        if metadata.num_decodes < metadata.num_seqs:
+            self._plan_prefills(metadata, state)
+
+    def write_kv(
+        self,
+        qkv: Tensor,
+        kv: LayerKV,
+        metadata: AttentionMetadata,
+        rotations: Tensor | None = None,
+    ) -> None:
+        write_kv(
+            qkv,
+            kv.key,
+            kv.value,
+            metadata.slot_mapping,
+            self.num_heads,
+            self.num_kv_heads,
+            metadata.block_size,
+            rotations,
+        )
+
+    def forward(self, query: Tensor, kv: LayerKV, metadata: AttentionMetadata) -> Tensor:
+        state = metadata.state
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        if state.decodes is not None:
+            batched_decode(query, kv.key, kv.value, out, state.decodes, self.scale)
+        if state.tiles is not None:
+            chunked_prefill(
+                query,
+                kv.key,
+                kv.value,
+                out,
+                state.starts,
+                state.lengths,
+                metadata.block_tables,
+                state.tiles,
+                state.tile,
+                self.scale,
+            )
+        return out.flatten(1)
+
+    def _plan_decodes(self, metadata: AttentionMetadata, state: _State) -> DecodePlan:
+        num, starts = metadata.num_decodes, metadata.query_start_loc
+        return plan_decodes(
+            state.starts[: num + 1],
+            state.lengths[:num],
+            metadata.block_tables[:num],
+            num_tokens=min(starts[num], metadata.slot_mapping.shape[0]),
+            most_queries=max(starts[i + 1] - starts[i] for i in range(num)),
+            longest=max(metadata.seq_lens[:num]),
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            dtype=self._dtype,
+            num_programs=describe(metadata.slot_mapping.device).num_programs,
+        )
+
+    def _plan_prefills(self, metadata: AttentionMetadata, state: _State) -> None:
+        starts, first = metadata.query_start_loc, metadata.num_decodes
+        longest = max(starts[i + 1] - starts[i] for i in range(first, metadata.num_seqs))
+        device = metadata.slot_mapping.device
+        capability = describe(device).capability
+        state.tile = prefill_tile(longest, self.head_dim, self._dtype, capability)
+        tiles = prefill_tiles(starts, metadata.seq_lens, first, state.tile.block_m)
+        state.tiles = on_device(device, tiles)
+
+
+def on_device(device: torch.device, values: list) -> Tensor:
+    """Integers on the device, int64, without waiting for it."""
+    tensor = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return tensor.to(device, non_blocking=True)
+
+
+@functools.cache
+def describe(device: torch.device) -> Device:
+    """What the kernels' tiles and splits depend on."""
+    if device.type != "cuda":
+        return INTERPRETED
+    properties = torch.cuda.get_device_properties(device)
+    num_programs = PROGRAMS_PER_MULTIPROCESSOR * properties.multi_processor_count
+    return Device(num_programs, 10 * properties.major + properties.minor)

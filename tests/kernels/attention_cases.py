@@ -1,0 +1,82 @@
+"""Batches over scattered blocks, and attention written out to judge backends by."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from minserve.kernels.attention import AttentionMetadata, LayerKV
+
+
+def make_metadata(
+    lengths: list[tuple[int, int]],
+    num_decodes: int,
+    block_size: int,
+    device: torch.device | str = "cpu",
+) -> tuple[AttentionMetadata, int]:
+    """Metadata over randomly chosen blocks, and how many blocks the pool needs.
+
+    Args:
+        lengths: (query tokens, earlier tokens) of each sequence; decodes first.
+    """
+    rng = random.Random(0)
+    need = [-(-(queries + past) // block_size) for queries, past in lengths]
+    num_blocks = sum(need) + 5
+    order = rng.sample(range(num_blocks), sum(need))
+    tables, slots, starts = [], [], [0]
+    for (queries, past), count in zip(lengths, need, strict=True):
+        table, order = order[:count], order[count:]
+        slots += [
+            table[p // block_size] * block_size + p % block_size
+            for p in range(past, past + queries)
+        ]
+        tables.append(table + [0] * (max(need) - count))
+        starts.append(starts[-1] + queries)
+    metadata = AttentionMetadata(
+        query_start_loc=starts,
+        seq_lens=[queries + past for queries, past in lengths],
+        block_tables=torch.tensor(tables, device=device),
+        slot_mapping=torch.tensor(slots, device=device),
+        block_size=block_size,
+        num_decodes=num_decodes,
+    )
+    return metadata, num_blocks
+
+
+def poison(kv: LayerKV, metadata: AttentionMetadata, value: float) -> None:
+    """Make reading what no sequence owns show: unused blocks, and the tails of last blocks."""
+    owned = torch.zeros(kv.key.shape[:2], dtype=torch.bool)
+    for table, length in zip(metadata.block_tables.tolist(), metadata.seq_lens, strict=True):
+        for p in range(length):
+            owned[table[p // metadata.block_size], p % metadata.block_size] = True
+    for part in (kv.key, kv.value):
+        part[~owned.to(part.device)] = value
+
+
+def expected(
+    query: torch.Tensor,
+    kv: LayerKV,
+    metadata: AttentionMetadata,
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """Softmax(q k^T / sqrt(head_dim)) v in a dtype, sequence by sequence, written out."""
+    num_heads, head_dim = query.shape[1:]
+    rows = []
+    for i, length in enumerate(metadata.seq_lens):
+        begin, end = metadata.query_start_loc[i : i + 2]
+        blocks = metadata.block_tables[i]
+        key, value = (
+            part[blocks]
+            .flatten(0, 1)[:length]
+            .to(dtype)
+            .repeat_interleave(num_heads // part.shape[2], dim=1)
+            for part in (kv.key, kv.value)
+        )
+        q = query[begin:end].to(dtype)
+        scores = torch.einsum("qhd,khd->hqk", q, key) * head_dim**-0.5
+        position = torch.arange(length, device=query.device)
+        seen = position <= position[length - (end - begin) :].unsqueeze(1)
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        rows.append(torch.einsum("hqk,khd->qhd", weights, value))
+    return torch.cat(rows).flatten(1)

@@ -1,0 +1,172 @@
+"""Decode attention against attention written out: real head shapes, odd lengths, poisoned blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import assert_as_exact_as
+from attention_cases import expected, make_metadata, poison
+
+from minserve.kernels.attention import LayerKV
+from minserve.kernels.triton.batched_decode import (
+    MOST_SPLITS,
+    DecodePlan,
+    batched_decode,
+    plan_decodes,
+)
+
+# (query heads, KV heads, head_dim).
+OPT_125M, OPT_2_7B, OPT_6_7B = (12, 12, 64), (32, 32, 80), (32, 32, 128)
+LLAMA_3_8B, LLAMA_3_70B = (32, 8, 128), (64, 8, 128)
+WIDE, PHI, ONE_KV_HEAD, TINY = (4, 2, 256), (6, 2, 96), (8, 1, 64), (4, 2, 16)
+
+
+def run(
+    heads: tuple[int, int, int],
+    lengths: list[tuple[int, int]],
+    dtype: torch.dtype,
+    device: torch.device,
+    block_size: int = 16,
+    num_programs: int = 16,
+) -> DecodePlan:
+    """Check a batch of decodes: everything written, right, and nothing read that is not owned."""
+    num_heads, num_kv_heads, head_dim = heads
+    metadata, num_blocks = make_metadata(lengths, len(lengths), block_size, device)
+    torch.manual_seed(0)
+    shape = (num_blocks, block_size, num_kv_heads, head_dim)
+    kv = LayerKV(*(torch.randn(shape, device=device).to(dtype) for _ in range(2)))
+    poison(kv, metadata, torch.nan)
+    # Queries lie among keys and values, as a model's matmul leaves them.
+    qkv = torch.randn(metadata.num_tokens, num_heads + 2 * num_kv_heads, head_dim, device=device)
+    query = qkv.to(dtype)[:, :num_heads]
+    plan = plan_decodes(
+        torch.tensor(metadata.query_start_loc, device=device),
+        torch.tensor(metadata.seq_lens, device=device),
+        metadata.block_tables,
+        num_tokens=metadata.num_tokens,
+        most_queries=max(queries for queries, _ in lengths),
+        longest=max(metadata.seq_lens),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        num_programs=num_programs,
+    )
+    out = torch.full(query.shape, torch.nan, dtype=dtype, device=device)
+    batched_decode(query, kv.key, kv.value, out, plan, head_dim**-0.5)
+    plain, exact = expected(query, kv, metadata, dtype), expected(query, kv, metadata)
+    assert_as_exact_as(plain, out.flatten(1), exact)
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("heads", "lengths"),
+    [
+        (OPT_125M, [(1, 0), (1, 4), (1, 122)]),
+        (OPT_2_7B, [(1, 122), (1, 31)]),
+        (OPT_6_7B, [(1, 122)]),
+        (LLAMA_3_8B, [(1, 122), (1, 0), (1, 64)]),
+        (LLAMA_3_70B, [(1, 122)]),
+        (WIDE, [(1, 122), (1, 4)]),
+        (PHI, [(1, 122), (1, 4)]),
+        (TINY, [(1, 0), (1, 47), (1, 48)]),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else None,
+)
+def test_decodes_are_right_at_real_shapes(
+    heads: tuple[int, int, int],
+    lengths: list[tuple[int, int]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    run(heads, lengths, dtype, device)
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128, 48])
+def test_any_block_size_holds_the_context(
+    block_size: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    run(PHI, [(1, 200), (1, 127), (1, 128)], dtype, device, block_size)
+
+
+def test_drafts_under_verification_see_only_what_is_before_them(
+    dtype: torch.dtype, device: torch.device
+) -> None:
+    # Up to nine query tokens, of very unlike number, behind contexts that end anywhere.
+    run(PHI, [(9, 0), (1, 70), (3, 62), (2, 126), (9, 123)], dtype, device)
+
+
+def test_more_rows_than_one_tile_holds(dtype: torch.dtype, device: torch.device) -> None:
+    run(ONE_KV_HEAD, [(9, 50), (1, 20), (17, 33)], dtype, device)
+
+
+def test_a_long_context_is_split_and_merged(dtype: torch.dtype, device: torch.device) -> None:
+    plan = run(ONE_KV_HEAD, [(1, 4096), (1, 0), (3, 700), (2, 127)], dtype, device)
+    assert plan.num_splits > 4
+    split_len = plan.split_len.item()
+    assert -(-4097 // split_len) > 2, "the longest is split"
+    assert split_len >= 129, "the shortest are not"
+
+
+def test_a_split_may_hold_nothing_that_the_first_drafts_see(
+    dtype: torch.dtype, device: torch.device
+) -> None:
+    # The last split begins at the last token or two of a sequence.
+    plan = run(TINY, [(5, 60), (5, 61), (5, 63), (5, 124)], dtype, device, num_programs=1000)
+    assert plan.split_len.item() == plan.tile.block_n
+
+
+def test_the_longest_sequence_has_no_more_splits_than_there_is_room_for(
+    device: torch.device,
+) -> None:
+    plan = run(TINY, [(1, 9000), (1, 5)], torch.float16, device, num_programs=10**6)
+    assert plan.num_splits == MOST_SPLITS
+    assert -(-9001 // plan.split_len.item()) <= MOST_SPLITS
+
+
+def test_sequences_of_padding_cost_nothing_and_write_nothing(
+    dtype: torch.dtype, device: torch.device
+) -> None:
+    """As in a captured graph: rows and sequences for more than there are."""
+    heads, dim = 4, 64
+    kv = LayerKV(*(torch.randn(8, 16, heads, dim, device=device).to(dtype) for _ in range(2)))
+    query = torch.randn(4, heads, dim, device=device).to(dtype)
+    on = {"device": device}
+    tables = torch.tensor([[3, 1, 5, 0], [0] * 4, [0] * 4, [0] * 4], **on)
+    plan = plan_decodes(
+        torch.tensor([0, 1, 1, 1, 1], **on), torch.tensor([37, 0, 0, 0], **on), tables,
+        num_tokens=4, most_queries=1, longest=64, num_heads=heads, num_kv_heads=heads,
+        head_dim=dim, dtype=dtype, num_programs=64,
+    )  # fmt: skip
+    out = torch.full_like(query, 7.0)
+    batched_decode(query, kv.key, kv.value, out, plan, dim**-0.5)
+    metadata, _ = make_metadata([(1, 36)], 1, 16, device)
+    metadata.block_tables = tables[:1, :3]
+    assert (out[:1].flatten(1) - expected(query[:1], kv, metadata)).abs().max() < 1e-2
+    assert (out[1:] == 7.0).all()
+
+
+def test_an_index_beyond_32_bits_finds_its_block(device: torch.device) -> None:
+    """The cache's far end, in memory that is never touched: 2**31 elements lie before it."""
+    block_size, heads, dim = 128, 8, 256
+    num_blocks = 2**31 // (block_size * heads * dim) + 2
+    if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of free GPU memory")
+    size = (num_blocks, block_size, heads, dim)
+    key, value = (torch.empty(size, dtype=torch.float16, device=device) for _ in range(2))
+    last = num_blocks - 1
+    key[last].normal_()
+    value[last].normal_()
+    metadata, _ = make_metadata([(1, 99)], 1, block_size, device)
+    metadata.block_tables = torch.tensor([[last]], device=device)
+    query = torch.randn(1, heads, dim, device=device).half()
+    plan = plan_decodes(
+        torch.tensor([0, 1], device=device), torch.tensor([100], device=device), metadata.block_tables,
+        num_tokens=1, most_queries=1, longest=100, num_heads=heads, num_kv_heads=heads,
+        head_dim=dim, dtype=torch.float16, num_programs=1,
+    )  # fmt: skip
+    out = torch.empty_like(query)
+    batched_decode(query, key, value, out, plan, dim**-0.5)
+    kv = LayerKV(key[last:], value[last:])
+    metadata.block_tables = torch.tensor([[0]], device=device)
+    assert (out.flatten(1) - expected(query, kv, metadata)).abs().max() < 1e-2

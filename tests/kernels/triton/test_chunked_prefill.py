@@ -1,0 +1,120 @@
+"""Prefill attention against attention written out: real head shapes, odd lengths, poisoned blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import assert_as_exact_as
+from attention_cases import expected, make_metadata, poison
+
+from minserve.kernels.attention import LayerKV
+from minserve.kernels.triton.chunked_prefill import (
+    PrefillTile,
+    chunked_prefill,
+    prefill_tile,
+    prefill_tiles,
+)
+
+# (query heads, KV heads, head_dim).
+OPT_125M, OPT_2_7B, LLAMA_3_8B, LLAMA_3_70B = (12, 12, 64), (32, 32, 80), (32, 8, 128), (64, 8, 128)
+WIDE, PHI, ONE_KV_HEAD, TINY = (4, 2, 256), (3, 1, 96), (4, 1, 64), (2, 2, 40)
+
+
+def run(
+    heads: tuple[int, int, int],
+    lengths: list[tuple[int, int]],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    block_size: int = 16,
+    num_decodes: int = 0,
+    tile: PrefillTile | None = None,
+) -> None:
+    """Check a batch's chunks: everything written, right, and nothing read that is not owned."""
+    num_heads, num_kv_heads, head_dim = heads
+    metadata, num_blocks = make_metadata(lengths, num_decodes, block_size, device)
+    torch.manual_seed(0)
+    shape = (num_blocks, block_size, num_kv_heads, head_dim)
+    kv = LayerKV(*(torch.randn(shape, device=device).to(dtype) for _ in range(2)))
+    poison(kv, metadata, torch.nan)
+    qkv = torch.randn(metadata.num_tokens, num_heads + 2 * num_kv_heads, head_dim, device=device)
+    query = qkv.to(dtype)[:, :num_heads]
+    longest = max(queries for queries, _ in lengths[num_decodes:])
+    tile = tile or prefill_tile(longest, head_dim, dtype, capability=90)
+    tiles = prefill_tiles(metadata.query_start_loc, metadata.seq_lens, num_decodes, tile.block_m)
+    out = torch.full(query.shape, torch.nan, dtype=dtype, device=device)
+    chunked_prefill(
+        query,
+        kv.key,
+        kv.value,
+        out,
+        torch.tensor(metadata.query_start_loc, device=device),
+        torch.tensor(metadata.seq_lens, device=device),
+        metadata.block_tables,
+        torch.tensor(tiles, device=device),
+        tile,
+        head_dim**-0.5,
+    )
+    first = metadata.query_start_loc[num_decodes]
+    assert out[:first].isnan().all()
+    plain, exact = expected(query, kv, metadata, dtype), expected(query, kv, metadata)
+    assert_as_exact_as(plain[first:], out.flatten(1)[first:], exact[first:])
+
+
+@pytest.mark.parametrize(
+    ("heads", "lengths"),
+    [
+        (OPT_125M, [(123, 0), (1, 0), (5, 5)]),
+        (OPT_2_7B, [(5, 60)]),
+        (LLAMA_3_8B, [(5, 60)]),
+        (LLAMA_3_70B, [(5, 60)]),
+        (WIDE, [(70, 64), (5, 0)]),
+        (PHI, [(123, 5), (1, 122)]),
+        (TINY, [(123, 123), (64, 64), (65, 63)]),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else None,
+)
+def test_chunks_are_right_at_real_shapes(
+    heads: tuple[int, int, int],
+    lengths: list[tuple[int, int]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    run(heads, lengths, dtype, device)
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128, 48])
+def test_any_block_size_holds_the_context(
+    block_size: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    run(PHI, [(70, 200), (5, 127)], dtype, device, block_size=block_size)
+
+
+def test_a_long_context_is_attended_to_its_beginning(
+    dtype: torch.dtype, device: torch.device
+) -> None:
+    run(ONE_KV_HEAD, [(5, 4092), (1, 4096)], dtype, device)
+
+
+def test_a_prompt_cached_but_for_its_last_token(dtype: torch.dtype, device: torch.device) -> None:
+    run(PHI, [(1, 63), (1, 64), (1, 127)], dtype, device)
+
+
+def test_decodes_before_the_chunks_are_left_alone(dtype: torch.dtype, device: torch.device) -> None:
+    run(PHI, [(1, 40), (2, 7), (20, 0), (3, 30)], dtype, device, num_decodes=2)
+
+
+@pytest.mark.parametrize("block_m", [16, 64, 128])
+@pytest.mark.parametrize("block_n", [16, 64, 128])
+def test_every_tile_masks_alike(block_m: int, block_n: int, device: torch.device) -> None:
+    tile = PrefillTile(block_m, block_n, num_warps=4, num_stages=2)
+    run(ONE_KV_HEAD, [(150, 37), (17, 128)], torch.float16, device, tile=tile)
+
+
+def test_programs_with_most_context_go_first() -> None:
+    tiles = prefill_tiles([0, 1, 131, 141], [50, 130, 1010], 1, block_m=64)
+    assert tiles == [(2, 0), (1, 128), (1, 64), (1, 0)]
+
+
+def test_no_chunks_launch_nothing() -> None:
+    assert prefill_tiles([0, 1], [5], 1, 64) == []
