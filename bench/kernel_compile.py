@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from kernel_attention import Batch, attention_problem
@@ -21,15 +22,16 @@ from kernel_cases import OURS, Heads, Problem, Setting
 from kernel_rows import kv_problem, norm_problem, silu_mul_problem
 from synthetic_models import SHAPES
 from tqdm import tqdm
-from triton_aot import ARCHS, KIB, Built, compiling_for, inspect
+from triton_aot import ARCHS, KIB, MULTIPROCESSORS, Built, compiling_for, inspect
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 GROUPS = (1, 4, 8)  # query heads per KV head
 NUM_KV_HEADS = 8
 BLOCK_SIZES = (16, 32, 128)
-QUERIES = (1, 5)  # of a decode: alone, and with four drafted tokens
-CONTEXT = 4096
-CHUNK = 512
+# Query tokens and context of a decode: one split, several, and with four drafted tokens.
+DECODES = ((1, 48), (1, 4096), (5, 4096))
+CHUNKS = (64, 512)
+PAST = 4096
 TOKENS = 64
 # What fp16 adds to bfloat16 is another type name in the same code: a part is enough.
 FP16_HEAD_DIMS = (64, 128)
@@ -67,20 +69,22 @@ class Compiled(NamedTuple):
 def cases(quick: bool) -> Iterator[Case]:
     """All that the server may launch; with ``quick`` a case or two of each kernel."""
     for heads, block_size, dtype in _attention_shapes(quick):
-        where = f"{_name(dtype)} D {heads.head_dim} group {heads[0] // heads[1]} block {block_size}"
-        for queries in QUERIES:
-            batch = _batch(heads, queries, block_size, decode=True)
-            make = partial(attention_problem, batch)
-            yield Case("decode", f"{where} queries {queries}", dtype, make)
-        batch = _batch(heads, CHUNK, block_size, decode=False)
-        yield Case("prefill", where, dtype, partial(attention_problem, batch), needs_wgmma=True)
+        where = f"{_name(dtype)} D{heads.head_dim} G{heads[0] // heads[1]} B{block_size}"
+        for queries, context in DECODES:
+            make = _attention(heads, queries, context - queries, block_size, decode=True)
+            yield Case("decode", f"{where} {queries} of {context}", dtype, make)
+        for chunk in CHUNKS:
+            make = _attention(heads, chunk, PAST, block_size, decode=False)
+            yield Case(
+                "prefill", f"{where} {chunk} of {PAST + chunk}", dtype, make, needs_wgmma=True
+            )
     head_dims = (128,) if quick else HEAD_DIMS
     for head_dim in head_dims:
         heads = Heads(4 * NUM_KV_HEADS, NUM_KV_HEADS, head_dim)
         for block_size in BLOCK_SIZES[1:2] if quick else BLOCK_SIZES:
             for rope in (False, True):
                 make = partial(kv_problem, "", heads, TOKENS, block_size, rope)
-                label = f"bfloat16 D {head_dim} block {block_size} rope {rope}"
+                label = f"bfloat16 D{head_dim} G4 B{block_size} rope {rope}"
                 yield Case("write_kv", label, torch.bfloat16, make)
     for model in ("opt-6.7b", "llama-3.1-8b") if quick else NORM_MODELS:
         for residual in (False, True):
@@ -107,24 +111,33 @@ def _attention_shapes(quick: bool) -> Iterator[tuple[Heads, int, torch.dtype]]:
                 yield heads, 32, torch.float16
 
 
-def _batch(heads: Heads, queries: int, block_size: int, *, decode: bool) -> Batch:
-    return Batch(
+def _attention(
+    heads: Heads, queries: int, past: int, block_size: int, *, decode: bool
+) -> Callable[[Setting], Problem]:
+    batch = Batch(
         model="",
         heads=heads,
         seqs=4 if decode else 1,
         queries=queries,
-        past=CONTEXT - queries,
+        past=past,
         decode=decode,
         block_size=block_size,
     )
+    return partial(attention_problem, batch)
 
 
 def compile_case(case: Case, arch: int) -> Compiled:
     """Compile all that one case launches on one architecture."""
+    from minserve.kernels import triton_backend
+
     setting = Setting(torch.device("cpu"), case.dtype, cache_bytes=0, filled=False)
+    num_programs = triton_backend.PROGRAMS_PER_MULTIPROCESSOR * MULTIPROCESSORS[arch]
+    # The backend asks the device, which is a CPU here, for what tiles and splits depend on.
+    device = triton_backend.Device(num_programs, arch)
+    described = mock.patch.object(triton_backend, "describe", return_value=device)
     failures, kernels = [], []
     try:
-        with torch.inference_mode(), compiling_for(arch) as launched:
+        with torch.inference_mode(), described, compiling_for(arch) as launched:
             case.make(setting).contestants[OURS]().runs[0]()
         kernels = [inspect(kernel) for kernel in {one.hash: one for one in launched}.values()]
     except Exception as error:  # a kernel that does not compile must not hide the others
