@@ -262,7 +262,7 @@ def _sdpa(inputs: AttentionInputs) -> Contestant:
     return Contestant(runs, lambda: run(0).transpose(1, 2).reshape(-1, num_heads * head_dim))
 
 
-def attention_problems(kernel: str, scale: Scale) -> list[Callable[[Setting], Problem]]:
+def attention_problems(kernel: str, scale: Scale) -> list[partial[Problem]]:
     """Batches of real models, for ``decode`` or ``prefill``."""
     batches = _decode_batches(scale) if kernel == "decode" else _prefill_batches(scale)
     return [partial(attention_problem, batch) for batch in batches]

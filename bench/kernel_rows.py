@@ -25,7 +25,7 @@ TOKENS = {Scale.FULL: (1, 64, 512, 4096), Scale.QUICK: (64, 4096), Scale.DRY: (3
 KERNELS = ("rms_norm", "layer_norm", "silu_mul", "write_kv", "bias_relu")
 
 
-def row_problems(kernel: str, scale: Scale) -> list[Callable[[Setting], Problem]]:
+def row_problems(kernel: str, scale: Scale) -> list[partial[Problem]]:
     """One of `KERNELS` at the sizes of the models that have it."""
     build, family = {
         "rms_norm": (norm_problem, "llama"),

@@ -14,19 +14,21 @@ from kernel_rows import row_problems
 from kernel_timing import Ceilings, checked, measure, one_call
 from tqdm import tqdm
 
+Make = Callable[[Setting], Problem]
+
 KERNELS = ("decode", "prefill", *ROW_KERNELS)
 FREE_SHARE = 0.8  # of the device's memory, that a problem may take
 
 
-def problems(
-    kernels: Sequence[str], scale: Scale
-) -> list[tuple[str, Callable[[Setting], Problem]]]:
-    """Kernel and problem, not yet made."""
-    return [
-        (kernel, make)
-        for kernel in kernels
-        for make in (row_problems if kernel in ROW_KERNELS else attention_problems)(kernel, scale)
-    ]
+def problems(kernels: Sequence[str], scale: Scale) -> list[tuple[str, Make]]:
+    """Kernel and problem, not yet made; those of a quick sweep first, in case time runs out."""
+    found: dict[object, tuple[str, Make]] = {}
+    for size in (Scale.QUICK, Scale.FULL) if scale is Scale.FULL else (scale,):
+        for kernel in kernels:
+            make_all = row_problems if kernel in ROW_KERNELS else attention_problems
+            for make in make_all(kernel, size):
+                found.setdefault((make.func, make.args, *make.keywords.items()), (kernel, make))
+    return list(found.values())
 
 
 @torch.inference_mode()

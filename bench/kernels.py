@@ -14,19 +14,18 @@ them. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_machine import choose_interpreter, machine
 from kernel_cases import Scale, Setting
 from kernel_report import failures, plot, summary, table
 from kernel_sweep import KERNELS, sweep
 from kernel_timing import Ceilings, measure_ceilings
-from triton import knobs
 
 
 def parse() -> argparse.Namespace:
@@ -37,32 +36,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", action="append", choices=KERNELS, help="may be repeated")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--rep-ms", type=float, default=40.0, help="to measure each contestant")
+    parser.add_argument("--seconds", type=float, help="begin no case after so many", default=1e9)
     parser.add_argument("--out", type=Path, metavar="FILE", help="append the rows, as JSON lines")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="needs matplotlib")
+    parser.add_argument("--dry", action="store_true", help="tiny, on a CPU, in the interpreter")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--dry", action="store_true", help="tiny, on a CPU, in the interpreter")
     mode.add_argument("--tune", action="store_true", help="try other tiles for attention")
     mode.add_argument("--compile-only", action="store_true", help="compile for sm_80 and sm_90")
     return parser.parse_args()
-
-
-def choose_interpreter(wanted: bool) -> None:
-    """Start anew where Triton's interpreter is not as wanted: Triton asks when it is imported."""
-    if wanted != knobs.runtime.interpret:
-        os.environ.pop("TRITON_INTERPRET", None)
-        if wanted:
-            os.environ["TRITON_INTERPRET"] = "1"
-        os.execv(sys.executable, [sys.executable, *sys.argv])
-
-
-def machine() -> dict[str, str]:
-    """The device and the versions that results hold for."""
-    cuda = torch.cuda.is_available()
-    return {
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton"),
-    }
 
 
 def setting(args: argparse.Namespace) -> Setting:
@@ -73,11 +54,9 @@ def setting(args: argparse.Namespace) -> Setting:
     return Setting(torch.device("cuda"), getattr(torch, args.dtype), cache)
 
 
-def run_sweep(args: argparse.Namespace) -> int:
+def run_sweep(args: argparse.Namespace, scale: Scale) -> int:
     """Ceilings, rows, table, goals."""
-    scale = Scale.DRY if args.dry else Scale.QUICK if args.quick else Scale.FULL
-    machine_words, ceilings = machine(), None
-    torch.manual_seed(0)
+    machine_words, ceilings, started = machine(), None, time.perf_counter()
     if not args.dry:
         ceilings = Ceilings(*(round(x, 1) for x in measure_ceilings(rep_ms=200.0)))
         print(
@@ -92,6 +71,8 @@ def run_sweep(args: argparse.Namespace) -> int:
             if args.out is not None:
                 with args.out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({**row, **machine_words}) + "\n")
+            if time.perf_counter() - started > args.seconds:
+                break
     finally:
         if args.dry:
             print("dry run: nothing below is a measurement")
@@ -106,7 +87,7 @@ def run_sweep(args: argparse.Namespace) -> int:
 
 def main() -> int:
     args = parse()
-    choose_interpreter(args.dry)
+    choose_interpreter(args.dry and not args.compile_only)
     if args.compile_only:
         from kernel_compile import run_compile
 
@@ -114,11 +95,13 @@ def main() -> int:
     if not args.dry and not torch.cuda.is_available():
         print("no CUDA device here; try --compile-only or --dry", file=sys.stderr)
         return 2
+    scale = Scale.DRY if args.dry else Scale.QUICK if args.quick else Scale.FULL
+    torch.manual_seed(0)
     if args.tune:
         from kernel_tune import run_tune
 
-        return run_tune(setting(args), args.quick, args.rep_ms)
-    return run_sweep(args)
+        return run_tune(setting(args), scale, args.only, args.rep_ms)
+    return run_sweep(args, scale)
 
 
 if __name__ == "__main__":
