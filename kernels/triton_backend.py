@@ -20,8 +20,9 @@ from minserve.kernels.triton.chunked_prefill import (
 )
 from minserve.kernels.triton.write_kv import write_kv
 
-# Programs that keep a multiprocessor busy: two fit at a time, and finish at different times.
-PROGRAMS_PER_MULTIPROCESSOR = 4
+# Two or three programs fit on a multiprocessor at a time; several rounds of them leave little
+# of it idle at the end.
+PROGRAMS_PER_MULTIPROCESSOR = 24
 MOST_HEAD_DIM = 256
 
 
@@ -29,7 +30,7 @@ class Device(NamedTuple):
     """A device's traits.
 
     Attributes:
-        num_programs: that keep it busy.
+        num_programs: that share it evenly.
         capability: its compute capability, times ten.
     """
 

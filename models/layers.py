@@ -2,12 +2,14 @@
 
 A linear's weight is repacked once at load. On a CPU the best form depends on what the
 processor multiplies in hardware (`WeightFormat`; bench/linears.py compares them); on a GPU
-it is the plain tensor.
+it is the plain tensor. Norms and activations have a second form there, fused into Triton
+kernels (fused_layers.py).
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -20,6 +22,9 @@ from torch import Tensor
 from minserve.errors import UnsupportedModelError
 
 Linear = Callable[[Tensor], Tensor]
+Activation = Callable[[Tensor], Tensor]
+
+LAYER_NORM_EPS = 1e-5
 
 
 class WeightFormat(Enum):
@@ -45,15 +50,18 @@ class Placement:
         dtype: of activations, embeddings, norms and KV.
         weight_dtype: to which linear weights are rounded.
         format: how linear weights are kept.
+        fused: whether norms and activations take the form of fused kernels, for which
+            Triton must run on the device.
     """
 
     device: torch.device
     dtype: torch.dtype
     weight_dtype: torch.dtype
     format: WeightFormat
+    fused: bool = False
 
     @classmethod
-    def choose(cls, device: torch.device, dtype: str) -> Placement:
+    def choose(cls, device: torch.device, dtype: str, fused: bool = False) -> Placement:
         """The fastest placement for a dtype name (``auto`` included) on a device.
 
         ``float16`` on a CPU means weights in float16 and arithmetic in float32.
@@ -62,20 +70,20 @@ class Placement:
             if dtype == "auto":
                 dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
             chosen = getattr(torch, dtype)
-            return cls(device, chosen, chosen, WeightFormat.DENSE)
+            return cls(device, chosen, chosen, WeightFormat.DENSE, fused)
         fast_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
         if dtype == "auto":
             dtype = "bfloat16" if fast_bf16 else "float16"
         if dtype == "float16":
             has_fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
             form = WeightFormat.FBGEMM_FP16 if has_fbgemm else WeightFormat.DENSE
-            return cls(device, torch.float32, torch.float16, form)
+            return cls(device, torch.float32, torch.float16, form, fused)
         chosen = getattr(torch, dtype)
         packable = torch.backends.mkldnn.is_available() and (
             chosen is torch.float32 or (chosen is torch.bfloat16 and fast_bf16)
         )
         form = WeightFormat.ONEDNN if packable else WeightFormat.DENSE
-        return cls(device, chosen, chosen, form)
+        return cls(device, chosen, chosen, form, fused)
 
     def tensor(self, tensor: Tensor) -> Tensor:
         """A parameter other than a linear's weight, in the activations' dtype."""
@@ -91,6 +99,48 @@ class Placement:
             return OneDnnLinear(weight, bias)
         return DenseLinear(weight.to(self.dtype), bias)
 
+    def activated_linear(
+        self, weight: Tensor, bias: Tensor | None, activation: Activation
+    ) -> Linear:
+        """`linear`, then an activation. Fused, a ReLU is part of the matmul."""
+        linear = self.linear(weight, bias)
+        if (
+            self.fused
+            and activation is torch.relu_
+            and isinstance(linear, DenseLinear)
+            and linear.bias is not None
+        ):
+            return linear.relu
+        return lambda x: activation(linear(x))
+
+    def rms_norm(self, weight: Tensor, eps: float) -> Norm:
+        """RMSNorm with a ``[hidden]`` weight of any float dtype."""
+        weight = self.tensor(weight)
+        if not self.fused:
+            return RMSNorm(weight, eps)
+        from minserve.models.fused_layers import FusedRMSNorm
+
+        return FusedRMSNorm(weight, eps)
+
+    def layer_norm(self, size: int, weight: Tensor | None, bias: Tensor | None) -> Norm:
+        """LayerNorm over ``size``; weight and bias, of any float dtype, may be absent."""
+        weight = None if weight is None else self.tensor(weight)
+        bias = None if bias is None else self.tensor(bias)
+        if not self.fused:
+            return LayerNorm(size, weight, bias)
+        from minserve.models.fused_layers import FusedLayerNorm
+
+        return FusedLayerNorm(weight, bias)
+
+    @property
+    def silu_mul(self) -> Activation:
+        """``silu(gate) * up`` for ``[tokens, 2 * n]`` holding gate, then up."""
+        if not self.fused:
+            return silu_mul
+        from minserve.kernels.triton.silu_mul import silu_mul as fused_silu_mul
+
+        return fused_silu_mul
+
 
 class DenseLinear:
     """``x W^T + b`` on the plain weight."""
@@ -103,6 +153,10 @@ class DenseLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
+
+    def relu(self, x: Tensor) -> Tensor:
+        """``relu(x W^T + b)``; on a GPU both ride in the epilogue of cuBLASLt's matmul."""
+        return torch._addmm_activation(self.bias, x, self.weight.t(), use_gelu=False)
 
 
 class OneDnnLinear:
@@ -130,7 +184,26 @@ class Fp16Linear:
         return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
 
 
-class RMSNorm:
+class Norm(ABC):
+    """A norm over the last dimension, alone or behind a residual addition."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """The norm of ``[tokens, hidden]``, in its dtype."""
+
+    def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The norm of ``x + residual``, and that sum.
+
+        Either argument may be overwritten with the sum. ``residual`` is ``None`` where the
+        residual stream begins with ``x``.
+        """
+        residual = x if residual is None else x.add_(residual)
+        return self(residual), residual
+
+
+class RMSNorm(Norm):
     """``x / rms(x) * w`` over the last dimension, computed in float32.
 
     Four small operations, since torch's own `rms_norm` is composed of more on a CPU.
@@ -150,21 +223,18 @@ class RMSNorm:
         return (wide * inverse).to(x.dtype).mul_(self.weight)
 
 
-class LayerNorm:
+class LayerNorm(Norm):
     """Layer norm over the last dimension; weight and bias may be absent."""
 
-    __slots__ = ("bias", "eps", "size", "weight")
+    __slots__ = ("bias", "size", "weight")
 
-    def __init__(
-        self, size: int, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5
-    ) -> None:
+    def __init__(self, size: int, weight: Tensor | None, bias: Tensor | None) -> None:
         self.size = (size,)
         self.weight = weight
         self.bias = bias
-        self.eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.size, self.weight, self.bias, self.eps)
+        return F.layer_norm(x, self.size, self.weight, self.bias, LAYER_NORM_EPS)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
 from minserve.models.base import CausalLM, ModelShape
-from minserve.models.layers import Placement, RMSNorm, RotaryEmbedding, silu_mul
+from minserve.models.layers import Placement, RotaryEmbedding
 
 if TYPE_CHECKING:
     from minserve.models.config import LlamaConfig
@@ -43,7 +43,7 @@ class LlamaLayer:
         def rotated(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else RotaryEmbedding.interleave(tensor, shape.head_dim)
 
-        self.input_norm = _norm(weight("input_layernorm", hidden), config, placement)
+        self.input_norm = placement.rms_norm(weight("input_layernorm", hidden), config.rms_norm_eps)
         self.qkv = placement.linear(
             torch.cat(
                 [
@@ -62,7 +62,9 @@ class LlamaLayer:
             weight("self_attn.o_proj", hidden, q_size),
             bias("self_attn.o_proj", hidden, config.attention_bias),
         )
-        self.mlp_norm = _norm(weight("post_attention_layernorm", hidden), config, placement)
+        self.mlp_norm = placement.rms_norm(
+            weight("post_attention_layernorm", hidden), config.rms_norm_eps
+        )
         inner = config.intermediate_size
         self.gate_up = placement.linear(
             torch.cat(
@@ -76,20 +78,25 @@ class LlamaLayer:
         self.down = placement.linear(
             weight("mlp.down_proj", hidden, inner), bias("mlp.down_proj", hidden, config.mlp_bias)
         )
+        self.silu_mul = placement.silu_mul
 
     def __call__(
         self,
         x: Tensor,
+        residual: Tensor | None,
         rotations: Tensor,
         kv: LayerKV,
         backend: AttentionBackend,
         metadata: AttentionMetadata,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        """``x``, not yet added to the residual stream, and the stream; returns the next two."""
         heads, kv_heads = self.shape.num_heads, self.shape.num_kv_heads
-        qkv = self.qkv(self.input_norm(x)).view(-1, heads + 2 * kv_heads, self.shape.head_dim)
+        x, residual = self.input_norm.add(x, residual)
+        qkv = self.qkv(x).view(-1, heads + 2 * kv_heads, self.shape.head_dim)
         backend.write_kv(qkv, kv, metadata, rotations)
-        x = self.o_proj(backend.forward(qkv[:, :heads], kv, metadata)).add_(x)
-        return self.down(silu_mul(self.gate_up(self.mlp_norm(x)))).add_(x)
+        x = self.o_proj(backend.forward(qkv[:, :heads], kv, metadata))
+        x, residual = self.mlp_norm.add(x, residual)
+        return self.down(self.silu_mul(self.gate_up(x))), residual
 
 
 class Llama(CausalLM):
@@ -104,8 +111,8 @@ class Llama(CausalLM):
         self.layers = [
             LlamaLayer(checkpoint, i, config, shape, placement) for i in range(shape.num_layers)
         ]
-        self.norm = _norm(
-            checkpoint.get("model.norm.weight", (shape.hidden_size,)), config, placement
+        self.norm = placement.rms_norm(
+            checkpoint.get("model.norm.weight", (shape.hidden_size,)), config.rms_norm_eps
         )
         head = embed
         if not config.tie_word_embeddings:
@@ -125,10 +132,11 @@ class Llama(CausalLM):
         metadata: AttentionMetadata,
     ) -> Tensor:
         x = F.embedding(token_ids, self.embed).to(self.dtype)
+        residual = None
         rotations = self.rope.rotations(positions)
         for layer, layer_kv in zip(self.layers, kv, strict=True):
-            x = layer(x, rotations, layer_kv, backend, metadata)
-        return x
+            x, residual = layer(x, residual, rotations, layer_kv, backend, metadata)
+        return x.add_(residual)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.head(self.norm(hidden)).float()
@@ -146,10 +154,6 @@ def llama_shape(config: LlamaConfig) -> ModelShape:
         max_positions=config.max_position_embeddings,
         scale=config.head_dim**-0.5,
     )
-
-
-def _norm(weight: Tensor, config: LlamaConfig, placement: Placement) -> RMSNorm:
-    return RMSNorm(placement.tensor(weight), config.rms_norm_eps)
 
 
 def _cat(*tensors: Tensor | None) -> Tensor | None:

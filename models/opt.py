@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
 from minserve.models.base import CausalLM, ModelShape
-from minserve.models.layers import LayerNorm, Placement
+from minserve.models.layers import Activation, Norm, Placement
 
 if TYPE_CHECKING:
     from minserve.models.config import OPTConfig
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # fairseq reserved the first rows of the position table.
 POSITION_OFFSET = 2
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu_, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Activation] = {"relu": torch.relu_, "gelu": F.gelu}
 
 
 class OPTLayer:
@@ -31,7 +31,6 @@ class OPTLayer:
     ) -> None:
         hidden, prefix = config.hidden_size, f"model.decoder.layers.{index}."
         self.pre_norm = config.do_layer_norm_before
-        self.activation = ACTIVATIONS[config.activation_function]
         self.head_dim = hidden // config.num_attention_heads
         self.num_heads = config.num_attention_heads
 
@@ -50,25 +49,40 @@ class OPTLayer:
         self.out = placement.linear(
             weight("self_attn.out_proj", hidden, hidden), bias("self_attn.out_proj", hidden)
         )
-        self.fc1 = placement.linear(
-            weight("fc1", config.ffn_dim, hidden), bias("fc1", config.ffn_dim)
+        self.fc1 = placement.activated_linear(
+            weight("fc1", config.ffn_dim, hidden),
+            bias("fc1", config.ffn_dim),
+            ACTIVATIONS[config.activation_function],
         )
         self.fc2 = placement.linear(weight("fc2", hidden, config.ffn_dim), bias("fc2", hidden))
         self.attention_norm = _norm(checkpoint, f"{prefix}self_attn_layer_norm", config, placement)
         self.mlp_norm = _norm(checkpoint, f"{prefix}final_layer_norm", config, placement)
 
     def __call__(
-        self, x: Tensor, kv: LayerKV, backend: AttentionBackend, metadata: AttentionMetadata
-    ) -> Tensor:
-        y = self.attention_norm(x) if self.pre_norm else x
-        qkv = self.qkv(y).view(-1, 3 * self.num_heads, self.head_dim)
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        kv: LayerKV,
+        backend: AttentionBackend,
+        metadata: AttentionMetadata,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``x``, not yet added to the residual stream, and the stream; returns the next two.
+
+        Between post-norm layers ``x`` is the stream itself, and ``residual`` is ``None``.
+        """
+        if self.pre_norm:
+            x, residual = self.attention_norm.add(x, residual)
+        else:
+            residual = x
+        qkv = self.qkv(x).view(-1, 3 * self.num_heads, self.head_dim)
         backend.write_kv(qkv, kv, metadata)
-        x = self.out(backend.forward(qkv[:, : self.num_heads], kv, metadata)).add_(x)
-        if not self.pre_norm:
-            x = self.attention_norm(x)
-        y = self.mlp_norm(x) if self.pre_norm else x
-        x = self.fc2(self.activation(self.fc1(y))).add_(x)
-        return x if self.pre_norm else self.mlp_norm(x)
+        x = self.out(backend.forward(qkv[:, : self.num_heads], kv, metadata))
+        if self.pre_norm:
+            x, residual = self.mlp_norm.add(x, residual)
+            return self.fc2(self.fc1(x)), residual
+        x, _ = self.attention_norm.add(x, residual)
+        x, _ = self.mlp_norm.add(self.fc2(self.fc1(x)), x)
+        return x, None
 
 
 class OPT(CausalLM):
@@ -118,9 +132,10 @@ class OPT(CausalLM):
         if self.project_in is not None:
             x = self.project_in(x)
         x = x + F.embedding(positions + POSITION_OFFSET, self.embed_positions)
+        residual = None
         for layer, layer_kv in zip(self.layers, kv, strict=True):
-            x = layer(x, layer_kv, backend, metadata)
-        return x
+            x, residual = layer(x, residual, layer_kv, backend, metadata)
+        return x if residual is None else x.add_(residual)
 
     def logits(self, hidden: Tensor) -> Tensor:
         if self.norm is not None:
@@ -145,9 +160,9 @@ def opt_shape(config: OPTConfig) -> ModelShape:
     )
 
 
-def _norm(checkpoint: Checkpoint, name: str, config: OPTConfig, placement: Placement) -> LayerNorm:
+def _norm(checkpoint: Checkpoint, name: str, config: OPTConfig, placement: Placement) -> Norm:
     size = config.hidden_size
     if not config.layer_norm_elementwise_affine:
-        return LayerNorm(size, None, None)
-    weight = placement.tensor(checkpoint.get(f"{name}.weight", (size,)))
-    return LayerNorm(size, weight, placement.tensor(checkpoint.get(f"{name}.bias", (size,))))
+        return placement.layer_norm(size, None, None)
+    weight = checkpoint.get(f"{name}.weight", (size,))
+    return placement.layer_norm(size, weight, checkpoint.get(f"{name}.bias", (size,)))

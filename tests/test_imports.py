@@ -95,8 +95,9 @@ def test_a_module_imports_only_downwards(module: str) -> None:
     [
         (sorted(GROUND - {"planner"}), ("torch", "numpy")),
         (["planner.policies", "planner.perf_fit"], ("torch", "aiohttp")),
+        (["models.registry", "models.draft"], ("triton",)),
     ],
-    ids=["the face and the ground", "the planner"],
+    ids=["the face and the ground", "the planner", "the models"],
 )
 def test_the_ground_does_without(names: list[str], without: tuple[str, ...]) -> None:
     modules = ", ".join(f"minserve.{name}" for name in names)

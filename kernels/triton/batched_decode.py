@@ -19,10 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MOST_SPLITS = 64
-# The grid has room for so many times the programs that are wanted: splits follow the longest
-# sequence of the batch, and the programs of shorter ones that find nothing to do end at once.
-GRID_SLACK = 4
+MOST_SPLITS = 32
+# A split has at least so many tokens: one of fewer costs more to begin and to merge than it saves.
+LEAST_SPLIT = 256
 LOG2_E = 1.4426950408889634
 
 
@@ -99,15 +98,13 @@ def plan_decodes(
         num_tokens: query tokens, at least as many as the sequences have.
         most_queries, longest: bounds on query tokens and length of a sequence.
         dtype: of queries and KV.
-        num_programs: how many programs keep the device busy.
+        num_programs: how many programs share the device evenly.
     """
     rows = most_queries * (num_heads // num_kv_heads)
     tile = decode_tile(rows, head_dim, dtype)
     per_split = lengths.shape[0] * num_kv_heads * triton.cdiv(rows, tile.block_m)
     num_splits = min(
-        triton.cdiv(GRID_SLACK * num_programs, per_split),
-        triton.cdiv(longest, tile.block_n),
-        MOST_SPLITS,
+        triton.cdiv(num_programs, per_split), triton.cdiv(longest, LEAST_SPLIT), MOST_SPLITS
     )
     split_len = lengths.new_empty(1)
     shape = (num_tokens, num_heads, num_splits) if num_splits > 1 else (0, 0, 0)
@@ -121,7 +118,7 @@ def plan_decodes(
             per_split // lengths.shape[0],
             num_programs,
             NUM_SPLITS=num_splits,
-            BLOCK_N=tile.block_n,
+            LEAST_SPLIT=LEAST_SPLIT,
             BLOCK=128,
             num_warps=4,
         )
@@ -204,11 +201,11 @@ def _plan_kernel(
     programs_per_seq,
     num_programs,
     NUM_SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    LEAST_SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Tokens per split: as many programs as are wanted get about the same number of tokens, as far
-    as the longest sequence then has no more than `NUM_SPLITS` splits.
+    as the longest sequence then has no more than `NUM_SPLITS` splits. A multiple of any tile.
     """
     total = tl.zeros([BLOCK], dtype=tl.int64)
     longest = tl.zeros([BLOCK], dtype=tl.int64)
@@ -219,8 +216,8 @@ def _plan_kernel(
         longest = tl.maximum(longest, lengths)
     fair = tl.cdiv(tl.sum(total, 0) * programs_per_seq, num_programs)
     least = tl.cdiv(tl.max(longest, 0), NUM_SPLITS)
-    split_len = tl.cdiv(tl.maximum(tl.maximum(fair, least), 1), BLOCK_N) * BLOCK_N
-    tl.store(split_len_ptr, split_len)
+    split_len = tl.maximum(tl.maximum(fair, least), LEAST_SPLIT)
+    tl.store(split_len_ptr, tl.cdiv(split_len, 64) * 64)
 
 
 @triton.jit
@@ -314,7 +311,8 @@ def _decode_kernel(
         acc = tl.dot(weights.to(value.dtype), value, acc, input_precision="ieee")
         best = new_best
 
-    acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    total = tl.where(total > 0.0, total, 1.0)
+    acc = acc / total[:, None]
     row = token * NUM_HEADS + head
     is_out = is_row[:, None] & is_dim[None, :]
     if end - begin == length:

@@ -39,6 +39,8 @@ def _write_kv_kernel(
     source = qkv + token * QKV_STRIDE + heads * HEAD_DIM + dims
     x = tl.load(source, mask, other=0.0)
     if rotations is not None:
+        # Heads are loaded and stored whole, and their pairs split in registers only, so that
+        # no thread turns in place what another has yet to read.
         turns = tl.load(rotations + token * HEAD_DIM + dims, dims < HEAD_DIM, other=0.0)
         cos, sin = tl.split(tl.reshape(turns, (1, DIMS // 2, 2)))
         real, imag = tl.split(tl.reshape(x.to(tl.float32), (HEADS, DIMS // 2, 2)))
@@ -81,7 +83,9 @@ def write_kv(
     """
     num_tokens, num_rows, head_dim = qkv.shape
     assert num_rows == num_heads + 2 * num_kv_heads
-    assert qkv.stride()[1:] == key_cache.stride()[2:] == value_cache.stride()[2:] == (head_dim, 1)
+    assert qkv.stride()[1:] == (head_dim, 1)
+    for cache in (key_cache, value_cache):
+        assert cache.stride()[1:] == (num_kv_heads * head_dim, head_dim, 1)
     if not num_tokens:
         return
     first_head = num_heads if rotations is None else 0

@@ -59,17 +59,20 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         torch.set_num_threads(config.threads or _physical_cores())
     source = find_model(config.model)
     model_config = load_config(source)
-    placement = Placement.choose(device, config.dtype)
+    attention = choose_attention_backend(config.attention_backend, device)
+    placement = Placement.choose(device, config.dtype, fused=attention != "torch")
     with open_checkpoint(source) as checkpoint:
         model = build_model(checkpoint, model_config, placement)
     shape = model.shape
     tokenizer = Tokenizer.load(source, config.tokenizer)
     draft = _load_draft(config, model, tokenizer, placement)
     longest = _max_model_len(config, shape.max_positions)
-    runner = ModelRunner(model, *_probe(config, shape, placement))
+    runner = ModelRunner(model, *_probe(attention, shape, config.block_size, placement))
     drafter = None
     if draft is not None:
-        drafter = PagedModel(draft.model, *_probe(config, draft.model.shape, placement))
+        drafter = PagedModel(
+            draft.model, *_probe(attention, draft.model.shape, config.block_size, placement)
+        )
     models = [one for one in (runner, drafter) if one is not None]
     for one in models:
         one.dry_run(
@@ -121,14 +124,13 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     )
 
 
-def _probe(config: EngineConfig, shape: ModelShape, placement: Placement) -> tuple:
+def _probe(attention: str, shape: ModelShape, block_size: int, placement: Placement) -> tuple:
     """What a `PagedModel` needs beside its model, with a KV cache of one block for now."""
-    name = choose_attention_backend(config.attention_backend, placement.device)
     backend = make_attention_backend(
-        name, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.scale
+        attention, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.scale
     )
-    kv = backend.allocate(1, config.block_size, placement.dtype, placement.device)
-    return backend, [kv] * shape.num_layers, config.block_size, placement.device
+    kv = backend.allocate(1, block_size, placement.dtype, placement.device)
+    return backend, [kv] * shape.num_layers, block_size, placement.device
 
 
 def _load_draft(

@@ -9,6 +9,7 @@ from attention_cases import expected, make_metadata, poison
 
 from minserve.kernels.attention import LayerKV
 from minserve.kernels.triton.batched_decode import (
+    LEAST_SPLIT,
     MOST_SPLITS,
     DecodePlan,
     batched_decode,
@@ -63,7 +64,7 @@ def run(
     ("heads", "lengths"),
     [
         (OPT_125M, [(1, 0), (1, 4), (1, 122)]),
-        (OPT_2_7B, [(1, 122), (1, 31)]),
+        (OPT_2_7B, [(1, 4)]),
         (OPT_6_7B, [(1, 122)]),
         (LLAMA_3_8B, [(1, 122), (1, 0), (1, 64)]),
         (LLAMA_3_70B, [(1, 122)]),
@@ -102,26 +103,30 @@ def test_more_rows_than_one_tile_holds(dtype: torch.dtype, device: torch.device)
 
 def test_a_long_context_is_split_and_merged(dtype: torch.dtype, device: torch.device) -> None:
     plan = run(ONE_KV_HEAD, [(1, 4096), (1, 0), (3, 700), (2, 127)], dtype, device)
-    assert plan.num_splits > 4
-    split_len = plan.split_len.item()
-    assert -(-4097 // split_len) > 2, "the longest is split"
-    assert split_len >= 129, "the shortest are not"
+    assert -(-4097 // plan.split_len.item()) == plan.num_splits > 3, "the longest is split"
+    assert plan.split_len.item() >= 129, "the shortest are not"
 
 
 def test_a_split_may_hold_nothing_that_the_first_drafts_see(
     dtype: torch.dtype, device: torch.device
 ) -> None:
-    # The last split begins at the last token or two of a sequence.
-    plan = run(TINY, [(5, 60), (5, 61), (5, 63), (5, 124)], dtype, device, num_programs=1000)
-    assert plan.split_len.item() == plan.tile.block_n
+    # The last split begins at one of the last tokens of a sequence.
+    lengths = [(5, past) for past in (LEAST_SPLIT - 4, LEAST_SPLIT - 2, 2 * LEAST_SPLIT - 1)]
+    plan = run(TINY, lengths, dtype, device, num_programs=1000)
+    assert plan.split_len.item() == LEAST_SPLIT
 
 
 def test_the_longest_sequence_has_no_more_splits_than_there_is_room_for(
     device: torch.device,
 ) -> None:
-    plan = run(TINY, [(1, 9000), (1, 5)], torch.float16, device, num_programs=10**6)
+    lengths = torch.tensor([100_001, 5], device=device)
+    plan = plan_decodes(
+        torch.tensor([0, 1, 2], device=device), lengths, torch.zeros(2, 1, device=device),
+        num_tokens=2, most_queries=1, longest=131_072, num_heads=2, num_kv_heads=2, head_dim=64,
+        dtype=torch.float16, num_programs=10**6,
+    )  # fmt: skip
     assert plan.num_splits == MOST_SPLITS
-    assert -(-9001 // plan.split_len.item()) <= MOST_SPLITS
+    assert -(-100_001 // plan.split_len.item()) <= MOST_SPLITS
 
 
 def test_sequences_of_padding_cost_nothing_and_write_nothing(

@@ -1,0 +1,62 @@
+"""RMSNorm (Zhang and Sennrich, 2019), with the residual addition before it in the same pass."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from minserve.kernels.triton.row_launch import row_launch
+
+
+@triton.jit
+def _rms_norm_kernel(
+    out,
+    x,
+    weight,
+    residual,
+    EPS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    start = tl.program_id(0).to(tl.int64) * SIZE
+    columns = tl.arange(0, BLOCK)
+    mask = columns < SIZE
+    dtype = x.dtype.element_ty
+    row = tl.load(x + start + columns, mask, other=0.0).to(tl.float32)
+    if residual is not None:
+        row += tl.load(residual + start + columns, mask, other=0.0).to(tl.float32)
+        rounded = row.to(dtype)
+        tl.store(residual + start + columns, rounded, mask)
+        row = rounded.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(row * row, axis=0) / SIZE + EPS)
+    normed = (row * inverse).to(dtype).to(tl.float32)
+    scale = tl.load(weight + columns, mask, other=0.0).to(tl.float32)
+    tl.store(out + start + columns, (normed * scale).to(dtype), mask)
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``x / rms(x) * weight`` of each row, or the same of ``residual + x``.
+
+    Computed in float32 and rounded where the torch form rounds: the sum, the normed value
+    and its product with the weight.
+
+    Args:
+        x: ``[tokens, size]``, contiguous, float16, bfloat16 or float32; ``size`` at most 16384.
+        weight: ``[size]``.
+        residual: as ``x``; the sum is left in it.
+
+    Returns:
+        ``[tokens, size]`` in the dtype of ``x``.
+    """
+    tokens, size = x.shape
+    assert x.is_contiguous()
+    assert residual is None or residual.is_contiguous()
+    out = torch.empty_like(x)
+    if tokens:
+        _rms_norm_kernel[(tokens,)](
+            out, x, weight, residual, EPS=eps, SIZE=size, **row_launch(size)
+        )
+    return out
