@@ -165,7 +165,8 @@ def measure_engine(core: EngineCore, effort: Effort) -> dict[str, Any]:
         request = Request(
             request_id=f"bench-{i}",
             prompt_token_ids=tuple(rng.choices(range(vocab), k=effort.context)),
-            params=SamplingParams(max_tokens=num_steps + effort.repeats, temperature=0.0),
+            # Those whose prompt runs first decode until the last one has run.
+            params=SamplingParams(max_tokens=num_steps + num_seqs + 1, temperature=0.0),
             seed=0,
             arrival_s=core.clock(),
         )

@@ -84,11 +84,13 @@ def link_packages(folder: Path) -> None:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """For the stages: imports from the checkout, no network, output as it comes."""
+    """For the stages: imports from that folder, no network, output as it comes."""
     paths = [str(folder), str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        # Else the current folder would come first, where minserve has no kernels and models.
+        "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
         "XDG_CACHE_HOME": str(folder / "cache"),

@@ -13,9 +13,9 @@ from synthetic_models import SHAPES
 from torch import Tensor
 
 from minserve.kernels.attention import make_attention_backend
-from minserve.models.layers import LayerNorm, RMSNorm, silu_mul
+from minserve.models.layers import LAYER_NORM_EPS, DenseLinear, LayerNorm, Norm, RMSNorm, silu_mul
 
-EPS = 1e-5
+EPS = LAYER_NORM_EPS  # Llama 3 has the same
 MODELS = {
     Scale.FULL: ("opt-125m", "opt-6.7b", "opt-13b", "opt-30b", "llama-3.1-8b", "llama-3.1-70b"),
     Scale.QUICK: ("opt-6.7b", "llama-3.1-8b"),
@@ -48,18 +48,16 @@ def norm_problem(model: str, tokens: int, setting: Setting, *, residual: bool) -
     """The norm of a model's family, with or without the residual addition before it."""
     hidden, is_rms = SHAPES[model]["hidden_size"], SHAPES[model]["model_type"] == "llama"
     weight, bias = 1 + 0.1 * setting.randn(hidden), setting.randn(hidden)
-    norm = RMSNorm(weight, EPS) if is_rms else LayerNorm(hidden, weight, bias, EPS)
+    plain = RMSNorm(weight, EPS) if is_rms else LayerNorm(hidden, weight, bias)
 
-    def ours(x: Tensor, residual: Tensor | None = None) -> Tensor:
-        from minserve.kernels.triton.layer_norm import layer_norm
-        from minserve.kernels.triton.rms_norm import rms_norm
+    def run(norm: Norm, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return norm(x) if residual is None else norm.add(x, residual)[0]
 
-        if is_rms:
-            return rms_norm(x, weight, EPS, residual)
-        return layer_norm(x, weight, bias, EPS, residual)
+    def ours(*inputs: Tensor) -> Tensor:
+        from minserve.models.fused_layers import FusedLayerNorm, FusedRMSNorm
 
-    def plain(x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return norm(x if residual is None else residual.add_(x))
+        fused = FusedRMSNorm(weight, EPS) if is_rms else FusedLayerNorm(weight, bias)
+        return run(fused, *inputs)
 
     def exact(x: Tensor, residual: Tensor | None = None) -> Tensor:
         total = x.float() if residual is None else x.float() + residual.float()
@@ -75,7 +73,7 @@ def norm_problem(model: str, tokens: int, setting: Setting, *, residual: bool) -
         [(tokens, hidden)] * num_inputs,
         # The input and the output; the residual is read and written besides.
         2 * num_inputs * tokens * hidden * setting.dtype.itemsize,
-        {OURS: ours, "torch": plain},
+        {OURS: ours, "torch": partial(run, plain)},
         exact,
     )
 
@@ -112,11 +110,14 @@ def bias_relu_problem(model: str, tokens: int, setting: Setting) -> Problem:
         [(tokens, hidden)],
         rows + weight.nbytes,
         {
-            OURS: lambda x: torch._addmm_activation(bias, x, weight.T, use_gelu=False),
+            OURS: DenseLinear(weight, bias).relu,
             "torch": lambda x: F.linear(x, weight, bias).relu_(),
         },
         lambda x: F.linear(x.float(), weight.float(), bias.float()).relu_(),
         flops=2 * tokens * hidden * width,
+        # The weight is the same in all sets: nothing but what happens between two of them
+        # would keep it out of the cache.
+        num_sets=1,
     )
 
 
@@ -129,9 +130,10 @@ def _row_problem(
     forms: dict[str, Callable[..., Tensor]],
     exact: Callable[..., Tensor],
     flops: int = 0,
+    num_sets: int | None = None,
 ) -> Problem:
     """A problem whose contestants are functions of tensors of ``sizes``, which they may change."""
-    num_sets = setting.num_sets(least_bytes)
+    num_sets = num_sets or setting.num_sets(least_bytes)
     sets = [[setting.randn(*size) for size in sizes] for _ in range(num_sets)]
 
     def build(form: Callable[..., Tensor]) -> Contestant:

@@ -41,7 +41,7 @@ def _llama3(
 # Published shapes, as in their config.json, and tiny ones to try it all on.
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": _opt(64, 2, 4, vocab=512),
-    "tiny-llama": _llama3(64, 2, 128, 4, 2, vocab=512),
+    "tiny-llama": _llama3(64, 1, 128, 4, 2, vocab=512),
     "opt-125m": _opt(768, 12, 12),
     "opt-1.3b": _opt(2048, 24, 32),
     "opt-6.7b": _opt(4096, 32, 32),
