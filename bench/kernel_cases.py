@@ -113,3 +113,7 @@ class Setting(NamedTuple):
         """Normal values, or memory as it comes."""
         make = torch.randn if self.filled else torch.empty
         return make(size, dtype=self.dtype, device=self.device)
+
+
+# Makes a problem; a `functools.partial`, so that it can go to another process.
+Make = Callable[[Setting], Problem]

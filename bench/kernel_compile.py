@@ -10,18 +10,20 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 from unittest import mock
 
 import torch
 from kernel_attention import BLOCK_SIZE, Batch, attention_problem
-from kernel_cases import OURS, Heads, Problem, Setting
+from kernel_cases import OURS, Heads, Make, Setting
 from kernel_rows import kv_problem, norm_problem, silu_mul_problem
 from synthetic_models import SHAPES
 from tqdm import tqdm
+from triton.compiler import CompiledKernel
 from triton_aot import ARCHS, KIB, MULTIPROCESSORS, Built, compiling_for, inspect
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -53,7 +55,7 @@ class Case(NamedTuple):
     kernel: str
     label: str
     dtype: torch.dtype
-    make: Callable[[Setting], Problem]
+    make: Make
     needs_wgmma: bool = False
 
 
@@ -114,9 +116,7 @@ def _attention_shapes(quick: bool) -> Iterator[tuple[Heads, int, torch.dtype]]:
                     yield heads, BLOCK_SIZE, torch.float16
 
 
-def _attention(
-    heads: Heads, queries: int, past: int, block_size: int, *, decode: bool
-) -> Callable[[Setting], Problem]:
+def _attention(heads: Heads, queries: int, past: int, block_size: int, *, decode: bool) -> Make:
     batch = Batch(
         model="",
         heads=heads,
@@ -129,20 +129,28 @@ def _attention(
     return partial(attention_problem, batch)
 
 
-def compile_case(case: Case, arch: int) -> Compiled:
-    """Compile all that one case launches on one architecture."""
+def launched_kernels(
+    make: Make, dtype: torch.dtype, arch: int, multiprocessors: int
+) -> list[CompiledKernel]:
+    """Compile what minserve launches for a problem, each kernel once. Runs nothing."""
     from minserve.kernels import triton_backend
 
-    setting = Setting(torch.device("cpu"), case.dtype, cache_bytes=0, filled=False)
-    num_programs = triton_backend.PROGRAMS_PER_MULTIPROCESSOR * MULTIPROCESSORS[arch]
+    setting = Setting(torch.device("cpu"), dtype, cache_bytes=0, filled=False)
     # The backend asks the device, which is a CPU here, for what tiles and splits depend on.
+    num_programs = triton_backend.PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
     device = triton_backend.Device(num_programs, arch)
     described = mock.patch.object(triton_backend, "describe", return_value=device)
+    with torch.inference_mode(), described, compiling_for(arch) as launched:
+        make(setting).contestants[OURS]().runs[0]()
+    return list({kernel.hash: kernel for kernel in launched}.values())
+
+
+def compile_case(case: Case, arch: int) -> Compiled:
+    """Compile all that one case launches on one architecture."""
     failures, kernels = [], []
     try:
-        with torch.inference_mode(), described, compiling_for(arch) as launched:
-            case.make(setting).contestants[OURS]().runs[0]()
-        kernels = [inspect(kernel) for kernel in {one.hash: one for one in launched}.values()]
+        compiled = launched_kernels(case.make, case.dtype, arch, MULTIPROCESSORS[arch])
+        kernels = [inspect(kernel) for kernel in compiled]
     except Exception as error:  # a kernel that does not compile must not hide the others
         failures.append(f"{type(error).__name__}: {error}".strip().partition("\n")[0][:300])
     else:
@@ -154,13 +162,37 @@ def compile_case(case: Case, arch: int) -> Compiled:
     return Compiled(case.kernel, case.label, arch, kernels, failures)
 
 
+def precompile(makes: Sequence[Make], dtype: torch.dtype, arch: int, multiprocessors: int) -> None:
+    """Fill Triton's cache for a device, on all cores: compiling one kernel after the other
+    would take longer than timing them. What fails here will say so when it runs.
+    """
+    with _pool(max(1, (os.cpu_count() or 1) - 1)) as pool:
+        pending = [
+            pool.submit(_precompile_one, make, dtype, arch, multiprocessors) for make in makes
+        ]
+        for _ in tqdm(as_completed(pending), "Compiling", len(pending), mininterval=1.0):
+            pass
+
+
+def _precompile_one(make: Make, dtype: torch.dtype, arch: int, multiprocessors: int) -> None:
+    with suppress(Exception):
+        launched_kernels(make, dtype, arch, multiprocessors)
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    """Fresh processes, in which nothing has chosen Triton's driver yet; a core for each."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(
+        workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
+    )
+
+
 def run_compile(*, quick: bool) -> int:
     """Compile everything, print the table and the line of JSON. Returns the exit status."""
     started = time.perf_counter()
     tasks = [(case, arch) for case in cases(quick) for arch in ARCHS]
     results: list[Compiled] = []
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(WORKERS, mp_context=context, initializer=_one_thread) as pool:
+    with _pool(WORKERS) as pool:
         pending = [pool.submit(compile_case, *task) for task in tasks]
         for done in tqdm(as_completed(pending), total=len(tasks), unit="case", mininterval=1.0):
             results.append(result := done.result())
@@ -200,12 +232,6 @@ def _line(result: Compiled, kernel: Built) -> str:
         f"{kernel.num_warps:>7}{kernel.num_stages:>8}{kernel.registers:>6}{kernel.spill_bytes:>8}"
         f"{kernel.shared / KIB:>7.1f}  {kernel.instructions or '-'}"
     )
-
-
-def _one_thread() -> None:
-    """A worker has a core to itself."""
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def _name(dtype: torch.dtype) -> str:

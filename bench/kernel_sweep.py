@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from kernel_attention import attention_problems
-from kernel_cases import OURS, Problem, Scale, Setting
+from kernel_cases import OURS, Make, Problem, Scale, Setting
 from kernel_rows import KERNELS as ROW_KERNELS
 from kernel_rows import row_problems
 from kernel_timing import Ceilings, checked, measure, one_call
 from tqdm import tqdm
-
-Make = Callable[[Setting], Problem]
 
 KERNELS = ("decode", "prefill", *ROW_KERNELS)
 FREE_SHARE = 0.8  # of the device's memory, that a problem may take
@@ -33,8 +31,7 @@ def problems(kernels: Sequence[str], scale: Scale) -> list[tuple[str, Make]]:
 
 @torch.inference_mode()
 def sweep(
-    kernels: Sequence[str],
-    scale: Scale,
+    cases: Sequence[tuple[str, Make]],
     setting: Setting,
     ceilings: Ceilings | None,
     rep_ms: float,
@@ -42,13 +39,14 @@ def sweep(
     """A row for every problem that fits the device's memory.
 
     Args:
+        cases: of `problems`.
         ceilings: ``None`` in a dry run, whose times mean nothing.
         rep_ms: how long to measure each contestant.
 
     Raises:
         RuntimeError: where the device no longer works, after an illegal access for instance.
     """
-    bar = tqdm(problems(kernels, scale), unit="case", mininterval=1.0)
+    bar = tqdm(cases, unit="case", mininterval=1.0)
     for kernel, make in bar:
         bar.set_description(kernel)
         problem = make(setting)

@@ -24,7 +24,8 @@ import torch
 from gpu_machine import choose_interpreter, machine
 from kernel_cases import Scale, Setting
 from kernel_report import failures, plot, summary, table
-from kernel_sweep import KERNELS, sweep
+from kernel_rows import CUBLAS_KERNEL
+from kernel_sweep import KERNELS, problems, sweep
 from kernel_timing import Ceilings, measure_ceilings
 
 
@@ -64,9 +65,17 @@ def run_sweep(args: argparse.Namespace, scale: Scale) -> int:
             f"{ceilings.matmul_tflop_s:.0f} TFLOP/s",
             flush=True,
         )
+    cases, place = problems(args.only or KERNELS, scale), setting(args)
+    if not args.dry:
+        from kernel_compile import precompile
+
+        gpu = torch.cuda.get_device_properties(0)
+        arch = 10 * gpu.major + gpu.minor
+        makes = [make for kernel, make in cases if kernel != CUBLAS_KERNEL]
+        precompile(makes, place.dtype, arch, gpu.multi_processor_count)
     rows: list[dict[str, Any]] = []
     try:
-        for row in sweep(args.only or KERNELS, scale, setting(args), ceilings, args.rep_ms):
+        for row in sweep(cases, place, ceilings, args.rep_ms):
             rows.append(row)
             if args.out is not None:
                 with args.out.open("a", encoding="utf-8") as file:

@@ -77,7 +77,6 @@ class _Driver:
 
     def __init__(self, arch: int) -> None:
         self._arch = arch
-        self.utils = self
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self._arch, 32)
@@ -91,17 +90,10 @@ class _Driver:
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
 
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {
-            "max_shared_mem": MAX_SHARED[self._arch],
-            "multiprocessor_count": MULTIPROCESSORS[self._arch],
-            "warpSize": 32,
-        }
-
 
 @contextmanager
 def compiling_for(arch: int) -> Iterator[list[CompiledKernel]]:
-    """Within it a launch compiles for ``arch`` (80 or 90) and runs nothing.
+    """Within it a launch compiles for ``arch`` (compute capability, times ten) and runs nothing.
 
     Yields:
         what the launches so far compiled; a kernel launched twice is there twice.
