@@ -114,7 +114,7 @@ def time_planning(running: int, waiting: int, tiers: int, samples: int, seed: in
             planner.plan(view, now + 0.001)
             review.append(between - started)
             form.append(time.perf_counter() - between)
-        admitted.append(len(planner._chosen))
+        admitted.append(len(planner._round.chosen))
     return Timing(
         *(1e3 * percentile(times, q) for times in (review, form) for q in (0.5, 0.99)),
         statistics.mean(admitted),

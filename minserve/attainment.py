@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from minserve.slo import Targets
+from minserve.slots import copy_slots
 
 # Times are compared after sums of floats; a promise is not broken by their rounding.
 ROUNDING_S = 1e-9
@@ -86,6 +87,15 @@ class Progress:
                 self.worst_token_lateness_s = lateness
         if target.tokens is not None and times.num_gaps + 1 >= target.tokens:
             self.end_stage()
+
+    def with_token(self, now: float) -> Progress:
+        """A copy to which one token more has come."""
+        twin, times = copy_slots(self), self._times
+        if times is not None:
+            twin._times = copy_slots(times)
+        twin._closed = self._closed.copy()
+        twin.add_token(now)
+        return twin
 
     def end_stage(self) -> None:
         """The marker of this stage has come; does nothing in the last stage."""

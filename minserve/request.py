@@ -17,6 +17,7 @@ from enum import Enum
 from minserve.attainment import Progress
 from minserve.sampling_params import SamplingParams
 from minserve.slo import SLO, Standing, Targets
+from minserve.slots import copy_slots
 
 
 class RequestEvent(Enum):
@@ -154,6 +155,27 @@ class Sequence:
         return num_tokens - self.num_computed_tokens == 1 and num_tokens > len(
             self.request.prompt_token_ids
         )
+
+    def ahead(self, num_tokens: int, at: float) -> Sequence:
+        """The sequence as it will be when so many more of its tokens have run, to plan with.
+
+        Where nothing is left to run then, the next token is there too.
+
+        Args:
+            at: when that will be.
+
+        Returns:
+            a copy that shares its lists of blocks with the sequence. Its token ids can be
+            counted but mean nothing.
+        """
+        twin = copy_slots(self)
+        twin.num_computed_tokens += num_tokens
+        if twin.num_uncomputed_tokens == 0:
+            # A copy of the list would cost as much as planning does where contexts are long.
+            twin.token_ids = range(self.num_tokens + 1)
+            if self.progress is not None:
+                twin.progress = self.progress.with_token(at)
+        return twin
 
     def __repr__(self) -> str:
         return (

@@ -25,6 +25,7 @@ GROUND = {
     "sampling_params",
     "slo",
     "slo_fields",
+    "slots",
     "outputs",
     "planner",
 }

@@ -110,18 +110,17 @@ def plan_decodes(
     shape = (num_tokens, num_heads, num_splits) if num_splits > 1 else (0, 0, 0)
     partial = torch.empty((*shape, head_dim), dtype=torch.float32, device=lengths.device)
     lse = torch.empty(shape, dtype=torch.float32, device=lengths.device)
-    if num_splits > 1:
-        _plan_kernel[(1,)](
-            lengths,
-            split_len,
-            lengths.shape[0],
-            per_split // lengths.shape[0],
-            num_programs,
-            NUM_SPLITS=num_splits,
-            LEAST_SPLIT=LEAST_SPLIT,
-            BLOCK=128,
-            num_warps=4,
-        )
+    _plan_kernel[(1,)](
+        lengths,
+        split_len,
+        lengths.shape[0],
+        per_split // lengths.shape[0],
+        num_programs,
+        num_splits,
+        LEAST_SPLIT=LEAST_SPLIT,
+        BLOCK=128,
+        num_warps=4,
+    )
     return DecodePlan(
         starts, lengths, tables, split_len, num_splits, most_queries, tile, partial, lse
     )
@@ -162,13 +161,13 @@ def batched_decode(
         plan.split_len,
         query.stride(0),
         plan.tables.stride(0),
+        num_tiles,
+        plan.num_splits,
         scale * LOG2_E,
-        NUM_TILES=num_tiles,
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
-        NUM_SPLITS=plan.num_splits,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
@@ -183,29 +182,39 @@ def batched_decode(
             plan.starts,
             plan.lengths,
             plan.split_len,
-            MOST_QUERIES=plan.most_queries,
+            plan.most_queries,
+            plan.num_splits,
             NUM_HEADS=num_heads,
             HEAD_DIM=head_dim,
-            NUM_SPLITS=plan.num_splits,
-            BLOCK_SPLITS=triton.next_power_of_2(plan.num_splits),
+            MOST_SPLITS=MOST_SPLITS,
             BLOCK_D=triton.next_power_of_2(head_dim),
             num_warps=2,
         )
 
 
-@triton.jit(do_not_specialize=["num_seqs", "num_programs"])
+# What differs from batch to batch is not specialized: a kernel compiled for each of its values
+# would stall whoever meets a new one. The inputs of a batch lie in one buffer, at any address.
+@triton.jit(
+    do_not_specialize=[
+        "lengths_ptr",
+        "num_seqs",
+        "programs_per_seq",
+        "num_programs",
+        "num_splits",
+    ]
+)
 def _plan_kernel(
     lengths_ptr,
     split_len_ptr,
     num_seqs,
     programs_per_seq,
     num_programs,
-    NUM_SPLITS: tl.constexpr,
+    num_splits,
     LEAST_SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Tokens per split: as many programs as are wanted get about the same number of tokens, as far
-    as the longest sequence then has no more than `NUM_SPLITS` splits. A multiple of any tile.
+    as the longest sequence then has no more than ``num_splits`` splits. A multiple of any tile.
     """
     total = tl.zeros([BLOCK], dtype=tl.int64)
     longest = tl.zeros([BLOCK], dtype=tl.int64)
@@ -215,12 +224,21 @@ def _plan_kernel(
         total += lengths
         longest = tl.maximum(longest, lengths)
     fair = tl.cdiv(tl.sum(total, 0) * programs_per_seq, num_programs)
-    least = tl.cdiv(tl.max(longest, 0), NUM_SPLITS)
+    least = tl.cdiv(tl.max(longest, 0), num_splits)
     split_len = tl.maximum(tl.maximum(fair, least), LEAST_SPLIT)
     tl.store(split_len_ptr, tl.cdiv(split_len, 64) * 64)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "starts_ptr",
+        "lengths_ptr",
+        "tables_ptr",
+        "table_stride",
+        "num_tiles",
+        "num_splits",
+    ]
+)
 def _decode_kernel(
     query_ptr,
     key_ptr,
@@ -234,13 +252,13 @@ def _decode_kernel(
     split_len_ptr,
     query_stride,
     table_stride,
+    num_tiles,
+    num_splits,
     scale,
-    NUM_TILES: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -251,21 +269,17 @@ def _decode_kernel(
     """
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     kv_head = tl.program_id(0)
-    seq = tl.program_id(1) // NUM_TILES
+    seq = tl.program_id(1) // num_tiles
     split = tl.program_id(2)
     start = tl.load(starts_ptr + seq)
     num_queries = (tl.load(starts_ptr + seq + 1) - start).to(tl.int32)
     length = tl.load(lengths_ptr + seq).to(tl.int32)
-    rows = (tl.program_id(1) % NUM_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
-    if tl.min(rows, 0) >= num_queries * GROUP:
+    rows = (tl.program_id(1) % num_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split_len = tl.load(split_len_ptr).to(tl.int32)
+    begin = split * split_len
+    end = tl.minimum(length, begin + split_len)
+    if begin >= length or tl.min(rows, 0) >= num_queries * GROUP:
         return
-    begin, end = 0, length
-    if NUM_SPLITS > 1:
-        split_len = tl.load(split_len_ptr).to(tl.int32)
-        begin = split * split_len
-        end = tl.minimum(length, begin + split_len)
-        if begin >= length:
-            return
 
     is_row = rows < num_queries * GROUP
     token = start + rows // GROUP
@@ -319,12 +333,12 @@ def _decode_kernel(
         out_ptrs = out_ptr + row[:, None] * HEAD_DIM + dim[None, :]
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=is_out)
     else:
-        row = row * NUM_SPLITS + split
+        row = row * num_splits + split
         tl.store(partial_ptr + row[:, None] * HEAD_DIM + dim[None, :], acc, mask=is_out)
         tl.store(lse_ptr + row, best + tl.log2(total), mask=is_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["starts_ptr", "lengths_ptr", "most_queries", "num_splits"])
 def _merge_kernel(
     partial_ptr,
     lse_ptr,
@@ -332,40 +346,40 @@ def _merge_kernel(
     starts_ptr,
     lengths_ptr,
     split_len_ptr,
-    MOST_QUERIES: tl.constexpr,
+    most_queries,
+    num_splits,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """The splits' outputs of one head of one query token, weighted by their sums of exponentials."""
     CHUNK: tl.constexpr = 8
     head = tl.program_id(0)
-    seq = tl.program_id(1) // MOST_QUERIES
+    seq = tl.program_id(1) // most_queries
     start = tl.load(starts_ptr + seq)
-    token = start + tl.program_id(1) % MOST_QUERIES
+    token = start + tl.program_id(1) % most_queries
     if token >= tl.load(starts_ptr + seq + 1):
         return
-    num_splits = tl.cdiv(tl.load(lengths_ptr + seq), tl.load(split_len_ptr))
-    if num_splits <= 1:
+    num_used = tl.cdiv(tl.load(lengths_ptr + seq), tl.load(split_len_ptr)).to(tl.int32)
+    if num_used <= 1:
         return
     row = token * NUM_HEADS + head
-    splits = tl.arange(0, BLOCK_SPLITS)
+    splits = tl.arange(0, MOST_SPLITS)
     all_lse = tl.load(
-        lse_ptr + row * NUM_SPLITS + splits, mask=splits < num_splits, other=float("-inf")
+        lse_ptr + row * num_splits + splits, mask=splits < num_used, other=float("-inf")
     )
     best = tl.max(all_lse, 0)
     total = tl.sum(tl.exp2(all_lse - best), 0)
     dim = tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_D], dtype=tl.float32)
-    for first in range(0, num_splits, CHUNK):
+    for first in range(0, num_used, CHUNK):
         split = first + tl.arange(0, CHUNK)
-        split_row = row * NUM_SPLITS + split
-        lse = tl.load(lse_ptr + split_row, mask=split < num_splits, other=float("-inf"))
+        split_row = row * num_splits + split
+        lse = tl.load(lse_ptr + split_row, mask=split < num_used, other=float("-inf"))
         partial = tl.load(
             partial_ptr + split_row[:, None] * HEAD_DIM + dim[None, :],
-            mask=(split < num_splits)[:, None] & (dim < HEAD_DIM)[None, :],
+            mask=(split < num_used)[:, None] & (dim < HEAD_DIM)[None, :],
             other=0.0,
         )
         acc += tl.sum(tl.exp2(lse - best)[:, None] * partial, 0)

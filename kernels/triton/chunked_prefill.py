@@ -118,7 +118,8 @@ def chunked_prefill(
     )
 
 
-@triton.jit
+# What differs from batch to batch is not specialized: see `batched_decode`.
+@triton.jit(do_not_specialize=["starts_ptr", "lengths_ptr", "tables_ptr", "table_stride"])
 def _prefill_kernel(
     query_ptr,
     key_ptr,

@@ -103,6 +103,7 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         max_num_seqs=config.max_num_seqs,
         clock=time.monotonic,
         proposer=_make_proposer(config, draft, drafter, shape.vocab_size),
+        plans_ahead=device.type == "cuda",
     )
     log.info(
         "%s on %s: %s weights, %s arithmetic, %d KV blocks of %d tokens, ready in %.1f s",

@@ -1,7 +1,14 @@
 """`EngineCore`: the loop's four verbs: plan, run, apply, publish.
 
 Single-threaded and without I/O: engines add and abort requests between two steps and
-pass on the deltas that a step returns. Nothing but this file changes a `Sequence`.
+pass on the deltas that a step returns. Nothing but this file and `LiveOutput`, which appends
+tokens for it, changes a `Sequence`.
+
+Where the device runs by itself, an iteration is planned while the one before it runs
+(`minserve.engine.lookahead`)::
+
+    host     settle start launch │ plan the next │ wait   apply │ settle start launch │ ...
+    device                       └─ batch ───────────────┘      └─ ...                └─ batch
 """
 
 from __future__ import annotations
@@ -10,57 +17,24 @@ import logging
 from bisect import insort
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import replace
 
-from minserve.attainment import Outcome, SLOReport, report
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.detokenizer import IncrementalDetokenizer
+from minserve.engine.live_output import LiveOutput
+from minserve.engine.lookahead import PlanAhead, confirm, project
 from minserve.engine.runner import ModelRunner, RunResult, Scheduled
 from minserve.engine.sampler import Proposal, SampledToken, Verified
 from minserve.engine.speculator import Proposer, Wanted
 from minserve.engine.stats import EngineStats
 from minserve.errors import GenerationError, MinserveError, SLOUnattainableError
-from minserve.outputs import OutputDelta, TokenLogprob
+from minserve.outputs import OutputDelta
 from minserve.planner.plan import IterationPlan, PlannerView, Refusal
 from minserve.planner.policies import Planner
 from minserve.request import FinishReason, RequestEvent, Sequence, SequenceState
 from minserve.slo import Standing
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Output:
-    """A sequence and what turns its tokens into news for the client.
-
-    Attributes:
-        marker_ids: token ids of those stage markers that are one token.
-        tail: the newest text, as far back as a stage's marker may begin.
-    """
-
-    seq: Sequence
-    detokenizer: IncrementalDetokenizer | None
-    marker_ids: Mapping[str, int] = field(default_factory=dict)
-    tail: str = ""
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-    told_prompt: bool = False
-
-    def passes(self, marker: str, token_id: int, text: str) -> bool:
-        """True where the newest token completes a stage's marker."""
-        seen = self.tail + text
-        if token_id == self.marker_ids.get(marker) or marker in seen:
-            self.tail = ""
-            return True
-        self.tail = seen[-len(marker) :]
-        return False
-
-
-class _End(NamedTuple):
-    """Why an output ends here."""
-
-    reason: FinishReason
-    stop_reason: str | int | None = None
 
 
 class EngineCore:
@@ -70,6 +44,9 @@ class EngineCore:
         runner: carries out batches; must not change sequences.
         clock: monotonic seconds.
         proposer: drafts tokens where the planner asks for it; ``None`` never does.
+        plans_ahead: plan each iteration while the one before it runs. Worth it where the
+            device does not need the thread that plans; otherwise a plan made at the last
+            moment knows more.
 
     Attributes:
         stats: what was counted so far; `snapshot` adds what others count.
@@ -86,6 +63,7 @@ class EngineCore:
         max_num_seqs: int,
         clock: Callable[[], float],
         proposer: Proposer | None = None,
+        plans_ahead: bool = False,
     ) -> None:
         self.runner = runner
         self.pool = pool
@@ -94,11 +72,13 @@ class EngineCore:
         self.max_num_seqs = max_num_seqs
         self.clock = clock
         self.proposer = proposer
+        self.plans_ahead = plans_ahead
         self.stats = EngineStats()
         self.speculation = self.stats.speculation
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self._outputs: dict[str, _Output] = {}
+        self._ahead: PlanAhead | None = None
+        self._outputs: dict[str, LiveOutput] = {}
         self._by_request: dict[str, list[str]] = {}
 
     @property
@@ -123,7 +103,7 @@ class EngineCore:
                 missing from the text, as special tokens are).
         """
         seq.events[RequestEvent.QUEUED] = self.clock()
-        self._outputs[seq.seq_id] = _Output(seq, detokenizer, marker_ids or {})
+        self._outputs[seq.seq_id] = LiveOutput(seq, detokenizer, marker_ids or {})
         self._by_request.setdefault(seq.request.request_id, []).append(seq.seq_id)
         insort(self.waiting, seq, key=_rank)
 
@@ -147,13 +127,14 @@ class EngineCore:
         """One iteration. Returns what is to be published."""
         started = self.clock()
         plan = self.plan()
-        self.stats.planning_s.observe(self.clock() - started)
         deltas = self._settle(plan)
         batch = self._start(plan)
+        self.planner.started(plan)
         if batch:
             batch = self._draft(batch, plan)
             self.stats.batch(batch)
-            results = self.run(batch)
+            ends_at = started + (plan.predicted_s or 0.0)
+            results = self.run(batch, lambda: self._plan_ahead(batch, ends_at))
             deltas += self.apply(batch, results)
             seconds = self.clock() - started
             self.planner.observe(plan, seconds)
@@ -181,8 +162,33 @@ class EngineCore:
         self.pool.check_integrity(self.running)
 
     def plan(self) -> IterationPlan:
-        """Ask the planner what runs now."""
-        view = PlannerView(
+        """What runs now: as planned ahead, where that still holds, else as planned now."""
+        view, ahead, self._ahead = self._view(), self._ahead, None
+        if ahead is not None:
+            plan = confirm(ahead, view, self.clock())
+            self.stats.plans_ahead["discarded" if plan is None else "held"] += 1
+            if plan is not None:
+                if plan is not ahead.plan:
+                    self.planner.reckon(plan, view)
+                return plan
+            self.planner.discarded()
+        return self._ask_planner(view, self.clock())
+
+    def _plan_ahead(self, batch: SequenceOf[Scheduled], ends_at: float) -> None:
+        """Plan the next iteration while a batch runs."""
+        if not self.plans_ahead:
+            return
+        at = max(ends_at, self.clock())
+        try:
+            view = project(self._view(), batch, at)
+            if view.running or view.waiting:
+                self._ahead = PlanAhead.of(self._ask_planner(view, at), view)
+        except Exception:
+            # What the batch brings must not be lost. Without a plan the next step makes one.
+            log.exception("planning ahead failed; the next iteration is planned when it is due")
+
+    def _view(self) -> PlannerView:
+        return PlannerView(
             waiting=self.waiting,
             running=self.running,
             memory=self.pool,
@@ -190,7 +196,12 @@ class EngineCore:
             max_num_seqs=self.max_num_seqs,
             speculation=self.proposer,
         )
-        return self.planner.plan(view, self.clock())
+
+    def _ask_planner(self, view: PlannerView, now: float) -> IterationPlan:
+        started = self.clock()
+        plan = self.planner.plan(view, now)
+        self.stats.planning_s.observe(self.clock() - started)
+        return plan
 
     def _settle(self, plan: IterationPlan) -> list[OutputDelta]:
         """Carry out what the planner promises, gives up and refuses."""
@@ -248,10 +259,18 @@ class EngineCore:
                 self.proposer.forget(one.seq)
         return [replace(item, proposal=proposals.get(item.seq.seq_id)) for item in batch]
 
-    def run(self, batch: SequenceOf[Scheduled]) -> dict[str, RunResult | Exception]:
-        """Run the batch; where that fails, each sequence alone, to find whose error it is."""
+    def run(
+        self, batch: SequenceOf[Scheduled], meanwhile: Callable[[], None] = lambda: None
+    ) -> dict[str, RunResult | Exception]:
+        """Run the batch; where that fails, each sequence alone, to find whose error it is.
+
+        Args:
+            meanwhile: called while the device has the batch; must not raise.
+        """
         try:
-            return dict(self.runner.run(batch))
+            flight = self.runner.launch(batch)
+            meanwhile()
+            return dict(flight.results())
         except Exception as error:
             if len(batch) == 1:
                 log.exception("running %s failed", batch[0].seq)
@@ -301,59 +320,39 @@ class EngineCore:
             self.pool.trim(seq)
             self.proposer.roll_back(seq)
 
-    def _append(self, output: _Output, tokens: SequenceOf[SampledToken]) -> OutputDelta:
+    def _append(self, output: LiveOutput, tokens: SequenceOf[SampledToken]) -> OutputDelta:
         """Append tokens, each behind the KV of the one before it, as far as the output goes."""
         seq, now = output.seq, self.clock()
         self.stats.delivered(seq, now)
         seq.events.setdefault(RequestEvent.FIRST_TOKEN, now)
         seq.events[RequestEvent.TOKENS] = now
-        text, end, num = "", None, 0
+        text, end = output.append(tokens[0].token_id, now)
+        num = 1
         while end is None and num < len(tokens):
-            if num > 0:
-                seq.num_computed_tokens += 1
-                self.pool.commit(seq)
-            new_text, end = self._append_one(output, tokens[num].token_id, now)
-            text, num = text + new_text, num + 1
+            seq.num_computed_tokens += 1
+            self.pool.commit(seq)
+            more_text, end = output.append(tokens[num].token_id, now)
+            text, num = text + more_text, num + 1
         self.stats.num_generation_tokens += num
         news = {
             "text": text,
-            "token_ids": tuple(token.token_id for token in tokens[:num]),
+            "token_ids": tuple([token.token_id for token in tokens[:num]]),
             "logprobs": None
             if tokens[0].logprob is None
-            else tuple(token.logprob for token in tokens[:num]),
+            else tuple([token.logprob for token in tokens[:num]]),
         }
         if end is None:
-            return self._delta(output, **news)
+            return output.delta(**news)
         return self._finish(output, end.reason, stop_reason=end.stop_reason, **news)
 
-    def _append_one(self, output: _Output, token_id: int, now: float) -> tuple[str, _End | None]:
-        """Append a token. Returns its text, and the end where the token or the text says so."""
-        seq, marker = output.seq, None
-        seq.token_ids.append(token_id)
-        if seq.progress is not None:
-            marker = seq.progress.marker
-            seq.progress.add_token(now)
-        if token_id in seq.request.stop_token_ids:
-            return "", _End(FinishReason.STOP, token_id)
-        text, stop = "", None
-        if output.detokenizer is not None:
-            text, stop = output.detokenizer.add([token_id])
-        if marker is not None and output.passes(marker, token_id, text):
-            seq.progress.end_stage()
-        if stop is not None:
-            return text, _End(FinishReason.STOP, stop)
-        if seq.num_output_tokens >= seq.request.params.max_tokens:
-            return text, _End(FinishReason.LENGTH)
-        return text, None
-
-    def _fail(self, output: _Output, error: Exception) -> OutputDelta:
+    def _fail(self, output: LiveOutput, error: Exception) -> OutputDelta:
         if not isinstance(error, MinserveError):
             error = GenerationError(f"generation failed: {type(error).__name__}: {error}")
         return self._finish(output, FinishReason.ERROR, error=error)
 
     def _finish(
         self,
-        output: _Output,
+        output: LiveOutput,
         reason: FinishReason,
         *,
         text: str = "",
@@ -366,12 +365,11 @@ class EngineCore:
             text += output.detokenizer.flush()
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.planner.finished(seq)
-        delta = self._delta(
-            output,
+        delta = output.delta(
             text=text,
             finish_reason=reason,
             stop_reason=stop_reason,
-            slo=_report(seq, news.get("error")),
+            slo=output.report(news.get("error")),
             **news,
         )
         (self.running if seq.state is SequenceState.RUNNING else self.waiting).remove(seq)
@@ -386,22 +384,6 @@ class EngineCore:
         if not siblings:
             del self._by_request[seq.request.request_id]
         return delta
-
-    def _delta(self, output: _Output, **news: object) -> OutputDelta:
-        seq, prompt_logprobs = output.seq, None
-        if not output.told_prompt and seq.num_output_tokens > 0:
-            output.told_prompt = True
-            if seq.index == 0 and seq.request.params.prompt_logprobs is not None:
-                prompt_logprobs = (None, *output.prompt_logprobs)
-        return OutputDelta(
-            request_id=seq.request.request_id,
-            index=seq.index,
-            prompt_logprobs=prompt_logprobs,
-            num_cached_tokens=seq.num_cached_tokens,
-            num_draft_tokens=seq.num_draft_tokens,
-            num_accepted_tokens=seq.num_accepted_tokens,
-            **news,
-        )
 
     def _admit(self, seq: Sequence) -> None:
         seq.num_computed_tokens = self.pool.admit(seq)
@@ -428,24 +410,6 @@ class EngineCore:
         seq.events[RequestEvent.PREEMPTED] = self.clock()
         self.running.remove(seq)
         insort(self.waiting, seq, key=_rank)
-
-
-def _report(seq: Sequence, error: object) -> SLOReport | None:
-    """What was promised and kept; an output that ended in an error attained nothing."""
-    if seq.progress is None:
-        return None
-    kept = report(seq.request.slo.name, seq.progress, admitted=seq.standing is Standing.ADMITTED)
-    if error is None:
-        return kept
-    refused = isinstance(error, SLOUnattainableError)
-    outcome = Outcome.REJECTED if refused else Outcome.FAILED
-    return replace(
-        kept,
-        outcome=outcome,
-        attained=False,
-        attained_mean=False,
-        admitted=kept.admitted and not refused,
-    )
 
 
 def _rank(seq: Sequence) -> tuple[int, float, str]:

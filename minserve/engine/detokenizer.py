@@ -94,6 +94,8 @@ class IncrementalDetokenizer:
         The common part, and not merely the length, is taken off: where the prompt ends
         within a character, the U+FFFD read there turns into that character.
         """
+        if text.startswith(self._read_text):
+            return text[len(self._read_text) :]
         return text[len(commonprefix((self._read_text, text))) :]
 
     def _read(self, token_id: int) -> str:

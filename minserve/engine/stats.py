@@ -86,9 +86,11 @@ class EngineStats:
             bring several tokens.
         e2e_s: from arrival to the last token, of outputs that stopped or reached their length.
         queue_s: from arrival to the first admission.
-        iteration_s, predicted_s: of iterations that ran something, planning included; as the
-            planner predicted them, where it could.
+        iteration_s, predicted_s: of iterations that ran something, with the planning that
+            they waited for; as the planner predicted them, where it could.
         planning_s: of each plan.
+        plans_ahead: plans made while an iteration ran, by whether they ``held`` when it had
+            ended or were ``discarded``.
         prefill_tokens, decode_tokens, draft_tokens: that one iteration ran.
         speculation: what was drafted and accepted.
     """
@@ -114,6 +116,7 @@ class EngineStats:
     iteration_s: Histogram = field(default_factory=_of_iterations)
     predicted_s: Histogram = field(default_factory=_of_iterations)
     planning_s: Histogram = field(default_factory=_of_iterations)
+    plans_ahead: dict[str, int] = field(default_factory=lambda: {"held": 0, "discarded": 0})
     prefill_tokens: Histogram = field(default_factory=_of_batches)
     decode_tokens: Histogram = field(default_factory=_of_batches)
     draft_tokens: Histogram = field(default_factory=_of_batches)

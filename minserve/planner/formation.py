@@ -21,6 +21,7 @@ run out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
@@ -83,27 +84,20 @@ def form_batch(
     limits: BatchLimits,
     now: float,
     drafting: Drafting | None = None,
-) -> tuple[IterationPlan, float]:
+) -> IterationPlan:
     """Fill one iteration.
 
     Args:
         model: without one nothing is timed and the token budget is the only bound.
         now: seconds on the engine's monotonic clock.
         drafting: ``None`` drafts nothing.
-
-    Returns:
-        the plan, and the predicted seconds of it that went to best effort.
     """
-    running = [seq for _, seq in work.decodes]
-    running += [seq for _, seq in work.prefills if seq.state is SequenceState.RUNNING]
-    # Of the admitted, the latest deadline gives way first.
-    order = sorted(running, key=lambda seq: seq.rank)
-    num_kept = len(order)
-    order += [seq for _, seq in work.pending if seq.state is SequenceState.RUNNING]
-    order += [seq for seq in work.best_effort if seq.state is SequenceState.RUNNING]
+    order, num_kept = _order(work)
     batch = _TimedBatch(BatchDraft(view, order=order, num_kept=num_kept), model)
     slack = _slack(work.decodes, batch, limits, now)
     limit = min(slack / batch.margin, limits.longest_s)
+    # Seconds until a token of this batch is due.
+    due = slack / batch.margin if work.decodes else math.inf
 
     speculators: dict[str, Speculator] = {}
     if drafting is not None and work.prefills:
@@ -123,7 +117,7 @@ def form_batch(
         # One that ends in this batch gets its first token at the batch's end.
         soon = deadline - limits.guard_s - now
         if batch.prefill(seq, min(limit, soon), whole=True, evict=True):
-            limit = min(limit, soon)
+            limit, due = min(limit, soon), min(due, soon)
         else:
             batch.prefill(seq, limit, evict=True)
     for _, seq in may:
@@ -142,8 +136,24 @@ def form_batch(
     drafted = batch.draft.plan.speculation or batch.draft.plan.catch_up
     if drafting is not None and not batch.num_prefills and not drafted:
         _draft_for_speed(batch, view, drafting, limit)
-    batch.draft.plan.shape = batch.shape
-    return batch.draft.plan, given
+    plan = batch.draft.plan
+    plan.shape, plan.best_effort_s = batch.shape, given
+    # A batch of plain decodes is as short as can be, however late it begins.
+    if batch.num_prefills or plan.speculation or plan.catch_up:
+        plan.start_by_s = now + max(0.0, due - batch.seconds) + limits.guard_s
+    return plan
+
+
+def _order(work: Work) -> tuple[list[Sequence], int]:
+    """Who runs, the last to be preempted first, and how many of them stand under a promise."""
+    running = [seq for _, seq in work.decodes]
+    running += [seq for _, seq in work.prefills if seq.state is SequenceState.RUNNING]
+    # Of the admitted, the latest deadline gives way first.
+    order = sorted(running, key=lambda seq: seq.rank)
+    num_kept = len(order)
+    order += [seq for _, seq in work.pending if seq.state is SequenceState.RUNNING]
+    order += [seq for seq in work.best_effort if seq.state is SequenceState.RUNNING]
+    return order, num_kept
 
 
 class _TimedBatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -43,6 +44,10 @@ class IterationPlan:
         shape: what of this batch decides its time.
         predicted_s: predicted seconds of the iteration; ``None`` without a performance
             model.
+        start_by_s: on the engine's clock, until when the iteration may begin and still end
+            in time; later it is better planned anew.
+        best_effort_s: of the predicted seconds, those that go to best effort.
+        best_effort_waits: True where there is best effort to be served, now or later.
     """
 
     num_scheduled_tokens: dict[str, int] = field(default_factory=dict)
@@ -55,6 +60,9 @@ class IterationPlan:
     reject: dict[str, Refusal] = field(default_factory=dict)
     shape: BatchShape = field(default_factory=BatchShape)
     predicted_s: float | None = None
+    start_by_s: float = math.inf
+    best_effort_s: float = 0.0
+    best_effort_waits: bool = False
 
     @property
     def total_tokens(self) -> int:

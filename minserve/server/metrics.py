@@ -100,6 +100,12 @@ def _counters(stats: EngineStats) -> Iterator[Metric]:
         "finished_reason",
         ((reason.value, num) for reason, num in stats.finished.items()),
     )
+    yield _counter(
+        "plans_ahead",
+        "Iterations planned while the one before ran, by whether the plan held.",
+        "outcome",
+        stats.plans_ahead.items(),
+    )
 
 
 def _speculation(stats: EngineStats, max_speculation: int) -> Iterator[Metric]:
@@ -164,7 +170,7 @@ def _iteration_histograms(stats: EngineStats) -> Iterator[Metric]:
     for name, text, histogram in (
         (
             "iteration_seconds",
-            "Of an iteration that ran a batch, with planning.",
+            "Of an iteration that ran a batch, with the planning that it waited for.",
             stats.iteration_s,
         ),
         ("iteration_predicted_seconds", "The same as the planner foresaw it.", stats.predicted_s),

@@ -75,6 +75,7 @@ class DraftingReplay(Replay):
         own = {k: n - plan.speculation.get(k, 0) for k, n in plan.num_scheduled_tokens.items()}
         self._settle(plan, by_id)
         self._start(replace(plan, num_scheduled_tokens=own), by_id)
+        self.planner.started(plan)
         for seq_id, count in plan.num_scheduled_tokens.items():
             self.pool.grow(by_id[seq_id], count)  # raises if the planner promised too much
         seconds = self._seconds(plan, by_id)

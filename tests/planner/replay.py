@@ -88,12 +88,20 @@ class Replay:
             max_num_seqs=self.max_num_seqs,
         )
 
+    def plan(self) -> IterationPlan:
+        return self.planner.plan(self.view(), now=self.now)
+
+    def launched(self, plan: IterationPlan, by_id: dict[str, Sequence]) -> None:
+        """The batch of a plan is about to run."""
+
     def step(self) -> IterationPlan:
-        plan = self.planner.plan(self.view(), now=self.now)
+        plan = self.plan()
         by_id = {s.seq_id: s for s in self.waiting + self.running}
         assert len(plan.num_scheduled_tokens) <= self.max_num_seqs
         self._settle(plan, by_id)
         self._start(plan, by_id)
+        self.planner.started(plan)
+        self.launched(plan, by_id)
         seconds = 0.0
         if self.device is not None and plan.num_scheduled_tokens:
             chunks = [

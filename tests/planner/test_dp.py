@@ -2,66 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import random
 
 import pytest
-from replay import Replay, make_sequence
+from loads import TIGHT, attained, mixed_load, replay_of, request
+from replay import Replay
 
 from minserve.engine.block_pool import BlockPool
 from minserve.planner.lengths import BoundLengths
 from minserve.planner.perf_model import PerfModel, Piece
 from minserve.planner.policies import make_planner
-from minserve.request import Sequence
 from minserve.slo import SLO, DecodeStage, OnUnattainable, Standing
-
-# A small CPU: 20 ms a batch, 2 ms a prefill token, 3 ms a decode.
-DEVICE = (Piece(tokens=0.002, seqs=0.001, context_tokens=1e-6, attention_pairs=1e-7, base=0.02),)
-TIGHT = SLO(ttft_slowdown=5, tpot_slowdown=2.5, name="tight")
-LOOSE = SLO(ttft_slowdown=4, tpot_slowdown=5, name="loose")
-
-
-def device() -> PerfModel:
-    return PerfModel(DEVICE, quantile=0.99, margin=1.02)
-
-
-def replay_of(
-    policy: str = "dp",
-    *,
-    blocks: int = 4000,
-    budget: int = 512,
-    max_num_seqs: int = 128,
-    sigma: float = 0.0,
-    **settings: object,
-) -> Replay:
-    rng = random.Random(1)
-    return Replay(
-        make_planner(policy, model=device(), **settings),
-        BlockPool(blocks, 16, prefix_caching=False),
-        budget,
-        max_num_seqs,
-        device=device(),
-        noise=lambda: math.exp(rng.gauss(0.0, sigma)),
-    )
-
-
-def request(name: str, prompt: int, output: int, arrival: float, slo: SLO | None) -> Sequence:
-    tokens = [hash((name, i)) % 1000 for i in range(prompt)]
-    return make_sequence(name, tokens, output, arrival, slo=slo, model=device(), max_tokens=200)
-
-
-def mixed_load(rate: float, seconds: float, seed: int = 0) -> list[Sequence]:
-    """Poisson arrivals, half of them tight."""
-    rng, now, load = random.Random(seed), 0.0, []
-    while (now := now + rng.expovariate(rate)) < seconds:
-        slo, mean = (TIGHT, 15) if rng.random() < 0.5 else (LOOSE, 40)
-        output = max(2, round(rng.lognormvariate(math.log(mean), 0.6)))
-        load.append(request(f"r{len(load)}", rng.randint(20, 250), min(output, 150), now, slo))
-    return load
-
-
-def attained(load: list[Sequence]) -> float:
-    return sum(s.progress.attained for s in load) / len(load)
 
 
 def test_a_lone_request_is_promised_its_slo_and_gets_it() -> None:

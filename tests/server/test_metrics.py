@@ -31,6 +31,7 @@ CONTRACT = {
     "prompt_tokens": "counter",
     "generation_tokens": "counter",
     "request_success": "counter",
+    "plans_ahead": "counter",
     "spec_decode_num_drafts": "counter",
     "spec_decode_num_draft_tokens": "counter",
     "spec_decode_num_accepted_tokens": "counter",
@@ -112,7 +113,7 @@ def test_counters_end_in_total_and_labels_come_from_fixed_sets(plain: RunningSer
     classes = {"custom", *plain.engine.slo_classes}
     fixed = {
         "finished_reason": {reason.value for reason in FinishReason},
-        "outcome": {outcome.value for outcome in Outcome},
+        "outcome": {"held", "discarded", *(outcome.value for outcome in Outcome)},
         "class": classes,
         "kind": {"prefill", "decode", "draft"},
         "position": {str(place) for place in range(plain.engine.config.max_speculation)},

@@ -19,7 +19,8 @@ class Planner(ABC):
         model: the device's speed; with it every policy predicts its iterations.
 
     Attributes:
-        num_plans, num_preemptions, num_admissions: counted since the start.
+        num_plans: made since the start.
+        num_preemptions, num_admissions: of those carried out.
     """
 
     name: str
@@ -31,21 +32,35 @@ class Planner(ABC):
         self.num_admissions = 0
 
     def plan(self, view: PlannerView, now: float) -> IterationPlan:
-        """Plan one iteration.
+        """Plan one iteration; then either `started` or `discarded` says what became of it.
+
+        It may be made while the plan before it still runs.
 
         Args:
-            view: the engine's state.
-            now: seconds on the engine's monotonic clock.
+            view: the engine's state when the iteration begins.
+            now: when that is, in seconds on the engine's monotonic clock.
         """
         plan = self._plan(view, now)
         self.num_plans += 1
-        self.num_preemptions += len(plan.preempt)
-        self.num_admissions += len(plan.admit)
-        if self.model is not None and plan.num_scheduled_tokens:
-            if not plan.shape.tokens:
-                plan.shape = _shape(view, plan)
+        if not plan.shape.tokens:
+            self.reckon(plan, view)
+        elif self.model is not None:
             plan.predicted_s = self.model.predict(plan.shape)
         return plan
+
+    def reckon(self, plan: IterationPlan, view: PlannerView) -> None:
+        """Set the shape and the predicted time of a plan by what it schedules."""
+        if self.model is not None and plan.num_scheduled_tokens:
+            plan.shape = _shape(view, plan)
+            plan.predicted_s = self.model.predict(plan.shape)
+
+    def started(self, plan: IterationPlan) -> None:
+        """A plan is being carried out."""
+        self.num_preemptions += len(plan.preempt)
+        self.num_admissions += len(plan.admit)
+
+    def discarded(self) -> None:  # noqa: B027 - most policies keep nothing between two plans
+        """The newest plan will not be carried out: nothing that it decided stands."""
 
     def observe(self, plan: IterationPlan, seconds: float) -> None:
         """An iteration as planned took so long."""
@@ -79,11 +94,11 @@ def _shape(view: PlannerView, plan: IterationPlan) -> BatchShape:
                 cached = view.memory.cached_prefix(seq).num_tokens
                 chunks.append((cached, scheduled[seq.seq_id]))
     shape = BatchShape.of(chunks)
-    if not plan.speculation:
+    if not (plan.speculation or plan.catch_up):
         return shape
     lags = (view.speculation.lag(s) for s in view.running if s.seq_id in plan.speculation)
     return replace(
         shape,
-        draft_steps=max(plan.speculation.values()),
-        draft_tokens=sum(plan.speculation.values()) + sum(lags),
+        draft_steps=max(plan.speculation.values(), default=1),
+        draft_tokens=sum(plan.speculation.values()) + sum(lags) + sum(plan.catch_up.values()),
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field, replace
 
 from minserve.planner.acceptance import AcceptanceEstimator
 from minserve.planner.admission import Admission, admit
@@ -23,7 +24,7 @@ from minserve.planner.perf_model import BatchShape, PerfModel
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.policies.base import Planner
 from minserve.planner.review import ReviewSettings, Verdict, review
-from minserve.planner.speculation import NO_DRAFTS, Drafting
+from minserve.planner.speculation import NO_DRAFTS, Drafting, DraftsForPrefills
 from minserve.planner.timeline import Candidate
 from minserve.request import Sequence, SequenceState
 from minserve.slo import Standing
@@ -38,6 +39,25 @@ GUARD_S = 0.003
 # Where drafts do not pay, they are not weighed again for so many iterations of the same
 # sequences: for a tiny model weighing them costs as much as they could bring.
 REST = 16
+
+
+@dataclass(slots=True)
+class _Round:
+    """What the newest round of admission found, and holds until the next.
+
+    Attributes:
+        chosen: who is served, by sequence id.
+        drafts: what drafting is worth while prefills wait.
+        seen: ids of everybody it knew.
+        reviewed_s: when it took place.
+        rest: iterations for which drafts are not weighed; below 0 they are.
+    """
+
+    chosen: dict[str, None] = field(default_factory=dict)
+    drafts: DraftsForPrefills = NO_DRAFTS
+    seen: list[str] = field(default_factory=list)
+    reviewed_s: float = -math.inf
+    rest: int = 0
 
 
 class DpPlanner(Planner):
@@ -62,16 +82,11 @@ class DpPlanner(Planner):
         self.lengths = lengths or QuantileLengths()
         self.best_effort_share = best_effort_share
         self.acceptance = AcceptanceEstimator()
-        self._drafts = NO_DRAFTS
-        self._rest = 0
-        self._chosen: dict[str, None] = {}
-        self._seen: list[str] = []
-        self._last_review_s = -math.inf
+        self._round = self._round_before = _Round()
         self._cached: dict[str, int] = {}
-        # Best effort's account: what it is owed, and what the plan under way gives it.
+        # Best effort's account, without the plan under way.
         self._owed_s = 0.0
-        self._given_s = 0.0
-        self._best_effort_waits = False
+        self._under_way: IterationPlan | None = None
 
     @staticmethod
     def choose(
@@ -86,27 +101,45 @@ class DpPlanner(Planner):
     def verified(self, seq: Sequence, num_drafted: int, num_accepted: int) -> None:
         self.acceptance.verified(seq, num_drafted, num_accepted)
 
+    def started(self, plan: IterationPlan) -> None:
+        super().started(plan)
+        self._under_way = plan
+
+    def discarded(self) -> None:
+        self._round = self._round_before
+
     def observe(self, plan: IterationPlan, seconds: float) -> None:
         super().observe(plan, seconds)
-        if self._best_effort_waits:
-            self._owed_s += self.best_effort_share * seconds
-        self._owed_s = max(0.0, self._owed_s - self._given_s)
+        self._owed_s = self._owed_after(plan, seconds)
+        self._under_way = None
+
+    def _owed_now(self) -> float:
+        """What best effort is owed when the plan under way, if there is one, has been carried out."""
+        if self._under_way is None:
+            return self._owed_s
+        return self._owed_after(self._under_way, self._under_way.predicted_s or 0.0)
+
+    def _owed_after(self, plan: IterationPlan, seconds: float) -> float:
+        """What best effort is owed once a plan was carried out in so many seconds."""
+        more = self.best_effort_share * seconds if plan.best_effort_waits else 0.0
+        return max(0.0, self._owed_s + more - plan.best_effort_s)
 
     def _plan(self, view: PlannerView, now: float) -> IterationPlan:
+        self._round_before, self._round = self._round, replace(self._round)
         verdict = Verdict()
         if self.model is not None and self._is_due(view, now):
             verdict = self._review(view, now)
         work = self._sort(view, now, verdict)
         drafting = None
-        self._rest -= 1
-        if view.speculation is not None and self.model is not None and self._rest < 0:
+        self._round.rest -= 1
+        if view.speculation is not None and self.model is not None and self._round.rest < 0:
             drafting = Drafting(
-                view.speculation, self.acceptance, self.lengths.remaining, self._drafts
+                view.speculation, self.acceptance, self.lengths.remaining, self._round.drafts
             )
-        limits = self._limits(work)
-        plan, self._given_s = form_batch(view, work, self.model, limits, now, drafting)
+        plan = form_batch(view, work, self.model, self._limits(work), now, drafting)
+        plan.best_effort_waits = bool(work.best_effort)
         if drafting is not None and drafting.declined:
-            self._rest = REST
+            self._round.rest = REST
         plan.relegate, plan.reject = list(verdict.relegate), verdict.reject
         for _, seq in (*work.prefills, *work.decodes):
             started = seq.state is SequenceState.RUNNING or seq.seq_id in plan.num_scheduled_tokens
@@ -118,14 +151,15 @@ class DpPlanner(Planner):
         """True where someone came or went since the last round, or that is 0.1 s ago."""
         ids = [seq.seq_id for seq in view.waiting]
         ids += [seq.seq_id for seq in view.running]
-        if ids == self._seen and now - self._last_review_s < REVIEW_EVERY_S:
+        last = self._round
+        if ids == last.seen and now - last.reviewed_s < REVIEW_EVERY_S:
             return False
         for seq_id in self._cached.keys() - ids:
             del self._cached[seq_id]
         self.acceptance.keep_only(ids)
-        if ids != self._seen:
-            self._rest = 0
-        self._seen, self._last_review_s = ids, now
+        if ids != last.seen:
+            last.rest = 0
+        last.seen, last.reviewed_s = ids, now
         return True
 
     def _review(self, view: PlannerView, now: float) -> Verdict:
@@ -151,7 +185,7 @@ class DpPlanner(Planner):
             settings,
             self.acceptance,
         )
-        self._chosen, self._drafts = verdict.chosen, verdict.drafts
+        self._round.chosen, self._round.drafts = verdict.chosen, verdict.drafts
         return verdict
 
     def _sort(self, view: PlannerView, now: float, verdict: Verdict) -> Work:
@@ -161,7 +195,7 @@ class DpPlanner(Planner):
             seq_id, progress = seq.seq_id, seq.progress
             if seq_id in verdict.reject:
                 continue
-            chosen = seq_id in self._chosen
+            chosen = seq_id in self._round.chosen
             given_up = seq.standing is Standing.BEST_EFFORT and not chosen
             if progress is None or self.model is None or given_up or seq_id in verdict.relegate:
                 work.best_effort.append(seq)
@@ -184,12 +218,11 @@ class DpPlanner(Planner):
         return LONGEST_ITERATION * (self.model.predict(BatchShape.of([(0, 1)])) + GUARD_S)
 
     def _limits(self, work: Work) -> BatchLimits:
-        self._best_effort_waits = bool(work.best_effort)
         if self.model is None:
             return BatchLimits(longest_s=math.inf, guard_s=GUARD_S)
         # Saved up until it is worth an iteration: a decode, or a few prefill tokens.
         longest_s = self._longest_s()
-        owed = self._owed_s if work.best_effort else 0.0
+        owed = self._owed_now() if work.best_effort else 0.0
         enough = owed >= longest_s / LONGEST_ITERATION
         return BatchLimits(
             longest_s=longest_s,

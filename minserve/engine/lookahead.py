@@ -1,0 +1,180 @@
+"""Planning an iteration while the one before it runs on the device.
+
+A plan made ahead is made from a guess at what will be: `project` is that guess, and `confirm`
+says later what of the plan still holds. It holds nearly always, less the sequences that ended
+meanwhile. Where it does not, an iteration is planned from what is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from minserve.engine.runner import Scheduled
+from minserve.planner.plan import IterationPlan, MemoryView, PlannerView, SpeculationView
+from minserve.request import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class PlanAhead:
+    """A plan, and what it relies on.
+
+    Attributes:
+        seen: ids of all sequences that it was made for.
+        starts: of each chunk of a prefill, how many tokens are computed before it.
+    """
+
+    plan: IterationPlan
+    seen: frozenset[str]
+    starts: Mapping[str, int]
+
+    @classmethod
+    def of(cls, plan: IterationPlan, view: PlannerView) -> PlanAhead:
+        """Of a plan and the view that it was made from."""
+        starts = {
+            seq.seq_id: seq.num_computed_tokens
+            for seq in view.running
+            if seq.seq_id in plan.num_scheduled_tokens and not seq.is_decoding
+        }
+        admitted = set(plan.admit)
+        for seq in view.waiting:
+            if seq.seq_id in admitted:
+                starts[seq.seq_id] = view.memory.cached_prefix(seq).num_tokens
+        return cls(plan, frozenset(s.seq_id for s in (*view.running, *view.waiting)), starts)
+
+
+@dataclass(frozen=True, slots=True)
+class _ProjectedSpeculation:
+    """Who drafts, asked about sequences whose newest token nobody knows yet.
+
+    Attributes:
+        known: the sequences as they are.
+    """
+
+    proposer: SpeculationView
+    known: Mapping[str, Sequence]
+
+    @property
+    def max_tokens(self) -> int:
+        return self.proposer.max_tokens
+
+    def limit(self, seq: Sequence) -> int:
+        return self.proposer.limit(self.known[seq.seq_id])
+
+    def lag(self, seq: Sequence) -> int:
+        # Drafts under way may reach beyond what is certain to be kept of them.
+        return max(0, self.proposer.lag(seq))
+
+
+def project(view: PlannerView, batch: Iterable[Scheduled], at: float) -> PlannerView:
+    """The engine's state when a batch will have run, as far as that can be told.
+
+    Each sequence of the batch that samples has one token more, of drafts none is accepted,
+    and none ends but those that reach ``max_tokens``. The view's sequences do not change.
+
+    Args:
+        view: the state while the batch runs.
+        at: when its tokens come.
+    """
+    num_tokens = {item.seq.seq_id: item.num_tokens for item in batch}
+    running = [
+        seq.ahead(num_tokens[seq.seq_id], at) if seq.seq_id in num_tokens else seq
+        for seq in view.running
+    ]
+    drafts = None
+    if view.speculation is not None:
+        drafts = _ProjectedSpeculation(view.speculation, {s.seq_id: s for s in view.running})
+    return replace(
+        view,
+        running=[s for s in running if s.num_output_tokens < s.request.params.max_tokens],
+        speculation=drafts,
+    )
+
+
+def confirm(ahead: PlanAhead, view: PlannerView, now: float) -> IterationPlan | None:
+    """What of a plan made ahead can be carried out.
+
+    Args:
+        view: the state as it has come to be.
+        now: seconds on the engine's monotonic clock.
+
+    Returns:
+        the plan itself, or one without the sequences that ended and without drafts that are
+        no longer possible, with the shape still to be reckoned; ``None`` where it is better
+        planned anew.
+    """
+    plan = ahead.plan
+    live = {seq.seq_id: seq for seq in (*view.running, *view.waiting)}
+    if not live.keys() <= ahead.seen:
+        return None  # somebody has come
+    # Nobody is given up or refused by a guess, and nobody preempted who need not be.
+    if plan.reject or plan.relegate or now > plan.start_by_s:
+        return None
+    if len(live) < len(ahead.seen):
+        if plan.preempt:
+            return None
+        plan = _without_ended(plan, live)
+    if plan.speculation or plan.catch_up:
+        plan = _with_possible_drafts(plan, live, view.speculation)
+    if not plan.num_scheduled_tokens or not _fits(plan, ahead.starts, live, view.memory):
+        return None
+    return plan
+
+
+def _without_ended(plan: IterationPlan, live: Mapping[str, Sequence]) -> IterationPlan:
+    """The plan without sequences that are not there."""
+
+    def kept(tokens: Mapping[str, int]) -> dict[str, int]:
+        return {seq_id: num for seq_id, num in tokens.items() if seq_id in live}
+
+    return replace(
+        plan,
+        num_scheduled_tokens=kept(plan.num_scheduled_tokens),
+        speculation=kept(plan.speculation),
+        catch_up=kept(plan.catch_up),
+        admit=[seq_id for seq_id in plan.admit if seq_id in live],
+        promote=[seq_id for seq_id in plan.promote if seq_id in live],
+    )
+
+
+def _with_possible_drafts(
+    plan: IterationPlan, live: Mapping[str, Sequence], drafter: SpeculationView
+) -> IterationPlan:
+    """The plan with no more drafts than can be made now, nor behind an output's last token."""
+    scheduled, speculation = dict(plan.num_scheduled_tokens), {}
+    for seq_id, planned in plan.speculation.items():
+        seq = live[seq_id]
+        left = seq.request.params.max_tokens - seq.num_output_tokens - 1
+        length = max(0, min(planned, left, drafter.limit(seq)))
+        scheduled[seq_id] -= planned - length
+        if length:
+            speculation[seq_id] = length
+    catch_up = {
+        seq_id: min(num, drafter.lag(live[seq_id])) for seq_id, num in plan.catch_up.items()
+    }
+    catch_up = {seq_id: num for seq_id, num in catch_up.items() if num > 0}
+    if speculation == plan.speculation and catch_up == plan.catch_up:
+        return plan
+    return replace(plan, num_scheduled_tokens=scheduled, speculation=speculation, catch_up=catch_up)
+
+
+def _fits(
+    plan: IterationPlan,
+    starts: Mapping[str, int],
+    live: Mapping[str, Sequence],
+    memory: MemoryView,
+) -> bool:
+    """True where each sequence stands where the plan has it, and the blocks suffice."""
+    size, starting = memory.block_size, set(plan.admit)
+    free = memory.num_free_blocks
+    free += sum(memory.num_releasable_blocks(live[seq_id]) for seq_id in plan.preempt)
+    for seq_id, num_tokens in plan.num_scheduled_tokens.items():
+        seq = live[seq_id]
+        start, num_held = seq.num_computed_tokens, len(seq.block_table)
+        if seq_id in starting:
+            hit = memory.cached_prefix(seq)
+            start, num_held = hit.num_tokens, hit.num_tokens // size - hit.num_idle_blocks
+        if not (start == starts[seq_id] if seq_id in starts else seq.is_decoding):
+            return False
+        free -= max(0, -(-(start + num_tokens) // size) - num_held)
+    return free >= 0
