@@ -20,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -273,7 +274,6 @@ def summary(results: list[dict[str, Any]], copy_gb_s: float | None) -> dict[str,
         "goals_met": min(ratios) <= GOAL_RATIO and min(r2.values(), default=0.0) >= GOAL_R2
         if ratios
         else None,
-        "failures": [f"{one['model']}: {one['error']}" for one in results if "error" in one],
     }
 
 
@@ -293,16 +293,22 @@ def main() -> int:
     effort, words = DRY if args.dry else FULL, machine()
     copy_gb_s = None if args.dry else round(measure_ceilings(rep_ms=200.0).copy_gb_s, 1)
     results: list[dict[str, Any]] = []
+    failures: list[str] = []
     bar = tqdm(args.model or effort.models, unit="model", desc="Measuring")
     for model in bar:
-        for result in measure_model(model, effort, copy_gb_s, args.profile_seconds):
-            results.append(result)
-            tqdm.write("\n".join(lines(result)))
-            if args.out is not None:
-                with args.out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({**result, **words, "dry": args.dry}) + "\n")
-    print(json.dumps({**words, **summary(results, copy_gb_s), "dry": args.dry}))
-    return 0
+        try:
+            for result in measure_model(model, effort, copy_gb_s, args.profile_seconds):
+                results.append({**result, **words, "dry": args.dry})
+                tqdm.write("\n".join(lines(result)))
+                if args.out is not None:
+                    with args.out.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(results[-1]) + "\n")
+        except Exception as error:  # one that does not fit, say, must not hide the others
+            traceback.print_exc()
+            failures.append(f"{model}: {type(error).__name__}: {error}")
+    told = {**words, **summary(results, copy_gb_s), "failures": failures, "dry": args.dry}
+    print(json.dumps(told))
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
