@@ -29,6 +29,7 @@ NEEDED = (
     "jinja2", "pytest", "pytest_timeout",
 )  # fmt: skip
 OPTIONAL = ("flash_attn", "gguf", "matplotlib", "xdist")
+GPU_TESTS = ("tests/kernels", "tests/models/test_fused_layers.py")
 TEST_WORKERS = 8
 KILL_GRACE_S = 5.0
 
@@ -51,7 +52,7 @@ def stages(dry: bool, scratch: Path) -> list[Stage]:
     """What runs; all limits together leave a part of the 8 minutes for starting."""
     python, dry_flag = sys.executable, ["--dry"] if dry else []
     kernel_rows, engine_rows = scratch / "kernels.jsonl", scratch / "engine.jsonl"
-    tests = ["tests/kernels/test_attention.py"] if dry else ["tests/kernels"]
+    tests = ["tests/kernels/test_attention.py"] if dry else list(GPU_TESTS)
     if not dry and importlib.util.find_spec("xdist"):
         tests += ["-n", str(TEST_WORKERS)]  # most of their time is compilation
     return [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -251,10 +250,12 @@ def _sdpa(inputs: AttentionInputs) -> Contestant:
         group = num_heads // num_kv_heads
         keys, values = keys.repeat_interleave(group, 2), values.repeat_interleave(group, 2)
     keys, values = keys.contiguous(), values.contiguous()
-    flash = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if query.is_cuda else nullcontext()
+    allowed = [SDPBackend.FLASH_ATTENTION]
+    if not query.is_cuda:
+        allowed.append(SDPBackend.MATH)
 
     def run(i: int) -> Tensor:
-        with flash:
+        with sdpa_kernel(allowed):
             return F.scaled_dot_product_attention(
                 query, keys[i], values[i], mask, scale=batch.heads.scale,
                 enable_gqa=mask is None and num_heads > num_kv_heads,

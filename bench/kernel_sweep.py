@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from kernel_attention import attention_problems
-from kernel_cases import OURS, Make, Problem, Scale, Setting
+from kernel_cases import OURS, Contestant, Make, Problem, Scale, Setting
 from kernel_rows import KERNELS as ROW_KERNELS
 from kernel_rows import row_problems
-from kernel_timing import Ceilings, checked, measure, one_call
+from kernel_timing import Ceilings, Timing, checked, measure, one_call
+from torch import Tensor
 from tqdm import tqdm
 
 KERNELS = ("decode", "prefill", *ROW_KERNELS)
@@ -54,6 +55,7 @@ def sweep(
             gc.collect()
             torch.cuda.empty_cache()
             if problem.memory > FREE_SHARE * torch.cuda.mem_get_info()[0]:
+                tqdm.write(f"{kernel} {problem.label}: left out, too large for this device")
                 continue
         yield _row(problem, ceilings, rep_ms)
 
@@ -78,9 +80,7 @@ def _row(problem: Problem, ceilings: Ceilings | None, rep_ms: float) -> dict[str
     }
     for name, build in problem.contestants.items():
         try:
-            contestant = build()
-            row["error"][name] = checked(contestant, expected, problem.dtype)
-            timing = one_call(contestant) if ceilings is None else measure(contestant, rep_ms)
+            row["error"][name], timing = _solve(build, expected, problem.dtype, ceilings, rep_ms)
         except Exception as reason:  # whatever one kernel meets, the others are worth timing
             row["failed"][name] = f"{type(reason).__name__}: {reason}".partition("\n")[0][:200]
             if expected.is_cuda:
@@ -94,6 +94,26 @@ def _row(problem: Problem, ceilings: Ceilings | None, rep_ms: float) -> dict[str
     elif OURS in row["ms"]:
         row |= _rates(problem, row["ms"][OURS][1], ceilings)
     return row
+
+
+def _solve(
+    build: Callable[[], Contestant],
+    expected: Tensor,
+    dtype: torch.dtype,
+    ceilings: Ceilings | None,
+    rep_ms: float,
+) -> tuple[float, Timing]:
+    """Check a contestant, then time it. Its memory is free again afterwards.
+
+    Returns:
+        its relative error, and its time.
+
+    Raises:
+        RuntimeError: where it is wrong.
+    """
+    contestant = build()
+    error = checked(contestant, expected, dtype)
+    return error, one_call(contestant) if ceilings is None else measure(contestant, rep_ms)
 
 
 def _rates(problem: Problem, ms: float, ceilings: Ceilings) -> dict[str, float | str]:
