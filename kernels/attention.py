@@ -78,9 +78,18 @@ class AttentionBackend(ABC):
             ``num_heads // num_kv_heads``).
         head_dim: width of a head.
         scale: factor on the scores.
+
+    Attributes:
+        supports_graphs: true where passes over decodes can be recorded in a CUDA graph and
+            replayed for other batches. Of these the metadata's ``starts``, ``lengths``,
+            ``slot_mapping`` and ``block_tables`` are true, while the lists on the host are
+            upper bounds: every sequence may have fewer query tokens and be shorter. Tokens
+            with slot -1 keep no KV, sequences of length 0 have no query tokens, and block
+            ids behind a sequence's length mean nothing.
     """
 
     name: str
+    supports_graphs: bool = False
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float) -> None:
         self.num_heads = num_heads

@@ -53,6 +53,7 @@ class FlashAttnBackend(TritonBackend):
     """
 
     name = "flash-attn"
+    supports_graphs = False  # its grids are those of the batch at hand
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float) -> None:
         super().__init__(num_heads, num_kv_heads, head_dim, scale)

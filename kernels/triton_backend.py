@@ -66,6 +66,7 @@ class TritonBackend(AttentionBackend):
     """
 
     name = "triton"
+    supports_graphs = True
     # Of the cache, as allocated; the tiles depend on it.
     _dtype = torch.float16
 

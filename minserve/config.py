@@ -67,11 +67,17 @@ class EngineConfig:
         group="model",
         choices=ATTENTION_BACKENDS,
     )
+    cuda_graphs: bool = option(
+        True,
+        "launch passes over decodes as CUDA graphs, recorded at the start (on a GPU, with "
+        "--attention-backend triton)",
+        group="model",
+    )
     block_size: int = option(32, "tokens per KV cache block", group="kv cache")
     kv_cache_gib: float | None = option(
         None,
-        "memory for the KV cache in GiB; default: 90%% of what is free on a GPU, on a CPU a "
-        "quarter of the free memory and at most 4 GiB",
+        "memory for the KV cache in GiB; default: 90%% of what is free on a GPU (85%% "
+        "with CUDA graphs), on a CPU a quarter of the free memory and at most 4 GiB",
         group="kv cache",
     )
     num_blocks: int | None = option(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -13,7 +13,8 @@ import torch
 from minserve.config import EngineConfig
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.core import EngineCore
-from minserve.engine.draft_model import DraftModelProposer
+from minserve.engine.cuda_graphs import CudaRecorder, DecodeGraphs, GraphLimits
+from minserve.engine.draft_model import MOST_DECODE_TOKENS, DraftModelProposer
 from minserve.engine.inputs import PromptProcessor
 from minserve.engine.kv_cache import allocate_kv_cache, choose_num_blocks
 from minserve.engine.paged_model import PagedModel
@@ -74,15 +75,8 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
             draft.model, *_probe(attention, draft.model.shape, config.block_size, placement)
         )
     models = [one for one in (runner, drafter) if one is not None]
-    for one in models:
-        one.dry_run(
-            min(config.token_budget, longest) if device.type == "cuda" else 8, config.max_num_seqs
-        )
-    shapes = [one.model.shape for one in models]
-    num_blocks = choose_num_blocks(config, shapes, placement.dtype, device)
-    for one in models:
-        layers, size = one.model.shape.num_layers, config.block_size
-        one.kv = allocate_kv_cache(one.backend, layers, num_blocks, size, placement.dtype, device)
+    with_graphs = config.cuda_graphs and device.type == "cuda" and runner.backend.supports_graphs
+    num_blocks = _allocate_kv_cache(config, models, placement, longest, with_graphs)
     capacity = num_blocks * config.block_size
     if config.max_model_len is not None and config.max_model_len > capacity:
         raise ConfigError(
@@ -90,6 +84,8 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
             "give it more memory or lower max_model_len"
         )
     max_model_len = min(longest, capacity)
+    if with_graphs:
+        _record_graphs(config, runner, drafter, max_model_len)
     core = EngineCore(
         runner,
         BlockPool(num_blocks, config.block_size, prefix_caching=config.prefix_caching),
@@ -123,6 +119,42 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         max_model_len=max_model_len,
         vocab_size=shape.vocab_size,
     )
+
+
+def _allocate_kv_cache(
+    config: EngineConfig,
+    models: list[PagedModel],
+    placement: Placement,
+    longest: int,
+    with_graphs: bool,
+) -> int:
+    """Give the models their KV caches; how many blocks each has.
+
+    Raises:
+        ConfigError: where not a single block fits.
+    """
+    on_gpu = placement.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()  # of what loading left, so that the dry run's peak is its own
+    for one in models:
+        one.dry_run(min(config.token_budget, longest) if on_gpu else 8, config.max_num_seqs)
+    num_blocks = choose_num_blocks(
+        config,
+        [one.model.shape for one in models],
+        placement.dtype,
+        placement.device,
+        with_graphs=with_graphs,
+    )
+    for one in models:
+        one.kv = allocate_kv_cache(
+            one.backend,
+            one.model.shape.num_layers,
+            num_blocks,
+            config.block_size,
+            placement.dtype,
+            placement.device,
+        )
+    return num_blocks
 
 
 def _probe(attention: str, shape: ModelShape, block_size: int, placement: Placement) -> tuple:
@@ -163,6 +195,25 @@ def _make_proposer(
     if draft is not None:
         return DraftModelProposer(config.max_speculation, drafter, vocab_size, draft.head_token_ids)
     return NgramProposer(config.max_speculation) if config.speculator == "ngram" else None
+
+
+def _record_graphs(
+    config: EngineConfig, runner: ModelRunner, drafter: PagedModel | None, max_model_len: int
+) -> None:
+    """Record the CUDA graphs of both models."""
+    recorder = CudaRecorder(runner.device)
+    limits = GraphLimits(
+        max_num_seqs=config.max_num_seqs,
+        max_num_tokens=config.token_budget,
+        max_seq_len=max_model_len,
+        max_queries=(1,),
+    )
+    speculates = drafter is not None or config.speculator == "ngram"
+    verifying = replace(limits, max_queries=(1, 1 + config.max_speculation))
+    runner.graphs = DecodeGraphs(runner, recorder, verifying if speculates else limits)
+    if drafter is not None:
+        drafting = replace(limits, max_queries=(1, MOST_DECODE_TOKENS))
+        drafter.graphs = DecodeGraphs(drafter, recorder, drafting)
 
 
 def _device(name: str) -> torch.device:

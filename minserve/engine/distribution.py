@@ -2,7 +2,7 @@
 
 Knows nothing of batches, blocks or text. Randomness is counter based: each draw is a pure
 function of (seed, output index, position, stream), so that a seeded output depends neither
-on its neighbours in the batch nor on preemptions.
+on its neighbours in the batch nor on preemptions. Nothing here waits for a device.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from minserve.engine import transfers
 from minserve.request import Sequence
 from minserve.sampling_params import SamplingParams
 
@@ -23,6 +25,8 @@ _MASK64 = 2**64 - 1
 _PHILOX_MULTIPLIER = 0xD2B74407B1CE6E93
 _PHILOX_WEYL = 0x9E3779B97F4A7C15
 _PHILOX_ROUNDS = 10
+# From so many numbers on NumPy's overhead is less than that of plain Python's arithmetic.
+_FEWEST_AT_ONCE = 64
 
 # Streams of draws for one token: the target's own choice, whether a draft is accepted, what
 # takes the place of a rejected one, and the draft model's choice.
@@ -111,13 +115,38 @@ def uniform(seed: int, index: int, position: int, stream: int = 0) -> float:
     return (word >> 11) * 2.0**-53
 
 
+def uniforms(rows: SequenceOf[Row], streams: SequenceOf[int]) -> list[float]:
+    """`Row.uniform` of each row and its stream."""
+    if len(rows) < _FEWEST_AT_ONCE:
+        return [row.uniform(stream) for row, stream in zip(rows, streams, strict=True)]
+    num = len(rows)
+    low = np.fromiter((row.position for row in rows), np.uint64, num)
+    indices = np.fromiter((row.seq.index for row in rows), np.uint64, num)
+    key = np.fromiter((row.seq.request.seed & _MASK64 for row in rows), np.uint64, num)
+    high = np.array(streams, dtype=np.uint64) << np.uint64(32) | indices
+    for _ in range(_PHILOX_ROUNDS):
+        low, high = _high_word(low) ^ key ^ high, low * np.uint64(_PHILOX_MULTIPLIER)
+        key = key + np.uint64(_PHILOX_WEYL)
+    return ((low >> np.uint64(11)) * 2.0**-53).tolist()
+
+
+def _high_word(x: np.ndarray) -> np.ndarray:
+    """The upper 64 of the 128 bits of each product with Philox's multiplier, in 32-bit steps."""
+    half, lower = np.uint64(32), np.uint64(2**32 - 1)
+    a_high, a_low = np.uint64(_PHILOX_MULTIPLIER >> 32), np.uint64(_PHILOX_MULTIPLIER) & lower
+    x_high, x_low = x >> half, x & lower
+    middle = a_high * x_low + (a_low * x_low >> half)
+    other = a_low * x_high + (middle & lower)
+    return a_high * x_high + (middle >> half) + (other >> half)
+
+
 def index_of(rows: SequenceOf[int], like: Tensor) -> Tensor:
-    return torch.tensor(rows, dtype=torch.long, device=like.device)
+    return transfers.to_device(rows, torch.long, like.device)
 
 
 def column(values: list[float], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """One number per row, ``[rows, 1]``."""
-    return torch.tensor(values, dtype=dtype, device=like.device).unsqueeze(1)
+    return transfers.to_device(values, dtype, like.device).unsqueeze(1)
 
 
 def argmax(logits: Tensor) -> Tensor:
@@ -184,7 +213,7 @@ def draw(logits: Tensor, rows: SequenceOf[Row], stream: int = CHOICE) -> Tensor:
         logits: float32 ``[rows, vocab]`` from `adjust`.
     """
     weights, is_valid = weigh(logits, rows)
-    draws = [row.uniform(stream) for row in rows]
+    draws = uniforms(rows, [stream] * len(rows))
     ids = inverse_cdf(weights, column(draws, weights, torch.float64))
     return torch.where(is_valid, ids, INVALID)
 
@@ -262,20 +291,33 @@ def _keep_top_p(weights: Tensor, top_p: list[float]) -> Tensor:
     """
     wanted = _chunk_sums(weights).sum(-1, keepdim=True)
     wanted *= column(top_p, weights, torch.float64)
-    for floor in _NUCLEUS_FLOORS:
-        best = _sorted_from(weights, floor)
-        mass = best.cumsum(-1, dtype=torch.float64)
-        # A NaN row (an error of its own) compares false and does not lower the floor.
-        if not bool((mass[:, -1:] < wanted).any()):
-            break
+    best, mass = _likeliest(weights, wanted)
     last = (mass < wanted).sum(-1, keepdim=True).clamp_(max=best.shape[1] - 1)
     border = best.gather(-1, last)
     num_surplus = (weights >= border).sum(-1, keepdim=True) - (last + 1)
-    if bool((num_surplus > 0).any()):
+    # Seldom are there any; where that can be seen at no cost, the scan for them is spared.
+    if transfers.runs_behind(weights.device) or bool((num_surplus > 0).any()):
         tied = weights == border
         num_kept = tied.sum(-1, keepdim=True) - num_surplus
         weights.masked_fill_(tied & (tied.cumsum(-1) > num_kept), 0.0)
     return weights.masked_fill_(weights < border, 0.0)
+
+
+def _likeliest(weights: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's largest weights, descending, as many as sum up to ``wanted`` or more of them.
+
+    Returns:
+        float32 weights, filled up with zeros, and their running sums, float64.
+    """
+    # How many are needed is known only after looking.
+    floors = (0.0,) if transfers.runs_behind(weights.device) else _NUCLEUS_FLOORS
+    for floor in floors:
+        best = _sorted_from(weights, floor)
+        mass = best.cumsum(-1, dtype=torch.float64)
+        # A NaN row (an error of its own) compares false and does not lower the floor.
+        if floor == 0.0 or not bool((mass[:, -1:] < wanted).any()):
+            break
+    return best, mass
 
 
 def _sorted_from(weights: Tensor, floor: float) -> Tensor:

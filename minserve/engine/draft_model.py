@@ -45,6 +45,8 @@ class DraftModelProposer(Proposer):
         self.model = model
         self._vocab_size = vocab_size
         self._head = head_token_ids
+        # The same where the chosen tokens are, on the host.
+        self._head_ids = None if head_token_ids is None else head_token_ids.tolist()
         self._sampler = Sampler()
         # Per sequence, tokens whose draft KV was written.
         self._num_written: dict[str, int] = {}
@@ -103,7 +105,7 @@ class DraftModelProposer(Proposer):
         for i in order:
             row += len(chunks[i].token_ids)
             last[i] = row
-        return self._logits(hidden[self.model.tensor([last[i] for i in range(num_rows)])])
+        return self._logits(self.model.rows(hidden, [last[i] for i in range(num_rows)]))
 
     def _next_pass(self, drafts: list[_Draft]) -> Tensor:
         """Logits behind the newest drafted token of each."""
@@ -127,7 +129,7 @@ class DraftModelProposer(Proposer):
             if token == INVALID:
                 draft.num_tokens = 0
                 continue
-            draft.tokens.append(int(self._head[token]) if plain else token)
+            draft.tokens.append(self._head_ids[token] if plain else token)
             if probabilities is not None:
                 draft.probabilities.append(probabilities)
 

@@ -15,7 +15,10 @@ from minserve.models.base import ModelShape
 GIB = 2**30
 CPU_SHARE_OF_FREE = 0.25
 CPU_MOST_GIB = 4.0
+# The rest is for sampling, and for what memory is lost to fragments.
 GPU_SHARE_OF_FREE = 0.9
+# Of what is free on a GPU, for CUDA graphs: their inputs, results and the kernels' arguments.
+CUDA_GRAPHS_SHARE_OF_FREE = 0.05
 
 
 def bytes_per_block(shape: ModelShape, block_size: int, dtype: torch.dtype) -> int:
@@ -25,7 +28,12 @@ def bytes_per_block(shape: ModelShape, block_size: int, dtype: torch.dtype) -> i
 
 
 def choose_num_blocks(
-    config: EngineConfig, shapes: Sequence[ModelShape], dtype: torch.dtype, device: torch.device
+    config: EngineConfig,
+    shapes: Sequence[ModelShape],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    with_graphs: bool = False,
 ) -> int:
     """Blocks that the settings ask for, or that fit into the memory that is free now.
 
@@ -35,6 +43,7 @@ def choose_num_blocks(
     Args:
         shapes: of the model, and of the draft model where there is one: a block holds the
             KV of both.
+        with_graphs: leave room for CUDA graphs.
 
     Raises:
         ConfigError: where not a single block fits.
@@ -45,8 +54,8 @@ def choose_num_blocks(
     if config.kv_cache_gib is not None:
         budget = config.kv_cache_gib * GIB
     elif device.type == "cuda":
-        torch.cuda.empty_cache()
-        budget = torch.cuda.mem_get_info(device)[0] * GPU_SHARE_OF_FREE
+        share = GPU_SHARE_OF_FREE - (CUDA_GRAPHS_SHARE_OF_FREE if with_graphs else 0.0)
+        budget = torch.cuda.mem_get_info(device)[0] * share
     else:
         budget = min(psutil.virtual_memory().available * CPU_SHARE_OF_FREE, CPU_MOST_GIB * GIB)
     longest = config.max_model_len or shapes[0].max_positions

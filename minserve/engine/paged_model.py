@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from minserve.engine import transfers
+from minserve.engine.batch_tensors import BatchLayout, BatchTensors, Chunk, place
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
 from minserve.models.base import CausalLM
 
-
-class Chunk(NamedTuple):
-    """Tokens of one sequence to run: the first of them stands at position ``start``."""
-
-    token_ids: SequenceOf[int]
-    start: int
-    block_table: list[int]
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.token_ids)
+if TYPE_CHECKING:
+    from minserve.engine.cuda_graphs import DecodeGraphs
 
 
 class PagedModel:
@@ -29,6 +22,10 @@ class PagedModel:
 
     Args:
         kv: one cache per layer.
+
+    Attributes:
+        graphs: of passes over decodes. Set where the device has graphs, once ``kv`` is
+            allocated.
     """
 
     def __init__(
@@ -44,46 +41,50 @@ class PagedModel:
         self.kv = kv
         self.block_size = block_size
         self.device = device
+        self.graphs: DecodeGraphs | None = None
 
     @torch.inference_mode()
     def forward(self, chunks: SequenceOf[Chunk], num_decodes: int) -> Tensor:
         """Final hidden states ``[num_tokens, hidden]`` of all chunks, one behind the other.
 
-        Writes KV for their tokens.
+        Writes KV for their tokens. On a GPU all of it is queued, and where every chunk is
+        a decode the result holds until the next pass over decodes is queued.
 
         Args:
             num_decodes: how many of the first chunks are decodes: one token, or a few that
                 were drafted behind it.
         """
-        token_ids = [token for chunk in chunks for token in chunk.token_ids]
-        positions = [p for chunk in chunks for p in range(chunk.start, chunk.end)]
-        metadata = self._metadata(chunks, num_decodes)
-        self.backend.prepare(metadata)
-        return self.model.forward(
-            self.tensor(token_ids), self.tensor(positions), self.kv, self.backend, metadata
-        )
+        if self.graphs is not None and num_decodes == len(chunks):
+            hidden = self.graphs.forward(chunks)
+            if hidden is not None:
+                return hidden
+        return self._run(chunks, num_decodes, self.kv)
 
-    def tensor(self, values: list) -> Tensor:
-        """Integers on the device, int64."""
-        return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
-
-    def _metadata(self, chunks: SequenceOf[Chunk], num_decodes: int) -> AttentionMetadata:
-        slots: list[int] = []
-        starts, size = [0], self.block_size
-        for chunk in chunks:
-            table = chunk.block_table
-            slots += [table[p // size] * size + p % size for p in range(chunk.start, chunk.end)]
-            starts.append(len(slots))
-        widest = max(len(chunk.block_table) for chunk in chunks)
-        tables = [chunk.block_table + [0] * (widest - len(chunk.block_table)) for chunk in chunks]
-        return AttentionMetadata(
-            query_start_loc=starts,
-            seq_lens=[chunk.end for chunk in chunks],
-            block_tables=self.tensor(tables),
-            slot_mapping=self.tensor(slots),
-            block_size=size,
+    def forward_tensors(
+        self,
+        inputs: BatchTensors[Tensor],
+        query_start_loc: list[int],
+        seq_lens: list[int],
+        num_decodes: int,
+        kv: SequenceOf[LayerKV],
+    ) -> Tensor:
+        """`forward` of inputs on the device, with what the host knows of them."""
+        metadata = AttentionMetadata(
+            query_start_loc=query_start_loc,
+            seq_lens=seq_lens,
+            block_tables=inputs.block_tables,
+            slot_mapping=inputs.slot_mapping,
+            block_size=self.block_size,
             num_decodes=num_decodes,
+            starts=inputs.starts,
+            lengths=inputs.lengths,
         )
+        self.backend.prepare(metadata)
+        return self.model.forward(inputs.token_ids, inputs.positions, kv, self.backend, metadata)
+
+    def rows(self, hidden: Tensor, rows: list[int]) -> Tensor:
+        """Some rows of hidden states, ``[len(rows), hidden]``."""
+        return hidden[transfers.to_device(rows, torch.int64, self.device)]
 
     @torch.inference_mode()
     def dry_run(self, num_tokens: int, num_seqs: int) -> None:
@@ -96,8 +97,12 @@ class PagedModel:
         scratch = self.backend.allocate(
             num_blocks, self.block_size, self.kv[0].key.dtype, self.device
         )
-        metadata = self._metadata([Chunk([0] * num_tokens, 0, list(range(num_blocks)))], 0)
-        self.backend.prepare(metadata)
-        zeros = self.tensor([0] * num_tokens)
-        hidden = self.model.forward(zeros, zeros, [scratch] * len(self.kv), self.backend, metadata)
+        chunk = Chunk([0] * num_tokens, 0, list(range(num_blocks)))
+        hidden = self._run([chunk], 0, [scratch] * len(self.kv))
         self.model.logits(hidden[: min(num_seqs, num_tokens)])
+
+    def _run(self, chunks: SequenceOf[Chunk], num_decodes: int, kv: SequenceOf[LayerKV]) -> Tensor:
+        layout = BatchLayout.of(chunks)
+        buffer, host = place(chunks, layout, self.block_size, self.device)
+        starts, lengths = host.starts.tolist(), host.lengths.tolist()
+        return self.forward_tensors(layout.split(buffer), starts, lengths, num_decodes, kv)

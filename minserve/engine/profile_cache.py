@@ -23,7 +23,7 @@ from minserve.planner.perf_model import BatchShape, PerfModel
 log = logging.getLogger(__name__)
 
 # Files of another format are measured anew.
-FORMAT = 2
+FORMAT = 3
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -36,12 +36,14 @@ class ProfileKey:
         device: the CPU's or GPU's product name.
         dtype: of weights, and of activations where they differ.
         threads: of the CPU.
+        attention: the backend, and whether passes over decodes are CUDA graphs.
     """
 
     model: str
     device: str
     dtype: str
     threads: int
+    attention: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +142,7 @@ def profile_key(core: EngineCore, model_name: str) -> ProfileKey:
         device=_device_name(runner.device),
         dtype=weights if weights == arithmetic else f"{weights} in {arithmetic}",
         threads=torch.get_num_threads(),
+        attention=runner.backend.name + (" with CUDA graphs" if runner.graphs else ""),
     )
 
 

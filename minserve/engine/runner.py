@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minserve.engine.paged_model import Chunk, PagedModel
-from minserve.engine.sampler import Proposal, Sampler, Verified
+from minserve.engine.sampler import Sampler
+from minserve.engine.verification import PendingTokens, Proposal, Verified
 from minserve.errors import GenerationError
 from minserve.outputs import TokenLogprob
 from minserve.request import Sequence
@@ -69,15 +72,57 @@ class RunResult:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
+class _PromptRows(NamedTuple):
+    """Hidden states whose logits tell the log probabilities of a piece of a prompt.
+
+    Attributes:
+        hidden: ``[len(token_ids), hidden]``, row i predicting token i.
+        num_top: how many of the most likely tokens are asked for besides.
+    """
+
+    seq_id: str
+    hidden: Tensor
+    token_ids: list[int]
+    num_top: int
+
+
 class Flight:
-    """A batch that was handed to the device. `results` waits for what it gives."""
+    """A batch that was handed to the device. `results` waits for what it gives.
 
-    def __init__(self, results: dict[str, RunResult]) -> None:
-        self._results = results
+    Args:
+        seq_ids: of all sequences of the batch.
+        sampling: of those that get a token, in the order of ``pending``.
+        prompt_logprobs: computes those of a piece of a prompt, for it is seldom asked.
+    """
 
+    def __init__(
+        self,
+        seq_ids: SequenceOf[str],
+        sampling: SequenceOf[str],
+        pending: PendingTokens | None,
+        prompts: SequenceOf[_PromptRows],
+        prompt_logprobs: Callable[[_PromptRows], list[TokenLogprob]],
+    ) -> None:
+        self._seq_ids = seq_ids
+        self._sampling = sampling
+        self._pending = pending
+        self._prompts = prompts
+        self._prompt_logprobs = prompt_logprobs
+
+    @torch.inference_mode()
     def results(self) -> dict[str, RunResult]:
-        """By sequence id."""
-        return self._results
+        """By sequence id.
+
+        Raises:
+            GenerationError: where a prompt's logits, asked for, contain NaN.
+        """
+        results = {seq_id: RunResult() for seq_id in self._seq_ids}
+        if self._pending is not None:
+            for seq_id, tokens in zip(self._sampling, self._pending.results(), strict=True):
+                results[seq_id].sampled = tokens
+        for rows in self._prompts:
+            results[rows.seq_id].prompt_logprobs += self._prompt_logprobs(rows)
+        return results
 
 
 class ModelRunner(PagedModel):
@@ -93,63 +138,59 @@ class ModelRunner(PagedModel):
 
     @torch.inference_mode()
     def launch(self, batch: SequenceOf[Scheduled]) -> Flight:
-        """One forward pass, handed to the device.
+        """One forward pass and the choice of tokens, handed to the device.
 
-        Writes KV for the scheduled tokens and changes no sequence, so that the same
-        batch, or a part of it, can be run again.
+        A GPU is not waited for. Writes KV for the scheduled tokens and changes no sequence,
+        so that the same batch, or a part of it, can be run again.
         """
         batch = sorted(batch, key=lambda s: not s.seq.is_decoding)
         chunks = [item.chunk for item in batch]
         hidden = self.forward(chunks, sum(item.seq.is_decoding for item in batch))
-        first_rows, row = [], 0
-        for chunk in chunks:
-            first_rows.append(row)
-            row += len(chunk.token_ids)
-        results = {item.seq.seq_id: RunResult() for item in batch}
-        self._sample(batch, first_rows, hidden, results)
-        self._prompt_logprobs(batch, first_rows, hidden, results)
-        return Flight(results)
+        first_rows = list(accumulate((len(chunk.token_ids) for chunk in chunks), initial=0))
+        sampling = [
+            (item, first) for item, first in zip(batch, first_rows, strict=False) if item.samples
+        ]
+        return Flight(
+            [item.seq.seq_id for item in batch],
+            [item.seq.seq_id for item, _ in sampling],
+            self._sample(sampling, hidden) if sampling else None,
+            [
+                rows
+                for item, first in zip(batch, first_rows, strict=False)
+                if (rows := _prompt_rows(item, hidden[first:])) is not None
+            ],
+            self._prompt_logprobs,
+        )
 
-    def _sample(
-        self,
-        batch: SequenceOf[Scheduled],
-        first_rows: list[int],
-        hidden: Tensor,
-        results: dict[str, RunResult],
-    ) -> None:
-        sampling, rows = [], []
-        for item, first in zip(batch, first_rows, strict=True):
-            if item.samples:
-                sampling.append(item)
-                newest = first + item.num_tokens - 1
-                rows += range(newest, newest + len(item.drafted) + 1)
-        if not sampling:
-            return
+    def _sample(self, sampling: list[tuple[Scheduled, int]], hidden: Tensor) -> PendingTokens:
+        """Choose tokens for chunks, given with their first rows."""
+        rows: list[int] = []
+        for item, first in sampling:
+            newest = first + item.num_tokens - 1
+            rows += range(newest, newest + len(item.drafted) + 1)
         if len(rows) < hidden.shape[0]:
-            hidden = hidden[self.tensor(rows)]
-        seqs = [item.seq for item in sampling]
-        proposals = [item.proposal for item in sampling]
-        sampled = self.sampler.verify(self.model.logits(hidden), seqs, proposals)
-        for seq, tokens in zip(seqs, sampled, strict=True):
-            results[seq.seq_id].sampled = tokens
+            hidden = self.rows(hidden, rows)
+        seqs = [item.seq for item, _ in sampling]
+        proposals = [item.proposal for item, _ in sampling]
+        return self.sampler.launch(self.model.logits(hidden), seqs, proposals)
 
-    def _prompt_logprobs(
-        self,
-        batch: SequenceOf[Scheduled],
-        first_rows: list[int],
-        hidden: Tensor,
-        results: dict[str, RunResult],
-    ) -> None:
-        """The row of prompt token p predicts token p + 1."""
-        for item, first_row in zip(batch, first_rows, strict=True):
-            wanted = item.seq.request.params.prompt_logprobs
-            last = min(item.end, item.seq.num_prompt_tokens - 1)
-            if wanted is None or item.start >= last:
-                continue
-            for begin in range(item.start, last, PROMPT_LOGPROB_ROWS):
-                end = min(begin + PROMPT_LOGPROB_ROWS, last)
-                rows = hidden[first_row + begin - item.start : first_row + end - item.start]
-                targets = item.seq.token_ids[begin + 1 : end + 1]
-                results[item.seq.seq_id].prompt_logprobs += self.sampler.prompt_logprobs(
-                    self.model.logits(rows), targets, wanted
-                )
+    def _prompt_logprobs(self, rows: _PromptRows) -> list[TokenLogprob]:
+        found: list[TokenLogprob] = []
+        for begin in range(0, len(rows.token_ids), PROMPT_LOGPROB_ROWS):
+            some = slice(begin, begin + PROMPT_LOGPROB_ROWS)
+            found += self.sampler.prompt_logprobs(
+                self.model.logits(rows.hidden[some]), rows.token_ids[some], rows.num_top
+            )
+        return found
+
+
+def _prompt_rows(item: Scheduled, hidden: Tensor) -> _PromptRows | None:
+    """Of a chunk with hidden states from its first token on: the row of prompt token p
+    predicts token p + 1.
+    """
+    num_top = item.seq.request.params.prompt_logprobs
+    last = min(item.end, item.seq.num_prompt_tokens - 1)
+    if num_top is None or item.start >= last:
+        return None
+    token_ids = item.seq.token_ids[item.start + 1 : last + 1]
+    return _PromptRows(item.seq.seq_id, hidden[: len(token_ids)], token_ids, num_top)

@@ -17,7 +17,7 @@ from speculating import GREEDY, PROMPTS, SEEDED, SETTINGS, essence, make_engine,
 from test_verification import surprise
 
 from minserve import Engine, SamplingParams
-from minserve.engine import sampler as sampler_module
+from minserve.engine import verification
 from minserve.engine.sampler import Proposal
 from minserve.errors import ConfigError, ModelLoadError
 
@@ -325,7 +325,9 @@ def test_the_check_of_outputs_finds_a_broken_verification(
     tiny_llama_pair: Any, plain: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        sampler_module, "_nums_accepted", lambda *args: [len(one.token_ids) for one in args[-1]]
+        verification,
+        "_nums_accepted",
+        lambda *args: torch.tensor([len(one.token_ids) for one in args[-1]]),
     )
     engine = make_engine(tiny_llama_pair, "draft", **MANY)
     assert surprise(sample_many(engine, FEW), 1, exact_of(plain, FEW)) > 1.5

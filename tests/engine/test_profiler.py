@@ -231,14 +231,20 @@ def test_the_key_tells_models_and_settings_apart(
     assert key(tiny_opt_dir) != llama
     assert llama.threads == 1
     assert llama.dtype == "float32"
+    assert llama.attention == "torch"
     assert key(tiny_llama_dir, dtype="float16").dtype == "float16 in float32"
     assert key(tiny_llama_dir, threads=2).threads == 2
     torch.set_num_threads(1)
     paths = {
         profile_cache.profile_path(k)
-        for k in (llama, replace(llama, model="x"), replace(llama, threads=9))
+        for k in (
+            llama,
+            replace(llama, model="x"),
+            replace(llama, threads=9),
+            replace(llama, attention="x"),
+        )
     }
-    assert len(paths) == 3
+    assert len(paths) == 4
 
 
 def test_a_saved_profile_comes_back(profile: Profile, cache: Path) -> None:

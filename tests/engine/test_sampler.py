@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from minserve.engine.distribution import philox, uniform
+from minserve.engine.distribution import Row, philox, uniform, uniforms
 from minserve.engine.sampler import SampledToken, Sampler
 from minserve.errors import GenerationError
 from minserve.request import Request, Sequence
@@ -135,6 +135,17 @@ def test_uniform_has_no_equal_draws_for_different_arguments():
         for stream in (0, 1)
     }
     assert len(draws) == 4 * 3 * 50 * 2
+
+
+@pytest.mark.parametrize("num", [1, 100])
+def test_numbers_drawn_together_are_those_drawn_one_by_one(num):
+    rows, streams = [], []
+    for i in range(num):
+        seed = (0, 7, 2**63 + i, -(2**63) + i, MASK64 - i)[i % 5] * (1 + i)
+        rows.append(Row(make_seq(output=[5] * (i % 9), seed=seed, index=i * 37 % 128)))
+        streams.append(i % 4)
+    expected = [row.uniform(stream) for row, stream in zip(rows, streams, strict=True)]
+    assert uniforms(rows, streams) == expected
 
 
 # -- every parameter against the reference -----------------------------------------------

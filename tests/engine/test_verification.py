@@ -20,7 +20,7 @@ from test_sampler import (
 )
 from torch import Tensor
 
-from minserve.engine import sampler as sampler_module
+from minserve.engine import verification
 from minserve.engine.distribution import ACCEPTANCE, DRAFT, INVALID, Row, uniform
 from minserve.engine.sampler import Proposal, SampledToken, Sampler, Verified
 from minserve.errors import GenerationError
@@ -250,44 +250,44 @@ def test_the_share_of_accepted_drafts_is_what_p_and_q_have_in_common() -> None:
 
 
 def _p_in_place_of_the_residual(patch: pytest.MonkeyPatch) -> None:
-    original = sampler_module._nums_accepted
+    original = verification._nums_accepted
 
-    def broken(p, rows, valid, starts, proposals):
-        nums = original(p, rows, valid, starts, proposals)
-        for num, proposal in zip(nums, proposals, strict=True):
+    def broken(p, rows, is_valid, starts, proposals):
+        nums = original(p, rows, is_valid, starts, proposals)
+        for num, proposal in zip(nums.tolist(), proposals, strict=True):
             if num < len(proposal.token_ids):
                 proposal.probabilities[num].zero_()
         return nums
 
-    patch.setattr(sampler_module, "_nums_accepted", broken)
+    patch.setattr(verification, "_nums_accepted", broken)
 
 
 def _q_in_place_of_p_for_the_bonus(patch: pytest.MonkeyPatch) -> None:
-    original = sampler_module._nums_accepted
+    original = verification._nums_accepted
 
-    def broken(p, rows, valid, starts, proposals):
-        nums = original(p, rows, valid, starts, proposals)
-        for num, start, proposal in zip(nums, starts, proposals, strict=True):
+    def broken(p, rows, is_valid, starts, proposals):
+        nums = original(p, rows, is_valid, starts, proposals)
+        for num, start, proposal in zip(nums.tolist(), starts, proposals, strict=True):
             if num == len(proposal.token_ids):
                 p[start + num].copy_(proposal.probabilities[-1])
         return nums
 
-    patch.setattr(sampler_module, "_nums_accepted", broken)
+    patch.setattr(verification, "_nums_accepted", broken)
 
 
 def _every_draft_accepted(patch: pytest.MonkeyPatch) -> None:
     def broken(*arguments):
-        return [len(proposal.token_ids) for proposal in arguments[-1]]
+        return torch.tensor([len(proposal.token_ids) for proposal in arguments[-1]])
 
-    patch.setattr(sampler_module, "_nums_accepted", broken)
+    patch.setattr(verification, "_nums_accepted", broken)
 
 
 def _acceptance_by_the_drafts_own_number(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(sampler_module, "ACCEPTANCE", DRAFT)
+    patch.setattr(verification, "ACCEPTANCE", DRAFT)
 
 
 def _residual_by_the_number_that_rejected(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(sampler_module, "RESIDUAL", ACCEPTANCE)
+    patch.setattr(verification, "RESIDUAL", ACCEPTANCE)
 
 
 @pytest.mark.parametrize(

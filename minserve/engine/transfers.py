@@ -1,0 +1,66 @@
+"""Numbers between host and device, such that the host waits for the device only where it asks to.
+
+A GPU runs behind the host: work is queued, and a copy from ordinary memory, or the question
+what a tensor holds, stops the host until the queue is empty. Copies from and to pinned
+memory are queued like everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+
+import torch
+from torch import Tensor
+
+
+def runs_behind(device: torch.device) -> bool:
+    """True where looking at a tensor makes the host wait; false where its values are at hand."""
+    return device.type != "cpu"
+
+
+def empty_on_host(size: int, device: torch.device) -> Tensor:
+    """int64 ``[size]`` in host memory, from or to which a device copies without being waited for.
+
+    torch keeps pinned memory for the next caller, and hands it out again only when the
+    copies that were queued meanwhile have ended.
+    """
+    return torch.empty(size, dtype=torch.int64, pin_memory=device.type == "cuda")
+
+
+def to_device(values: SequenceOf, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers on the device, in the queue behind what it has to do."""
+    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+class HostCopy:
+    """Tensors on their way to the host: one copy for all, queued when this is made.
+
+    Args:
+        tensors: at least one, int64 or float64, all on one device.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._tensors = tensors
+        self._host: Tensor | None = None
+        self._event: torch.cuda.Event | None = None
+        device = tensors[0].device
+        if not runs_behind(device):
+            return
+        packed = torch.cat([tensor.reshape(-1).view(torch.int64) for tensor in tensors])
+        self._host = empty_on_host(len(packed), device).copy_(packed, non_blocking=True)
+        if device.type == "cuda":
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> list[Tensor]:
+        """The tensors on the host, as soon as they are there."""
+        if self._host is None:
+            return list(self._tensors)
+        if self._event is not None:
+            self._event.synchronize()
+        parts = self._host.split([tensor.numel() for tensor in self._tensors])
+        return [
+            part.view(tensor.dtype).view(tensor.shape)
+            for part, tensor in zip(parts, self._tensors, strict=True)
+        ]
