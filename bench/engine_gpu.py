@@ -22,8 +22,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,20 +93,15 @@ DRY = Effort(
 )  # fmt: skip
 
 
-@contextmanager
-def loaded(model: str, settings: dict[str, Any]) -> Iterator[EngineCore]:
-    """An idle core with random weights; its memory is free again afterwards."""
+def load(model: str, settings: dict[str, Any]) -> EngineCore:
+    """An idle core with random weights, in the memory that the last one left."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as folder:
         path = write_shape(Path(folder) / model, model, tokenizer=True)
         with random_weights(settings.get("device", "auto")):
-            core = load_engine(EngineConfig.create(str(path), **settings)).core
-    try:
-        yield core
-    finally:
-        del core
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            return load_engine(EngineConfig.create(str(path), **settings)).core
 
 
 def step_bytes(core: EngineCore, model: str, context: int, batch: int) -> int:
@@ -197,50 +190,45 @@ def measure_engine(core: EngineCore, effort: Effort) -> dict[str, Any]:
         "runner_ms": round(runner_ms, 3),
         "overhead_ms": round(iteration_ms - runner_ms, 3),
         "planning_ms": round((plans.total - before.total) / max(1, num_plans) * 1e3, 3),
-        # Only cores that plan while a batch runs keep count of it.
-        "plans_ahead": getattr(core.stats, "plans_ahead", None),
+        "plans_ahead": dict(core.stats.plans_ahead),
         "decode_tokens_s": round(num_seqs / iteration_ms * 1e3),
     }
 
 
-def variants() -> list[bool | None]:
-    """Settings of CUDA graphs to compare; ``[None]`` where the engine knows none."""
-    known = {field.name for field in fields(EngineConfig)}
-    return [True, False] if "cuda_graphs" in known else [None]
-
-
 def measure_model(
-    model: str, effort: Effort, copy_gb_s: float | None, profile_s: float
-) -> Iterator[dict[str, Any]]:
-    """A result per variant; the profile is taken once, of the default one."""
-    for graphs in variants():
-        extra = {} if graphs is None else {"cuda_graphs": graphs}
-        with loaded(model, {**effort.settings, **extra}) as core:
-            result = {
-                "model": model,
-                "cuda_graphs": graphs,
-                "backend": core.runner.backend.name,
-                **measure_runner(core, model, effort, copy_gb_s),
-                "engine": measure_engine(core, effort),
-            }
-            if profile_s and graphs is not False:
-                profile = profile_core(core, model, seconds=profile_s)
-                quality = profile.quality
-                result["profile"] = {
-                    "r2": round(quality.r2, 4),
-                    "p50_error": round(quality.p50_error, 4),
-                    "p90_error": round(quality.p90_error, 4),
-                    "margin": round(profile.model.margin, 3),
-                    "batches": len(profile.samples),
-                    "seconds": round(profile.seconds, 1),
-                }
-        yield result
+    model: str, effort: Effort, copy_gb_s: float | None, profile_s: float, graphs: bool
+) -> dict[str, Any]:
+    """One result, of an engine with or without CUDA graphs.
+
+    Args:
+        profile_s: how long to profile; 0 for no profile.
+    """
+    core = load(model, {**effort.settings, "cuda_graphs": graphs})
+    result = {
+        "model": model,
+        "cuda_graphs": graphs,
+        "backend": core.runner.backend.name,
+        **measure_runner(core, model, effort, copy_gb_s),
+        "engine": measure_engine(core, effort),
+    }
+    if profile_s:
+        profile = profile_core(core, model, seconds=profile_s)
+        quality = profile.quality
+        result["profile"] = {
+            "r2": round(quality.r2, 4),
+            "p50_error": round(quality.p50_error, 4),
+            "p90_error": round(quality.p90_error, 4),
+            "margin": round(profile.model.margin, 3),
+            "batches": len(profile.samples),
+            "seconds": round(profile.seconds, 1),
+        }
+    return result
 
 
 def lines(result: dict[str, Any]) -> Iterator[str]:
     """One model's results in words."""
-    graphs = {None: "", True: ", CUDA graphs", False: ", no CUDA graphs"}[result["cuda_graphs"]]
-    yield f"{result['model']} ({result['backend']}{graphs})"
+    graphs = "CUDA graphs" if result["cuda_graphs"] else "no CUDA graphs"
+    yield f"{result['model']} ({result['backend']}, {graphs})"
     for row in result["decode"]:
         floor = f", floor {row['floor_ms']:.2f}, x{row['ratio']:.2f}" if "ratio" in row else ""
         yield f"  decode of {row['batch']:>3}: {row['ms']:8.2f} ms{floor}"
@@ -294,18 +282,22 @@ def main() -> int:
     copy_gb_s = None if args.dry else round(measure_ceilings(rep_ms=200.0).copy_gb_s, 1)
     results: list[dict[str, Any]] = []
     failures: list[str] = []
-    bar = tqdm(args.model or effort.models, unit="model", desc="Measuring")
-    for model in bar:
+    # With graphs is how it serves, and what is profiled; a CPU has none.
+    variants = [False] if args.dry else [True, False]
+    runs = [(model, graphs) for model in args.model or effort.models for graphs in variants]
+    for model, graphs in tqdm(runs, unit="engine", desc="Measuring"):
+        seconds = args.profile_seconds if graphs == variants[0] else 0.0
         try:
-            for result in measure_model(model, effort, copy_gb_s, args.profile_seconds):
-                results.append({**result, **words, "dry": args.dry})
-                tqdm.write("\n".join(lines(result)))
-                if args.out is not None:
-                    with args.out.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(results[-1]) + "\n")
+            result = measure_model(model, effort, copy_gb_s, seconds, graphs)
         except Exception as error:  # one that does not fit, say, must not hide the others
             traceback.print_exc()
             failures.append(f"{model}: {type(error).__name__}: {error}")
+            continue
+        results.append({**result, **words, "dry": args.dry})
+        tqdm.write("\n".join(lines(result)))
+        if args.out is not None:
+            with args.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(results[-1]) + "\n")
     told = {**words, **summary(results, copy_gb_s), "failures": failures, "dry": args.dry}
     print(json.dumps(told))
     return 1 if failures else 0

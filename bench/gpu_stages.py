@@ -29,7 +29,12 @@ NEEDED = (
     "jinja2", "pytest", "pytest_timeout",
 )  # fmt: skip
 OPTIONAL = ("flash_attn", "gguf", "matplotlib", "xdist")
-GPU_TESTS = ("tests/kernels", "tests/models/test_fused_layers.py")
+GPU_TESTS = (
+    "tests/kernels",
+    "tests/models/test_fused_layers.py",
+    "tests/engine/test_cuda_graphs.py",
+    "tests/engine/test_launch.py",
+)
 TEST_WORKERS = 8
 KILL_GRACE_S = 5.0
 
