@@ -43,7 +43,8 @@ from typing import Any
 from offline import machine
 from speculative_report import SYNTHETIC, CaseResult, plot, summary, table
 from speculative_runs import Case, Effort, Group, check_lossless, measure
-from speculative_synthetic import SHAPES, synthetic_loader, write_shape
+from speculative_synthetic import synthetic_loader
+from synthetic_models import SHAPES, write_shape
 from tqdm import tqdm
 
 from minserve import Engine

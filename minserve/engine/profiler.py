@@ -86,7 +86,7 @@ def profile_core(
         bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s",
         disable=not progress,
     ) as bar:
-        times = _measure(_Workbench(core, seed), batches, seconds, random.Random(seed), bar)
+        times = _measure(Workbench(core, seed), batches, seconds, random.Random(seed), bar)
     core.check_integrity()
     samples = [Sample(batch.shape, undisturbed(runs)) for batch, runs in times.items()]
     unseen, seen = _split(samples, random.Random(seed))
@@ -125,7 +125,7 @@ def _split(samples: list[Sample], rng: random.Random) -> tuple[list[Sample], lis
 
 
 def _measure(
-    bench: _Workbench, batches: SequenceOf[Batch], seconds: float, rng: random.Random, bar: tqdm
+    bench: Workbench, batches: SequenceOf[Batch], seconds: float, rng: random.Random, bar: tqdm
 ) -> Times:
     """Seconds of every repeat of the batches that there was time for.
 
@@ -192,7 +192,7 @@ def measure_drafting(core: EngineCore) -> tuple[float, float]:
         return 0.0, 0.0
     if core.has_work:
         raise ProfileError("only an idle engine can be profiled; wait until its requests ended")
-    bench, rows, times = _Workbench(core, seed=0), [], []
+    bench, rows, times = Workbench(core, seed=0), [], []
     for num_seqs in DRAFT_SEQS:
         if not Limits.of(core).allow(Batch(decodes=(DRAFT_CONTEXT,) * num_seqs)):
             continue
@@ -207,7 +207,7 @@ def measure_drafting(core: EngineCore) -> tuple[float, float]:
     return max(0.0, float(step_s)), max(0.0, float(token_s))
 
 
-class _Workbench:
+class Workbench:
     """Runs batches of synthetic sequences on a core and leaves nothing behind."""
 
     def __init__(self, core: EngineCore, seed: int) -> None:

@@ -207,7 +207,7 @@ def test_what_a_disturbance_spoiled_is_measured_again(
         calls.append(batch)
         return seconds * (10 if len(calls) <= 30 else 1)
 
-    monkeypatch.setattr(profiler._Workbench, "time", timed)
+    monkeypatch.setattr(profiler.Workbench, "time", timed)
     found = profile_core(engine._core, "tiny", seconds=20.0)
     assert len(found.samples) > 80
     assert [s.seconds for s in found.samples] == pytest.approx(

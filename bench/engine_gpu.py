@@ -1,0 +1,307 @@
+"""The engine against the machine's ceiling, on models of real shape with random weights.
+
+A decode step reads all weights and the KV of its sequences once: bytes over the measured
+copy bandwidth is its floor. Then mixed batches, prefill, iterations of the whole engine
+beside the runner's alone (does planning hide behind the device?), and how well the planner
+predicts it all. The last line is JSON.
+
+    python bench/engine_gpu.py --out engine.json            # on an NVIDIA GPU
+    python bench/engine_gpu.py --model opt-6.7b --profile-seconds 0
+    python bench/engine_gpu.py --dry                        # tiny, on a CPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from kernel_timing import measure_ceilings
+from synthetic_models import SHAPES, linear_weights, random_weights, write_shape
+from tqdm import tqdm
+
+from kernels import choose_interpreter, machine
+from minserve.config import EngineConfig
+from minserve.engine.build import load_engine
+from minserve.engine.core import EngineCore
+from minserve.engine.kv_cache import bytes_per_block
+from minserve.engine.profile_design import Batch
+from minserve.engine.profiler import Workbench, profile_core
+from minserve.request import Request, Sequence
+from minserve.sampling_params import SamplingParams
+
+GOAL_MODEL, GOAL_BATCH, GOAL_RATIO = "opt-6.7b", 64, 1.2
+GOAL_R2 = 0.95
+
+
+class Effort(NamedTuple):
+    """How much is measured.
+
+    Attributes:
+        models: by default.
+        batches: decoding sequences of a step.
+        context: tokens before each of them.
+        mixed: decodes and the chunk's tokens of a mixed batch.
+        chunks: tokens of lone prefill chunks.
+        repeats: of each batch.
+        engine: sequences and iterations of the whole engine.
+        settings: of the engine.
+    """
+
+    models: tuple[str, ...]
+    batches: tuple[int, ...]
+    context: int
+    mixed: tuple[int, int]
+    chunks: tuple[int, ...]
+    repeats: int
+    engine: tuple[int, int]
+    settings: dict[str, Any]
+
+
+FULL = Effort(
+    models=("opt-6.7b", "llama-3.1-8b"),
+    batches=(1, 8, 32, 64, 128),
+    context=512,
+    mixed=(64, 512),
+    chunks=(512, 2048),
+    repeats=15,
+    engine=(64, 40),
+    settings={"max_model_len": 2048, "token_budget": 2048, "max_num_seqs": 128},
+)
+DRY = Effort(
+    models=("tiny-llama",),
+    batches=(2,),
+    context=20,
+    mixed=(2, 12),
+    chunks=(16,),
+    repeats=1,
+    engine=(2, 3),
+    settings={
+        "max_model_len": 64, "token_budget": 32, "max_num_seqs": 4, "num_blocks": 16,
+        "device": "cpu", "dtype": "float32", "attention_backend": "triton",
+    },
+)  # fmt: skip
+
+
+def load(model: str, settings: dict[str, Any]) -> EngineCore:
+    """An idle core with random weights, in the memory that the last one left."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_shape(Path(folder) / model, model, tokenizer=True)
+        with random_weights(settings.get("device", "auto")):
+            return load_engine(EngineConfig.create(str(path), **settings)).core
+
+
+def step_bytes(core: EngineCore, model: str, context: int, batch: int) -> int:
+    """What a decode step must read: weights, and the KV of its sequences."""
+    kv = core.runner.kv[0].key
+    block = bytes_per_block(core.runner.model.shape, 1, kv.dtype)
+    return linear_weights(model) * kv.dtype.itemsize + batch * (context + 1) * block
+
+
+def batch_ms(bench: Workbench, batch: Batch, repeats: int) -> float:
+    """Median of the runner alone, sampling included."""
+    bench.time(batch)  # kernels are compiled, libraries choose their algorithms
+    return statistics.median(bench.time(batch) for _ in range(repeats)) * 1e3
+
+
+def measure_runner(
+    core: EngineCore, model: str, effort: Effort, copy_gb_s: float | None
+) -> dict[str, Any]:
+    """Decode steps beside their floor, a mixed batch, lone chunks."""
+    bench = Workbench(core, seed=0)
+    decodes = []
+    for size in effort.batches:
+        ms = batch_ms(bench, Batch(decodes=(effort.context,) * size), effort.repeats)
+        row = {"batch": size, "ms": round(ms, 3)}
+        if copy_gb_s is not None:
+            floor = step_bytes(core, model, effort.context, size) / copy_gb_s / 1e6
+            row |= {"floor_ms": round(floor, 3), "ratio": round(ms / floor, 3)}
+        decodes.append(row)
+    num_decodes, chunk = effort.mixed
+    mixed = Batch(decodes=(effort.context,) * num_decodes, chunks=((0, chunk),))
+    prefills = []
+    for size in effort.chunks:
+        ms = batch_ms(bench, Batch(chunks=((0, size),)), effort.repeats)
+        prefills.append({"tokens": size, "ms": round(ms, 3), "tokens_s": round(size / ms * 1e3)})
+    return {
+        "decode": decodes,
+        "mixed": {
+            "decodes": num_decodes,
+            "chunk": chunk,
+            "ms": round(batch_ms(bench, mixed, effort.repeats), 3),
+        },
+        "prefill": prefills,
+    }
+
+
+def measure_engine(core: EngineCore, effort: Effort) -> dict[str, Any]:
+    """Iterations of the whole engine, beside the same batches of the runner alone.
+
+    ``overhead_ms`` is what an iteration takes beyond the runner's batch; planning is hidden
+    where that is less than a plan takes.
+    """
+    num_seqs, num_steps = effort.engine
+    rng, vocab = random.Random(0), core.runner.model.shape.vocab_size
+    for i in range(num_seqs):
+        request = Request(
+            request_id=f"bench-{i}",
+            prompt_token_ids=tuple(rng.choices(range(vocab), k=effort.context)),
+            # Those whose prompt runs first decode until the last one has run.
+            params=SamplingParams(max_tokens=num_steps + num_seqs + 1, temperature=0.0),
+            seed=0,
+            arrival_s=core.clock(),
+        )
+        core.add(Sequence(request), None)
+    started = time.perf_counter()
+    while not all(seq.is_decoding for seq in core.running) or core.waiting:
+        core.step()
+    prefill_s = time.perf_counter() - started
+    plans, before = core.stats.planning_s, core.stats.planning_s.copy()
+    times = []
+    for _ in range(num_steps):
+        started = time.perf_counter()
+        core.step()
+        times.append(time.perf_counter() - started)
+    num_plans = sum(plans.counts) - sum(before.counts)
+    context = core.running[0].num_computed_tokens
+    for i in range(num_seqs):
+        core.abort(f"bench-{i}")
+    runner_ms = batch_ms(
+        Workbench(core, seed=1), Batch(decodes=(context,) * num_seqs), effort.repeats
+    )
+    iteration_ms = statistics.median(times) * 1e3
+    return {
+        "seqs": num_seqs,
+        "prefill_tokens_s": round(num_seqs * effort.context / prefill_s),
+        "iteration_ms": round(iteration_ms, 3),
+        "runner_ms": round(runner_ms, 3),
+        "overhead_ms": round(iteration_ms - runner_ms, 3),
+        "planning_ms": round((plans.total - before.total) / max(1, num_plans) * 1e3, 3),
+        "plans_ahead": dict(core.stats.plans_ahead),
+        "decode_tokens_s": round(num_seqs / iteration_ms * 1e3),
+    }
+
+
+def measure_model(
+    model: str, effort: Effort, copy_gb_s: float | None, profile_s: float, graphs: bool
+) -> dict[str, Any]:
+    """One result, of an engine with or without CUDA graphs.
+
+    Args:
+        profile_s: how long to profile; 0 for no profile.
+    """
+    core = load(model, {**effort.settings, "cuda_graphs": graphs})
+    result = {
+        "model": model,
+        "cuda_graphs": graphs,
+        "backend": core.runner.backend.name,
+        **measure_runner(core, model, effort, copy_gb_s),
+        "engine": measure_engine(core, effort),
+    }
+    if profile_s:
+        profile = profile_core(core, model, seconds=profile_s)
+        quality = profile.quality
+        result["profile"] = {
+            "r2": round(quality.r2, 4),
+            "p50_error": round(quality.p50_error, 4),
+            "p90_error": round(quality.p90_error, 4),
+            "margin": round(profile.model.margin, 3),
+            "batches": len(profile.samples),
+            "seconds": round(profile.seconds, 1),
+        }
+    return result
+
+
+def lines(result: dict[str, Any]) -> Iterator[str]:
+    """One model's results in words."""
+    graphs = "CUDA graphs" if result["cuda_graphs"] else "no CUDA graphs"
+    yield f"{result['model']} ({result['backend']}, {graphs})"
+    for row in result["decode"]:
+        floor = f", floor {row['floor_ms']:.2f}, x{row['ratio']:.2f}" if "ratio" in row else ""
+        yield f"  decode of {row['batch']:>3}: {row['ms']:8.2f} ms{floor}"
+    mixed = result["mixed"]
+    yield f"  {mixed['decodes']} decodes and {mixed['chunk']} tokens of prefill: {mixed['ms']:.2f} ms"
+    for row in result["prefill"]:
+        yield f"  prefill of {row['tokens']}: {row['ms']:.2f} ms, {row['tokens_s']} tokens/s"
+    engine = result["engine"]
+    yield (
+        f"  iteration of {engine['seqs']} decodes: {engine['iteration_ms']:.2f} ms, the runner "
+        f"alone {engine['runner_ms']:.2f}, a plan {engine['planning_ms']:.3f}"
+    )
+    if "profile" in result:
+        profile = result["profile"]
+        yield f"  planner's predictions: R2 {profile['r2']}, p90 error {profile['p90_error']:.1%}"
+
+
+def summary(results: list[dict[str, Any]], copy_gb_s: float | None) -> dict[str, Any]:
+    """The last line. Figures that were not measured are null."""
+    ratios = [
+        row["ratio"]
+        for result in results
+        for row in result["decode"]
+        if result["model"] == GOAL_MODEL and row["batch"] == GOAL_BATCH and "ratio" in row
+    ]
+    r2 = {result["model"]: result["profile"]["r2"] for result in results if "profile" in result}
+    return {
+        "copy_gb_s": copy_gb_s,
+        "decode_ratio_opt_6.7b_b64": min(ratios, default=None),
+        "r2": r2,
+        "goals_met": min(ratios) <= GOAL_RATIO and min(r2.values(), default=0.0) >= GOAL_R2
+        if ratios
+        else None,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", action="append", choices=SHAPES, help="may be repeated")
+    parser.add_argument("--profile-seconds", type=float, default=20.0, help="0: no profile")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="append results, as JSON lines")
+    parser.add_argument("--dry", action="store_true", help="tiny, on a CPU, in the interpreter")
+    args = parser.parse_args()
+    choose_interpreter(args.dry)
+    if not args.dry and not torch.cuda.is_available():
+        print("no CUDA device here; try --dry", file=sys.stderr)
+        return 2
+    effort, words = DRY if args.dry else FULL, machine()
+    copy_gb_s = None if args.dry else round(measure_ceilings(rep_ms=200.0).copy_gb_s, 1)
+    results: list[dict[str, Any]] = []
+    failures: list[str] = []
+    # With graphs is how it serves, and what is profiled; a CPU has none.
+    variants = [False] if args.dry else [True, False]
+    runs = [(model, graphs) for model in args.model or effort.models for graphs in variants]
+    for model, graphs in tqdm(runs, unit="engine", desc="Measuring"):
+        seconds = args.profile_seconds if graphs == variants[0] else 0.0
+        try:
+            result = measure_model(model, effort, copy_gb_s, seconds, graphs)
+        except Exception as error:  # one that does not fit, say, must not hide the others
+            traceback.print_exc()
+            failures.append(f"{model}: {type(error).__name__}: {error}")
+            continue
+        results.append({**result, **words, "dry": args.dry})
+        tqdm.write("\n".join(lines(result)))
+        if args.out is not None:
+            with args.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(results[-1]) + "\n")
+    told = {**words, **summary(results, copy_gb_s), "failures": failures, "dry": args.dry}
+    print(json.dumps(told))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Everything that wants an NVIDIA GPU, in one command and 8 minutes: kernel tests, kernel and
+# engine sweeps, the planner's predictions. Needs a python3 with torch and triton; neither
+# minserve nor the network.
+#
+#   bench/gpu.sh [--out DIR]     # default DIR: bench/results; writes <device>.json and .log
+#   bench/gpu.sh --dry           # the same on a CPU, tiny, in Triton's interpreter
+#
+# PYTHON chooses the interpreter.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+exec "${PYTHON:-python3}" bench/gpu_stages.py "$@"

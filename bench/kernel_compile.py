@@ -1,0 +1,238 @@
+"""`kernels.py --compile-only`: what the wrappers would launch, compiled for GPUs not there.
+
+The problems are those of the sweep, over more shapes of heads; their contestant
+``minserve`` runs as it is, but for the launches (`triton_aot`).
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
+from functools import partial
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from kernel_attention import BLOCK_SIZE, Batch, attention_problem
+from kernel_cases import OURS, Heads, Make, Setting
+from kernel_rows import kv_problem, norm_problem, silu_mul_problem
+from synthetic_models import SHAPES
+from tqdm import tqdm
+from triton.compiler import CompiledKernel
+from triton_aot import ARCHS, KIB, MULTIPROCESSORS, Built, compiling_for, inspect
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+GROUPS = (1, 4, 8)  # query heads per KV head
+NUM_KV_HEADS = 8
+# These change the arithmetic of addresses, and that alike for all groups.
+OTHER_BLOCK_SIZES, OTHERS_GROUP = (16, 128), 4
+# Query tokens and context of a decode: one split, several, and with four drafted tokens.
+DECODES = ((1, 48), (1, 4096), (5, 4096))
+CHUNKS = (64, 512)
+PAST = 4096
+TOKENS = 64
+# What fp16 adds to bfloat16 is another type name in the same code: a part is enough.
+FP16_HEAD_DIMS = (64, 128)
+NORM_MODELS = ("opt-125m", "opt-6.7b", "opt-30b", "llama-3.1-8b", "llama-3.1-70b")
+WORKERS = 2
+
+
+class Case(NamedTuple):
+    """Something to compile.
+
+    Attributes:
+        kernel: what the table calls it.
+        label: the rest of its row.
+        make: the problem.
+        needs_wgmma: whether sm_90 must multiply with its own instructions.
+    """
+
+    kernel: str
+    label: str
+    dtype: torch.dtype
+    make: Make
+    needs_wgmma: bool = False
+
+
+class Compiled(NamedTuple):
+    """What one case came to on one architecture; ``failure`` says why it came to nothing."""
+
+    kernel: str
+    label: str
+    arch: int
+    kernels: list[Built]
+    failures: list[str]
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """All that the server may launch; with ``quick`` a case or two of each kernel."""
+    for heads, block_size, dtype in _attention_shapes(quick):
+        where = f"{_name(dtype)} D{heads.head_dim} G{heads[0] // heads[1]} B{block_size}"
+        for queries, context in DECODES:
+            make = _attention(heads, queries, context - queries, block_size, decode=True)
+            yield Case("decode", f"{where} {queries} of {context}", dtype, make)
+        for chunk in CHUNKS:
+            make = _attention(heads, chunk, PAST, block_size, decode=False)
+            yield Case(
+                "prefill", f"{where} {chunk} of {PAST + chunk}", dtype, make, needs_wgmma=True
+            )
+    head_dims = (128,) if quick else HEAD_DIMS
+    for head_dim in head_dims:
+        heads = Heads(4 * NUM_KV_HEADS, NUM_KV_HEADS, head_dim)
+        for block_size in (BLOCK_SIZE,) if quick else (BLOCK_SIZE, *OTHER_BLOCK_SIZES):
+            for rope in (False, True):
+                make = partial(kv_problem, "", heads, TOKENS, block_size, rope)
+                label = f"bfloat16 D{head_dim} G4 B{block_size} rope {rope}"
+                yield Case("write_kv", label, torch.bfloat16, make)
+    for model in ("opt-6.7b", "llama-3.1-8b") if quick else NORM_MODELS:
+        for residual in (False, True):
+            kernel = "layer_norm" if model.startswith("opt") else "rms_norm"
+            make = partial(norm_problem, model, TOKENS, residual=residual)
+            yield Case(kernel, f"bfloat16 {model} residual {residual}", torch.bfloat16, make)
+        if "intermediate_size" in SHAPES[model]:
+            make = partial(silu_mul_problem, model, TOKENS)
+            yield Case("silu_mul", f"bfloat16 {model}", torch.bfloat16, make)
+
+
+def _attention_shapes(quick: bool) -> Iterator[tuple[Heads, int, torch.dtype]]:
+    """Heads, block size and dtype."""
+    if quick:
+        for group, head_dim in ((1, 80), (4, 128)):
+            yield Heads(group * NUM_KV_HEADS, NUM_KV_HEADS, head_dim), BLOCK_SIZE, torch.bfloat16
+        return
+    for head_dim in HEAD_DIMS:
+        for group in GROUPS:
+            heads = Heads(group * NUM_KV_HEADS, NUM_KV_HEADS, head_dim)
+            yield heads, BLOCK_SIZE, torch.bfloat16
+            if group == OTHERS_GROUP:
+                for block_size in OTHER_BLOCK_SIZES:
+                    yield heads, block_size, torch.bfloat16
+                if head_dim in FP16_HEAD_DIMS:
+                    yield heads, BLOCK_SIZE, torch.float16
+
+
+def _attention(heads: Heads, queries: int, past: int, block_size: int, *, decode: bool) -> Make:
+    batch = Batch(
+        model="",
+        heads=heads,
+        seqs=4 if decode else 1,
+        queries=queries,
+        past=past,
+        decode=decode,
+        block_size=block_size,
+    )
+    return partial(attention_problem, batch)
+
+
+def launched_kernels(
+    make: Make, dtype: torch.dtype, arch: int, multiprocessors: int
+) -> list[CompiledKernel]:
+    """Compile what minserve launches for a problem, each kernel once. Runs nothing."""
+    from minserve.kernels import triton_backend
+
+    setting = Setting(torch.device("cpu"), dtype, cache_bytes=0, filled=False)
+    # The backend asks the device, which is a CPU here, for what tiles and splits depend on.
+    num_programs = triton_backend.PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
+    device = triton_backend.Device(num_programs, arch)
+    described = mock.patch.object(triton_backend, "describe", return_value=device)
+    with torch.inference_mode(), described, compiling_for(arch) as launched:
+        make(setting).contestants[OURS]().runs[0]()
+    return list({kernel.hash: kernel for kernel in launched}.values())
+
+
+def compile_case(case: Case, arch: int) -> Compiled:
+    """Compile all that one case launches on one architecture."""
+    failures, kernels = [], []
+    try:
+        compiled = launched_kernels(case.make, case.dtype, arch, MULTIPROCESSORS[arch])
+        kernels = [inspect(kernel) for kernel in compiled]
+    except Exception as error:  # a kernel that does not compile must not hide the others
+        failures.append(f"{type(error).__name__}: {error}".strip().partition("\n")[0][:300])
+    else:
+        if not kernels:
+            failures.append("it launched no kernel")
+        if case.needs_wgmma and arch >= 90 and not any(k.instructions == "wgmma" for k in kernels):
+            failures.append("no wgmma on sm_90")
+    failures += [f"{kernel.name}: {what}" for kernel in kernels for what in kernel.problems()]
+    return Compiled(case.kernel, case.label, arch, kernels, failures)
+
+
+def precompile(makes: Sequence[Make], dtype: torch.dtype, arch: int, multiprocessors: int) -> None:
+    """Fill Triton's cache for a device, on all cores: compiling one kernel after the other
+    would take longer than timing them. What fails here will say so when it runs.
+    """
+    with _pool(max(1, (os.cpu_count() or 1) - 1)) as pool:
+        pending = [
+            pool.submit(_precompile_one, make, dtype, arch, multiprocessors) for make in makes
+        ]
+        for _ in tqdm(as_completed(pending), "Compiling", len(pending), mininterval=1.0):
+            pass
+
+
+def _precompile_one(make: Make, dtype: torch.dtype, arch: int, multiprocessors: int) -> None:
+    with suppress(Exception):
+        launched_kernels(make, dtype, arch, multiprocessors)
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    """Fresh processes, in which nothing has chosen Triton's driver yet; a core for each."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(
+        workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
+    )
+
+
+def run_compile(*, quick: bool) -> int:
+    """Compile everything, print the table and the line of JSON. Returns the exit status."""
+    started = time.perf_counter()
+    tasks = [(case, arch) for case in cases(quick) for arch in ARCHS]
+    results: list[Compiled] = []
+    with _pool(WORKERS) as pool:
+        pending = [pool.submit(compile_case, *task) for task in tasks]
+        for done in tqdm(as_completed(pending), total=len(tasks), unit="case", mininterval=1.0):
+            results.append(result := done.result())
+            for failure in result.failures:
+                tqdm.write(f"{result.kernel} {result.label} sm_{result.arch}: {failure}")
+    results.sort(key=lambda r: (r.kernel, r.label, r.arch))
+    print(
+        f"{'kernel':<11}{'case':<44}{'arch':>6}{'function':>30}{'warps':>7}{'stages':>8}"
+        f"{'regs':>6}{'spills':>8}{'KiB':>7}  instructions"
+    )
+    for result in results:
+        for kernel in result.kernels:
+            print(_line(result, kernel))
+    failures = [
+        f"{r.kernel} {r.label} sm_{r.arch}: {failure}" for r in results for failure in r.failures
+    ]
+    for failure in failures:
+        print(f"FAILED {failure}")
+    built = {k.digest: k for result in results for k in result.kernels}.values()
+    summary = {
+        "kernels": len(built),
+        "cases": len(results),
+        "spills": sum(kernel.spill_bytes for kernel in built),
+        "archs": list(ARCHS),
+        "max_shared": max((kernel.shared for kernel in built), default=0),
+        "max_registers": max((kernel.registers for kernel in built), default=0),
+        "seconds": round(time.perf_counter() - started, 1),
+        "failures": failures,
+    }
+    print(json.dumps(summary))
+    return 1 if failures else 0
+
+
+def _line(result: Compiled, kernel: Built) -> str:
+    return (
+        f"{result.kernel:<11}{result.label:<44}{result.arch:>6}{kernel.name:>30}"
+        f"{kernel.num_warps:>7}{kernel.num_stages:>8}{kernel.registers:>6}{kernel.spill_bytes:>8}"
+        f"{kernel.shared / KIB:>7.1f}  {kernel.instructions or '-'}"
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,128 @@
+"""The sweep of `kernels.py`: every problem checked, then timed, beside its competitors."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from kernel_attention import attention_problems
+from kernel_cases import OURS, Contestant, Make, Problem, Scale, Setting
+from kernel_rows import KERNELS as ROW_KERNELS
+from kernel_rows import row_problems
+from kernel_timing import Ceilings, Timing, checked, measure, one_call
+from torch import Tensor
+from tqdm import tqdm
+
+KERNELS = ("decode", "prefill", *ROW_KERNELS)
+FREE_SHARE = 0.8  # of the device's memory, that a problem may take
+
+
+def problems(kernels: Sequence[str], scale: Scale) -> list[tuple[str, Make]]:
+    """Kernel and problem, not yet made; those of a quick sweep first, in case time runs out."""
+    found: dict[object, tuple[str, Make]] = {}
+    for size in (Scale.QUICK, Scale.FULL) if scale is Scale.FULL else (scale,):
+        for kernel in kernels:
+            make_all = row_problems if kernel in ROW_KERNELS else attention_problems
+            for make in make_all(kernel, size):
+                found.setdefault((make.func, make.args, *make.keywords.items()), (kernel, make))
+    return list(found.values())
+
+
+@torch.inference_mode()
+def sweep(
+    cases: Sequence[tuple[str, Make]],
+    setting: Setting,
+    ceilings: Ceilings | None,
+    rep_ms: float,
+) -> Iterator[dict[str, Any]]:
+    """A row for every problem that fits the device's memory.
+
+    Args:
+        cases: of `problems`.
+        ceilings: ``None`` in a dry run, whose times mean nothing.
+        rep_ms: how long to measure each contestant.
+
+    Raises:
+        RuntimeError: where the device no longer works, after an illegal access for instance.
+    """
+    bar = tqdm(cases, unit="case", mininterval=1.0)
+    for kernel, make in bar:
+        bar.set_description(kernel)
+        problem = make(setting)
+        if setting.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+            if problem.memory > FREE_SHARE * torch.cuda.mem_get_info()[0]:
+                tqdm.write(f"{kernel} {problem.label}: left out, too large for this device")
+                continue
+        yield _row(problem, ceilings, rep_ms)
+
+
+def _row(problem: Problem, ceilings: Ceilings | None, rep_ms: float) -> dict[str, Any]:
+    """One line of results.
+
+    ``ms`` has p20, p50 and p80 by contestant, ``error`` its relative error, ``failed`` why
+    it has no time, ``launched`` who could not run from a CUDA graph.
+    """
+    expected = problem.expected()
+    row: dict[str, Any] = {
+        "kernel": problem.kernel,
+        **problem.case,
+        "dtype": str(problem.dtype).removeprefix("torch."),
+        "bytes": problem.least_bytes,
+        "flops": problem.flops,
+        "ms": {},
+        "error": {},
+        "failed": {},
+        "launched": [],
+    }
+    for name, build in problem.contestants.items():
+        try:
+            row["error"][name], timing = _solve(build, expected, problem.dtype, ceilings, rep_ms)
+        except Exception as reason:  # whatever one kernel meets, the others are worth timing
+            row["failed"][name] = f"{type(reason).__name__}: {reason}".partition("\n")[0][:200]
+            if expected.is_cuda:
+                torch.cuda.synchronize()
+            continue
+        row["ms"][name] = [round(ms, 5) for ms in timing[:3]]
+        if not timing.in_graph:
+            row["launched"].append(name)
+    if ceilings is None:
+        row["dry"] = True
+    elif OURS in row["ms"]:
+        row |= _rates(problem, row["ms"][OURS][1], ceilings)
+    return row
+
+
+def _solve(
+    build: Callable[[], Contestant],
+    expected: Tensor,
+    dtype: torch.dtype,
+    ceilings: Ceilings | None,
+    rep_ms: float,
+) -> tuple[float, Timing]:
+    """Check a contestant, then time it. Its memory is free again afterwards.
+
+    Returns:
+        its relative error, and its time.
+
+    Raises:
+        RuntimeError: where it is wrong.
+    """
+    contestant = build()
+    error = checked(contestant, expected, dtype)
+    return error, one_call(contestant) if ceilings is None else measure(contestant, rep_ms)
+
+
+def _rates(problem: Problem, ms: float, ceilings: Ceilings) -> dict[str, float | str]:
+    """What was reached. ``share``: the time that no kernel could beat, over the measured one."""
+    memory_ms = problem.least_bytes / ceilings.copy_gb_s / 1e6
+    matmul_ms = problem.flops / ceilings.matmul_tflop_s / 1e9
+    return {
+        "gb_s": round(problem.least_bytes / ms / 1e6, 1),
+        "tflop_s": round(problem.flops / ms / 1e9, 2),
+        "bound": "memory" if memory_ms > matmul_ms else "matmul",
+        "share": round(max(memory_ms, matmul_ms) / ms, 4),
+    }

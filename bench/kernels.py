@@ -1,0 +1,117 @@
+"""The kernels against the machine's own ceilings and against torch; or compiled without a GPU.
+
+Every case is first compared with float32 arithmetic; a wrong kernel is never timed. Times
+are medians of replays from a CUDA graph, over so many sets of inputs that no cache holds
+them. The last line is JSON.
+
+    python bench/kernels.py --out rows.jsonl --plot shares.png     # on an NVIDIA GPU
+    python bench/kernels.py --only decode --quick
+    python bench/kernels.py --tune --quick      # other tiles for the attention kernels
+    python bench/kernels.py --compile-only      # for sm_80 and sm_90, without a GPU
+    python bench/kernels.py --dry               # all of it on a CPU, tiny, in the interpreter
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_machine import choose_interpreter, machine
+from kernel_cases import Scale, Setting
+from kernel_report import failures, plot, summary, table
+from kernel_rows import CUBLAS_KERNEL
+from kernel_sweep import KERNELS, problems, sweep
+from kernel_timing import Ceilings, measure_ceilings
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer models and sizes")
+    parser.add_argument("--only", action="append", choices=KERNELS, help="may be repeated")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--rep-ms", type=float, default=40.0, help="to measure each contestant")
+    parser.add_argument("--seconds", type=float, help="begin no case after so many", default=1e9)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="append the rows, as JSON lines")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="needs matplotlib")
+    parser.add_argument("--dry", action="store_true", help="tiny, on a CPU, in the interpreter")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--tune", action="store_true", help="try other tiles for attention")
+    mode.add_argument("--compile-only", action="store_true", help="compile for sm_80 and sm_90")
+    return parser.parse_args()
+
+
+def setting(args: argparse.Namespace) -> Setting:
+    """Where the sweep runs."""
+    if args.dry:
+        return Setting(torch.device("cpu"), torch.float32, cache_bytes=0)
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return Setting(torch.device("cuda"), getattr(torch, args.dtype), cache)
+
+
+def run_sweep(args: argparse.Namespace, scale: Scale) -> int:
+    """Ceilings, rows, table, goals."""
+    machine_words, ceilings, started = machine(), None, time.perf_counter()
+    if not args.dry:
+        ceilings = Ceilings(*(round(x, 1) for x in measure_ceilings(rep_ms=200.0)))
+        print(
+            f"{machine_words['device']}: copy {ceilings.copy_gb_s:.0f} GB/s, bfloat16 matmul "
+            f"{ceilings.matmul_tflop_s:.0f} TFLOP/s",
+            flush=True,
+        )
+    cases, place = problems(args.only or KERNELS, scale), setting(args)
+    if not args.dry:
+        from kernel_compile import precompile
+
+        gpu = torch.cuda.get_device_properties(0)
+        arch = 10 * gpu.major + gpu.minor
+        makes = [make for kernel, make in cases if kernel != CUBLAS_KERNEL]
+        precompile(makes, place.dtype, arch, gpu.multi_processor_count)
+    rows: list[dict[str, Any]] = []
+    try:
+        for row in sweep(cases, place, ceilings, args.rep_ms):
+            rows.append(row)
+            if args.out is not None:
+                with args.out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({**row, **machine_words}) + "\n")
+            if time.perf_counter() - started > args.seconds:
+                break
+    finally:
+        if args.dry:
+            print("dry run: nothing below is a measurement")
+        print("\n".join(table(rows)))
+    if args.plot is not None:
+        plot(rows, args.plot, machine_words["device"])
+    for failure in failures(rows):
+        print(f"FAILED {failure}")
+    print(json.dumps({**machine_words, **summary(rows, ceilings), "dry": args.dry}))
+    return 1 if failures(rows) else 0
+
+
+def main() -> int:
+    args = parse()
+    choose_interpreter(args.dry and not args.compile_only)
+    if args.compile_only:
+        from kernel_compile import run_compile
+
+        return run_compile(quick=args.quick)
+    if not args.dry and not torch.cuda.is_available():
+        print("no CUDA device here; try --compile-only or --dry", file=sys.stderr)
+        return 2
+    scale = Scale.DRY if args.dry else Scale.QUICK if args.quick else Scale.FULL
+    torch.manual_seed(0)
+    if args.tune:
+        from kernel_tune import run_tune
+
+        return run_tune(setting(args), scale, args.only, args.rep_ms)
+    return run_sweep(args, scale)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

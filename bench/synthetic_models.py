@@ -1,0 +1,121 @@
+"""Models of published shapes with random weights: for speed, which weights hardly change."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+
+def _opt(hidden: int, layers: int, heads: int, vocab: int = 50272) -> dict[str, Any]:
+    return {
+        "model_type": "opt", "vocab_size": vocab, "max_position_embeddings": 2048,
+        "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "ffn_dim": 4 * hidden,
+    }  # fmt: skip
+
+
+def _llama3(
+    hidden: int,
+    layers: int,
+    mlp: int,
+    heads: int = 32,
+    kv_heads: int = 8,
+    *,
+    vocab: int = 128256,
+    tied: bool = False,
+) -> dict[str, Any]:
+    return {
+        "model_type": "llama", "vocab_size": vocab, "max_position_embeddings": 8192,
+        "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "intermediate_size": mlp, "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0, "tie_word_embeddings": tied,
+    }  # fmt: skip
+
+
+# Published shapes, as in their config.json, and tiny ones to try it all on.
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": _opt(64, 2, 4, vocab=512),
+    "tiny-llama": _llama3(64, 1, 128, 4, 2, vocab=512),
+    "opt-125m": _opt(768, 12, 12),
+    "opt-1.3b": _opt(2048, 24, 32),
+    "opt-6.7b": _opt(4096, 32, 32),
+    "opt-13b": _opt(5120, 40, 40),
+    "opt-30b": _opt(7168, 48, 56),
+    "llama-3.2-1b": _llama3(2048, 16, 8192, tied=True),
+    "llama-3.1-8b": _llama3(4096, 32, 14336),
+    "llama-3.1-70b": _llama3(8192, 80, 28672, 64),
+}
+
+
+def linear_weights(shape: str) -> int:
+    """How many weights a decode step reads: those of all linears, and the head's."""
+    values = SHAPES[shape]
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    kv_heads = values.get("num_key_value_heads", heads)
+    attention = 2 * hidden * (heads + kv_heads) * (hidden // heads)
+    mlp = 2 * values["ffn_dim"] if "ffn_dim" in values else 3 * values["intermediate_size"]
+    layers = values["num_hidden_layers"] * (attention + mlp * hidden)
+    return layers + values["vocab_size"] * hidden
+
+
+class RandomCheckpoint:
+    """Random weights of any shape, made where the model will run. Stands in for a file's."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def __enter__(self) -> RandomCheckpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def names(self) -> set[str]:
+        """None: nothing is borrowed from another model by its absence here."""
+        return {"model.embed_tokens.weight", "lm_head.weight"}
+
+    def get(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        """Float32, normal with the standard deviation of untrained models; norms are 1."""
+        if "norm" in name and name.endswith("weight"):
+            return torch.ones(shape, device=self._device)
+        return torch.randn(shape, device=self._device, generator=self._generator).mul_(0.02)
+
+
+@contextmanager
+def random_weights(device: str) -> Iterator[None]:
+    """Within it models are loaded with random weights, made on the device.
+
+    Args:
+        device: ``cuda``, ``cpu``, or ``auto``, as in the engine's settings.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def open_random(*_: Any, **__: Any) -> RandomCheckpoint:
+        return RandomCheckpoint(device)
+
+    with ExitStack() as stack:
+        for module in ("minserve.engine.build", "minserve.models.draft"):
+            stack.enter_context(mock.patch(f"{module}.open_checkpoint", open_random))
+        yield
+
+
+def write_shape(folder: Path, shape: str, *, tokenizer: bool) -> Path:
+    """A model folder without weights, and with a tokenizer of a few words."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(SHAPES[shape]), encoding="utf-8")
+    if tokenizer:
+        from tokenizers import Tokenizer, models
+        from transformers import PreTrainedTokenizerFast
+
+        words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2, "c": 3}, "<unk>"))
+        fast = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+        fast.save_pretrained(folder)
+    return folder

@@ -1,0 +1,153 @@
+"""Compiles what a wrapper would launch, for GPUs that need not be there.
+
+The wrappers run as they are, on CPU tensors; only the launch itself is replaced. So the
+specializations, the constants, the warps and the stages are the real ones, and cannot
+drift from what is compiled here. All contact with Triton's internals is in this file;
+it holds for Triton 3.6 to 3.9.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime import JITFunction, driver
+
+KIB = 1024
+# Shared memory that one block may use, and multiprocessors of an A100 and an H100 (CUDA C++
+# Programming Guide, "Compute capabilities"; the chips' datasheets).
+MAX_SHARED = {80: 163 * KIB, 90: 227 * KIB}
+MULTIPROCESSORS = {80: 108, 90: 132}
+ARCHS = tuple(MAX_SHARED)
+TENSOR_CORE = re.compile(r"wgmma\.mma_async|mma\.sync")
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """One kernel as compiled for one architecture.
+
+    Attributes:
+        digest: Triton's hash of source, specialization, options and target.
+        registers: per thread.
+        spill_bytes: per thread, of the local memory that spilled registers need.
+        shared: bytes per block.
+        has_dot: whether the kernel multiplies matrices.
+        instructions: of the tensor cores: ``wgmma``, ``mma``, or none.
+    """
+
+    name: str
+    digest: str
+    arch: int
+    num_warps: int
+    num_stages: int
+    registers: int
+    spill_bytes: int
+    shared: int
+    has_dot: bool
+    instructions: str
+
+    def problems(self) -> list[str]:
+        """What keeps it from running well, or at all, on its architecture."""
+        found = []
+        if self.spill_bytes:
+            found.append(f"{self.spill_bytes} bytes of registers spilled")
+        if self.shared > MAX_SHARED[self.arch]:
+            found.append(
+                f"{self.shared / KIB:.0f} KiB of shared memory, where a block may use "
+                f"{MAX_SHARED[self.arch] // KIB}"
+            )
+        if self.has_dot and not self.instructions:
+            found.append("tl.dot without instructions of the tensor cores")
+        return found
+
+
+class _Driver:
+    """The active driver, as far as compiling asks for one. Devices are named by their arch."""
+
+    def __init__(self, arch: int) -> None:
+        self._arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._arch, 32)
+
+    def get_current_device(self) -> int:
+        return self._arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@contextmanager
+def compiling_for(arch: int) -> Iterator[list[CompiledKernel]]:
+    """Within it a launch compiles for ``arch`` (compute capability, times ten) and runs nothing.
+
+    Yields:
+        what the launches so far compiled; a kernel launched twice is there twice.
+
+    Raises:
+        RuntimeError: where Triton's interpreter is on, which compiles nothing.
+    """
+    if knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: kernels were defined for the interpreter")
+    launched: list[CompiledKernel] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, **kwargs: Any) -> CompiledKernel:
+        kernel = run(self, *args, **{**kwargs, "warmup": True})
+        launched.append(kernel)
+        return kernel
+
+    before = driver._active
+    driver.set_active(_Driver(arch))
+    try:
+        with mock.patch.object(JITFunction, "run", compile_only):
+            yield launched
+    finally:
+        driver._active = before
+
+
+def inspect(kernel: CompiledKernel) -> Built:
+    """What a compiled kernel needs and uses."""
+    metadata = kernel.metadata
+    found = set(TENSOR_CORE.findall(kernel.asm["ptx"]))
+    registers, stack = _resources(kernel.asm["cubin"])
+    return Built(
+        name=metadata.name,
+        digest=kernel.hash,
+        arch=metadata.target.arch,
+        num_warps=metadata.num_warps,
+        num_stages=metadata.num_stages,
+        registers=registers,
+        # Triton's kernels have no local arrays: what lies on the stack was spilled.
+        spill_bytes=stack,
+        shared=metadata.shared,
+        has_dot="tt.dot" in kernel.asm["ttir"],
+        instructions="wgmma" if any("wgmma" in one for one in found) else "mma" if found else "",
+    )
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack per thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(file)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if usage is None:
+        raise RuntimeError(f"cuobjdump says nothing of resources: {text!r:.200}")
+    return int(usage[1]), int(usage[2])

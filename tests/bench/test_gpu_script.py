@@ -1,0 +1,95 @@
+"""`bench/gpu.sh`: all that a GPU machine runs, here on a CPU; stages that fail or never end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from gpu_stages import Stage, environment, last_line, link_packages, run_stage
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, str]:
+    """The last line, the written report, and all that was printed."""
+    out = tmp_path_factory.mktemp("results")
+    done = subprocess.run(
+        ["bench/gpu.sh", "--dry", "--out", str(out)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    return told, json.loads(Path(told["written"]).read_text()), done.stdout
+
+
+def test_all_stages_pass_without_a_gpu(dry_run: tuple[dict, dict, str]):
+    told, report, _ = dry_run
+    assert told["passed"] is True
+    assert list(report["stages"]) == ["tests", "kernels", "engine"]
+    assert all(stage["passed"] for stage in report["stages"].values())
+
+
+def test_every_kernel_was_checked_beside_its_competitors(dry_run: tuple[dict, dict, str]):
+    rows = dry_run[1]["stages"]["kernels"]["rows"]
+    assert {row["kernel"] for row in rows} == {
+        "decode", "prefill", "rms_norm", "layer_norm", "silu_mul", "write_kv", "bias_relu",
+    }  # fmt: skip
+    for row in rows:
+        assert row["error"]["minserve"] < 1e-3
+        assert row["error"]["torch"] < 1e-3
+        if row["kernel"] in ("decode", "prefill"):
+            assert row["error"]["sdpa"] < 1e-3
+
+
+def test_a_dry_run_pretends_to_no_measurement(dry_run: tuple[dict, dict, str]):
+    told, report, printed = dry_run
+    assert told["dry"] is True
+    assert "dry run: nothing below is a measurement" in printed
+    kernels, engine = report["stages"]["kernels"], report["stages"]["engine"]
+    assert all(row["dry"] and "share" not in row for row in kernels["rows"])
+    assert kernels["summary"]["ceilings"] is None
+    assert kernels["summary"]["goals_met"] is None
+    assert engine["summary"]["copy_gb_s"] is None
+    assert all(row["dry"] and "ratio" not in row["decode"][0] for row in engine["rows"])
+
+
+def test_a_failed_stage_is_reported(tmp_path: Path):
+    result = run_command(tmp_path, "print('words'); raise SystemExit(3)", limit_s=60)
+    assert (result["passed"], result["exit"], result["summary"]) == (False, 3, "words")
+
+
+def test_a_stage_that_never_ends_is_stopped_and_what_it_said_is_kept(tmp_path: Path):
+    code = "import time; print('begun', flush=True); time.sleep(600)"
+    result = run_command(tmp_path, code, limit_s=1)
+    assert (result["passed"], result["exit"], result["summary"]) == (False, "time limit", "begun")
+
+
+def run_command(folder: Path, code: str, limit_s: float) -> dict:
+    """A stage of Python code."""
+    with (folder / "log").open("w") as log:
+        stage = Stage("stage", [sys.executable, "-c", code], limit_s)
+        return run_stage(stage, dict(os.environ), folder, log)
+
+
+def test_minserve_imports_from_the_checkout_alone(tmp_path: Path):
+    link_packages(tmp_path)
+    code = "import minserve.kernels.attention as a, minserve.models.llama as b; print(a.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True
+    )
+    assert done.stdout.startswith(str(tmp_path)), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "last"), [("a\n{}\n", {}), ("a\nb c\n", "b c"), ("", None), ('{"a": 1', '{"a": 1')]
+)
+def test_the_last_line_is_json_or_words(text: str, last: object):
+    assert last_line(text) == last
