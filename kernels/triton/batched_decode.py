@@ -42,7 +42,9 @@ def decode_tile(num_rows: int, head_dim: int, dtype: torch.dtype) -> DecodeTile:
     block_n = 64 if head_dim <= 128 else 32
     if dtype is torch.float32:
         return DecodeTile(min(block_m, 32), block_n // 2, num_warps=4, num_stages=2)
-    return DecodeTile(block_m, block_n, num_warps=8 if block_m > 32 else 4, num_stages=3)
+    if block_m > 32:
+        return DecodeTile(block_m, 32, num_warps=8, num_stages=3)
+    return DecodeTile(block_m, block_n, num_warps=4, num_stages=3)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,9 +40,9 @@ def prefill_tile(longest: int, head_dim: int, dtype: torch.dtype, capability: in
         return PrefillTile(64, 32, num_warps=8, num_stages=2)
     if longest <= 64:
         return PrefillTile(64, 32, num_warps=4, num_stages=3)
-    return PrefillTile(
-        128, 64, num_warps=8, num_stages=3 if capability >= 90 or head_dim <= 64 else 2
-    )
+    if capability < 90 and head_dim > 64:
+        return PrefillTile(128, 32, num_warps=8, num_stages=2)
+    return PrefillTile(128, 64, num_warps=8, num_stages=3)
 
 
 def prefill_tiles(
