@@ -11,7 +11,8 @@ serve: .venv/.installed  ## serve the embedded model on 127.0.0.1:8000 (ARGS="--
 test: .venv/.installed-test  ## run the test suite (ARGS="-k pool")
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest $(ARGS)
+	@# A worker for each core, so that none needs more than one thread.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 bench: .venv/.installed-test  ## parity with transformers, then offline speed
 	$(BIN)/python bench/parity.py

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -70,7 +71,9 @@ class Compiled(NamedTuple):
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """All that the server may launch; with ``quick`` a case or two of each kernel."""
+    """All that the server may launch; with ``quick`` each kernel at every head dimension, with
+    one kind of groups and blocks.
+    """
     for heads, block_size, dtype in _attention_shapes(quick):
         where = f"{_name(dtype)} D{heads.head_dim} G{heads[0] // heads[1]} B{block_size}"
         for queries, context in DECODES:
@@ -81,8 +84,7 @@ def cases(quick: bool) -> Iterator[Case]:
             yield Case(
                 "prefill", f"{where} {chunk} of {PAST + chunk}", dtype, make, needs_wgmma=True
             )
-    head_dims = (128,) if quick else HEAD_DIMS
-    for head_dim in head_dims:
+    for head_dim in HEAD_DIMS:
         heads = Heads(4 * NUM_KV_HEADS, NUM_KV_HEADS, head_dim)
         for block_size in (BLOCK_SIZE,) if quick else (BLOCK_SIZE, *OTHER_BLOCK_SIZES):
             for rope in (False, True):
@@ -101,15 +103,11 @@ def cases(quick: bool) -> Iterator[Case]:
 
 def _attention_shapes(quick: bool) -> Iterator[tuple[Heads, int, torch.dtype]]:
     """Heads, block size and dtype."""
-    if quick:
-        for group, head_dim in ((1, 80), (4, 128)):
-            yield Heads(group * NUM_KV_HEADS, NUM_KV_HEADS, head_dim), BLOCK_SIZE, torch.bfloat16
-        return
     for head_dim in HEAD_DIMS:
-        for group in GROUPS:
+        for group in (OTHERS_GROUP,) if quick else GROUPS:
             heads = Heads(group * NUM_KV_HEADS, NUM_KV_HEADS, head_dim)
             yield heads, BLOCK_SIZE, torch.bfloat16
-            if group == OTHERS_GROUP:
+            if group == OTHERS_GROUP and not quick:
                 for block_size in OTHER_BLOCK_SIZES:
                     yield heads, block_size, torch.bfloat16
                 if head_dim in FP16_HEAD_DIMS:
@@ -187,10 +185,18 @@ def _pool(workers: int) -> ProcessPoolExecutor:
     )
 
 
-def run_compile(*, quick: bool) -> int:
-    """Compile everything, print the table and the line of JSON. Returns the exit status."""
+def run_compile(only: Sequence[str] | None, *, quick: bool) -> int:
+    """Compile everything, print the table and the line of JSON. Returns the exit status.
+
+    Args:
+        only: names of kernels; ``None`` for all.
+    """
     started = time.perf_counter()
-    tasks = [(case, arch) for case in cases(quick) for arch in ARCHS]
+    wanted = [case for case in cases(quick) if not only or case.kernel in only]
+    if not wanted:
+        print(f"nothing of {', '.join(only or ())} is compiled by Triton", file=sys.stderr)
+        return 2
+    tasks = [(case, arch) for case in wanted for arch in ARCHS]
     results: list[Compiled] = []
     with _pool(WORKERS) as pool:
         pending = [pool.submit(compile_case, *task) for task in tasks]

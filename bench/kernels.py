@@ -100,7 +100,7 @@ def main() -> int:
     if args.compile_only:
         from kernel_compile import run_compile
 
-        return run_compile(quick=args.quick)
+        return run_compile(args.only, quick=args.quick)
     if not args.dry and not torch.cuda.is_available():
         print("no CUDA device here; try --compile-only or --dry", file=sys.stderr)
         return 2
