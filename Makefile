@@ -12,7 +12,7 @@ test: .venv/.installed-test  ## run the test suite (ARGS="-k pool")
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@# A worker for each core, so that none needs more than one thread.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 bench: .venv/.installed-test  ## parity with transformers, then offline speed
 	$(BIN)/python bench/parity.py
