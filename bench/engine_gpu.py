@@ -22,6 +22,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ from minserve.sampling_params import SamplingParams
 
 GOAL_MODEL, GOAL_BATCH, GOAL_RATIO = "opt-6.7b", 64, 1.2
 GOAL_R2 = 0.95
+GREEDY = SamplingParams(temperature=0.0)
 
 
 class Effort(NamedTuple):
@@ -121,7 +123,7 @@ def measure_runner(
     core: EngineCore, model: str, effort: Effort, copy_gb_s: float | None
 ) -> dict[str, Any]:
     """Decode steps beside their floor, a mixed batch, lone chunks."""
-    bench = Workbench(core, seed=0)
+    bench = Workbench(core, 0, GREEDY)
     decodes = []
     for size in effort.batches:
         ms = batch_ms(bench, Batch(decodes=(effort.context,) * size), effort.repeats)
@@ -160,7 +162,7 @@ def measure_engine(core: EngineCore, effort: Effort) -> dict[str, Any]:
             request_id=f"bench-{i}",
             prompt_token_ids=tuple(rng.choices(range(vocab), k=effort.context)),
             # Those whose prompt runs first decode until the last one has run.
-            params=SamplingParams(max_tokens=num_steps + num_seqs + 1, temperature=0.0),
+            params=replace(GREEDY, max_tokens=num_steps + num_seqs + 1),
             seed=0,
             arrival_s=core.clock(),
         )
@@ -180,7 +182,7 @@ def measure_engine(core: EngineCore, effort: Effort) -> dict[str, Any]:
     for i in range(num_seqs):
         core.abort(f"bench-{i}")
     runner_ms = batch_ms(
-        Workbench(core, seed=1), Batch(decodes=(context,) * num_seqs), effort.repeats
+        Workbench(core, 1, GREEDY), Batch(decodes=(context,) * num_seqs), effort.repeats
     )
     iteration_ms = statistics.median(times) * 1e3
     return {

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -61,7 +62,7 @@ def stages(dry: bool, scratch: Path) -> list[Stage]:
     if not dry and importlib.util.find_spec("xdist"):
         tests += ["-n", str(TEST_WORKERS)]  # most of their time is compilation
     return [
-        Stage("tests", [python, "-m", "pytest", "-p", "no:cacheprovider", *tests], 110),
+        Stage("tests", [python, "-m", "pytest", "-p", "no:cacheprovider", "-rf", *tests], 140),
         Stage(
             "kernels",
             [python, "bench/kernels.py", "--seconds", "120", "--out", str(kernel_rows), *dry_flag],
@@ -129,15 +130,22 @@ def run_stage(stage: Stage, env: dict[str, str], scratch: Path, log: IO[str]) ->
         "summary": last_line(text),
     }
     if stage.rows is not None and stage.rows.exists():
-        result["rows"] = [json.loads(line) for line in stage.rows.read_text().splitlines()]
+        result["rows"] = list(whole_rows(stage.rows.read_text()))
     words = "passed" if result["passed"] else f"FAILED ({result['exit']}); the log says more"
     print(f"== {stage.name} {words}, {seconds:.0f} s", flush=True)
     return result
 
 
+def whole_rows(text: str) -> Iterator[Any]:
+    """The lines of JSON that were written to their end."""
+    for line in text.splitlines():
+        with suppress(ValueError):
+            yield json.loads(line)
+
+
 def stop(process: subprocess.Popen) -> None:
     """End a stage and whatever it started."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         with suppress(subprocess.TimeoutExpired):
@@ -191,20 +199,20 @@ def main() -> int:
         slug += "-dry" if args.dry else ""
         log_file, json_file = args.out / f"{slug}.log", args.out / f"{slug}.json"
         print(f"{words}; not installed: {', '.join(missing(OPTIONAL)) or 'nothing'}", flush=True)
+        results: dict[str, dict[str, Any]] = {}
         with log_file.open("w", encoding="utf-8") as log:
-            results = {
-                stage.name: run_stage(stage, env, scratch, log)
-                for stage in stages(args.dry, scratch)
-            }
-    report = {
-        **words,
-        "dry": args.dry,
-        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round(time.monotonic() - started, 1),
-        "passed": all(result["passed"] for result in results.values()),
-        "stages": results,
-    }
-    json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            for stage in stages(args.dry, scratch):
+                results[stage.name] = run_stage(stage, env, scratch, log)
+                # After each stage, lest the machine be gone before the last.
+                report = {
+                    **words,
+                    "dry": args.dry,
+                    "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "seconds": round(time.monotonic() - started, 1),
+                    "passed": all(result["passed"] for result in results.values()),
+                    "stages": results,
+                }
+                json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     brief = {n: {k: v for k, v in r.items() if k != "rows"} for n, r in results.items()}
     print(json.dumps({**report, "stages": brief, "written": str(json_file)}))
     return 0 if report["passed"] else 1

@@ -40,7 +40,7 @@ TOKENS = 64
 # What fp16 adds to bfloat16 is another type name in the same code: a part is enough.
 FP16_HEAD_DIMS = (64, 128)
 NORM_MODELS = ("opt-125m", "opt-6.7b", "opt-30b", "llama-3.1-8b", "llama-3.1-70b")
-WORKERS = 2
+WORKERS, MOST_WORKERS = 2, 15
 
 
 class Case(NamedTuple):
@@ -164,7 +164,9 @@ def precompile(makes: Sequence[Make], dtype: torch.dtype, arch: int, multiproces
     """Fill Triton's cache for a device, on all cores: compiling one kernel after the other
     would take longer than timing them. What fails here will say so when it runs.
     """
-    with _pool(max(1, (os.cpu_count() or 1) - 1)) as pool:
+    # Each imports torch anew, and a container may see all cores of a large host.
+    workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)) - 1)
+    with _pool(max(1, workers)) as pool:
         pending = [
             pool.submit(_precompile_one, make, dtype, arch, multiprocessors) for make in makes
         ]

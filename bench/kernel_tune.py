@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -62,13 +63,21 @@ def tune(problem: Problem, scale: Scale, rep_ms: float) -> Iterator[tuple[float,
         yield timing.p50, change
 
 
-def run_tune(setting: Setting, scale: Scale, only: list[str] | None, rep_ms: float) -> int:
-    """Try tiles on every attention case; the table, then one line of JSON."""
-    found = []
+def run_tune(
+    setting: Setting, scale: Scale, only: list[str] | None, rep_ms: float, seconds: float
+) -> int:
+    """Try tiles on every attention case; the table, then one line of JSON.
+
+    Args:
+        seconds: after so many no case is begun.
+    """
+    found, started = [], time.monotonic()
     for kernel in CHOICES:
         if only and kernel not in only:
             continue
         for make in attention_problems(kernel, scale):
+            if time.monotonic() - started > seconds:
+                break
             problem = make(setting)
             times = sorted(tune(problem, scale, rep_ms), key=lambda one: one[0])
             default = next((ms for ms, change in times if not change), None)

@@ -109,7 +109,7 @@ def main() -> int:
     if args.tune:
         from kernel_tune import run_tune
 
-        return run_tune(setting(args), scale, args.only, args.rep_ms)
+        return run_tune(setting(args), scale, args.only, args.rep_ms, args.seconds)
     return run_sweep(args, scale)
 
 

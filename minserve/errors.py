@@ -75,6 +75,10 @@ class QueueFullError(MinserveError):
     """The queue limit is reached; the request was not accepted."""
 
 
+class DeviceLostError(MinserveError):
+    """The device runs nothing any more; only a new process helps."""
+
+
 class ProfileError(MinserveError):
     """The device's speed could not be measured or fitted."""
 

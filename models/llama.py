@@ -114,7 +114,7 @@ class Llama(CausalLM):
         self.norm = placement.rms_norm(
             checkpoint.get("model.norm.weight", (shape.hidden_size,)), config.rms_norm_eps
         )
-        head = embed
+        head = self.embed
         if not config.tie_word_embeddings:
             rows = config.draft_vocab_size or shape.vocab_size
             head = checkpoint.get("lm_head.weight", (rows, shape.hidden_size))

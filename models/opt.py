@@ -115,7 +115,7 @@ class OPT(CausalLM):
             if has_norm
             else None
         )
-        head = embed
+        head = self.embed
         if not config.tie_word_embeddings:
             head = checkpoint.get("lm_head.weight", tuple(embed.shape))
         self.head = placement.linear(head)

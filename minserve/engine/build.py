@@ -157,13 +157,15 @@ def _allocate_kv_cache(
     models = [one for one in (runner, drafter) if one is not None]
     if placement.device.type == "cuda":
         torch.cuda.empty_cache()  # of what loading left, so that the dry run's peak is its own
-        num_tokens = min(config.token_budget, longest)
-        runner.dry_run(num_tokens, config.max_num_seqs, 1 + _most_drafts(config))
+        # A prompt that may not be split runs as a whole, whatever the budget.
+        most = config.token_budget if config.chunked_prefill else max(config.token_budget, longest)
+        sizes = min(most, config.max_num_seqs * longest), longest, config.max_num_seqs
+        runner.dry_run(*sizes, 1 + _most_drafts(config))
         if drafter is not None:
-            drafter.dry_run(num_tokens, config.max_num_seqs, MOST_DECODE_TOKENS)
+            drafter.dry_run(*sizes, MOST_DECODE_TOKENS)
     else:
         for one in models:
-            one.dry_run(8, config.max_num_seqs)
+            one.dry_run(8, longest)
     num_blocks = choose_num_blocks(
         config,
         [one.model.shape for one in models],

@@ -27,7 +27,12 @@ from minserve.engine.runner import ModelRunner, RunResult, Scheduled
 from minserve.engine.sampler import Proposal, SampledToken, Verified
 from minserve.engine.speculator import Proposer, Wanted
 from minserve.engine.stats import EngineStats
-from minserve.errors import GenerationError, MinserveError, SLOUnattainableError
+from minserve.errors import (
+    DeviceLostError,
+    GenerationError,
+    MinserveError,
+    SLOUnattainableError,
+)
 from minserve.outputs import OutputDelta
 from minserve.planner.plan import IterationPlan, PlannerView, Refusal
 from minserve.planner.policies import Planner
@@ -266,12 +271,19 @@ class EngineCore:
 
         Args:
             meanwhile: called while the device has the batch; must not raise.
+
+        Raises:
+            DeviceLostError: where it is nobody's: the device is beyond running anything.
         """
         try:
             flight = self.runner.launch(batch)
             meanwhile()
             return dict(flight.results())
         except Exception as error:
+            if self.runner.is_lost:
+                raise DeviceLostError(
+                    f"{self.runner.device} runs nothing any more; restart the process ({error})"
+                ) from error
             if len(batch) == 1:
                 log.exception("running %s failed", batch[0].seq)
                 return {batch[0].seq.seq_id: error}

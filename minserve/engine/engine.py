@@ -16,6 +16,7 @@ from minserve.config import DEFAULT_MODEL
 from minserve.engine.base import PROBE_S, EngineBase, Prompt, Submission
 from minserve.engine.stats import EngineStats
 from minserve.errors import (
+    DeviceLostError,
     EngineStoppedError,
     GenerationError,
     InvalidRequestError,
@@ -349,9 +350,15 @@ class AsyncEngine(EngineBase):
         return deltas, False
 
     def _step(self) -> list[OutputDelta]:
-        """One iteration; whatever goes wrong ends the requests in flight, not the thread."""
+        """One iteration; whatever goes wrong ends the requests in flight, not the thread.
+
+        Raises:
+            DeviceLostError: where no iteration can go right any more.
+        """
         try:
             return self._core.step()
+        except DeviceLostError:
+            raise
         except Exception as error:
             log.exception("an iteration failed; its requests are ended with an error")
             return self._core.abort_all(GenerationError(f"internal error: {error!r}"))

@@ -107,12 +107,11 @@ def confirm(ahead: PlanAhead, view: PlannerView, now: float) -> IterationPlan | 
     live = {seq.seq_id: seq for seq in (*view.running, *view.waiting)}
     if not live.keys() <= ahead.seen:
         return None  # somebody has come
-    # Nobody is given up or refused by a guess, and nobody preempted who need not be.
-    if plan.reject or plan.relegate or now > plan.start_by_s:
+    # Nobody is given up, refused or preempted by a guess: blocks may be free by now that were
+    # not when it was made.
+    if plan.reject or plan.relegate or plan.preempt or now > plan.start_by_s:
         return None
     if len(live) < len(ahead.seen):
-        if plan.preempt:
-            return None
         plan = _without_ended(plan, live)
     if plan.speculation or plan.catch_up:
         plan = _with_possible_drafts(plan, live, view.speculation)
@@ -167,7 +166,6 @@ def _fits(
     """True where each sequence stands where the plan has it, and the blocks suffice."""
     size, starting = memory.block_size, set(plan.admit)
     free = memory.num_free_blocks
-    free += sum(memory.num_releasable_blocks(live[seq_id]) for seq_id in plan.preempt)
     for seq_id, num_tokens in plan.num_scheduled_tokens.items():
         seq = live[seq_id]
         start, num_held = seq.num_computed_tokens, len(seq.block_table)

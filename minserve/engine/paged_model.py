@@ -43,6 +43,11 @@ class PagedModel:
         self.device = device
         self.graphs: DecodeGraphs | None = None
 
+    @property
+    def is_lost(self) -> bool:
+        """True where the device runs nothing any more. Waits for it."""
+        return transfers.is_lost(self.device)
+
     @torch.inference_mode()
     def forward(self, chunks: SequenceOf[Chunk], num_decodes: int) -> Tensor:
         """Final hidden states ``[num_tokens, hidden]`` of all chunks, one behind the other.
@@ -87,23 +92,32 @@ class PagedModel:
         return hidden[transfers.to_device(rows, torch.int64, self.device)]
 
     @torch.inference_mode()
-    def dry_run(self, num_tokens: int, num_seqs: int, max_queries: int = 1) -> None:
+    def dry_run(
+        self, num_tokens: int, longest: int, num_seqs: int = 1, max_queries: int = 1
+    ) -> None:
         """Run batches of zeros, without KV of anyone being touched: one of the given size, then
         decodes of up to so many query tokens, each beside a short chunk.
 
         Warms up libraries and compiles kernels, for which no request should wait, and on a
         GPU leaves the peak memory of the largest batch reserved, so that what is free
         afterwards can go to the KV cache.
+
+        Args:
+            longest: most tokens of one sequence.
+            num_seqs, max_queries: of the largest batch, most sequences and most tokens of each
+                whose logits are needed.
         """
-        blocks = list(range(-(-num_tokens // self.block_size)))
+        longest = min(longest, num_tokens)
+        blocks = list(range(-(-longest // self.block_size)))
         scratch = self.backend.allocate(
             len(blocks), self.block_size, self.kv[0].key.dtype, self.device
         )
         kv = [scratch] * len(self.kv)
-        hidden = self._run([Chunk([0] * num_tokens, 0, blocks)], 0, kv)
-        self.model.logits(hidden[: min(num_seqs, num_tokens)])
-        for num in range(1, min(max_queries, num_tokens) + 1):
-            chunk = Chunk([0] * num, num_tokens - num, blocks)
+        sizes = [min(longest, num_tokens - done) for done in range(0, num_tokens, longest)]
+        hidden = self._run([Chunk([0] * size, 0, blocks) for size in sizes], 0, kv)
+        self.model.logits(hidden[: num_seqs * max_queries])
+        for num in range(1, min(max_queries, longest) + 1):
+            chunk = Chunk([0] * num, longest - num, blocks)
             self._run([chunk, chunk], 1, kv)
 
     def _run(self, chunks: SequenceOf[Chunk], num_decodes: int, kv: SequenceOf[LayerKV]) -> Tensor:

@@ -208,10 +208,15 @@ def measure_drafting(core: EngineCore) -> tuple[float, float]:
 
 
 class Workbench:
-    """Runs batches of synthetic sequences on a core and leaves nothing behind."""
+    """Runs batches of synthetic sequences on a core and leaves nothing behind.
 
-    def __init__(self, core: EngineCore, seed: int) -> None:
+    Args:
+        params: of the sequences. The default draws from the whole vocabulary.
+    """
+
+    def __init__(self, core: EngineCore, seed: int, params: SamplingParams | None = None) -> None:
         self._core = core
+        self._params = params or SamplingParams()
         self._rng = random.Random(seed)
         self._vocab = range(core.runner.model.shape.vocab_size)
         self._ids = count()
@@ -277,7 +282,7 @@ class Workbench:
         request = Request(
             request_id=f"profile-{next(self._ids)}",
             prompt_token_ids=tuple(self._rng.choices(self._vocab, k=num_prompt_tokens)),
-            params=SamplingParams(),
+            params=self._params,
             seed=0,
             arrival_s=0.0,
         )

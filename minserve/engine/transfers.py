@@ -18,6 +18,17 @@ def runs_behind(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+def is_lost(device: torch.device) -> bool:
+    """True where a device runs nothing any more, as a GPU after an access to the wrong memory."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
 def empty_on_host(size: int, device: torch.device) -> Tensor:
     """int64 ``[size]`` in host memory, from or to which a device copies without being waited for.
 

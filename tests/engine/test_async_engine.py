@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from minserve import AsyncEngine, Engine, SamplingParams
+from minserve.engine import transfers
 from minserve.errors import EngineStoppedError, GenerationError, InvalidRequestError, QueueFullError
 from minserve.request import FinishReason
 
@@ -181,6 +182,28 @@ def test_a_broken_core_ends_every_request_and_accepts_no_more(
         await engine.stop()
 
     asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_a_lost_device_ends_every_request_and_the_engine_accepts_no_more(
+    run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(engine: AsyncEngine) -> None:
+        def fall_over(*_: object) -> None:
+            raise RuntimeError("illegal memory access")
+
+        handles = engine.submit([[5, 6], [7, 8]], ENDLESS)
+        monkeypatch.setattr(engine._core.runner, "launch", fall_over)
+        monkeypatch.setattr(transfers, "is_lost", lambda _: True)
+        for handle in handles:
+            last = [delta async for delta in handle][-1]
+            assert isinstance(last.error, GenerationError)
+            assert "runs nothing any more; restart the process" in str(last.error)
+        assert not engine.is_healthy
+        with pytest.raises(EngineStoppedError):
+            engine.submit([[5, 6]], GREEDY)
+        engine._core.abort_all(EngineStoppedError("the test is over"))
+
+    run(test)
 
 
 def test_priority_runs_first(run: Callable) -> None:

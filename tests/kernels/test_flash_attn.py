@@ -18,8 +18,8 @@ from minserve.errors import BackendUnavailableError
 from minserve.kernels.attention import AttentionMetadata, LayerKV
 from minserve.kernels.flash_attn import PAGE, FlashAttnBackend
 
-HAS_LIBRARY = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
-DEVICE = torch.device("cuda" if HAS_LIBRARY else "cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HAS_LIBRARY = DEVICE.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
 HEADS, KV_HEADS, DIM = 4, 2, 64
 BATCHES = {
     "decodes": ([(1, 40), (1, 333)], 2),

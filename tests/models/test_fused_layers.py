@@ -51,7 +51,7 @@ def logits(folder: Path, fused: bool) -> torch.Tensor:
 def assert_agree(folder: Path) -> None:
     want, got = logits(folder, fused=False), logits(folder, fused=True)
     assert want.abs().max() > 0.1  # lively enough for a difference to show
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, want, rtol=3e-5, atol=3e-5)
 
 
 def test_llama_agrees(tiny_llama_dir: Path) -> None:
