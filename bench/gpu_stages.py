@@ -65,8 +65,8 @@ def stages(dry: bool, scratch: Path) -> list[Stage]:
         Stage("tests", [python, "-m", "pytest", "-p", "no:cacheprovider", "-rf", *tests], 140),
         Stage(
             "kernels",
-            [python, "bench/kernels.py", "--seconds", "120", "--out", str(kernel_rows), *dry_flag],
-            150,
+            [python, "bench/kernels.py", "--seconds", "110", "--out", str(kernel_rows), *dry_flag],
+            140,
             kernel_rows,
         ),
         Stage(
@@ -75,7 +75,7 @@ def stages(dry: bool, scratch: Path) -> list[Stage]:
                 python, "bench/engine_gpu.py", "--profile-seconds", "1" if dry else "20",
                 "--out", str(engine_rows), *dry_flag,
             ],
-            200,
+            180,
             engine_rows,
         ),
     ]  # fmt: skip
