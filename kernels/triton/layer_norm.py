@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minserve.kernels.triton.row_launch import row_launch
+from minserve.kernels.triton.rows import load_sum, row_launch
 
 
 @triton.jit
@@ -24,12 +24,7 @@ def _layer_norm_kernel(
     columns = tl.arange(0, BLOCK)
     mask = columns < SIZE
     dtype = x.dtype.element_ty
-    row = tl.load(x + start + columns, mask, other=0.0).to(tl.float32)
-    if residual is not None:
-        row += tl.load(residual + start + columns, mask, other=0.0).to(tl.float32)
-        rounded = row.to(dtype)
-        tl.store(residual + start + columns, rounded, mask)
-        row = rounded.to(tl.float32)
+    row = load_sum(x, residual, start + columns, mask)
     # E[x^2] - E[x]^2 would cancel where the mean is large; the row is in registers anyway.
     centred = tl.where(mask, row - tl.sum(row, axis=0) / SIZE, 0.0)
     normed = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / SIZE + EPS)

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minserve.kernels.triton.row_launch import row_launch
+from minserve.kernels.triton.rows import load_sum, row_launch
 
 
 @triton.jit
@@ -23,12 +23,7 @@ def _rms_norm_kernel(
     columns = tl.arange(0, BLOCK)
     mask = columns < SIZE
     dtype = x.dtype.element_ty
-    row = tl.load(x + start + columns, mask, other=0.0).to(tl.float32)
-    if residual is not None:
-        row += tl.load(residual + start + columns, mask, other=0.0).to(tl.float32)
-        rounded = row.to(dtype)
-        tl.store(residual + start + columns, rounded, mask)
-        row = rounded.to(tl.float32)
+    row = load_sum(x, residual, start + columns, mask)
     inverse = tl.rsqrt(tl.sum(row * row, axis=0) / SIZE + EPS)
     normed = (row * inverse).to(dtype).to(tl.float32)
     scale = tl.load(weight + columns, mask, other=0.0).to(tl.float32)

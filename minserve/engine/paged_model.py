@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,8 +13,12 @@ from minserve.engine.batch_tensors import BatchLayout, BatchTensors, Chunk, plac
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
 from minserve.models.base import CausalLM
 
-if TYPE_CHECKING:
-    from minserve.engine.cuda_graphs import DecodeGraphs
+
+class RecordedPasses(Protocol):
+    """Passes over decodes that the device was taught beforehand."""
+
+    def forward(self, chunks: SequenceOf[Chunk]) -> Tensor | None:
+        """Hidden states as of `PagedModel.forward`, or ``None`` where no pass fits."""
 
 
 class PagedModel:
@@ -41,7 +45,7 @@ class PagedModel:
         self.kv = kv
         self.block_size = block_size
         self.device = device
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: RecordedPasses | None = None
 
     @property
     def is_lost(self) -> bool:

@@ -54,6 +54,32 @@ def poison(kv: LayerKV, metadata: AttentionMetadata, value: float) -> None:
         part[~owned.to(part.device)] = value
 
 
+def make_inputs(
+    heads: tuple[int, int, int],
+    lengths: list[tuple[int, int]],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    block_size: int,
+    num_decodes: int,
+) -> tuple[torch.Tensor, LayerKV, AttentionMetadata]:
+    """Random queries, a random cache with NaN where nobody owns it, and their metadata.
+
+    The queries lie among keys and values, as a model's matmul leaves them.
+
+    Args:
+        heads: query heads, KV heads, head_dim.
+    """
+    num_heads, num_kv_heads, head_dim = heads
+    metadata, num_blocks = make_metadata(lengths, num_decodes, block_size, device)
+    torch.manual_seed(0)
+    shape = (num_blocks, block_size, num_kv_heads, head_dim)
+    kv = LayerKV(*(torch.randn(shape, device=device).to(dtype) for _ in range(2)))
+    poison(kv, metadata, torch.nan)
+    qkv = torch.randn(metadata.num_tokens, num_heads + 2 * num_kv_heads, head_dim, device=device)
+    return qkv.to(dtype)[:, :num_heads], kv, metadata
+
+
 def expected(
     query: torch.Tensor,
     kv: LayerKV,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_as_exact_as
-from attention_cases import expected, make_metadata, poison
+from attention_cases import expected, make_inputs, make_metadata
 
 from minserve.kernels.attention import LayerKV
 from minserve.kernels.triton.batched_decode import (
@@ -32,14 +32,9 @@ def run(
 ) -> DecodePlan:
     """Check a batch of decodes: everything written, right, and nothing read that is not owned."""
     num_heads, num_kv_heads, head_dim = heads
-    metadata, num_blocks = make_metadata(lengths, len(lengths), block_size, device)
-    torch.manual_seed(0)
-    shape = (num_blocks, block_size, num_kv_heads, head_dim)
-    kv = LayerKV(*(torch.randn(shape, device=device).to(dtype) for _ in range(2)))
-    poison(kv, metadata, torch.nan)
-    # Queries lie among keys and values, as a model's matmul leaves them.
-    qkv = torch.randn(metadata.num_tokens, num_heads + 2 * num_kv_heads, head_dim, device=device)
-    query = qkv.to(dtype)[:, :num_heads]
+    query, kv, metadata = make_inputs(
+        heads, lengths, dtype, device, block_size=block_size, num_decodes=len(lengths)
+    )
     plan = plan_decodes(
         torch.tensor(metadata.query_start_loc, device=device),
         torch.tensor(metadata.seq_lens, device=device),

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_as_exact_as
-from attention_cases import expected, make_metadata, poison
+from attention_cases import expected, make_inputs
 
-from minserve.kernels.attention import LayerKV
 from minserve.kernels.triton.chunked_prefill import (
     PrefillTile,
     chunked_prefill,
@@ -31,14 +30,10 @@ def run(
     tile: PrefillTile | None = None,
 ) -> None:
     """Check a batch's chunks: everything written, right, and nothing read that is not owned."""
-    num_heads, num_kv_heads, head_dim = heads
-    metadata, num_blocks = make_metadata(lengths, num_decodes, block_size, device)
-    torch.manual_seed(0)
-    shape = (num_blocks, block_size, num_kv_heads, head_dim)
-    kv = LayerKV(*(torch.randn(shape, device=device).to(dtype) for _ in range(2)))
-    poison(kv, metadata, torch.nan)
-    qkv = torch.randn(metadata.num_tokens, num_heads + 2 * num_kv_heads, head_dim, device=device)
-    query = qkv.to(dtype)[:, :num_heads]
+    head_dim = heads[2]
+    query, kv, metadata = make_inputs(
+        heads, lengths, dtype, device, block_size=block_size, num_decodes=num_decodes
+    )
     longest = max(queries for queries, _ in lengths[num_decodes:])
     tile = tile or prefill_tile(longest, head_dim, dtype, capability=90)
     tiles = prefill_tiles(metadata.query_start_loc, metadata.seq_lens, num_decodes, tile.block_m)
