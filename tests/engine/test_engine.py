@@ -287,6 +287,13 @@ def test_settings_are_checked(tiny_llama_dir: Path) -> None:
         Engine(str(tiny_llama_dir / "nothing"))
 
 
+def test_a_cpu_runs_512_tokens_at_a_time_unless_told(tiny_llama_dir: Path) -> None:
+    settings = {"device": "cpu", "dtype": "float32", "threads": 1, "num_blocks": 4}
+    assert Engine(str(tiny_llama_dir), **settings)._core.token_budget == 512
+    with pytest.raises(ConfigError, match=r"token_budget \(512\) must be at least max_num_seqs"):
+        Engine(str(tiny_llama_dir), max_num_seqs=600, **settings)
+
+
 def test_float16_on_a_cpu_rounds_only_the_weights(tiny_llama_dir: Path, engine: Engine) -> None:
     half = Engine(str(tiny_llama_dir), **SETTINGS | {"dtype": "float16"})
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
