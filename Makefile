@@ -8,7 +8,7 @@ BIN := .venv/bin
 serve: .venv/.installed  ## serve the embedded model on 127.0.0.1:8000 (ARGS="--port 9000")
 	@exec $(BIN)/minserve serve $(ARGS)
 
-test: .venv/.installed-test  ## run the test suite (ARGS="-k pool")
+test: .venv/.installed-test  ## run the test suite (ARGS="-k pool", ARGS="-n 0 --pdb")
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@# A worker for each core, so that none needs more than one thread.

@@ -23,7 +23,7 @@ OURS = "minserve"
 
 
 class Scale(Enum):
-    """How much of a sweep: all, what CI or a short lease allows, or the code without a GPU."""
+    """How much of a sweep: all, what CI or a few minutes allow, or the code without a GPU."""
 
     FULL = "full"
     QUICK = "quick"

@@ -71,7 +71,7 @@ class Compiled(NamedTuple):
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """All that the server may launch; with ``quick`` each kernel at every head dimension, with
+    """What the server launches for heads of usual sizes, in bfloat16 and a part of it in float16; with ``quick`` each kernel at every head dimension, with
     one kind of groups and blocks.
     """
     for heads, block_size, dtype in _attention_shapes(quick):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from itertools import product
@@ -71,6 +72,9 @@ def run_tune(
     Args:
         seconds: after so many no case is begun.
     """
+    if only and not set(only) & set(CHOICES):
+        print(f"nothing of {', '.join(only)} has tiles to tune", file=sys.stderr)
+        return 2
     found, started = [], time.monotonic()
     for kernel in CHOICES:
         if only and kernel not in only:

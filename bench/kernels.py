@@ -1,8 +1,8 @@
 """The kernels against the machine's own ceilings and against torch; or compiled without a GPU.
 
 Every case is first compared with float32 arithmetic; a wrong kernel is never timed. Times
-are medians of replays from a CUDA graph, over so many sets of inputs that no cache holds
-them. The last line is JSON.
+are medians of replays from a CUDA graph, over up to 64 sets of inputs in turn, to keep them
+out of the cache. The last line is JSON.
 
     python bench/kernels.py --out rows.jsonl --plot shares.png     # on an NVIDIA GPU
     python bench/kernels.py --only decode --quick
@@ -28,6 +28,13 @@ from kernel_rows import CUBLAS_KERNEL
 from kernel_sweep import KERNELS, problems, sweep
 from kernel_timing import Ceilings, measure_ceilings
 
+# By flag, those that it would leave without effect.
+NO_EFFECT = {
+    "compile_only": ("dtype", "rep_ms", "seconds", "out", "plot", "dry"),
+    "tune": ("out", "plot"),
+    "dry": ("dtype", "quick", "rep_ms"),
+}
+
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -44,7 +51,13 @@ def parse() -> argparse.Namespace:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--tune", action="store_true", help="try other tiles for attention")
     mode.add_argument("--compile-only", action="store_true", help="compile for sm_80 and sm_90")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for flag, without in NO_EFFECT.items():
+        given = [name for name in without if getattr(args, name) != parser.get_default(name)]
+        if getattr(args, flag) and given:
+            words = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            parser.error(f"{words}: without effect beside --{flag.replace('_', '-')}")
+    return args
 
 
 def setting(args: argparse.Namespace) -> Setting:

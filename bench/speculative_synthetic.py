@@ -11,7 +11,8 @@ from synthetic_models import random_weights
 from minserve import Engine
 from minserve.engine.distribution import ACCEPTANCE, Row
 from minserve.engine.draft_model import DraftModelProposer
-from minserve.engine.sampler import Proposal, SampledToken, Sampler, Verified
+from minserve.engine.sampler import Sampler
+from minserve.engine.verification import Proposal, SampledToken, Verified
 from minserve.errors import GenerationError
 from minserve.request import Sequence as EngineSequence
 

@@ -6,6 +6,7 @@ A backend plans once per iteration (`prepare`) and runs once per layer (`write_k
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -151,7 +152,13 @@ def choose_attention_backend(name: str, device: torch.device) -> str:
         if name != "auto":
             raise BackendUnavailableError(f"unknown attention backend {name!r}; known: {known}")
         return "triton" if device.type == "cuda" and not _why_not_triton(device) else "torch"
-    if name != "torch" and (problem := _why_not_triton(device)):
+    problem = None if name == "torch" else _why_not_triton(device)
+    if name == "flash-attn" and importlib.util.find_spec("flash_attn") is None:
+        problem = (
+            "the flash-attn library is missing; on a machine with CUDA: "
+            "pip install --no-build-isolation 'minserve[flash-attn]'"
+        )
+    if problem is not None:
         raise BackendUnavailableError(f"attention backend {name!r} cannot run here: {problem}")
     return name
 

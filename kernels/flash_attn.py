@@ -1,14 +1,14 @@
 """Attention by the flash-attn library (Dao, 2023), over the same paged KV cache.
 
-An optional extra: ``pip install minserve[flash-attn]``. The cache, and what is written to it,
-are those of `TritonBackend`; only attention itself is the library's.
+An optional extra: ``pip install --no-build-isolation 'minserve[flash-attn]'``, whose build wants
+the torch that is there. The cache, and what is written to it, are those of `TritonBackend`; only attention itself is the library's.
 """
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,18 +46,14 @@ class _Part:
 
 
 class FlashAttnBackend(TritonBackend):
-    """flash-attn over block tables.
-
-    Raises:
-        BackendUnavailableError: where flash-attn is missing; it says how to get it.
-    """
+    """flash-attn over block tables. `choose_attention_backend` says whether it is there."""
 
     name = "flash-attn"
     supports_graphs = False  # its grids are those of the batch at hand
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float) -> None:
         super().__init__(num_heads, num_kv_heads, head_dim, scale)
-        self._library = _import_flash_attn()
+        self._library = importlib.import_module("flash_attn")
 
     def allocate(
         self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
@@ -122,22 +118,11 @@ def _part(metadata: AttentionMetadata, first: int, last: int) -> _Part:
     is_decode = first < metadata.num_decodes
     return _Part(
         tokens=slice(starts[0], starts[-1]),
-        starts=on_device(device, [start - starts[0] for start in starts]).int(),
-        lengths=on_device(device, lengths).int(),
-        kv_starts=on_device(device, kv_starts).int(),
+        starts=on_device([start - starts[0] for start in starts], device).int(),
+        lengths=on_device(lengths, device).int(),
+        kv_starts=on_device(kv_starts, device).int(),
         tables=metadata.block_tables[first:last].int(),
         most_queries=max(counts),
         longest=max(lengths),
         num_queries=counts.pop() if is_decode and len(counts) == 1 else None,
     )
-
-
-def _import_flash_attn() -> Any:
-    try:
-        import flash_attn
-    except ImportError as error:
-        raise BackendUnavailableError(
-            "attention backend 'flash-attn' needs the flash-attn library: "
-            f"pip install minserve[flash-attn] (on a machine with CUDA); {error}"
-        ) from error
-    return flash_attn

@@ -90,9 +90,9 @@ class TritonBackend(AttentionBackend):
         device = metadata.slot_mapping.device
         starts, lengths = metadata.starts, metadata.lengths
         if starts is None:
-            starts = on_device(device, metadata.query_start_loc)
+            starts = on_device(metadata.query_start_loc, device)
         if lengths is None:
-            lengths = on_device(device, metadata.seq_lens)
+            lengths = on_device(metadata.seq_lens, device)
         state = metadata.state = _State(starts, lengths)
         if metadata.num_decodes:
             state.decodes = self._plan_decodes(metadata, state)
@@ -160,10 +160,10 @@ class TritonBackend(AttentionBackend):
         capability = describe(device).capability
         state.tile = prefill_tile(longest, self.head_dim, self._dtype, capability)
         tiles = prefill_tiles(starts, metadata.seq_lens, first, state.tile.block_m)
-        state.tiles = on_device(device, tiles)
+        state.tiles = on_device(tiles, device)
 
 
-def on_device(device: torch.device, values: list) -> Tensor:
+def on_device(values: list, device: torch.device) -> Tensor:
     """Integers on the device, int64, without waiting for it."""
     tensor = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
     return tensor.to(device, non_blocking=True)

@@ -57,13 +57,13 @@ class EngineConfig:
         None, "most tokens of prompt and output together; default: the model's own", group="model"
     )
     threads: int | None = option(
-        None, "CPU threads for the forward pass; default: the physical cores", group="model"
+        None, "threads of the forward pass on a CPU; default: the physical cores", group="model"
     )
     attention_backend: str = option(
         "auto",
         "triton: this project's kernels; flash-attn: that library's; torch: plain operations, "
-        "everywhere. auto: triton on a GPU that can, else torch. A backend asked for by name "
-        "fails where it cannot run",
+        "everywhere. auto: triton on a GPU of compute capability 8.0 or newer, else torch. A "
+        "backend asked for by name fails where it cannot run",
         group="model",
         choices=ATTENTION_BACKENDS,
     )
@@ -198,6 +198,11 @@ class EngineConfig:
             raise ConfigError(
                 f"token_budget ({self.token_budget}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}): each running sequence takes one token per iteration"
+            )
+        if self.attention_backend == "flash-attn" and self.block_size % 256:
+            raise ConfigError(
+                "attention_backend flash-attn needs a block_size of a multiple of 256, not "
+                f"{self.block_size}"
             )
         for f in fields(self):
             choices = f.metadata["choices"]

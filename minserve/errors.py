@@ -24,7 +24,7 @@ class UnsupportedModelError(ModelLoadError):
 
 
 class BackendUnavailableError(MinserveError):
-    """An attention backend asked for by name that cannot run here."""
+    """An attention backend that cannot run here, or not with this model."""
 
 
 class OutOfBlocksError(MinserveError):

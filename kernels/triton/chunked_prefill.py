@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2_E = 1.4426950408889634
+from minserve.kernels.triton.batched_decode import LOG2_E
 
 
 class PrefillTile(NamedTuple):
@@ -31,8 +31,8 @@ def prefill_tile(longest: int, head_dim: int, dtype: torch.dtype, capability: in
     """The tile for a batch whose longest chunk has so many tokens.
 
     Args:
-        capability: the device's compute capability, times ten (90 for Hopper): before 90 the
-            products' operands take registers, of which nothing may spill.
+        capability: the device's compute capability, times ten. Where the tensor cores read
+            their operands from registers (before 90, and from 120 on), fewer are at hand.
     """
     if dtype is torch.float32:
         return PrefillTile(32, 32 if head_dim <= 128 else 16, num_warps=8, num_stages=2)
@@ -40,7 +40,7 @@ def prefill_tile(longest: int, head_dim: int, dtype: torch.dtype, capability: in
         return PrefillTile(64, 32, num_warps=8, num_stages=2)
     if longest <= 64:
         return PrefillTile(64, 32, num_warps=4, num_stages=3)
-    if capability < 90 and head_dim > 64:
+    if not 90 <= capability < 120 and head_dim > 64:
         return PrefillTile(128, 32, num_warps=8, num_stages=2)
     return PrefillTile(128, 64, num_warps=8, num_stages=3)
 

@@ -24,9 +24,9 @@ from minserve.engine.detokenizer import IncrementalDetokenizer
 from minserve.engine.live_output import LiveOutput
 from minserve.engine.lookahead import PlanAhead, confirm, project
 from minserve.engine.runner import ModelRunner, RunResult, Scheduled
-from minserve.engine.sampler import Proposal, SampledToken, Verified
 from minserve.engine.speculator import Proposer, Wanted
 from minserve.engine.stats import EngineStats
+from minserve.engine.verification import Proposal, SampledToken, Verified
 from minserve.errors import (
     DeviceLostError,
     GenerationError,
@@ -190,6 +190,7 @@ class EngineCore:
                 self._ahead = PlanAhead.of(self._ask_planner(view, at), view)
         except Exception:
             # What the batch brings must not be lost. Without a plan the next step makes one.
+            self.planner.discarded()
             log.exception("planning ahead failed; the next iteration is planned when it is due")
 
     def _view(self) -> PlannerView:

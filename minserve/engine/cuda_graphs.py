@@ -67,14 +67,6 @@ class CudaRecorder(Recorder):
         return replay
 
 
-class Rerun(Recorder):
-    """For devices without graphs: a replay does the work again."""
-
-    def record(self, work: Callable[[], Tensor]) -> Replay:
-        work()
-        return work
-
-
 @dataclass(frozen=True, slots=True)
 class GraphLimits:
     """For which batches there are graphs.

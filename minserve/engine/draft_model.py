@@ -12,10 +12,12 @@ from collections.abc import Sequence as SequenceOf
 import torch
 from torch import Tensor
 
+from minserve.engine.batch_tensors import Chunk
 from minserve.engine.distribution import INVALID, Row
-from minserve.engine.paged_model import Chunk, PagedModel
-from minserve.engine.sampler import Proposal, Sampler
+from minserve.engine.paged_model import PagedModel
+from minserve.engine.sampler import Sampler
 from minserve.engine.speculator import Proposer, Wanted
+from minserve.engine.verification import Proposal
 from minserve.request import Sequence
 
 # Up to so many tokens of a sequence count as a decode for the attention backend.

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minserve.engine.paged_model import Chunk, PagedModel
+from minserve.engine.batch_tensors import Chunk
+from minserve.engine.paged_model import PagedModel
 from minserve.engine.sampler import Sampler
 from minserve.engine.verification import PendingTokens, Proposal, Verified
 from minserve.errors import GenerationError

@@ -11,7 +11,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 
-from minserve.engine.sampler import Proposal
+from minserve.engine.verification import Proposal
 from minserve.request import Sequence
 
 # Prompt lookup goes by the longest of these ends of the text that stood there before.

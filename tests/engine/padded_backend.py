@@ -1,10 +1,15 @@
-"""Attention for the tests of padded batches: written out, and true to what the device knows."""
+"""For the tests of padded batches: attention written out, true to what the device knows, and
+recordings on devices without graphs.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from minserve.engine.cuda_graphs import Recorder, Replay
 from minserve.kernels.attention import AttentionMetadata, LayerKV
 from minserve.kernels.torch_backend import TorchBackend
 
@@ -60,3 +65,11 @@ class PaddedBackend(TorchBackend):
             weights = scores.masked_fill(later, -torch.inf).softmax(-1)
             out[tokens] = torch.einsum("hqk,khd->qhd", weights, value)
         return out.flatten(1)
+
+
+class Rerun(Recorder):
+    """For devices without graphs: a replay does the work again."""
+
+    def record(self, work: Callable[[], Tensor]) -> Replay:
+        work()
+        return work

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from minserve import Engine, SamplingParams
-from minserve.engine.paged_model import Chunk, PagedModel
-from minserve.engine.sampler import Proposal
+from minserve.engine.batch_tensors import Chunk
+from minserve.engine.paged_model import PagedModel
 from minserve.engine.speculator import Proposer, Wanted
+from minserve.engine.verification import Proposal
 from minserve.outputs import CompletionOutput, OutputDelta
 from minserve.planner.perf_model import PerfModel, Piece
 from minserve.request import Sequence

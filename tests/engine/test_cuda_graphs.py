@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from padded_backend import PaddedBackend
+from padded_backend import PaddedBackend, Rerun
 from torch import Tensor
 
 from minserve import Engine, SamplingParams
 from minserve.engine.batch_tensors import Chunk
-from minserve.engine.cuda_graphs import DecodeGraphs, GraphLimits, Recorder, Rerun, padded_sizes
+from minserve.engine.cuda_graphs import DecodeGraphs, GraphLimits, Recorder, padded_sizes
 from minserve.engine.kv_cache import allocate_kv_cache
 from minserve.engine.paged_model import PagedModel
 from minserve.kernels.attention import AttentionBackend, make_attention_backend

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from padded_backend import Rerun
 from test_sampler import SETTINGS, VOCAB, make_seq, random_logits
 from test_verification import batch_of_three, mixed_batch, seq_with
 from torch import Tensor
@@ -21,10 +22,11 @@ from torch.utils._pytree import tree_leaves
 
 from minserve import Engine, SamplingParams
 from minserve.engine import transfers
-from minserve.engine.cuda_graphs import DecodeGraphs, GraphLimits, Rerun
+from minserve.engine.cuda_graphs import DecodeGraphs, GraphLimits
 from minserve.engine.distribution import Row
 from minserve.engine.runner import Flight, ModelRunner, Scheduled
-from minserve.engine.sampler import Proposal, Sampler
+from minserve.engine.sampler import Sampler
+from minserve.engine.verification import Proposal
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
 from minserve.models.layers import Placement, WeightFormat
 from minserve.models.loader import open_checkpoint
@@ -224,8 +226,8 @@ def test_drafts_on_the_way_of_a_device_are_those_of_the_host() -> None:
 
 
 def test_an_engine_on_the_way_of_a_device_says_the_same(tiny_llama_dir: Path) -> None:
-    engine = Engine(str(tiny_llama_dir), dtype="float32", threads=1, num_blocks=200, seed=3,
-                    token_budget=64, max_num_seqs=16)  # fmt: skip
+    engine = Engine(str(tiny_llama_dir), device="cpu", dtype="float32", threads=1, num_blocks=200,
+                    seed=3, token_budget=64, max_num_seqs=16)  # fmt: skip
     prompts = ["The quick brown fox", "def add(a, b):", "x", "Grüße aus Köln " * 8]
     common = {"max_tokens": 8, "prompt_logprobs": 1, "logprobs": 2, "ignore_eos": True}
     params = [

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from minserve.engine.distribution import Row, philox, uniform, uniforms
-from minserve.engine.sampler import SampledToken, Sampler
+from minserve.engine.sampler import Sampler
+from minserve.engine.verification import SampledToken
 from minserve.errors import GenerationError
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from minserve.engine import verification
 from minserve.engine.distribution import ACCEPTANCE, DRAFT, INVALID, Row, uniform
-from minserve.engine.sampler import Proposal, SampledToken, Sampler, Verified
+from minserve.engine.sampler import Sampler
+from minserve.engine.verification import Proposal, SampledToken, Verified
 from minserve.errors import GenerationError
 from minserve.request import Sequence
 

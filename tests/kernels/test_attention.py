@@ -12,7 +12,7 @@ import torch
 from minserve.errors import BackendUnavailableError
 from minserve.kernels.attention import choose_attention_backend, make_attention_backend
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def test_a_cpu_takes_plain_torch() -> None:
@@ -52,5 +52,16 @@ def test_heads_that_the_kernels_do_not_know_are_refused(head_dim: int) -> None:
 
 def test_without_flash_attn_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    with pytest.raises(BackendUnavailableError, match=r"pip install minserve\[flash-attn\]"):
-        make_attention_backend("flash-attn", 2, 2, 64, 1.0)
+    with pytest.raises(BackendUnavailableError, match=r"pip install .*'minserve\[flash-attn\]'"):
+        choose_attention_backend("flash-attn", GPU if torch.cuda.is_available() else CPU)
+
+
+@pytest.mark.parametrize(("capability", "chosen"), [((8, 0), "triton"), ((7, 5), "torch")])
+def test_a_gpu_takes_triton_where_it_is_new_enough(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], chosen: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert choose_attention_backend("auto", GPU) == chosen
+    if chosen == "torch":
+        with pytest.raises(BackendUnavailableError, match=r"compute capability 8\.0 or newer"):
+            choose_attention_backend("triton", GPU)

@@ -8,7 +8,8 @@ import parity
 import pytest
 import torch
 
-from minserve.engine.paged_model import Chunk, PagedModel
+from minserve.engine.batch_tensors import Chunk
+from minserve.engine.paged_model import PagedModel
 from minserve.kernels.attention import make_attention_backend
 from minserve.models.layers import DenseLinear, Placement, WeightFormat
 from minserve.models.loader import open_checkpoint
@@ -91,3 +92,10 @@ def test_a_packed_weight_keeps_its_form_when_fused() -> None:
     want = plain.activated_linear(weight, bias, torch.relu_)(x)
     assert packed.format is plain.format
     assert torch.equal(packed.activated_linear(weight, bias, torch.relu_)(x), want)
+
+
+def test_tied_embeddings_lie_in_memory_once(tiny_opt_dir: Path) -> None:
+    source = find_model(str(tiny_opt_dir))
+    with open_checkpoint(source) as checkpoint:
+        model = build_model(checkpoint, load_config(source), placement(fused=True))
+    assert model.head.weight.data_ptr() == model.embed.data_ptr()

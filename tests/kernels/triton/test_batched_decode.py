@@ -102,6 +102,10 @@ def test_a_long_context_is_split_and_merged(dtype: torch.dtype, device: torch.de
     assert plan.split_len.item() >= 129, "the shortest are not"
 
 
+def test_a_context_of_128k_tokens(device: torch.device) -> None:
+    run((1, 1, 16), [(1, 2**17 - 1)], torch.float16, device, block_size=128)
+
+
 def test_a_split_may_hold_nothing_that_the_first_drafts_see(
     dtype: torch.dtype, device: torch.device
 ) -> None:
