@@ -46,14 +46,24 @@ class _Part:
 
 
 class FlashAttnBackend(TritonBackend):
-    """flash-attn over block tables. `choose_attention_backend` says whether it is there."""
+    """flash-attn over block tables. `choose_attention_backend` says whether it is there.
+
+    Raises:
+        BackendUnavailableError: where it does not load, as one built for another torch.
+    """
 
     name = "flash-attn"
     supports_graphs = False  # its grids are those of the batch at hand
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float) -> None:
         super().__init__(num_heads, num_kv_heads, head_dim, scale)
-        self._library = importlib.import_module("flash_attn")
+        try:
+            self._library = importlib.import_module("flash_attn")
+        except ImportError as error:
+            raise BackendUnavailableError(
+                f"flash-attn is there but does not load ({error}); build it anew for this torch: "
+                "pip install --no-build-isolation --force-reinstall --no-deps flash-attn"
+            ) from error
 
     def allocate(
         self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device

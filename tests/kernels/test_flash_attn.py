@@ -96,6 +96,14 @@ def test_attention_is_right(batch: str) -> None:
     assert (got - expected(qkv[:, :HEADS], kv, metadata)).abs().max() < 5e-3
 
 
+def test_a_library_that_does_not_load_is_told_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(BackendUnavailableError, match="does not load .*; build it anew"):
+        FlashAttnBackend(HEADS, KV_HEADS, DIM, DIM**-0.5)
+
+
 def test_blocks_and_dtypes_that_it_does_not_know_are_refused() -> None:
     backend = FlashAttnBackend(HEADS, KV_HEADS, DIM, DIM**-0.5)
     with pytest.raises(
