@@ -100,7 +100,7 @@ def test_a_library_that_does_not_load_is_told_with_the_way_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    with pytest.raises(BackendUnavailableError, match="does not load .*; build it anew"):
+    with pytest.raises(BackendUnavailableError, match=r"does not load .*; build it anew"):
         FlashAttnBackend(HEADS, KV_HEADS, DIM, DIM**-0.5)
 
 
