@@ -1,6 +1,7 @@
-"""The engine on the Triton kernels: token for token what it says on plain torch (float32).
+"""The engine as a GPU runs it: token for token what it says on plain torch (float32).
 
-Without a GPU the kernels run in Triton's interpreter, hence the few tokens.
+Without a GPU the kernels run in Triton's interpreter, hence the few tokens, graphs do their
+work again, and inputs and results take the way that they would take there.
 """
 
 from __future__ import annotations
@@ -8,27 +9,56 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from padded_backend import Rerun
 from speculating import GREEDY, PROMPTS, SEEDED, essence, make_engine, outputs_of
 
-from minserve import SamplingParams
+from minserve import Engine, SamplingParams
+from minserve.engine import transfers
+from minserve.engine.cuda_graphs import DecodeGraphs, GraphLimits
+from minserve.engine.draft_model import MOST_DECODE_TOKENS, DraftModelProposer
+
+# Prefills in chunks, beside decodes, and too few blocks for all at once.
+TIGHT = {"token_budget": 20, "num_blocks": 9, "max_num_seqs": 4, "max_speculation": 3}
+
+
+def as_on_a_gpu(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What loading does on a GPU, on a CPU: graphs, plans made ahead, results behind the host."""
+    core = engine._core
+    core.plans_ahead = True
+    limits = GraphLimits(4, 20, 72, (1, 1 + core.proposer.max_tokens if core.proposer else 1))
+    core.runner.graphs = DecodeGraphs(core.runner, Rerun(), limits)
+    if isinstance(core.proposer, DraftModelProposer):
+        drafter = core.proposer.model
+        drafting = replace(limits, max_queries=(1, MOST_DECODE_TOKENS))
+        drafter.graphs = DecodeGraphs(drafter, Rerun(), drafting)
+    monkeypatch.setattr(transfers, "runs_behind", lambda _: True)
 
 
 @pytest.mark.parametrize(
-    ("family", "how", "params"),
+    ("family", "how", "policy", "params"),
     [
-        ("llama", "draft", replace(GREEDY, max_tokens=8)),
-        ("opt", "off", replace(SEEDED, max_tokens=6)),
+        ("llama", "draft", "sarathi", replace(GREEDY, max_tokens=8)),
+        ("llama", "ngram", "dp", replace(SEEDED, max_tokens=6, logprobs=2)),
+        ("opt", "off", "dp", replace(SEEDED, max_tokens=6)),
     ],
 )
-def test_outputs_are_those_of_the_torch_backend(
-    request: pytest.FixtureRequest, family: str, how: str, params: SamplingParams
+def test_outputs_are_those_of_plain_torch(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    how: str,
+    policy: str,
+    params: SamplingParams,
 ) -> None:
     pair = request.getfixturevalue(f"tiny_{family}_pair")
-    # Prefills in chunks, beside decodes, and too few blocks for all at once.
-    tight = {"token_budget": 20, "num_blocks": 7, "max_num_seqs": 4, "max_speculation": 3}
-    engine = make_engine(pair, how, attention_backend="triton", **tight)
-    assert engine._core.runner.backend.name == "triton"
     want = essence(outputs_of(make_engine(pair, attention_backend="torch"), PROMPTS[:3], params))
+    engine = make_engine(pair, how, policy, attention_backend="triton", **TIGHT)
+    core = engine._core
+    if not torch.cuda.is_available():
+        as_on_a_gpu(engine, monkeypatch)
+    assert core.runner.graphs is not None
     assert essence(outputs_of(engine, PROMPTS[:3], params)) == want
+    assert core.stats.plans_ahead["held"] > 0
     if how == "draft":
-        assert engine._core.speculation.num_accepted_tokens > 0
+        assert core.speculation.num_accepted_tokens > 0
