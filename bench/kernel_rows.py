@@ -55,9 +55,9 @@ def norm_problem(model: str, tokens: int, setting: Setting, *, residual: bool) -
         return norm(x) if residual is None else norm.add(x, residual)[0]
 
     def ours(*inputs: Tensor) -> Tensor:
-        from minserve.models.fused_layers import FusedLayerNorm, FusedRMSNorm
+        from minserve.models.fused_layers import fused_layer_norm, fused_rms_norm
 
-        fused = FusedRMSNorm(weight, EPS) if is_rms else FusedLayerNorm(weight, bias)
+        fused = fused_rms_norm(weight, EPS) if is_rms else fused_layer_norm(weight, bias)
         return run(fused, *inputs)
 
     def exact(x: Tensor, residual: Tensor | None = None) -> Tensor:

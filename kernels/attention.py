@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from minserve.config import ATTENTION_BACKENDS
 from minserve.errors import BackendUnavailableError
-
-BACKENDS = ("torch", "triton", "flash-attn")
+from minserve.kernels.upload import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,16 @@ class AttentionMetadata:
     @property
     def num_tokens(self) -> int:
         return self.query_start_loc[-1]
+
+    def on_device(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``starts`` and ``lengths``, sent there now where nobody did before."""
+        return tuple(
+            to_device(numbers, torch.int64, self.slot_mapping.device) if there is None else there
+            for there, numbers in (
+                (self.starts, self.query_start_loc),
+                (self.lengths, self.seq_lens),
+            )
+        )
 
 
 class AttentionBackend(ABC):
@@ -147,10 +157,9 @@ def choose_attention_backend(name: str, device: torch.device) -> str:
     Raises:
         BackendUnavailableError: for an unknown name, or one that cannot run there.
     """
-    if name not in BACKENDS:
-        known = ", ".join(("auto", *BACKENDS))
-        if name != "auto":
-            raise BackendUnavailableError(f"unknown attention backend {name!r}; known: {known}")
+    if name not in ATTENTION_BACKENDS:
+        raise _unknown(name)
+    if name == "auto":
         return "triton" if device.type == "cuda" and not _why_not_triton(device) else "torch"
     problem = None if name == "torch" else _why_not_triton(device)
     if name == "flash-attn" and importlib.util.find_spec("flash_attn") is None:
@@ -161,6 +170,11 @@ def choose_attention_backend(name: str, device: torch.device) -> str:
     if problem is not None:
         raise BackendUnavailableError(f"attention backend {name!r} cannot run here: {problem}")
     return name
+
+
+def _unknown(name: str) -> BackendUnavailableError:
+    known = ", ".join(ATTENTION_BACKENDS)
+    return BackendUnavailableError(f"unknown attention backend {name!r}; known: {known}")
 
 
 def _why_not_triton(device: torch.device) -> str | None:
@@ -193,7 +207,5 @@ def make_attention_backend(
     elif name == "flash-attn":
         from minserve.kernels.flash_attn import FlashAttnBackend as Backend
     else:
-        raise BackendUnavailableError(
-            f"unknown attention backend {name!r}; known: {', '.join(BACKENDS)}"
-        )
+        raise _unknown(name)
     return Backend(num_heads, num_kv_heads, head_dim, scale)

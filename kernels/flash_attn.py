@@ -1,7 +1,8 @@
 """Attention by the flash-attn library (Dao, 2023), over the same paged KV cache.
 
 An optional extra: ``pip install --no-build-isolation 'minserve[flash-attn]'``, whose build wants
-the torch that is there. The cache, and what is written to it, are those of `TritonBackend`; only attention itself is the library's.
+the torch that is there. The cache, and what is written to it, are those of `TritonBackend`; only
+attention itself is the library's.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from minserve.config import FLASH_ATTN_PAGE
 from minserve.errors import BackendUnavailableError
 from minserve.kernels.attention import AttentionMetadata, LayerKV
-from minserve.kernels.triton_backend import TritonBackend, on_device
-
-# flash-attn 2 pages its KV in blocks of a multiple of so many tokens.
-PAGE = 256
+from minserve.kernels.triton_backend import TritonBackend
 
 
 @dataclass(slots=True)
@@ -73,10 +73,10 @@ class FlashAttnBackend(TritonBackend):
         Raises:
             BackendUnavailableError: for block sizes or dtypes that flash-attn does not know.
         """
-        if block_size % PAGE:
+        if block_size % FLASH_ATTN_PAGE:
             raise BackendUnavailableError(
-                f"flash-attn needs KV blocks of a multiple of {PAGE} tokens, not {block_size}; use "
-                f"--block-size {PAGE}"
+                f"flash-attn needs KV blocks of a multiple of {FLASH_ATTN_PAGE} tokens, not {block_size}; use "
+                f"--block-size {FLASH_ATTN_PAGE}"
             )
         if dtype not in (torch.float16, torch.bfloat16):
             raise BackendUnavailableError(
@@ -118,21 +118,18 @@ class FlashAttnBackend(TritonBackend):
 
 def _part(metadata: AttentionMetadata, first: int, last: int) -> _Part:
     """Of the sequences from ``first`` on, before ``last``."""
-    device = metadata.slot_mapping.device
     starts = metadata.query_start_loc[first : last + 1]
-    lengths = metadata.seq_lens[first:last]
     counts = {end - start for start, end in pairwise(starts)}
-    kv_starts = [0]
-    for length in lengths:
-        kv_starts.append(kv_starts[-1] + length)
+    all_starts, all_lengths = metadata.on_device()
+    lengths = all_lengths[first:last]
     is_decode = first < metadata.num_decodes
     return _Part(
         tokens=slice(starts[0], starts[-1]),
-        starts=on_device([start - starts[0] for start in starts], device).int(),
-        lengths=on_device(lengths, device).int(),
-        kv_starts=on_device(kv_starts, device).int(),
+        starts=(all_starts[first : last + 1] - starts[0]).int(),
+        lengths=lengths.int(),
+        kv_starts=F.pad(lengths.cumsum(0), (1, 0)).int(),
         tables=metadata.block_tables[first:last].int(),
         most_queries=max(counts),
-        longest=max(lengths),
+        longest=max(metadata.seq_lens[first:last]),
         num_queries=counts.pop() if is_decode and len(counts) == 1 else None,
     )

@@ -19,6 +19,7 @@ from minserve.kernels.triton.chunked_prefill import (
     prefill_tiles,
 )
 from minserve.kernels.triton.write_kv import write_kv
+from minserve.kernels.upload import to_device
 
 # Two or three programs fit on a multiprocessor at a time; several rounds of them leave little
 # of it idle at the end.
@@ -87,13 +88,7 @@ class TritonBackend(AttentionBackend):
         return LayerKV(key, value)
 
     def prepare(self, metadata: AttentionMetadata) -> None:
-        device = metadata.slot_mapping.device
-        starts, lengths = metadata.starts, metadata.lengths
-        if starts is None:
-            starts = on_device(metadata.query_start_loc, device)
-        if lengths is None:
-            lengths = on_device(metadata.seq_lens, device)
-        state = metadata.state = _State(starts, lengths)
+        state = metadata.state = _State(*metadata.on_device())
         if metadata.num_decodes:
             state.decodes = self._plan_decodes(metadata, state)
         if metadata.num_decodes < metadata.num_seqs:
@@ -160,13 +155,7 @@ class TritonBackend(AttentionBackend):
         capability = describe(device).capability
         state.tile = prefill_tile(longest, self.head_dim, self._dtype, capability)
         tiles = prefill_tiles(starts, metadata.seq_lens, first, state.tile.block_m)
-        state.tiles = on_device(tiles, device)
-
-
-def on_device(values: list, device: torch.device) -> Tensor:
-    """Integers on the device, int64, without waiting for it."""
-    tensor = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return tensor.to(device, non_blocking=True)
+        state.tiles = to_device(tiles, torch.int64, device)
 
 
 @functools.cache

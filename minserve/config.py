@@ -17,6 +17,8 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 POLICIES = ("dp", "edf", "sarathi", "fcfs")
 LENGTH_ESTIMATORS = ("quantile", "max_tokens")
+# flash-attn pages its KV in blocks of a multiple of so many tokens.
+FLASH_ATTN_PAGE = 256
 ATTENTION_BACKENDS = ("auto", "torch", "triton", "flash-attn")
 SPECULATORS = ("auto", "draft", "ngram", "off")
 
@@ -199,10 +201,10 @@ class EngineConfig:
                 f"token_budget ({self.token_budget}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}): each running sequence takes one token per iteration"
             )
-        if self.attention_backend == "flash-attn" and self.block_size % 256:
+        if self.attention_backend == "flash-attn" and self.block_size % FLASH_ATTN_PAGE:
             raise ConfigError(
-                "attention_backend flash-attn needs a block_size of a multiple of 256, not "
-                f"{self.block_size}"
+                "attention_backend flash-attn needs a block_size of a multiple of "
+                f"{FLASH_ATTN_PAGE}, not {self.block_size}"
             )
         for f in fields(self):
             choices = f.metadata["choices"]

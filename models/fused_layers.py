@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from minserve.kernels.triton.layer_norm import layer_norm
@@ -9,37 +11,30 @@ from minserve.kernels.triton.rms_norm import rms_norm
 from minserve.models.layers import LAYER_NORM_EPS, Norm
 
 
-class FusedRMSNorm(Norm):
-    """`RMSNorm` in one kernel, with the residual addition before it."""
+class FusedNorm(Norm):
+    """A norm in one kernel, with the residual addition before it.
 
-    __slots__ = ("eps", "weight")
+    Args:
+        kernel: gives the norm of ``x``, or of ``residual + x``, leaving that in ``residual``.
+    """
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        self.weight = weight
-        self.eps = eps
+    __slots__ = ("_kernel",)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-    def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        if residual is None:
-            return self(x), x
-        return rms_norm(x, self.weight, self.eps, residual), residual
-
-
-class FusedLayerNorm(Norm):
-    """`LayerNorm` in one kernel, with the residual addition before it."""
-
-    __slots__ = ("bias", "weight")
-
-    def __init__(self, weight: Tensor | None, bias: Tensor | None) -> None:
-        self.weight = weight
-        self.bias = bias
+    def __init__(self, kernel: partial[Tensor]) -> None:
+        self._kernel = kernel
 
     def __call__(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, LAYER_NORM_EPS)
+        return self._kernel(x)
 
     def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        if residual is None:
-            return self(x), x
-        return layer_norm(x, self.weight, self.bias, LAYER_NORM_EPS, residual), residual
+        return self._kernel(x, residual=residual), x if residual is None else residual
+
+
+def fused_rms_norm(weight: Tensor, eps: float) -> FusedNorm:
+    """`RMSNorm` in one kernel."""
+    return FusedNorm(partial(rms_norm, weight=weight, eps=eps))
+
+
+def fused_layer_norm(weight: Tensor | None, bias: Tensor | None) -> FusedNorm:
+    """`LayerNorm` in one kernel."""
+    return FusedNorm(partial(layer_norm, weight=weight, bias=bias, eps=LAYER_NORM_EPS))

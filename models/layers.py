@@ -118,9 +118,9 @@ class Placement:
         weight = self.tensor(weight)
         if not self.fused:
             return RMSNorm(weight, eps)
-        from minserve.models.fused_layers import FusedRMSNorm
+        from minserve.models.fused_layers import fused_rms_norm
 
-        return FusedRMSNorm(weight, eps)
+        return fused_rms_norm(weight, eps)
 
     def layer_norm(self, size: int, weight: Tensor | None, bias: Tensor | None) -> Norm:
         """LayerNorm over ``size``; weight and bias, of any float dtype, may be absent."""
@@ -128,9 +128,9 @@ class Placement:
         bias = None if bias is None else self.tensor(bias)
         if not self.fused:
             return LayerNorm(size, weight, bias)
-        from minserve.models.fused_layers import FusedLayerNorm
+        from minserve.models.fused_layers import fused_layer_norm
 
-        return FusedLayerNorm(weight, bias)
+        return fused_layer_norm(weight, bias)
 
     @property
     def silu_mul(self) -> Activation:

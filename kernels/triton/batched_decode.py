@@ -104,9 +104,11 @@ def plan_decodes(
     """
     rows = most_queries * (num_heads // num_kv_heads)
     tile = decode_tile(rows, head_dim, dtype)
-    per_split = lengths.shape[0] * num_kv_heads * triton.cdiv(rows, tile.block_m)
+    programs_per_seq = num_kv_heads * triton.cdiv(rows, tile.block_m)
     num_splits = min(
-        triton.cdiv(num_programs, per_split), triton.cdiv(longest, LEAST_SPLIT), MOST_SPLITS
+        triton.cdiv(num_programs, max(1, lengths.shape[0] * programs_per_seq)),
+        max(1, triton.cdiv(longest, LEAST_SPLIT)),
+        MOST_SPLITS,
     )
     split_len = lengths.new_empty(1)
     shape = (num_tokens, num_heads, num_splits) if num_splits > 1 else (0, 0, 0)
@@ -116,7 +118,7 @@ def plan_decodes(
         lengths,
         split_len,
         lengths.shape[0],
-        per_split // lengths.shape[0],
+        programs_per_seq,
         num_programs,
         num_splits,
         LEAST_SPLIT=LEAST_SPLIT,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import psutil
@@ -76,7 +77,9 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     if draft is not None:
         probe = _probe(attention, draft.model.shape, config.block_size, placement)
         drafter = PagedModel(draft.model, *probe)
-    num_blocks, max_model_len = _make_ready(config, runner, drafter, placement)
+    proposer = _make_proposer(config, draft, drafter, model.shape.vocab_size)
+    max_queries = 1 if proposer is None else 1 + proposer.max_tokens
+    num_blocks, max_model_len = _make_ready(config, runner, drafter, placement, max_queries)
     core = EngineCore(
         runner,
         BlockPool(num_blocks, config.block_size, prefix_caching=config.prefix_caching),
@@ -89,7 +92,7 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         token_budget=config.token_budget,
         max_num_seqs=config.max_num_seqs,
         clock=time.monotonic,
-        proposer=_make_proposer(config, draft, drafter, model.shape.vocab_size),
+        proposer=proposer,
         plans_ahead=device.type == "cuda",
     )
     log.info(
@@ -114,9 +117,16 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
 
 
 def _make_ready(
-    config: EngineConfig, runner: ModelRunner, drafter: PagedModel | None, placement: Placement
+    config: EngineConfig,
+    runner: ModelRunner,
+    drafter: PagedModel | None,
+    placement: Placement,
+    max_queries: int,
 ) -> tuple[int, int]:
     """Warm the models up, give them their KV caches and record their CUDA graphs.
+
+    Args:
+        max_queries: most tokens that verify a sequence's drafts, 1 where nobody drafts.
 
     Returns:
         the number of KV blocks, and the most tokens of a sequence.
@@ -128,7 +138,10 @@ def _make_ready(
     with_graphs = (
         config.cuda_graphs and placement.device.type == "cuda" and runner.backend.supports_graphs
     )
-    num_blocks = _allocate_kv_cache(config, runner, drafter, placement, longest, with_graphs)
+    models = {runner: max_queries}
+    if drafter is not None:
+        models[drafter] = MOST_DECODE_TOKENS
+    num_blocks = _allocate_kv_cache(config, models, placement, longest, with_graphs)
     capacity = num_blocks * config.block_size
     if config.max_model_len is not None and config.max_model_len > capacity:
         raise ConfigError(
@@ -137,32 +150,33 @@ def _make_ready(
         )
     max_model_len = min(longest, capacity)
     if with_graphs:
-        _record_graphs(config, runner, drafter, max_model_len)
+        _record_graphs(config, models, max_model_len)
     return num_blocks, max_model_len
 
 
 def _allocate_kv_cache(
     config: EngineConfig,
-    runner: ModelRunner,
-    drafter: PagedModel | None,
+    models: Mapping[PagedModel, int],
     placement: Placement,
     longest: int,
     with_graphs: bool,
 ) -> int:
     """Give the models their KV caches; how many blocks each has.
 
+    Args:
+        models: with the most query tokens of a decode of each.
+        longest: most tokens of a sequence.
+
     Raises:
         ConfigError: where not a single block fits.
     """
-    models = [one for one in (runner, drafter) if one is not None]
     if placement.device.type == "cuda":
         torch.cuda.empty_cache()  # of what loading left, so that the dry run's peak is its own
         # A prompt that may not be split runs as a whole, whatever the budget.
         most = config.token_budget if config.chunked_prefill else max(config.token_budget, longest)
-        sizes = min(most, config.max_num_seqs * longest), longest, config.max_num_seqs
-        runner.dry_run(*sizes, 1 + _most_drafts(config))
-        if drafter is not None:
-            drafter.dry_run(*sizes, MOST_DECODE_TOKENS)
+        num_tokens = min(most, config.max_num_seqs * longest)
+        for one, max_queries in models.items():
+            one.dry_run(num_tokens, longest, config.max_num_seqs, max_queries)
     else:
         for one in models:
             one.dry_run(8, longest)
@@ -225,31 +239,19 @@ def _make_proposer(
     return NgramProposer(config.max_speculation) if config.speculator == "ngram" else None
 
 
-def _most_drafts(config: EngineConfig) -> int:
-    """Tokens drafted for a sequence in one iteration, at most."""
-    speculates = config.draft_model is not None or config.speculator in ("draft", "ngram")
-    return config.max_speculation if speculates else 0
-
-
 def _record_graphs(
-    config: EngineConfig, runner: ModelRunner, drafter: PagedModel | None, max_model_len: int
+    config: EngineConfig, models: Mapping[PagedModel, int], max_model_len: int
 ) -> None:
-    """Record the CUDA graphs of both models."""
-    recorder = CudaRecorder(runner.device)
-    limits = GraphLimits(
-        max_num_seqs=config.max_num_seqs,
-        max_num_tokens=config.token_budget,
-        max_seq_len=max_model_len,
-        max_queries=(1,),
-    )
-    if most_drafts := _most_drafts(config):
-        verifying = replace(limits, max_queries=(1, 1 + most_drafts))
-        runner.graphs = DecodeGraphs(runner, recorder, verifying)
-    else:
-        runner.graphs = DecodeGraphs(runner, recorder, limits)
-    if drafter is not None:
-        drafting = replace(limits, max_queries=(1, MOST_DECODE_TOKENS))
-        drafter.graphs = DecodeGraphs(drafter, recorder, drafting)
+    """Record the CUDA graphs of models, given with the most query tokens of a decode of each."""
+    recorder = CudaRecorder(next(iter(models)).device)
+    for one, max_queries in models.items():
+        limits = GraphLimits(
+            max_num_seqs=config.max_num_seqs,
+            max_num_tokens=config.token_budget,
+            max_seq_len=max_model_len,
+            max_queries=(1, max_queries) if max_queries > 1 else (1,),
+        )
+        one.graphs = DecodeGraphs(one, recorder, limits)
 
 
 def _device(name: str) -> torch.device:

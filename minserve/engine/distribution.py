@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minserve.engine import transfers
+from minserve.kernels.upload import to_device
 from minserve.request import Sequence
 from minserve.sampling_params import SamplingParams
 
@@ -141,12 +142,12 @@ def _high_word(x: np.ndarray) -> np.ndarray:
 
 
 def index_of(rows: SequenceOf[int], like: Tensor) -> Tensor:
-    return transfers.to_device(rows, torch.long, like.device)
+    return to_device(rows, torch.long, like.device)
 
 
 def column(values: list[float], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """One number per row, ``[rows, 1]``."""
-    return transfers.to_device(values, dtype, like.device).unsqueeze(1)
+    return to_device(values, dtype, like.device).unsqueeze(1)
 
 
 def argmax(logits: Tensor) -> Tensor:

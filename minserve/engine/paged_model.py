@@ -11,6 +11,7 @@ from torch import Tensor
 from minserve.engine import transfers
 from minserve.engine.batch_tensors import BatchLayout, BatchTensors, Chunk, place
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
+from minserve.kernels.upload import to_device
 from minserve.models.base import CausalLM
 
 
@@ -93,7 +94,7 @@ class PagedModel:
 
     def rows(self, hidden: Tensor, rows: list[int]) -> Tensor:
         """Some rows of hidden states, ``[len(rows), hidden]``."""
-        return hidden[transfers.to_device(rows, torch.int64, self.device)]
+        return hidden[to_device(rows, torch.int64, self.device)]
 
     @torch.inference_mode()
     def dry_run(

@@ -7,8 +7,6 @@ memory are queued like everything else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
-
 import torch
 from torch import Tensor
 
@@ -36,12 +34,6 @@ def empty_on_host(size: int, device: torch.device) -> Tensor:
     copies that were queued meanwhile have ended.
     """
     return torch.empty(size, dtype=torch.int64, pin_memory=device.type == "cuda")
-
-
-def to_device(values: SequenceOf, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers on the device, in the queue behind what it has to do."""
-    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
 
 
 class HostCopy:

@@ -110,6 +110,7 @@ def on_meta(proposals: list[Proposal | None]) -> list[Proposal | None]:
     ],
 )
 def test_the_check_finds_what_waits(look: Callable[[Tensor], Any]) -> None:
+    # The check's own word, or that of the device, which has no value to be looked at.
     with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), nothing_waits():
         look(torch.empty(3, device=META))
 

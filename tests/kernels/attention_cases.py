@@ -8,6 +8,10 @@ import torch
 
 from minserve.kernels.attention import AttentionMetadata, LayerKV
 
+# Heads of real models, as (query heads, KV heads, head_dim).
+OPT_125M, OPT_2_7B, OPT_6_7B = (12, 12, 64), (32, 32, 80), (32, 32, 128)
+LLAMA_3_8B, LLAMA_3_70B = (32, 8, 128), (64, 8, 128)
+
 
 def make_metadata(
     lengths: list[tuple[int, int]],

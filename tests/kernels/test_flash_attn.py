@@ -14,9 +14,10 @@ import pytest
 import torch
 from attention_cases import expected, make_metadata, poison
 
+from minserve.config import FLASH_ATTN_PAGE as PAGE
 from minserve.errors import BackendUnavailableError
 from minserve.kernels.attention import AttentionMetadata, LayerKV
-from minserve.kernels.flash_attn import PAGE, FlashAttnBackend
+from minserve.kernels.flash_attn import FlashAttnBackend
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HAS_LIBRARY = DEVICE.type == "cuda" and importlib.util.find_spec("flash_attn") is not None

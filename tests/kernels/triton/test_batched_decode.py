@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_as_exact_as
-from attention_cases import expected, make_inputs, make_metadata
+from attention_cases import (
+    LLAMA_3_8B,
+    LLAMA_3_70B,
+    OPT_2_7B,
+    OPT_6_7B,
+    OPT_125M,
+    expected,
+    make_inputs,
+    make_metadata,
+)
 
 from minserve.kernels.attention import LayerKV
 from minserve.kernels.triton.batched_decode import (
@@ -17,8 +26,6 @@ from minserve.kernels.triton.batched_decode import (
 )
 
 # (query heads, KV heads, head_dim).
-OPT_125M, OPT_2_7B, OPT_6_7B = (12, 12, 64), (32, 32, 80), (32, 32, 128)
-LLAMA_3_8B, LLAMA_3_70B = (32, 8, 128), (64, 8, 128)
 WIDE, PHI, ONE_KV_HEAD, TINY = (4, 2, 256), (6, 2, 96), (8, 1, 64), (4, 2, 16)
 
 
@@ -126,6 +133,19 @@ def test_the_longest_sequence_has_no_more_splits_than_there_is_room_for(
     )  # fmt: skip
     assert plan.num_splits == MOST_SPLITS
     assert -(-100_001 // plan.split_len.item()) <= MOST_SPLITS
+
+
+def test_an_empty_batch_writes_nothing(device: torch.device) -> None:
+    none = torch.zeros(0, 1, dtype=torch.int64, device=device)
+    plan = plan_decodes(
+        torch.zeros(1, dtype=torch.int64, device=device), none[:, 0], none, num_tokens=0,
+        most_queries=0, longest=0, num_heads=4, num_kv_heads=2, head_dim=16,
+        dtype=torch.float16, num_programs=16,
+    )  # fmt: skip
+    key, value = torch.randn(2, 1, 16, 2, 16, device=device).half()
+    out = torch.full((1, 4, 16), 7.0, dtype=torch.float16, device=device)
+    batched_decode(out[:0], key, value, out, plan, 1.0)
+    assert (out == 7.0).all()
 
 
 def test_sequences_of_padding_cost_nothing_and_write_nothing(

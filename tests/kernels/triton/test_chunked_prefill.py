@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_as_exact_as
-from attention_cases import expected, make_inputs
+from attention_cases import (
+    LLAMA_3_8B,
+    LLAMA_3_70B,
+    OPT_2_7B,
+    OPT_125M,
+    expected,
+    make_inputs,
+)
 
 from minserve.kernels.triton.chunked_prefill import (
     PrefillTile,
@@ -15,7 +22,6 @@ from minserve.kernels.triton.chunked_prefill import (
 )
 
 # (query heads, KV heads, head_dim).
-OPT_125M, OPT_2_7B, LLAMA_3_8B, LLAMA_3_70B = (12, 12, 64), (32, 32, 80), (32, 8, 128), (64, 8, 128)
 WIDE, PHI, ONE_HEAD, TINY = (4, 2, 256), (3, 1, 96), (1, 1, 64), (2, 2, 40)
 
 
