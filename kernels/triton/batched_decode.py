@@ -19,10 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minserve.kernels.triton.online_softmax import LOG2_E, softmax_step
+
 MOST_SPLITS = 32
 # A split has at least so many tokens: one of fewer costs more to begin and to merge than it saves.
 LEAST_SPLIT = 256
-LOG2_E = 1.4426950408889634
 
 
 class DecodeTile(NamedTuple):
@@ -314,20 +315,15 @@ def _decode_kernel(
         scores = tl.dot(query, key, input_precision="ieee") * scale
         is_seen = is_there[None, :] & (context[None, :] <= position[:, None])
         scores = tl.where(is_seen, scores, float("-inf"))
-        new_best = tl.maximum(best, tl.max(scores, 1))
         # A row may see nothing of a whole split: the drafted tokens at its end come later.
-        shift = tl.where(new_best == float("-inf"), 0.0, new_best)
-        weights = tl.exp2(scores - shift[:, None])
-        decay = tl.exp2(best - shift)
+        weights, decay, best, total = softmax_step(scores, best, total, MAY_SEE_NOTHING=True)
         value = tl.load(
             value_ptr + offset[:, None] + dim[None, :],
             mask=is_there[:, None] & is_dim[None, :],
             other=0.0,
         )
-        total = total * decay + tl.sum(weights, 1)
         acc = acc * decay[:, None]
         acc = tl.dot(weights.to(value.dtype), value, acc, input_precision="ieee")
-        best = new_best
 
     total = tl.where(total > 0.0, total, 1.0)
     acc = acc / total[:, None]

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minserve.kernels.triton.batched_decode import LOG2_E
+from minserve.kernels.triton.online_softmax import LOG2_E, softmax_step
 
 
 class PrefillTile(NamedTuple):
@@ -244,10 +244,7 @@ def _attend(
         if MASKED:
             is_seen = is_there[None, :] & (context[None, :] <= position[:, None])
             scores = tl.where(is_seen, scores, float("-inf"))
-        new_best = tl.maximum(best, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_best[:, None])
-        decay = tl.exp2(best - new_best)
-        total = total * decay + tl.sum(weights, 1)
+        weights, decay, best, total = softmax_step(scores, best, total, MAY_SEE_NOTHING=False)
         value = _load(value_ptrs + low[None, :], is_there[:, None], MASKED)
         weights = weights.to(value.dtype)
         acc_low = tl.dot(weights, value, acc_low * decay[:, None], input_precision="ieee")
@@ -257,7 +254,6 @@ def _attend(
             acc_high = tl.dot(
                 weights, value_high, acc_high * decay[:, None], input_precision="ieee"
             )
-        best = new_best
     return best, total, acc_low, acc_high
 
 

@@ -1,0 +1,31 @@
+"""Softmax over a context that is seen piece by piece (Milakov and Gimelshein, 2018).
+
+Weights are powers of two, for which the device has an instruction: scores are scaled by log2(e).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def softmax_step(scores, best, total, MAY_SEE_NOTHING: tl.constexpr):
+    """Take in the next piece of the context.
+
+    Args:
+        scores: ``[rows, tokens]``, -inf for what a row does not see.
+        best, total: ``[rows]``: the largest score so far, and the sum of all weights over it.
+        MAY_SEE_NOTHING: a row may have seen nothing yet when the piece is through.
+
+    Returns:
+        the piece's weights, the factor that is due on all that was summed up before, and
+        the next ``best`` and ``total``.
+    """
+    new_best = tl.maximum(best, tl.max(scores, 1))
+    shift = tl.where(new_best == float("-inf"), 0.0, new_best) if MAY_SEE_NOTHING else new_best
+    weights = tl.exp2(scores - shift[:, None])
+    decay = tl.exp2(best - shift)
+    return weights, decay, new_best, total * decay + tl.sum(weights, 1)
