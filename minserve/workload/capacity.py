@@ -1,0 +1,160 @@
+"""Capacity: the most requests per second at which enough of them keep their SLO.
+
+A binary search on the rate. Attainment at one rate is a sample (arrivals and lengths are
+drawn), so each rate is tried with several seeds, and the interval around the answer comes
+from resampling these (Efron, "Bootstrap methods", Annals of Statistics 7, 1979).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+LEVEL = 0.9
+RESAMPLES = 1000
+# Of the bootstrap's distribution of capacities, what lies inside the interval.
+CONFIDENCE = 0.95
+# The search gives up beyond this many doublings or halvings.
+MOST_DOUBLINGS = 12
+
+Measure = Callable[[float, int], float]
+
+
+@dataclass(slots=True)
+class Capacity:
+    """What a search found.
+
+    Attributes:
+        attainment: by rate, the share of each repeat.
+        level: that counts as enough.
+        complete: False where the search was cut short; what was measured stands all the same.
+    """
+
+    attainment: dict[float, list[float]] = field(default_factory=dict)
+    level: float = LEVEL
+    complete: bool = False
+
+    @property
+    def rate(self) -> float | None:
+        """The capacity, on straight lines between the rates that were measured; ``None`` where
+        it is below all of them.
+        """
+        return crossing({rate: _mean(each) for rate, each in self.attainment.items()}, self.level)
+
+    def interval(self, seed: int = 0) -> tuple[float | None, float | None]:
+        """What `rate` might have been with other seeds: the bounds of `CONFIDENCE`.
+
+        A bound is ``None`` where it is below all measured rates.
+        """
+        if not self.attainment:
+            return None, None
+        rng = random.Random(seed)
+        found = []
+        for _ in range(RESAMPLES):
+            means = {
+                r: _mean(rng.choices(each, k=len(each))) for r, each in self.attainment.items()
+            }
+            found.append(crossing(means, self.level))
+        found.sort(key=lambda one: -math.inf if one is None else one)
+        outside = (1 - CONFIDENCE) / 2
+        last = len(found) - 1
+        return found[round(outside * last)], found[round((1 - outside) * last)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        low, high = self.interval()
+        return {
+            "capacity": _rounded(self.rate),
+            "interval": [_rounded(low), _rounded(high)],
+            "level": self.level,
+            "complete": self.complete,
+            "attainment": {
+                f"{rate:.4g}": [round(one, 4) for one in each]
+                for rate, each in sorted(self.attainment.items())
+            },
+        }
+
+
+def find_capacity(
+    measure: Measure,
+    start: float,
+    *,
+    repeats: int = 1,
+    tolerance: float = 0.05,
+    level: float = LEVEL,
+    into: Capacity | None = None,
+) -> Capacity:
+    """Bracket the capacity by doubling and halving, then bisect.
+
+    Args:
+        measure: attainment at (rate, repeat); the repeat is a seed.
+        start: the first rate that is tried.
+        repeats: per rate.
+        tolerance: the bracket's width at the end, relative to its lower end.
+        into: where to keep results, for whoever wants them if this is interrupted.
+    """
+    result = Capacity(level=level) if into is None else into
+
+    def attains(rate: float) -> bool:
+        if rate not in result.attainment:
+            each: list[float] = []
+            result.attainment[rate] = each
+            try:
+                for repeat in range(repeats):
+                    each.append(measure(rate, repeat))
+            finally:
+                if not each:
+                    del result.attainment[rate]
+        return _mean(result.attainment[rate]) >= level
+
+    low = high = start
+    if attains(start):
+        for _ in range(MOST_DOUBLINGS):
+            low, high = high, high * 2
+            if not attains(high):
+                break
+    else:
+        for _ in range(MOST_DOUBLINGS):
+            high, low = low, low / 2
+            if attains(low):
+                break
+    while low < high and high / low > 1 + tolerance:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if attains(middle) else (low, middle)
+    result.complete = True
+    return result
+
+
+def crossing(attainment: Mapping[float, float], level: float = LEVEL) -> float | None:
+    """The rate at which attainment falls below a level for the last time, between measured
+    points linearly.
+
+    Args:
+        attainment: by rate.
+
+    Returns:
+        the highest measured rate where that still attains (the capacity is at least this);
+        ``None`` where no measured rate does.
+    """
+    rates = sorted(attainment)
+    if not rates:
+        return None
+    if attainment[rates[-1]] >= level:
+        return rates[-1]
+    for low, high in reversed(list(pairwise(rates))):
+        if attainment[low] >= level:
+            fallen = (attainment[low] - level) / (attainment[low] - attainment[high])
+            return low + fallen * (high - low)
+    return None
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _rounded(rate: float | None) -> float | None:
+    return None if rate is None else round(rate, 4)
