@@ -17,7 +17,7 @@ from minserve import __version__
 from minserve.cli_flags import add_config_flags, add_sampling_flags, given
 from minserve.cli_profile import add_profile
 from minserve.config import EngineConfig, ServerConfig
-from minserve.errors import ConfigError, MinserveError
+from minserve.errors import ConfigError, MinserveError, WorkloadError
 from minserve.outputs import CompletionOutput, TokenLogprob, acceptance
 from minserve.sampling_params import SamplingParams
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from minserve.engine.engine import AsyncEngine, Engine
 
 EXIT_ERROR = 1
+EXIT_USAGE = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 GENERATE_MAX_TOKENS = 256
 KEY_VARIABLE = "MINSERVE_API_KEY"
@@ -65,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments; default: the process's.
 
     Returns:
-        The exit code: 0, 1 for an error that was explained on stderr, 130 for Ctrl-C.
-        Wrong usage exits with 2 from within.
+        The exit code: 0, 1 for an error that was explained on stderr, 2 for a workload that
+        cannot be run, 130 for Ctrl-C. Wrong usage exits with 2 from within.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.command(args)
     except MinserveError as error:
         print(f"minserve: error: {error}", file=sys.stderr)
-        return EXIT_ERROR
+        return EXIT_USAGE if isinstance(error, WorkloadError) else EXIT_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:

@@ -15,6 +15,10 @@ class ConfigError(MinserveError):
     """A setting, or a combination of settings, that cannot work."""
 
 
+class WorkloadError(MinserveError):
+    """A scenario, trace or target of a load test that cannot be used; says which row or value."""
+
+
 class ModelLoadError(MinserveError):
     """A model folder or file that cannot be loaded; names the file and the tensor."""
 
