@@ -19,6 +19,10 @@ class WorkloadError(MinserveError):
     """A scenario, trace or target of a load test that cannot be used; says which row or value."""
 
 
+class SimulationError(MinserveError):
+    """A simulation that cannot go on: a bug in a policy, or settings that leave it no move."""
+
+
 class ModelLoadError(MinserveError):
     """A model folder or file that cannot be loaded; names the file and the tensor."""
 

@@ -1,0 +1,189 @@
+"""Which replica gets a request. Pure arithmetic on what the replicas report.
+
+A request goes where its SLO is feasible with the most prefill budget left. It is tried on one
+replica after another, its arrival time kept, up to a hop limit; where no replica can keep its
+SLO, the least loaded one serves it (SLOs-Serve, arXiv 2504.08784, tries them in turn from a
+round-robin start instead of weighing them).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from minserve.errors import ConfigError
+from minserve.planner.perf_model import PerfModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaState:
+    """What a replica reports of itself.
+
+    Attributes:
+        prefill_tokens: of prompts under a promise, or waiting for one, not yet computed.
+        decode_rate: tokens per second that its decodes under a promise are owed.
+        tightest_tpot_s: of these; inf where there is none.
+        free_tokens: of KV, that nobody under a promise holds or is predicted to need.
+        num_sequences: waiting and running, best effort too.
+    """
+
+    prefill_tokens: int = 0
+    decode_rate: float = 0.0
+    tightest_tpot_s: float = float("inf")
+    free_tokens: int = 0
+    num_sequences: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """What a request needs.
+
+    Attributes:
+        prompt_tokens, output_tokens: the latter as predicted.
+        deadline_s: of its first token, on the clock that `Router.choose` is told; inf for none.
+        tpot_s: of its decode; inf for none.
+        cached_tokens: by replica, leading tokens that its prefix index is known to hold.
+    """
+
+    prompt_tokens: int
+    output_tokens: int
+    deadline_s: float
+    tpot_s: float
+    cached_tokens: Mapping[int, int] = field(default_factory=dict)
+
+
+class Router(ABC):
+    """Places requests on replicas.
+
+    Args:
+        model: the speed of a replica.
+
+    Attributes:
+        num_replicas: known.
+    """
+
+    name: str
+
+    def __init__(self, num_replicas: int, model: PerfModel) -> None:
+        self.num_replicas = num_replicas
+        self.model = model
+
+    @abstractmethod
+    def choose(self, ask: Ask, now: float, without: frozenset[int] = frozenset()) -> int | None:
+        """The replica for a request.
+
+        Args:
+            without: replicas that have had their turn.
+
+        Returns:
+            ``None`` where none is left.
+        """
+
+    def report(self, replica: int, state: ReplicaState) -> None:  # noqa: B027 - some need none
+        """A replica says how it is."""
+
+
+class RoundRobinRouter(Router):
+    """One after another."""
+
+    name = "round-robin"
+
+    def __init__(self, num_replicas: int, model: PerfModel) -> None:
+        super().__init__(num_replicas, model)
+        self._next = 0
+
+    def choose(self, ask: Ask, now: float, without: frozenset[int] = frozenset()) -> int | None:
+        for offset in range(self.num_replicas):
+            replica = (self._next + offset) % self.num_replicas
+            if replica not in without:
+                self._next = (replica + 1) % self.num_replicas
+                return replica
+        return None
+
+
+class LeastLoadedRouter(Router):
+    """The replica with the fewest sequences, waiting or running."""
+
+    name = "least-loaded"
+
+    def __init__(self, num_replicas: int, model: PerfModel) -> None:
+        super().__init__(num_replicas, model)
+        self._num_sequences = np.zeros(num_replicas)
+
+    def report(self, replica: int, state: ReplicaState) -> None:
+        self._num_sequences[replica] = state.num_sequences
+
+    def choose(self, ask: Ask, now: float, without: frozenset[int] = frozenset()) -> int | None:
+        if len(without) == self.num_replicas:
+            return None
+        load = self._num_sequences
+        if without:
+            load = load.copy()
+            load[list(without)] = np.inf
+        replica = int(load.argmin())
+        self._num_sequences[replica] += 1
+        return replica
+
+
+class SloRouter(Router):
+    """The replica that can keep the request's SLO with the most prefill budget left."""
+
+    name = "slo"
+
+    def __init__(self, num_replicas: int, model: PerfModel) -> None:
+        super().__init__(num_replicas, model)
+        self._prefill = np.zeros(num_replicas)
+        self._decode_rate = np.zeros(num_replicas)
+        self._tightest = np.full(num_replicas, np.inf)
+        self._free = np.full(num_replicas, np.inf)
+        self._steep = model.steepest
+        # Without a pace to keep, iterations as long as so many lone decodes.
+        self._longest_s = 5.0 * model.zero_load_decode_s(1)
+
+    def report(self, replica: int, state: ReplicaState) -> None:
+        self._prefill[replica] = state.prefill_tokens
+        self._decode_rate[replica] = state.decode_rate
+        self._tightest[replica] = state.tightest_tpot_s
+        self._free[replica] = state.free_tokens
+
+    def choose(self, ask: Ask, now: float, without: frozenset[int] = frozenset()) -> int | None:
+        if len(without) == self.num_replicas:
+            return None
+        work = np.full(self.num_replicas, float(ask.prompt_tokens))
+        for replica, num_tokens in ask.cached_tokens.items():
+            work[replica] -= num_tokens
+        window = np.minimum(np.minimum(self._tightest, ask.tpot_s), self._longest_s)
+        tokens_per_s = (1.0 - self._steep.base / window) / self._steep.tokens
+        left = tokens_per_s - self._decode_rate - 1.0 / ask.tpot_s
+        budget = left * min(ask.deadline_s - now, 1e6) - self._prefill - work
+        needed = work + ask.output_tokens
+        feasible = (budget >= 0) & (left >= 0) & (self._free >= needed)
+        # Of those that cannot keep it, the one with the least to do for others.
+        score = np.where(feasible, budget + 1e12, -self._prefill - work)
+        if without:
+            score[list(without)] = -np.inf
+        replica = int(score.argmax())
+        self._prefill[replica] += work[replica]
+        self._free[replica] -= needed[replica]
+        self._decode_rate[replica] += 1.0 / ask.tpot_s
+        self._tightest[replica] = min(self._tightest[replica], ask.tpot_s)
+        return replica
+
+
+ROUTERS: Mapping[str, Callable[[int, PerfModel], Router]] = {
+    kind.name: kind for kind in (SloRouter, LeastLoadedRouter, RoundRobinRouter)
+}
+
+
+def make_router(name: str, num_replicas: int, model: PerfModel) -> Router:
+    """The router of that name.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
+    if name not in ROUTERS:
+        raise ConfigError(f"unknown router {name!r}; known: {', '.join(ROUTERS)}")
+    return ROUTERS[name](num_replicas, model)

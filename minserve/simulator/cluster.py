@@ -1,0 +1,136 @@
+"""`Cluster`: simulated replicas behind a router."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from minserve.controller.router import Ask, ReplicaState, Router
+from minserve.planner.lengths import LengthEstimator
+from minserve.planner.policies import PROMISING
+from minserve.simulator.events import EventLoop
+from minserve.simulator.load import OfferedLoad
+from minserve.simulator.replica import SimulatedReplica, SimulatedSequence
+from minserve.slo import Standing
+
+
+class Cluster:
+    """Routes what arrives, and turns every replica's clock.
+
+    Args:
+        lengths: what the router guesses output lengths by.
+        hop_limit: replicas that a request may be moved on to when one gives up its SLO before
+            it has begun.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        replicas: Sequence[SimulatedReplica],
+        router: Router,
+        lengths: LengthEstimator,
+        hop_limit: int = 2,
+    ) -> None:
+        self._loop, self.replicas, self._router = loop, replicas, router
+        self._lengths, self._hop_limit = lengths, hop_limit
+        self._changed = set(range(len(replicas)))
+        self._tried: dict[str, set[int]] = {}
+        self._routes = len(replicas) > 1
+        # By conversation, the replica that holds its last turn's KV.
+        self._homes: dict[int, int] = {}
+        self.load: OfferedLoad | None = None
+
+    def arrive(self, seq: SimulatedSequence) -> None:
+        """A request comes in from outside."""
+        self._place(seq, 0 if not self._routes else self._route(seq))
+
+    def _place(self, seq: SimulatedSequence, number: int) -> None:
+        replica = self.replicas[number]
+        replica.submit(seq)
+        self._changed.add(number)
+        if not replica.busy:
+            self._begin(number)
+
+    def _begin(self, number: int) -> None:
+        replica = self.replicas[number]
+        seconds, refused = replica.begin(self._loop.now)
+        self._loop.at(self._loop.now + seconds, lambda: self._end(number))
+        self._changed.add(number)
+        for seq in refused:
+            self._forget(seq)
+            self.load.refused(seq)
+        if self._routes and self._hop_limit:
+            for seq in replica.relegated:
+                self._move_on(seq, number)
+
+    def _end(self, number: int) -> None:
+        replica = self.replicas[number]
+        for seq in replica.end(self._loop.now):
+            self._forget(seq)
+            if self._routes:
+                self._homes[seq.conversation] = number
+            self.load.ended(seq)
+        self._changed.add(number)
+        if replica.has_work and not replica.busy:
+            self._begin(number)
+
+    def _route(self, seq: SimulatedSequence) -> int:
+        tried = self._tried.get(seq.seq_id, frozenset())
+        for number in self._changed:
+            self._router.report(number, state_of(self.replicas[number]))
+        self._changed.clear()
+        return self._router.choose(self._ask(seq), self._loop.now, frozenset(tried))
+
+    def _ask(self, seq: SimulatedSequence) -> Ask:
+        progress, turn = seq.progress, seq.turn
+        cached = {}
+        if turn.shared_tokens:
+            cached[self._homes[seq.conversation]] = turn.shared_tokens
+        return Ask(
+            prompt_tokens=seq.num_prompt_tokens,
+            output_tokens=self._lengths.remaining(seq),
+            deadline_s=progress.next_deadline_s,
+            tpot_s=progress.tpot_s,
+            cached_tokens=cached,
+        )
+
+    def _move_on(self, seq: SimulatedSequence, number: int) -> None:
+        """A replica that cannot keep the request's SLO hands it to the next."""
+        tried = self._tried.setdefault(seq.seq_id, set())
+        tried.add(number)
+        if seq.hops >= self._hop_limit or len(tried) == len(self.replicas):
+            return
+        if seq.progress.is_broken(self._loop.now):
+            return
+        self.replicas[number].withdraw(seq)
+        seq.hops += 1
+        seq.standing = Standing.PENDING
+        self._place(seq, self._route(seq))
+
+    def _forget(self, seq: SimulatedSequence) -> None:
+        self._tried.pop(seq.seq_id, None)
+        self._lengths.finished(seq)
+
+
+def state_of(replica: SimulatedReplica) -> ReplicaState:
+    """What a replica reports of itself."""
+    promises = replica.planner.name in PROMISING
+    prefill, rate, tightest, held = 0, 0.0, math.inf, 0
+    for seq in (*replica.running, *replica.waiting):
+        if promises and seq.standing is Standing.BEST_EFFORT:
+            continue
+        pace = seq.progress.tpot_s
+        rate += 1.0 / pace
+        tightest = min(tightest, pace)
+        if not seq.is_decoding:
+            prefill += seq.num_uncomputed_tokens
+        held += seq.num_tokens
+        if promises:
+            held += replica.planner.lengths.remaining(seq)
+    return ReplicaState(
+        prefill_tokens=prefill,
+        decode_rate=rate,
+        tightest_tpot_s=tightest,
+        free_tokens=replica.pool.num_blocks * replica.pool.block_size - held,
+        num_sequences=len(replica.running) + len(replica.waiting),
+    )

@@ -1,0 +1,144 @@
+"""`OfferedLoad`: a workload's turns arrive on the virtual clock, and end in verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from minserve.planner.perf_model import PerfModel
+from minserve.request import Request
+from minserve.sampling_params import SamplingParams
+from minserve.simulator.events import EventLoop
+from minserve.simulator.replica import SimulatedSequence
+from minserve.slo import Standing
+from minserve.workload.conversation import Conversation, Turn
+from minserve.workload.verdict import Cause, Verdict, cause_of_miss
+
+Arrive = Callable[[SimulatedSequence], None]
+Progressed = Callable[["OfferedLoad"], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Of a turn in the workload."""
+
+    conversation: int
+    number: int
+
+
+class OfferedLoad:
+    """Sends turns when they are due, judges their answers, and sends what follows.
+
+    Args:
+        device: what slowdowns are multiples of.
+        max_model_len: outputs may be as long as that leaves room for.
+        lengths: filled with the true output lengths by request id, for an oracle.
+        arrive: where turns go to.
+        progressed: called after each verdict.
+
+    Attributes:
+        verdicts: of the turns that ended, in that order.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        workload: Sequence[Conversation],
+        device: PerfModel,
+        max_model_len: int,
+        lengths: dict[str, int],
+        arrive: Arrive,
+        progressed: Progressed = lambda _: None,
+    ) -> None:
+        self._loop, self._workload, self._device = loop, workload, device
+        self._max_model_len, self._lengths = max_model_len, lengths
+        self._arrive, self._progressed = arrive, progressed
+        self._places: dict[str, _Place] = {}
+        self._num_sent = 0
+        self.verdicts: list[Verdict] = []
+        for number, conversation in enumerate(workload):
+            loop.at(conversation.arrival_s, self._sender(_Place(number, 0), None))
+
+    def ended(self, seq: SimulatedSequence) -> None:
+        """The whole answer has come."""
+        place, progress = self._places.pop(seq.seq_id), seq.progress
+        self._note(seq, cause_of_miss(progress, done=True), progress.attained_mean)
+        turns = self._workload[place.conversation].turns
+        if place.number + 1 < len(turns):
+            following = _Place(place.conversation, place.number + 1)
+            at = self._loop.now + turns[following.number].delay_s
+            self._loop.at(at, self._sender(following, seq))
+
+    def refused(self, seq: SimulatedSequence) -> None:
+        """There will be no answer, so that no later turn is sent either."""
+        place = self._places.pop(seq.seq_id)
+        self._note(seq, Cause.REJECTED, attained_mean=False)
+        for turn in self._workload[place.conversation].turns[place.number + 1 :]:
+            self._add(
+                Verdict(
+                    name=turn.slo.name,
+                    arrival_s=self._loop.now,
+                    cause=Cause.NOT_SENT,
+                    attained_mean=False,
+                    prompt_tokens=turn.prompt_tokens,
+                )
+            )
+
+    def _sender(self, place: _Place, before: SimulatedSequence | None) -> Callable[[], None]:
+        return lambda: self._send(place, before)
+
+    def _send(self, place: _Place, before: SimulatedSequence | None) -> None:
+        turn = self._workload[place.conversation].turns[place.number]
+        self._num_sent += 1
+        prompt = [] if before is None else before.token_ids[: turn.shared_tokens]
+        # A prompt's own tokens equal those of no other prompt.
+        prompt = (*prompt, *(self._num_sent,) * (turn.prompt_tokens - len(prompt)))
+        request = Request(
+            request_id=str(self._num_sent),
+            prompt_token_ids=prompt,
+            params=SamplingParams(max_tokens=self._max_model_len - turn.prompt_tokens),
+            seed=self._num_sent,
+            arrival_s=self._loop.now,
+            slo=turn.slo,
+            targets=turn.slo.resolve(
+                self._device.zero_load_prefill_s(turn.prompt_tokens),
+                self._device.zero_load_decode_s(turn.prompt_tokens),
+            ),
+        )
+        self._lengths[request.request_id] = turn.output_tokens
+        seq = SimulatedSequence(request, turn=turn, conversation=place.conversation)
+        self._places[seq.seq_id] = place
+        self._arrive(seq)
+
+    def _note(self, seq: SimulatedSequence, cause: Cause | None, attained_mean: bool) -> None:
+        del self._lengths[seq.request.request_id]
+        progress = seq.progress
+        self._add(
+            Verdict(
+                name=seq.request.slo.name,
+                arrival_s=seq.request.arrival_s,
+                cause=cause,
+                attained_mean=attained_mean,
+                best_effort=seq.standing is Standing.BEST_EFFORT,
+                prompt_tokens=seq.num_prompt_tokens,
+                output_tokens=seq.num_output_tokens,
+                ttft_s=progress.ttft_s,
+                tpot_s=progress.mean_tpot_s,
+            )
+        )
+
+    def _add(self, verdict: Verdict) -> None:
+        self.verdicts.append(verdict)
+        self._progressed(self)
+
+
+def check_lengths(
+    workload: Sequence[Conversation], max_model_len: int, kv_tokens: int
+) -> Turn | None:
+    """The first turn that is longer than the model or the whole KV memory, if there is one."""
+    most = min(max_model_len, kv_tokens)
+    for conversation in workload:
+        for turn in conversation.turns:
+            if turn.prompt_tokens + turn.output_tokens > most:
+                return turn
+    return None

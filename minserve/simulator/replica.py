@@ -1,0 +1,291 @@
+"""`SimulatedReplica`: one engine without a device. It plans and keeps its blocks as the real one.
+
+The planner and the block pool are those of the engine. What a batch would do on the device is
+replaced by what it does to the books: tokens are computed, one is sampled, drafts are accepted
+with a given chance. How long it takes says a performance model.
+"""
+
+from __future__ import annotations
+
+import random
+from bisect import insort
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from minserve.engine.block_pool import BlockPool
+from minserve.errors import SimulationError
+from minserve.planner.perf_model import BatchShape, PerfModel
+from minserve.planner.plan import IterationPlan, PlannerView
+from minserve.planner.policies import Planner
+from minserve.request import Sequence, SequenceState
+from minserve.slo import Standing
+from minserve.workload.conversation import Turn
+
+# An iteration that runs nothing is followed by another one so much later.
+IDLE_S = 0.001
+# So many of these in a row, while sequences wait, are a deadlock.
+MOST_IDLE = 20_000
+
+
+@dataclass(eq=False, slots=True)
+class SimulatedSequence(Sequence):
+    """A sequence whose output's length is known to the simulator, not to the planner.
+
+    Attributes:
+        turn: what it answers.
+        conversation: the turn's, by number.
+        hops: replicas that it was moved on from.
+    """
+
+    turn: Turn | None = None
+    conversation: int = 0
+    hops: int = 0
+
+
+class Drafter:
+    """Who drafts, as planners see it, with a record of what the draft model has computed.
+
+    Args:
+        max_tokens: drafted at most.
+        lags: False where the draft model's own prefills cost nothing by the profile, so that
+            it never lacks anything.
+    """
+
+    def __init__(self, max_tokens: int, *, lags: bool) -> None:
+        self.max_tokens = max_tokens
+        self._lags = lags
+        self._computed: dict[str, int] = {}
+
+    def limit(self, seq: Sequence) -> int:
+        return self.max_tokens
+
+    def lag(self, seq: Sequence) -> int:
+        if not self._lags:
+            return 0
+        return max(0, seq.num_tokens - 1 - self._computed.get(seq.seq_id, 0))
+
+    def ran(self, seq: Sequence, num_tokens: int) -> None:
+        """So many of the tokens that it lacked are computed."""
+        if self._lags:
+            self._computed[seq.seq_id] = self._computed.get(seq.seq_id, 0) + num_tokens
+
+    def forget(self, seq: Sequence) -> None:
+        self._computed.pop(seq.seq_id, None)
+
+
+class SimulatedReplica:
+    """Runs sequences to their end on a clock that others turn.
+
+    Args:
+        device: how long batches take in truth; the planner has a model of its own.
+        noise: factor on each iteration's time.
+        acceptance: chance that a drafted token is accepted if those before it were.
+
+    Attributes:
+        busy: True while a batch runs.
+        busy_s: seconds that batches took.
+        relegated: sequences that the newest plan gave up before they began.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        pool: BlockPool,
+        device: PerfModel,
+        *,
+        token_budget: int,
+        max_num_seqs: int,
+        drafter: Drafter | None = None,
+        acceptance: float = 0.0,
+        noise: Callable[[], float] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.planner, self.pool, self.device = planner, pool, device
+        self.token_budget, self.max_num_seqs = token_budget, max_num_seqs
+        self.drafter, self.acceptance = drafter, acceptance
+        self.noise = noise
+        self.waiting: list[SimulatedSequence] = []
+        self.running: list[SimulatedSequence] = []
+        self.busy = False
+        self.busy_s = 0.0
+        self.num_iterations = 0
+        self.relegated: list[SimulatedSequence] = []
+        self._by_id: dict[str, SimulatedSequence] = {}
+        self._rng = random.Random(seed)
+        self._plan: IterationPlan | None = None
+        self._seconds = 0.0
+        self._num_idle = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._by_id)
+
+    def submit(self, seq: SimulatedSequence) -> None:
+        """A sequence arrives."""
+        self._by_id[seq.seq_id] = seq
+        insort(self.waiting, seq, key=_rank)
+
+    def withdraw(self, seq: SimulatedSequence) -> None:
+        """A waiting sequence goes elsewhere."""
+        del self._by_id[seq.seq_id]
+        self.waiting.remove(seq)
+
+    def view(self) -> PlannerView:
+        """What the planner sees."""
+        return PlannerView(
+            waiting=self.waiting,
+            running=self.running,
+            memory=self.pool,
+            token_budget=self.token_budget,
+            max_num_seqs=self.max_num_seqs,
+            speculation=self.drafter,
+        )
+
+    def begin(self, now: float) -> tuple[float, list[SimulatedSequence]]:
+        """Plan an iteration and start it.
+
+        Returns:
+            the seconds until it ends, and the sequences that were refused.
+
+        Raises:
+            SimulationError: where the policy runs nothing for good although there is work.
+        """
+        plan = self._plan = self.planner.plan(self.view(), now)
+        refused = self._settle(plan)
+        self._start(plan)
+        self.planner.started(plan)
+        self.busy = True
+        if not plan.num_scheduled_tokens:
+            self._num_idle = 0 if refused or self.relegated else self._num_idle + 1
+            if self._num_idle > MOST_IDLE:
+                raise SimulationError(
+                    f"{self.planner.name} runs nothing although {len(self._by_id)} sequences wait"
+                )
+            self._seconds = 0.0
+            return IDLE_S, refused
+        self._num_idle = 0
+        self._seconds = self._time(plan)
+        self.busy_s += self._seconds
+        self.num_iterations += 1
+        return self._seconds, refused
+
+    def end(self, now: float) -> list[SimulatedSequence]:
+        """The iteration's results are there. Returns the sequences that have ended."""
+        plan, ended = self._plan, []
+        self.busy = False
+        by_id, speculation, drafts = self._by_id, plan.speculation, self.drafter is not None
+        for seq_id, num_tokens in plan.num_scheduled_tokens.items():
+            seq = by_id[seq_id]
+            num_drafted = speculation.get(seq_id, 0)
+            decodes = drafts and seq.is_decoding
+            seq.num_computed_tokens += num_tokens - num_drafted
+            if len(seq.token_ids) == seq.num_computed_tokens:
+                num_accepted = self._accepted(num_drafted) if num_drafted else 0
+                if decodes:
+                    self.planner.verified(seq, num_drafted, num_accepted)
+                    self.drafter.ran(seq, num_accepted)
+                if self._append(seq, 1 + num_accepted, now):
+                    ended.append(seq)
+                elif drafts:
+                    self.pool.trim(seq)
+            self.pool.commit(seq)
+        for seq in ended:
+            self._finish(seq)
+        if plan.num_scheduled_tokens:
+            self.planner.observe(plan, self._seconds)
+        return ended
+
+    def _settle(self, plan: IterationPlan) -> list[SimulatedSequence]:
+        for seq_id in plan.promote:
+            self._by_id[seq_id].standing = Standing.ADMITTED
+        self.relegated = []
+        for seq_id in plan.relegate:
+            seq = self._by_id[seq_id]
+            seq.standing = Standing.BEST_EFFORT
+            if seq.state is SequenceState.WAITING and seq.num_output_tokens == 0:
+                self.relegated.append(seq)
+        refused = []
+        for seq_id in plan.reject:
+            seq = self._by_id[seq_id]
+            self.withdraw(seq)
+            seq.state = SequenceState.FINISHED
+            refused.append(seq)
+        return refused
+
+    def _start(self, plan: IterationPlan) -> None:
+        for seq_id in plan.preempt:
+            seq = self._by_id[seq_id]
+            self._release(seq)
+            seq.num_computed_tokens, seq.state = 0, SequenceState.WAITING
+            seq.num_preemptions += 1
+            self.running.remove(seq)
+            insort(self.waiting, seq, key=_rank)
+        for seq_id in plan.admit:
+            seq = self._by_id[seq_id]
+            seq.num_computed_tokens, seq.state = self.pool.admit(seq), SequenceState.RUNNING
+            if seq.num_preemptions == 0:
+                seq.num_cached_tokens = seq.num_computed_tokens
+            self.waiting.remove(seq)
+            insort(self.running, seq, key=_rank)
+        grow, by_id = self.pool.grow, self._by_id
+        for seq_id, num_tokens in plan.num_scheduled_tokens.items():
+            grow(by_id[seq_id], num_tokens)
+
+    def _time(self, plan: IterationPlan) -> float:
+        """Seconds of the batch, draft model included, by the device."""
+        by_id, speculation, drafter = self._by_id, plan.speculation, self.drafter
+        shape = BatchShape.of(
+            (by_id[seq_id].num_computed_tokens, num_tokens)
+            for seq_id, num_tokens in plan.num_scheduled_tokens.items()
+        )
+        if speculation or plan.catch_up:
+            lags = 0
+            for seq_id in speculation:
+                lag = drafter.lag(by_id[seq_id])
+                drafter.ran(by_id[seq_id], lag)
+                lags += lag
+            for seq_id, num_tokens in plan.catch_up.items():
+                drafter.ran(by_id[seq_id], num_tokens)
+            shape = replace(
+                shape,
+                draft_steps=max(speculation.values(), default=1),
+                draft_tokens=sum(speculation.values()) + lags + sum(plan.catch_up.values()),
+            )
+        seconds = self.device.profiled(shape)
+        return seconds if self.noise is None else seconds * self.noise()
+
+    def _accepted(self, num_drafted: int) -> int:
+        num = 0
+        while num < num_drafted and self._rng.random() < self.acceptance:
+            num += 1
+        return num
+
+    def _append(self, seq: SimulatedSequence, num_tokens: int, now: float) -> bool:
+        """Append sampled tokens, each behind the KV of the one before it; True at the end."""
+        turn, tokens, progress = seq.turn, seq.token_ids, seq.progress
+        filler = seq.request.seed
+        left = turn.output_tokens - (len(tokens) - turn.prompt_tokens)
+        for number in range(min(num_tokens, left)):
+            if number:
+                seq.num_computed_tokens += 1
+            tokens.append(filler)
+            progress.add_token(now)
+            if len(tokens) - turn.prompt_tokens == turn.thinking_tokens:
+                progress.end_stage()
+        return num_tokens >= left
+
+    def _finish(self, seq: SimulatedSequence) -> None:
+        self.planner.finished(seq)
+        self._release(seq)
+        seq.state = SequenceState.FINISHED
+        self.running.remove(seq)
+        del self._by_id[seq.seq_id]
+
+    def _release(self, seq: SimulatedSequence) -> None:
+        self.pool.release(seq)
+        if self.drafter is not None:
+            self.drafter.forget(seq)
+
+
+def _rank(seq: Sequence) -> tuple[int, float, str]:
+    return seq.rank
