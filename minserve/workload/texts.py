@@ -66,8 +66,9 @@ def fill(
         turns: list[Turn] = []
         for turn in conversation.turns:
             name = PROMPTS.get(turn.slo.name, OTHER)
-            deck = decks.setdefault(name, _Deck(_words(name), rng))
-            text = deck.text(turn.prompt_tokens - turn.shared_tokens, count)
+            if name not in decks:
+                decks[name] = _Deck(_words(name), rng)
+            text = decks[name].text(turn.prompt_tokens - turn.shared_tokens, count)
             turns.append(replace(turn, text=text))
         filled.append(Conversation(conversation.arrival_s, tuple(turns)))
     return filled

@@ -97,7 +97,9 @@ def to_workload(
         name = row.name or default_class
         if name not in slo_of:
             known = ", ".join(slo_of)
-            raise WorkloadError(f"line {row.line}: no class {name!r}; there are {known}")
+            raise WorkloadError(
+                f"the trace's line {row.line}: no class {name!r}; there are {known}"
+            )
         turns.append(
             Turn(
                 slo=slo_of[name],
@@ -132,7 +134,7 @@ def _check_lengths(rows: Sequence[Row], max_model_len: int | None) -> None:
     if long:
         first = long[0]
         raise WorkloadError(
-            f"line {first.line}: {first.prompt_tokens} prompt and {first.output_tokens} output "
+            f"the trace's line {first.line}: {first.prompt_tokens} prompt and {first.output_tokens} output "
             f"tokens are more than the model's {max_model_len}; so are {len(long)} of "
             f"{len(rows)} rows. Leave them out or take a model with a longer context"
         )
