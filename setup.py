@@ -21,7 +21,10 @@ setup(
     python_requires=">=3.11",
     packages=packages,
     package_dir=ROOTS,
-    package_data={"minserve.models": ["smollm2_draft/*"]},
+    package_data={
+        "minserve.models": ["smollm2_draft/*"],
+        "minserve.workload": ["data/*.md", "data/*/*.gz"],
+    },
     install_requires=[
         "torch>=2.11",
         "transformers>=5.0",

@@ -9,7 +9,6 @@ requests that were sent late. All of it is drawn from seeds.
 from __future__ import annotations
 
 import asyncio
-import gzip
 import json
 import math
 import random
@@ -25,7 +24,6 @@ import aiohttp
 from minserve.planner.perf_model import PerfModel
 from minserve.slo import SLO, Targets
 
-DATA = Path(__file__).parent / "data"
 # Coefficient of variation of the times between arrivals.
 VARIATION = {"poisson": 1.0, "bursty": 3.0}
 # After the last arrival; a request's own deadlines all lie before it.
@@ -47,7 +45,7 @@ class WorkClass:
     """One kind of request.
 
     Attributes:
-        prompts_file: in bench/data.
+        prompts_file: in minserve/workload/data.
         ttft_slowdown: multiple of the prompt's zero-load prefill time.
         tight: whether the pace is the tight or the loose one.
         output_mean, output_sd: tokens, of SLOs-Serve's evaluation (arXiv 2504.08784).
@@ -129,12 +127,6 @@ class Answer:
             return True
         gaps = self.offered.num_output_tokens - 1
         return now - first > gaps * targets.stages[-1].tpot_s
-
-
-def read_prompts(name: str) -> list[str]:
-    """The texts of a file in bench/data."""
-    with gzip.open(DATA / f"{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
-        return [json.loads(line)["prompt"] for line in lines]
 
 
 def arrival_times(process: str, rate: float, seconds: float, rng: random.Random) -> list[float]:

@@ -42,7 +42,6 @@ from slo_load import (
     Offered,
     Prompt,
     make_trace,
-    read_prompts,
     slo_fields,
     write_classes,
 )
@@ -63,6 +62,7 @@ from tqdm import tqdm
 from minserve.config import POLICIES, SPECULATORS, ServerConfig
 from minserve.planner.perf_model import PerfModel
 from minserve.slo import SLO
+from minserve.workload.data_files import read_prompts
 
 RATES = (0.3, 0.6, 1.0, 1.4, 1.8)
 SARATHI_BUDGETS = (64, 128)

@@ -26,7 +26,6 @@ is JSON.
 from __future__ import annotations
 
 import argparse
-import gzip
 import importlib.util
 import json
 import os
@@ -50,9 +49,11 @@ from tqdm import tqdm
 from minserve import Engine
 from minserve.errors import MinserveError
 from minserve.models.source import EMBEDDED_DRAFT, find_model, load_config
+from minserve.workload import data_files
 
 ROOT = Path(__file__).parent.parent
-DATA = Path(__file__).parent / "data"
+# Of a set of prompts: the first.
+MOST_PROMPTS = 300
 # Longest prompts taken, in tokens, and the largest batch of them for which there are blocks.
 MOST_PROMPT, MOST_BATCH = 224, 24
 CODE_PROMPT, SYNTHETIC_PROMPT = 96, 128
@@ -101,8 +102,7 @@ def read_prompts(case: Case, engine: Engine, code: Sequence[str]) -> list[Any]:
             prompts += [ids[start : start + CODE_PROMPT] for start in starts]
         rng.shuffle(prompts)
         return prompts
-    with gzip.open(DATA / f"{case.prompts}.jsonl.gz", "rt", encoding="utf-8") as lines:
-        texts = [json.loads(line)["prompt"] for line in lines]
+    texts = list(data_files.read_prompts(case.prompts)[:MOST_PROMPTS])
     if case.instruction == EXTRACT:
         texts = [text.split("\n\n", 1)[1] for text in texts]
     rng.shuffle(texts)

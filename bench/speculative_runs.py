@@ -27,7 +27,7 @@ class Case:
 
     Attributes:
         group: cases of a group share their engines.
-        prompts: file in bench/data.
+        prompts: set in minserve/workload/data.
         instruction: what is asked, with ``{text}`` for the prompt.
     """
 

@@ -21,7 +21,6 @@ from slo_load import (
     drive,
     make_trace,
     read_event,
-    read_prompts,
     slo_fields,
     write_classes,
 )
@@ -40,6 +39,7 @@ from slo_report import (
 from minserve.planner.perf_model import PerfModel, Piece
 from minserve.slo import StageTarget, Targets
 from minserve.slo_fields import load_classes, parse_slo
+from minserve.workload.data_files import read_prompts
 
 MODEL = PerfModel([Piece(tokens=0.002, base=0.02)])
 SLOS = {work.name: work.slo(2.5, 5.0) for work in CLASSES}

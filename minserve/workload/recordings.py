@@ -1,0 +1,218 @@
+"""Recordings: real lengths of whole conversations, some with the times of their arrivals.
+
+They are data (``data/README.md``), read when first asked for. What the SLOs-Serve
+evaluation (arXiv 2504.08784) says of its own is compared in each reader's docstring, as
+mean/p99/sd of tokens.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+
+from minserve.slo import SLO, preset_classes
+from minserve.workload.data_files import data_path, read_lengths
+from minserve.workload.traces import Row, read_trace
+
+# Of OPT, the models of that evaluation; longer requests are left out.
+MAX_MODEL_LEN = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """A turn's lengths. Its prompt is all that was said before, and `new_tokens`.
+
+    Attributes:
+        output_tokens: in all.
+        thinking_tokens: of these, before ``</think>``.
+    """
+
+    slo: SLO
+    new_tokens: int
+    output_tokens: int
+    thinking_tokens: int = 0
+
+
+Chain = tuple[Call, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """Chains that follow each other in time.
+
+    Attributes:
+        times: of their arrivals, ascending; empty where only their lengths are known, and
+            any order is as good.
+        period_s: what the times are out of.
+    """
+
+    chains: tuple[Chain, ...]
+    times: tuple[float, ...] = ()
+    period_s: float = 0.0
+
+
+@cache
+def chatbot() -> Recording:
+    """5 minutes of a chat service (Azure's trace of November 2023), requests of at most 2048
+    tokens: 1391 of them.
+
+    The paper's: prompts 763/1591/424, outputs 266/619/160. Here 763/1592/424 and
+    267/620/160: the same rows.
+    """
+    return _window("azure2023_conv", "chatbot", 900.0, 1200.0)
+
+
+@cache
+def coding() -> Recording:
+    """5 minutes of a code completion service (Azure's trace of November 2023), requests of at
+    most 2048 tokens: 559 of them, in bursts.
+
+    The paper's: prompts 847/2010/617, outputs 26/232/47. Here 847/2010/617 and 27/233/48:
+    the same rows.
+    """
+    return _window("azure2023_code", "coding", 1786.0, 2086.0)
+
+
+@cache
+def summarization() -> Recording:
+    """Papers and their abstracts in tokens (arXiv, by Vidur), pairs of at most 2048.
+
+    The paper's: prompts 1333/1946/444, outputs 202/-/234. Here 1333/1947/445 and
+    203/1509/234: most likely the same rows. Some abstracts are longer than their paper,
+    faults of their extraction; they stay in, as they have part in the paper's figures.
+    """
+    slo = preset_classes()["summarization"]
+    return Recording(
+        tuple(
+            (Call(slo=slo, new_tokens=prompt, output_tokens=output),)
+            for row in read_lengths("arxiv_summarization")
+            for prompt, output in [(int(row["prompt_tokens"]), int(row["output_tokens"]))]
+            if prompt + output <= MAX_MODEL_LEN
+        )
+    )
+
+
+# Means of the paper, per call and per request.
+TOOL_PROMPT, TOOL_OUTPUT = 690, 116
+REASONING_PROMPT, REASONING_THINKING, REASONING_ANSWER = 127, 4693, 803
+
+
+@cache
+def tools() -> Recording:
+    """ToolBench's recorded calls of a model that uses tools: 151 chains of 2 to 6 calls.
+
+    Each recording is a depth-first search: where a call failed, the model went back some
+    rounds. A chain is one way from its first round to a last one. A call's prompt is the
+    prompt and the answer before it and what is new, as it was recorded. Outputs are
+    multiplied by 0.987, new parts of prompts by 0.253, which gives the paper's means per
+    call: ToolBench's prompts hold long descriptions of tools, three times those of the paper.
+
+    The paper's, per call: prompts 690/2131/356, outputs 116/363/66. Here 690/1482/301 and
+    116/366/97.
+    """
+    paths = _paths(read_lengths("toolbench_calls"))
+    outputs = [output for path in paths for _, output in path]
+    # Of each call's prompt: what never was an answer, and what was.
+    never, answered = zip(*[part for path in paths for part in _parts(path)], strict=True)
+    output_factor = TOOL_OUTPUT / statistics.fmean(outputs)
+    of_answers = output_factor * statistics.fmean(answered)
+    new_factor = (TOOL_PROMPT - of_answers) / statistics.fmean(never)
+    loop, final = preset_classes()["tool_loop"], preset_classes()["tool_final"]
+    return Recording(
+        tuple(
+            tuple(
+                Call(
+                    slo=final if i == len(path) else loop,
+                    new_tokens=scaled(new, new_factor),
+                    output_tokens=scaled(output, output_factor),
+                )
+                for i, (new, output) in enumerate(path, start=1)
+            )
+            for path in paths
+        )
+    )
+
+
+@cache
+def reasoning() -> Recording:
+    """Questions of s1K with the thoughts and answers of a model: 1000.
+
+    Lengths are multiplied by 1.07, 1.09 and 1.10, which gives the paper's means of 127
+    (prompt), 4693 (thinking) and 803 (answer).
+
+    The paper's prompts: 127/421/83. Here 127/419/82.
+    """
+    rows = read_lengths("s1k_reasoning")
+    columns = {
+        "prompt_tokens": REASONING_PROMPT,
+        "thinking_tokens": REASONING_THINKING,
+        "answer_tokens": REASONING_ANSWER,
+    }
+    prompts, thoughts, answers = (
+        [scaled(int(row[name]), mean / _mean(rows, name)) for row in rows]
+        for name, mean in columns.items()
+    )
+    slo = preset_classes()["reasoning"]
+    return Recording(
+        tuple(
+            (Call(slo=slo, new_tokens=p, output_tokens=t + a, thinking_tokens=t),)
+            for p, t, a in zip(prompts, thoughts, answers, strict=True)
+        )
+    )
+
+
+def scaled(tokens: int, factor: float) -> int:
+    """A length times a factor, at least 1."""
+    return max(1, round(tokens * factor))
+
+
+def _mean(rows: list[dict[str, str]], name: str) -> float:
+    return statistics.fmean(int(row[name]) for row in rows)
+
+
+def _window(trace: str, name: str, start_s: float, end_s: float) -> Recording:
+    rows = [row for row in read_trace(data_path("arrivals", trace)) if _fits(row, start_s, end_s)]
+    slo = preset_classes()[name]
+    return Recording(
+        tuple(
+            (Call(slo=slo, new_tokens=row.prompt_tokens, output_tokens=row.output_tokens),)
+            for row in rows
+        ),
+        tuple(row.arrival_s for row in rows),
+        end_s - start_s,
+    )
+
+
+def _fits(row: Row, start_s: float, end_s: float) -> bool:
+    return (
+        start_s <= row.arrival_s <= end_s and row.prompt_tokens + row.output_tokens <= MAX_MODEL_LEN
+    )
+
+
+def _paths(rows: list[dict[str, str]]) -> list[list[tuple[int, int]]]:
+    """The ways from a search's first round to each of its last ones.
+
+    Args:
+        rows: calls of ToolBench, in the order of each search.
+
+    Returns:
+        (new prompt tokens, output tokens) per call.
+    """
+    rounds = [int(row["round"]) for row in rows] + [1]
+    paths: list[list[tuple[int, int]]] = []
+    path: list[tuple[int, int]] = []
+    for i, row in enumerate(rows):
+        new, output = int(row["new_prompt_tokens"]), int(row["output_tokens"])
+        path = [*path[: rounds[i] - 1], (new, output)]
+        if rounds[i + 1] <= rounds[i]:
+            paths.append(path)
+    return paths
+
+
+def _parts(path: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Of the prompt of each call: tokens that never were an answer, and those that were."""
+    news = accumulate(new for new, _ in path)
+    answers = accumulate((output for _, output in path[:-1]), initial=0)
+    return list(zip(news, answers, strict=True))

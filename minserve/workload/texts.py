@@ -1,0 +1,139 @@
+"""`fill`: real prompts in place of mere numbers of tokens, for servers with a tokenizer.
+
+Prompts of a class's own kind follow each other until a text is as long as it should be. No
+two begin alike, so that a prefix cache finds nothing but what a conversation repeats.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from itertools import accumulate
+from types import MappingProxyType
+
+from minserve.workload.conversation import Conversation, Turn
+from minserve.workload.data_files import read_prompts
+
+Count = Callable[[str], int]
+
+CHARACTERS_PER_TOKEN = 4
+# The first guess at a text's length in words.
+WORDS_PER_TOKEN = 0.7
+# A text is long enough with this share of its tokens, or as good as it gets after some tries.
+CLOSE, MOST_TRIES = 0.98, 6
+# Words in which two texts must differ: a block of a prefix cache holds more.
+BEGINNING = 8
+# By class; any other's are those of a chat.
+PROMPTS: Mapping[str, str] = MappingProxyType(
+    {
+        "chatbot": "self_instruct_user",
+        "coding": "humaneval",
+        "summarization": "scitldr_abstracts_test",
+        "tool_loop": "toolbench_queries",
+        "tool_final": "toolbench_queries",
+        "reasoning": "s1k",
+    }
+)
+OTHER = "self_instruct_user"
+
+
+def estimate_tokens(text: str) -> int:
+    """Tokens of a text where no tokenizer is at hand."""
+    return math.ceil(len(text) / CHARACTERS_PER_TOKEN)
+
+
+def fill(
+    workload: Sequence[Conversation], count: Count = estimate_tokens, *, seed: int = 0
+) -> list[Conversation]:
+    """The same workload with a text in every turn: of its whole prompt in a first turn, of
+    what is new in a later one.
+
+    Args:
+        count: tokens of a text. A text has at most as many as its turn says, and few less;
+            at least a character.
+        seed: other texts for the same workload.
+    """
+    rng = random.Random(f"{seed} texts")
+    decks: dict[str, _Deck] = {}
+    filled = []
+    for conversation in workload:
+        turns: list[Turn] = []
+        for turn in conversation.turns:
+            name = PROMPTS.get(turn.slo.name, OTHER)
+            deck = decks.setdefault(name, _Deck(_words(name), rng))
+            text = deck.text(turn.prompt_tokens - turn.shared_tokens, count)
+            turns.append(replace(turn, text=text))
+        filled.append(Conversation(conversation.arrival_s, tuple(turns)))
+    return filled
+
+
+class _Deck:
+    """Texts out of one set of prompts, laid behind each other in a random order.
+
+    Args:
+        prompts: in words.
+    """
+
+    def __init__(self, prompts: Sequence[Sequence[str]], rng: random.Random) -> None:
+        self._rng = rng
+        shuffled = rng.sample(prompts, len(prompts))
+        self._lengths = [len(words) for words in shuffled]
+        self._starts = [0, *accumulate(self._lengths[:-1])]
+        self._words = [word for words in shuffled for word in words]
+        self._num_texts = 0
+        self._beginnings: set[str] = set()
+
+    def text(self, num_tokens: int, count: Count) -> str:
+        """The next text, of at most so many tokens."""
+        start = self._start()
+        length = max(1, int(num_tokens * WORDS_PER_TOKEN))
+        best, most = "", 0
+        for _ in range(MOST_TRIES):
+            text = self._cut(start, length)
+            found = max(1, count(text))
+            if most < found <= num_tokens:
+                best, most = text, found
+            if most >= CLOSE * num_tokens:
+                return best
+            length = max(1, int(length * num_tokens / found))
+        text = best or self._cut(start, 1)
+        while len(text) > 1 and count(text) > num_tokens:
+            text = text[: len(text) // 2]
+        return text
+
+    def _start(self) -> int:
+        """A word in the first half of the next prompt, which no text has begun with."""
+        prompt = self._num_texts % len(self._starts)
+        self._num_texts += 1
+        start = self._starts[prompt] + self._rng.randrange(self._lengths[prompt] // 2 + 1)
+        # A text that begins like another one would find its prefix cached.
+        while (beginning := self._cut(start, BEGINNING)) in self._beginnings:
+            start += 1
+        self._beginnings.add(beginning)
+        return start % len(self._words)
+
+    def _cut(self, start: int, length: int) -> str:
+        ring = self._words
+        words = (ring[i % len(ring)] for i in range(start, start + length))
+        return "".join(words).rstrip()
+
+
+@cache
+def _words(name: str) -> tuple[tuple[str, ...], ...]:
+    """A set's prompts, without what they all begin with, in words and the spaces after them."""
+    texts = read_prompts(name)
+    if name == "scitldr_abstracts_test":
+        texts = tuple(text.split("\n\n", 1)[1] for text in texts)
+    if name == "toolbench_queries":
+        texts = tuple(_query_first(text) for text in texts)
+    return tuple(tuple(re.findall(r"\S+\s*", text.strip() + "\n\n")) for text in texts)
+
+
+def _query_first(text: str) -> str:
+    """A prompt of ToolBench without its rules, and with the user's words before the tools."""
+    tools, query = text.split("\n\nUser: ", 1)
+    return f"{query.strip()}\n\n{tools.split('APIs: ', 1)[1]}"
