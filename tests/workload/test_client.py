@@ -265,7 +265,7 @@ def test_a_turn_without_a_text_cannot_be_sent() -> None:
 def test_too_few_files_are_a_clear_error() -> None:
     code = f"""
 import resource, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
 from test_client import *
 endpoint = asyncio.run(find_endpoint(sys.argv[1]))
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
