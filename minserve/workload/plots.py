@@ -134,6 +134,8 @@ def plot_run(
         WorkloadError: where it cannot be drawn or written.
     """
     check_can_plot(file)
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     figure, (ttft, tpot, time) = _figure(3)
     names = sorted({verdict.name for verdict in verdicts})
     for name, colour in zip(names, _colours(len(names)), strict=True):
@@ -148,6 +150,9 @@ def plot_run(
         panel.set(xlabel=f"{word} (ms), its SLO dashed", ylabel="% of requests within")
         if panel.lines:
             panel.set_xscale("log")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_formatter(NullFormatter())
     time.set(xlabel="arrival (s)", ylabel="% attaining their SLO", xlim=(0, max(seconds, 1e-3)))
     for panel in (ttft, tpot, time):
         panel.set_ylim(0, 102)

@@ -170,7 +170,7 @@ def test_an_output_that_ended_early_is_an_answer_but_is_counted() -> None:
     with scripted_server() as server:
         load = run(server, [one("short"), one("good")])
     assert causes(load) == [None, None]
-    assert load.num_short() == 1
+    assert load.num_short == 1
 
 
 def test_a_strict_server_gets_openai_fields_alone() -> None:
