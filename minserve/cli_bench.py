@@ -356,6 +356,8 @@ def _pooled(runs: Sequence[Run]) -> list[tuple[float | None, Report]]:
 
 
 def _in_words(capacity: Capacity) -> str:
+    if not capacity.attainment:
+        return "capacity: the search was cut short before any rate was measured"
     low, high = capacity.interval()
     if capacity.rate is None:
         return f"capacity: no rate was found at which {capacity.level:.0%} attain their SLO"
