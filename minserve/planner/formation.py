@@ -12,11 +12,12 @@ The batch is as long as the nearest decode deadline allows, not of a fixed size.
 5. best effort, decodes first, prefills in chunks.
 
 Tokens are drafted for decodes that must run, where that leaves longer batches to the prefills
-behind them, and for all decodes of a batch without prefills, as far as that makes them faster
-(`minserve.planner.speculation`).
+behind them, and with what time is left for all other decodes of the batch, as far as that
+saves time or makes them faster (`minserve.planner.speculation`).
 
 Best effort may preempt nobody; admitted sequences preempt best effort when blocks or slots
-run out.
+run out. Since all that was computed is lost then, best effort starts only in blocks that
+promises have not held lately.
 """
 
 from __future__ import annotations
@@ -40,8 +41,6 @@ from minserve.planner.speculation import (
 )
 from minserve.request import Sequence, SequenceState
 
-import os
-EAGER='E' in os.environ.get('X','')
 Due = tuple[float, Sequence]
 
 
@@ -72,13 +71,16 @@ class BatchLimits:
             reaches the client in time.
         best_effort_s: of this iteration, what best effort gets before admitted prefills;
             the nearest decode deadline stands all the same.
+        best_effort_blocks: that best effort may hold, so that promises seldom take them away
+            again, with all that was computed.
+        blocks_of: that a sequence will come to hold.
     """
 
     longest_s: float
     guard_s: float
     best_effort_s: float = 0.0
     best_effort_blocks: float = math.inf
-    blocks_of: Callable[[Sequence], int] = lambda seq: 0
+    blocks_of: Callable[[Sequence], int] = lambda seq: len(seq.block_table)
 
 
 def form_batch(
@@ -114,7 +116,8 @@ def form_batch(
         _draft_for_prefills(batch, own, len(work.decodes), limit, limits.guard_s, needed)
     given = 0.0
     if limits.best_effort_s > 0:
-        given = _best_effort(batch, work.best_effort, batch.seconds + limits.best_effort_s, limit, limits)
+        overdue = batch.seconds + limits.best_effort_s
+        given = _best_effort(batch, work.best_effort, min(overdue, limit), limits)
     for deadline, seq in work.prefills:
         if batch.is_full(limit):
             break
@@ -126,31 +129,9 @@ def form_batch(
             batch.prefill(seq, limit, evict=True)
     for _, seq in may:
         batch.decode(seq, limit)
-
-    # Neither pending nor best effort may use up the credit of admitted decodes.
-    pace = min((seq.progress.tpot_s for _, seq in work.decodes), default=limit)
-    spare = min(limit, pace / batch.margin)
-    hold = bool(work.decodes or work.prefills)
-    for _, seq in work.pending:
-        if batch.is_full(spare):
-            break
-        batch.prefill(seq, spare, hold=hold)
-    given += _best_effort(batch, work.best_effort, spare, limit, limits)
-    # Whoever drafted for the sake of prefills has done so, even if none of them fits now.
-    drafted = batch.draft.plan.speculation or batch.draft.plan.catch_up
-    if drafting is not None and not batch.num_prefills and not drafted:
-        _draft_for_speed(batch, view, drafting, limit)
-    elif drafting is not None and batch.num_prefills and EAGER:
-        sched = batch.draft.plan.num_scheduled_tokens
-        own = [
-            one
-            for seq in view.running
-            if seq.seq_id in sched
-            and seq.is_decoding
-            and seq.seq_id not in batch.draft.plan.speculation
-            and (one := drafting.speculator(seq)).limit > 0
-        ]
-        _draft_for_prefills(batch, own, len(work.decodes) or 1, limit, limits.guard_s, False)
+    given += _fill_up(batch, work, limits, limit)
+    if drafting is not None and model is not None:
+        _draft_with_the_rest(batch, view, len(work.decodes), drafting, limit, limits.guard_s)
     plan = batch.draft.plan
     plan.shape, plan.best_effort_s = batch.shape, given
     # A batch of plain decodes is as short as can be, however late it begins.
@@ -282,16 +263,32 @@ class _TimedBatch:
             self._draft_tokens,
         )
 
-    def speculate(self, one: Speculator, length: int, limit: float) -> None:
-        """Draft up to so many tokens for a scheduled decode, as far as the limit allows."""
-        while length > 0:
-            shape = with_drafts(self.shape, [one], [length])
-            if self.model.predict(shape) <= limit:
-                break
-            length -= 1
-        length = self.draft.speculate(one.seq, length)
-        if length > 0:
-            self._grow(with_drafts(self.shape, [one], [length]))
+    def speculate(
+        self, speculators: SequenceOf[Speculator], lengths: SequenceOf[int], limit: float
+    ) -> None:
+        """Draft up to so many tokens for scheduled decodes, as far as blocks, budget and the
+        limit allow.
+        """
+        if self.model.predict(with_drafts(self.shape, speculators, lengths)) > limit:
+            lengths = self._fitting(speculators, lengths, limit)
+        granted = [
+            self.draft.speculate(one.seq, length) if length else 0
+            for one, length in zip(speculators, lengths, strict=True)
+        ]
+        if any(granted):
+            self._grow(with_drafts(self.shape, speculators, granted))
+
+    def _fitting(
+        self, speculators: SequenceOf[Speculator], lengths: SequenceOf[int], limit: float
+    ) -> list[int]:
+        """As much of these lengths as fits within the limit, first come, first served."""
+        shape, fitting = self.shape, []
+        for one, length in zip(speculators, lengths, strict=True):
+            while length and self.model.predict(with_drafts(shape, [one], [length])) > limit:
+                length -= 1
+            shape = with_drafts(shape, [one], [length])
+            fitting.append(length)
+        return fitting
 
     def catch_up(self, one: Speculator, limit: float) -> None:
         """Let the draft model run what it lacks of a sequence, as far as the limit allows."""
@@ -376,11 +373,24 @@ def _pace_s(seq: Sequence, speculators: Mapping[str, Speculator]) -> float:
     return cautious_tokens(one.acceptance, one.limit) * seq.progress.tpot_s
 
 
+def _fill_up(batch: _TimedBatch, work: Work, limits: BatchLimits, limit: float) -> float:
+    """Run pending sequences and best effort; returns the predicted seconds of best effort."""
+    # Neither may use up the credit of admitted decodes.
+    pace = min((seq.progress.tpot_s for _, seq in work.decodes), default=limit)
+    spare = min(limit, pace / batch.margin)
+    hold = bool(work.decodes or work.prefills)
+    for _, seq in work.pending:
+        if batch.is_full(spare):
+            break
+        batch.prefill(seq, spare, hold=hold)
+    return _best_effort(batch, work.best_effort, spare, limits)
+
+
 def _best_effort(
-    batch: _TimedBatch, sequences: list[Sequence], until: float, limit: float, limits: BatchLimits
+    batch: _TimedBatch, sequences: list[Sequence], until: float, limits: BatchLimits
 ) -> float:
     """Run best effort until the batch takes so long; returns the predicted seconds of it."""
-    before, until = batch.seconds, min(until, limit)
+    before = batch.seconds
     todo = [seq for seq in sequences if seq.seq_id not in batch.draft.plan.num_scheduled_tokens]
     for seq in todo:
         if batch.is_full(until):
@@ -392,16 +402,15 @@ def _best_effort(
             batch.prefill(seq, until)
     held = sum(len(seq.block_table) for seq in sequences)
     for seq in todo:
-        if seq.state is SequenceState.WAITING:
-            more = limits.blocks_of(seq)
-            room = limits.best_effort_blocks - held
-            if not held:
-                room = max(room, batch.draft.view.memory.num_free_blocks)
-            if more > room:
-                break
-            if not batch.prefill(seq, until):
-                break
-            held += more
+        if seq.state is not SequenceState.WAITING:
+            continue
+        needed, room = limits.blocks_of(seq), limits.best_effort_blocks - held
+        # One of them may always run, while blocks are free.
+        if not held:
+            room = max(room, batch.draft.view.memory.num_free_blocks)
+        if needed > room or not batch.prefill(seq, until):
+            break
+        held += needed
     return batch.seconds - before
 
 
@@ -426,31 +435,61 @@ def _draft_for_prefills(
         lengths = tuple(one.limit for one in ready)
     else:
         lengths = most_left_to_prefills(batch.model, batch.shape, num_decodes, ready, guard_s)
-    for one, length in zip(ready, lengths, strict=True):
-        batch.speculate(one, length, limit)
+    batch.speculate(ready, lengths, limit)
+
+
+def _draft_with_the_rest(
+    batch: _TimedBatch,
+    view: PlannerView,
+    num_promised: int,
+    drafting: Drafting,
+    limit: float,
+    guard_s: float,
+) -> None:
+    """Draft for the decodes that do not yet, as far as time is left.
+
+    Whoever is done sooner holds its blocks for less long and comes round less often.
+
+    Args:
+        num_promised: decodes under a promise, in this batch or not.
+    """
+    plan = batch.draft.plan
+    decodes = [
+        seq for seq in view.running if seq.seq_id in plan.num_scheduled_tokens and seq.is_decoding
+    ]
+    if not batch.num_prefills:
+        # Whoever drafted for the sake of prefills has done so, even if none of them fits now.
+        if not (plan.speculation or plan.catch_up):
+            _draft_for_speed(batch, decodes, drafting, limit)
+        return
+    own = [
+        one
+        for seq in decodes
+        if seq.seq_id not in plan.speculation
+        and seq.seq_id not in plan.catch_up
+        and (one := drafting.speculator(seq)).limit > 0
+    ]
+    num_decodes = max(num_promised, len(decodes))
+    _draft_for_prefills(batch, own, num_decodes, limit, guard_s, needed=False)
 
 
 def _draft_for_speed(
-    batch: _TimedBatch, view: PlannerView, drafting: Drafting, limit: float
+    batch: _TimedBatch, decodes: list[Sequence], drafting: Drafting, limit: float
 ) -> None:
     """Draft for the decodes of a batch such that it brings most tokens per second."""
-    if batch.model is None:
-        return
-    scheduled = batch.draft.plan.num_scheduled_tokens
-    decodes = [seq for seq in view.running if seq.seq_id in scheduled]
     speculators = [one for seq in decodes if (one := drafting.speculator(seq)).limit > 0]
     # Whoever must catch up first is counted as if it had, to see what that is worth.
     ready = [one if one.lag <= MOST_LAG else replace(one, lag=0) for one in speculators]
     plain_s, token_s = batch.seconds, batch.model.drift * batch.model.pieces[0].draft_tokens
     best = most_tokens_per_second(batch.model, batch.shape, len(decodes), ready, limit)
     drafting.declined = bool(speculators) and not any(best.lengths)
+    lengths = []
     for one, length in zip(speculators, best.lengths, strict=True):
-        if length == 0:
-            continue
-        if one.lag <= MOST_LAG:
-            batch.speculate(one, length, limit)
+        lengths.append(length if one.lag <= MOST_LAG else 0)
+        if length == 0 or one.lag <= MOST_LAG:
             continue
         saved_s = plain_s * (1.0 - 1.0 / best.gain) / len(decodes)
         if drafting.remaining(one.seq) * saved_s >= one.lag * token_s:
             # An iteration at most doubles for it.
             batch.catch_up(one, min(limit, 2.0 * plain_s))
+    batch.speculate(speculators, lengths, limit)

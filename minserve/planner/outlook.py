@@ -139,41 +139,33 @@ def build_outlook(
     return Outlook(
         starts=starts,
         counts=counts.cumsum(axis=0)[:num],
-        free_blocks=num_blocks - _most_held_from(starts, holdings, release),
+        free_blocks=num_blocks - _most_held_from(starts, holdings),
         free_seqs=free_seqs,
     )
 
 
 def _most_held_from(
-    starts: NDArray[np.float64], holdings: SequenceOf[Holding], release: NDArray[np.float64]
+    starts: NDArray[np.float64], holdings: SequenceOf[Holding]
 ) -> NDArray[np.int64]:
     """The most blocks that will be held at any time from each start on.
 
-    All holdings grow until one ends, so that the most is held right before an end, or now.
-    That outputs which end in turn never hold all their blocks at once is the "past-future"
-    estimate of LightLLM (Gong et al., ASPLOS 2025).
+    Holdings grow until they end, so that most is held right before an end, or at the start.
+    Outputs that end in turn never hold all their blocks at once: the "past-future" estimate of
+    LightLLM (Gong et al., ASPLOS 2025).
     """
-    if not holdings:
-        return np.zeros(len(starts), dtype=np.int64)
     now = starts[0]
     first = np.array([h.blocks_now for h in holdings], dtype=np.float64)
     last = np.array([h.blocks_end for h in holdings], dtype=np.float64)
-    times = np.unique(np.concatenate([starts, release]))
-    times = times[times >= now]
-    lasting = np.maximum(release - now, 1e-9)
-    # Who never ends holds all of it from the beginning.
-    grown = np.where(np.isinf(lasting), 1.0, np.minimum((times[:, None] - now) / lasting, 1.0))
-    sizes = np.ceil(first + (last - first) * grown)
-    held = np.where(times[:, None] <= release, sizes, 0.0).sum(axis=1)
-    most = np.maximum.accumulate(held[::-1])[::-1]
-    # A segment that starts at an end begins when its blocks are free.
-    later = np.minimum(np.searchsorted(times, starts, side="right"), len(times) - 1)
-    at_start = np.where(release[None, :] > starts[:, None], 1.0, 0.0)
-    begin = np.minimum((starts[:, None] - now) / lasting, 1.0)
-    begin = np.where(np.isinf(lasting), 1.0, begin)
-    held_then = (np.ceil(first + (last - first) * begin) * at_start).sum(axis=1)
-    behind = np.where(times[later] > starts, most[later], 0.0)
-    return np.maximum(behind, held_then).astype(np.int64)
+    end = np.array([h.end_s for h in holdings], dtype=np.float64)
+    for_good = np.isinf(end)
+    times = np.unique(np.concatenate([starts, end[~for_good & (end > now)]]))
+    passed = (times - now)[:, None] / np.where(for_good, 1.0, np.maximum(end - now, 1e-9))
+    sizes = first + (last - first) * np.minimum(np.where(for_good, 1.0, passed), 1.0)
+    before = np.where(times[:, None] <= end, sizes, 0.0).sum(axis=1)
+    after = np.where(times[:, None] < end, sizes, 0.0).sum(axis=1)
+    later = np.append(np.maximum.accumulate(before[:0:-1])[::-1], 0.0)
+    at = np.searchsorted(times, starts)
+    return np.ceil(np.maximum(after[at], later[at])).astype(np.int64)
 
 
 def _segments(now: float, horizon_s: float, edges: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -14,16 +14,17 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
-from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
 
 from minserve.planner.acceptance import AcceptanceEstimator, expected_tokens
-from minserve.planner.perf_model import BatchShape, PerfModel
+from minserve.planner.perf_model import BatchShape, PerfModel, Piece
 from minserve.planner.plan import SpeculationView
 from minserve.request import Sequence
 
 # A gain smaller than this is less than predictions are good for.
 WORTH = 1.03
-ROUNDS = 3
 # A sequence of which the draft model lacks more tokens first catches up, over iterations.
 MOST_LAG = 32
 
@@ -145,6 +146,58 @@ def with_drafts(
     )
 
 
+class _Tokens:
+    """All tokens that could be drafted for some decodes, the most valuable first.
+
+    The chance of a token falls with every token before it, so that the first ones of the list
+    are always the first ones of each decode.
+
+    Args:
+        worth: of an accepted token, per speculator.
+    """
+
+    def __init__(self, speculators: SequenceOf[Speculator], worth: SequenceOf[float]) -> None:
+        limits = [one.limit for one in speculators]
+        self._num = len(speculators)
+        self._owner = np.repeat(np.arange(self._num), limits)
+        self._depth = np.concatenate([np.arange(1, limit + 1) for limit in limits])
+        value = np.array([one.acceptance for one in speculators])[self._owner] ** self._depth
+        value *= np.array(worth)[self._owner]
+        order = np.argsort(-value, kind="stable")
+        self._owner, self._depth, self._value = self._owner[order], self._depth[order], value[order]
+        context = np.array([one.seq.num_tokens for one in speculators])[self._owner]
+        self._pairs = context + self._depth
+        lags = np.array([one.lag for one in speculators])[self._owner]
+        self._drafted = np.where(self._depth == 1, 1 + lags, 1)
+
+    def prefixes(
+        self, pieces: SequenceOf[Piece], shape: BatchShape, steps: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """What the first tokens bring and take, for each number of them, at most so many deep.
+
+        Returns:
+            their value, and the profiled seconds of the batch with them, ``[K]`` each.
+        """
+        kept = self._depth <= steps
+        drafted, pairs = self._drafted[kept].cumsum(), self._pairs[kept].cumsum()
+        num = np.arange(1, len(drafted) + 1)
+        seconds = np.zeros(len(num))
+        for piece in pieces:
+            own = piece.seconds(shape) + piece.draft_steps * max(steps - shape.draft_steps, 0)
+            each = piece.tokens + piece.context_tokens
+            np.maximum(
+                seconds,
+                own + each * num + piece.attention_pairs * pairs + piece.draft_tokens * drafted,
+                out=seconds,
+            )
+        return self._value[kept].cumsum(), seconds
+
+    def lengths(self, steps: int, num: int) -> tuple[int, ...]:
+        """Per speculator, how many of the first ``num`` tokens are its own."""
+        owners = self._owner[self._depth <= steps][:num]
+        return tuple(np.bincount(owners, minlength=self._num).tolist())
+
+
 def most_tokens_per_second(
     model: PerfModel,
     shape: BatchShape,
@@ -154,9 +207,7 @@ def most_tokens_per_second(
 ) -> Speculation:
     """The lengths that bring most tokens per second of a batch of decodes.
 
-    For each number of draft steps, the threshold at which one token more no longer raises
-    the rate is found by iteration (Dinkelbach, "On nonlinear fractional programming",
-    Management Science 13, 1967).
+    For each number of draft steps, tokens are taken in order of their chance to be accepted.
 
     Args:
         shape: of the batch without drafts.
@@ -174,27 +225,16 @@ def most_tokens_per_second(
     least = model.predict(replace(shape, draft_steps=1))
     if (num_decodes + hoped) / least <= best_rate:
         return none
-    # What one more token costs, attention left out, depends on the piece that decides.
-    costs = {p.tokens + p.draft_tokens for p in model.pieces}
-    longest = max(one.limit for one in speculators)
-    for token_s, steps in product(costs, range(1, longest + 1)):
-        rate = best_rate
-        for _ in range(ROUNDS):
-            threshold = model.drift * token_s * rate
-            lengths = tuple(one.length(threshold, steps) for one in speculators)
-            if max(lengths) < steps:
-                break
-            seconds = model.predict(with_drafts(shape, speculators, lengths))
-            extra = sum(
-                expected_tokens(one.acceptance, length) - 1.0
-                for one, length in zip(speculators, lengths, strict=True)
-            )
-            found = (num_decodes + extra) / seconds
-            if found > best_rate and seconds <= limit_s:
-                best_rate, best = found, Speculation(lengths, found / plain_rate)
-            if abs(found / rate - 1.0) < 0.01:
-                break
-            rate = found
+    tokens = _Tokens(speculators, [1.0] * len(speculators))
+    correction = model.correction(replace(shape, draft_steps=1))
+    for steps in range(1, max(one.limit for one in speculators) + 1):
+        accepted, seconds = tokens.prefixes(model.pieces, shape, steps)
+        seconds *= correction
+        rates = np.where(seconds <= limit_s, (num_decodes + accepted) / seconds, 0.0)
+        most = int(rates.argmax())
+        if rates[most] > best_rate:
+            best_rate = float(rates[most])
+            best = Speculation(tokens.lengths(steps, most + 1), best_rate / plain_rate)
     return best
 
 
@@ -218,6 +258,9 @@ def most_left_to_prefills(
         speculators: decodes of the batch, with the longest speculation as their limit.
         guard_s: part of every batch's constant cost.
     """
+    none = (0,) * len(speculators)
+    if not speculators:
+        return none
     steep, drift = model.steepest, model.drift
     plain_s = drift * steep.seconds(shape)
     constant_s = (drift * steep.base + guard_s) / num_decodes
@@ -226,13 +269,13 @@ def most_left_to_prefills(
         + constant_s
         for one in speculators
     ]
-    best, most_s = (0,) * len(speculators), 0.0
-    for longest in range(1, max((one.limit for one in speculators), default=0) + 1):
-        lengths = tuple(min(one.limit, longest) for one in speculators)
-        with_ = with_drafts(shape, speculators, lengths)
-        left_s = plain_s - model.correction(with_) * steep.seconds(with_)
-        for one, length, each_s in zip(speculators, lengths, worth_s, strict=True):
-            left_s += (expected_tokens(one.acceptance, length) - 1.0) * each_s
-        if left_s > most_s:
-            best, most_s = lengths, left_s
+    tokens = _Tokens(speculators, worth_s)
+    correction = model.correction(replace(shape, draft_steps=1))
+    best, most_s = none, 0.0
+    for steps in range(1, max(one.limit for one in speculators) + 1):
+        saved, seconds = tokens.prefixes((steep,), shape, steps)
+        left_s = plain_s - correction * seconds + saved
+        most = int(left_s.argmax())
+        if left_s[most] > most_s:
+            best, most_s = tokens.lengths(steps, most + 1), float(left_s[most])
     return best

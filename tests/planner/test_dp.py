@@ -289,3 +289,25 @@ def test_every_request_finishes_however_small_the_pool(policy: str, seed: int) -
     replay.run(load)
     assert len(replay.finished) == 40
     assert replay.pool.num_free_blocks == blocks
+
+
+def test_best_effort_keeps_off_the_blocks_that_promises_held_lately() -> None:
+    """It would lose them to the next rush, and with them all that it has computed."""
+    replay = replay_of(blocks=60)
+    rush = [request(f"p{i}", 150, 60, 0.0, SLO(ttft=60.0, tpot=10.0)) for i in range(4)]
+    replay.run(rush)
+    assert all(seq.progress.attained for seq in rush)
+    replay.waiting = [request(f"b{i}", 150, 60, replay.now, None) for i in range(4)]
+    replay.step()
+    # Promises held up to 56 of the 60 blocks: one of best effort may start all the same.
+    assert [seq.seq_id for seq in replay.running] == ["b0"]
+
+
+def test_what_promises_held_long_ago_keeps_best_effort_from_nothing() -> None:
+    replay = replay_of(blocks=60)
+    replay.run([request("p", 150, 60, 0.0, SLO(ttft=60.0, tpot=10.0))])
+    replay.now += 600.0
+    replay.waiting = [request(f"b{i}", 150, 60, replay.now, None) for i in range(4)]
+    while len(replay.running) < 4:
+        replay.step()
+        assert not replay.finished, "they start together, not one after another"

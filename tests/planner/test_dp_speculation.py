@@ -306,8 +306,22 @@ def test_where_short_batches_waste_their_constant_cost_drafts_keep_more_promises
 def test_the_limits_of_a_batch_hold_for_its_drafts() -> None:
     limits = BatchLimits(longest_s=0.0205, guard_s=GUARD_S)
     replay = replay_of(drafter=Drafter(6), acceptance=0.9)
-    replay.planner._limits = lambda _: limits
+    replay.planner._limits = lambda *_: limits
     plans = []
     replay.check = lambda _, plan: plans.append(plan)
     replay.run(decodes(1))
     assert not any(plan.speculation for plan in plans), "a draft step alone takes 1 ms"
+
+
+def test_decodes_draft_beside_prefills_that_leave_them_time() -> None:
+    """Whoever is done sooner frees its blocks sooner."""
+    replay = replay_of(drafter=Drafter(4), acceptance=0.9)
+    early = [make_sequence(f"e{i}", [1] * 20, 60, slo=LOOSE) for i in range(4)]
+    replay.waiting = list(early)
+    while not all(seq.num_output_tokens > 8 for seq in early):
+        replay.step()
+    late = make_sequence("late", [2] * 40, 20, replay.now, slo=LOOSE)
+    replay.waiting.append(late)
+    plan = replay.step()
+    assert plan.num_scheduled_tokens["late"] == 40
+    assert set(plan.speculation) == {seq.seq_id for seq in early}

@@ -21,7 +21,7 @@ from minserve.planner.formation import BatchLimits, Work, form_batch
 from minserve.planner.lengths import LengthEstimator, QuantileLengths
 from minserve.planner.outlook import Outlook
 from minserve.planner.perf_model import BatchShape, PerfModel
-from minserve.planner.plan import IterationPlan, PlannerView
+from minserve.planner.plan import IterationPlan, MemoryView, PlannerView
 from minserve.planner.policies.base import Planner
 from minserve.planner.review import ReviewSettings, Verdict, review
 from minserve.planner.speculation import NO_DRAFTS, Drafting, DraftsForPrefills
@@ -29,14 +29,14 @@ from minserve.planner.timeline import Candidate
 from minserve.request import Sequence, SequenceState
 from minserve.slo import Standing
 
-import os
-BE="B" in os.environ.get("X","")
-TAU=float(os.environ.get("TAU","10"))
 REVIEW_EVERY_S = 0.1
 # An iteration in which no decode is due lasts as long as so many lone decodes, each with its
 # guard time: an arrival waits for half of it on average, and what an iteration costs in any
 # case is spread over it.
 LONGEST_ITERATION = 5.0
+# How long it is remembered that promises held much memory. Longer than outputs take: best
+# effort that starts in a lull should end before the next rush.
+MEMORY_FADE_S = 60.0
 # A token still has to be detokenized, written and read.
 GUARD_S = 0.003
 # Where drafts do not pay, they are not weighed again for so many iterations of the same
@@ -61,6 +61,23 @@ class _Round:
     seen: list[str] = field(default_factory=list)
     reviewed_s: float = -math.inf
     rest: int = 0
+
+
+class PromisedMemory:
+    """The most blocks that sequences under a promise held lately.
+
+    Attributes:
+        most: fades away, by half in 0.7 `MEMORY_FADE_S`.
+    """
+
+    def __init__(self) -> None:
+        self.most = 0.0
+        self._seen_s = 0.0
+
+    def see(self, num_blocks: int, now: float) -> None:
+        """So many are held now."""
+        faded = self.most * math.exp(-max(0.0, now - self._seen_s) / MEMORY_FADE_S)
+        self.most, self._seen_s = max(float(num_blocks), faded), now
 
 
 class DpPlanner(Planner):
@@ -89,7 +106,7 @@ class DpPlanner(Planner):
         self._cached: dict[str, int] = {}
         # Best effort's account, without the plan under way.
         self._owed_s = 0.0
-        self._peak, self._peak_at, self._be_blocks = 0.0, 0.0, math.inf
+        self._promised = PromisedMemory()
         self._under_way: IterationPlan | None = None
 
     @staticmethod
@@ -140,11 +157,10 @@ class DpPlanner(Planner):
             drafting = Drafting(
                 view.speculation, self.acceptance, self.lengths.remaining, self._round.drafts
             )
-        used = sum(len(s.block_table) for _, s in (*work.decodes, *work.prefills))
-        self._peak = max(used, self._peak * math.exp(-(now - self._peak_at) / TAU)); self._peak_at = now
-        self._bs = view.memory.block_size
-        self._be_blocks = view.memory.num_blocks - self._peak
-        plan = form_batch(view, work, self.model, self._limits(work), now, drafting)
+        held = sum(len(seq.block_table) for _, seq in (*work.decodes, *work.prefills))
+        self._promised.see(held, now)
+        limits = self._limits(work, view.memory)
+        plan = form_batch(view, work, self.model, limits, now, drafting)
         plan.best_effort_waits = bool(work.best_effort)
         if drafting is not None and drafting.declined:
             self._round.rest = REST
@@ -225,7 +241,7 @@ class DpPlanner(Planner):
     def _longest_s(self) -> float:
         return LONGEST_ITERATION * (self.model.predict(BatchShape.of([(0, 1)])) + GUARD_S)
 
-    def _limits(self, work: Work) -> BatchLimits:
+    def _limits(self, work: Work, memory: MemoryView) -> BatchLimits:
         if self.model is None:
             return BatchLimits(longest_s=math.inf, guard_s=GUARD_S)
         # Saved up until it is worth an iteration: a decode, or a few prefill tokens.
@@ -236,8 +252,10 @@ class DpPlanner(Planner):
             longest_s=longest_s,
             guard_s=GUARD_S,
             best_effort_s=min(owed, longest_s / 2) if enough else 0.0,
-            best_effort_blocks=self._be_blocks if BE else math.inf,
-            blocks_of=lambda seq: -(-(seq.num_tokens + self.lengths.remaining(seq)) // self._bs),
+            best_effort_blocks=memory.num_blocks - self._promised.most,
+            blocks_of=lambda seq: (
+                -(-(seq.num_tokens + self.lengths.remaining(seq)) // memory.block_size)
+            ),
         )
 
 
