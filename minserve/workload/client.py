@@ -1,0 +1,299 @@
+"""Open-loop client: sends a workload to any OpenAI-compatible server and notes what comes back.
+
+A request goes out at its time whatever is outstanding, and its latencies count from that time,
+so that a slow server (or client) cannot hide in requests that were sent late. A conversation's
+next turn is due its delay after the last token of the answer before::
+
+    due ──lag──► sent ──────► first token ─► ... ─► last token ──delay──► next turn's due
+     └───────── TTFT ──────────────┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+from minserve.errors import WorkloadError
+from minserve.workload.answer import Answer, Ending
+from minserve.workload.conversation import Conversation
+from minserve.workload.endpoint import (
+    Endpoint,
+    open_session,
+    raise_file_limit,
+    too_few_files,
+)
+from minserve.workload.targets import Speed, targets_of
+from minserve.workload.verdict import Verdict
+
+DRAIN_S = 60.0
+POLL_S = 0.1
+# Answers that a server gives where it does not take a request.
+REFUSED = (429, 503)
+LONGEST_ERROR = 500
+
+SloField = Callable[[Answer], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """How far a run is: requests that are due, of these open and answered, and attained."""
+
+    due: int
+    open: int
+    done: int
+    attained: int
+
+
+@dataclass(slots=True)
+class Load:
+    """A workload's answers so far.
+
+    Attributes:
+        start_s: when the workload began; NaN before.
+        answers: of the requests that were due, in this order; in a complete run then those
+            of turns that were never due, since the one before was not answered.
+        complete: False where the run was cut short by whoever ran it.
+    """
+
+    workload: Sequence[Conversation]
+    start_s: float = math.nan
+    end_s: float = math.nan
+    answers: list[Answer] = field(default_factory=list)
+    complete: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """From the first moment until the run was cut short, or else the last request was due."""
+        last = max((answer.due_s for answer in self.answers), default=self.start_s)
+        return (last if self.complete else self.end_s) - self.start_s
+
+    def verdicts(self) -> list[Verdict]:
+        """On every request that was offered. Where a run was cut short, requests that were
+        under way and in time are left out: nobody knows.
+        """
+        return [answer.verdict(self.start_s) for answer in self.answers if self._is_decided(answer)]
+
+    @property
+    def num_undecided(self) -> int:
+        """Requests that were under way and in time when the run was cut short."""
+        return sum(not self._is_decided(answer) for answer in self.answers)
+
+    def _is_decided(self, answer: Answer) -> bool:
+        cut = answer.ending is Ending.CUT and not self.complete
+        return not cut or answer.is_hopeless(self.end_s)
+
+    def errors(self) -> dict[str, int]:
+        """What servers said of requests that failed or were refused, and how often."""
+        found: dict[str, int] = {}
+        for answer in self.answers:
+            if answer.error is not None:
+                found[answer.error] = found.get(answer.error, 0) + 1
+        return dict(sorted(found.items(), key=lambda one: -one[1]))
+
+    def num_short(self) -> int:
+        """Answers that the server ended before the length that was asked for."""
+        return sum(answer.was_short for answer in self.answers)
+
+
+async def drive(
+    endpoint: Endpoint,
+    load: Load,
+    speed: Speed,
+    *,
+    slo_field: SloField | None = None,
+    on_progress: Callable[[Tally], None] | None = None,
+    drain_s: float = DRAIN_S,
+) -> None:
+    """Send a load's workload and collect what comes back in it.
+
+    Ends when all is answered, or when no outstanding request can attain its SLO any more;
+    these are cut off. When cancelled, what came so far is kept.
+
+    Args:
+        load: a fresh one; every first turn has a text.
+        speed: turns slowdowns into seconds.
+        slo_field: what a request sends as ``slo`` to a minserve; default: its targets.
+        on_progress: called every tenth of a second.
+        drain_s: silence after which answers are given up that have no last deadline, or are
+            late but lead to further turns.
+
+    Raises:
+        WorkloadError: for a turn without a text, or where this process may not open as many
+            streams.
+    """
+    if any(turn.text is None for one in load.workload for turn in one.turns):
+        raise WorkloadError("the workload has turns without a text: a server needs prompts")
+    raise_file_limit(len(load.workload))
+    async with open_session(endpoint.url) as session:
+        await _Driver(session, endpoint, load, speed, slo_field, on_progress, drain_s).run()
+
+
+def run_load(
+    endpoint: Endpoint, workload: Sequence[Conversation], speed: Speed, **options: Any
+) -> Load:
+    """`drive` from outside asyncio. Ctrl-C ends the run and keeps what was measured: then the
+    load is not ``complete``.
+
+    Args:
+        options: those of `drive`.
+    """
+    load = Load(workload)
+    try:
+        asyncio.run(drive(endpoint, load, speed, **options))
+    except KeyboardInterrupt:
+        if math.isnan(load.start_s):
+            raise
+    return load
+
+
+class _Driver:
+    """One run: a task that starts conversations, a task for each, and the loop that watches."""
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        endpoint: Endpoint,
+        load: Load,
+        speed: Speed,
+        slo_field: SloField | None,
+        on_progress: Callable[[Tally], None] | None,
+        drain_s: float,
+    ) -> None:
+        self._session, self._endpoint, self._load, self._speed = session, endpoint, load, speed
+        self._slo_field = slo_field or (lambda answer: endpoint.slo_field(answer.targets))
+        self._on_progress = on_progress
+        self._drain_s = drain_s
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._open: dict[int, Answer] = {}
+        self._begun: list[tuple[Conversation, list[Answer]]] = []
+        self._num_waiting = 0  # turns that are going to be sent
+        self._num_done = self._num_attained = 0
+
+    async def run(self) -> None:
+        load = self._load
+        load.start_s = load.end_s = time.perf_counter() + POLL_S
+        sender = asyncio.create_task(self._start_conversations())
+        self._tasks.add(sender)
+        try:
+            await self._watch(sender)
+            load.complete = True
+        finally:
+            load.end_s = max(load.start_s, time.perf_counter())
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            if load.complete:
+                self._add_unsent()
+            self._report()
+
+    async def _start_conversations(self) -> None:
+        for conversation in sorted(self._load.workload, key=lambda one: one.arrival_s):
+            due_s = self._load.start_s + conversation.arrival_s
+            await asyncio.sleep(due_s - time.perf_counter())
+            self._num_waiting += 1
+            self._tasks.add(asyncio.create_task(self._converse(conversation, due_s)))
+
+    async def _converse(self, conversation: Conversation, due_s: float) -> None:
+        """Send the turns, each when the one before is answered."""
+        said: list[str] = []
+        answers: list[Answer] = []
+        self._begun.append((conversation, answers))
+        for left, turn in enumerate(conversation.turns, 1 - len(conversation.turns)):
+            if answers:
+                due_s = answers[-1].token_times[-1] + turn.delay_s
+                self._num_waiting += 1
+                await asyncio.sleep(due_s - time.perf_counter())
+            self._num_waiting -= 1
+            answers.append(Answer(turn, targets_of(turn, self._speed), due_s, has_next=left < 0))
+            self._load.answers.append(answers[-1])
+            said.append(turn.text or "")
+            await self._ask(answers[-1], said)
+            if answers[-1].ending is not Ending.DONE or not answers[-1].token_times:
+                return
+            said.append(answers[-1].text)
+
+    async def _ask(self, answer: Answer, said: Sequence[str]) -> None:
+        endpoint = self._endpoint
+        body = endpoint.body(said, answer.turn.output_tokens, self._slo_field(answer))
+        self._open[id(answer)] = answer
+        try:
+            await ask(self._session, endpoint, answer, body)
+        finally:
+            del self._open[id(answer)]
+        self._num_done += 1
+        self._num_attained += answer.ending is Ending.DONE and answer.progress().attained
+
+    async def _watch(self, sender: asyncio.Task[None]) -> None:
+        """Tell of progress until all is answered, or nothing is worth waiting for."""
+        while self._tasks:
+            await asyncio.sleep(POLL_S)
+            for task in [task for task in self._tasks if task.done()]:
+                self._tasks.discard(task)
+                task.result()
+            self._report()
+            if sender.done() and not self._may_attain(time.perf_counter()):
+                return
+
+    def _may_attain(self, now: float) -> bool:
+        """Whether an open request, or a turn behind one, may still attain its SLO."""
+        return bool(self._num_waiting) or any(
+            self._is_worth_waiting_for(answer, now) for answer in self._open.values()
+        )
+
+    def _is_worth_waiting_for(self, answer: Answer, now: float) -> bool:
+        if answer.has_last_deadline and not answer.is_hopeless(now):
+            return True
+        # Nothing says when to give these up, but that they have fallen silent.
+        patient = answer.has_next or not answer.has_last_deadline
+        return patient and now - answer.last_heard_s < self._drain_s
+
+    def _add_unsent(self) -> None:
+        """Turns behind one that was not answered are offered, and missed, all the same."""
+        for conversation, answers in self._begun:
+            for turn in conversation.turns[len(answers) :]:
+                unsent = Answer(turn, targets_of(turn, self._speed), answers[-1].due_s)
+                unsent.ending = Ending.NOT_SENT
+                self._load.answers.append(unsent)
+
+    def _report(self) -> None:
+        if self._on_progress is not None:
+            num_due = len(self._load.answers)
+            self._on_progress(Tally(num_due, len(self._open), self._num_done, self._num_attained))
+
+
+async def ask(
+    session: aiohttp.ClientSession, endpoint: Endpoint, answer: Answer, body: Mapping[str, Any]
+) -> None:
+    """Send one request now and note in its answer when its tokens come, or why none did.
+
+    Raises:
+        WorkloadError: where this process may not open as many streams.
+    """
+    answer.sent_s = time.perf_counter()
+    try:
+        async with session.post(endpoint.path, json=body) as response:
+            await _read(response, answer)
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise too_few_files() from None
+        answer.fail(str(error) or type(error).__name__)
+
+
+async def _read(response: aiohttp.ClientResponse, answer: Answer) -> None:
+    """Read a response to its end."""
+    if response.status != 200:
+        answer.fail(f"{response.status}: {(await response.text()).strip()[:LONGEST_ERROR]}")
+        if response.status in REFUSED:
+            answer.ending = Ending.REJECTED
+        return
+    async for line in response.content:
+        if line.startswith(b"data:"):
+            answer.read_event(line[5:].strip(), time.perf_counter())
+    answer.close()

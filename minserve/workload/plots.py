@@ -1,0 +1,202 @@
+"""Pictures of load tests. They need the extra ``plot``: matplotlib, imported when drawing."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minserve.errors import WorkloadError
+from minserve.slo import Targets
+from minserve.workload.capacity import LEVEL, crossing
+from minserve.workload.report import share
+from minserve.workload.verdict import Verdict
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+GET_MATPLOTLIB = "pip install 'minserve[plot]'"
+COLOURS = ("#1f6feb", "#2da44e", "#bf8700", "#cf222e", "#8250df", "#7d8590")
+GREY = "#b6bcc4"
+# Attainment over time is drawn in this many slices of the run.
+SLICES = 20
+
+
+def check_can_plot(file: str | Path) -> None:
+    """Find out before a run, not after it.
+
+    Raises:
+        WorkloadError: where matplotlib is missing, or the file cannot be written or its
+            suffix names no format.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise WorkloadError(f"a plot needs matplotlib; run: {GET_MATPLOTLIB}")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    path, formats = Path(file), FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise WorkloadError(f"the plot {path} must end in one of: .{', .'.join(sorted(formats))}")
+    existed = path.exists()
+    try:
+        path.open("ab").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise WorkloadError(f"cannot write the plot {path}: {error.strerror}") from None
+
+
+def plot_attainment(
+    lines: Mapping[str, Mapping[float, Sequence[float]]],
+    file: str | Path,
+    *,
+    level: float = LEVEL,
+    title: str = "",
+) -> None:
+    """Attainment against rate, with the capacity of each line marked where it falls below the
+    level, and a band from the lowest to the highest repeat.
+
+    Args:
+        lines: by label, then by requests per second: the attainment of each repeat.
+
+    Raises:
+        WorkloadError: where it cannot be drawn or written.
+    """
+    figure, (panel,) = _figure(1, file)
+    for (label, line), colour in zip(lines.items(), _colours(len(lines)), strict=True):
+        draw_attainment(panel, label, line, level=level, color=colour)
+    _finish_attainment(panel, level, title)
+    _save(figure, file)
+
+
+def draw_attainment(
+    panel: Axes,
+    label: str,
+    line: Mapping[float, Sequence[float]],
+    *,
+    level: float = LEVEL,
+    **style: Any,
+) -> None:
+    """One line of `plot_attainment`.
+
+    Args:
+        line: by requests per second, the attainment of each repeat.
+        style: of the line, as matplotlib calls it.
+    """
+    line = {rate: each for rate, each in sorted(line.items()) if each}
+    if not line:
+        return
+    means = {rate: sum(each) / len(each) for rate, each in line.items()}
+    capacity = crossing(means, level)
+    if capacity is not None:
+        sign = "\u2265 " if capacity == max(means) else ""
+        label = f"{label}: {sign}{capacity:.3g}/s"
+    panel.plot(
+        list(means), [100 * one for one in means.values()], marker="o", markersize=4,
+        label=label, **style,
+    )  # fmt: skip
+    colour = panel.lines[-1].get_color()
+    lows, highs = ([100 * of(each) for each in line.values()] for of in (min, max))
+    panel.fill_between(list(line), lows, highs, alpha=0.15, color=colour)
+    if capacity is not None:
+        panel.plot([capacity, capacity], [0, 100 * level], ":", linewidth=1, color=colour)
+
+
+def plot_run(
+    verdicts: Sequence[Verdict],
+    seconds: float,
+    file: str | Path,
+    *,
+    targets: Mapping[str, Targets] | None = None,
+    title: str = "",
+) -> None:
+    """One run: how TTFT and TPOT are distributed, and attainment over time.
+
+    Args:
+        seconds: over which the requests arrived.
+        targets: typical ones by class, drawn as dashed lines.
+
+    Raises:
+        WorkloadError: where it cannot be drawn or written.
+    """
+    figure, (ttft, tpot, time) = _figure(3, file)
+    names = sorted({verdict.name for verdict in verdicts})
+    for name, colour in zip(names, _colours(len(names)), strict=True):
+        own = [verdict for verdict in verdicts if verdict.name == name]
+        promised = (targets or {}).get(name, Targets())
+        waits = [math.inf if v.ttft_s is None else v.ttft_s for v in own]
+        _draw_distribution(ttft, waits, name, colour, promised.ttft_s)
+        paces = [v.tpot_s for v in own if v.tpot_s is not None]
+        _draw_distribution(tpot, paces, name, colour, promised.stages[-1].tpot_s)
+        _draw_over_time(time, own, seconds, colour)
+    for panel, word in ((ttft, "TTFT"), (tpot, "TPOT")):
+        panel.set(xlabel=f"{word} (ms), its SLO dashed", ylabel="% of requests within")
+        if panel.lines:
+            panel.set_xscale("log")
+    time.set(xlabel="arrival (s)", ylabel="% attaining their SLO", xlim=(0, max(seconds, 1e-3)))
+    for panel in (ttft, tpot, time):
+        panel.set_ylim(0, 102)
+    if names:
+        ttft.legend(frameon=False)
+    figure.suptitle(title or f"{100 * share(v.attained for v in verdicts):.1f}% attained")
+    _save(figure, file)
+
+
+def _draw_distribution(
+    panel: Axes, values: Sequence[float], label: str, colour: str, promised_s: float
+) -> None:
+    """The share of requests within each time. What never came is missing at the top."""
+    finite = sorted(1e3 * max(one, 1e-6) for one in values if math.isfinite(one))
+    heights = [100 * (i + 1) / len(values) for i in range(len(finite))]
+    panel.step(finite, heights, where="post", color=colour, label=label)
+    if math.isfinite(promised_s):
+        panel.axvline(1e3 * promised_s, color=colour, linestyle="--", linewidth=1)
+
+
+def _draw_over_time(panel: Axes, verdicts: Sequence[Verdict], seconds: float, colour: str) -> None:
+    slices: dict[int, list[bool]] = {}
+    for verdict in verdicts:
+        place = int(SLICES * verdict.arrival_s / seconds) if seconds > 0 else 0
+        slices.setdefault(place, []).append(verdict.attained)
+    middles = [(place + 0.5) * seconds / SLICES for place in sorted(slices)]
+    shares = [100 * share(slices[place]) for place in sorted(slices)]
+    panel.plot(middles, shares, marker="o", markersize=3, color=colour)
+
+
+def _finish_attainment(panel: Axes, level: float, title: str) -> None:
+    panel.axhline(100 * level, color=GREY, linestyle="--", linewidth=1)
+    panel.set(xlabel="requests per second offered", ylabel="% attaining their SLO", title=title)
+    panel.set_ylim(0, 102)
+    if panel.get_legend_handles_labels()[0]:
+        panel.legend(frameon=False)
+
+
+def _figure(num_panels: int, file: str | Path) -> tuple[Figure, Sequence[Axes]]:
+    check_can_plot(file)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, num_panels, figsize=(5 * num_panels, 3.6), squeeze=False)
+    for panel in panels[0]:
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, panels[0]
+
+
+def _save(figure: Figure, file: str | Path) -> None:
+    from matplotlib import pyplot
+
+    try:
+        figure.tight_layout()
+        figure.savefig(file, dpi=110)
+    except OSError as error:
+        raise WorkloadError(f"cannot write the plot {file}: {error.strerror}") from None
+    finally:
+        pyplot.close(figure)
+
+
+def _colours(count: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]

@@ -1,0 +1,233 @@
+"""`Report`: verdicts in numbers. The same for real and for simulated runs.
+
+Attainment is of all requests offered: rejected, failed, unanswered, unsent and best-effort
+ones that came late are misses. A report knows nothing but verdicts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from minserve.workload.verdict import Cause, Verdict
+
+QUANTILES = (0.5, 0.9, 0.99)
+ALL = "all"
+_HEADINGS = ("ttft p50", "p90", "p99", "tpot p50", "p90", "p99")
+
+
+@dataclass(frozen=True, slots=True)
+class Percentiles:
+    """Seconds that a half, 90% and 99% of the requests did not exceed; NaN of none."""
+
+    p50: float
+    p90: float
+    p99: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Percentiles:
+        ordered = sorted(values)
+        return cls(*(_at(ordered, q) for q in QUANTILES))
+
+    def to_dict(self) -> dict[str, float | None]:
+        """In milliseconds; ``None`` where there is no finite number."""
+        return {name: _ms(getattr(self, name)) for name in ("p50", "p90", "p99")}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Some of a run's requests, such as those of a class.
+
+    Attributes:
+        offered: how many there were, whatever became of them.
+        attained: of these in the deadline form; ``attained_mean``: in the mean form.
+        misses: by cause, of those not attained.
+        best_effort: served although the server had given their SLO up.
+        ttft_s: of all; a request that got no token took infinitely long.
+        tpot_s: of those with at least two tokens.
+        output_tokens: of all; ``attained_tokens``: of those attained.
+    """
+
+    offered: int
+    attained: int
+    attained_mean: int
+    misses: Mapping[Cause, int]
+    best_effort: int
+    ttft_s: Percentiles
+    tpot_s: Percentiles
+    output_tokens: int
+    attained_tokens: int
+
+    @classmethod
+    def of(cls, verdicts: Sequence[Verdict]) -> Part:
+        kept = [verdict for verdict in verdicts if verdict.attained]
+        return cls(
+            offered=len(verdicts),
+            attained=len(kept),
+            attained_mean=sum(verdict.attained_mean for verdict in verdicts),
+            misses=Counter(verdict.cause for verdict in verdicts if verdict.cause is not None),
+            best_effort=sum(verdict.best_effort for verdict in verdicts),
+            ttft_s=Percentiles.of(math.inf if v.ttft_s is None else v.ttft_s for v in verdicts),
+            tpot_s=Percentiles.of(v.tpot_s for v in verdicts if v.tpot_s is not None),
+            output_tokens=sum(verdict.output_tokens for verdict in verdicts),
+            attained_tokens=sum(verdict.output_tokens for verdict in kept),
+        )
+
+    @property
+    def attainment(self) -> float:
+        """Share of the offered requests that attained their SLO; NaN of none."""
+        return _ratio(self.attained, self.offered)
+
+    @property
+    def attainment_mean(self) -> float:
+        """The same by the mean form."""
+        return _ratio(self.attained_mean, self.offered)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON, in milliseconds."""
+        return {
+            "offered": self.offered,
+            "attained": self.attained,
+            "attainment": _rounded(self.attainment),
+            "attainment_mean": _rounded(self.attainment_mean),
+            "misses": {cause.name.lower(): self.misses.get(cause, 0) for cause in Cause},
+            "best_effort": self.best_effort,
+            "ttft_ms": self.ttft_s.to_dict(),
+            "tpot_ms": self.tpot_s.to_dict(),
+            "output_tokens": self.output_tokens,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """A run in numbers.
+
+    Attributes:
+        seconds: over which the requests arrived.
+        total: all of them.
+        classes: by name, in the order of the alphabet.
+        send_lag_s: how late the client itself sent.
+    """
+
+    seconds: float
+    total: Part
+    classes: Mapping[str, Part]
+    send_lag_s: Percentiles
+
+    @classmethod
+    def of(cls, verdicts: Sequence[Verdict], seconds: float) -> Report:
+        """Sum verdicts up. Repeats are pooled by giving all their verdicts and seconds at once.
+
+        Args:
+            seconds: over which the requests arrived.
+        """
+        names = sorted({verdict.name for verdict in verdicts})
+        return cls(
+            seconds=seconds,
+            total=Part.of(verdicts),
+            classes={n: Part.of([v for v in verdicts if v.name == n]) for n in names},
+            send_lag_s=Percentiles.of(verdict.send_lag_s for verdict in verdicts),
+        )
+
+    @property
+    def attainment(self) -> float:
+        """Share of all offered requests that attained their SLO; NaN of none."""
+        return self.total.attainment
+
+    @property
+    def attainment_mean(self) -> float:
+        return self.total.attainment_mean
+
+    @property
+    def rate(self) -> float:
+        """Offered requests per second."""
+        return _ratio(self.total.offered, self.seconds)
+
+    @property
+    def goodput(self) -> float:
+        """Attained requests per second of arrivals."""
+        return _ratio(self.total.attained, self.seconds)
+
+    @property
+    def goodput_tokens(self) -> float:
+        """Output tokens of attained requests per second of arrivals."""
+        return _ratio(self.total.attained_tokens, self.seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON: times in milliseconds, ``None`` for what is not finite."""
+        return {
+            "seconds": _rounded(self.seconds),
+            "rate": _rounded(self.rate),
+            "goodput": _rounded(self.goodput),
+            "goodput_tokens": _rounded(self.goodput_tokens),
+            "send_lag_ms": self.send_lag_s.to_dict(),
+            **self.total.to_dict(),
+            "classes": {name: part.to_dict() for name, part in self.classes.items()},
+        }
+
+    def table(self) -> str:
+        """Lines for the terminal: a row per class, one for all, then misses and goodput."""
+        parts = dict(self.classes)
+        if len(parts) != 1:
+            parts[ALL] = self.total
+        width = max(map(len, (*parts, "class"))) + 2
+        lines = [
+            f"{'class':{width}}{'offered':>8}{'attained':>10}{'mean form':>11}"
+            + "".join(f"{heading:>10}" for heading in _HEADINGS)
+        ]
+        lines += [f"{name:{width}}{_row(part)}" for name, part in parts.items()]
+        counts = [f"{n} {cause.value}" for cause in Cause if (n := self.total.misses.get(cause))]
+        lines += [
+            f"misses: {', '.join(counts) or 'none'}; best effort: {self.total.best_effort}",
+            f"offered {self.rate:.3g} requests/s for {self.seconds:.1f} s; goodput "
+            f"{self.goodput:.3g} requests/s, {self.goodput_tokens:.3g} output tokens/s",
+        ]
+        return "\n".join(lines)
+
+
+def percentile(values: Iterable[float], q: float) -> float:
+    """The smallest value that a share ``q`` of the values does not exceed; NaN of none."""
+    return _at(sorted(values), q)
+
+
+def share(flags: Iterable[bool]) -> float:
+    """Of flags that are true; NaN of none."""
+    values = list(flags)
+    return _ratio(sum(values), len(values))
+
+
+def _at(ordered: Sequence[float], q: float) -> float:
+    return ordered[max(0, math.ceil(q * len(ordered)) - 1)] if ordered else math.nan
+
+
+def _row(part: Part) -> str:
+    row = f"{part.offered:8d}{_percent(part.attainment):>10}{_percent(part.attainment_mean):>11}"
+    times = [getattr(one, q) for one in (part.ttft_s, part.tpot_s) for q in ("p50", "p90", "p99")]
+    return row + "".join(f"{_readable(seconds):>10}" for seconds in times)
+
+
+def _percent(one: float) -> str:
+    return "-" if math.isnan(one) else f"{100 * one:.1f}%"
+
+
+def _readable(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "-"
+    if math.isinf(seconds):
+        return "never"
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else math.nan
+
+
+def _rounded(one: float) -> float | None:
+    return round(one, 4) if math.isfinite(one) else None
+
+
+def _ms(seconds: float) -> float | None:
+    return round(seconds * 1e3, 3) if math.isfinite(seconds) else None

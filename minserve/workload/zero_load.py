@@ -1,0 +1,149 @@
+"""`measure_speed`: how fast a server is when it has nothing else to do.
+
+SLOs that are slowdowns need it, and no API tells it, so lone requests are timed: prompts of
+several lengths, no two alike, so that no prefix cache shortens them.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import aiohttp
+
+from minserve.errors import WorkloadError
+from minserve.slo import SLO, Targets
+from minserve.workload.answer import Answer
+from minserve.workload.client import ask
+from minserve.workload.conversation import Conversation, Turn
+from minserve.workload.endpoint import Endpoint, open_session
+from minserve.workload.texts import CHARACTERS_PER_TOKEN, fill
+
+PROMPT_TOKENS = (32, 128, 512, 1024)
+OUTPUT_TOKENS = 24
+REPEATS = 3
+_NO_SLO = SLO(ttft=1e6)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One lone request: its prompt, and its times in seconds."""
+
+    prompt_tokens: int
+    ttft_s: float
+    tpot_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroLoad:
+    """An idle server's speed, in seconds; a `Speed`.
+
+    Attributes:
+        base_s, per_token_s: prefill of a prompt of n tokens takes base + per token x n.
+        decode_s: per output token.
+        characters_per_token: of this server's tokenizer, in English.
+    """
+
+    base_s: float
+    per_token_s: float
+    decode_s: float
+    characters_per_token: float = CHARACTERS_PER_TOKEN
+
+    def zero_load_prefill_s(self, num_tokens: int) -> float:
+        return self.base_s + self.per_token_s * num_tokens
+
+    def zero_load_decode_s(self, context_tokens: int) -> float:
+        """The same behind any context: it hardly matters for one request."""
+        return self.decode_s
+
+    def count_tokens(self, text: str) -> int:
+        """About how many tokens a text has here."""
+        return math.ceil(len(text) / self.characters_per_token)
+
+
+async def measure_speed(
+    endpoint: Endpoint,
+    *,
+    seed: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ZeroLoad:
+    """Time lone requests, one after another, on a server that is idle.
+
+    Args:
+        seed: of the prompts; default: others each time, for caches keep them.
+        on_progress: told how many requests of how many are done.
+
+    Raises:
+        WorkloadError: where the server does not answer them.
+    """
+    room = (endpoint.max_model_len or math.inf) - OUTPUT_TOKENS
+    # A text may well have more tokens than it is estimated to.
+    lengths = [n for n in PROMPT_TOKENS if 2 * n <= room] or [max(1, int(room) // 4)]
+    # The first request meets cold caches, and is not counted.
+    plan = [lengths[0], *(length for length in lengths for _ in range(REPEATS))]
+    texts = _texts(plan, random.getrandbits(64) if seed is None else seed)
+    groups: dict[int, list[Sample]] = {length: [] for length in lengths}
+    characters = tokens = 0
+    async with open_session(endpoint.url) as session:
+        for number, (length, text) in enumerate(zip(plan, texts, strict=True)):
+            answer = await _lone_request(session, endpoint, text, length)
+            if on_progress is not None:
+                on_progress(number + 1, len(plan))
+            if number:
+                groups[length].append(_sample(answer))
+                characters += len(text)
+                tokens += groups[length][-1].prompt_tokens
+    return fit(list(groups.values()), characters_per_token=characters / tokens)
+
+
+def fit(
+    groups: Sequence[Sequence[Sample]], *, characters_per_token: float = CHARACTERS_PER_TOKEN
+) -> ZeroLoad:
+    """Least squares through the medians of each group, neither coefficient below 0.
+
+    Args:
+        groups: of prompts of about the same length.
+    """
+    xs = [statistics.median(one.prompt_tokens for one in group) for group in groups]
+    ys = [statistics.median(one.ttft_s for one in group) for group in groups]
+    slope, base = 0.0, statistics.fmean(ys)
+    if len(xs) > 1:
+        slope, base = statistics.linear_regression(xs, ys)
+        if slope < 0:
+            slope, base = 0.0, statistics.fmean(ys)
+        elif base < 0:
+            base = 0.0
+            slope = sum(x * y for x, y in zip(xs, ys, strict=True)) / sum(x * x for x in xs)
+    decode_s = statistics.median(one.tpot_s for group in groups for one in group)
+    return ZeroLoad(base, slope, decode_s, characters_per_token)
+
+
+def _texts(lengths: Sequence[int], seed: int) -> list[str]:
+    turns = [Turn(slo=_NO_SLO, prompt_tokens=length, output_tokens=1) for length in lengths]
+    filled = fill([Conversation(0.0, (turn,)) for turn in turns], seed=seed)
+    return [turn.text or "" for conversation in filled for turn in conversation.turns]
+
+
+async def _lone_request(
+    session: aiohttp.ClientSession, endpoint: Endpoint, text: str, num_tokens: int
+) -> Answer:
+    turn = Turn(slo=_NO_SLO, prompt_tokens=num_tokens, output_tokens=OUTPUT_TOKENS)
+    answer = Answer(turn, Targets(), time.perf_counter())
+    await ask(session, endpoint, answer, endpoint.body([text], OUTPUT_TOKENS))
+    if answer.error is not None or len(answer.token_times) < 2:
+        problem = answer.error or f"only {len(answer.token_times)} tokens came"
+        raise WorkloadError(
+            f"the speed of {endpoint.url} cannot be measured: a lone request failed: {problem}"
+        )
+    return answer
+
+
+def _sample(answer: Answer) -> Sample:
+    times = answer.token_times
+    prompt_tokens = answer.prompt_tokens or answer.turn.prompt_tokens
+    tpot_s = (times[-1] - times[0]) / (len(times) - 1)
+    return Sample(prompt_tokens, times[0] - answer.sent_s, tpot_s)
