@@ -154,14 +154,10 @@ class DistServeCluster:
             self._handover.pop(0)
             self._send(seq, source, max(targets, key=lambda one: one.pool.num_free_blocks))
 
-    def _send(
-        self, seq: SimulatedSequence, source: PrefillReplica, target: DecodeReplica
-    ) -> None:
+    def _send(self, seq: SimulatedSequence, source: PrefillReplica, target: DecodeReplica) -> None:
         held = _held(seq)
         seconds = target.expect(seq) * self._transfer_s
-        self._loop.at(
-            self._loop.now + seconds, lambda: self._arrived(seq, held, source, target)
-        )
+        self._loop.at(self._loop.now + seconds, lambda: self._arrived(seq, held, source, target))
 
     def _arrived(
         self,
