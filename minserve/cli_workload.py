@@ -152,4 +152,7 @@ def say(text: str) -> None:
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers like 1,2.5, not {text!r}") from None

@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "simulator": {"engine", "workload", "controller"},
     "cli": {"engine", "server", "cli_flags", "cli_profile", "cli_bench", "cli_simulate", ""},
     "cli_bench": {"engine", "workload", "cli_flags", "cli_workload"},
-    "cli_simulate": {"workload", "simulator", "controller", "cli_workload"},
+    "cli_simulate": {"workload", "simulator", "cli_flags", "cli_workload"},
     "cli_workload": {"workload"},
     "cli_profile": {"engine", "cli_flags"},
     "cli_flags": set(),

@@ -248,7 +248,8 @@ def _check(workload: Sequence[Conversation], setup: Setup) -> None:
         raise WorkloadError(
             f"a request of {turn.prompt_tokens} + {turn.output_tokens} tokens is longer than "
             f"{setup.device.name} can serve ({setup.device.max_model_len} tokens a sequence, "
-            f"{setup.pool_tokens} of KV); drop it from the trace or choose another profile"
+            f"{setup.pool_tokens} of KV); leave such requests of a trace out (--drop-longer) or "
+            "choose another profile"
         )
 
 
