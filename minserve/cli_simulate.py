@@ -25,7 +25,6 @@ from minserve.cli_workload import (
 from minserve.errors import WorkloadError
 
 if TYPE_CHECKING:
-    from minserve.simulator.profiles import Device
     from minserve.simulator.simulation import Outcome, Setup
     from minserve.simulator.sizing import Sizing
     from minserve.workload.capacity import Capacity
@@ -203,9 +202,10 @@ def _simulate(args: argparse.Namespace) -> int:
     """Simulate, print, draw."""
     _check(args)
 
-    from minserve.simulator.simulation import Setup
+    from minserve.simulator.profiles import find_device
+    from minserve.simulator.simulation import Setup, check_fits
 
-    device = _find_device(args)
+    device = find_device(args.profile or PROFILES.get(args.scenario, PROFILE))
     setup = Setup(device=device, **given(args, Setup))
     if args.plot is not None:
         from minserve.workload.plots import check_can_plot
@@ -213,7 +213,11 @@ def _simulate(args: argparse.Namespace) -> int:
         check_can_plot(args.plot)
     longest = min(device.max_model_len, setup.pool_tokens) if args.drop_longer else None
     _settle_number(args, setup)
-    simulations = _Simulations(setup, make_draw(args, longest))
+    draw = make_draw(args, longest)
+    check_fits(draw((args.rates or [_own_rate(args)])[0], setup.seed), setup)
+    if args.profile is None:
+        say(f"simulating {device.name}; --profile takes another one")
+    simulations = _Simulations(setup, draw)
     capacity, sizing, interrupted = _measure(args, simulations)
     _print(args, simulations, capacity, sizing, interrupted)
     return EXIT_INTERRUPTED if interrupted else 0
@@ -245,16 +249,6 @@ def _check(args: argparse.Namespace) -> None:
         raise WorkloadError("--replicas-for goes without --capacity, --rate and --replicas")
 
 
-def _find_device(args: argparse.Namespace) -> Device:
-    from minserve.simulator.profiles import find_device
-
-    name = args.profile
-    if name is None:
-        name = PROFILES.get(args.scenario, PROFILE)
-        say(f"simulating {name}; --profile takes another one")
-    return find_device(name)
-
-
 def _settle_number(args: argparse.Namespace, setup: Setup) -> None:
     """How many requests are drawn where the flags do not say: a scenario's own number for each
     replica, or enough for a minute.
@@ -271,16 +265,14 @@ def _settle_number(args: argparse.Namespace, setup: Setup) -> None:
 
 
 def _own_rate(args: argparse.Namespace) -> float | None:
-    """Requests per second where the flags name none; ``None`` keeps a trace's own times."""
+    """Requests per second where the flags name none: those of a scenario's recordings, or 1;
+    ``None`` keeps a trace's own times.
+    """
     from minserve.workload.scenarios import find_scenario
 
     if args.scenario is None:
         return None
-    rate = find_scenario(args.scenario).recorded_rate
-    if rate is None:
-        say(f"{args.scenario} has no rate of its own: 1 request per second; --rate takes another")
-        return 1.0
-    return rate
+    return find_scenario(args.scenario).recorded_rate or 1.0
 
 
 def _measure(

@@ -98,7 +98,6 @@ class Setup:
             _check_range("number of prefill or decode replicas", count, 1, MOST_REPLICAS)
         _check_range("token budget", self.budget, 1)
         _check_range("number of sequences", self.max_num_seqs, 1)
-        _check_range("number of KV tokens", self.pool_tokens, BLOCK_SIZE)
         _check_range("speculation length", self.max_speculation, 0, MOST_SPECULATION)
         _check_range("acceptance", self.acceptance, 0.0, 1.0)
         _check_range("error of lengths", self.length_error, 0.0)
@@ -108,6 +107,7 @@ class Setup:
         _check_range("hop limit", self.hop_limit, 0)
         _check_range("bandwidth of links", self.link_bytes_s, 1.0)
         self._check_abilities()
+        _check_range("number of KV tokens", self.pool_tokens, BLOCK_SIZE)
 
     def _check_abilities(self) -> None:
         """What the device and the policy can do together."""
@@ -208,7 +208,7 @@ def simulate(
         WorkloadError: where a turn is longer than the model or the KV memory.
     """
     outcome = Outcome() if into is None else into
-    _check(workload, setup)
+    check_fits(workload, setup)
     lengths: dict[str, int] = {}
     loop = EventLoop()
     shares = any(turn.shared_tokens for one in workload for turn in one.turns)
@@ -242,7 +242,11 @@ def _cluster(
     return Cluster(loop, replicas, router, _estimator(setup, lengths), setup.hop_limit)
 
 
-def _check(workload: Sequence[Conversation], setup: Setup) -> None:
+def check_fits(workload: Sequence[Conversation], setup: Setup) -> None:
+    """
+    Raises:
+        WorkloadError: where a turn is longer than the model or the KV memory.
+    """
     turn = check_lengths(workload, setup.device.max_model_len, setup.pool_tokens)
     if turn is not None:
         raise WorkloadError(
