@@ -94,7 +94,6 @@ class SimulatedReplica:
     Attributes:
         busy: True while a batch runs.
         busy_s: seconds that batches took.
-        relegated: sequences that the newest plan gave up before they began.
     """
 
     def __init__(
@@ -119,7 +118,6 @@ class SimulatedReplica:
         self.busy = False
         self.busy_s = 0.0
         self.num_iterations = 0
-        self.relegated: list[SimulatedSequence] = []
         self._by_id: dict[str, SimulatedSequence] = {}
         self._rng = random.Random(seed)
         self._plan: IterationPlan | None = None
@@ -151,8 +149,14 @@ class SimulatedReplica:
             speculation=self.drafter,
         )
 
-    def begin(self, now: float) -> tuple[float, list[SimulatedSequence]]:
+    def begin(
+        self, now: float, gives_away: Callable[[SimulatedSequence], bool] = lambda _: False
+    ) -> tuple[float, list[SimulatedSequence]]:
         """Plan an iteration and start it.
+
+        Args:
+            gives_away: asked of each sequence whose SLO is given up before it began; True
+                where it is to go elsewhere instead of being served as best effort.
 
         Returns:
             the seconds until it ends, and the sequences that were refused.
@@ -161,14 +165,15 @@ class SimulatedReplica:
             SimulationError: where the policy runs nothing for good although there is work.
         """
         plan = self._plan = self.planner.plan(self.view(), now)
-        refused = self._settle(plan)
+        given_up, refused = self._settle(plan)
+        away = [seq for seq in given_up if gives_away(seq)]
+        if away:
+            self._take_out(plan, away)
         self._start(plan)
         self.planner.started(plan)
-        # Whoever was given up and runs all the same, as best effort, stays.
-        self.relegated = [s for s in self.relegated if s.state is SequenceState.WAITING]
         self.busy = True
         if not plan.num_scheduled_tokens:
-            self._num_idle = 0 if refused or self.relegated else self._num_idle + 1
+            self._num_idle = 0 if refused or away else self._num_idle + 1
             return self._idle(), refused
         self._num_idle = 0
         self._seconds = self._time(plan)
@@ -232,22 +237,37 @@ class SimulatedReplica:
         self._seconds = 0.0
         return IDLE_S
 
-    def _settle(self, plan: IterationPlan) -> list[SimulatedSequence]:
+    def _settle(
+        self, plan: IterationPlan
+    ) -> tuple[list[SimulatedSequence], list[SimulatedSequence]]:
+        """Carry out what is promised, given up and refused.
+
+        Returns:
+            those given up before they began, and those refused.
+        """
         for seq_id in plan.promote:
             self._by_id[seq_id].standing = Standing.ADMITTED
-        self.relegated = []
+        given_up, refused = [], []
         for seq_id in plan.relegate:
             seq = self._by_id[seq_id]
             seq.standing = Standing.BEST_EFFORT
             if seq.state is SequenceState.WAITING and seq.num_output_tokens == 0:
-                self.relegated.append(seq)
-        refused = []
+                given_up.append(seq)
         for seq_id in plan.reject:
             seq = self._by_id[seq_id]
             self.withdraw(seq)
             seq.state = SequenceState.FINISHED
             refused.append(seq)
-        return refused
+        return given_up, refused
+
+    def _take_out(self, plan: IterationPlan, away: list[SimulatedSequence]) -> None:
+        """Carry a plan out without some who would have started as best effort."""
+        for seq in away:
+            self.withdraw(seq)
+            if plan.num_scheduled_tokens.pop(seq.seq_id, None) is not None:
+                plan.admit.remove(seq.seq_id)
+        plan.shape = BatchShape()
+        self.planner.reckon(plan, self.view())
 
     def _start(self, plan: IterationPlan) -> None:
         for seq_id in plan.preempt:

@@ -119,14 +119,14 @@ def test_nothing_is_lost_however_little_memory_there_is(
 
 
 def test_kv_waits_at_the_prefill_replica_until_there_is_room_for_it() -> None:
-    """Two prompts of 160 tokens, and a decode replica that holds one of them."""
-    group = Apart(22, 16, (1, 1))
+    """Prompts of 10 blocks, and a decode replica that holds one of them at a time."""
+    group = Apart(18, 16, (1, 1))
     held: list[int] = []
     prefill = group.prefills[0]
     group.loop.at(1.0, lambda: held.append(prefill.pool.num_free_blocks))
     # The third one finds no memory to begin with, although its replica does nothing.
     load = group.serve([single(0.0, 160, 80), single(0.01, 160, 2), single(0.02, 160, 2)])
-    assert held == [2]
+    assert held == [8]
     first, second, third = sorted(load.verdicts, key=lambda verdict: verdict.arrival_s)
     assert second.ttft_s < 0.2
     decoded_s = 79 * first.tpot_s
@@ -136,10 +136,10 @@ def test_kv_waits_at_the_prefill_replica_until_there_is_room_for_it() -> None:
 
 def test_prompts_go_where_least_is_to_be_computed_and_kv_where_most_is_free() -> None:
     group = Apart(400, 400, (2, 2))
-    group.serve(singles(20.0, 80))
+    group.serve(singles(200.0, 120))
     for side in (group.prefills, group.decodes):
         few, many = sorted(replica.num_iterations for replica in side)
-        assert few > 0.5 * many
+        assert few > 0.6 * many
 
 
 def test_a_turn_goes_where_its_prefix_is_cached() -> None:

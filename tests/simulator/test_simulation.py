@@ -58,7 +58,7 @@ def test_a_slow_device_takes_longer_than_its_profile_and_promises_stay_those_of_
 ):
     (verdict,) = run([single(0.0, 100, 2)], slowness=2.0).verdicts
     assert verdict.ttft_s == 2 * seconds((0, 100))
-    (verdict,) = run([single(0.0, 100, 2)], slowness=8.0).verdicts
+    (verdict,) = run([single(0.0, 100, 2)], slowness=16.0).verdicts
     assert verdict.cause is Cause.LATE_TTFT
 
 

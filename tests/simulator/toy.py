@@ -22,8 +22,8 @@ TOY = Device(
     kv_bytes=2**16,
     drafts=True,
 )
-TIGHT = SLO(ttft_slowdown=4, tpot_slowdown=2, name="tight")
-LOOSE = SLO(ttft_slowdown=6, tpot_slowdown=4, name="loose")
+TIGHT = SLO(ttft_slowdown=8, tpot_slowdown=3, name="tight")
+LOOSE = SLO(ttft_slowdown=12, tpot_slowdown=6, name="loose")
 
 
 def run(workload: list[Conversation], **settings: Any) -> Outcome:
