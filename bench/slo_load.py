@@ -1,34 +1,30 @@
-"""Workload and open-loop client of `slo_serving.py`.
+"""Workload of `slo_serving.py`, and its way to a server.
 
 Three classes with real prompts, lognormal output lengths and SLOs as slowdowns; arrivals
-that are Poisson or bursty. A request goes out at its time whatever is outstanding, and
-its latencies count from that time, so that a slow server (or client) cannot hide in
-requests that were sent late. All of it is drawn from seeds.
+that are Poisson or bursty. All of it is drawn from seeds. The client is minserve's own,
+`minserve.workload.client`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-
 from minserve.planner.perf_model import PerfModel
-from minserve.slo import SLO, Targets
+from minserve.slo import SLO
+from minserve.workload.arrivals import gamma_arrivals
+from minserve.workload.client import Load, drive
+from minserve.workload.conversation import Conversation, Turn
+from minserve.workload.endpoint import Endpoint, find_endpoint, open_session
 
-# Coefficient of variation of the times between arrivals.
-VARIATION = {"poisson": 1.0, "bursty": 3.0}
-# After the last arrival; a request's own deadlines all lie before it.
-DRAIN_S = 60.0
-POLL_S = 0.1
+# Shapes of the Gamma distributed times between arrivals: coefficients of variation 1 and 3.
+BURSTINESS = {"poisson": 1.0, "bursty": 1 / 9}
 LONE_TOKENS = 24
 
 
@@ -85,68 +81,7 @@ CLASSES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Offered:
-    """A request of the trace: when it is due, what it asks for and what it is promised."""
-
-    at_s: float
-    name: str
-    prompt: Prompt
-    num_output_tokens: int
-    targets: Targets
-
-
-@dataclass(slots=True)
-class Answer:
-    """What became of a request; times on the client's clock.
-
-    Attributes:
-        due_s: when it was to be sent; latencies count from here.
-        sent_s: when it was sent.
-        token_times: one per output token, when its text came.
-        ended: ``done``, ``rejected``, ``failed``; ``cut`` where the run ended before it.
-        error: why it failed.
-        reported: the ``usage.slo`` of the answer.
-    """
-
-    offered: Offered
-    due_s: float
-    sent_s: float = math.nan
-    token_times: list[float] = field(default_factory=list)
-    ended: str = "cut"
-    error: str | None = None
-    reported: Mapping[str, Any] | None = None
-
-    def is_hopeless(self, now: float) -> bool:
-        """True once neither form of attainment can be reached: the first token is late, or
-        now is past the time when the last one is due. Until then the mean may recover.
-        """
-        targets = self.offered.targets
-        first = self.token_times[0] if self.token_times else now
-        if first - self.due_s > targets.ttft_s:
-            return True
-        gaps = self.offered.num_output_tokens - 1
-        return now - first > gaps * targets.stages[-1].tpot_s
-
-
-def arrival_times(process: str, rate: float, seconds: float, rng: random.Random) -> list[float]:
-    """Arrivals within a window, exactly rate x seconds of them.
-
-    The times between them are Gamma distributed with the process's coefficient of variation
-    (1 is Poisson), and stretched to fill the window: the number that falls into a short
-    window scatters widely, and would make runs at one rate differ in load.
-
-    Args:
-        process: ``poisson`` or ``bursty``.
-        rate: requests per second.
-    """
-    shape = VARIATION[process] ** -2
-    gaps = [rng.gammavariate(shape, 1.0) for _ in range(max(1, round(rate * seconds)) + 1)]
-    stretch = seconds / sum(gaps)
-    return [stretch * passed for passed in accumulate(gaps[:-1])]
-
-
-def make_trace(
+def make_workload(
     process: str,
     rate: float,
     seconds: float,
@@ -154,30 +89,33 @@ def make_trace(
     *,
     prompts: Mapping[str, Sequence[Prompt]],
     slos: Mapping[str, SLO],
-    model: PerfModel,
     weights: Sequence[float] = (1, 1, 1),
-) -> list[Offered]:
+) -> list[Conversation]:
     """Requests in order of time; the same for the same arguments.
 
     Args:
+        process: ``poisson`` or ``bursty``.
+        rate: requests per second; exactly rate x seconds arrive.
         prompts, slos: by class. No prompt comes twice before all of its class came.
-        model: the device's speed, which turns slowdowns into seconds.
         weights: of the classes in the mix, in the order of ``CLASSES``.
     """
     rng = random.Random(f"{seed} {process} {rate:g}")
-    times = arrival_times(process, rate, seconds, rng)
+    count = max(1, round(rate * seconds))
+    times = gamma_arrivals(count, seconds, rng, burstiness=BURSTINESS[process])
     decks: dict[str, list[Prompt]] = {work.name: [] for work in CLASSES}
-    trace = []
-    for at_s, work in zip(times, rng.choices(CLASSES, weights, k=len(times)), strict=True):
+    workload = []
+    for at_s, work in zip(times, rng.choices(CLASSES, weights, k=count), strict=True):
         if not decks[work.name]:
             decks[work.name] = rng.sample(prompts[work.name], len(prompts[work.name]))
         prompt = decks[work.name].pop()
-        targets = slos[work.name].resolve(
-            model.zero_load_prefill_s(prompt.num_tokens),
-            model.zero_load_decode_s(prompt.num_tokens),
+        turn = Turn(
+            slo=slos[work.name],
+            prompt_tokens=prompt.num_tokens,
+            output_tokens=work.draw_length(rng),
+            text=prompt.text,
         )
-        trace.append(Offered(at_s, work.name, prompt, work.draw_length(rng), targets))
-    return trace
+        workload.append(Conversation(at_s, (turn,)))
+    return workload
 
 
 def write_classes(slos: Mapping[str, SLO], file: Path) -> None:
@@ -199,110 +137,39 @@ def slo_fields(slos: Mapping[str, SLO], form: str) -> dict[str, Any]:
     }
 
 
-async def drive(
-    url: str, trace: Sequence[Offered], slo_field: Mapping[str, Any]
-) -> tuple[list[Answer], float]:
-    """Send a trace and collect what comes back.
-
-    Ends when all is answered, or when no outstanding request can attain its SLO any more;
-    these are cut off, which frees their memory at once.
+def measure(
+    url: str, workload: Sequence[Conversation], model: PerfModel, slo_field: Mapping[str, Any]
+) -> tuple[Load, float]:
+    """Send a workload to a server and collect what comes back.
 
     Args:
         slo_field: what a class sends as ``slo``.
 
     Returns:
         the answers, and the time per token of a lone request, the slower of one before and
-        one after the trace: the speed of the machine at the time.
+        one after the workload: the speed of the machine at the time.
     """
-    connector = aiohttp.TCPConnector(limit=0)
-    timeout = aiohttp.ClientTimeout(total=None)
-    async with aiohttp.ClientSession(url, connector=connector, timeout=timeout) as session:
-        before = await _lone_tpot(session)
-        start = time.perf_counter() + POLL_S
-        answers = [Answer(offered, start + offered.at_s) for offered in trace]
-        tasks = []
-        for answer in answers:
-            await asyncio.sleep(answer.due_s - time.perf_counter())
-            ask = _ask(session, answer, slo_field[answer.offered.name])
-            tasks.append(asyncio.create_task(ask))
-        await _drain(answers, tasks)
-        return answers, max(before, await _lone_tpot(session))
+    return asyncio.run(_measure(url, workload, model, slo_field))
 
 
-async def _lone_tpot(session: aiohttp.ClientSession) -> float:
+async def _measure(
+    url: str, workload: Sequence[Conversation], model: PerfModel, slo_field: Mapping[str, Any]
+) -> tuple[Load, float]:
+    endpoint = await find_endpoint(url)
+    before = await _lone_tpot(endpoint)
+    load = Load(workload)
+    await drive(endpoint, load, model, slo_field=lambda answer: slo_field[answer.turn.slo.name])
+    return load, max(before, await _lone_tpot(endpoint))
+
+
+async def _lone_tpot(endpoint: Endpoint) -> float:
     """Seconds per token of a request to the idle server, which promises it nothing."""
-    body = {"prompt": "Once", "max_tokens": LONE_TOKENS, "ignore_eos": True, "temperature": 0}
+    body = endpoint.body(["Once"], LONE_TOKENS)
     started = time.perf_counter()
-    async with session.post("/v1/completions", json=body) as response:
+    async with (
+        open_session(endpoint.url) as session,
+        session.post(endpoint.path, json=body) as response,
+    ):
         await response.read()
         response.raise_for_status()
     return (time.perf_counter() - started) / LONE_TOKENS
-
-
-async def _drain(answers: Sequence[Answer], tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Wait while anything may still attain its SLO, then cut off the rest."""
-    limit = time.perf_counter() + DRAIN_S
-    while not all(task.done() for task in tasks):
-        now = time.perf_counter()
-        pairs = zip(answers, tasks, strict=True)
-        if now > limit or all(task.done() or answer.is_hopeless(now) for answer, task in pairs):
-            break
-        await asyncio.sleep(POLL_S)
-    for task in tasks:
-        task.cancel()
-    for result in await asyncio.gather(*tasks, return_exceptions=True):
-        if isinstance(result, Exception):
-            raise result
-
-
-async def _ask(session: aiohttp.ClientSession, answer: Answer, slo: Any) -> None:
-    """Send one request and note when its tokens come."""
-    body = {
-        "prompt": answer.offered.prompt.text,
-        "max_tokens": answer.offered.num_output_tokens,
-        "ignore_eos": True,
-        # Tokens without a text would arrive unseen, with a later one's.
-        "skip_special_tokens": False,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-        "slo": slo,
-    }
-    answer.sent_s = time.perf_counter()
-    try:
-        async with session.post("/v1/completions", json=body) as response:
-            if response.status != 200:
-                answer.ended = "rejected" if response.status in (429, 503) else "failed"
-                answer.error = f"{response.status}: {await response.text()}"
-                return
-            async for line in response.content:
-                if line.startswith(b"data: "):
-                    read_event(answer, line[6:].strip(), time.perf_counter())
-    except (aiohttp.ClientError, OSError, ValueError) as error:
-        answer.ended, answer.error = "failed", repr(error)
-    expected = answer.offered.num_output_tokens
-    if answer.error is None and (answer.ended != "done" or len(answer.token_times) != expected):
-        answer.ended = "failed"
-        answer.error = f"the stream ended after {len(answer.token_times)} of {expected} tokens"
-
-
-def read_event(answer: Answer, payload: bytes, now: float) -> None:
-    """Take one event of a stream into account.
-
-    A chunk stands for as many tokens as its usage has more than the last one's.
-
-    Args:
-        payload: what follows ``data:``.
-    """
-    if payload == b"[DONE]":
-        answer.ended = "failed" if answer.error else "done"
-        return
-    event = json.loads(payload)
-    if "error" in event:
-        answer.ended, answer.error = "failed", str(event["error"])
-        return
-    usage = event.get("usage") or {}
-    num_new = usage.get("completion_tokens", 0) - len(answer.token_times)
-    answer.token_times += [now] * num_new
-    if not event["choices"]:
-        answer.reported = usage.get("slo")

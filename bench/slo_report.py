@@ -1,4 +1,4 @@
-"""Judging, tables, capacity and plot of `slo_serving.py`: arithmetic on finished runs.
+"""Tables, capacity and plot of `slo_serving.py`: arithmetic on finished runs.
 
 Attainment is `minserve.attainment`'s, on the client's own timestamps, of all requests offered.
 Capacity is the largest rate with an attainment of at least 90%, on straight lines
@@ -11,40 +11,21 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
-from slo_load import CLASSES, Answer, Offered
+from slo_load import CLASSES
 
-from minserve.attainment import judge
+from minserve.workload.answer import Answer
+from minserve.workload.capacity import LEVEL, crossing
+from minserve.workload.conversation import Conversation
+from minserve.workload.plots import attainment_figure, draw_attainment, save
+from minserve.workload.report import percentile, share
+from minserve.workload.targets import Speed, targets_of
+from minserve.workload.verdict import Cause, Verdict
 
-LEVEL = 0.9
-MISSES = ("late first token", "late token", "rejected", "failed", "unanswered")
+# Every conversation here is a single turn, which is always sent.
+MISSES = tuple(cause for cause in Cause if cause is not Cause.NOT_SENT)
 COLOURS = {"dp": "#1f6feb", "edf": "#2da44e", "sarathi": "#bf8700", "fcfs": "#7d8590"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """What became of one request; times in seconds.
-
-    Attributes:
-        cause: of the miss, one of ``MISSES``; ``None`` where the SLO was attained.
-        attained_mean: the mean form.
-        ttft_s: ``None`` where no token came.
-        tpot_s: mean over the output; ``None`` before two tokens.
-        send_lag_s: how late the client itself was.
-    """
-
-    name: str
-    cause: str | None
-    attained_mean: bool
-    ttft_s: float | None
-    tpot_s: float | None
-    send_lag_s: float
-
-    @property
-    def attained(self) -> bool:
-        return self.cause is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,35 +74,12 @@ class Cell:
         return sum(v.attained for v in self.verdicts) / sum(run.seconds for run in self.runs)
 
     @property
-    def spread(self) -> tuple[float, float]:
-        """Lowest and highest attainment of a run."""
-        each = [share(verdict.attained for verdict in run.verdicts) for run in self.runs]
-        return min(each), max(each)
+    def each(self) -> list[float]:
+        """Attainment of each run."""
+        return [share(verdict.attained for verdict in run.verdicts) for run in self.runs]
 
     def of_class(self, name: str) -> float:
         return share(verdict.attained for verdict in self.verdicts if verdict.name == name)
-
-
-def verdict_on(answer: Answer) -> Verdict:
-    """Judge an answer by the client's clock."""
-    progress = judge(answer.offered.targets, answer.due_s, answer.token_times)
-    done = answer.ended == "done"
-    if done and progress.attained:
-        cause = None
-    elif answer.ended in ("rejected", "failed"):
-        cause = answer.ended
-    elif progress.first_token_s is None:
-        cause = "unanswered"
-    else:
-        cause = "late first token" if progress.late_ttft else "late token"
-    return Verdict(
-        name=answer.offered.name,
-        cause=cause,
-        attained_mean=done and progress.attained_mean,
-        ttft_s=progress.ttft_s,
-        tpot_s=progress.mean_tpot_s,
-        send_lag_s=answer.sent_s - answer.due_s,
-    )
 
 
 def disagreements(answers: Iterable[Answer]) -> int:
@@ -133,25 +91,13 @@ def disagreements(answers: Iterable[Answer]) -> int:
     for answer in answers:
         if answer.reported is None:
             continue
-        ours, theirs = answer.offered.targets, answer.reported["targets"]
+        ours, theirs = answer.targets, answer.reported["targets"]
         pairs = (
             (ours.ttft_s, theirs["ttft_ms"]),
             (ours.stages[-1].tpot_s, theirs["tpot_ms"]),
         )
         count += any(told is None or abs(s * 1e3 - told) > 2e-3 for s, told in pairs)
     return count
-
-
-def share(flags: Iterable[bool]) -> float:
-    """Of flags that are true; NaN of none."""
-    values = list(flags)
-    return sum(values) / len(values) if values else math.nan
-
-
-def percentile(values: Iterable[float], q: float) -> float:
-    """The smallest value that a share ``q`` of the values does not exceed; NaN of none."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(q * len(ordered)) - 1)] if ordered else math.nan
 
 
 def cells(runs: Iterable[Run]) -> dict[tuple[str, float, str], Cell]:
@@ -173,37 +119,19 @@ def curves(runs: Sequence[Run], process: str) -> dict[str, dict[float, Cell]]:
     return found
 
 
-def capacity(attainment: Mapping[float, float], level: float = LEVEL) -> float | None:
-    """The largest rate with at least this attainment, between measured points linearly.
-
-    Args:
-        attainment: by rate.
-
-    Returns:
-        the highest measured rate where that still attains (the capacity is at least this);
-        ``None`` where no measured rate does.
-    """
-    rates = sorted(attainment)
-    if attainment[rates[-1]] >= level:
-        return rates[-1]
-    for low, high in reversed(list(pairwise(rates))):
-        if attainment[low] >= level:
-            fallen = (attainment[low] - level) / (attainment[low] - attainment[high])
-            return low + fallen * (high - low)
-    return None
-
-
-def print_promises(trace: Sequence[Offered]) -> None:
+def print_promises(workload: Sequence[Conversation], speed: Speed) -> None:
     """What the device's own speed makes of the slowdowns."""
     print("\nclass            prompt  output (mean tokens)   TTFT SLO (median)   TPOT SLO")
+    turns = [turn for conversation in workload for turn in conversation.turns]
     for work in CLASSES:
-        own = [offered for offered in trace if offered.name == work.name]
+        own = [turn for turn in turns if turn.slo.name == work.name]
         if not own:
             continue
-        prompt = sum(offered.prompt.num_tokens for offered in own) / len(own)
-        output = sum(offered.num_output_tokens for offered in own) / len(own)
-        ttft = percentile([offered.targets.ttft_s for offered in own], 0.5)
-        tpot = percentile([offered.targets.stages[-1].tpot_s for offered in own], 0.5)
+        prompt = sum(turn.prompt_tokens for turn in own) / len(own)
+        output = sum(turn.output_tokens for turn in own) / len(own)
+        targets = [targets_of(turn, speed) for turn in own]
+        ttft = percentile([one.ttft_s for one in targets], 0.5)
+        tpot = percentile([one.stages[-1].tpot_s for one in targets], 0.5)
         print(f"{work.name:15}{prompt:8.0f}{output:8.0f}{ttft:28.2f} s{1e3 * tpot:11.0f} ms")
 
 
@@ -211,7 +139,7 @@ def print_table(runs: Sequence[Run], process: str, classes: Sequence[str]) -> No
     """A row per rate and variant: attainment, goodput, misses by cause, latencies."""
     print(f"\n{process} arrivals: % of offered requests that attained their SLO")
     head = f"{'req/s':>6} {'policy':18}{'all':>6}" + "".join(f"{c[:7]:>8}" for c in classes)
-    head += f"{'mean form':>11}{'goodput':>9}  " + "".join(f"{miss:>18}" for miss in MISSES)
+    head += f"{'mean form':>11}{'goodput':>9}  " + "".join(f"{miss.value:>18}" for miss in MISSES)
     print(head + f"{'TTFT p50':>10}{'p99 s':>7}{'TPOT p50':>10}{'p99 ms':>8}")
     for (its_process, rate, variant), cell in cells(runs).items():
         if its_process != process:
@@ -241,7 +169,7 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
             policy: {rate: cell.attainment for rate, cell in sorted(curve.items())}
             for policy, curve in curves(runs, process).items()
         }
-        found = {policy: capacity(curve) for policy, curve in rates.items()}
+        found = {policy: crossing(curve) for policy, curve in rates.items()}
         result["capacity"][process] = {
             policy: None if one is None else round(one, 3) for policy, one in found.items()
         }
@@ -270,32 +198,12 @@ def plot(runs: Sequence[Run], file: str) -> None:
     """Save attainment against rate: a panel per arrival process, a line per policy, a band
     from the lowest to the highest repeat.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     processes = list(dict.fromkeys(run.process for run in runs))
-    figure, panels = pyplot.subplots(
-        1, len(processes), figsize=(5 * len(processes), 3.6), sharey=True, squeeze=False
-    )
-    for panel, process in zip(panels[0], processes, strict=True):
+    figure, panels = attainment_figure([f"{process} arrivals" for process in processes])
+    for panel, process in zip(panels, processes, strict=True):
         for policy, curve in curves(runs, process).items():
-            rates = sorted(curve)
-            lows, highs = zip(*(curve[rate].spread for rate in rates), strict=True)
-            means = [100 * curve[rate].attainment for rate in rates]
             # With drafts in the policy's colour, dashed.
             colour, style = COLOURS[policy.partition("+")[0]], "--" if "+" in policy else "-"
-            panel.plot(rates, means, style, marker="o", markersize=4, label=policy, color=colour)
-            panel.fill_between(
-                rates, [100 * x for x in lows], [100 * x for x in highs], alpha=0.15, color=colour
-            )
-        panel.axhline(100 * LEVEL, color="#b6bcc4", linestyle="--", linewidth=1)
-        panel.set_title(f"{process} arrivals")
-        panel.set_xlabel("requests per second offered")
-        panel.set_ylim(0, 102)
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0][0].set_ylabel("% attaining their SLO")
-    panels[0][0].legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
+            line = {rate: cell.each for rate, cell in curve.items()}
+            draw_attainment(panel, policy, line, color=colour, linestyle=style)
+    save(figure, file)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import re
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +10,15 @@ from typing import Any
 
 import aiohttp
 import psutil
-from slo_load import Answer, Offered, drive
+from slo_load import measure
 
+from minserve.errors import MinserveError
+from minserve.planner.perf_model import PerfModel
 from minserve.planner.policies import PROMISING
+from minserve.workload.client import Load
+from minserve.workload.conversation import Conversation
+from minserve.workload.server_process import ServerProcess
 
-STOP_S = 60.0
 MOST_SEQS = 128
 KV_GIB = 2.0
 # Resident memory of a server with the embedded model, and some.
@@ -26,8 +26,6 @@ SERVER_GIB = 2.0
 # A run beside other work says little: two threads wait for each other when one is held up.
 DISTURBED_CORES = 0.15
 QUIET_S = 60.0
-
-
 # What policies that do not choose the length themselves draft: longer pays less often.
 FIXED_SPECULATION = 3
 
@@ -62,28 +60,19 @@ class Variant:
 class Server:
     """A `minserve serve` process."""
 
-    def __init__(self, variant: Variant, model: str, slo_classes: Path, log: Path) -> None:
-        self._log = log
-        command = [sys.executable, "-m", "minserve", "serve", "--model", model, "--port", "0",
-                   "--no-prefix-caching", "--kv-cache-gib", str(KV_GIB),
-                   "--slo-classes", str(slo_classes), *variant.flags]  # fmt: skip
-        with log.open("w") as errors:
-            self._process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=errors, text=True
-            )
-        self.url = self._read_url()
+    def __init__(self, variant: Variant, model: str, slo_classes: Path) -> None:
+        try:
+            self._process = ServerProcess(
+                ["--model", model, "--no-prefix-caching", "--kv-cache-gib", str(KV_GIB),
+                 "--slo-classes", str(slo_classes), *variant.flags]
+            )  # fmt: skip
+        except MinserveError as error:
+            raise SystemExit(str(error)) from None
 
-    def _read_url(self) -> str:
-        """Wait until the server announces itself."""
-        for line in self._process.stdout:
-            if found := re.search(r" serves .+ on (http://\S+)", line):
-                return found[1]
-        raise self.failed("the server did not start")
-
-    def drive(
-        self, trace: Sequence[Offered], slo_field: Mapping[str, Any]
-    ) -> tuple[list[Answer], float, float]:
-        """Send it a trace.
+    def measure(
+        self, workload: Sequence[Conversation], model: PerfModel, slo_field: Mapping[str, Any]
+    ) -> tuple[Load, float, float]:
+        """Send it a workload.
 
         Returns:
             the answers, a lone request's time per token, and the cores that processes other
@@ -96,24 +85,15 @@ class Server:
 
         started, before = time.perf_counter(), elsewhere()
         try:
-            answers, lone_tpot_s = asyncio.run(drive(self.url, trace, slo_field))
+            load, lone_tpot_s = measure(self._process.url, workload, model, slo_field)
             cores = (elsewhere() - before) / (time.perf_counter() - started)
-        except (aiohttp.ClientError, psutil.Error) as error:
-            raise self.failed(f"the server broke off: {error!r}") from None
-        return answers, lone_tpot_s, cores
-
-    def failed(self, problem: str) -> SystemExit:
-        """The end of the benchmark, with what the server said last."""
-        return SystemExit(f"{problem}\n{self._log.read_text()[-3000:]}")
+        except (aiohttp.ClientError, psutil.Error, MinserveError) as error:
+            last_words = self._process.last_words()
+            raise SystemExit(f"the server broke off: {error!r}\n{last_words}") from None
+        return load, lone_tpot_s, cores
 
     def stop(self) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(timeout=STOP_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
+        self._process.stop()
 
 
 def cpu_seconds(process: psutil.Process | None = None) -> float:
@@ -136,8 +116,8 @@ def await_quiet() -> None:
 class Fleet:
     """Servers by variant: started when first asked for, kept as long as memory allows."""
 
-    def __init__(self, model: str, slo_classes: Path, logs: Path) -> None:
-        self._model, self._slo_classes, self._logs = model, slo_classes, logs
+    def __init__(self, model: str, slo_classes: Path) -> None:
+        self._model, self._slo_classes = model, slo_classes
         self._servers: dict[Variant, Server] = {}
 
     def server(self, variant: Variant) -> tuple[Server, bool]:
@@ -146,8 +126,7 @@ class Fleet:
             return self._servers[variant], False
         while self._servers and psutil.virtual_memory().available < SERVER_GIB * 2**30:
             self._servers.pop(next(iter(self._servers))).stop()
-        log = self._logs / f"{variant}.log".replace(" ", "-")
-        self._servers[variant] = Server(variant, self._model, self._slo_classes, log)
+        self._servers[variant] = Server(variant, self._model, self._slo_classes)
         return self._servers[variant], True
 
     def stop(self) -> None:

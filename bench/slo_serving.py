@@ -36,12 +36,11 @@ from pathlib import Path
 
 from offline import machine
 from slo_load import (
+    BURSTINESS,
     CLASSES,
     LONE_TOKENS,
-    VARIATION,
-    Offered,
     Prompt,
-    make_trace,
+    make_workload,
     slo_fields,
     write_classes,
 )
@@ -52,9 +51,7 @@ from slo_report import (
     print_capacity,
     print_promises,
     print_table,
-    share,
     summary,
-    verdict_on,
 )
 from slo_servers import DISTURBED_CORES, Fleet, Server, Variant, await_quiet
 from tqdm import tqdm
@@ -62,7 +59,9 @@ from tqdm import tqdm
 from minserve.config import POLICIES, SPECULATORS, ServerConfig
 from minserve.planner.perf_model import PerfModel
 from minserve.slo import SLO
+from minserve.workload.conversation import Conversation
 from minserve.workload.data_files import read_prompts
+from minserve.workload.report import share
 
 RATES = (0.3, 0.6, 1.0, 1.4, 1.8)
 SARATHI_BUDGETS = (64, 128)
@@ -127,45 +126,44 @@ class Bench:
         self.runs: list[Run] = []
         self.num_disagreements = 0
 
-    def trace(self, process: str, rate: float, seconds: float, seed: int) -> list[Offered]:
-        return make_trace(process, rate, seconds, seed, prompts=self._prompts, slos=self._slos,
-                          model=self._model, weights=self._args.weights)  # fmt: skip
+    def workload(self, process: str, rate: float, seconds: float, seed: int) -> list[Conversation]:
+        return make_workload(process, rate, seconds, seed, prompts=self._prompts,
+                             slos=self._slos, weights=self._args.weights)  # fmt: skip
 
     def server(self, variant: Variant) -> Server:
         """The variant's server, warmed up."""
         server, fresh = self._fleet.server(variant)
         if fresh:
             rate, seed = min(self._args.rates), self._args.seed - 1
-            trace = self.trace("poisson", rate, WARM_UP_S, seed)
-            server.drive(trace, self._fields)
+            workload = self.workload("poisson", rate, WARM_UP_S, seed)
+            server.measure(workload, self._model, self._fields)
         return server
 
     def measure(self, variants: Sequence[Variant]) -> None:
-        """Every variant on every trace."""
+        """Every variant on every workload."""
         args = self._args
-        traces = [
+        points = [
             (process, rate, repeat)
             for process in args.arrivals
             for repeat in range(args.repeats)
             for rate in args.rates
         ]
-        with tqdm(total=len(traces) * len(variants), unit="run", smoothing=0) as bar:
-            for number, (process, rate, repeat) in enumerate(traces):
-                trace = self.trace(process, rate, args.seconds, args.seed + repeat)
+        with tqdm(total=len(points) * len(variants), unit="run", smoothing=0) as bar:
+            for number, (process, rate, repeat) in enumerate(points):
+                workload = self.workload(process, rate, args.seconds, args.seed + repeat)
                 first = number % len(variants)
                 for variant in (*variants[first:], *variants[:first]):
-                    run = self._run(variant, trace, process, rate, repeat)
+                    run = self._run(variant, workload, process, rate, repeat)
                     reached = share(verdict.attained for verdict in run.verdicts)
                     bar.set_postfix_str(f"{variant} at {rate:g}/s: {reached:.0%}")
                     bar.update()
 
-    def _run(
-        self, variant: Variant, trace: Sequence[Offered], process: str, rate: float, repeat: int
-    ) -> Run:
+    def _run(self, variant: Variant, workload: Sequence[Conversation], process: str, rate: float,
+             repeat: int) -> Run:  # fmt: skip
         server = self.server(variant)
         for _ in range(ATTEMPTS):
             await_quiet()
-            answers, lone_tpot_s, elsewhere = server.drive(trace, self._fields)
+            load, lone_tpot_s, elsewhere = server.measure(workload, self._model, self._fields)
             slowness = lone_tpot_s / self._model.zero_load_decode_s(LONE_TOKENS)
             disturbed = elsewhere > DISTURBED_CORES or slowness > DISTURBED_SLOWNESS
             if not disturbed:
@@ -174,10 +172,9 @@ class Bench:
                 f"{variant} at {rate:g}/s: other work took {elsewhere:.2f} cores, "
                 f"a lone request {slowness:.2f} of its profiled time"
             )
-        self.num_disagreements += disagreements(answers)
-        for answer in answers:
-            if answer.error is not None:
-                tqdm.write(f"{variant}: {answer.ended}: {answer.error}")
+        self.num_disagreements += disagreements(load.answers)
+        for error, count in load.errors().items():
+            tqdm.write(f"{variant}: {count} requests: {error}")
         run = Run(
             process=process,
             rate=rate,
@@ -188,7 +185,7 @@ class Bench:
             cores_elsewhere=elsewhere,
             slowness=slowness,
             disturbed=disturbed,
-            verdicts=[verdict_on(answer) for answer in answers],
+            verdicts=load.verdicts(),
         )
         self.runs.append(run)
         return run
@@ -228,7 +225,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--results", metavar="FILE.json", help="also save every request's result")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    for given, known in ((args.policies, POLICIES), (args.arrivals, VARIATION)):
+    for given, known in ((args.policies, POLICIES), (args.arrivals, BURSTINESS)):
         if unknown := set(given) - set(known):
             parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     if len(args.weights) != len(CLASSES):
@@ -261,10 +258,10 @@ def main() -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_classes(slos, folder / "classes.toml")
-        fleet = Fleet(args.model, folder / "classes.toml", folder)
+        fleet = Fleet(args.model, folder / "classes.toml")
         stack.callback(fleet.stop)
         bench = Bench(args, fleet, model, prompts, slos)
-        print_promises(bench.trace("poisson", 10.0, 100.0, args.seed))
+        print_promises(bench.workload("poisson", 10.0, 100.0, args.seed), model)
         for variant in variants:
             bench.server(variant)
         bench.measure(variants)
@@ -287,7 +284,9 @@ def report(args: argparse.Namespace, bench: Bench, seconds: float) -> None:
         f"{bench.num_disagreements} answers promised other times than the client's"
     )
     if args.results:
-        rows = json.dumps([asdict(run) for run in bench.runs], indent=1)
+        rows = json.dumps(
+            [asdict(run) for run in bench.runs], indent=1, default=lambda cause: cause.value
+        )
         Path(args.results).write_text(rows, encoding="utf-8")
     if args.plot:
         plot(bench.runs, args.plot)

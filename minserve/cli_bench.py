@@ -130,10 +130,13 @@ def _served(args: argparse.Namespace) -> Iterator[str]:
         if value is not None:
             flags += [name, value]
     # So that the server is stopped by this signal too.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     say("starting minserve serve; the first time it measures this device for some 40 s")
-    with ServerProcess(flags) as server:
-        yield server.url
+    try:
+        with ServerProcess(flags) as server:
+            yield server.url
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _prepare(args: argparse.Namespace, url: str, draw: Draw) -> Experiment:
@@ -218,7 +221,7 @@ def _run(experiment: Experiment, rate: float | None, seed: int) -> Run:
 def _warn(run: Run) -> None:
     for error, count in list(run.load.errors().items())[:NUM_ERRORS]:
         say(f"{count} requests: {' '.join(error.split())}")
-    if late := run.load.num_short():
+    if late := run.load.num_short:
         say(f"warning: the server ended {late} outputs before their length: it had less to do")
     if run.load.num_undecided:
         say(f"{run.load.num_undecided} requests were under way and in time; they are left out")

@@ -133,6 +133,8 @@ def make_draw(args: argparse.Namespace, longest: int | None = None) -> Draw:
 
 def in_words(capacity: Capacity) -> str:
     """What a search found, in a line."""
+    if not capacity.attainment:
+        return "capacity: the search was cut short before any rate was measured"
     low, high = capacity.interval()
     if capacity.rate is None:
         return f"capacity: no rate was found at which {capacity.level:.0%} attain their SLO"

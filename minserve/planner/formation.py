@@ -40,6 +40,8 @@ from minserve.planner.speculation import (
 )
 from minserve.request import Sequence, SequenceState
 
+import os
+EAGER='E' in os.environ.get('X','')
 Due = tuple[float, Sequence]
 
 
@@ -75,6 +77,7 @@ class BatchLimits:
     longest_s: float
     guard_s: float
     best_effort_s: float = 0.0
+    best_effort_blocks: float = math.inf
 
 
 def form_batch(
@@ -110,7 +113,7 @@ def form_batch(
         _draft_for_prefills(batch, own, len(work.decodes), limit, limits.guard_s, needed)
     given = 0.0
     if limits.best_effort_s > 0:
-        given = _best_effort(batch, work.best_effort, batch.seconds + limits.best_effort_s, limit)
+        given = _best_effort(batch, work.best_effort, batch.seconds + limits.best_effort_s, limit, limits)
     for deadline, seq in work.prefills:
         if batch.is_full(limit):
             break
@@ -131,11 +134,22 @@ def form_batch(
         if batch.is_full(spare):
             break
         batch.prefill(seq, spare, hold=hold)
-    given += _best_effort(batch, work.best_effort, spare, limit)
+    given += _best_effort(batch, work.best_effort, spare, limit, limits)
     # Whoever drafted for the sake of prefills has done so, even if none of them fits now.
     drafted = batch.draft.plan.speculation or batch.draft.plan.catch_up
     if drafting is not None and not batch.num_prefills and not drafted:
         _draft_for_speed(batch, view, drafting, limit)
+    elif drafting is not None and batch.num_prefills and EAGER:
+        sched = batch.draft.plan.num_scheduled_tokens
+        own = [
+            one
+            for seq in view.running
+            if seq.seq_id in sched
+            and seq.is_decoding
+            and seq.seq_id not in batch.draft.plan.speculation
+            and (one := drafting.speculator(seq)).limit > 0
+        ]
+        _draft_for_prefills(batch, own, len(work.decodes) or 1, limit, limits.guard_s, False)
     plan = batch.draft.plan
     plan.shape, plan.best_effort_s = batch.shape, given
     # A batch of plain decodes is as short as can be, however late it begins.
@@ -362,7 +376,7 @@ def _pace_s(seq: Sequence, speculators: Mapping[str, Speculator]) -> float:
 
 
 def _best_effort(
-    batch: _TimedBatch, sequences: list[Sequence], until: float, limit: float
+    batch: _TimedBatch, sequences: list[Sequence], until: float, limit: float, limits: BatchLimits
 ) -> float:
     """Run best effort until the batch takes so long; returns the predicted seconds of it."""
     before, until = batch.seconds, min(until, limit)
@@ -375,9 +389,16 @@ def _best_effort(
     for seq in todo:
         if seq.state is SequenceState.RUNNING and not seq.is_decoding:
             batch.prefill(seq, until)
+    size = batch.draft.view.memory.block_size
+    held = sum(len(seq.block_table) for seq in sequences)
     for seq in todo:
-        if seq.state is SequenceState.WAITING and not batch.prefill(seq, until):
-            break
+        if seq.state is SequenceState.WAITING:
+            more = -(-seq.num_tokens // size)
+            if held and held + more > limits.best_effort_blocks:
+                break
+            if not batch.prefill(seq, until):
+                break
+            held += more
     return batch.seconds - before
 
 

@@ -65,9 +65,14 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """A sequence holds, or will come to hold, blocks until ``end_s`` (inf: for good)."""
+    """A sequence holds blocks, and ever more of them, until ``end_s`` (inf: for good).
 
-    num_blocks: int
+    Attributes:
+        blocks_now, blocks_end: in between it grows evenly.
+    """
+
+    blocks_now: int
+    blocks_end: int
     end_s: float
 
 
@@ -125,21 +130,50 @@ def build_outlook(
     begin = np.array([d.start_s for d in demands], dtype=np.float64)
     end = np.array([d.end_s for d in demands], dtype=np.float64)
     release = np.array([h.end_s for h in holdings], dtype=np.float64)
-    held = np.array([h.num_blocks for h in holdings], dtype=np.int64)
     tier = np.array([d.tier for d in demands], dtype=np.int64)
     starts = _segments(now, horizon_s, np.concatenate([begin, end, release]))
     num = len(starts)
     counts = np.zeros((num + 1, num_tiers), dtype=np.int64)
     np.add.at(counts, (np.maximum(np.searchsorted(starts, begin, side="right") - 1, 0), tier), 1)
     np.add.at(counts, (np.searchsorted(starts, end), tier), -1)
-    freed = np.zeros(num + 1, dtype=np.int64)
-    np.add.at(freed, np.searchsorted(starts, release), held)
     return Outlook(
         starts=starts,
         counts=counts.cumsum(axis=0)[:num],
-        free_blocks=num_blocks - int(held.sum()) + freed.cumsum()[:num],
+        free_blocks=num_blocks - _most_held_from(starts, holdings, release),
         free_seqs=free_seqs,
     )
+
+
+def _most_held_from(
+    starts: NDArray[np.float64], holdings: SequenceOf[Holding], release: NDArray[np.float64]
+) -> NDArray[np.int64]:
+    """The most blocks that will be held at any time from each start on.
+
+    All holdings grow until one ends, so that the most is held right before an end, or now.
+    That outputs which end in turn never hold all their blocks at once is the "past-future"
+    estimate of LightLLM (Gong et al., ASPLOS 2025).
+    """
+    if not holdings:
+        return np.zeros(len(starts), dtype=np.int64)
+    now = starts[0]
+    first = np.array([h.blocks_now for h in holdings], dtype=np.float64)
+    last = np.array([h.blocks_end for h in holdings], dtype=np.float64)
+    times = np.unique(np.concatenate([starts, release]))
+    times = times[times >= now]
+    lasting = np.maximum(release - now, 1e-9)
+    # Who never ends holds all of it from the beginning.
+    grown = np.where(np.isinf(lasting), 1.0, np.minimum((times[:, None] - now) / lasting, 1.0))
+    sizes = np.ceil(first + (last - first) * grown)
+    held = np.where(times[:, None] <= release, sizes, 0.0).sum(axis=1)
+    most = np.maximum.accumulate(held[::-1])[::-1]
+    # A segment that starts at an end begins when its blocks are free.
+    later = np.minimum(np.searchsorted(times, starts, side="right"), len(times) - 1)
+    at_start = np.where(release[None, :] > starts[:, None], 1.0, 0.0)
+    begin = np.minimum((starts[:, None] - now) / lasting, 1.0)
+    begin = np.where(np.isinf(lasting), 1.0, begin)
+    held_then = (np.ceil(first + (last - first) * begin) * at_start).sum(axis=1)
+    behind = np.where(times[later] > starts, most[later], 0.0)
+    return np.maximum(behind, held_then).astype(np.int64)
 
 
 def _segments(now: float, horizon_s: float, edges: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -32,6 +32,8 @@ from minserve.request import Sequence, SequenceState
 from minserve.slo import Standing
 
 # Stands for "no deadline"; finite, so that what never gets done is never accepted.
+import os
+MEM="M" in os.environ.get("X","")
 FAR_S = 1e7
 # An answer for requests that would not fit the idle device either.
 NEVER_S = 3600.0
@@ -166,6 +168,7 @@ class _Round:
         # a promise is given up when it will be broken, not when it might be.
         self.likely_rates = self._rates(model, 1.0, speculation)
         self.remaining = {s.seq_id: lengths.remaining(s) for s in (*settled, *open_)}
+        self._pace_s = min((s.progress.tpot_s for s in settled if s.progress.tpot_s<math.inf), default=0.1)
         self.demands = {s.seq_id: self._demands(s) for s in settled}
         self.candidates = [self._candidate(s, cached_tokens) for s in open_]
 
@@ -228,6 +231,9 @@ class _Round:
     def _blocks(self, seq: Sequence) -> int:
         return -(-(seq.num_tokens + self.remaining[seq.seq_id]) // self._block_size)
 
+    def _end_s(self, seq: Sequence) -> float:
+        return self.now + self.remaining[seq.seq_id] * self._pace_s
+
     def _candidate(self, seq: Sequence, cached_tokens: Callable[[Sequence], int]) -> Candidate:
         progress = seq.progress
         if seq.state is SequenceState.RUNNING:
@@ -272,10 +278,14 @@ class _Round:
         for seq in self.settled:
             own = self.demands[seq.seq_id]
             demands += own
-            holdings.append(Holding(self._blocks(seq), own[-1].end_s if own else math.inf))
+            end = self._end_s(seq) if MEM else own[-1].end_s if own else math.inf
+            now_blocks = -(-seq.num_tokens // self._block_size)
+            if not MEM:
+                now_blocks = self._blocks(seq)
+            holdings.append(Holding(now_blocks, self._blocks(seq), end))
         for candidate in accepted:
             end = self._done_s + candidate.decode_s
-            holdings.append(Holding(candidate.blocks, end))
+            holdings.append(Holding(candidate.blocks, candidate.blocks, end))
             if candidate.tier is not None:
                 demands.append(Demand(candidate.tier, self._done_s, end))
         num_forced = sum(candidate.forced for candidate in self.candidates)

@@ -97,6 +97,7 @@ class Load:
                 found[answer.error] = found.get(answer.error, 0) + 1
         return dict(sorted(found.items(), key=lambda one: -one[1]))
 
+    @property
     def num_short(self) -> int:
         """Answers that the server ended before the length that was asked for."""
         return sum(answer.was_short for answer in self.answers)
@@ -117,7 +118,7 @@ async def drive(
     these are cut off. When cancelled, what came so far is kept.
 
     Args:
-        load: a fresh one; every first turn has a text.
+        load: a fresh one; every turn of its workload has a text.
         speed: turns slowdowns into seconds.
         slo_field: what a request sends as ``slo`` to a minserve; default: its targets.
         on_progress: called every tenth of a second.

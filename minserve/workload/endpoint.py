@@ -179,6 +179,8 @@ async def _list_models(session: aiohttp.ClientSession, url: str) -> list[dict[st
                 raise WorkloadError(
                     f"the server at {url} wants a key; set {' or '.join(KEY_VARIABLES)}"
                 )
+            if response.status == 503:
+                raise WorkloadError(f"the server at {url} is not ready yet: it answers 503")
             listed = (await response.json(content_type=None))["data"]
             if response.status == 200 and all(isinstance(one, dict) for one in listed):
                 return listed

@@ -64,11 +64,23 @@ def plot_attainment(
     Raises:
         WorkloadError: where it cannot be drawn or written.
     """
-    figure, (panel,) = _figure(1, file)
+    check_can_plot(file)
+    figure, (panel,) = attainment_figure([title], level=level)
     for (label, line), colour in zip(lines.items(), _colours(len(lines)), strict=True):
         draw_attainment(panel, label, line, level=level, color=colour)
-    _finish_attainment(panel, level, title)
-    _save(figure, file)
+    save(figure, file)
+
+
+def attainment_figure(
+    titles: Sequence[str], *, level: float = LEVEL
+) -> tuple[Figure, Sequence[Axes]]:
+    """Panels for `draw_attainment`, one for each title, with the level marked."""
+    figure, panels = _figure(len(titles), sharey=True)
+    for panel, title in zip(panels, titles, strict=True):
+        panel.axhline(100 * level, color=GREY, linestyle="--", linewidth=1)
+        panel.set(xlabel="requests per second offered", title=title, ylim=(0, 102))
+    panels[0].set_ylabel("% attaining their SLO")
+    return figure, panels
 
 
 def draw_attainment(
@@ -121,7 +133,10 @@ def plot_run(
     Raises:
         WorkloadError: where it cannot be drawn or written.
     """
-    figure, (ttft, tpot, time) = _figure(3, file)
+    check_can_plot(file)
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    figure, (ttft, tpot, time) = _figure(3)
     names = sorted({verdict.name for verdict in verdicts})
     for name, colour in zip(names, _colours(len(names)), strict=True):
         own = [verdict for verdict in verdicts if verdict.name == name]
@@ -129,23 +144,24 @@ def plot_run(
         waits = [math.inf if v.ttft_s is None else v.ttft_s for v in own]
         _draw_distribution(ttft, waits, name, colour, promised.ttft_s)
         paces = [v.tpot_s for v in own if v.tpot_s is not None]
-        _draw_distribution(tpot, paces, name, colour, promised.stages[-1].tpot_s)
+        _draw_distribution(tpot, paces, None, colour, promised.stages[-1].tpot_s)
         _draw_over_time(time, own, seconds, colour)
     for panel, word in ((ttft, "TTFT"), (tpot, "TPOT")):
         panel.set(xlabel=f"{word} (ms), its SLO dashed", ylabel="% of requests within")
         if panel.lines:
             panel.set_xscale("log")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_formatter(NullFormatter())
     time.set(xlabel="arrival (s)", ylabel="% attaining their SLO", xlim=(0, max(seconds, 1e-3)))
     for panel in (ttft, tpot, time):
         panel.set_ylim(0, 102)
-    if names:
-        ttft.legend(frameon=False)
     figure.suptitle(title or f"{100 * share(v.attained for v in verdicts):.1f}% attained")
-    _save(figure, file)
+    save(figure, file)
 
 
 def _draw_distribution(
-    panel: Axes, values: Sequence[float], label: str, colour: str, promised_s: float
+    panel: Axes, values: Sequence[float], label: str | None, colour: str, promised_s: float
 ) -> None:
     """The share of requests within each time. What never came is missing at the top."""
     finite = sorted(1e3 * max(one, 1e-6) for one in values if math.isfinite(one))
@@ -165,31 +181,32 @@ def _draw_over_time(panel: Axes, verdicts: Sequence[Verdict], seconds: float, co
     panel.plot(middles, shares, marker="o", markersize=3, color=colour)
 
 
-def _finish_attainment(panel: Axes, level: float, title: str) -> None:
-    panel.axhline(100 * level, color=GREY, linestyle="--", linewidth=1)
-    panel.set(xlabel="requests per second offered", ylabel="% attaining their SLO", title=title)
-    panel.set_ylim(0, 102)
-    if panel.get_legend_handles_labels()[0]:
-        panel.legend(frameon=False)
-
-
-def _figure(num_panels: int, file: str | Path) -> tuple[Figure, Sequence[Axes]]:
-    check_can_plot(file)
+def _figure(num_panels: int, **options: Any) -> tuple[Figure, Sequence[Axes]]:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, num_panels, figsize=(5 * num_panels, 3.6), squeeze=False)
+    figure, panels = pyplot.subplots(
+        1, num_panels, figsize=(5 * num_panels, 3.6), squeeze=False, **options
+    )
     for panel in panels[0]:
         panel.spines[["top", "right"]].set_visible(False)
     return figure, panels[0]
 
 
-def _save(figure: Figure, file: str | Path) -> None:
+def save(figure: Figure, file: str | Path) -> None:
+    """Write a figure and let go of it, with a legend in each panel that has labels.
+
+    Raises:
+        WorkloadError: where it cannot be written.
+    """
     from matplotlib import pyplot
 
     try:
+        for panel in figure.axes:
+            if panel.get_legend_handles_labels()[0]:
+                panel.legend(frameon=False)
         figure.tight_layout()
         figure.savefig(file, dpi=110)
     except OSError as error:

@@ -170,7 +170,7 @@ def test_an_output_that_ended_early_is_an_answer_but_is_counted() -> None:
     with scripted_server() as server:
         load = run(server, [one("short"), one("good")])
     assert causes(load) == [None, None]
-    assert load.num_short() == 1
+    assert load.num_short == 1
 
 
 def test_a_strict_server_gets_openai_fields_alone() -> None:
@@ -265,7 +265,7 @@ def test_a_turn_without_a_text_cannot_be_sent() -> None:
 def test_too_few_files_are_a_clear_error() -> None:
     code = f"""
 import resource, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
 from test_client import *
 endpoint = asyncio.run(find_endpoint(sys.argv[1]))
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))

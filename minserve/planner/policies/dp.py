@@ -29,6 +29,9 @@ from minserve.planner.timeline import Candidate
 from minserve.request import Sequence, SequenceState
 from minserve.slo import Standing
 
+import os
+BE="B" in os.environ.get("X","")
+TAU=float(os.environ.get("TAU","10"))
 REVIEW_EVERY_S = 0.1
 # An iteration in which no decode is due lasts as long as so many lone decodes, each with its
 # guard time: an arrival waits for half of it on average, and what an iteration costs in any
@@ -86,6 +89,7 @@ class DpPlanner(Planner):
         self._cached: dict[str, int] = {}
         # Best effort's account, without the plan under way.
         self._owed_s = 0.0
+        self._peak, self._peak_at, self._be_blocks = 0.0, 0.0, math.inf
         self._under_way: IterationPlan | None = None
 
     @staticmethod
@@ -136,6 +140,9 @@ class DpPlanner(Planner):
             drafting = Drafting(
                 view.speculation, self.acceptance, self.lengths.remaining, self._round.drafts
             )
+        used = sum(len(s.block_table) for _, s in (*work.decodes, *work.prefills))
+        self._peak = max(used, self._peak * math.exp(-(now - self._peak_at) / TAU)); self._peak_at = now
+        self._be_blocks = view.memory.num_blocks - self._peak
         plan = form_batch(view, work, self.model, self._limits(work), now, drafting)
         plan.best_effort_waits = bool(work.best_effort)
         if drafting is not None and drafting.declined:
@@ -228,6 +235,7 @@ class DpPlanner(Planner):
             longest_s=longest_s,
             guard_s=GUARD_S,
             best_effort_s=min(owed, longest_s / 2) if enough else 0.0,
+            best_effort_blocks=self._be_blocks if BE else math.inf,
         )
 
 

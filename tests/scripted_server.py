@@ -12,6 +12,8 @@ from typing import Any
 
 from aiohttp import web
 
+from minserve.workload.zero_load import OUTPUT_TOKENS
+
 # What it knows beyond these it refuses where it is strict.
 OPENAI_FIELDS = {"model", "prompt", "messages", "max_tokens", "temperature", "stream",
                  "stream_options"}  # fmt: skip
@@ -28,6 +30,8 @@ class ScriptedServer:
         usage: ``continuous``, ``final`` or ``none``.
         per_chunk: tokens in each chunk.
         gap_s: between chunks.
+        lone_s: before each chunk, and 50 times as long before the first, of requests that
+            measure the idle server's speed: SLOs that are slowdowns are then easily kept.
         strict: refuse fields that OpenAI's API does not have.
         thinks: accept a pace for thinking.
         key: ask for this key.
@@ -39,6 +43,7 @@ class ScriptedServer:
     usage: str = "continuous"
     per_chunk: int = 1
     gap_s: float = 0.0
+    lone_s: float = 0.0
     strict: bool = False
     thinks: bool = False
     key: str | None = None
@@ -97,8 +102,9 @@ class ScriptedServer:
         total = wanted - 1 if word == "short" else wanted + (word == "long")
         sent = 0
         while sent < total:
-            if sent:
-                await asyncio.sleep(self.gap_s)
+            await asyncio.sleep(self.gap_s if sent else 0.0)
+            if wanted == OUTPUT_TOKENS:
+                await asyncio.sleep(self.lone_s * (1 if sent else 50))
             new = min(self.per_chunk, total - sent)
             sent += new
             text, last = "".join(f"<{sent - new + i}>" for i in range(new)), sent == total
