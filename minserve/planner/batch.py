@@ -66,7 +66,8 @@ class BatchDraft:
             num_tokens = self._clip(num_tokens, whole)
             if num_tokens == 0:
                 return 0
-        needed = self._blocks_for(seq, num_tokens)
+        end = seq.num_computed_tokens + num_tokens
+        needed = max(0, -(-end // self._block_size) - len(seq.block_table))
         while needed > self._free and self._preempt_one_behind(seq):
             pass
         if needed > self._free:

@@ -284,9 +284,11 @@ class SimulatedReplica:
                 seq.num_cached_tokens = seq.num_computed_tokens
             self.waiting.remove(seq)
             self._run(seq)
-        grow, by_id = self.pool.grow, self._by_id
+        pool, by_id, size = self.pool, self._by_id, self.pool.block_size
         for seq_id, num_tokens in plan.num_scheduled_tokens.items():
-            grow(by_id[seq_id], num_tokens)
+            seq = by_id[seq_id]
+            if seq.num_computed_tokens + num_tokens > size * len(seq.block_table):
+                pool.grow(seq, num_tokens)
 
     def _time(self, plan: IterationPlan) -> float:
         """Seconds of the batch, draft model included, by the device."""
