@@ -48,6 +48,10 @@ examples:
 
 The planner, its block pool and its router are the server's own; the device is a performance
 model: a published one, or the file that 'minserve profile' keeps. Nothing is run, no GPU needed.
+
+A scenario's own rate is that of its recordings, or 1 request per second; its own number of
+requests is drawn for each replica (for --replicas-for, those of a minute at least). Ctrl-C ends
+the simulation and reports what it has so far.
 """
 
 

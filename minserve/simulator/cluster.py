@@ -55,15 +55,16 @@ class Cluster:
         replica, moving = self.replicas[number], []
 
         def gives_away(seq: SimulatedSequence) -> bool:
-            if self._may_move(seq, number):
-                moving.append(seq)
-            return seq in moving
+            if not self._moves_on(seq, number):
+                return False
+            moving.append(seq)
+            return True
 
         seconds, refused = replica.begin(self._loop.now, gives_away)
         self._loop.at(self._loop.now + seconds, lambda: self._end(number))
         self._changed.add(number)
         for seq in refused:
-            self._forget(seq)
+            self._tried.pop(seq.seq_id, None)
             self.load.refused(seq)
         for seq in moving:
             seq.hops += 1
@@ -73,7 +74,8 @@ class Cluster:
     def _end(self, number: int) -> None:
         replica = self.replicas[number]
         for seq in replica.end(self._loop.now):
-            self._forget(seq)
+            self._tried.pop(seq.seq_id, None)
+            self._lengths.finished(seq)
             if self._routes:
                 self._homes[seq.conversation] = number
             self.load.ended(seq)
@@ -101,17 +103,13 @@ class Cluster:
             cached_tokens=cached,
         )
 
-    def _may_move(self, seq: SimulatedSequence, number: int) -> bool:
+    def _moves_on(self, seq: SimulatedSequence, number: int) -> bool:
         """True where a request that a replica gave up is to be tried on another one."""
         if seq.hops >= self._hop_limit or seq.progress.is_broken(self._loop.now):
             return False
         tried = self._tried.setdefault(seq.seq_id, set())
         tried.add(number)
         return len(tried) < len(self.replicas)
-
-    def _forget(self, seq: SimulatedSequence) -> None:
-        self._tried.pop(seq.seq_id, None)
-        self._lengths.finished(seq)
 
 
 def state_of(replica: SimulatedReplica) -> ReplicaState:

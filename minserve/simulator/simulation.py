@@ -51,7 +51,8 @@ class Setup:
         device: of one replica.
         policy: of the planner: ``dp``, ``edf``, ``sarathi``, ``fcfs`` (prefills first, whole
             prompts), or ``vllm`` (decodes first, chunked prefills, a large budget).
-        token_budget: most tokens of an iteration; ``None`` is the policy's default.
+        token_budget: most tokens of an iteration (of ``distserve``, of a batch of prefills);
+            ``None`` is the policy's default.
         kv_tokens: of each replica; ``None`` is the device's own.
         max_speculation: most tokens drafted for a sequence; 0 drafts nothing. ``dp`` and
             ``edf`` choose lengths up to it, the others always draft as many.
