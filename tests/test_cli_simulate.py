@@ -223,6 +223,9 @@ def test_requests_beyond_the_model_are_refused_with_the_way_out(
     (line,) = capsys.readouterr().err.splitlines()
     assert "1990 + 60 tokens is longer" in line
     assert "--drop-longer" in line
+    flags = ["--drop-longer", "--kv-tokens", "48"]
+    assert main(["simulate", "--trace", str(trace), *flags]) == 2
+    assert "every request of the trace is longer than 48 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", [["--rate", "fast"], ["--ratio", "1/2"], ["--replicas", "x"]])
