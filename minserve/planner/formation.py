@@ -22,7 +22,7 @@ run out.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
@@ -78,6 +78,7 @@ class BatchLimits:
     guard_s: float
     best_effort_s: float = 0.0
     best_effort_blocks: float = math.inf
+    blocks_of: Callable[[Sequence], int] = lambda seq: 0
 
 
 def form_batch(
@@ -389,12 +390,14 @@ def _best_effort(
     for seq in todo:
         if seq.state is SequenceState.RUNNING and not seq.is_decoding:
             batch.prefill(seq, until)
-    size = batch.draft.view.memory.block_size
     held = sum(len(seq.block_table) for seq in sequences)
     for seq in todo:
         if seq.state is SequenceState.WAITING:
-            more = -(-seq.num_tokens // size)
-            if held and held + more > limits.best_effort_blocks:
+            more = limits.blocks_of(seq)
+            room = limits.best_effort_blocks - held
+            if not held:
+                room = max(room, batch.draft.view.memory.num_free_blocks)
+            if more > room:
                 break
             if not batch.prefill(seq, until):
                 break

@@ -142,6 +142,7 @@ class DpPlanner(Planner):
             )
         used = sum(len(s.block_table) for _, s in (*work.decodes, *work.prefills))
         self._peak = max(used, self._peak * math.exp(-(now - self._peak_at) / TAU)); self._peak_at = now
+        self._bs = view.memory.block_size
         self._be_blocks = view.memory.num_blocks - self._peak
         plan = form_batch(view, work, self.model, self._limits(work), now, drafting)
         plan.best_effort_waits = bool(work.best_effort)
@@ -236,6 +237,7 @@ class DpPlanner(Planner):
             guard_s=GUARD_S,
             best_effort_s=min(owed, longest_s / 2) if enough else 0.0,
             best_effort_blocks=self._be_blocks if BE else math.inf,
+            blocks_of=lambda seq: -(-(seq.num_tokens + self.lengths.remaining(seq)) // self._bs),
         )
 
 
