@@ -16,7 +16,7 @@ import pytest
 from minserve.cli import main
 from minserve.planner.perf_model import PerfModel, Piece
 
-CHAT = ["simulate", "--scenario", "chatbot", "--num-requests", "60"]
+CHAT = ["simulate", "--scenario", "chatbot", "--num-requests", "24"]
 
 
 needs_matplotlib = pytest.mark.skipif(
@@ -67,9 +67,9 @@ def test_json_says_everything(policy: str, capsys: pytest.CaptureFixture[str]) -
     )  # fmt: skip
     assert found["num_gpus"] == (2 if policy == "distserve" else 1)
     (run,) = found["runs"]
-    assert run["offered"] == 120
+    assert run["offered"] == 48
     assert run["target_rate"] == run["rate"] == 2
-    assert sum(run["misses"].values()) == 120 - run["attained"]
+    assert sum(run["misses"].values()) == 48 - run["attained"]
     assert not found["interrupted"]
 
 
@@ -84,7 +84,7 @@ def test_json_says_everything(policy: str, capsys: pytest.CaptureFixture[str]) -
 def test_what_is_not_given_fits_the_scenario(
     scenario: str, profile: str, rate: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = report(capsys, "simulate", "--scenario", scenario, "--num-requests", "6")
+    found = report(capsys, "simulate", "--scenario", scenario, "--num-requests", "2")
     assert found["profile"] == profile
     assert found["runs"][0]["target_rate"] == pytest.approx(rate, rel=0.01)
 
@@ -113,7 +113,7 @@ def test_the_file_of_a_profile_needs_a_number_of_kv_tokens(
 
 
 def test_settings_reach_the_simulation(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["simulate", "--scenario", "coding", "--num-requests", "40", "--rate", "3"]
+    flags = ["simulate", "--scenario", "coding", "--num-requests", "20", "--rate", "3"]
     plain = report(capsys, *flags)["runs"][0]
     for more in (
         ["--speculation", "3", "--acceptance", "0.9"],
@@ -146,7 +146,7 @@ def test_capacity_is_told_per_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_number_of_replicas_for_a_rate_is_the_smallest(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    flags = ["simulate", "--scenario", "coding", "--num-requests", "150", "--policy", "sarathi"]
+    flags = ["simulate", "--scenario", "coding", "--num-requests", "60", "--policy", "sarathi"]
     found = report(capsys, *flags, "--replicas-for", "12")["replicas_for"]
     number = found["replicas"]
     assert number > 1
@@ -250,15 +250,15 @@ def start(*flags: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--rate", "1", "--num-requests", "30000"],
-        ["--rate", "1", "--num-requests", "400", "--capacity", "--repeats", "10000"],
+        ["--rate", "1", "--num-requests", "12000"],
+        ["--rate", "1", "--num-requests", "100", "--capacity", "--repeats", "10000"],
     ],
     ids=["a run", "a search"],
 )
 def test_ctrl_c_prints_what_was_simulated_so_far(flags: list[str]) -> None:
     process = start("simulate", "--scenario", "coding", "--policy", "sarathi", "--json", *flags)
     assert process.stderr.readline().startswith("simulating")
-    time.sleep(2)
+    time.sleep(1)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
