@@ -152,11 +152,19 @@ class Progress:
 
     def is_broken(self, now: float) -> bool:
         """True where the SLO can no longer be attained, whatever comes."""
-        if self.late_ttft or self.late_tpot:
+        # Asked of each sequence in each iteration, hence without the properties around it.
+        worst, first = self.worst_token_lateness_s, self.first_token_s
+        if worst is not None and worst > ROUNDING_S:
             return True
-        if self.first_token_s is not None and self._times is None:
+        if first is None:
+            return now > self.arrival_s + self.targets.ttft_s + ROUNDING_S
+        if first - self.arrival_s > self.targets.ttft_s + ROUNDING_S:
+            return True
+        times = self._times
+        if times is None:
             return False  # the first token of a later stage is never late
-        return now > self.next_deadline_s + ROUNDING_S
+        due = times.first_s + (times.num_gaps + 1) * self.targets.stages[self.stage].tpot_s
+        return now > due + ROUNDING_S
 
     @property
     def attained(self) -> bool:

@@ -17,6 +17,7 @@ from minserve import __version__
 from minserve.cli_bench import add_bench
 from minserve.cli_flags import add_config_flags, add_sampling_flags, given
 from minserve.cli_profile import add_profile
+from minserve.cli_simulate import add_simulate
 from minserve.config import EngineConfig, ServerConfig
 from minserve.errors import ConfigError, MinserveError, WorkloadError
 from minserve.outputs import CompletionOutput, TokenLogprob, acceptance
@@ -39,6 +40,7 @@ examples:
   minserve generate --prompt "Name three colours."
   minserve profile                              how fast is the model on this machine?
   minserve bench --scenario chatbot --rate 1    how many requests keep their SLOs?
+  minserve simulate --scenario chatbot          the same without a device
 
 'minserve COMMAND --help' lists every setting.
 """
@@ -109,6 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     add_profile(commands)
     add_bench(commands)
+    add_simulate(commands)
     return parser
 
 

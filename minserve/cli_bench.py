@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shlex
 import signal
 import sys
@@ -13,19 +12,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minserve.cli_workload import (
+    EXIT_INTERRUPTED,
+    add_report_flags,
+    add_workload_flags,
+    check_workload,
+    in_words,
+    make_draw,
+    say,
+)
 from minserve.config import POLICIES
-from minserve.errors import InvalidSLOError, WorkloadError
+from minserve.errors import WorkloadError
 
 if TYPE_CHECKING:
     from minserve.workload.capacity import Capacity
     from minserve.workload.client import Tally
-    from minserve.workload.experiment import Draw, Experiment, Run
+    from minserve.workload.draws import Draw
+    from minserve.workload.experiment import Experiment, Run
     from minserve.workload.report import Report
 
-DEFAULT_CLASS = "chatbot"
-LEVEL = 0.9
 EXIT_ERROR = 1
-EXIT_INTERRUPTED = 128 + signal.SIGINT
 # Later than this at the 99th percentile, the client is not to be trusted.
 LATE_CLIENT_S = 0.05
 NUM_ERRORS = 3
@@ -54,8 +60,8 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
         allow_abbrev=False,
     )
     _add_server_flags(parser.add_argument_group("server"))
-    _add_workload_flags(parser.add_argument_group("workload"))
-    _add_report_flags(parser.add_argument_group("report"))
+    add_workload_flags(parser.add_argument_group("workload"))
+    add_report_flags(parser.add_argument_group("report"))
     parser.set_defaults(command=_bench)
 
 
@@ -78,57 +84,6 @@ def _add_server_flags(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
 
 
-def _add_workload_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--scenario", metavar="NAME", help="chatbot, coding, summarization, mixed, "
-                       "tools or reasoning")  # fmt: skip
-    group.add_argument(
-        "--trace", metavar="FILE.csv", help="columns arrival_s, prompt_tokens, output_tokens, class"
-    )
-    group.add_argument(
-        "--class", dest="default_class", default=DEFAULT_CLASS, metavar="NAME",
-        help=f"of a trace's rows that name none (default: {DEFAULT_CLASS})",
-    )  # fmt: skip
-    group.add_argument(
-        "--rate", type=_numbers, action="extend", metavar="R", dest="rates",
-        help="requests per second, several in one list or several flags; a trace has its own",
-    )  # fmt: skip
-    group.add_argument(
-        "--capacity", action="store_true",
-        help="search for the highest rate that keeps enough SLOs; --rate is where it begins",
-    )  # fmt: skip
-    group.add_argument("--seconds", type=float, metavar="X", help="of arrivals")
-    group.add_argument("--num-requests", type=int, metavar="N", help="instead of seconds")
-    group.add_argument(
-        "--length-scale", type=float, default=1.0, metavar="X", help="factor on all lengths"
-    )
-    group.add_argument(
-        "--tight", type=float, metavar="X",
-        help="the tighter TPOT as a slowdown of a lone request's (default: 50 ms)",
-    )  # fmt: skip
-    group.add_argument("--loose", type=float, metavar="X", help="the looser one (default: 100 ms)")
-    group.add_argument(
-        "--burstiness", type=float, metavar="X",
-        help="of a scenario's arrivals: 1 is Poisson, below is burstier",
-    )  # fmt: skip
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn")
-    group.add_argument(
-        "--repeats", type=int, default=1, metavar="N", help="of each rate, each with its own seed"
-    )
-
-
-def _add_report_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--level", type=float, default=LEVEL, metavar="X",
-        help=f"share of requests that makes a rate count (default: {LEVEL:g})",
-    )  # fmt: skip
-    group.add_argument("--json", action="store_true", help="print one JSON object, no tables")
-    group.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw a picture")
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
-
-
 def _bench(args: argparse.Namespace) -> int:
     """Start a server where none is given, measure, print."""
     _check(args)
@@ -137,7 +92,7 @@ def _bench(args: argparse.Namespace) -> int:
 
     if args.plot is not None:
         check_can_plot(args.plot)
-    draw = _make_draw(args)
+    draw = make_draw(args)
     with _served(args) as url:
         experiment = _prepare(args, url, draw)
         capacity, interrupted = _measure(args, experiment)
@@ -154,55 +109,11 @@ def _check(args: argparse.Namespace) -> None:
     Raises:
         WorkloadError: saying what is wrong.
     """
-    if (args.scenario is None) == (args.trace is None):
-        raise WorkloadError("give a --scenario or a --trace, one of them")
+    check_workload(args)
     if args.scenario is not None and not (args.rates or args.capacity):
         raise WorkloadError("a scenario needs a --rate, or --capacity to search for one")
-    if args.trace is not None and args.burstiness is not None:
-        raise WorkloadError("--burstiness is for scenarios; a trace has its own arrivals")
     if args.url is not None and (args.policy is not None or args.serve_args):
         raise WorkloadError("--policy and --serve-args are for a server that is started: no --url")
-    for rate in args.rates or ():
-        if not 0 < rate < math.inf:
-            raise WorkloadError(f"a rate must be above 0 requests per second, not {rate:g}")
-    if args.capacity and len(args.rates or ()) > 1:
-        raise WorkloadError("--capacity begins at one --rate, not at several")
-    if args.repeats < 1:
-        raise WorkloadError(f"--repeats must be at least 1, not {args.repeats}")
-    if not 0 < args.level <= 1:
-        raise WorkloadError(f"--level must be above 0 and at most 1, not {args.level:g}")
-    if args.seconds is not None and args.num_requests is not None:
-        raise WorkloadError("give --seconds or --num-requests, not both")
-
-
-def _make_draw(args: argparse.Namespace) -> Draw:
-    from minserve.workload import experiment
-    from minserve.workload.scenarios import find_scenario
-    from minserve.workload.traces import read_trace
-
-    try:
-        if args.scenario is None:
-            draw = experiment.draw_trace(
-                read_trace(args.trace),
-                experiment.classes(tight=args.tight, loose=args.loose),
-                args.default_class,
-                length_scale=args.length_scale,
-                seconds=args.seconds,
-                num_requests=args.num_requests,
-            )
-            draw(None, args.seed)
-            return draw
-        scenario = find_scenario(args.scenario)
-        scenario = scenario.scaled(args.length_scale, tight=args.tight, loose=args.loose)
-        if args.burstiness is not None:
-            scenario = scenario.with_arrivals(args.burstiness)
-        draw = experiment.draw_scenario(
-            scenario, seconds=args.seconds, num_requests=args.num_requests
-        )
-        draw((args.rates or [1.0])[0], args.seed)
-    except InvalidSLOError as error:  # of --tight or --loose
-        raise WorkloadError(str(error)) from None
-    return draw
 
 
 @contextmanager
@@ -220,7 +131,7 @@ def _served(args: argparse.Namespace) -> Iterator[str]:
             flags += [name, value]
     # So that the server is stopped by this signal too.
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    _say("starting minserve serve; the first time it measures this device for some 40 s")
+    say("starting minserve serve; the first time it measures this device for some 40 s")
     try:
         with ServerProcess(flags) as server:
             yield server.url
@@ -247,7 +158,7 @@ def _prepare(args: argparse.Namespace, url: str, draw: Draw) -> Experiment:
             bar.update(done - bar.n)
 
         speed = asyncio.run(measure_speed(endpoint, on_progress=tell))
-    _say(
+    say(
         f"{endpoint.model} at {endpoint.url}: a lone request takes {1e3 * speed.base_s:.1f} ms and "
         f"{1e3 * speed.per_token_s:.3f} ms per prompt token, then {1e3 * speed.decode_s:.1f} ms "
         f"per output token"
@@ -309,14 +220,14 @@ def _run(experiment: Experiment, rate: float | None, seed: int) -> Run:
 
 def _warn(run: Run) -> None:
     for error, count in list(run.load.errors().items())[:NUM_ERRORS]:
-        _say(f"{count} requests: {' '.join(error.split())}")
+        say(f"{count} requests: {' '.join(error.split())}")
     if late := run.load.num_short:
-        _say(f"warning: the server ended {late} outputs before their length: it had less to do")
+        say(f"warning: the server ended {late} outputs before their length: it had less to do")
     if run.load.num_undecided:
-        _say(f"{run.load.num_undecided} requests were under way and in time; they are left out")
+        say(f"{run.load.num_undecided} requests were under way and in time; they are left out")
     lag_s = run.report.send_lag_s.p99
     if lag_s > LATE_CLIENT_S:
-        _say(
+        say(
             f"warning: this client sent late (p99 {1e3 * lag_s:.0f} ms): it, not the server, may "
             f"be the bottleneck, and these numbers are not to be trusted"
         )
@@ -337,7 +248,7 @@ def _print(
             print(f"\n{'the trace as it is' if rate is None else f'{rate:.4g} requests/s'}")
             print(report.table())
         if capacity is not None:
-            print(f"\n{_in_words(capacity)}")
+            print(f"\n{in_words(capacity)}")
     if args.plot is not None and experiment.runs:
         _plot(args, experiment, pooled)
 
@@ -353,22 +264,6 @@ def _pooled(runs: Sequence[Run]) -> list[tuple[float | None, Report]]:
         verdicts = [verdict for run in own for verdict in run.load.verdicts()]
         pooled.append((rate, Report.of(verdicts, sum(run.seconds for run in own))))
     return pooled
-
-
-def _in_words(capacity: Capacity) -> str:
-    if not capacity.attainment:
-        return "capacity: the search was cut short before any rate was measured"
-    low, high = capacity.interval()
-    if capacity.rate is None:
-        return f"capacity: no rate was found at which {capacity.level:.0%} attain their SLO"
-    most = max(capacity.attainment)
-    least = "at least " if capacity.rate == most else ""
-    bounds = f"{'below all' if low is None else f'{low:.3g}'} to {high or 0:.3g}"
-    cut = "" if capacity.complete else "; the search was cut short"
-    return (
-        f"capacity: {least}{capacity.rate:.3g} requests/s with {capacity.level:.0%} attained "
-        f"(95% interval over repeats: {bounds}){cut}"
-    )
 
 
 def _as_json(
@@ -413,7 +308,3 @@ def _plot(
     else:
         last = experiment.runs[-1]
         plot_run(last.load.verdicts(), last.seconds, args.plot, targets=last.targets, title=label)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)

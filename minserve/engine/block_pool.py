@@ -139,6 +139,8 @@ class BlockPool:
         """
         end = seq.num_computed_tokens + num_tokens
         needed = -(-end // self.block_size) - len(seq.block_table)
+        if needed <= 0:
+            return
         if needed > len(self._free):
             raise OutOfBlocksError(
                 f"{seq.seq_id} needs {needed} more KV blocks, {len(self._free)} of "

@@ -41,6 +41,7 @@ class BatchDraft:
         self.plan = IterationPlan()
         self.budget = view.token_budget if token_budget is None else token_budget
         self._free = view.memory.num_free_blocks
+        self._block_size = view.memory.block_size
         self._preempted: set[str] = set()
         self._num_running = len(view.running)
         self._running_promises: int | None = None
@@ -59,10 +60,14 @@ class BatchDraft:
         Returns:
             tokens scheduled; 0 where the sequence has to sit this iteration out.
         """
-        num_tokens = self._clip(num_tokens, whole)
-        if num_tokens == 0:
-            return 0
-        needed = self._blocks_for(seq, num_tokens)
+        # Asked for each sequence of each iteration, hence without calls where all is plain.
+        scheduled = self.plan.num_scheduled_tokens
+        if num_tokens > self.budget or len(scheduled) >= self.view.max_num_seqs:
+            num_tokens = self._clip(num_tokens, whole)
+            if num_tokens == 0:
+                return 0
+        end = seq.num_computed_tokens + num_tokens
+        needed = max(0, -(-end // self._block_size) - len(seq.block_table))
         while needed > self._free and self._preempt_one_behind(seq):
             pass
         if needed > self._free:
@@ -72,17 +77,20 @@ class BatchDraft:
             if num_tokens <= 0:
                 return 0
             needed = self._blocks_for(seq, num_tokens)
-        self._take(seq, num_tokens, needed)
+        scheduled[seq.seq_id] = num_tokens
+        self.budget -= num_tokens
+        self._free -= needed
         return num_tokens
 
     def decodes(self) -> None:
         """Schedule all running decodes, then as many drafts for them as may be: the policies
         without a model of time speculate at a fixed length.
         """
+        preempted = self._preempted
         scheduled = [
             seq
             for seq in self.view.running
-            if seq.is_decoding and not self.is_preempted(seq) and self.schedule(seq, 1)
+            if seq.is_decoding and seq.seq_id not in preempted and self.schedule(seq, 1)
         ]
         drafter = self.view.speculation
         if drafter is not None:
@@ -150,7 +158,9 @@ class BatchDraft:
         self.plan.admit.append(seq.seq_id)
         self._num_running += 1
         self._starting_promises += total - first
-        self._take(seq, num_tokens, first)
+        self.plan.num_scheduled_tokens[seq.seq_id] = num_tokens
+        self.budget -= num_tokens
+        self._free -= first
         return num_tokens
 
     def _has_room(self, num_blocks: int) -> bool:
@@ -184,10 +194,6 @@ class BatchDraft:
             return num_tokens
         return 0 if whole else max(self.budget, 0)
 
-    @property
-    def _block_size(self) -> int:
-        return self.view.memory.block_size
-
     def _blocks_of(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
 
@@ -197,7 +203,8 @@ class BatchDraft:
 
     def _blocks_for(self, seq: Sequence, num_tokens: int) -> int:
         end = seq.num_computed_tokens + num_tokens
-        return max(0, self._blocks_of(end) - len(seq.block_table))
+        needed = -(-end // self._block_size) - len(seq.block_table)
+        return needed if needed > 0 else 0
 
     def _tokens_in(self, seq: Sequence, num_free: int) -> int:
         room = (len(seq.block_table) + num_free) * self.view.memory.block_size
@@ -210,17 +217,12 @@ class BatchDraft:
     def _promised(self) -> int:
         """Blocks that prefills under way will still need for tokens they already have."""
         if self._running_promises is None:
-            self._running_promises = sum(
-                max(0, self._blocks_of(s.num_tokens) - len(s.block_table) - self._new_blocks(s))
-                for s in self.view.running
-                if not self.is_preempted(s)
-            )
+            self._running_promises, size = 0, self._block_size
+            for seq in self.view.running:
+                lacks = -(-len(seq.token_ids) // size) - len(seq.block_table)
+                if lacks > 0 and not self.is_preempted(seq):
+                    self._running_promises += max(0, lacks - self._new_blocks(seq))
         return self._running_promises + self._starting_promises
-
-    def _take(self, seq: Sequence, num_tokens: int, num_blocks: int) -> None:
-        self.plan.num_scheduled_tokens[seq.seq_id] = num_tokens
-        self.budget -= num_tokens
-        self._free -= num_blocks
 
     def _preempt_one_behind(self, seq: Sequence) -> bool:
         for victim in reversed(self._order):

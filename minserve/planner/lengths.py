@@ -26,8 +26,10 @@ class LengthEstimator(ABC):
 
     def remaining(self, seq: Sequence) -> int:
         """Tokens that the output will still have: at least 1, within ``max_tokens``."""
-        done = seq.num_output_tokens
-        return max(1, min(self._total(seq), seq.request.params.max_tokens) - done)
+        request = seq.request
+        done = len(seq.token_ids) - len(request.prompt_token_ids)
+        left = min(self._total(seq), request.params.max_tokens) - done
+        return left if left > 1 else 1
 
     @abstractmethod
     def _total(self, seq: Sequence) -> int:
@@ -74,12 +76,13 @@ class QuantileLengths(LengthEstimator):
         self._ordered: dict[str, list[int]] = {}
 
     def _total(self, seq: Sequence) -> int:
-        slo, done = seq.request.slo, seq.num_output_tokens
+        request = seq.request
+        slo, done = request.slo, len(seq.token_ids) - len(request.prompt_token_ids)
         if slo is not None and slo.expected_output_tokens is not None:
             if slo.expected_output_tokens > done:
                 return slo.expected_output_tokens
             return 2 * done
-        ordered = self._ordered.get(_class_of(seq), [])
+        ordered = self._ordered.get("" if slo is None else slo.name, ())
         longer = bisect_right(ordered, done)
         num_longer = len(ordered) - longer
         if len(ordered) < MIN_SAMPLES or num_longer == 0:

@@ -52,21 +52,30 @@ class Cluster:
             self._begin(number)
 
     def _begin(self, number: int) -> None:
-        replica = self.replicas[number]
-        seconds, refused = replica.begin(self._loop.now)
+        replica, moving = self.replicas[number], []
+
+        def gives_away(seq: SimulatedSequence) -> bool:
+            if not self._moves_on(seq, number):
+                return False
+            moving.append(seq)
+            return True
+
+        seconds, refused = replica.begin(self._loop.now, gives_away)
         self._loop.at(self._loop.now + seconds, lambda: self._end(number))
         self._changed.add(number)
         for seq in refused:
-            self._forget(seq)
+            self._tried.pop(seq.seq_id, None)
             self.load.refused(seq)
-        if self._routes and self._hop_limit:
-            for seq in replica.relegated:
-                self._move_on(seq, number)
+        for seq in moving:
+            seq.hops += 1
+            seq.standing = Standing.PENDING
+            self._place(seq, self._route(seq))
 
     def _end(self, number: int) -> None:
         replica = self.replicas[number]
         for seq in replica.end(self._loop.now):
-            self._forget(seq)
+            self._tried.pop(seq.seq_id, None)
+            self._lengths.finished(seq)
             if self._routes:
                 self._homes[seq.conversation] = number
             self.load.ended(seq)
@@ -94,22 +103,13 @@ class Cluster:
             cached_tokens=cached,
         )
 
-    def _move_on(self, seq: SimulatedSequence, number: int) -> None:
-        """A replica that cannot keep the request's SLO hands it to the next."""
+    def _moves_on(self, seq: SimulatedSequence, number: int) -> bool:
+        """True where a request that a replica gave up is to be tried on another one."""
+        if seq.hops >= self._hop_limit or seq.progress.is_broken(self._loop.now):
+            return False
         tried = self._tried.setdefault(seq.seq_id, set())
         tried.add(number)
-        if seq.hops >= self._hop_limit or len(tried) == len(self.replicas):
-            return
-        if seq.progress.is_broken(self._loop.now):
-            return
-        self.replicas[number].withdraw(seq)
-        seq.hops += 1
-        seq.standing = Standing.PENDING
-        self._place(seq, self._route(seq))
-
-    def _forget(self, seq: SimulatedSequence) -> None:
-        self._tried.pop(seq.seq_id, None)
-        self._lengths.finished(seq)
+        return len(tried) < len(self.replicas)
 
 
 def state_of(replica: SimulatedReplica) -> ReplicaState:

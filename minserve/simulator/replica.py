@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from bisect import insort
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from minserve.engine.block_pool import BlockPool
 from minserve.errors import SimulationError
@@ -35,11 +35,21 @@ class SimulatedSequence(Sequence):
         turn: what it answers.
         conversation: the turn's, by number.
         hops: replicas that it was moved on from.
+        num_left: output tokens that are still to come.
+        num_thinking_left: of these, tokens until the thinking ends.
     """
 
-    turn: Turn | None = None
+    turn: Turn = field(kw_only=True)
     conversation: int = 0
     hops: int = 0
+    num_left: int = 0
+    num_thinking_left: int = 0
+
+    def __post_init__(self) -> None:
+        # The class that slots make is another one than `super` would look for.
+        Sequence.__post_init__(self)
+        self.num_left = self.turn.output_tokens
+        self.num_thinking_left = self.turn.thinking_tokens
 
 
 class Drafter:
@@ -84,7 +94,6 @@ class SimulatedReplica:
     Attributes:
         busy: True while a batch runs.
         busy_s: seconds that batches took.
-        relegated: sequences that the newest plan gave up before they began.
     """
 
     def __init__(
@@ -109,7 +118,6 @@ class SimulatedReplica:
         self.busy = False
         self.busy_s = 0.0
         self.num_iterations = 0
-        self.relegated: list[SimulatedSequence] = []
         self._by_id: dict[str, SimulatedSequence] = {}
         self._rng = random.Random(seed)
         self._plan: IterationPlan | None = None
@@ -141,8 +149,14 @@ class SimulatedReplica:
             speculation=self.drafter,
         )
 
-    def begin(self, now: float) -> tuple[float, list[SimulatedSequence]]:
+    def begin(
+        self, now: float, gives_away: Callable[[SimulatedSequence], bool] = lambda _: False
+    ) -> tuple[float, list[SimulatedSequence]]:
         """Plan an iteration and start it.
+
+        Args:
+            gives_away: asked of each sequence whose SLO is given up before it began; True
+                where it is to go elsewhere instead of being served as best effort.
 
         Returns:
             the seconds until it ends, and the sequences that were refused.
@@ -151,18 +165,16 @@ class SimulatedReplica:
             SimulationError: where the policy runs nothing for good although there is work.
         """
         plan = self._plan = self.planner.plan(self.view(), now)
-        refused = self._settle(plan)
+        given_up, refused = self._settle(plan)
+        away = [seq for seq in given_up if gives_away(seq)]
+        if away:
+            self._take_out(plan, away)
         self._start(plan)
         self.planner.started(plan)
         self.busy = True
         if not plan.num_scheduled_tokens:
-            self._num_idle = 0 if refused or self.relegated else self._num_idle + 1
-            if self._num_idle > MOST_IDLE:
-                raise SimulationError(
-                    f"{self.planner.name} runs nothing although {len(self._by_id)} sequences wait"
-                )
-            self._seconds = 0.0
-            return IDLE_S, refused
+            self._num_idle = 0 if refused or away else self._num_idle + 1
+            return self._idle(), refused
         self._num_idle = 0
         self._seconds = self._time(plan)
         self.busy_s += self._seconds
@@ -173,44 +185,89 @@ class SimulatedReplica:
         """The iteration's results are there. Returns the sequences that have ended."""
         plan, ended = self._plan, []
         self.busy = False
-        by_id, speculation, drafts = self._by_id, plan.speculation, self.drafter is not None
+        advance = self._advance if self.drafter is None else self._advance_drafting
+        commit = self.pool.commit if self.pool.prefix_caching else None
+        by_id = self._by_id
         for seq_id, num_tokens in plan.num_scheduled_tokens.items():
             seq = by_id[seq_id]
-            num_drafted = speculation.get(seq_id, 0)
-            decodes = drafts and seq.is_decoding
-            seq.num_computed_tokens += num_tokens - num_drafted
-            if len(seq.token_ids) == seq.num_computed_tokens:
-                num_accepted = self._accepted(num_drafted) if num_drafted else 0
-                if decodes:
-                    self.planner.verified(seq, num_drafted, num_accepted)
-                    self.drafter.ran(seq, num_accepted)
-                if self._append(seq, 1 + num_accepted, now):
-                    ended.append(seq)
-                elif drafts:
-                    self.pool.trim(seq)
-            self.pool.commit(seq)
+            advance(seq, num_tokens, now)
+            if seq.num_left == 0:
+                ended.append(seq)
+            if commit is not None:
+                commit(seq)
         for seq in ended:
             self._finish(seq)
         if plan.num_scheduled_tokens:
             self.planner.observe(plan, self._seconds)
         return ended
 
-    def _settle(self, plan: IterationPlan) -> list[SimulatedSequence]:
+    def _advance(self, seq: SimulatedSequence, num_tokens: int, now: float) -> None:
+        """Some of a sequence's tokens are computed; behind the last one comes the next."""
+        seq.num_computed_tokens += num_tokens
+        if len(seq.token_ids) == seq.num_computed_tokens:
+            self._append(seq, now)
+
+    def _advance_drafting(self, seq: SimulatedSequence, num_tokens: int, now: float) -> None:
+        """The same; of drafted tokens, those behind the first one refused never were."""
+        num_drafted, decodes = self._plan.speculation.get(seq.seq_id, 0), seq.is_decoding
+        seq.num_computed_tokens += num_tokens - num_drafted
+        if len(seq.token_ids) != seq.num_computed_tokens:
+            return
+        num_accepted = self._accepted(num_drafted)
+        if decodes:
+            self.planner.verified(seq, num_drafted, num_accepted)
+            self.drafter.ran(seq, num_accepted)
+        self._append(seq, now)
+        for _ in range(min(num_accepted, seq.num_left)):
+            # Each has its KV already.
+            seq.num_computed_tokens += 1
+            self._append(seq, now)
+        self.pool.trim(seq)
+
+    def _idle(self) -> float:
+        """Nothing runs. Returns the seconds until that is thought over.
+
+        Raises:
+            SimulationError: where it has been so for too long.
+        """
+        if self._num_idle > MOST_IDLE:
+            raise SimulationError(
+                f"{self.planner.name} runs nothing although {len(self._by_id)} sequences wait"
+            )
+        self._seconds = 0.0
+        return IDLE_S
+
+    def _settle(
+        self, plan: IterationPlan
+    ) -> tuple[list[SimulatedSequence], list[SimulatedSequence]]:
+        """Carry out what is promised, given up and refused.
+
+        Returns:
+            those given up before they began, and those refused.
+        """
         for seq_id in plan.promote:
             self._by_id[seq_id].standing = Standing.ADMITTED
-        self.relegated = []
+        given_up, refused = [], []
         for seq_id in plan.relegate:
             seq = self._by_id[seq_id]
             seq.standing = Standing.BEST_EFFORT
             if seq.state is SequenceState.WAITING and seq.num_output_tokens == 0:
-                self.relegated.append(seq)
-        refused = []
+                given_up.append(seq)
         for seq_id in plan.reject:
             seq = self._by_id[seq_id]
             self.withdraw(seq)
             seq.state = SequenceState.FINISHED
             refused.append(seq)
-        return refused
+        return given_up, refused
+
+    def _take_out(self, plan: IterationPlan, away: list[SimulatedSequence]) -> None:
+        """Carry a plan out without some who would have started as best effort."""
+        for seq in away:
+            self.withdraw(seq)
+            if plan.num_scheduled_tokens.pop(seq.seq_id, None) is not None:
+                plan.admit.remove(seq.seq_id)
+        plan.shape = BatchShape()
+        self.planner.reckon(plan, self.view())
 
     def _start(self, plan: IterationPlan) -> None:
         for seq_id in plan.preempt:
@@ -222,14 +279,16 @@ class SimulatedReplica:
             insort(self.waiting, seq, key=_rank)
         for seq_id in plan.admit:
             seq = self._by_id[seq_id]
-            seq.num_computed_tokens, seq.state = self.pool.admit(seq), SequenceState.RUNNING
+            seq.num_computed_tokens = self.pool.admit(seq)
             if seq.num_preemptions == 0:
                 seq.num_cached_tokens = seq.num_computed_tokens
             self.waiting.remove(seq)
-            insort(self.running, seq, key=_rank)
-        grow, by_id = self.pool.grow, self._by_id
+            self._run(seq)
+        pool, by_id, size = self.pool, self._by_id, self.pool.block_size
         for seq_id, num_tokens in plan.num_scheduled_tokens.items():
-            grow(by_id[seq_id], num_tokens)
+            seq = by_id[seq_id]
+            if seq.num_computed_tokens + num_tokens > size * len(seq.block_table):
+                pool.grow(seq, num_tokens)
 
     def _time(self, plan: IterationPlan) -> float:
         """Seconds of the batch, draft model included, by the device."""
@@ -260,19 +319,19 @@ class SimulatedReplica:
             num += 1
         return num
 
-    def _append(self, seq: SimulatedSequence, num_tokens: int, now: float) -> bool:
-        """Append sampled tokens, each behind the KV of the one before it; True at the end."""
-        turn, tokens, progress = seq.turn, seq.token_ids, seq.progress
-        filler = seq.request.seed
-        left = turn.output_tokens - (len(tokens) - turn.prompt_tokens)
-        for number in range(min(num_tokens, left)):
-            if number:
-                seq.num_computed_tokens += 1
-            tokens.append(filler)
-            progress.add_token(now)
-            if len(tokens) - turn.prompt_tokens == turn.thinking_tokens:
-                progress.end_stage()
-        return num_tokens >= left
+    def _append(self, seq: SimulatedSequence, now: float) -> None:
+        """A token is sampled."""
+        seq.token_ids.append(seq.request.seed)
+        seq.progress.add_token(now)
+        seq.num_left -= 1
+        if seq.num_thinking_left:
+            seq.num_thinking_left -= 1
+            if not seq.num_thinking_left:
+                seq.progress.end_stage()
+
+    def _run(self, seq: SimulatedSequence) -> None:
+        seq.state = SequenceState.RUNNING
+        insort(self.running, seq, key=_rank)
 
     def _finish(self, seq: SimulatedSequence) -> None:
         self.planner.finished(seq)

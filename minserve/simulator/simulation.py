@@ -7,13 +7,21 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from minserve.controller.router import make_router
+from minserve.controller.router import ROUTERS, make_router
 from minserve.engine.block_pool import BlockPool
 from minserve.errors import WorkloadError
 from minserve.planner.lengths import LengthEstimator, OracleLengths, QuantileLengths
 from minserve.planner.perf_model import PerfModel, Piece
 from minserve.planner.policies import PROMISING, make_planner
+from minserve.planner.policies.fcfs import FcfsPlanner
+from minserve.planner.policies.sarathi import SarathiPlanner
 from minserve.simulator.cluster import Cluster
+from minserve.simulator.distserve import (
+    NVLINK_BYTES_S,
+    DecodeReplica,
+    DistServeCluster,
+    PrefillReplica,
+)
 from minserve.simulator.events import EventLoop
 from minserve.simulator.load import OfferedLoad, Progressed, check_lengths
 from minserve.simulator.profiles import Device
@@ -26,6 +34,13 @@ BLOCK_SIZE = 16
 # offline use), at most 256 sequences.
 MAX_NUM_SEQS = 256
 VLLM_BUDGET = 2048
+SARATHI_BUDGET = 512
+# Of `dp` and `edf`, whose batches are bounded by time.
+WIDE_BUDGET = 8192
+POLICIES = (*PROMISING, "vllm", "sarathi", "fcfs", "distserve")
+LENGTHS = ("quantile", "oracle")
+MOST_REPLICAS = 4096
+MOST_SPECULATION = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +51,8 @@ class Setup:
         device: of one replica.
         policy: of the planner: ``dp``, ``edf``, ``sarathi``, ``fcfs`` (prefills first, whole
             prompts), or ``vllm`` (decodes first, chunked prefills, a large budget).
-        token_budget: most tokens of an iteration; ``None`` is the policy's default.
+        token_budget: most tokens of an iteration (of ``distserve``, of a batch of prefills);
+            ``None`` is the policy's default.
         kv_tokens: of each replica; ``None`` is the device's own.
         max_speculation: most tokens drafted for a sequence; 0 drafts nothing. ``dp`` and
             ``edf`` choose lengths up to it, the others always draft as many.
@@ -46,7 +62,13 @@ class Setup:
         length_error: with an oracle, the log-standard deviation of what it says.
         noise: log-standard deviation of each iteration's time.
         slowness: of the device over its profile, which the planner starts from.
-        replicas, router, hop_limit: several replicas.
+        replicas, router, hop_limit: several replicas. Of ``distserve``, groups; it has a
+            dispatch of its own instead of a router.
+        ratio: of ``distserve``, prefill and decode replicas of a group.
+        link_bytes_s: that each of its GPUs sends per second to another one.
+
+    Raises:
+        WorkloadError: for a value out of range.
     """
 
     device: Device
@@ -64,7 +86,53 @@ class Setup:
     replicas: int = 1
     router: str = "slo"
     hop_limit: int = 2
+    ratio: tuple[int, int] = (1, 1)
+    link_bytes_s: float = NVLINK_BYTES_S
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_choice("policy", self.policy, POLICIES)
+        _check_choice("router", self.router, tuple(ROUTERS))
+        _check_choice("estimate of lengths", self.lengths, LENGTHS)
+        _check_range("number of replicas", self.replicas, 1, MOST_REPLICAS)
+        for count in self.ratio:
+            _check_range("number of prefill or decode replicas", count, 1, MOST_REPLICAS)
+        _check_range("token budget", self.budget, 1)
+        _check_range("number of sequences", self.max_num_seqs, 1)
+        _check_range("speculation length", self.max_speculation, 0, MOST_SPECULATION)
+        _check_range("acceptance", self.acceptance, 0.0, 1.0)
+        _check_range("error of lengths", self.length_error, 0.0)
+        _check_range("noise", self.noise, 0.0)
+        _check_range("slowness", self.slowness, 1e-3, 1e3)
+        _check_range("share of best effort", self.best_effort_share, 0.0, 0.9)
+        _check_range("hop limit", self.hop_limit, 0)
+        _check_range("bandwidth of links", self.link_bytes_s, 1.0)
+        self._check_abilities()
+        _check_range("number of KV tokens", self.pool_tokens, BLOCK_SIZE)
+
+    def _check_abilities(self) -> None:
+        """What the device and the policy can do together."""
+        device, apart = self.device, self.policy == "distserve"
+        if self.length_error and self.lengths != "oracle":
+            raise WorkloadError("an error of lengths needs an oracle that can err")
+        if self.max_speculation and apart:
+            raise WorkloadError("distserve drafts nothing; choose another policy to speculate")
+        if self.max_speculation and not device.drafts:
+            raise WorkloadError(
+                f"the profile of {device.name} does not say what a draft model costs; "
+                "speculate with another one"
+            )
+        if apart and not device.kv_bytes:
+            raise WorkloadError(
+                f"the profile of {device.name} does not say how large the KV of a token is, "
+                "which distserve has to send; choose a published profile"
+            )
+
+    @property
+    def num_gpus(self) -> int:
+        """Of all replicas; capacities are per GPU."""
+        each = sum(self.ratio) if self.policy == "distserve" else 1
+        return self.replicas * each * self.device.num_gpus
 
     @property
     def pool_tokens(self) -> int:
@@ -85,7 +153,9 @@ class Setup:
         """Most tokens of an iteration."""
         if self.token_budget is not None:
             return self.token_budget
-        return {"sarathi": 512, "vllm": VLLM_BUDGET, "fcfs": VLLM_BUDGET}.get(self.policy, 8192)
+        if self.policy in PROMISING:
+            return WIDE_BUDGET
+        return SARATHI_BUDGET if self.policy == "sarathi" else VLLM_BUDGET
 
 
 @dataclass(slots=True)
@@ -139,37 +209,52 @@ def simulate(
         WorkloadError: where a turn is longer than the model or the KV memory.
     """
     outcome = Outcome() if into is None else into
-    _check(workload, setup)
+    check_fits(workload, setup)
     lengths: dict[str, int] = {}
     loop = EventLoop()
     shares = any(turn.shared_tokens for one in workload for turn in one.turns)
-    replicas = [
-        _replica(setup, number, _estimator(setup, lengths), prefix_caching=shares)
-        for number in range(setup.replicas)
-    ]
-    model = setup.device.perf_model()
-    router = make_router(setup.router, setup.replicas, model)
-    cluster = Cluster(loop, replicas, router, _estimator(setup, lengths), setup.hop_limit)
+    cluster = _cluster(setup, loop, lengths, prefix_caching=shares)
     longest = min(setup.device.max_model_len, setup.pool_tokens)
+    model = setup.device.perf_model()
     load = OfferedLoad(loop, workload, model, longest, lengths, cluster.arrive, progressed)
     cluster.load = load
     load.verdicts = outcome.verdicts
-    loop.run()
-    outcome.seconds = loop.now
-    if loop.now > 0:
-        busy_s = sum(replica.busy_s for replica in replicas)
-        outcome.busy_share = busy_s / loop.now / len(replicas)
-    outcome.num_preemptions = sum(replica.planner.num_preemptions for replica in replicas)
+    try:
+        loop.run()
+    finally:
+        outcome.seconds = loop.now
+        if loop.now > 0:
+            busy_s = sum(replica.busy_s for replica in cluster.replicas)
+            outcome.busy_share = busy_s / loop.now / len(cluster.replicas)
+        outcome.num_preemptions = sum(one.planner.num_preemptions for one in cluster.replicas)
     return outcome
 
 
-def _check(workload: Sequence[Conversation], setup: Setup) -> None:
+def _cluster(
+    setup: Setup, loop: EventLoop, lengths: dict[str, int], *, prefix_caching: bool
+) -> Cluster | DistServeCluster:
+    if setup.policy == "distserve":
+        return _distserve(setup, loop, prefix_caching=prefix_caching)
+    replicas = [
+        _replica(setup, number, _estimator(setup, lengths), prefix_caching=prefix_caching)
+        for number in range(setup.replicas)
+    ]
+    router = make_router(setup.router, setup.replicas, setup.device.perf_model())
+    return Cluster(loop, replicas, router, _estimator(setup, lengths), setup.hop_limit)
+
+
+def check_fits(workload: Sequence[Conversation], setup: Setup) -> None:
+    """
+    Raises:
+        WorkloadError: where a turn is longer than the model or the KV memory.
+    """
     turn = check_lengths(workload, setup.device.max_model_len, setup.pool_tokens)
     if turn is not None:
         raise WorkloadError(
             f"a request of {turn.prompt_tokens} + {turn.output_tokens} tokens is longer than "
             f"{setup.device.name} can serve ({setup.device.max_model_len} tokens a sequence, "
-            f"{setup.pool_tokens} of KV); drop it from the trace or choose another profile"
+            f"{setup.pool_tokens} of KV); leave such requests of a trace out (--drop-longer) or "
+            "choose another profile"
         )
 
 
@@ -184,7 +269,6 @@ def _estimator(setup: Setup, lengths: dict[str, int]) -> LengthEstimator:
 def _replica(
     setup: Setup, number: int, lengths: LengthEstimator, *, prefix_caching: bool
 ) -> SimulatedReplica:
-    device = setup.device.perf_model()
     name = "sarathi" if setup.policy == "vllm" else setup.policy
     promises = {"lengths": lengths, "best_effort_share": setup.best_effort_share}
     planner = make_planner(
@@ -193,16 +277,14 @@ def _replica(
         model=setup.device.perf_model(),
         **(promises if name in PROMISING else {}),
     )
-    truth = PerfModel([_slower(piece, setup.slowness) for piece in device.pieces])
     drafter = None
     if setup.max_speculation:
-        lags = any(piece.draft_tokens for piece in device.pieces)
+        lags = any(piece.draft_tokens for piece in setup.device.pieces)
         drafter = Drafter(setup.max_speculation, lags=lags)
-    pool = BlockPool(setup.pool_tokens // BLOCK_SIZE, BLOCK_SIZE, prefix_caching=prefix_caching)
     return SimulatedReplica(
         planner,
-        pool,
-        truth,
+        _pool(setup, prefix_caching=prefix_caching),
+        _truth(setup),
         token_budget=setup.budget,
         max_num_seqs=setup.max_num_seqs,
         drafter=drafter,
@@ -210,6 +292,44 @@ def _replica(
         noise=_noise(setup, number),
         seed=setup.seed * 1009 + number,
     )
+
+
+def _distserve(setup: Setup, loop: EventLoop, *, prefix_caching: bool) -> DistServeCluster:
+    num_prefills, num_decodes = (setup.replicas * count for count in setup.ratio)
+    prefills = [
+        PrefillReplica(
+            FcfsPlanner(setup.device.perf_model(), chunked_prefill=False),
+            _pool(setup, prefix_caching=prefix_caching),
+            _truth(setup),
+            token_budget=setup.budget,
+            max_num_seqs=setup.max_num_seqs,
+            noise=_noise(setup, number),
+        )
+        for number in range(num_prefills)
+    ]
+    decodes = [
+        DecodeReplica(
+            SarathiPlanner(setup.device.perf_model()),
+            _pool(setup, prefix_caching=prefix_caching),
+            _truth(setup),
+            token_budget=max(SARATHI_BUDGET, setup.max_num_seqs),
+            max_num_seqs=setup.max_num_seqs,
+            noise=_noise(setup, num_prefills + number),
+        )
+        for number in range(num_decodes)
+    ]
+    # Each GPU of a replica sends its own share.
+    transfer_s = setup.device.kv_bytes / (setup.link_bytes_s * setup.device.num_gpus)
+    return DistServeCluster(loop, prefills, decodes, transfer_s)
+
+
+def _pool(setup: Setup, *, prefix_caching: bool) -> BlockPool:
+    return BlockPool(setup.pool_tokens // BLOCK_SIZE, BLOCK_SIZE, prefix_caching=prefix_caching)
+
+
+def _truth(setup: Setup) -> PerfModel:
+    """How long batches take, whatever the planner believes."""
+    return PerfModel([_slower(piece, setup.slowness) for piece in setup.device.pieces])
 
 
 def _slower(piece: Piece, factor: float) -> Piece:
@@ -224,3 +344,14 @@ def _noise(setup: Setup, number: int) -> Callable[[], float] | None:
         return None
     rng = random.Random(f"noise {setup.seed} {number}")
     return lambda: math.exp(rng.gauss(0.0, setup.noise))
+
+
+def _check_choice(what: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise WorkloadError(f"no {what} {value!r}; there are {', '.join(known)}")
+
+
+def _check_range(what: str, value: float, least: float, most: float = math.inf) -> None:
+    if not (least <= value <= most and math.isfinite(value)):
+        upper = "" if math.isinf(most) else f" and at most {most:g}"
+        raise WorkloadError(f"the {what} must be at least {least:g}{upper}, not {value}")

@@ -114,6 +114,16 @@ class Scenario:
         """Per request, thinking included."""
         return self._mean(lambda turn: turn.output_tokens)
 
+    @property
+    def recorded_rate(self) -> float | None:
+        """Requests per second of its recordings, the mean of those that have times; ``None``
+        where none has.
+        """
+        timed = [recording for source in self.sources if (recording := source()).times]
+        if not timed:
+            return None
+        return statistics.fmean(len(one.times) / one.period_s for one in timed)
+
     def draw(
         self,
         rate: float,

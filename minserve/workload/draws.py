@@ -1,0 +1,99 @@
+"""`Draw`: where a load test's workloads come from: a scenario or a trace, at any rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from minserve.errors import WorkloadError
+from minserve.slo import SLO
+from minserve.workload.conversation import Conversation
+from minserve.workload.recordings import scaled
+from minserve.workload.scenarios import SCENARIOS, Scenario
+from minserve.workload.traces import Row, to_workload
+
+# A workload without texts, from requests per second (`None`: its own) and a seed.
+Draw = Callable[[float | None, int], list[Conversation]]
+
+
+def draw_scenario(
+    scenario: Scenario, *, seconds: float | None = None, num_requests: int | None = None
+) -> Draw:
+    """A scenario at any rate."""
+
+    def draw(rate: float | None, seed: int) -> list[Conversation]:
+        if rate is None:
+            raise WorkloadError("a scenario needs a rate: give --rate or --capacity")
+        return scenario.draw(rate, seed=seed, seconds=seconds, num_requests=num_requests)
+
+    return draw
+
+
+def draw_trace(
+    rows: Sequence[Row],
+    slo_of: dict[str, SLO],
+    default_class: str,
+    *,
+    length_scale: float = 1.0,
+    seconds: float | None = None,
+    num_requests: int | None = None,
+) -> Draw:
+    """A trace, at its own rate or any. Seeds change its texts alone.
+
+    Args:
+        length_scale: factor on all lengths; none falls below 1 token.
+        seconds: from its beginning, at the rate that is asked for; or
+        num_requests: as many of its first rows.
+
+    Raises:
+        WorkloadError: for a factor or number that is none.
+    """
+    if not 0 < length_scale < math.inf:
+        raise WorkloadError(f"the factor on lengths must be above 0, not {length_scale}")
+    if num_requests is not None and num_requests < 1:
+        raise WorkloadError(f"the number of requests must be at least 1, not {num_requests}")
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise WorkloadError(f"seconds must be above 0, not {seconds}")
+    rows = [_scaled_row(row, length_scale) for row in rows[:num_requests]]
+
+    def draw(rate: float | None, _: int) -> list[Conversation]:
+        workload = to_workload(rows, slo_of, default_class, rate=rate)
+        return [one for one in workload if seconds is None or one.arrival_s < seconds]
+
+    return draw
+
+
+def not_longer(rows: Sequence[Row], longest: int, length_scale: float = 1.0) -> list[Row]:
+    """Rows whose prompt and output together, once scaled, have at most so many tokens.
+
+    Raises:
+        WorkloadError: where there is none.
+    """
+    kept = [row for row in rows if _num_tokens(_scaled_row(row, length_scale)) <= longest]
+    if not kept:
+        raise WorkloadError(f"every request of the trace is longer than {longest} tokens")
+    return kept
+
+
+def _num_tokens(row: Row) -> int:
+    return row.prompt_tokens + row.output_tokens
+
+
+def _scaled_row(row: Row, factor: float) -> Row:
+    """A row with its lengths multiplied; none falls below 1 token."""
+    return replace(
+        row,
+        prompt_tokens=scaled(row.prompt_tokens, factor),
+        output_tokens=scaled(row.output_tokens, factor),
+    )
+
+
+def classes(*, tight: float | None = None, loose: float | None = None) -> dict[str, SLO]:
+    """Those of all scenarios, by name.
+
+    Args:
+        tight, loose: paces as slowdowns, as in `Scenario.scaled`.
+    """
+    scaled = [scenario.scaled(tight=tight, loose=loose) for scenario in SCENARIOS.values()]
+    return {name: slo for scenario in scaled for name, slo in scenario.classes.items()}

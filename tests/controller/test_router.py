@@ -1,0 +1,94 @@
+"""Where requests go."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from minserve.controller.router import ROUTERS, Ask, ReplicaState, make_router
+from minserve.errors import ConfigError
+from minserve.planner.perf_model import PerfModel, Piece
+
+MODEL = PerfModel([Piece(tokens=1e-4, base=0.02)])
+IDLE = ReplicaState(free_tokens=10_000)
+
+
+def ask(prompt: int = 500, output: int = 100, deadline: float = 0.5, **more: object) -> Ask:
+    values = {"prompt_tokens": prompt, "output_tokens": output, "deadline_s": deadline,
+              "tpot_s": 0.05}  # fmt: skip
+    return Ask(**(values | more))
+
+
+def slo_router(*states: ReplicaState):
+    router = make_router("slo", len(states), MODEL)
+    for number, state in enumerate(states):
+        router.report(number, state)
+    return router
+
+
+def test_the_replica_with_most_budget_left_is_chosen() -> None:
+    busy = ReplicaState(prefill_tokens=900, free_tokens=10_000)
+    assert slo_router(busy, IDLE, busy).choose(ask(), 0.0) == 1
+
+
+def test_a_replica_that_cannot_keep_the_slo_is_passed_over() -> None:
+    # By time: its prefills take until after the deadline. By pace: decodes take all there is.
+    late = ReplicaState(prefill_tokens=50_000, free_tokens=10_000)
+    slow = ReplicaState(decode_rate=9_000.0, tightest_tpot_s=0.05, free_tokens=10_000)
+    full = ReplicaState(free_tokens=599)
+    tight = ReplicaState(prefill_tokens=1000, free_tokens=600)
+    assert slo_router(late, slow, full, tight).choose(ask(), 0.0) == 3
+
+
+def test_where_none_can_keep_it_the_one_with_least_to_do_serves_it() -> None:
+    states = [ReplicaState(prefill_tokens=n, free_tokens=10_000) for n in (90_000, 70_000, 80_000)]
+    assert slo_router(*states).choose(ask(), 0.0) == 1
+
+
+def test_a_cached_prefix_is_worth_its_tokens() -> None:
+    ahead = ReplicaState(prefill_tokens=100, free_tokens=10_000)
+    router = slo_router(IDLE, ahead, IDLE)
+    assert router.choose(ask(cached_tokens={1: 400}), 0.0) == 1
+    router = slo_router(IDLE, ahead, IDLE)
+    assert router.choose(ask(cached_tokens={1: 50}), 0.0) == 0
+
+
+def test_what_was_placed_counts_until_the_next_report() -> None:
+    router = slo_router(IDLE, IDLE, IDLE)
+    assert [router.choose(ask(), 0.0) for _ in range(6)] == [0, 1, 2, 0, 1, 2]
+    router.report(2, ReplicaState(free_tokens=10_000, prefill_tokens=5000))
+    assert router.choose(ask(), 0.0) == 0
+
+
+def test_a_request_without_promises_finds_a_place() -> None:
+    carefree = ask(deadline=math.inf, tpot_s=math.inf)
+    assert slo_router(IDLE, IDLE).choose(carefree, 1e6) == 0
+
+
+def test_least_loaded_counts_sequences() -> None:
+    router = make_router("least-loaded", 3, MODEL)
+    for number, count in enumerate([4, 2, 3]):
+        router.report(number, ReplicaState(num_sequences=count))
+    assert [router.choose(ask(), 0.0) for _ in range(3)] == [1, 1, 2]
+
+
+def test_round_robin_goes_round_and_past_those_that_had_their_turn() -> None:
+    router = make_router("round-robin", 3, MODEL)
+    assert [router.choose(ask(), 0.0) for _ in range(4)] == [0, 1, 2, 0]
+    assert router.choose(ask(), 0.0, frozenset({1})) == 2
+
+
+@pytest.mark.parametrize("name", sorted(ROUTERS))
+def test_nobody_is_asked_twice_and_in_the_end_nobody_is_left(name: str) -> None:
+    router = make_router(name, 4, MODEL)
+    tried: set[int] = set()
+    while (number := router.choose(ask(), 0.0, frozenset(tried))) is not None:
+        assert number not in tried
+        tried.add(number)
+    assert tried == {0, 1, 2, 3}
+
+
+def test_an_unknown_router_is_refused() -> None:
+    with pytest.raises(ConfigError, match="unknown router 'magic'; known: slo, least-loaded"):
+        make_router("magic", 2, MODEL)

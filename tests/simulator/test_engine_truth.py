@@ -1,0 +1,216 @@
+"""The simulator against the engine core itself, with time as the only thing that is not real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from heapq import heappop, heappush
+
+import pytest
+from toy import TOY, chats, singles
+
+from minserve.attainment import Progress
+from minserve.engine.block_pool import BlockPool
+from minserve.engine.core import EngineCore
+from minserve.engine.runner import RunResult, Scheduled
+from minserve.engine.verification import SampledToken, Verified
+from minserve.planner.lengths import QuantileLengths
+from minserve.planner.perf_model import BatchShape
+from minserve.planner.policies import PROMISING, Planner, make_planner
+from minserve.request import Request, Sequence
+from minserve.sampling_params import SamplingParams
+from minserve.simulator.cluster import Cluster
+from minserve.simulator.events import EventLoop
+from minserve.simulator.load import OfferedLoad
+from minserve.simulator.replica import IDLE_S, SimulatedReplica
+from minserve.workload.conversation import Conversation
+
+BLOCK_SIZE = 16
+END = -1
+
+
+class Recorded(Progress):
+    """Progress that keeps every token's time."""
+
+    __slots__ = ("times",)
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(progress.targets, progress.arrival_s)
+        self.times: list[float] = []
+
+    def add_token(self, now: float) -> None:
+        self.times.append(now)
+        super().add_token(now)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class TimedRunner:
+    """Takes as long as the performance model says, and samples fillers up to the end."""
+
+    is_lost = False
+
+    def __init__(self, clock: Clock, lengths: Mapping[str, int]) -> None:
+        self._clock, self._lengths = clock, lengths
+        self._model = TOY.perf_model()
+
+    def launch(self, batch: list[Scheduled]) -> TimedRunner:
+        chunks = [(item.seq.num_computed_tokens, item.num_tokens) for item in batch]
+        self._clock.now += self._model.profiled(BatchShape.of(chunks))
+        self._batch = batch
+        return self
+
+    def results(self) -> dict[str, RunResult]:
+        return {item.seq.seq_id: RunResult(self._sample(item)) for item in self._batch}
+
+    def _sample(self, item: Scheduled) -> Verified | None:
+        if not item.samples:
+            return None
+        seq = item.seq
+        ends = seq.num_output_tokens + 1 == self._lengths[seq.seq_id]
+        return Verified((SampledToken(END if ends else seq.request.seed, None),), 0)
+
+
+def planner_of(policy: str) -> Planner:
+    return make_planner(
+        policy,
+        chunked_prefill=policy != "fcfs",
+        model=TOY.perf_model(),
+        **({"lengths": QuantileLengths()} if policy in PROMISING else {}),
+    )
+
+
+class RealEngine:
+    """Sends a workload to an engine core, turn after turn.
+
+    Attributes:
+        times: of every turn's tokens, by request id.
+    """
+
+    def __init__(self, policy: str, num_blocks: int, budget: int) -> None:
+        self.clock, self.lengths = Clock(), {}
+        self.times: dict[str, list[float]] = {}
+        self.core = EngineCore(
+            TimedRunner(self.clock, self.lengths),
+            BlockPool(num_blocks, BLOCK_SIZE),
+            planner_of(policy),
+            token_budget=budget,
+            max_num_seqs=16,
+            clock=self.clock,
+        )
+        self._due: list[tuple[float, int, Callable[[], None]]] = []
+        self._live: dict[str, tuple[Sequence, Conversation, int]] = {}
+        self._num_sent = self._num_due = 0
+
+    def serve(self, workload: list[Conversation]) -> None:
+        for one in workload:
+            self._later(one.arrival_s, one, 0, None)
+        while self._due or self.core.has_work:
+            if not self.core.has_work:
+                self.clock.now = max(self.clock.now, self._due[0][0])
+            while self._due and self._due[0][0] <= self.clock.now:
+                heappop(self._due)[2]()
+            before = self.clock.now
+            self._take(self.core.step())
+            if self.clock.now == before and self.core.has_work:
+                self.clock.now += IDLE_S
+            self.core.check_integrity()
+
+    def _later(
+        self, at: float, conversation: Conversation, number: int, before: Sequence | None
+    ) -> None:
+        self._num_due += 1
+        call = lambda: self._send(at, conversation, number, before)  # noqa: E731
+        heappush(self._due, (at, self._num_due, call))
+
+    def _send(
+        self, at: float, conversation: Conversation, number: int, before: Sequence | None
+    ) -> None:
+        turn = conversation.turns[number]
+        self._num_sent += 1
+        said = [] if before is None else before.token_ids[: turn.shared_tokens]
+        request = Request(
+            request_id=str(self._num_sent),
+            prompt_token_ids=(*said, *[self._num_sent] * (turn.prompt_tokens - len(said))),
+            params=SamplingParams(max_tokens=TOY.max_model_len - turn.prompt_tokens),
+            seed=self._num_sent,
+            arrival_s=at,
+            stop_token_ids=frozenset({END}),
+            slo=turn.slo,
+            targets=turn.slo.resolve(
+                TOY.perf_model().zero_load_prefill_s(turn.prompt_tokens),
+                TOY.perf_model().zero_load_decode_s(turn.prompt_tokens),
+            ),
+        )
+        seq = Sequence(request)
+        seq.progress = Recorded(seq.progress)
+        self.lengths[seq.seq_id] = turn.output_tokens
+        self.times[seq.seq_id] = seq.progress.times
+        self._live[seq.seq_id] = (seq, conversation, number)
+        self.core.add(seq, None)
+
+    def _take(self, deltas: list) -> None:
+        for delta in deltas:
+            if delta.finish_reason is None:
+                continue
+            seq, conversation, number = self._live.pop(delta.request_id)
+            if number + 1 < len(conversation.turns):
+                at = self.clock.now + conversation.turns[number + 1].delay_s
+                self._later(at, conversation, number + 1, seq)
+
+
+def simulated(
+    workload: list[Conversation], policy: str, num_blocks: int, budget: int
+) -> tuple[dict[str, list[float]], SimulatedReplica]:
+    loop, times = EventLoop(), {}
+    replica = SimulatedReplica(
+        planner_of(policy),
+        BlockPool(num_blocks, BLOCK_SIZE),
+        TOY.perf_model(),
+        token_budget=budget,
+        max_num_seqs=16,
+    )
+    cluster = Cluster(loop, [replica], None, QuantileLengths())
+
+    def arrive(seq: Sequence) -> None:
+        seq.progress = Recorded(seq.progress)
+        times[seq.seq_id] = seq.progress.times
+        cluster.arrive(seq)
+
+    cluster.load = OfferedLoad(
+        loop, workload, TOY.perf_model(), TOY.max_model_len, {}, arrive
+    )  # fmt: skip
+    loop.run()
+    return times, replica
+
+
+@pytest.mark.parametrize("policy", ["dp", "edf", "fcfs", "sarathi"])
+@pytest.mark.parametrize(
+    ("workload", "num_blocks", "budget"),
+    [
+        (singles(6.0, 60), 400, 512),
+        (chats(4.0, 40), 400, 256),
+        (chats(14.0, 60, seed=1), 44, 96),
+    ],
+    ids=["singles", "turns that share a prefix", "too little memory"],
+)
+def test_the_engine_and_the_simulator_give_every_token_at_the_same_time(
+    policy: str, workload: list[Conversation], num_blocks: int, budget: int
+) -> None:
+    engine = RealEngine(policy, num_blocks, budget)
+    engine.serve(workload)
+    times, replica = simulated(workload, policy, num_blocks, budget)
+    assert times == engine.times
+    assert [len(each) for each in times.values()] == list(engine.lengths.values())
+    snapshot = engine.core.snapshot()
+    assert replica.planner.num_preemptions == snapshot.num_preemptions
+    assert replica.pool.prefix_hits_tokens == snapshot.num_prefix_hits
+    replica.pool.check_integrity([])
+    if num_blocks == 44:
+        assert snapshot.num_preemptions > 0
+    if any(len(one.turns) > 1 for one in workload):
+        assert snapshot.num_prefix_hits > 0
