@@ -14,6 +14,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from minserve import __version__
+from minserve.cli_bench import add_bench
 from minserve.cli_flags import add_config_flags, add_sampling_flags, given
 from minserve.cli_profile import add_profile
 from minserve.config import EngineConfig, ServerConfig
@@ -37,6 +38,7 @@ examples:
   minserve serve --model ./Llama-3.2-1B --port 9000
   minserve generate --prompt "Name three colours."
   minserve profile                              how fast is the model on this machine?
+  minserve bench --scenario chatbot --rate 1    how many requests keep their SLOs?
 
 'minserve COMMAND --help' lists every setting.
 """
@@ -106,6 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_generate(commands)
     add_profile(commands)
+    add_bench(commands)
     return parser
 
 

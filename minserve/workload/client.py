@@ -173,7 +173,7 @@ class _Driver:
         self._tasks: set[asyncio.Task[None]] = set()
         self._open: dict[int, Answer] = {}
         self._begun: list[tuple[Conversation, list[Answer]]] = []
-        self._num_waiting = 0  # turns whose delay has not passed
+        self._num_waiting = 0  # turns that are going to be sent
         self._num_done = self._num_attained = 0
 
     async def run(self) -> None:
@@ -197,6 +197,7 @@ class _Driver:
         for conversation in sorted(self._load.workload, key=lambda one: one.arrival_s):
             due_s = self._load.start_s + conversation.arrival_s
             await asyncio.sleep(due_s - time.perf_counter())
+            self._num_waiting += 1
             self._tasks.add(asyncio.create_task(self._converse(conversation, due_s)))
 
     async def _converse(self, conversation: Conversation, due_s: float) -> None:
@@ -207,7 +208,9 @@ class _Driver:
         for left, turn in enumerate(conversation.turns, 1 - len(conversation.turns)):
             if answers:
                 due_s = answers[-1].token_times[-1] + turn.delay_s
-                await self._wait_until(due_s)
+                self._num_waiting += 1
+                await asyncio.sleep(due_s - time.perf_counter())
+            self._num_waiting -= 1
             answers.append(Answer(turn, targets_of(turn, self._speed), due_s, has_next=left < 0))
             self._load.answers.append(answers[-1])
             said.append(turn.text or "")
@@ -215,13 +218,6 @@ class _Driver:
             if answers[-1].ending is not Ending.DONE or not answers[-1].token_times:
                 return
             said.append(answers[-1].text)
-
-    async def _wait_until(self, due_s: float) -> None:
-        self._num_waiting += 1
-        try:
-            await asyncio.sleep(due_s - time.perf_counter())
-        finally:
-            self._num_waiting -= 1
 
     async def _ask(self, answer: Answer, said: Sequence[str]) -> None:
         endpoint = self._endpoint
@@ -269,9 +265,7 @@ class _Driver:
     def _report(self) -> None:
         if self._on_progress is not None:
             num_due = len(self._load.answers)
-            self._on_progress(
-                Tally(num_due, len(self._open), self._num_done, self._num_attained)
-            )
+            self._on_progress(Tally(num_due, len(self._open), self._num_done, self._num_attained))
 
 
 async def ask(

@@ -45,7 +45,7 @@ class Recording:
     Attributes:
         times: of their arrivals, ascending; empty where only their lengths are known, and
             any order is as good.
-        period_s: what the times are out of.
+        period_s: length of the recording, which is longer than from the first to the last.
     """
 
     chains: tuple[Chain, ...]
@@ -103,11 +103,12 @@ REASONING_PROMPT, REASONING_THINKING, REASONING_ANSWER = 127, 4693, 803
 def tools() -> Recording:
     """ToolBench's recorded calls of a model that uses tools: 151 chains of 2 to 6 calls.
 
-    Each recording is a depth-first search: where a call failed, the model went back some
-    rounds. A chain is one way from its first round to a last one. A call's prompt is the
-    prompt and the answer before it and what is new, as it was recorded. Outputs are
-    multiplied by 0.987, new parts of prompts by 0.253, which gives the paper's means per
-    call: ToolBench's prompts hold long descriptions of tools, three times those of the paper.
+    Each of the 15 recordings is a depth-first search: the model goes back some rounds now and
+    then and tries another way. A chain is one way from the first round to a last one; a call
+    that several ways have in common is in each of them. A call's prompt is the prompt and the
+    answer before it and what is new, as it was recorded. Outputs are multiplied by 0.987, new
+    parts of prompts by 0.253, which gives the paper's means per call: ToolBench's prompts are
+    three times as long.
 
     The paper's, per call: prompts 690/2131/356, outputs 116/363/66. Here 690/1482/301 and
     116/366/97.

@@ -15,15 +15,15 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from minserve.errors import WorkloadError
-from minserve.slo import SLO, DecodeStage
+from minserve.slo import MAX_SLOWDOWN, SLO, DecodeStage
 from minserve.workload import recordings
 from minserve.workload.arrivals import check_burstiness, gamma_arrivals, recorded_arrivals
 from minserve.workload.conversation import Conversation, Turn
 from minserve.workload.recordings import Chain, Recording, scaled
 from minserve.workload.texts import fill
 
-# The slower and the faster pace of the classes, in seconds per token.
-TIGHT_TPOT_S, LOOSE_TPOT_S = 0.050, 0.100
+# Classes with a longer TPOT have the loose one.
+TIGHT_TPOT_S = 0.050
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +72,12 @@ class Scenario:
         """
         if not 0 < lengths < math.inf:
             raise WorkloadError(f"the factor on lengths must be above 0, not {lengths}")
+        for name, slowdown in (("tight", tight), ("loose", loose)):
+            if slowdown is not None and not 1 <= slowdown <= MAX_SLOWDOWN:
+                raise WorkloadError(
+                    f"the {name} pace must be at least 1 lone request's time per token, "
+                    f"not {slowdown}"
+                )
         if tool_time is not None and not 0 <= tool_time < math.inf:
             raise WorkloadError(f"the time of tools must be 0 seconds or more, not {tool_time}")
         return replace(
@@ -94,18 +100,19 @@ class Scenario:
     @property
     def classes(self) -> dict[str, SLO]:
         """Its classes of requests, by name."""
-        calls = {call.slo.name: call for chain in self._chains() for call in chain}
-        return {name: self._slo(call.slo) for name, call in calls.items()}
+        calls = (call for source in self.sources for chain in source().chains for call in chain)
+        slos = {call.slo.name: call.slo for call in calls}
+        return {name: self._slo(slo) for name, slo in slos.items()}
 
     @property
     def mean_prompt_tokens(self) -> float:
         """Per request."""
-        return statistics.fmean(t.prompt_tokens for t in self._all_turns())
+        return self._mean(lambda turn: turn.prompt_tokens)
 
     @property
     def mean_output_tokens(self) -> float:
         """Per request, thinking included."""
-        return statistics.fmean(t.output_tokens for t in self._all_turns())
+        return self._mean(lambda turn: turn.output_tokens)
 
     def draw(
         self,
@@ -118,10 +125,9 @@ class Scenario:
     ) -> list[Conversation]:
         """A workload; the same for the same arguments.
 
-        The number of requests is exact, but for chains of calls, which are never cut: there it
-        is the nearest that whole chains give. The rate is exact in any case. (At the end of
-        the workload calls of the last chains are still to come: the rate of arrivals
-        proper is lower at its beginning and has a tail.)
+        The number of requests is exact, and with it the rate: requests divided by the time
+        in which conversations arrive. Chains of calls are never cut: their number is the
+        nearest that whole chains give. Later calls of the last chains come after that time.
 
         Args:
             rate: requests (turns) per second over the whole.
@@ -137,20 +143,16 @@ class Scenario:
             WorkloadError: for a rate, number or time that is none.
         """
         count = self._count(rate, num_requests, seconds)
-        shares = _shares(count, len(self.sources))
-        rngs = [random.Random(f"{seed} {self.name} {i}") for i in range(len(self.sources))]
-        picked = [
-            _pick(source(), share, rng)
-            for source, share, rng in zip(self.sources, shares, rngs, strict=True)
-            if share
-        ]
-        total = sum(len(chain) for _, chains in picked for chain in chains)
-        span_s = total / rate if seconds is None else seconds
-        workload = [
-            conversation
-            for (first, chains), source, rng in zip(picked, self.sources, rngs, strict=False)
-            for conversation in self._conversations(source(), first, chains, span_s, rng)
-        ]
+        parts = []
+        for i, (source, share) in enumerate(
+            zip(self.sources, _shares(count, len(self.sources)), strict=True)
+        ):
+            if share:
+                rng = random.Random(f"{seed} {self.name} {i}")
+                parts.append((source(), *_pick(source(), share, rng), rng))
+        num_drawn = sum(len(chain) for _, _, chains, _ in parts for chain in chains)
+        span_s = num_drawn / rate if seconds is None else seconds
+        workload = [one for part in parts for one in self._conversations(*part, span_s)]
         workload.sort(key=lambda conversation: conversation.arrival_s)
         return fill(workload, seed=seed) if texts else workload
 
@@ -173,8 +175,8 @@ class Scenario:
         recording: Recording,
         first: int,
         chains: list[Chain],
-        span_s: float,
         rng: random.Random,
+        span_s: float,
     ) -> list[Conversation]:
         if recording.times and self.burstiness is None:
             times = recorded_arrivals(
@@ -217,14 +219,17 @@ class Scenario:
         return stage if slowdown is None else replace(stage, tpot=None, tpot_slowdown=slowdown)
 
     def _slowdown(self, tpot_s: float | None) -> float | None:
-        return {TIGHT_TPOT_S: self.tight, LOOSE_TPOT_S: self.loose}.get(tpot_s or 0.0)
+        if tpot_s is None:
+            return None
+        return self.tight if tpot_s <= TIGHT_TPOT_S else self.loose
 
-    def _chains(self) -> list[Chain]:
-        return [chain for source in self.sources for chain in source().chains]
-
-    def _all_turns(self) -> list[Turn]:
+    def _mean(self, of: Callable[[Turn], int]) -> float:
+        """Over all turns of each source; sources count alike, as they do in what is drawn."""
         rng = random.Random(0)
-        return [turn for chain in self._chains() for turn in self._turns(chain, rng)]
+        return statistics.fmean(
+            statistics.fmean(of(t) for chain in source().chains for t in self._turns(chain, rng))
+            for source in self.sources
+        )
 
 
 def find_scenario(name: str) -> Scenario:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Protocol
 
@@ -37,3 +38,18 @@ def targets_of(turn: Turn, speed: Speed) -> Targets:
     return replace(
         targets, stages=(replace(first, until=None, tokens=turn.thinking_tokens), *others)
     )
+
+
+def typical_targets(turns: Iterable[tuple[str, Targets]]) -> dict[str, Targets]:
+    """Of each class the targets with the median TTFT.
+
+    Args:
+        turns: class and targets of each request.
+    """
+    by_class: dict[str, list[Targets]] = {}
+    for name, targets in turns:
+        by_class.setdefault(name, []).append(targets)
+    return {
+        name: sorted(each, key=lambda one: one.ttft_s)[len(each) // 2]
+        for name, each in by_class.items()
+    }

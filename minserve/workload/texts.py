@@ -21,10 +21,12 @@ from minserve.workload.data_files import read_prompts
 Count = Callable[[str], int]
 
 CHARACTERS_PER_TOKEN = 4
+# Of a word.
+MOST_CHARACTERS = 12
 # The first guess at a text's length in words.
 WORDS_PER_TOKEN = 0.7
-# A text is long enough with this share of its tokens, or as good as it gets after some tries.
-CLOSE, MOST_TRIES = 0.98, 6
+# A text is long enough with this share of its tokens.
+CLOSE = 0.98
 # Words in which two texts must differ: a block of a prefix cache holds more.
 BEGINNING = 8
 # By class; any other's are those of a chat.
@@ -64,8 +66,9 @@ def fill(
         turns: list[Turn] = []
         for turn in conversation.turns:
             name = PROMPTS.get(turn.slo.name, OTHER)
-            deck = decks.setdefault(name, _Deck(_words(name), rng))
-            text = deck.text(turn.prompt_tokens - turn.shared_tokens, count)
+            if name not in decks:
+                decks[name] = _Deck(_words(name), rng)
+            text = decks[name].text(turn.prompt_tokens - turn.shared_tokens, count)
             turns.append(replace(turn, text=text))
         filled.append(Conversation(conversation.arrival_s, tuple(turns)))
     return filled
@@ -90,23 +93,32 @@ class _Deck:
     def text(self, num_tokens: int, count: Count) -> str:
         """The next text, of at most so many tokens."""
         start = self._start()
+        # Words that fit, and words that do not.
+        low, high = 0, math.inf
         length = max(1, int(num_tokens * WORDS_PER_TOKEN))
-        best, most = "", 0
-        for _ in range(MOST_TRIES):
+        best = ""
+        while low + 1 < high:
             text = self._cut(start, length)
             found = max(1, count(text))
-            if most < found <= num_tokens:
-                best, most = text, found
-            if most >= CLOSE * num_tokens:
-                return best
-            length = max(1, int(length * num_tokens / found))
+            if found > num_tokens:
+                high = length
+                length = int(length * num_tokens / found) if not low else (low + length) // 2
+            else:
+                low, best = length, text
+                if found >= CLOSE * num_tokens:
+                    break
+                length = int(length * num_tokens / found) + 1
+            length = int(max(low + 1, min(high - 1, length)))
         text = best or self._cut(start, 1)
         while len(text) > 1 and count(text) > num_tokens:
             text = text[: len(text) // 2]
         return text
 
     def _start(self) -> int:
-        """A word in the first half of the next prompt, which no text has begun with."""
+        """A word in the first half of the next prompt, with which no text has begun as yet."""
+        if 2 * len(self._beginnings) > len(self._words):
+            # So many texts that they must repeat.
+            self._beginnings.clear()
         prompt = self._num_texts % len(self._starts)
         self._num_texts += 1
         start = self._starts[prompt] + self._rng.randrange(self._lengths[prompt] // 2 + 1)
@@ -130,7 +142,9 @@ def _words(name: str) -> tuple[tuple[str, ...], ...]:
         texts = tuple(text.split("\n\n", 1)[1] for text in texts)
     if name == "toolbench_queries":
         texts = tuple(_query_first(text) for text in texts)
-    return tuple(tuple(re.findall(r"\S+\s*", text.strip() + "\n\n")) for text in texts)
+    # Long words (formulas, addresses) come apart: a text could not end near where it should.
+    pattern = re.compile(rf"\S{{1,{MOST_CHARACTERS}}}\s*")
+    return tuple(tuple(pattern.findall(text.strip() + "\n\n")) for text in texts)
 
 
 def _query_first(text: str) -> str:

@@ -1,6 +1,6 @@
 """A user's own trace: when requests came and how long they were, from a CSV file.
 
-::
+The class may be left out. Other columns are left alone::
 
     arrival_s,prompt_tokens,output_tokens,class
     0.0,374,44,chatbot
@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import gzip
 import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ NEEDED = ("arrival_s", "prompt_tokens", "output_tokens")
 CLASS = "class"
 MAX_TOKENS = 2**31 - 1
 MAX_SECONDS = 1e9
+# Characters of a file's own text in an error.
+MOST_SHOWN = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,7 @@ def read_trace(path: str | Path) -> list[Row]:
     except FileNotFoundError:
         known = ", ".join(shipped)
         raise WorkloadError(f"no trace {path}: give a CSV file, or one of {known}") from None
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise WorkloadError(f"trace {file} cannot be read: {error}") from None
     return rows
 
@@ -77,6 +80,7 @@ def to_workload(
     """A conversation of one turn for each row; the first row arrives at 0.
 
     Args:
+        rows: at least one.
         slo_of: by class.
         default_class: of rows that name none.
         rate: requests per second over the whole, all gaps multiplied alike; ``None`` keeps
@@ -93,7 +97,9 @@ def to_workload(
         name = row.name or default_class
         if name not in slo_of:
             known = ", ".join(slo_of)
-            raise WorkloadError(f"line {row.line}: no class {name!r}; there are {known}")
+            raise WorkloadError(
+                f"the trace's line {row.line}: no class {name!r}; there are {known}"
+            )
         turns.append(
             Turn(
                 slo=slo_of[name],
@@ -128,7 +134,7 @@ def _check_lengths(rows: Sequence[Row], max_model_len: int | None) -> None:
     if long:
         first = long[0]
         raise WorkloadError(
-            f"line {first.line}: {first.prompt_tokens} prompt and {first.output_tokens} output "
+            f"the trace's line {first.line}: {first.prompt_tokens} prompt and {first.output_tokens} output "
             f"tokens are more than the model's {max_model_len}; so are {len(long)} of "
             f"{len(rows)} rows. Leave them out or take a model with a longer context"
         )
@@ -138,7 +144,7 @@ def _read(file: Path, lines: Iterator[list[str]]) -> list[Row]:
     header = [name.strip() for name in next(lines, [])]
     missing = [name for name in NEEDED if name not in header]
     if missing:
-        found = ", ".join(header) or "nothing"
+        found = ", ".join(header)[:MOST_SHOWN] or "nothing"
         raise WorkloadError(
             f"trace {file}, line 1: no column {', '.join(missing)}, found {found}; "
             f"the columns are {', '.join(NEEDED)} and, where wanted, {CLASS}"
@@ -179,7 +185,7 @@ def _seconds(where: str, cell: str) -> float:
         seconds = math.nan
     if not 0 <= seconds <= MAX_SECONDS:
         raise WorkloadError(
-            f"{where}: arrival_s must be seconds from 0 to {MAX_SECONDS:g}, not {cell!r}"
+            f"{where}: arrival_s must be seconds from 0 to {MAX_SECONDS:g}, not {cell[:MOST_SHOWN]!r}"
         )
     return seconds
 
@@ -192,6 +198,6 @@ def _tokens(where: str, name: str, cell: str) -> int:
     # Programs that write tables often make 12.0 of 12.
     if not 1 <= number <= MAX_TOKENS or number != int(number):
         raise WorkloadError(
-            f"{where}: {name} must be a whole number from 1 to {MAX_TOKENS}, not {cell!r}"
+            f"{where}: {name} must be a whole number from 1 to {MAX_TOKENS}, not {cell[:MOST_SHOWN]!r}"
         )
     return int(number)

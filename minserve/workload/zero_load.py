@@ -19,20 +19,13 @@ from minserve.errors import WorkloadError
 from minserve.slo import SLO, Targets
 from minserve.workload.answer import Answer
 from minserve.workload.client import ask
-from minserve.workload.conversation import Turn
+from minserve.workload.conversation import Conversation, Turn
 from minserve.workload.endpoint import Endpoint, open_session
-from minserve.workload.texts import CHARACTERS_PER_TOKEN
+from minserve.workload.texts import CHARACTERS_PER_TOKEN, fill
 
 PROMPT_TOKENS = (32, 128, 512, 1024)
 OUTPUT_TOKENS = 24
 REPEATS = 3
-# Words of one or two tokens each, in most vocabularies.
-_WORDS = (
-    "time year people way day man thing woman life child world school state family student "
-    "group country problem hand part place case week company system program question work "
-    "government number night point home water room mother area money story fact month lot "
-    "right study book eye job word business issue side kind head house service friend father"
-).split()
 _NO_SLO = SLO(ttft=1e6)
 
 
@@ -87,17 +80,16 @@ async def measure_speed(
     Raises:
         WorkloadError: where the server does not answer them.
     """
-    rng = random.Random(seed)
     room = (endpoint.max_model_len or math.inf) - OUTPUT_TOKENS
-    # Words may have two tokens each.
+    # A text may well have more tokens than it is estimated to.
     lengths = [n for n in PROMPT_TOKENS if 2 * n <= room] or [max(1, int(room) // 4)]
+    # The first request meets cold caches, and is not counted.
+    plan = [lengths[0], *(length for length in lengths for _ in range(REPEATS))]
+    texts = _texts(plan, random.getrandbits(64) if seed is None else seed)
     groups: dict[int, list[Sample]] = {length: [] for length in lengths}
     characters = tokens = 0
     async with open_session(endpoint.url) as session:
-        # The first request meets cold caches, and is not counted.
-        plan = [lengths[0], *(length for length in lengths for _ in range(REPEATS))]
-        for number, length in enumerate(plan):
-            text = " ".join(rng.choices(_WORDS, k=length))
+        for number, (length, text) in enumerate(zip(plan, texts, strict=True)):
             answer = await _lone_request(session, endpoint, text, length)
             if on_progress is not None:
                 on_progress(number + 1, len(plan))
@@ -128,6 +120,12 @@ def fit(
             slope = sum(x * y for x, y in zip(xs, ys, strict=True)) / sum(x * x for x in xs)
     decode_s = statistics.median(one.tpot_s for group in groups for one in group)
     return ZeroLoad(base, slope, decode_s, characters_per_token)
+
+
+def _texts(lengths: Sequence[int], seed: int) -> list[str]:
+    turns = [Turn(slo=_NO_SLO, prompt_tokens=length, output_tokens=1) for length in lengths]
+    filled = fill([Conversation(0.0, (turn,)) for turn in turns], seed=seed)
+    return [turn.text or "" for conversation in filled for turn in conversation.turns]
 
 
 async def _lone_request(

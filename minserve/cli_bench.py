@@ -1,0 +1,414 @@
+"""``minserve bench``: how many requests of a workload keep their SLOs on a running server."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minserve.config import POLICIES
+from minserve.errors import InvalidSLOError, WorkloadError
+
+if TYPE_CHECKING:
+    from minserve.workload.capacity import Capacity
+    from minserve.workload.client import Tally
+    from minserve.workload.experiment import Draw, Experiment, Run
+    from minserve.workload.report import Report
+
+DEFAULT_CLASS = "chatbot"
+LEVEL = 0.9
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+# Later than this at the 99th percentile, the client is not to be trusted.
+LATE_CLIENT_S = 0.05
+NUM_ERRORS = 3
+
+_EXAMPLES = """\
+examples:
+  minserve bench --scenario chatbot --rate 0.5,1,2 --length-scale 0.1 --tight 2.5 --loose 5
+  minserve bench --url http://localhost:8000 --scenario coding --capacity --repeats 3
+  minserve bench --url http://localhost:8000 --trace my.csv --class coding --plot run.png
+
+Without --url a server is started for the time of the test. SLOs that are slowdowns are
+multiples of what lone requests take on the idle server, which is measured first: nothing else
+may use it. A key is read from MINSERVE_API_KEY or OPENAI_API_KEY. Ctrl-C ends the test and
+reports what was measured.
+"""
+
+
+def add_bench(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="try how many requests keep their SLOs on a server",
+        description="Send a workload to any OpenAI-compatible server, in open loop, and report "
+        "how many requests keep their SLOs.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_server_flags(parser.add_argument_group("server"))
+    _add_workload_flags(parser.add_argument_group("workload"))
+    _add_report_flags(parser.add_argument_group("report"))
+    parser.set_defaults(command=_bench)
+
+
+def _add_server_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--url", help="of a running server; default: start one of minserve's")
+    group.add_argument(
+        "--model", metavar="NAME",
+        help="to ask for (default: the server's first), or without --url the model to serve",
+    )  # fmt: skip
+    group.add_argument(
+        "--policy", choices=POLICIES, help="of the server that is started (default: its own)"
+    )
+    group.add_argument(
+        "--serve-args", default="", metavar="FLAGS",
+        help="further flags of 'minserve serve', in one string",
+    )  # fmt: skip
+    group.add_argument(
+        "--endpoint", choices=("completions", "chat"), default="completions",
+        help="of OpenAI's API (default: completions)",
+    )  # fmt: skip
+
+
+def _add_workload_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--scenario", metavar="NAME", help="chatbot, coding, summarization, mixed, "
+                       "tools or reasoning")  # fmt: skip
+    group.add_argument(
+        "--trace", metavar="FILE.csv", help="columns arrival_s, prompt_tokens, output_tokens, class"
+    )
+    group.add_argument(
+        "--class", dest="default_class", default=DEFAULT_CLASS, metavar="NAME",
+        help=f"of a trace's rows that name none (default: {DEFAULT_CLASS})",
+    )  # fmt: skip
+    group.add_argument(
+        "--rate", type=_numbers, action="extend", metavar="R", dest="rates",
+        help="requests per second, several in one list or several flags; a trace has its own",
+    )  # fmt: skip
+    group.add_argument(
+        "--capacity", action="store_true",
+        help="search for the highest rate that keeps enough SLOs; --rate is where it begins",
+    )  # fmt: skip
+    group.add_argument("--seconds", type=float, metavar="X", help="of arrivals")
+    group.add_argument("--num-requests", type=int, metavar="N", help="instead of seconds")
+    group.add_argument(
+        "--length-scale", type=float, default=1.0, metavar="X", help="factor on all lengths"
+    )
+    group.add_argument(
+        "--tight", type=float, metavar="X",
+        help="the tighter TPOT as a slowdown of a lone request's (default: 50 ms)",
+    )  # fmt: skip
+    group.add_argument("--loose", type=float, metavar="X", help="the looser one (default: 100 ms)")
+    group.add_argument(
+        "--burstiness", type=float, metavar="X",
+        help="of a scenario's arrivals: 1 is Poisson, below is burstier",
+    )  # fmt: skip
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn")
+    group.add_argument(
+        "--repeats", type=int, default=1, metavar="N", help="of each rate, each with its own seed"
+    )
+
+
+def _add_report_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--level", type=float, default=LEVEL, metavar="X",
+        help=f"share of requests that makes a rate count (default: {LEVEL:g})",
+    )  # fmt: skip
+    group.add_argument("--json", action="store_true", help="print one JSON object, no tables")
+    group.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw a picture")
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def _bench(args: argparse.Namespace) -> int:
+    """Start a server where none is given, measure, print."""
+    _check(args)
+
+    from minserve.workload.plots import check_can_plot
+
+    if args.plot is not None:
+        check_can_plot(args.plot)
+    draw = _make_draw(args)
+    with _served(args) as url:
+        experiment = _prepare(args, url, draw)
+        capacity, interrupted = _measure(args, experiment)
+    _print(args, experiment, capacity, interrupted)
+    if interrupted:
+        return EXIT_INTERRUPTED
+    answered = any(v.ttft_s is not None for run in experiment.runs for v in run.load.verdicts())
+    return 0 if answered else EXIT_ERROR
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be run before anything slow.
+
+    Raises:
+        WorkloadError: saying what is wrong.
+    """
+    if (args.scenario is None) == (args.trace is None):
+        raise WorkloadError("give a --scenario or a --trace, one of them")
+    if args.scenario is not None and not (args.rates or args.capacity):
+        raise WorkloadError("a scenario needs a --rate, or --capacity to search for one")
+    if args.trace is not None and args.burstiness is not None:
+        raise WorkloadError("--burstiness is for scenarios; a trace has its own arrivals")
+    if args.url is not None and (args.policy is not None or args.serve_args):
+        raise WorkloadError("--policy and --serve-args are for a server that is started: no --url")
+    for rate in args.rates or ():
+        if not 0 < rate < math.inf:
+            raise WorkloadError(f"a rate must be above 0 requests per second, not {rate:g}")
+    if args.capacity and len(args.rates or ()) > 1:
+        raise WorkloadError("--capacity begins at one --rate, not at several")
+    if args.repeats < 1:
+        raise WorkloadError(f"--repeats must be at least 1, not {args.repeats}")
+    if not 0 < args.level <= 1:
+        raise WorkloadError(f"--level must be above 0 and at most 1, not {args.level:g}")
+    if args.seconds is not None and args.num_requests is not None:
+        raise WorkloadError("give --seconds or --num-requests, not both")
+
+
+def _make_draw(args: argparse.Namespace) -> Draw:
+    from minserve.workload import experiment
+    from minserve.workload.scenarios import find_scenario
+    from minserve.workload.traces import read_trace
+
+    try:
+        if args.scenario is None:
+            draw = experiment.draw_trace(
+                read_trace(args.trace),
+                experiment.classes(tight=args.tight, loose=args.loose),
+                args.default_class,
+                length_scale=args.length_scale,
+                seconds=args.seconds,
+                num_requests=args.num_requests,
+            )
+            draw(None, args.seed)
+            return draw
+        scenario = find_scenario(args.scenario)
+        scenario = scenario.scaled(args.length_scale, tight=args.tight, loose=args.loose)
+        if args.burstiness is not None:
+            scenario = scenario.with_arrivals(args.burstiness)
+        draw = experiment.draw_scenario(
+            scenario, seconds=args.seconds, num_requests=args.num_requests
+        )
+        draw((args.rates or [1.0])[0], args.seed)
+    except InvalidSLOError as error:  # of --tight or --loose
+        raise WorkloadError(str(error)) from None
+    return draw
+
+
+@contextmanager
+def _served(args: argparse.Namespace) -> Iterator[str]:
+    """The URL that was given, or that of a server which is stopped afterwards."""
+    if args.url is not None:
+        yield args.url
+        return
+
+    from minserve.workload.server_process import ServerProcess
+
+    flags = shlex.split(args.serve_args)
+    for name, value in (("--model", args.model), ("--policy", args.policy)):
+        if value is not None:
+            flags += [name, value]
+    # So that the server is stopped by this signal too.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    _say("starting minserve serve; the first time it measures this device for some 40 s")
+    with ServerProcess(flags) as server:
+        yield server.url
+
+
+def _prepare(args: argparse.Namespace, url: str, draw: Draw) -> Experiment:
+    """Meet the server and measure its speed."""
+    import asyncio
+
+    from tqdm import tqdm
+
+    from minserve.workload.endpoint import find_endpoint
+    from minserve.workload.experiment import Experiment
+    from minserve.workload.zero_load import measure_speed
+
+    name = None if args.url is None else args.model
+    endpoint = asyncio.run(find_endpoint(url, name, chat=args.endpoint == "chat"))
+    with tqdm(desc="speed of the idle server", unit="request", leave=False) as bar:
+
+        def tell(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        speed = asyncio.run(measure_speed(endpoint, on_progress=tell))
+    _say(
+        f"{endpoint.model} at {endpoint.url}: a lone request takes {1e3 * speed.base_s:.1f} ms and "
+        f"{1e3 * speed.per_token_s:.3f} ms per prompt token, then {1e3 * speed.decode_s:.1f} ms "
+        f"per output token"
+    )
+    return Experiment(endpoint, speed, draw)
+
+
+def _measure(args: argparse.Namespace, experiment: Experiment) -> tuple[Capacity | None, bool]:
+    """All runs.
+
+    Returns:
+        what the search found, where there was one, and whether Ctrl-C cut it short.
+    """
+    from minserve.workload.capacity import Capacity, find_capacity
+
+    def attainment(rate: float | None, repeat: int) -> float:
+        run = _run(experiment, rate, args.seed + repeat)
+        if not run.load.complete:
+            raise KeyboardInterrupt
+        return run.report.attainment
+
+    capacity = Capacity(level=args.level) if args.capacity else None
+    try:
+        if capacity is None:
+            for rate in args.rates or [None]:
+                for repeat in range(args.repeats):
+                    attainment(rate, repeat)
+        else:
+            start = (args.rates or [None])[0]
+            if start is None:
+                start = experiment.guess_capacity(experiment.draw(1.0, args.seed))
+            find_capacity(attainment, start, repeats=args.repeats, level=args.level, into=capacity)
+    except KeyboardInterrupt:
+        return capacity, True
+    return capacity, False
+
+
+def _run(experiment: Experiment, rate: float | None, seed: int) -> Run:
+    """One run, with a live line, and warnings of what went wrong in it."""
+    from tqdm import tqdm
+
+    from minserve.workload.conversation import num_turns
+
+    workload = experiment.workload(rate, seed)
+    name = "trace" if rate is None else f"{rate:.3g}/s"
+    with tqdm(total=num_turns(workload), desc=name, unit="request") as bar:
+
+        def tell(tally: Tally) -> None:
+            kept = f"{tally.attained / tally.done:.0%}" if tally.done else "-"
+            bar.set_postfix_str(
+                f"sent {tally.due}, open {tally.open}, attained {kept}", refresh=False
+            )
+            bar.update(tally.done - bar.n)
+
+        run = experiment.run(workload, rate, seed, tell)
+    _warn(run)
+    return run
+
+
+def _warn(run: Run) -> None:
+    for error, count in list(run.load.errors().items())[:NUM_ERRORS]:
+        _say(f"{count} requests: {' '.join(error.split())}")
+    if late := run.load.num_short():
+        _say(f"warning: the server ended {late} outputs before their length: it had less to do")
+    if run.load.num_undecided:
+        _say(f"{run.load.num_undecided} requests were under way and in time; they are left out")
+    lag_s = run.report.send_lag_s.p99
+    if lag_s > LATE_CLIENT_S:
+        _say(
+            f"warning: this client sent late (p99 {1e3 * lag_s:.0f} ms): it, not the server, may "
+            f"be the bottleneck, and these numbers are not to be trusted"
+        )
+
+
+def _print(
+    args: argparse.Namespace,
+    experiment: Experiment,
+    capacity: Capacity | None,
+    interrupted: bool,
+) -> None:
+    """Table or JSON, and the picture."""
+    pooled = _pooled(experiment.runs)
+    if args.json:
+        print(json.dumps(_as_json(args, experiment, pooled, capacity, interrupted)))
+    else:
+        for rate, report in pooled:
+            print(f"\n{'the trace as it is' if rate is None else f'{rate:.4g} requests/s'}")
+            print(report.table())
+        if capacity is not None:
+            print(f"\n{_in_words(capacity)}")
+    if args.plot is not None and experiment.runs:
+        _plot(args, experiment, pooled)
+
+
+def _pooled(runs: Sequence[Run]) -> list[tuple[float | None, Report]]:
+    """A report per rate, ascending, of all its repeats."""
+    from minserve.workload.report import Report
+
+    rates = sorted({run.rate for run in runs}, key=lambda rate: rate or 0.0)
+    pooled = []
+    for rate in rates:
+        own = [run for run in runs if run.rate == rate]
+        verdicts = [verdict for run in own for verdict in run.load.verdicts()]
+        pooled.append((rate, Report.of(verdicts, sum(run.seconds for run in own))))
+    return pooled
+
+
+def _in_words(capacity: Capacity) -> str:
+    low, high = capacity.interval()
+    if capacity.rate is None:
+        return f"capacity: no rate was found at which {capacity.level:.0%} attain their SLO"
+    most = max(capacity.attainment)
+    least = "at least " if capacity.rate == most else ""
+    bounds = f"{'below all' if low is None else f'{low:.3g}'} to {high or 0:.3g}"
+    cut = "" if capacity.complete else "; the search was cut short"
+    return (
+        f"capacity: {least}{capacity.rate:.3g} requests/s with {capacity.level:.0%} attained "
+        f"(95% interval over repeats: {bounds}){cut}"
+    )
+
+
+def _as_json(
+    args: argparse.Namespace,
+    experiment: Experiment,
+    pooled: Sequence[tuple[float | None, Report]],
+    capacity: Capacity | None,
+    interrupted: bool,
+) -> dict[str, Any]:
+    endpoint, speed = experiment.endpoint, experiment.speed
+    return {
+        "url": endpoint.url,
+        "model": endpoint.model,
+        "workload": args.scenario or str(args.trace),
+        "seed": args.seed,
+        "repeats": args.repeats,
+        "zero_load": {
+            "base_ms": round(speed.base_s * 1e3, 4),
+            "per_token_ms": round(speed.per_token_s * 1e3, 6),
+            "decode_ms": round(speed.decode_s * 1e3, 4),
+        },
+        "runs": [{"target_rate": rate, **report.to_dict()} for rate, report in pooled],
+        "capacity": None if capacity is None else capacity.to_dict(),
+        "interrupted": interrupted,
+    }
+
+
+def _plot(
+    args: argparse.Namespace,
+    experiment: Experiment,
+    pooled: Sequence[tuple[float | None, Report]],
+) -> None:
+    """Attainment against rate, or where there is one rate, that run."""
+    from minserve.workload.plots import plot_attainment, plot_run
+
+    label = args.scenario or Path(args.trace).name
+    if len(pooled) > 1:
+        line: dict[float, list[float]] = {}
+        for run in experiment.runs:
+            line.setdefault(run.rate or 0.0, []).append(run.report.attainment)
+        plot_attainment({label: line}, args.plot, level=args.level, title=label)
+    else:
+        last = experiment.runs[-1]
+        plot_run(last.load.verdicts(), last.seconds, args.plot, targets=last.targets, title=label)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

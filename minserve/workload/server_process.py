@@ -1,0 +1,90 @@
+"""`ServerProcess`: a `minserve serve` of one's own, to try a workload on."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from types import TracebackType
+
+from minserve.errors import EngineStoppedError
+
+STOP_S = 60.0
+LAST_WORDS = 3000
+_ANNOUNCEMENT = re.compile(r" serves .+ on (http://\S+)")
+
+
+class ServerProcess:
+    """A server on a free port of this machine. Stopped when the context ends.
+
+    Args:
+        flags: of ``minserve serve``, but for the port.
+
+    Attributes:
+        url: where it answers.
+
+    Raises:
+        EngineStoppedError: where it did not start, with what it said last.
+    """
+
+    def __init__(self, flags: Sequence[str]) -> None:
+        self._log = tempfile.TemporaryFile(  # noqa: SIM115 - closed by `stop`
+            mode="w+", encoding="utf-8", errors="replace"
+        )
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "minserve", "serve", "--port", "0", *flags],
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            # Ctrl-C is for whoever runs the load: the server is to answer until it is told.
+            start_new_session=True,
+        )
+        try:
+            self.url = self._read_url()
+        except BaseException:
+            self.stop()
+            raise
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def _read_url(self) -> str:
+        """Wait until the server announces itself."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if found := _ANNOUNCEMENT.search(line):
+                return found[1]
+        self._process.wait()
+        raise EngineStoppedError(f"the server did not start:\n{self.last_words()}")
+
+    def last_words(self) -> str:
+        """The end of what it wrote to stderr."""
+        self._log.flush()
+        self._log.seek(0)
+        return self._log.read()[-LAST_WORDS:].strip()
+
+    def stop(self) -> None:
+        """Let it drain and end; kill it where it does not."""
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=STOP_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._log.close()
