@@ -19,6 +19,7 @@ import psutil
 from offline import CACHE, VLLM_VERSION, export_for_peer
 from slo_servers import cpu_seconds
 
+from minserve.engine.tokenizer import Tokenizer
 from minserve.models.source import find_model
 from minserve.workload.endpoint import Endpoint, find_endpoint
 
@@ -97,16 +98,13 @@ def preloaded(python: str) -> list[str]:
 
 
 def export_with_tokenizer(model: str, dtype: str) -> Path:
-    """The model as a Hugging Face folder with its tokenizer, written once."""
+    """The model as a Hugging Face folder with the tokenizer that minserve uses, so that both
+    servers see the same tokens.
+    """
     folder = Path(export_for_peer(model, dtype))
     source = find_model(model)
-    if source.gguf_file is not None and not (folder / "tokenizer.json").exists():
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.config_dir, gguf_file=source.gguf_file.name
-        )
-        tokenizer.save_pretrained(folder)
+    if source.gguf_file is not None:
+        Tokenizer.load(source).save(folder)
     return folder
 
 
