@@ -8,6 +8,7 @@ read, so one `Tokenizer` may be used from any number of threads.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,6 +103,18 @@ class Tokenizer:
         if tokenizer is None and gguf is not None:
             return _from_gguf(gguf, eos)
         return _from_transformers(tokenizer or str(source.config_dir), eos)
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which Hugging Face's libraries read."""
+        self._backend.save(str(folder / "tokenizer.json"))
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **self._special_tokens,
+        }
+        if self._chat_template is not None:
+            settings["chat_template"] = self._chat_template
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; special tokens written out in it become single ids.

@@ -180,10 +180,9 @@ class _Driver:
     async def run(self) -> None:
         load = self._load
         load.start_s = load.end_s = time.perf_counter() + POLL_S
-        sender = asyncio.create_task(self._start_conversations())
-        self._tasks.add(sender)
+        self._tasks.add(asyncio.create_task(self._start_conversations()))
         try:
-            await self._watch(sender)
+            await self._watch()
             load.complete = True
         finally:
             load.end_s = max(load.start_s, time.perf_counter())
@@ -231,7 +230,7 @@ class _Driver:
         self._num_done += 1
         self._num_attained += answer.ending is Ending.DONE and answer.progress().attained
 
-    async def _watch(self, sender: asyncio.Task[None]) -> None:
+    async def _watch(self) -> None:
         """Tell of progress until all is answered, or nothing is worth waiting for."""
         while self._tasks:
             await asyncio.sleep(POLL_S)
@@ -239,7 +238,9 @@ class _Driver:
                 self._tasks.discard(task)
                 task.result()
             self._report()
-            if sender.done() and not self._may_attain(time.perf_counter()):
+            # A conversation is started a moment before it is begun.
+            begun = len(self._begun) == len(self._load.workload)
+            if begun and not self._may_attain(time.perf_counter()):
                 return
 
     def _may_attain(self, now: float) -> bool:

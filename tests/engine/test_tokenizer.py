@@ -134,6 +134,19 @@ def test_a_folder_agrees_with_transformers(tiny, tiny_llama_dir):
     )
 
 
+def test_transformers_reads_a_saved_tokenizer_alike(smollm2, tmp_path):
+    from transformers import AutoTokenizer
+
+    smollm2.save(tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*TEXTS, smollm2.render_chat(CHAT)]:
+        assert saved.encode(text) == smollm2.encode(text)
+    assert saved.eos_token_id in smollm2.eos_token_ids
+    assert smollm2.render_chat(CHAT) == saved.apply_chat_template(
+        CHAT, tokenize=False, add_generation_prompt=True
+    )
+
+
 def test_end_tokens_are_gathered_from_all_files(tiny_llama_dir, tmp_path):
     folder = Path(shutil.copytree(tiny_llama_dir, tmp_path / "m"))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [4, 7]}))
