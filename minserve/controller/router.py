@@ -1,21 +1,27 @@
 """Which replica gets a request. Pure arithmetic on what the replicas report.
 
-A request goes where its SLO is feasible with the most prefill budget left. It is tried on one
-replica after another, its arrival time kept, up to a hop limit; where no replica can keep its
-SLO, the least loaded one serves it (SLOs-Serve, arXiv 2504.08784, tries them in turn from a
-round-robin start instead of weighing them).
+A request goes where its SLO is feasible with the most prefill budget left. Where that replica
+promises nothing after all, it moves on to another one that can, its arrival time kept, up to a
+hop limit; where no replica can keep its SLO, the one with the least to do serves it (SLOs-Serve,
+arXiv 2504.08784, tries them in turn from a round-robin start instead of weighing them).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from minserve.errors import ConfigError
 from minserve.planner.perf_model import PerfModel
+
+Floats = NDArray[np.float64]
+# Stands for "no deadline".
+FAR_S = 1e6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,15 +78,19 @@ class Router(ABC):
         self.model = model
 
     @abstractmethod
-    def choose(self, ask: Ask, now: float, without: frozenset[int] = frozenset()) -> int | None:
-        """The replica for a request.
+    def choose(self, ask: Ask, now: float) -> int:
+        """The replica for a request."""
+
+    def choose_better(self, ask: Ask, now: float, without: AbstractSet[int]) -> int | None:
+        """Where a request that one replica could not promise its SLO is tried next.
 
         Args:
             without: replicas that have had their turn.
 
         Returns:
-            ``None`` where none is left.
+            ``None`` where no other one can keep it, as far as this router can tell.
         """
+        return None
 
     def report(self, replica: int, state: ReplicaState) -> None:  # noqa: B027 - some need none
         """A replica says how it is."""
@@ -95,13 +105,9 @@ class RoundRobinRouter(Router):
         super().__init__(num_replicas, model)
         self._next = 0
 
-    def choose(self, ask: Ask, now: float, without: frozenset[int] = frozenset()) -> int | None:
-        for offset in range(self.num_replicas):
-            replica = (self._next + offset) % self.num_replicas
-            if replica not in without:
-                self._next = (replica + 1) % self.num_replicas
-                return replica
-        return None
+    def choose(self, ask: Ask, now: float) -> int:
+        replica, self._next = self._next, (self._next + 1) % self.num_replicas
+        return replica
 
 
 class LeastLoadedRouter(Router):
@@ -116,14 +122,8 @@ class LeastLoadedRouter(Router):
     def report(self, replica: int, state: ReplicaState) -> None:
         self._num_sequences[replica] = state.num_sequences
 
-    def choose(self, ask: Ask, now: float, without: frozenset[int] = frozenset()) -> int | None:
-        if len(without) == self.num_replicas:
-            return None
-        load = self._num_sequences
-        if without:
-            load = load.copy()
-            load[list(without)] = np.inf
-        replica = int(load.argmin())
+    def choose(self, ask: Ask, now: float) -> int:
+        replica = int(self._num_sequences.argmin())
         self._num_sequences[replica] += 1
         return replica
 
@@ -149,25 +149,37 @@ class SloRouter(Router):
         self._tightest[replica] = state.tightest_tpot_s
         self._free[replica] = state.free_tokens
 
-    def choose(self, ask: Ask, now: float, without: frozenset[int] = frozenset()) -> int | None:
-        if len(without) == self.num_replicas:
+    def choose(self, ask: Ask, now: float) -> int:
+        budget, work, feasible = self._weigh(ask, now)
+        # Of those that cannot keep it, the one with the least to do for others.
+        score = np.where(feasible, budget + 1e12, -self._prefill - work)
+        return self._placed(ask, int(score.argmax()), work)
+
+    def choose_better(self, ask: Ask, now: float, without: AbstractSet[int]) -> int | None:
+        budget, work, feasible = self._weigh(ask, now)
+        feasible[list(without)] = False
+        if not feasible.any():
             return None
+        return self._placed(ask, int(np.where(feasible, budget, -np.inf).argmax()), work)
+
+    def _weigh(self, ask: Ask, now: float) -> tuple[Floats, Floats, NDArray[np.bool_]]:
+        """By replica: the prefill budget that the request would leave until its deadline, the
+        tokens to be prefilled there, and whether its SLO can be kept.
+        """
         work = np.full(self.num_replicas, float(ask.prompt_tokens))
         for replica, num_tokens in ask.cached_tokens.items():
             work[replica] -= num_tokens
         window = np.minimum(np.minimum(self._tightest, ask.tpot_s), self._longest_s)
         tokens_per_s = (1.0 - self._steep.base / window) / self._steep.tokens
         left = tokens_per_s - self._decode_rate - 1.0 / ask.tpot_s
-        budget = left * min(ask.deadline_s - now, 1e6) - self._prefill - work
-        needed = work + ask.output_tokens
-        feasible = (budget >= 0) & (left >= 0) & (self._free >= needed)
-        # Of those that cannot keep it, the one with the least to do for others.
-        score = np.where(feasible, budget + 1e12, -self._prefill - work)
-        if without:
-            score[list(without)] = -np.inf
-        replica = int(score.argmax())
+        budget = left * min(ask.deadline_s - now, FAR_S) - self._prefill - work
+        has_room = self._free >= work + ask.output_tokens
+        return budget, work, (budget >= 0) & (left >= 0) & has_room
+
+    def _placed(self, ask: Ask, replica: int, work: Floats) -> int:
+        """Count the request in before its replica reports it."""
         self._prefill[replica] += work[replica]
-        self._free[replica] -= needed[replica]
+        self._free[replica] -= work[replica] + ask.output_tokens
         self._decode_rate[replica] += 1.0 / ask.tpot_s
         self._tightest[replica] = min(self._tightest[replica], ask.tpot_s)
         return replica

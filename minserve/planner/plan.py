@@ -41,6 +41,8 @@ class IterationPlan:
         promote: sequences whose SLO is promised from now on.
         relegate: sequences whose SLO is given up: they are served as best effort.
         reject: sequences that end here, as they asked, since their SLO cannot be kept.
+        declined: waiting sequences that are promised nothing for now, though there is time:
+            where there is another replica, it may have room.
         shape: what of this batch decides its time.
         predicted_s: predicted seconds of the iteration; ``None`` without a performance
             model.
@@ -58,6 +60,7 @@ class IterationPlan:
     promote: list[str] = field(default_factory=list)
     relegate: list[str] = field(default_factory=list)
     reject: dict[str, Refusal] = field(default_factory=dict)
+    declined: list[str] = field(default_factory=list)
     shape: BatchShape = field(default_factory=BatchShape)
     predicted_s: float | None = None
     start_by_s: float = math.inf

@@ -19,8 +19,8 @@ class Cluster:
 
     Args:
         lengths: what the router guesses output lengths by.
-        hop_limit: replicas that a request may be moved on to when one gives up its SLO before
-            it has begun.
+        hop_limit: replicas that a request may be moved on to while one that holds it promises
+            it nothing, and has not begun.
     """
 
     def __init__(
@@ -52,13 +52,14 @@ class Cluster:
             self._begin(number)
 
     def _begin(self, number: int) -> None:
-        replica, moving = self.replicas[number], []
+        replica = self.replicas[number]
+        moving: list[tuple[SimulatedSequence, int]] = []
 
         def gives_away(seq: SimulatedSequence) -> bool:
-            if not self._moves_on(seq, number):
-                return False
-            moving.append(seq)
-            return True
+            other = self._better_than(seq, number)
+            if other is not None:
+                moving.append((seq, other))
+            return other is not None
 
         seconds, refused = replica.begin(self._loop.now, gives_away)
         self._loop.at(self._loop.now + seconds, lambda: self._end(number))
@@ -66,10 +67,10 @@ class Cluster:
         for seq in refused:
             self._tried.pop(seq.seq_id, None)
             self.load.refused(seq)
-        for seq in moving:
+        for seq, other in moving:
             seq.hops += 1
             seq.standing = Standing.PENDING
-            self._place(seq, self._route(seq))
+            self._place(seq, other)
 
     def _end(self, number: int) -> None:
         replica = self.replicas[number]
@@ -84,11 +85,13 @@ class Cluster:
             self._begin(number)
 
     def _route(self, seq: SimulatedSequence) -> int:
-        tried = self._tried.get(seq.seq_id, frozenset())
+        self._report()
+        return self._router.choose(self._ask(seq), self._loop.now)
+
+    def _report(self) -> None:
         for number in self._changed:
             self._router.report(number, state_of(self.replicas[number]))
         self._changed.clear()
-        return self._router.choose(self._ask(seq), self._loop.now, frozenset(tried))
 
     def _ask(self, seq: SimulatedSequence) -> Ask:
         progress, turn = seq.progress, seq.turn
@@ -103,13 +106,14 @@ class Cluster:
             cached_tokens=cached,
         )
 
-    def _moves_on(self, seq: SimulatedSequence, number: int) -> bool:
-        """True where a request that a replica gave up is to be tried on another one."""
-        if seq.hops >= self._hop_limit or seq.progress.is_broken(self._loop.now):
-            return False
+    def _better_than(self, seq: SimulatedSequence, number: int) -> int | None:
+        """Where a request that this replica does not promise its SLO is tried next, if at all."""
+        if not self._routes or seq.hops >= self._hop_limit:
+            return None
         tried = self._tried.setdefault(seq.seq_id, set())
         tried.add(number)
-        return len(tried) < len(self.replicas)
+        self._report()
+        return self._router.choose_better(self._ask(seq), self._loop.now, tried)
 
 
 def state_of(replica: SimulatedReplica) -> ReplicaState:

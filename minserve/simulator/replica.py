@@ -155,8 +155,8 @@ class SimulatedReplica:
         """Plan an iteration and start it.
 
         Args:
-            gives_away: asked of each sequence whose SLO is given up before it began; True
-                where it is to go elsewhere instead of being served as best effort.
+            gives_away: asked of each sequence that has not begun and is promised nothing; True
+                where it goes elsewhere instead of waiting here.
 
         Returns:
             the seconds until it ends, and the sequences that were refused.
@@ -165,8 +165,8 @@ class SimulatedReplica:
             SimulationError: where the policy runs nothing for good although there is work.
         """
         plan = self._plan = self.planner.plan(self.view(), now)
-        given_up, refused = self._settle(plan)
-        away = [seq for seq in given_up if gives_away(seq)]
+        unpromised, refused = self._settle(plan)
+        away = [seq for seq in unpromised if gives_away(seq)]
         if away:
             self._take_out(plan, away)
         self._start(plan)
@@ -243,25 +243,26 @@ class SimulatedReplica:
         """Carry out what is promised, given up and refused.
 
         Returns:
-            those given up before they began, and those refused.
+            those that have not begun and are promised nothing, and those refused.
         """
         for seq_id in plan.promote:
             self._by_id[seq_id].standing = Standing.ADMITTED
-        given_up, refused = [], []
+        unpromised, refused = [], []
         for seq_id in plan.relegate:
             seq = self._by_id[seq_id]
             seq.standing = Standing.BEST_EFFORT
-            if seq.state is SequenceState.WAITING and seq.num_output_tokens == 0:
-                given_up.append(seq)
+            if seq.state is SequenceState.WAITING:
+                unpromised.append(seq)
+        unpromised += [self._by_id[seq_id] for seq_id in plan.declined]
         for seq_id in plan.reject:
             seq = self._by_id[seq_id]
             self.withdraw(seq)
             seq.state = SequenceState.FINISHED
             refused.append(seq)
-        return given_up, refused
+        return [seq for seq in unpromised if seq.num_output_tokens == 0], refused
 
     def _take_out(self, plan: IterationPlan, away: list[SimulatedSequence]) -> None:
-        """Carry a plan out without some who would have started as best effort."""
+        """Carry a plan out without some who would have started without a promise."""
         for seq in away:
             self.withdraw(seq)
             if plan.num_scheduled_tokens.pop(seq.seq_id, None) is not None:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from minserve.controller.router import ROUTERS, Ask, ReplicaState, make_router
+from minserve.controller.router import Ask, ReplicaState, make_router
 from minserve.errors import ConfigError
 from minserve.planner.perf_model import PerfModel, Piece
 
@@ -73,20 +73,24 @@ def test_least_loaded_counts_sequences() -> None:
     assert [router.choose(ask(), 0.0) for _ in range(3)] == [1, 1, 2]
 
 
-def test_round_robin_goes_round_and_past_those_that_had_their_turn() -> None:
+def test_round_robin_goes_round() -> None:
     router = make_router("round-robin", 3, MODEL)
     assert [router.choose(ask(), 0.0) for _ in range(4)] == [0, 1, 2, 0]
-    assert router.choose(ask(), 0.0, frozenset({1})) == 2
 
 
-@pytest.mark.parametrize("name", sorted(ROUTERS))
-def test_nobody_is_asked_twice_and_in_the_end_nobody_is_left(name: str) -> None:
-    router = make_router(name, 4, MODEL)
-    tried: set[int] = set()
-    while (number := router.choose(ask(), 0.0, frozenset(tried))) is not None:
-        assert number not in tried
-        tried.add(number)
-    assert tried == {0, 1, 2, 3}
+def test_a_request_moves_on_only_to_where_its_slo_can_be_kept() -> None:
+    late = ReplicaState(prefill_tokens=50_000, free_tokens=10_000)
+    busy = ReplicaState(prefill_tokens=900, free_tokens=10_000)
+    router = slo_router(IDLE, late, busy)
+    assert router.choose_better(ask(), 0.0, {0}) == 2
+    assert router.choose_better(ask(), 0.0, {0, 2}) is None
+    # What was moved there counts at once.
+    assert router.choose_better(ask(prompt=2000), 0.0, {0}) is None
+
+
+@pytest.mark.parametrize("name", ["least-loaded", "round-robin"])
+def test_routers_that_do_not_weigh_move_nobody_on(name: str) -> None:
+    assert make_router(name, 4, MODEL).choose_better(ask(), 0.0, {0}) is None
 
 
 def test_an_unknown_router_is_refused() -> None:

@@ -148,7 +148,8 @@ class DpPlanner(Planner):
     def _plan(self, view: PlannerView, now: float) -> IterationPlan:
         self._round_before, self._round = self._round, replace(self._round)
         verdict = Verdict()
-        if self.model is not None and self._is_due(view, now):
+        is_due = self.model is not None and self._is_due(view, now)
+        if is_due:
             verdict = self._review(view, now)
         work = self._sort(view, now, verdict)
         drafting = None
@@ -165,6 +166,10 @@ class DpPlanner(Planner):
         if drafting is not None and drafting.declined:
             self._round.rest = REST
         plan.relegate, plan.reject = list(verdict.relegate), verdict.reject
+        if is_due:
+            plan.declined = [
+                seq.seq_id for _, seq in work.pending if seq.state is SequenceState.WAITING
+            ]
         for _, seq in (*work.prefills, *work.decodes):
             started = seq.state is SequenceState.RUNNING or seq.seq_id in plan.num_scheduled_tokens
             if started and seq.standing is not Standing.ADMITTED:
