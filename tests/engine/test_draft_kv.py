@@ -21,6 +21,8 @@ from speculating import (
 )
 
 from minserve import Engine, SamplingParams
+from minserve.planner.lengths import LengthEstimator
+from minserve.request import Sequence
 
 SHARED = "for name in names:\n        self.assertEqual(name, self.name)\n" * 2
 CROWD = [SHARED + tail for tail in ("", "    return name", "x", "def f(self):")] + PROMPTS[:3]
@@ -95,12 +97,21 @@ def test_both_caches_are_right_while_sampling(pair: Any, plain: Engine) -> None:
 # -- preemption --------------------------------------------------------------------------
 
 
+class AlwaysNearlyDone(LengthEstimator):
+    """Makes a planner start more than there is memory for."""
+
+    def _total(self, seq: Sequence) -> int:
+        return seq.num_output_tokens + 1
+
+
 @pytest.mark.parametrize("policy", ["sarathi", "fcfs", "dp"])
 @pytest.mark.parametrize("how", ["draft", "ngram"])
 def test_preemption_in_the_middle_of_speculation_loses_nothing(
     pair: Any, plain: Engine, how: str, policy: str
 ) -> None:
     engine = make_engine(pair, how, policy, num_blocks=30)
+    if policy == "dp":
+        engine._core.planner.lengths = AlwaysNearlyDone()
     for params in (LONG, replace(SEEDED, max_tokens=36, ignore_eos=True)):
         before = engine._core.planner.num_preemptions
         found = outputs_of(engine, CROWD, params)
