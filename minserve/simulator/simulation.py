@@ -12,7 +12,7 @@ from minserve.engine.block_pool import BlockPool
 from minserve.errors import WorkloadError
 from minserve.planner.lengths import LengthEstimator, OracleLengths, QuantileLengths
 from minserve.planner.perf_model import PerfModel, Piece
-from minserve.planner.policies import PROMISING, make_planner
+from minserve.planner.policies import PROMISING, Planner, make_planner
 from minserve.planner.policies.fcfs import FcfsPlanner
 from minserve.planner.policies.sarathi import SarathiPlanner
 from minserve.simulator.cluster import Cluster
@@ -158,6 +158,9 @@ class Setup:
         return SARATHI_BUDGET if self.policy == "sarathi" else VLLM_BUDGET
 
 
+MakePlanner = Callable[[Setup, LengthEstimator], Planner]
+
+
 @dataclass(slots=True)
 class Outcome:
     """What a simulation brought.
@@ -193,17 +196,32 @@ class ErringLengths(OracleLengths):
         return guess if guess > seq.num_output_tokens else 2 * seq.num_output_tokens
 
 
+def planner_of(setup: Setup, lengths: LengthEstimator) -> Planner:
+    """The planner of one replica; ``distserve`` has planners of its own."""
+    name = "sarathi" if setup.policy == "vllm" else setup.policy
+    promises = {"lengths": lengths, "best_effort_share": setup.best_effort_share}
+    return make_planner(
+        name,
+        chunked_prefill=name != "fcfs",
+        model=setup.device.perf_model(),
+        **(promises if name in PROMISING else {}),
+    )
+
+
 def simulate(
     workload: Sequence[Conversation],
     setup: Setup,
     progressed: Progressed = lambda _: None,
     into: Outcome | None = None,
+    make: MakePlanner = planner_of,
 ) -> Outcome:
     """Run a workload to its end.
 
     Args:
         progressed: called after each verdict, with the load.
         into: where verdicts are kept, for whoever wants them if this is interrupted.
+        make: of a planner for each replica, for whoever tries another one. ``distserve``
+            does not ask.
 
     Raises:
         WorkloadError: where a turn is longer than the model or the KV memory.
@@ -213,7 +231,7 @@ def simulate(
     lengths: dict[str, int] = {}
     loop = EventLoop()
     shares = any(turn.shared_tokens for one in workload for turn in one.turns)
-    cluster = _cluster(setup, loop, lengths, prefix_caching=shares)
+    cluster = _cluster(setup, loop, lengths, make, prefix_caching=shares)
     longest = min(setup.device.max_model_len, setup.pool_tokens)
     model = setup.device.perf_model()
     load = OfferedLoad(loop, workload, model, longest, lengths, cluster.arrive, progressed)
@@ -231,12 +249,19 @@ def simulate(
 
 
 def _cluster(
-    setup: Setup, loop: EventLoop, lengths: dict[str, int], *, prefix_caching: bool
+    setup: Setup,
+    loop: EventLoop,
+    lengths: dict[str, int],
+    make: MakePlanner,
+    *,
+    prefix_caching: bool,
 ) -> Cluster | DistServeCluster:
     if setup.policy == "distserve":
         return _distserve(setup, loop, prefix_caching=prefix_caching)
     replicas = [
-        _replica(setup, number, _estimator(setup, lengths), prefix_caching=prefix_caching)
+        _replica(
+            setup, number, make(setup, _estimator(setup, lengths)), prefix_caching=prefix_caching
+        )
         for number in range(setup.replicas)
     ]
     router = make_router(setup.router, setup.replicas, setup.device.perf_model())
@@ -267,16 +292,8 @@ def _estimator(setup: Setup, lengths: dict[str, int]) -> LengthEstimator:
 
 
 def _replica(
-    setup: Setup, number: int, lengths: LengthEstimator, *, prefix_caching: bool
+    setup: Setup, number: int, planner: Planner, *, prefix_caching: bool
 ) -> SimulatedReplica:
-    name = "sarathi" if setup.policy == "vllm" else setup.policy
-    promises = {"lengths": lengths, "best_effort_share": setup.best_effort_share}
-    planner = make_planner(
-        name,
-        chunked_prefill=name != "fcfs",
-        model=setup.device.perf_model(),
-        **(promises if name in PROMISING else {}),
-    )
     drafter = None
     if setup.max_speculation:
         lags = any(piece.draft_tokens for piece in setup.device.pieces)

@@ -86,6 +86,7 @@ def find_capacity(
     repeats: int = 1,
     tolerance: float = 0.05,
     level: float = LEVEL,
+    step: float = 2.0,
     into: Capacity | None = None,
 ) -> Capacity:
     """Bracket the capacity by doubling and halving, then bisect.
@@ -95,6 +96,7 @@ def find_capacity(
         start: the first rate that is tried.
         repeats: per rate.
         tolerance: the bracket's width at the end, relative to its lower end.
+        step: instead of 2, where the start is known to be near.
         into: where to keep results, for whoever wants them if this is interrupted.
     """
     result = Capacity(level=level) if into is None else into
@@ -114,12 +116,12 @@ def find_capacity(
     low = high = start
     if attains(start):
         for _ in range(MOST_DOUBLINGS):
-            low, high = high, high * 2
+            low, high = high, high * step
             if not attains(high):
                 break
     else:
         for _ in range(MOST_DOUBLINGS):
-            high, low = low, low / 2
+            high, low = low, low / step
             if attains(low):
                 break
     while low < high and high / low > 1 + tolerance:

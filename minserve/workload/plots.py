@@ -75,7 +75,7 @@ def attainment_figure(
     titles: Sequence[str], *, level: float = LEVEL
 ) -> tuple[Figure, Sequence[Axes]]:
     """Panels for `draw_attainment`, one for each title, with the level marked."""
-    figure, panels = _figure(len(titles), sharey=True)
+    figure, panels = figure_of(len(titles), sharey=True)
     for panel, title in zip(panels, titles, strict=True):
         panel.axhline(100 * level, color=GREY, linestyle="--", linewidth=1)
         panel.set(xlabel="requests per second offered", title=title, ylim=(0, 102))
@@ -136,7 +136,7 @@ def plot_run(
     check_can_plot(file)
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure, (ttft, tpot, time) = _figure(3)
+    figure, (ttft, tpot, time) = figure_of(3)
     names = sorted({verdict.name for verdict in verdicts})
     for name, colour in zip(names, _colours(len(names)), strict=True):
         own = [verdict for verdict in verdicts if verdict.name == name]
@@ -181,7 +181,7 @@ def _draw_over_time(panel: Axes, verdicts: Sequence[Verdict], seconds: float, co
     panel.plot(middles, shares, marker="o", markersize=3, color=colour)
 
 
-def _figure(num_panels: int, **options: Any) -> tuple[Figure, Sequence[Axes]]:
+def figure_of(num_panels: int, **options: Any) -> tuple[Figure, Sequence[Axes]]:
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,0 +1,188 @@
+"""What `reproduce.py` simulates: a `Case` is one workload on one setup, in plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from reproduce_planners import ABLATIONS
+
+from minserve.simulator.profiles import PUBLISHED
+from minserve.simulator.simulation import MakePlanner, Outcome, Setup, planner_of, simulate
+from minserve.slo import SLO
+from minserve.workload.capacity import LEVEL
+from minserve.workload.conversation import Conversation, num_turns
+from minserve.workload.scenarios import find_scenario
+
+# Beyond so many replicas the number of requests does not grow with theirs: it only makes the
+# window shorter than that of one replica.
+MOST_COPIES = 4
+# A run is cut short once less than this share can still attain: by then it is overloaded.
+HOPELESS = 0.75
+# What the cut leaves between a mean of repeats and the level, at least.
+CLEARANCE = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One workload on one setup.
+
+    Attributes:
+        planner: an ablation's name; empty for the policy's own planner.
+        ttft_slowdown: of all requests; ``None`` leaves their own.
+        tpot_scale: on the paces of all requests.
+        The others are those of `Setup`.
+    """
+
+    scenario: str
+    device: str
+    policy: str = "dp"
+    planner: str = ""
+    lengths: str = "oracle"
+    token_budget: int | None = None
+    max_speculation: int = 0
+    ratio: tuple[int, int] = (1, 1)
+    replicas: int = 1
+    router: str = "slo"
+    hop_limit: int = 2
+    slowness: float = 1.0
+    noise: float = 0.0
+    length_error: float = 0.0
+    ttft_slowdown: float | None = None
+    tpot_scale: float = 1.0
+
+    def setup(self, seed: int) -> Setup:
+        """For the simulator."""
+        return Setup(
+            device=PUBLISHED[self.device],
+            policy=self.policy,
+            lengths=self.lengths,
+            token_budget=self.token_budget,
+            max_speculation=self.max_speculation,
+            ratio=self.ratio,
+            replicas=self.replicas,
+            router=self.router,
+            hop_limit=self.hop_limit,
+            slowness=self.slowness,
+            noise=self.noise,
+            length_error=self.length_error,
+            seed=seed,
+        )
+
+    @property
+    def num_gpus(self) -> int:
+        """Capacities are per GPU."""
+        return self.setup(0).num_gpus
+
+    @property
+    def copies(self) -> int:
+        """Models that share the load."""
+        return self.replicas * (sum(self.ratio) if self.policy == "distserve" else 1)
+
+    @property
+    def make(self) -> MakePlanner:
+        """Of the planner of each replica."""
+        return ABLATIONS[self.planner] if self.planner else planner_of
+
+    @property
+    def variant(self) -> str:
+        """In words, what sets it apart from others of its policy."""
+        parts = [self.planner] if self.planner else []
+        if self.policy == "distserve":
+            parts.append(f"{self.ratio[0]}:{self.ratio[1]}")
+        if self.token_budget is not None:
+            parts.append(f"budget {self.token_budget}")
+        if self.max_speculation:
+            most = "up to " if self.policy in ("dp", "edf") else ""
+            parts.append(f"{most}{self.max_speculation} drafted")
+        return ", ".join(parts) or "default"
+
+    def workload(self, rate: float, num_requests: int, seed: int) -> list[Conversation]:
+        """
+        Args:
+            rate: requests per second and GPU.
+            num_requests: for each of the models that share the load.
+        """
+        drawn = find_scenario(self.scenario).draw(
+            rate * self.num_gpus,
+            seed=seed,
+            num_requests=num_requests * min(self.copies, MOST_COPIES),
+        )
+        if self.ttft_slowdown is None and self.tpot_scale == 1.0:
+            return drawn
+        return [
+            Conversation(
+                one.arrival_s,
+                tuple(replace(turn, slo=self._slo(turn.slo)) for turn in one.turns),
+            )
+            for one in drawn
+        ]
+
+    def _slo(self, slo: SLO) -> SLO:
+        ttft = slo.ttft_slowdown if self.ttft_slowdown is None else self.ttft_slowdown
+        return replace(slo, ttft_slowdown=ttft, tpot=slo.tpot * self.tpot_scale)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """How much is simulated.
+
+    Attributes:
+        requests: of each simulation, for each model that shares the load.
+        repeats: seeds at each rate.
+        tolerance: of a capacity, relative.
+        coarse: requests where the best of several variants is looked for.
+    """
+
+    requests: int
+    repeats: int
+    tolerance: float
+    coarse: int
+
+
+class _OutOfReach(Exception):
+    """So many requests have missed their SLO that the rest of the run decides nothing."""
+
+
+def cut_below(repeats: int) -> float:
+    """The share below which a run may be cut short.
+
+    Even if all other repeats attained everything, their mean with this run would lie
+    clearly below the level: what is cut short cannot change the search's next step.
+    """
+    return max(0.0, min(HOPELESS, repeats * LEVEL - (repeats - 1) - CLEARANCE))
+
+
+def attainment(
+    workload: list[Conversation], setup: Setup, make: MakePlanner = planner_of, *, cut: float = 0.0
+) -> float:
+    """The share of all offered requests that attain their SLO (deadline form).
+
+    Args:
+        cut: the simulation ends as soon as less than this share can still attain; then what
+            is returned is that share, an upper bound.
+    """
+    offered, outcome = num_turns(workload), Outcome()
+    num_misses = 0
+
+    def progressed(load) -> None:
+        nonlocal num_misses
+        num_misses += not load.verdicts[-1].attained
+        if offered - num_misses < cut * offered:
+            raise _OutOfReach
+
+    try:
+        simulate(workload, setup, progressed, outcome, make)
+    except _OutOfReach:
+        pass
+    return 1.0 - num_misses / offered
+
+
+def measure_of(case: Case, num_requests: int, repeats: int) -> Callable[[float, int], float]:
+    """For `find_capacity`: attainment at a rate per GPU, by seed."""
+
+    def measure(rate: float, seed: int) -> float:
+        workload = case.workload(rate, num_requests, seed)
+        return attainment(workload, case.setup(seed), case.make, cut=cut_below(repeats))
+
+    return measure

@@ -1,0 +1,141 @@
+"""Planners for `reproduce.py`: `dp` with something taken away, and planners that are watched."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from minserve.planner.formation import Work
+from minserve.planner.lengths import LengthEstimator
+from minserve.planner.perf_model import BatchShape
+from minserve.planner.plan import IterationPlan, PlannerView, Refusal
+from minserve.planner.policies import Planner
+from minserve.planner.policies.dp import GUARD_S, DpPlanner
+from minserve.planner.review import Verdict
+from minserve.request import Sequence, SequenceState
+from minserve.simulator.simulation import MakePlanner, Setup
+from minserve.slo import Standing
+
+
+class NoPendingPlanner(DpPlanner):
+    """Who is not chosen in a round of admission is declined, and for good: it is best effort."""
+
+    name = "dp"
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._declined: set[str] = set()
+
+    def finished(self, seq: Sequence) -> None:
+        super().finished(seq)
+        self._declined.discard(seq.seq_id)
+
+    def _review(self, view: PlannerView, now: float) -> Verdict:
+        shown = replace(
+            view,
+            waiting=[self._shown(seq) for seq in view.waiting],
+            running=[self._shown(seq) for seq in view.running],
+        )
+        verdict = super()._review(shown, now)
+        for seq in (*view.waiting, *view.running):
+            if seq.standing is Standing.PENDING and seq.seq_id not in verdict.chosen:
+                verdict.relegate[seq.seq_id] = None
+        self._declined.update(verdict.relegate)
+        return verdict
+
+    def _shown(self, seq: Sequence) -> Sequence:
+        """As admission sees it: the declined have no SLO, so that they are not promoted."""
+        if seq.seq_id not in self._declined:
+            return seq
+        twin = copy.copy(seq)
+        twin.progress = None
+        return twin
+
+
+class NoBestEffortPlanner(DpPlanner):
+    """Who has not begun when its SLO is given up is refused instead of served late.
+
+    Of the others, whose promise was broken on the way, what has begun is still finished.
+    """
+
+    name = "dp"
+
+    def _sort(self, view: PlannerView, now: float, verdict: Verdict) -> Work:
+        work = super()._sort(view, now, verdict)
+        for seq in [seq for seq in work.best_effort if _untouched(seq)]:
+            work.best_effort.remove(seq)
+            verdict.relegate.pop(seq.seq_id, None)
+            verdict.reject[seq.seq_id] = Refusal("compute", 0.0)
+        return work
+
+
+def _untouched(seq: Sequence) -> bool:
+    return seq.state is SequenceState.WAITING and seq.num_output_tokens == 0
+
+
+class FixedBatchPlanner(DpPlanner):
+    """Every iteration may take as long as one of `token_budget` tokens takes, whatever is due.
+
+    Decodes run first, all of them in every iteration. Admission knows it: where nobody
+    decodes, its iterations are as long.
+    """
+
+    name = "dp"
+    token_budget: int
+
+    def _longest_s(self) -> float:
+        return self.model.predict(BatchShape.of([(0, self.token_budget)]))
+
+    def _sort(self, view: PlannerView, now: float, verdict: Verdict) -> Work:
+        work = super()._sort(view, now, verdict)
+        due = now + GUARD_S + self.model.margin * self._longest_s()
+        work.decodes = [(due, seq) for _, seq in work.decodes]
+        return work
+
+
+def _ablation(kind: type[DpPlanner], share: float | None = None) -> MakePlanner:
+    def make(setup: Setup, lengths: LengthEstimator) -> Planner:
+        planner = kind(
+            setup.device.perf_model(),
+            lengths=lengths,
+            best_effort_share=setup.best_effort_share if share is None else share,
+        )
+        if isinstance(planner, FixedBatchPlanner):
+            planner.token_budget = setup.budget
+        return planner
+
+    return make
+
+
+ABLATIONS: Mapping[str, MakePlanner] = {
+    "no pending": _ablation(NoPendingPlanner),
+    "no best effort": _ablation(NoBestEffortPlanner, share=0.0),
+    "fixed batches": _ablation(FixedBatchPlanner),
+}
+
+Watch = Callable[[PlannerView, float, float], None]
+
+
+def watched(make: MakePlanner, watch: Watch) -> MakePlanner:
+    """Planners whose plans are noted.
+
+    Args:
+        watch: told what was planned from, when, and the real seconds that it took.
+    """
+
+    def make_watched(setup: Setup, lengths: LengthEstimator) -> Planner:
+        planner = make(setup, lengths)
+        plan = planner.plan
+
+        def noted(view: PlannerView, now: float) -> IterationPlan:
+            began = time.perf_counter()
+            made = plan(view, now)
+            watch(view, now, time.perf_counter() - began)
+            return made
+
+        planner.plan = noted
+        return planner
+
+    return make_watched
