@@ -102,13 +102,22 @@ def _add_device_flags(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     add(
         "--lengths", metavar="HOW",
-        help="how output lengths are known: quantile learns them, oracle tells (default: quantile)",
+        help="how output lengths are known: quantile learns them, told has max_tokens that equal "
+        "them beside, oracle knows them (default: quantile)",
     )  # fmt: skip
     add("--length-error", type=float, metavar="X", help="of an oracle: log-standard deviation")
     add("--noise", type=float, metavar="X", help="of iterations: log-standard deviation of times")
     add(
         "--slowness", type=float, metavar="X",
         help="of the device over its profile, which the planner starts from (default: 1)",
+    )  # fmt: skip
+    add(
+        "--overhead-ms", type=_milliseconds, dest="overhead_s", metavar="X",
+        help="of each iteration, for planning and other work of the host (default: 0)",
+    )  # fmt: skip
+    add(
+        "--request-ms", type=_milliseconds, dest="request_s", metavar="X",
+        help="of each request, for the network, HTTP and tokenization (default: 0)",
     )  # fmt: skip
 
 
@@ -128,6 +137,13 @@ def _add_replica_flags(group: argparse._ArgumentGroup) -> None:
         "--ratio", type=_ratio, metavar="P:D",
         help="prefill to decode replicas in a group of distserve (default: 1:1)",
     )  # fmt: skip
+
+
+def _milliseconds(text: str) -> float:
+    try:
+        return float(text) / 1e3
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be milliseconds, not {text!r}") from None
 
 
 def _ratio(text: str) -> tuple[int, int]:

@@ -143,7 +143,9 @@ class EngineCore:
             deltas += self.apply(batch, results)
             seconds = self.clock() - started
             self.planner.observe(plan, seconds)
-            self.stats.iteration(plan.predicted_s, seconds)
+            model = self.planner.model
+            profiled_s = None if model is None else model.profiled(plan.shape)
+            self.stats.iteration(plan.predicted_s, profiled_s, seconds)
         return deltas
 
     def snapshot(self) -> EngineStats:

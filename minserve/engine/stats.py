@@ -86,8 +86,9 @@ class EngineStats:
             bring several tokens.
         e2e_s: from arrival to the last token, of outputs that stopped or reached their length.
         queue_s: from arrival to the first admission.
-        iteration_s, predicted_s: of iterations that ran something, with the planning that
-            they waited for; as the planner predicted them, where it could.
+        iteration_s, predicted_s, profiled_s: of iterations that ran something, with the
+            planning that they waited for; as the planner predicted them, where it could; and as
+            the device's profile has them, without what was learned since.
         planning_s: of each plan.
         plans_ahead: plans made while an iteration ran, by whether they ``held`` when it had
             ended or were ``discarded``.
@@ -115,6 +116,7 @@ class EngineStats:
     queue_s: Histogram = field(default_factory=_of_requests)
     iteration_s: Histogram = field(default_factory=_of_iterations)
     predicted_s: Histogram = field(default_factory=_of_iterations)
+    profiled_s: Histogram = field(default_factory=_of_iterations)
     planning_s: Histogram = field(default_factory=_of_iterations)
     plans_ahead: dict[str, int] = field(default_factory=lambda: {"held": 0, "discarded": 0})
     prefill_tokens: Histogram = field(default_factory=_of_batches)
@@ -169,9 +171,13 @@ class EngineStats:
         self.decode_tokens.observe(decode)
         self.draft_tokens.observe(drafted)
 
-    def iteration(self, predicted_s: float | None, measured_s: float) -> None:
+    def iteration(
+        self, predicted_s: float | None, profiled_s: float | None, measured_s: float
+    ) -> None:
         """A batch has run."""
         self.iteration_s.observe(measured_s)
+        if profiled_s is not None:
+            self.profiled_s.observe(profiled_s)
         if predicted_s is not None:
             self.predicted_s.observe(predicted_s)
 

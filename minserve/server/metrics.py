@@ -174,6 +174,11 @@ def _iteration_histograms(stats: EngineStats) -> Iterator[Metric]:
             stats.iteration_s,
         ),
         ("iteration_predicted_seconds", "The same as the planner foresaw it.", stats.predicted_s),
+        (
+            "iteration_profiled_seconds",
+            "The same by the device's profile, without what was learned since.",
+            stats.profiled_s,
+        ),
         ("planning_seconds", "Of planning an iteration.", stats.planning_s),
     ):
         yield _histogram(name, text, histogram)

@@ -20,10 +20,11 @@ Progressed = Callable[["OfferedLoad"], None]
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Of a turn in the workload."""
+    """Of a turn in the workload, and when it is due."""
 
     conversation: int
     number: int
+    due_s: float
 
 
 class OfferedLoad:
@@ -35,6 +36,8 @@ class OfferedLoad:
         lengths: filled with the true output lengths by request id, for an oracle.
         arrive: where turns go to.
         progressed: called after each verdict.
+        request_s: that a turn takes to get there, and its tokens back.
+        tells_lengths: a turn's ``max_tokens`` are its length.
 
     Attributes:
         verdicts: of the turns that ended, in that order.
@@ -49,30 +52,35 @@ class OfferedLoad:
         lengths: dict[str, int],
         arrive: Arrive,
         progressed: Progressed = lambda _: None,
+        *,
+        request_s: float = 0.0,
+        tells_lengths: bool = False,
     ) -> None:
         self._loop, self._workload, self._device = loop, workload, device
         self._max_model_len, self._lengths = max_model_len, lengths
         self._arrive, self._progressed = arrive, progressed
+        self._request_s, self._tells_lengths = request_s, tells_lengths
         self._places: dict[str, _Place] = {}
         self._num_sent = 0
         self.verdicts: list[Verdict] = []
         for number, conversation in enumerate(workload):
-            loop.at(conversation.arrival_s, self._sender(_Place(number, 0), None))
+            self._offer(_Place(number, 0, conversation.arrival_s), None)
 
     def ended(self, seq: SimulatedSequence) -> None:
         """The whole answer has come."""
         place, progress = self._places.pop(seq.seq_id), seq.progress
-        self._note(seq, cause_of_miss(progress, done=True), progress.attained_mean)
+        # The engine's clock began when it had the request; whoever asked waits since it was due.
+        progress.arrival_s = place.due_s
+        self._note(seq, place, cause_of_miss(progress, done=True), progress.attained_mean)
         turns = self._workload[place.conversation].turns
         if place.number + 1 < len(turns):
-            following = _Place(place.conversation, place.number + 1)
-            at = self._loop.now + turns[following.number].delay_s
-            self._loop.at(at, self._sender(following, seq))
+            due_s = self._loop.now + turns[place.number + 1].delay_s
+            self._offer(_Place(place.conversation, place.number + 1, due_s), seq)
 
     def refused(self, seq: SimulatedSequence) -> None:
         """There will be no answer, so that no later turn is sent either."""
         place = self._places.pop(seq.seq_id)
-        self._note(seq, Cause.REJECTED, attained_mean=False)
+        self._note(seq, place, Cause.REJECTED, attained_mean=False)
         for turn in self._workload[place.conversation].turns[place.number + 1 :]:
             self._add(
                 Verdict(
@@ -84,8 +92,8 @@ class OfferedLoad:
                 )
             )
 
-    def _sender(self, place: _Place, before: SimulatedSequence | None) -> Callable[[], None]:
-        return lambda: self._send(place, before)
+    def _offer(self, place: _Place, before: SimulatedSequence | None) -> None:
+        self._loop.at(place.due_s + self._request_s, lambda: self._send(place, before))
 
     def _send(self, place: _Place, before: SimulatedSequence | None) -> None:
         turn = self._workload[place.conversation].turns[place.number]
@@ -93,10 +101,11 @@ class OfferedLoad:
         prompt = [] if before is None else before.token_ids[: turn.shared_tokens]
         # A prompt's own tokens equal those of no other prompt.
         prompt = (*prompt, *(self._num_sent,) * (turn.prompt_tokens - len(prompt)))
+        room = self._max_model_len - turn.prompt_tokens
         request = Request(
             request_id=str(self._num_sent),
             prompt_token_ids=prompt,
-            params=SamplingParams(max_tokens=self._max_model_len - turn.prompt_tokens),
+            params=SamplingParams(max_tokens=turn.output_tokens if self._tells_lengths else room),
             seed=self._num_sent,
             arrival_s=self._loop.now,
             slo=turn.slo,
@@ -110,13 +119,15 @@ class OfferedLoad:
         self._places[seq.seq_id] = place
         self._arrive(seq)
 
-    def _note(self, seq: SimulatedSequence, cause: Cause | None, attained_mean: bool) -> None:
+    def _note(
+        self, seq: SimulatedSequence, place: _Place, cause: Cause | None, attained_mean: bool
+    ) -> None:
         del self._lengths[seq.request.request_id]
         progress = seq.progress
         self._add(
             Verdict(
                 name=seq.request.slo.name,
-                arrival_s=seq.request.arrival_s,
+                arrival_s=place.due_s,
                 cause=cause,
                 attained_mean=attained_mean,
                 best_effort=seq.standing is Standing.BEST_EFFORT,

@@ -21,7 +21,7 @@ from minserve.planner.perf_model import PerfModel, Piece
 GIB = 2**30
 MEMORY_SHARE = 0.9
 ACTIVATIONS = 2 * GIB
-# What the planner's margin starts from; it is learned from the residuals soon.
+# What the planner's margin starts from where no profile says; it is learned soon.
 MARGIN = 1.02
 QUANTILE = 0.99
 
@@ -38,6 +38,7 @@ class Device:
         kv_tokens_drafting: the same where a draft model and its KV are there too.
         kv_bytes: of one token, over all GPUs.
         drafts: whether the profile knows what a draft model costs.
+        margin: what the planner's margin starts from.
     """
 
     name: str
@@ -48,10 +49,11 @@ class Device:
     kv_tokens_drafting: int | None = None
     kv_bytes: int = 0
     drafts: bool = False
+    margin: float = MARGIN
 
     def perf_model(self) -> PerfModel:
         """A model for one planner to correct online."""
-        return PerfModel(self.pieces, quantile=QUANTILE, margin=MARGIN)
+        return PerfModel(self.pieces, quantile=QUANTILE, margin=self.margin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +163,12 @@ def find_device(name: str) -> Device:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         model = PerfModel.from_dict(values["model"])
-        return Device(name=str(values["key"]["model"]), pieces=model.pieces, drafts=_drafts(model))
+        return Device(
+            name=str(values["key"]["model"]),
+            pieces=model.pieces,
+            drafts=_drafts(model),
+            margin=model.margin,
+        )
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise WorkloadError(
             f"{name} is not a profile ({type(error).__name__}: {error}); "

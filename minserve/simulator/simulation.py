@@ -38,7 +38,7 @@ SARATHI_BUDGET = 512
 # Of `dp` and `edf`, whose batches are bounded by time.
 WIDE_BUDGET = 8192
 POLICIES = (*PROMISING, "vllm", "sarathi", "fcfs", "distserve")
-LENGTHS = ("quantile", "oracle")
+LENGTHS = ("quantile", "told", "oracle")
 MOST_REPLICAS = 4096
 MOST_SPECULATION = 64
 
@@ -57,11 +57,16 @@ class Setup:
         max_speculation: most tokens drafted for a sequence; 0 drafts nothing. ``dp`` and
             ``edf`` choose lengths up to it, the others always draft as many.
         acceptance: chance that a drafted token is accepted if those before it were.
-        lengths: ``oracle``, where the planner knows output lengths, or ``quantile``, where it
-            learns them.
+        lengths: ``oracle``, where the planner knows output lengths; ``quantile``, where it
+            learns them; or ``told``, the same where each request's ``max_tokens`` is its length,
+            as that of a load test has to be.
         length_error: with an oracle, the log-standard deviation of what it says.
         noise: log-standard deviation of each iteration's time.
         slowness: of the device over its profile, which the planner starts from.
+        overhead_s: of each iteration, beside the device: planning and the host's other work.
+        request_s: from when a request is due to when the engine has it, and from its tokens to
+            whoever reads them, together: the network, HTTP, tokenization. Promises count from
+            when the engine has it, verdicts from when it was due.
         replicas, router, hop_limit: several replicas. Of ``distserve``, groups; it has a
             dispatch of its own instead of a router.
         ratio: of ``distserve``, prefill and decode replicas of a group.
@@ -82,6 +87,8 @@ class Setup:
     length_error: float = 0.0
     noise: float = 0.0
     slowness: float = 1.0
+    overhead_s: float = 0.0
+    request_s: float = 0.0
     best_effort_share: float = 0.05
     replicas: int = 1
     router: str = "slo"
@@ -104,6 +111,8 @@ class Setup:
         _check_range("error of lengths", self.length_error, 0.0)
         _check_range("noise", self.noise, 0.0)
         _check_range("slowness", self.slowness, 1e-3, 1e3)
+        _check_range("overhead of iterations", self.overhead_s, 0.0)
+        _check_range("overhead of requests", self.request_s, 0.0)
         _check_range("share of best effort", self.best_effort_share, 0.0, 0.9)
         _check_range("hop limit", self.hop_limit, 0)
         _check_range("bandwidth of links", self.link_bytes_s, 1.0)
@@ -234,7 +243,17 @@ def simulate(
     cluster = _cluster(setup, loop, lengths, make, prefix_caching=shares)
     longest = min(setup.device.max_model_len, setup.pool_tokens)
     model = setup.device.perf_model()
-    load = OfferedLoad(loop, workload, model, longest, lengths, cluster.arrive, progressed)
+    load = OfferedLoad(
+        loop,
+        workload,
+        model,
+        longest,
+        lengths,
+        cluster.arrive,
+        progressed,
+        request_s=setup.request_s,
+        tells_lengths=setup.lengths == "told",
+    )
     cluster.load = load
     load.verdicts = outcome.verdicts
     try:
@@ -346,7 +365,8 @@ def _pool(setup: Setup, *, prefix_caching: bool) -> BlockPool:
 
 def _truth(setup: Setup) -> PerfModel:
     """How long batches take, whatever the planner believes."""
-    return PerfModel([_slower(piece, setup.slowness) for piece in setup.device.pieces])
+    slower = (_slower(piece, setup.slowness) for piece in setup.device.pieces)
+    return PerfModel([replace(one, base=one.base + setup.overhead_s) for one in slower])
 
 
 def _slower(piece: Piece, factor: float) -> Piece:

@@ -43,6 +43,7 @@ CONTRACT = {
     "request_queue_time_seconds": "histogram",
     "iteration_seconds": "histogram",
     "iteration_predicted_seconds": "histogram",
+    "iteration_profiled_seconds": "histogram",
     "planning_seconds": "histogram",
     "batch_tokens": "histogram",
 }

@@ -1,0 +1,211 @@
+"""What `simulated_vs_real.py` compares, and how it tells of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from minserve.workload.report import Part, Percentiles
+from minserve.workload.verdict import Verdict
+
+# Medians of the simulation are to be within this share of the real ones, attainments within
+# this many points.
+MEDIAN_GOAL = 0.10
+ATTAINMENT_GOAL = 0.05
+COLOURS = {"dp": "tab:blue", "edf": "tab:green", "sarathi": "tab:orange", "fcfs": "tab:red"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What a simulation is told of the real run beside its profile.
+
+    Attributes:
+        slowness: device time of the run's iterations, over that of the profile.
+        planning_s: of an iteration, the planning.
+        gap_s: between two iterations, by lone requests just before the run.
+        request_s: of a request, what the client waited beyond the engine's own TTFT.
+        noise: log-standard deviation of iterations; the profile's.
+    """
+
+    slowness: float = 1.0
+    planning_s: float = 0.0
+    gap_s: float = 0.0
+    request_s: float = 0.0
+    noise: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One workload on one server, real and simulated.
+
+    Attributes:
+        real, simulated, blind: the same requests in the same order; blind is the simulation
+            with nothing but the profile.
+        cores_elsewhere: that other processes took during the real run.
+        disturbed: they took too much.
+    """
+
+    policy: str
+    scenario: str
+    rate: float
+    inputs: Inputs
+    real: Sequence[Verdict]
+    simulated: Sequence[Verdict]
+    blind: Sequence[Verdict]
+    cores_elsewhere: float
+    disturbed: bool
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Of the simulation: of percentiles relative, of attainment absolute."""
+        return errors(self.real, self.simulated)
+
+    @property
+    def blind_errors(self) -> dict[str, float]:
+        """The same of the one that knows the profile only."""
+        return errors(self.real, self.blind)
+
+    @property
+    def within_goals(self) -> bool:
+        found = self.errors
+        return (
+            abs(found["ttft_p50"]) <= MEDIAN_GOAL
+            and abs(found["tpot_p50"]) <= MEDIAN_GOAL
+            and abs(found["attainment"]) <= ATTAINMENT_GOAL
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        sides = {"real": self.real, "simulated": self.simulated, "from_profile_alone": self.blind}
+        return {
+            "policy": self.policy,
+            "scenario": self.scenario,
+            "rate": round(self.rate, 4),
+            "inputs": {name: round(value, 6) for name, value in asdict(self.inputs).items()},
+            **{name: _summary(verdicts) for name, verdicts in sides.items()},
+            "errors": _rounded(self.errors),
+            "errors_from_profile_alone": _rounded(self.blind_errors),
+            "within_goals": self.within_goals,
+            "cores_elsewhere": round(self.cores_elsewhere, 3),
+            "disturbed": self.disturbed,
+        }
+
+
+def errors(real: Sequence[Verdict], simulated: Sequence[Verdict]) -> dict[str, float]:
+    """Of a simulation: of percentiles relative to the real ones, of attainment in absolute
+    terms. Infinite where one side's percentile is.
+    """
+    ours, theirs = Part.of(simulated), Part.of(real)
+    found = {}
+    for name, mine, true in (
+        ("ttft", ours.ttft_s, theirs.ttft_s),
+        ("tpot", ours.tpot_s, theirs.tpot_s),
+    ):
+        found[f"{name}_p50"] = _relative(mine.p50, true.p50)
+        found[f"{name}_p90"] = _relative(mine.p90, true.p90)
+    return {**found, "attainment": ours.attainment - theirs.attainment}
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """A row each: what was, what the simulation said, and by how much it was wrong."""
+    print("\nreal / simulated (error)")
+    print(
+        f"{'policy':9}{'scenario':10}{'req/s':>6}{'n':>5}"
+        + "".join(f"{name:>24}" for name in ("TTFT p50 ms", "p90", "TPOT p50 ms", "p90"))
+        + f"{'attained %':>24}  goals"
+    )
+    for row in rows:
+        real, ours, found = Part.of(row.real), Part.of(row.simulated), row.errors
+        line = f"{row.policy:9}{row.scenario:10}{row.rate:6.2f}{real.offered:5d}"
+        line += _pair(real.ttft_s, ours.ttft_s, found, "ttft")
+        line += _pair(real.tpot_s, ours.tpot_s, found, "tpot")
+        pair = f"{100 * real.attainment:.1f} / {100 * ours.attainment:.1f}"
+        pair += f" ({100 * found['attainment']:+.1f})"
+        line += f"{pair:>24}"
+        print(f"{line}  {'met' if row.within_goals else 'missed'}{', disturbed' * row.disturbed}")
+    print("\nwhat the simulation was told beside the profile, and its errors without that")
+    print(
+        f"{'policy':9}{'scenario':10}{'req/s':>6}{'slowness':>10}{'planning':>10}{'gap':>8}"
+        f"{'request':>9}{'noise':>7}{'TTFT p50':>14}{'TPOT p50':>10}{'attained':>10}{'cores':>7}"
+    )
+    for row in rows:
+        told, found = row.inputs, row.blind_errors
+        print(
+            f"{row.policy:9}{row.scenario:10}{row.rate:6.2f}{told.slowness:10.2f}"
+            f"{1e3 * told.planning_s:7.2f} ms{1e3 * told.gap_s:5.2f} ms"
+            f"{1e3 * told.request_s:6.1f} ms{told.noise:7.3f}{100 * found['ttft_p50']:+13.0f}%"
+            f"{100 * found['tpot_p50']:+9.0f}%{100 * found['attainment']:+10.1f}"
+            f"{row.cores_elsewhere:7.2f}"
+        )
+
+
+def plot(rows: Sequence[Row], file: str) -> None:
+    """Save the distributions of TTFT and TPOT: a column for each scenario and rate, a colour
+    for each policy, the real ones as lines and the simulated ones dashed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = list(dict.fromkeys((row.scenario, row.rate) for row in rows))
+    figure, panels = pyplot.subplots(
+        2, len(columns), figsize=(3.6 * len(columns), 6), squeeze=False, sharey=True
+    )
+    for row in rows:
+        column = columns.index((row.scenario, row.rate))
+        for verdicts, style, side in ((row.real, "-", "real"), (row.simulated, "--", "simulated")):
+            for panel, times in zip(
+                panels[:, column],
+                ([v.ttft_s for v in verdicts], [v.tpot_s for v in verdicts]),
+                strict=True,
+            ):
+                came = sorted(1e3 * one for one in times if one is not None)
+                # Requests without a token keep the line below the top.
+                shares = [100 * (i + 1) / len(times) for i in range(len(came))]
+                panel.step(came, shares, style, where="post", color=COLOURS[row.policy],
+                           label=f"{row.policy}, {side}")  # fmt: skip
+    for (scenario, rate), column in zip(columns, panels.T, strict=True):
+        column[0].set_title(f"{scenario}, {rate:.2g} requests/s", fontsize=10)
+        for panel, name in zip(column, ("TTFT", "TPOT"), strict=True):
+            panel.set_xlabel(f"{name} (ms)")
+            panel.set_xlim(left=0)
+            panel.grid(alpha=0.3)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("% of requests")
+    panels[0, 0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+
+
+def _pair(real: Percentiles, ours: Percentiles, found: dict[str, float], name: str) -> str:
+    cells = ""
+    for q in ("p50", "p90"):
+        pair = f"{1e3 * getattr(real, q):.1f} / {1e3 * getattr(ours, q):.1f}"
+        pair += f" ({100 * found[f'{name}_{q}']:+.0f}%)"
+        cells += f"{pair:>24}"
+    return cells
+
+
+def _relative(ours: float, real: float) -> float:
+    if math.isinf(ours) and math.isinf(real):
+        return 0.0
+    return ours / real - 1 if real > 0 and math.isfinite(real) else math.inf
+
+
+def _summary(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    part = Part.of(verdicts)
+    return {
+        "requests": part.offered,
+        "attainment": round(part.attainment, 4),
+        "ttft_ms": part.ttft_s.to_dict(),
+        "tpot_ms": part.tpot_s.to_dict(),
+        "without_token": sum(verdict.ttft_s is None for verdict in verdicts),
+    }
+
+
+def _rounded(values: dict[str, float]) -> dict[str, float | None]:
+    return {k: round(v, 4) if math.isfinite(v) else None for k, v in values.items()}

@@ -1,0 +1,434 @@
+"""Does the simulator tell what the server does?
+
+One workload goes through a real `minserve serve` by the open-loop client, and then through the
+simulator with that server's own profile, policy and limits. Requests, their times of arrival,
+the tokens of their prompts as the server counted them, the lengths of their outputs and their
+targets in seconds are the same; so is the way of judging. Requests of the first and the last
+seconds only load the servers and are left out, on both sides.
+
+A profile is of the forward pass on an idle device. What the client sees beside it is measured
+in the same run, and told to the simulator (`simulated_report.Inputs`, printed):
+
+    slowness   device time of the run's iterations over the profile's: client, HTTP and model
+               share the cores, and the machine's own speed drifts
+    planning   seconds of an iteration: on a CPU the model waits for it
+    gap        host work between iterations, by lone requests before the run
+    request    the client's TTFT beyond the engine's, on average: HTTP and tokenization
+
+None of them is fitted to what is compared. The scatter of iterations is the profile's. The
+same simulation without any of this stands in the second table.
+
+    python bench/simulated_vs_real.py                     # about 8 minutes
+    python bench/simulated_vs_real.py --quick             # 2 minutes
+    python bench/simulated_vs_real.py --plot simulated.png
+
+Rates are shares of the capacity that the simulator finds for dp. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+from offline import machine
+from prometheus_client.parser import text_string_to_metric_families
+from simulated_report import ATTAINMENT_GOAL, MEDIAN_GOAL, Inputs, Row, plot, print_table
+from slo_servers import DISTURBED_CORES, await_quiet, cpu_seconds
+from tqdm import tqdm
+
+from minserve.config import ServerConfig
+from minserve.errors import MinserveError
+from minserve.planner.policies import PROMISING
+from minserve.simulator.profiles import QUANTILE, Device, find_device
+from minserve.simulator.simulation import Setup, simulate
+from minserve.slo import SLO
+from minserve.workload.answer import Answer
+from minserve.workload.capacity import find_capacity
+from minserve.workload.client import Load, ask, drive
+from minserve.workload.conversation import Conversation, Turn
+from minserve.workload.draws import draw_scenario
+from minserve.workload.endpoint import Endpoint, find_endpoint, open_session
+from minserve.workload.plots import check_can_plot
+from minserve.workload.report import share
+from minserve.workload.scenarios import find_scenario
+from minserve.workload.server_process import ServerProcess
+from minserve.workload.texts import fill
+from minserve.workload.verdict import Verdict
+from minserve.workload.zero_load import measure_speed
+
+# Their conversations have one turn each.
+SCENARIOS = ("chatbot", "coding", "summarization", "mixed")
+POLICIES = ("dp", "edf", "sarathi", "fcfs")
+# Of the capacity: with room to spare, and near it.
+SHARES = (0.5, 0.85)
+# Before and after the requests that count.
+LEAD_S = 8.0
+TAIL_S = 4.0
+BLOCK_SIZE = 16
+KV_TOKENS = 32768
+BEST_EFFORT_SHARE = 0.05
+LONE_REQUESTS = 3
+LONE_TOKENS = 32
+CAPACITY_S = 120.0
+
+
+def child_profile(model: str, threads: int | None) -> None:
+    """In a process of its own: measure the device, or find what was kept, as servers will."""
+    from minserve import Engine
+    from minserve.engine.profile_cache import profile_path
+
+    engine = Engine(model, threads=threads)
+    profile = engine.profile(ServerConfig().profile_seconds, progress=True)
+    print(json.dumps({"file": str(profile_path(profile.key)), "r2": profile.quality.r2}))
+
+
+def read_profile(args: argparse.Namespace) -> Device:
+    """The device as the servers know it."""
+    command = [sys.executable, __file__, "--child", "--model", args.model, *_threads(args)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit("profiling failed")
+    found = json.loads(done.stdout.splitlines()[-1])
+    if not Path(found["file"]).is_file():
+        sys.exit(f"R2 of the profile is {found['r2']:.2f}: try again when the machine is idle")
+    print(f"profile {found['file']}, R2 {found['r2']:.2f}")
+    return find_device(found["file"])
+
+
+def _threads(args: argparse.Namespace) -> list[str]:
+    return [] if args.threads is None else ["--threads", str(args.threads)]
+
+
+class Server:
+    """A `minserve serve` of one policy, and what its metrics say."""
+
+    def __init__(self, args: argparse.Namespace, policy: str) -> None:
+        self._process = ServerProcess(
+            ["--model", args.model, *_threads(args), "--policy", policy,
+             "--token-budget", str(args.token_budget), "--max-num-seqs", str(args.max_num_seqs),
+             "--block-size", str(BLOCK_SIZE), "--num-blocks", str(KV_TOKENS // BLOCK_SIZE),
+             "--best-effort-share", str(BEST_EFFORT_SHARE), "--no-prefix-caching",
+             "--speculator", "off"]
+        )  # fmt: skip
+        try:
+            self.endpoint = asyncio.run(find_endpoint(self._process.url))
+            # Also warms the server up.
+            self.speed = asyncio.run(measure_speed(self.endpoint))
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        self._process.stop()
+
+    def run(self, workload: Sequence[Conversation], model: Any) -> tuple[Load, Inputs, float]:
+        """Send it a workload.
+
+        Returns:
+            the answers, what a simulation has to know, and the cores that others took.
+        """
+        process = psutil.Process(self._process.pid)
+
+        def elsewhere() -> float:
+            return cpu_seconds() - cpu_seconds(process) - cpu_seconds(psutil.Process())
+
+        started, cores = time.perf_counter(), elsewhere()
+        idle = self._metrics()
+        asyncio.run(_lone_requests(self.endpoint))
+        before = self._metrics()
+        load = Load(workload)
+        asyncio.run(drive(self.endpoint, load, model))
+        after = self._metrics()
+        inputs = told(load.answers, _since(before, idle), _since(after, before))
+        return load, inputs, (elsewhere() - cores) / (time.perf_counter() - started)
+
+    def _metrics(self) -> dict[str, float]:
+        with urllib.request.urlopen(f"{self._process.url}/metrics") as response:
+            families = text_string_to_metric_families(response.read().decode())
+        return {
+            sample.name.removeprefix("minserve:"): sample.value
+            for family in families
+            for sample in family.samples
+            if sample.name.endswith(("_sum", "_count")) and not sample.labels
+        }
+
+
+def _since(now: dict[str, float], before: dict[str, float]) -> dict[str, float]:
+    return {name: value - before[name] for name, value in now.items()}
+
+
+async def _lone_requests(endpoint: Endpoint) -> None:
+    """Short prompts, one after another: iterations with one token each, and gaps between."""
+    turn = Turn(slo=SLO(ttft=1e6), prompt_tokens=1, output_tokens=LONE_TOKENS)
+    async with open_session(endpoint.url) as session:
+        for _ in range(LONE_REQUESTS):
+            targets = turn.slo.resolve(0.0, 0.0)
+            answer = Answer(turn, targets, time.perf_counter())
+            await ask(session, endpoint, answer, endpoint.body(["Once"], LONE_TOKENS))
+
+
+def told(answers: Sequence[Answer], lone: dict[str, float], run: dict[str, float]) -> Inputs:
+    """What the simulator does not know by itself, from two differences of metrics.
+
+    Args:
+        lone: over lone requests.
+        run: over the whole run.
+    """
+    iterations = run["iteration_seconds_count"]
+    planning_s = run["planning_seconds_sum"] / iterations
+    device_s = run["iteration_seconds_sum"] - run["planning_seconds_sum"]
+    waits = [one.token_times[0] - one.due_s for one in answers if one.token_times]
+    engine_s = _mean(run, "time_to_first_token_seconds")
+    return Inputs(
+        slowness=device_s / run["iteration_profiled_seconds_sum"],
+        planning_s=planning_s,
+        gap_s=max(
+            0.0, _mean(lone, "inter_token_latency_seconds") - _mean(lone, "iteration_seconds")
+        ),
+        request_s=max(0.0, statistics.fmean(waits) - engine_s),
+    )
+
+
+def _mean(metrics: dict[str, float], name: str) -> float:
+    return metrics[f"{name}_sum"] / metrics[f"{name}_count"]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A workload without texts."""
+
+    scenario: str
+    rate: float
+    workload: Sequence[Conversation]
+
+
+def draw(
+    args: argparse.Namespace, scenario: str, rate: float, seconds: float
+) -> list[Conversation]:
+    """A workload scaled to this device."""
+    scaled = find_scenario(scenario).scaled(args.length_scale, tight=args.tight, loose=args.loose)
+    return draw_scenario(scaled, seconds=seconds)(rate, args.seed)
+
+
+def points(args: argparse.Namespace, device: Device) -> list[Point]:
+    """Every scenario at every rate."""
+    found = []
+    for scenario in args.scenarios:
+        rates = args.rates
+        if not rates:
+            capacity = simulated_capacity(args, device, scenario)
+            print(f"{scenario}: the simulator's capacity with dp is {capacity:.2f} requests/s")
+            rates = [one * capacity for one in args.shares]
+        span_s = LEAD_S + args.seconds + TAIL_S
+        found += [Point(scenario, one, draw(args, scenario, one, span_s)) for one in rates]
+    return found
+
+
+def simulated_capacity(args: argparse.Namespace, device: Device, scenario: str) -> float:
+    """Requests per second by the profile alone."""
+
+    def attainment(rate: float, _: int) -> float:
+        workload = draw(args, scenario, rate, CAPACITY_S)
+        verdicts = simulate(workload, setup_of(args, device, "dp")).verdicts
+        return share(verdict.attained for verdict in verdicts)
+
+    capacity = find_capacity(attainment, 1.0).rate
+    if capacity is None:
+        sys.exit(f"{scenario} is beyond this device at any rate; raise --tight and --loose")
+    return capacity
+
+
+def setup_of(
+    args: argparse.Namespace, device: Device, policy: str, inputs: Inputs | None = None
+) -> Setup:
+    """A server of the policy, simulated."""
+    inputs = inputs or Inputs()
+    return Setup(
+        device=device,
+        policy=policy,
+        token_budget=args.token_budget,
+        max_num_seqs=args.max_num_seqs,
+        kv_tokens=KV_TOKENS,
+        best_effort_share=BEST_EFFORT_SHARE,
+        lengths="told" if policy in PROMISING else "quantile",
+        slowness=inputs.slowness,
+        overhead_s=inputs.planning_s + inputs.gap_s,
+        request_s=inputs.request_s,
+        noise=inputs.noise,
+        seed=args.seed,
+    )
+
+
+def as_sent(load: Load) -> list[Conversation]:
+    """The requests of a run as the server saw them, for the simulator.
+
+    Their SLOs are the targets in seconds by which the client judges, of no class, as they were
+    sent: the server learns one distribution of output lengths from all of them.
+    """
+    return [
+        Conversation(
+            answer.due_s - load.start_s,
+            (
+                Turn(
+                    slo=SLO(ttft=answer.targets.ttft_s, tpot=answer.targets.stages[-1].tpot_s),
+                    prompt_tokens=answer.prompt_tokens or answer.turn.prompt_tokens,
+                    output_tokens=answer.turn.output_tokens,
+                ),
+            ),
+        )
+        for answer in load.answers
+    ]
+
+
+def counted(verdicts: Sequence[Verdict], seconds: float) -> list[Verdict]:
+    """Those that are compared, in the order of arrival."""
+    inside = [one for one in verdicts if LEAD_S <= one.arrival_s < LEAD_S + seconds]
+    return sorted(inside, key=lambda one: one.arrival_s)
+
+
+def compare(args: argparse.Namespace, device: Device, server: Server, policy: str,
+            point: Point) -> Row:  # fmt: skip
+    """A workload through the server and twice through the simulator."""
+    model = device.perf_model()
+    workload = fill(point.workload, server.speed.count_tokens, seed=args.seed)
+    for _ in range(args.attempts):
+        await_quiet()
+        load, inputs, elsewhere = server.run(workload, model)
+        if elsewhere <= DISTURBED_CORES:
+            break
+        tqdm.write(f"{policy}, {point.scenario}: other work took {elsewhere:.2f} cores")
+    for error, count in load.errors().items():
+        tqdm.write(f"{policy}: {count} requests: {error}")
+    inputs = with_noise(inputs, device)
+    sent = as_sent(load)
+    told_all = simulate(sent, setup_of(args, device, policy, inputs)).verdicts
+    blind = simulate(sent, setup_of(args, device, policy)).verdicts
+    real = [answer.verdict(load.start_s) for answer in load.answers]
+    return Row(
+        policy=policy,
+        scenario=point.scenario,
+        rate=point.rate,
+        inputs=inputs,
+        real=counted(real, args.seconds),
+        simulated=counted(told_all, args.seconds),
+        blind=counted(blind, args.seconds),
+        cores_elsewhere=elsewhere,
+        disturbed=elsewhere > DISTURBED_CORES,
+    )
+
+
+def with_noise(inputs: Inputs, device: Device) -> Inputs:
+    """With the scatter that makes the profile's margin the quantile which it is.
+
+    The factors on times are above 1 on average; the measured slowness holds that already.
+    """
+    noise = math.log(device.margin) / statistics.NormalDist().inv_cdf(QUANTILE)
+    return replace(inputs, noise=noise, slowness=inputs.slowness / math.exp(noise**2 / 2))
+
+
+def parse_args() -> argparse.Namespace:
+    def numbers(text: str) -> list[float]:
+        return [float(part) for part in text.split(",")]
+
+    def names(text: str) -> list[str]:
+        return text.split(",")
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--threads", type=int, help="of the servers' forward passes")
+    parser.add_argument("--policies", type=names, default=["dp", "sarathi"])
+    parser.add_argument("--scenarios", type=names, default=["chatbot", "mixed"])
+    parser.add_argument("--shares", type=numbers, default=list(SHARES),
+                        help="of the simulated capacity of dp: the rates")  # fmt: skip
+    parser.add_argument("--rates", type=numbers, help="requests per second instead")
+    parser.add_argument("--seconds", type=float, default=35.0, help="of arrivals that count")
+    parser.add_argument("--length-scale", type=float, default=0.1)
+    parser.add_argument("--tight", type=float, default=2.5, help="pace, as a slowdown")
+    parser.add_argument("--loose", type=float, default=5.0, help="pace, as a slowdown")
+    parser.add_argument("--token-budget", type=int, default=128)
+    parser.add_argument("--max-num-seqs", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--attempts", type=int, default=3,
+                        help="disturbed runs are repeated, whatever came out")  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="chatbot near capacity only")
+    parser.add_argument("--plot", metavar="FILE.png", help="also save a picture (needs matplotlib)")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    for given, known in ((args.policies, POLICIES), (args.scenarios, SCENARIOS)):
+        if unknown := set(given) - set(known):
+            parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    if args.quick:
+        args.scenarios, args.shares, args.seconds = args.scenarios[:1], args.shares[-1:], 25.0
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    if args.child:
+        child_profile(args.model, args.threads)
+        return
+    if args.plot:
+        check_can_plot(args.plot)
+    # So that servers are stopped by this signal too.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    started = time.perf_counter()
+    device = read_profile(args)
+    work = points(args, device)
+    rows = []
+    with tqdm(total=len(work) * len(args.policies), unit="run", smoothing=0) as bar:
+        for policy in args.policies:
+            with ExitStack() as stack:
+                server = Server(args, policy)
+                stack.callback(server.stop)
+                if server.endpoint.max_model_len is not None:
+                    device = replace(device, max_model_len=server.endpoint.max_model_len)
+                for point in work:
+                    rows.append(compare(args, device, server, policy, point))
+                    bar.update()
+    report(args, rows, time.perf_counter() - started)
+
+
+def report(args: argparse.Namespace, rows: Sequence[Row], seconds: float) -> None:
+    """Tables, picture and the JSON line."""
+    print_table(rows)
+    met = sum(row.within_goals for row in rows)
+    print(
+        f"\n{seconds / 60:.0f} minutes; {sum(row.disturbed for row in rows)} of {len(rows)} runs "
+        f"were disturbed by other work; goals (medians within {MEDIAN_GOAL:.0%}, attainment "
+        f"within {100 * ATTAINMENT_GOAL:.0f} points) met in {met}"
+    )
+    if args.plot:
+        plot(rows, args.plot)
+    result = {
+        "rows": [row.to_dict() for row in rows],
+        "within_goals": all(row.within_goals for row in rows),
+        "goals": {"medians": MEDIAN_GOAL, "attainment": ATTAINMENT_GOAL},
+        "length_scale": args.length_scale,
+        "seconds": args.seconds,
+        "seed": args.seed,
+        "machine": machine(),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except MinserveError as error:
+        sys.exit(str(error))
