@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from reproduce_planners import ABLATIONS
@@ -171,10 +172,8 @@ def attainment(
         if offered - num_misses < cut * offered:
             raise _OutOfReach
 
-    try:
+    with suppress(_OutOfReach):
         simulate(workload, setup, progressed, outcome, make)
-    except _OutOfReach:
-        pass
     return 1.0 - num_misses / offered
 
 

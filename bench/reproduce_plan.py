@@ -174,11 +174,11 @@ def capacities(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
                 yield scenario, device, WEAK, mode
 
 
-def capacity_jobs(plan: Plan, found: Measured) -> list[Job]:
+def capacity_jobs(plan: Plan, _: Measured) -> list[Job]:
     return [search_of(plan, *one) for one in capacities(plan)]
 
 
-def lengths_jobs(plan: Plan, found: Measured) -> list[Job]:
+def lengths_jobs(plan: Plan, _: Measured) -> list[Job]:
     return [search for *_, search in lengths_searches(plan)]
 
 
@@ -224,12 +224,10 @@ def routing_searches(plan: Plan, found: Measured, scenario: str) -> list[Search]
     one = promise(plan, scenario, SMALL, "dp", WITH)
     if found(one) is None:
         return []
-    return [scaled(plan, found, one, 4, "slo"), scaled(plan, found, one, 4, "round-robin", 0)]
+    return [scaled(found, one, 4, "slo"), scaled(found, one, 4, "round-robin", 0)]
 
 
-def scaled(
-    plan: Plan, found: Measured, one: Search, replicas: int, router: str, hop_limit: int = 2
-) -> Search:
+def scaled(found: Measured, one: Search, replicas: int, router: str, hop_limit: int = 2) -> Search:
     """The capacity of several replicas, begun near that of one.
 
     Args:
@@ -259,12 +257,12 @@ def scaling_searches(
     if best is None or found(one) is None:
         return ones
     counts = (4,) if plan.quick else NUM_REPLICAS[1:]
-    several = {("dp", "slo", n): scaled(plan, found, one, n, "slo") for n in counts}
+    several = {("dp", "slo", n): scaled(found, one, n, "slo") for n in counts}
     for router in ("least-loaded", "round-robin"):
         hops = 0 if router == "round-robin" else 2
-        several["dp", router, 4] = scaled(plan, found, one, 4, router, hops)
+        several["dp", router, 4] = scaled(found, one, 4, router, hops)
     for n in counts:
-        several["baseline", "least-loaded", n] = scaled(plan, found, best, n, "least-loaded")
+        several["baseline", "least-loaded", n] = scaled(found, best, n, "least-loaded")
     return {**ones, **several}
 
 
