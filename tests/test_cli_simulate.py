@@ -121,6 +121,8 @@ def test_settings_reach_the_simulation(capsys: pytest.CaptureFixture[str]) -> No
         ["--max-num-seqs", "2"],
         ["--kv-tokens", "3000"],
         ["--slowness", "1.3"],
+        ["--overhead-ms", "3"],
+        ["--request-ms", "20"],
         ["--noise", "0.3"],
         ["--seed", "3"],
         ["--tight", "3", "--loose", "2"],

@@ -185,13 +185,14 @@ def test_iterations_and_their_tokens(plain: RunningServer) -> None:
     assert now["batch_tokens_sum decode"] == usage["completion_tokens"] - 1
     assert now["batch_tokens_sum draft"] == 0
     # One request alone: its prefill, and then a token each.
-    for name in ("iteration_seconds_count", "iteration_predicted_seconds_count"):
-        assert now[name] == usage["completion_tokens"]
+    for name in ("seconds", "predicted_seconds", "profiled_seconds"):
+        assert now[f"iteration_{name}_count"] == usage["completion_tokens"]
     for kind in ("prefill", "decode", "draft"):
         assert now[f"batch_tokens_count {kind}"] == usage["completion_tokens"]
     assert now["planning_seconds_count"] >= now["iteration_seconds_count"]
     assert 0 < now["planning_seconds_sum"] < now["iteration_seconds_sum"]
     assert now["iteration_predicted_seconds_sum"] > 0
+    assert now["iteration_profiled_seconds_sum"] > 0
 
 
 def test_a_repeated_prompt_hits_the_prefix_cache(plain: RunningServer) -> None:

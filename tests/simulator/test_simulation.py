@@ -62,6 +62,45 @@ def test_a_slow_device_takes_longer_than_its_profile_and_promises_stay_those_of_
     assert verdict.cause is Cause.LATE_TTFT
 
 
+def test_an_iteration_takes_the_host_s_overhead_longer_however_slow_the_device() -> None:
+    (verdict,) = run([single(0.0, 100, 2)], slowness=2.0, overhead_s=0.25).verdicts
+    assert verdict.ttft_s == 2 * seconds((0, 100)) + 0.25
+    assert verdict.tpot_s == 2 * seconds((100, 1)) + 0.25
+
+
+@pytest.mark.parametrize("policy", ["dp", "distserve"])
+def test_whoever_asks_waits_for_the_way_of_a_request_too(policy: str) -> None:
+    workload = [single(1.0, 100, 3)]
+    (near,) = run(workload, policy=policy).verdicts
+    (far,) = run(workload, policy=policy, request_s=0.125).verdicts
+    assert far.arrival_s == near.arrival_s == 1.0
+    assert far.ttft_s == near.ttft_s + 0.125
+    assert far.tpot_s == near.tpot_s
+    # Twelve times a lone prefill are promised: in time for the engine, late for the client.
+    late = run(workload, policy=policy, request_s=12 * seconds((0, 100))).verdicts
+    assert [one.cause for one in late] == [Cause.LATE_TTFT]
+
+
+def test_each_turn_of_a_conversation_has_a_way_to_go() -> None:
+    first = Turn(slo=LOOSE, prompt_tokens=64, output_tokens=2)
+    second = Turn(slo=LOOSE, prompt_tokens=80, output_tokens=1, shared_tokens=66, delay_s=2.0)
+    workload = [Conversation(0.0, (first, second))]
+    near, far = (run(workload, request_s=one).verdicts for one in (0.0, 0.125))
+    assert far[1].arrival_s == near[1].arrival_s + 0.125
+    assert far[1].ttft_s == near[1].ttft_s + 0.125
+
+
+def test_a_length_that_is_told_is_planned_for_at_once() -> None:
+    # Of memory for 40 blocks, outputs of unknown length are believed to take 8 each.
+    workload = [single(0.0, 16, 1) for _ in range(12)]
+    settings = {"kv_tokens": 640, "policy": "dp"}
+    waits = {
+        how: max(one.ttft_s for one in run(workload, lengths=how, **settings).verdicts)
+        for how in ("told", "oracle", "quantile")
+    }
+    assert waits["told"] == waits["oracle"] < waits["quantile"]
+
+
 def test_a_later_turn_arrives_after_its_delay_and_computes_only_what_is_new() -> None:
     first = Turn(slo=LOOSE, prompt_tokens=64, output_tokens=4)
     # Of the 68 tokens that are known, 67 have KV, and 64 of these fill blocks.
@@ -225,6 +264,8 @@ def test_a_policy_that_runs_nothing_is_found_out() -> None:
         ({"noise": math.nan}, "noise must be at least 0, not nan"),
         ({"slowness": 0.0}, "slowness"),
         ({"slowness": math.inf}, "slowness"),
+        ({"overhead_s": -0.1}, "overhead of iterations must be at least 0, not -0.1"),
+        ({"request_s": math.nan}, "overhead of requests must be at least 0, not nan"),
         ({"length_error": 0.3}, "needs an oracle"),
         ({"policy": "distserve", "max_speculation": 2}, "distserve drafts nothing"),
         ({"device": PUBLISHED["opt-13b-h100"], "max_speculation": 2}, "draft model costs"),
@@ -264,6 +305,7 @@ def test_the_file_of_a_profile_is_a_device(tmp_path: Path) -> None:
     file.write_text(json.dumps({"key": {"model": "mine"}, "model": model.to_dict()}))
     device = find_device(str(file))
     assert (device.name, device.pieces, device.kv_tokens) == ("mine", model.pieces, None)
+    assert device.perf_model().margin == 1.2
     (verdict,) = run([single(0.0, 50, 1)], device=device, kv_tokens=640).verdicts
     assert verdict.ttft_s == pytest.approx(0.06)
 
