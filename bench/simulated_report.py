@@ -14,6 +14,7 @@ from minserve.workload.verdict import Verdict
 # this many points.
 MEDIAN_GOAL = 0.10
 ATTAINMENT_GOAL = 0.05
+ROUNDING = 1e-9
 COLOURS = {"dp": "tab:blue", "edf": "tab:green", "sarathi": "tab:orange", "fcfs": "tab:red"}
 
 
@@ -70,11 +71,12 @@ class Row:
     @property
     def within_goals(self) -> bool:
         found = self.errors
-        return (
-            abs(found["ttft_p50"]) <= MEDIAN_GOAL
-            and abs(found["tpot_p50"]) <= MEDIAN_GOAL
-            and abs(found["attainment"]) <= ATTAINMENT_GOAL
-        )
+        goals = {
+            "ttft_p50": MEDIAN_GOAL,
+            "tpot_p50": MEDIAN_GOAL,
+            "attainment": ATTAINMENT_GOAL,
+        }
+        return all(abs(found[name]) <= goal + ROUNDING for name, goal in goals.items())
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""

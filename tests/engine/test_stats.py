@@ -99,7 +99,7 @@ def test_a_copy_stays_as_it_is() -> None:
     stats = EngineStats()
     copied = stats.copy(num_running=3, kv_usage=0.5)
     assert (copied.num_running, copied.kv_usage) == (3, 0.5)
-    stats.iteration(0.1, 0.2)
+    stats.iteration(0.1, 0.1, 0.2)
     stats.batch([])
     stats.speculation.add(4, 2)
     seq = sequence(CUSTOM)
