@@ -80,17 +80,19 @@ class Search(Job):
 
     Attributes:
         start: a rate to begin with.
+        near: True where that is near, and one case is all there is.
     """
 
     cases: tuple[Case, ...]
     start: float
     size: Size
+    near: bool = False
 
     @property
     def cost(self) -> float:
         one = _simulation_s(self.cases[0], self.size.requests)
-        coarse = 1.6 * len(self.cases) * one * self.size.coarse / self.size.requests
-        return 6.0 * self.size.repeats * one + (coarse if len(self.cases) > 1 else 0.0)
+        coarse = 0.0 if self.near else (4.0 + 1.6 * len(self.cases)) * one
+        return 6.0 * self.size.repeats * one + coarse * self.size.coarse / self.size.requests
 
     def run(self) -> Result:
         size = self.size
@@ -98,7 +100,7 @@ class Search(Job):
         small = {case: measure_of(case, size.coarse, 1) for case in self.cases}
         best = best_of(
             self.cases,
-            lambda case, rate: small[case](rate, 0),
+            None if self.near else lambda case, rate: small[case](rate, 0),
             lambda case, rate, seed: cases[case](rate, seed),
             self.start,
             repeats=size.repeats,

@@ -39,7 +39,7 @@ class Best(Generic[V]):
 
 def best_of(
     variants: Sequence[V],
-    coarse: Callable[[V, float], float],
+    coarse: Callable[[V, float], float] | None,
     full: Callable[[V, float, int], float],
     start: float,
     *,
@@ -56,11 +56,12 @@ def best_of(
 
     Args:
         variants: those likely to be good first, which saves time.
-        coarse: attainment at (variant, rate).
+        coarse: attainment at (variant, rate); ``None`` for one variant alone, of which the
+            start is near.
         full: attainment at (variant, rate, seed).
         start: a rate to begin with.
     """
-    found = _coarse(variants, coarse, start) if len(variants) > 1 else {variants[0]: start}
+    found = {variants[0]: start} if coarse is None else _coarse(variants, coarse, start)
     most = max(found.values())
     contenders = sorted((v for v in found if found[v] >= NEAR * most), key=lambda v: -found[v])
     best: Best[V] | None = None
