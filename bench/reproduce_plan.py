@@ -171,7 +171,7 @@ def capacities(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
                 # DistServe drafts nothing.
                 if policy != "distserve" or mode == WITHOUT:
                     yield scenario, device, policy, mode
-            if (scenario, device) in HEADLINE and mode == plan.modes(device)[0]:
+            if device == SMALL and mode == WITH:
                 yield scenario, device, WEAK, mode
 
 
@@ -187,7 +187,8 @@ def lengths_searches(plan: Plan) -> Iterator[tuple[str, str, str, Search]]:
     """(scenario, device, policy, search) where output lengths are not known but learned."""
     for scenario, device in plan.combinations:
         if (scenario, device) in HEADLINE:
-            for policy in PROMISES:
+            # Hours of thinking are simulated once.
+            for policy in PROMISES[: 1 if scenario == "reasoning" else 2]:
                 search = promise(plan, scenario, device, policy, WITH, lengths="quantile")
                 yield scenario, device, policy, search
 

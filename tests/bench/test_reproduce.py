@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from reproduce import evaluate, main
-from reproduce_cases import Case, Size, attainment, cut_below, measure_of
+from reproduce_cases import Case, Size, attainment, cut_below, measures_of
 from reproduce_jobs import Job, Point, Result, Search, case_of
 from reproduce_plan import SECTIONS, WITH, WITHOUT, Plan, baseline, chunks, jobs_of, promise
 from reproduce_report import capacity_table, ratios, summary
@@ -20,7 +20,7 @@ from reproduce_search import best_of, geomean
 from minserve.planner.perf_model import BatchShape
 from minserve.simulator.profiles import PUBLISHED
 from minserve.simulator.simulation import simulate
-from minserve.workload.capacity import LEVEL, find_capacity
+from minserve.workload.capacity import LEVEL, Measure, find_capacity
 from minserve.workload.verdict import Cause
 
 OPT = "opt-6.7b-a100"
@@ -51,9 +51,15 @@ class TinyPlan(Plan):
         return TINY
 
 
-def falling(capacity: float):
+def falling(capacity: float) -> Measure:
     """Attainment that falls through the level at a capacity."""
-    return lambda rate: max(0.0, min(1.0, LEVEL + 0.5 * (1 - rate / capacity)))
+    return lambda rate, _: max(0.0, min(1.0, LEVEL + 0.5 * (1 - rate / capacity)))
+
+
+def deciding(capacity: float) -> tuple[Measure, Measure]:
+    """The same, and a bound of it just below the level where that is missed."""
+    measure = falling(capacity)
+    return measure, lambda rate, seed: max(measure(rate, seed), LEVEL - 0.001)
 
 
 def test_the_best_of_many_variants_is_found_where_coarse_measurements_err_by_5_percent() -> None:
@@ -63,13 +69,11 @@ def test_the_best_of_many_variants_is_found_where_coarse_measurements_err_by_5_p
         seen = {name: true[name] * rng.uniform(0.95, 1.05) for name in true}
         calls = []
 
-        def full(name: int, rate: float, _: int, true=true, calls=calls) -> float:
+        def full(name: int, true=true, calls=calls) -> tuple[Measure, Measure]:
             calls.append(name)
-            return falling(true[name])(rate)
+            return deciding(true[name])
 
-        best = best_of(
-            list(true), lambda name, rate, seen=seen: falling(seen[name])(rate), full, 3.0
-        )
+        best = best_of(list(true), lambda name, seen=seen: deciding(seen[name]), full, 3.0)
         assert best.capacity.rate == pytest.approx(max(true.values()), rel=0.03)
         assert true[best.variant] >= 0.97 * max(true.values())
         # Who is far from the best is never measured in full.
@@ -77,29 +81,33 @@ def test_the_best_of_many_variants_is_found_where_coarse_measurements_err_by_5_p
 
 
 def test_variants_that_attain_nowhere_have_no_capacity() -> None:
-    best = best_of(["a", "b"], lambda *_: 0.1, lambda *_: 0.1, 1.0)
+    def low(_: str) -> tuple[Measure, Measure]:
+        return (lambda *_: 0.1), (lambda *_: 0.1)
+
+    best = best_of(["a", "b"], low, low, 1.0)
     assert best.capacity.rate is None
 
 
 def test_smaller_steps_find_the_same_capacity() -> None:
     for step in (1.2, 2.0):
-        found = find_capacity(lambda rate, _: falling(3.3)(rate), 1.0, step=step)
+        found = find_capacity(falling(3.3), 1.0, step=step)
         assert found.rate == pytest.approx(3.3, rel=0.03)
 
 
 def test_a_run_that_is_cut_short_leads_the_search_where_the_whole_run_would() -> None:
     case = Case(scenario="coding", device=OPT, policy="sarathi", token_budget=352)
     for repeats in (1, 2, 3):
-        cut = measure_of(case, 60, repeats)
+        measure, decide = measures_of(case, 60, repeats)
         num_cut = 0
         for rate in (0.5, 2.0, 6.0, 12.0):
             for seed in range(repeats):
                 whole = attainment(case.workload(rate, 60, seed), case.setup(seed), case.make)
-                bound = cut(rate, seed)
-                assert bound >= whole
-                # Either nothing was cut, or even perfect repeats leave the mean below the level.
-                assert bound == whole or bound + repeats - 1 < LEVEL * repeats
-                num_cut += bound > whole
+                for cut in (measure, decide):
+                    bound = cut(rate, seed)
+                    assert bound >= whole
+                    # Or even perfect repeats leave the mean below the level.
+                    assert bound == whole or bound + repeats - 1 < LEVEL * repeats
+                    num_cut += bound > whole
         assert num_cut
 
 
