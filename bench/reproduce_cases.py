@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 from reproduce_planners import ABLATIONS
 
 from minserve.simulator.profiles import PUBLISHED
 from minserve.simulator.simulation import MakePlanner, Outcome, Setup, planner_of, simulate
 from minserve.slo import SLO
-from minserve.workload.capacity import LEVEL
+from minserve.workload.capacity import LEVEL, Measure
 from minserve.workload.conversation import Conversation, num_turns
 from minserve.workload.scenarios import find_scenario
 
@@ -22,6 +22,7 @@ MOST_COPIES = 4
 HOPELESS = 0.75
 # What the cut leaves between a mean of repeats and the level, at least.
 CLEARANCE = 0.05
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,13 +146,19 @@ class _OutOfReach(Exception):
     """So many requests have missed their SLO that the rest of the run decides nothing."""
 
 
-def cut_below(repeats: int) -> float:
+def cut_below(repeats: int, *, decides: bool = False) -> float:
     """The share below which a run may be cut short.
 
     Even if all other repeats attained everything, their mean with this run would lie
-    clearly below the level: what is cut short cannot change the search's next step.
+    below the level: what is cut short cannot change the search's next step.
+
+    Args:
+        decides: True where nothing counts but whether the mean is below the level; otherwise
+            it lies clearly below, since capacities are read between two rates.
     """
-    return max(0.0, min(HOPELESS, repeats * LEVEL - (repeats - 1) - CLEARANCE))
+    # Whoever has exactly the level attains it, and rounding must not take that away.
+    least = repeats * LEVEL - (repeats - 1) - ROUNDING
+    return max(0.0, least if decides else min(HOPELESS, least - CLEARANCE))
 
 
 def attainment(
@@ -177,11 +184,12 @@ def attainment(
     return 1.0 - num_misses / offered
 
 
-def measure_of(case: Case, num_requests: int, repeats: int) -> Callable[[float, int], float]:
-    """For `find_capacity`: attainment at a rate per GPU, by seed."""
+def measures_of(case: Case, num_requests: int, repeats: int) -> tuple[Measure, Measure]:
+    """Attainment at a rate per GPU, by seed: for a search, and where it only decides."""
 
-    def measure(rate: float, seed: int) -> float:
+    def measure(rate: float, seed: int, decides: bool) -> float:
         workload = case.workload(rate, num_requests, seed)
-        return attainment(workload, case.setup(seed), case.make, cut=cut_below(repeats))
+        cut = cut_below(repeats, decides=decides)
+        return attainment(workload, case.setup(seed), case.make, cut=cut)
 
-    return measure
+    return partial(measure, decides=False), partial(measure, decides=True)

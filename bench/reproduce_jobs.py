@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from reproduce_cases import Case, Size, attainment, measure_of
+from reproduce_cases import Case, Size, attainment, measures_of
 from reproduce_planners import watched
 from reproduce_search import best_of
 
@@ -80,26 +79,26 @@ class Search(Job):
 
     Attributes:
         start: a rate to begin with.
+        near: True where that is near, and one case is all there is.
     """
 
     cases: tuple[Case, ...]
     start: float
     size: Size
+    near: bool = False
 
     @property
     def cost(self) -> float:
         one = _simulation_s(self.cases[0], self.size.requests)
-        coarse = 1.6 * len(self.cases) * one * self.size.coarse / self.size.requests
-        return 6.0 * self.size.repeats * one + (coarse if len(self.cases) > 1 else 0.0)
+        coarse = 0.0 if self.near else (4.0 + 1.6 * len(self.cases)) * one
+        return 6.0 * self.size.repeats * one + coarse * self.size.coarse / self.size.requests
 
     def run(self) -> Result:
         size = self.size
-        cases = {case: measure_of(case, size.requests, size.repeats) for case in self.cases}
-        small = {case: measure_of(case, size.coarse, 1) for case in self.cases}
         best = best_of(
             self.cases,
-            lambda case, rate: small[case](rate, 0),
-            lambda case, rate, seed: cases[case](rate, seed),
+            None if self.near else lambda case: measures_of(case, size.coarse, 1),
+            lambda case: measures_of(case, size.requests, size.repeats),
             self.start,
             repeats=size.repeats,
             tolerance=size.tolerance,
@@ -209,13 +208,6 @@ class Planning(Job):
             "all": _percentiles(everything),
             "by_sequences": {str(least): _percentiles(taken[least]) for least in sorted(taken)},
         }
-
-
-def run_job(job: Job) -> tuple[str, Result, float]:
-    """For a worker: the job's key, its result and the seconds it took."""
-    began = time.perf_counter()
-    result = job.run()
-    return job.key, result, time.perf_counter() - began
 
 
 def case_of(fields: Mapping[str, Any]) -> Case:

@@ -39,15 +39,14 @@ PACES_S = (0.05, 0.1)
 RATIOS = ((1, 1), (2, 1), (1, 2))
 # So many tokens hold any set of decodes, and one prompt.
 ONE_PROMPT = 256
-FIXED_BATCHES = (512, 256, 1024)
 
 # Where searches begin, in requests per second and GPU: of `dp`, and of the others. Nothing
 # but time depends on it.
 STARTS: Mapping[tuple[str, str], tuple[float, float]] = {
-    ("chatbot", SMALL): (6.0, 3.5),
-    ("coding", SMALL): (2.2, 0.35),
-    ("summarization", SMALL): (3.1, 2.3),
-    ("mixed", SMALL): (4.0, 1.5),
+    ("chatbot", SMALL): (6.2, 3.5),
+    ("coding", SMALL): (2.1, 0.4),
+    ("summarization", SMALL): (4.2, 2.0),
+    ("mixed", SMALL): (4.8, 1.4),
     ("tools", "toolllama-7b-a100"): (10.0, 6.0),
     ("reasoning", "qwen2.5-7b-a100"): (0.34, 0.27),
 }
@@ -113,7 +112,8 @@ def promise(plan: Plan, scenario: str, device: str, policy: str, mode: str, **mo
     """Capacity of `dp` or `edf`; ``more`` are other values of the case."""
     most = MOST_DRAFTED if mode == WITH and drafts(device) else 0
     case = Case(scenario=scenario, device=device, policy=policy, max_speculation=most, **more)
-    return Search(cases=(case,), start=_start(scenario, device)[0], size=plan.size(scenario))
+    start, size = _start(scenario, device)[0], plan.size(scenario)
+    return Search(cases=(case,), start=start, size=size, near=True)
 
 
 def baseline(plan: Plan, scenario: str, device: str, policy: str, mode: str) -> Search:
@@ -139,10 +139,11 @@ def baseline(plan: Plan, scenario: str, device: str, policy: str, mode: str) -> 
     return Search(cases=tuple(cases), start=start, size=plan.size(scenario))
 
 
-def chunks(device: str) -> tuple[int, ...]:
+def chunks(device: str, tpot_scale: float = 1.0) -> tuple[int, ...]:
     """Token budgets that sarathi tries: those that fit the paces, then common ones."""
     model = PUBLISHED[device].perf_model()
-    fitting = (model.max_tokens_within(pace, BatchShape()) // 16 * 16 for pace in PACES_S)
+    most = (model.max_tokens_within(tpot_scale * pace, BatchShape()) for pace in PACES_S)
+    fitting = (tokens // 16 * 16 for tokens in most if tokens >= 16)
     return tuple(dict.fromkeys((*fitting, *CHUNKS)))
 
 
@@ -170,7 +171,7 @@ def capacities(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
                 # DistServe drafts nothing.
                 if policy != "distserve" or mode == WITHOUT:
                     yield scenario, device, policy, mode
-            if (scenario, device) in HEADLINE and mode == plan.modes(device)[0]:
+            if device == SMALL and mode == WITH:
                 yield scenario, device, WEAK, mode
 
 
@@ -186,7 +187,8 @@ def lengths_searches(plan: Plan) -> Iterator[tuple[str, str, str, Search]]:
     """(scenario, device, policy, search) where output lengths are not known but learned."""
     for scenario, device in plan.combinations:
         if (scenario, device) in HEADLINE:
-            for policy in PROMISES:
+            # Hours of thinking are simulated once.
+            for policy in PROMISES[: 1 if scenario == "reasoning" else 2]:
                 search = promise(plan, scenario, device, policy, WITH, lengths="quantile")
                 yield scenario, device, policy, search
 
@@ -197,7 +199,8 @@ def ablation_searches(plan: Plan, scenario: str) -> dict[str, Search]:
     def ablated(name: str) -> Search:
         return promise(plan, scenario, SMALL, "dp", WITH, planner=name)
 
-    fixed = ablated("fixed batches")
+    # As sarathi's, budgets are tuned to the paces, and the best for the scenario is taken.
+    fixed, budgets = ablated("fixed batches"), chunks(SMALL)[: 2 if plan.quick else 4]
     return {
         "full": promise(plan, scenario, SMALL, "dp", WITH),
         "no speculation": promise(plan, scenario, SMALL, "dp", WITHOUT),
@@ -205,10 +208,9 @@ def ablation_searches(plan: Plan, scenario: str) -> dict[str, Search]:
         "no best effort": ablated("no best effort"),
         "fixed batches": replace(
             fixed,
-            cases=tuple(
-                replace(fixed.cases[0], token_budget=budget)
-                for budget in (FIXED_BATCHES[:1] if plan.quick else FIXED_BATCHES)
-            ),
+            cases=tuple(replace(fixed.cases[0], token_budget=budget) for budget in budgets),
+            start=_start(scenario, SMALL)[1],
+            near=False,
         ),
     }
 
@@ -241,6 +243,7 @@ def scaled(found: Measured, one: Search, replicas: int, router: str, hop_limit: 
         cases=(at(case, replicas=replicas, router=router, hop_limit=hop_limit),),
         start=round(start, 4),
         size=replace(one.size, repeats=repeats),
+        near=True,
     )
 
 
@@ -393,6 +396,7 @@ def slo_searches(
             cases=_sensitive_cases(case, {name: value} if name else {}),
             start=round(max(capacity, 0.01), 4),
             size=size,
+            near=policy != "sarathi",
         )
         for policy, (case, capacity) in best.items()
         for name, value in changes
@@ -403,7 +407,8 @@ def _sensitive_cases(case: Case, changes: Mapping[str, float]) -> tuple[Case, ..
     """Sarathi's token budget is tuned again where the promises change."""
     if case.policy != "sarathi":
         return (at(case, **changes),)
-    budgets = dict.fromkeys((case.token_budget, *chunks(case.device)))
+    tuned = chunks(case.device, changes.get("tpot_scale", 1.0))
+    budgets = dict.fromkeys((case.token_budget, *tuned))
     return tuple(at(case, token_budget=budget, **changes) for budget in budgets)
 
 

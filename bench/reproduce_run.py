@@ -6,12 +6,12 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from reproduce_jobs import Job, Result, run_job
+from reproduce_jobs import Job, Result
 from tqdm import tqdm
 
 FILE = "jobs.jsonl"
@@ -141,7 +141,7 @@ def _outcomes(jobs: list[Job], num_workers: int) -> Iterator[tuple[Job, Outcome]
     pool = context.Pool(workers, initializer=_begin_worker)
     try:
         by_key = {job.key: job for job in jobs}
-        for key, outcome in pool.imap_unordered(_attempt, jobs):
+        for key, outcome in pool.imap_unordered(_attempt, by_key.items()):
             yield by_key[key], outcome
         pool.close()
     finally:
@@ -155,9 +155,12 @@ def _begin_worker() -> None:
     os.nice(5)
 
 
-def _attempt(job: Job) -> tuple[str, Any]:
+def _attempt(one: tuple[str, Job]) -> tuple[str, Outcome]:
+    # The key is the first interpreter's: the code may have changed since that one began.
+    key, job = one
+    began = time.perf_counter()
     try:
-        key, result, seconds = run_job(job)
+        result = job.run()
     except Exception as error:
-        return job.key, f"{type(error).__name__}: {error}"
-    return key, (result, seconds)
+        return key, f"{type(error).__name__}: {error}"
+    return key, (result, time.perf_counter() - began)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from minserve.workload.capacity import LEVEL, Capacity, crossing, find_capacity
+from minserve.workload.capacity import LEVEL, Capacity, Measure, crossing, find_capacity
 
 V = TypeVar("V", bound=Hashable)
 
@@ -39,8 +39,8 @@ class Best(Generic[V]):
 
 def best_of(
     variants: Sequence[V],
-    coarse: Callable[[V, float], float],
-    full: Callable[[V, float, int], float],
+    coarse: Callable[[V], tuple[Measure, Measure]] | None,
+    full: Callable[[V], tuple[Measure, Measure]],
     start: float,
     *,
     repeats: int = 1,
@@ -56,24 +56,22 @@ def best_of(
 
     Args:
         variants: those likely to be good first, which saves time.
-        coarse: attainment at (variant, rate).
-        full: attainment at (variant, rate, seed).
+        coarse: of a variant, attainment at (rate, seed), once to search by and once where it
+            only decides whether that is enough; ``None`` for one variant alone, of which the
+            start is near.
+        full: the same with all requests.
         start: a rate to begin with.
     """
-    found = _coarse(variants, coarse, start) if len(variants) > 1 else {variants[0]: start}
+    found = {variants[0]: start} if coarse is None else _coarse(variants, coarse, start)
     most = max(found.values())
     contenders = sorted((v for v in found if found[v] >= NEAR * most), key=lambda v: -found[v])
     best: Best[V] | None = None
     for variant in contenders:
-        capacity = Capacity()
-
-        def measure(rate: float, seed: int, variant: V = variant) -> float:
-            return full(variant, rate, seed)
-
-        begin = found[variant]
+        capacity, begin = Capacity(), found[variant]
+        measure, decide = full(variant)
         if best is not None:
             begin = BETTER * (best.capacity.rate or begin)
-            each = capacity.attainment[begin] = [measure(begin, seed) for seed in range(repeats)]
+            each = capacity.attainment[begin] = [decide(begin, seed) for seed in range(repeats)]
             if sum(each) / repeats < LEVEL:
                 continue
         find_capacity(
@@ -86,21 +84,18 @@ def best_of(
 
 
 def _coarse(
-    variants: Sequence[V], coarse: Callable[[V, float], float], start: float
+    variants: Sequence[V], coarse: Callable[[V], tuple[Measure, Measure]], start: float
 ) -> dict[V, float]:
     """Coarse capacities of all variants that are not dropped."""
     found: dict[V, float] = {}
     for variant in variants:
-
-        def measure(rate: float, _: int = 0, variant: V = variant) -> float:
-            return coarse(variant, rate)
-
+        measure, decide = coarse(variant)
         begin, capacity = max(found.values(), default=start), Capacity()
         if found:
-            near = {NEAR * begin: measure(NEAR * begin)}
+            near = {NEAR * begin: decide(NEAR * begin, 0)}
             if near[NEAR * begin] < LEVEL:
                 continue
-            near[begin] = measure(begin)
+            near[begin] = measure(begin, 0)
             if near[begin] < LEVEL:
                 found[variant] = crossing(near)
                 continue
