@@ -27,7 +27,7 @@ class Inputs:
         planning_s: of an iteration, the planning.
         gap_s: between two iterations, by lone requests just before the run.
         request_s: of a request, what the client waited beyond the engine's own TTFT.
-        noise: log-standard deviation of iterations; the profile's.
+        noise: log-standard deviation of iterations' times.
     """
 
     slowness: float = 1.0
@@ -42,9 +42,10 @@ class Row:
     """One workload on one server, real and simulated.
 
     Attributes:
-        real, simulated, blind: the same requests in the same order; blind is the simulation
-            with nothing but the profile.
+        real, simulated, blind: of the same requests, simulated once for each seed of the
+            scatter; blind is the simulation with nothing but the profile.
         cores_elsewhere: that other processes took during the real run.
+        worst_elsewhere: the same in the worst moment of it.
         disturbed: they took too much.
     """
 
@@ -56,6 +57,7 @@ class Row:
     simulated: Sequence[Verdict]
     blind: Sequence[Verdict]
     cores_elsewhere: float
+    worst_elsewhere: float
     disturbed: bool
 
     @property
@@ -91,6 +93,7 @@ class Row:
             "errors_from_profile_alone": _rounded(self.blind_errors),
             "within_goals": self.within_goals,
             "cores_elsewhere": round(self.cores_elsewhere, 3),
+            "worst_elsewhere": round(self.worst_elsewhere, 3),
             "disturbed": self.disturbed,
         }
 
@@ -130,7 +133,7 @@ def print_table(rows: Sequence[Row]) -> None:
     print("\nwhat the simulation was told beside the profile, and its errors without that")
     print(
         f"{'policy':9}{'scenario':10}{'req/s':>6}{'slowness':>10}{'planning':>10}{'gap':>8}"
-        f"{'request':>9}{'noise':>7}{'TTFT p50':>14}{'TPOT p50':>10}{'attained':>10}{'cores':>7}"
+        f"{'request':>9}{'noise':>7}{'TTFT p50':>14}{'TPOT p50':>10}{'attained':>10}{'cores, worst':>14}"
     )
     for row in rows:
         told, found = row.inputs, row.blind_errors
@@ -139,7 +142,7 @@ def print_table(rows: Sequence[Row]) -> None:
             f"{1e3 * told.planning_s:7.2f} ms{1e3 * told.gap_s:5.2f} ms"
             f"{1e3 * told.request_s:6.1f} ms{told.noise:7.3f}{100 * found['ttft_p50']:+13.0f}%"
             f"{100 * found['tpot_p50']:+9.0f}%{100 * found['attainment']:+10.1f}"
-            f"{row.cores_elsewhere:7.2f}"
+            f"{row.cores_elsewhere:7.2f},{row.worst_elsewhere:6.2f}"
         )
 
 

@@ -22,6 +22,8 @@ from minserve.slo import CUSTOM
 # Bounds of buckets, in steps of 1, 2, 5: of an iteration, and of a request.
 ITERATION_SECONDS = tuple(float(f"{m}e{e}") for e in range(-5, 1) for m in (1, 2, 5))
 REQUEST_SECONDS = tuple(float(f"{m}e{e}") for e in range(-3, 3) for m in (1, 2, 5))
+# Of measured over predicted time.
+SURPRISES = (*(n / 20 for n in range(10, 31)), 1.75, 2.0, 2.5, 3.0, 5.0)
 BATCH_TOKENS = (0, *(2**e for e in range(15)))
 
 
@@ -61,6 +63,10 @@ def _of_requests() -> Histogram:
     return Histogram(REQUEST_SECONDS)
 
 
+def _of_surprises() -> Histogram:
+    return Histogram(SURPRISES)
+
+
 def _of_batches() -> Histogram:
     return Histogram(BATCH_TOKENS)
 
@@ -89,6 +95,7 @@ class EngineStats:
         iteration_s, predicted_s, profiled_s: of iterations that ran something, with the
             planning that they waited for; as the planner predicted them, where it could; and as
             the device's profile has them, without what was learned since.
+        surprises: measured over predicted time of each of these.
         planning_s: of each plan.
         plans_ahead: plans made while an iteration ran, by whether they ``held`` when it had
             ended or were ``discarded``.
@@ -117,6 +124,7 @@ class EngineStats:
     iteration_s: Histogram = field(default_factory=_of_iterations)
     predicted_s: Histogram = field(default_factory=_of_iterations)
     profiled_s: Histogram = field(default_factory=_of_iterations)
+    surprises: Histogram = field(default_factory=_of_surprises)
     planning_s: Histogram = field(default_factory=_of_iterations)
     plans_ahead: dict[str, int] = field(default_factory=lambda: {"held": 0, "discarded": 0})
     prefill_tokens: Histogram = field(default_factory=_of_batches)
@@ -180,6 +188,7 @@ class EngineStats:
             self.profiled_s.observe(profiled_s)
         if predicted_s is not None:
             self.predicted_s.observe(predicted_s)
+            self.surprises.observe(measured_s / predicted_s)
 
     def copy(self, **state: float) -> EngineStats:
         """All counts as they are, with the given fields replaced."""

@@ -179,6 +179,7 @@ def _iteration_histograms(stats: EngineStats) -> Iterator[Metric]:
             "The same by the device's profile, without what was learned since.",
             stats.profiled_s,
         ),
+        ("iteration_surprise", "Measured over foreseen time of an iteration.", stats.surprises),
         ("planning_seconds", "Of planning an iteration.", stats.planning_s),
     ):
         yield _histogram(name, text, histogram)

@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 from simulated_report import Inputs, Row, errors, plot, print_table
-from simulated_vs_real import LEAD_S, as_sent, counted, told, with_noise
+from simulated_vs_real import LEAD_S, as_sent, counted, quantile_of, told
 
-from minserve.planner.perf_model import Piece
-from minserve.simulator.profiles import Device
 from minserve.slo import SLO, StageTarget, Targets
 from minserve.workload.answer import Answer
 from minserve.workload.client import Load
@@ -52,39 +50,43 @@ def row(real: list[Verdict], simulated: list[Verdict]) -> Row:
         simulated=simulated,
         blind=simulated,
         cores_elsewhere=0.0,
+        worst_elsewhere=0.0,
         disturbed=False,
     )
 
 
 def test_what_is_told_adds_up_to_what_was_measured() -> None:
     lone = {
-        "inter_token_latency_seconds_sum": 2.0,
-        "inter_token_latency_seconds_count": 100.0,
-        "iteration_seconds_sum": 1.9,
-        "iteration_seconds_count": 100.0,
+        ("inter_token_latency_seconds_sum", ""): 2.0,
+        ("inter_token_latency_seconds_count", ""): 100.0,
+        ("iteration_seconds_sum", ""): 1.9,
+        ("iteration_seconds_count", ""): 100.0,
     }
     run = {
-        "iteration_seconds_sum": 13.0,
-        "iteration_seconds_count": 500.0,
-        "planning_seconds_sum": 1.0,
-        "iteration_profiled_seconds_sum": 10.0,
-        "time_to_first_token_seconds_sum": 0.8,
-        "time_to_first_token_seconds_count": 2.0,
+        ("iteration_seconds_sum", ""): 13.0,
+        ("iteration_seconds_count", ""): 500.0,
+        ("planning_seconds_sum", ""): 1.0,
+        ("iteration_profiled_seconds_sum", ""): 10.0,
+        ("time_to_first_token_seconds_sum", ""): 0.8,
+        ("time_to_first_token_seconds_count", ""): 2.0,
+        ("iteration_surprise_bucket", "1.0"): 250.0,
+        ("iteration_surprise_bucket", "1.2"): 495.0,
+        ("iteration_surprise_bucket", "+Inf"): 500.0,
     }
     # One that got no token waited for nothing that could be compared.
     found = told([answer(1.0, 1.3), answer(2.0, 2.6), answer(3.0)], lone, run)
-    assert found.slowness == pytest.approx(1.2)
+    assert math.exp(2.3263 * found.noise) == pytest.approx(1.2, rel=1e-4)
+    assert found.slowness * math.exp(found.noise**2 / 2) == pytest.approx(1.2)
     assert found.planning_s == pytest.approx(0.002)
     assert found.gap_s == pytest.approx(0.001)
     assert found.request_s == pytest.approx(0.05)
 
 
-def test_noise_makes_the_profile_s_margin_and_leaves_the_mean_as_measured() -> None:
-    device = Device(name="mine", pieces=(Piece(tokens=1e-3),), margin=1.2)
-    found = with_noise(Inputs(slowness=1.1), device)
-    assert math.exp(2.3263 * found.noise) == pytest.approx(1.2, rel=1e-4)
-    assert found.slowness * math.exp(found.noise**2 / 2) == pytest.approx(1.1)
-    assert with_noise(Inputs(), replace(device, margin=1.0)) == Inputs()
+def test_quantiles_of_buckets_lie_on_straight_lines_between_their_bounds() -> None:
+    bounds = {"0.5": 0.0, "1.0": 40.0, "2.0": 90.0, "+Inf": 100.0}
+    metrics = {("x_bucket", bound): count for bound, count in bounds.items()} | {("x_sum", ""): 1.0}
+    found = [quantile_of(metrics, "x", q) for q in (0.2, 0.4, 0.65, 0.9, 0.99)]
+    assert found == pytest.approx([0.75, 1.0, 1.5, 2.0, 2.0])
 
 
 def test_the_simulator_gets_the_requests_as_the_server_saw_them() -> None:

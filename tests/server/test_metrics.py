@@ -44,6 +44,7 @@ CONTRACT = {
     "iteration_seconds": "histogram",
     "iteration_predicted_seconds": "histogram",
     "iteration_profiled_seconds": "histogram",
+    "iteration_surprise": "histogram",
     "planning_seconds": "histogram",
     "batch_tokens": "histogram",
 }
@@ -185,7 +186,7 @@ def test_iterations_and_their_tokens(plain: RunningServer) -> None:
     assert now["batch_tokens_sum decode"] == usage["completion_tokens"] - 1
     assert now["batch_tokens_sum draft"] == 0
     # One request alone: its prefill, and then a token each.
-    for name in ("seconds", "predicted_seconds", "profiled_seconds"):
+    for name in ("seconds", "predicted_seconds", "profiled_seconds", "surprise"):
         assert now[f"iteration_{name}_count"] == usage["completion_tokens"]
     for kind in ("prefill", "decode", "draft"):
         assert now[f"batch_tokens_count {kind}"] == usage["completion_tokens"]
