@@ -84,7 +84,8 @@ def _scaling(plan: Plan, found: Measured):
             panel.plot(counts, [row[str(n)] for n in counts], marker=marker, label=name)
         most = max(int(n) for row in lines.values() for n in row)
         panel.plot([1, most], [1, most], "--", color=COLOURS["fcfs"], label="linear")
-        panel.plot([4], [GOALS[scenario]], "*", markersize=12, color=COLOURS["distserve"])
+        goal = {"color": COLOURS["distserve"], "label": "the paper's dp"}
+        panel.plot([4], [GOALS[scenario]], "*", markersize=12, **goal)
         panel.set(xlabel="replicas", ylabel="capacity over one replica's", title=scenario)
     return figure
 

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -112,6 +113,8 @@ def run_all(ask: Callable[[], list[Job]], store: Store, num_workers: int) -> Don
                 _run(left, store, num_workers, done, bar)
         except KeyboardInterrupt:
             done.interrupted = True
+        except BrokenExecutor:
+            done.errors["a worker"] = "it ended by itself: killed, or out of memory"
     return done
 
 
@@ -138,15 +141,16 @@ def _outcomes(jobs: list[Job], num_workers: int) -> Iterator[tuple[Job, Outcome]
     # A fresh interpreter, which took no part in whatever this one has open.
     context = multiprocessing.get_context("spawn")
     workers = min(num_workers, len(jobs))
-    pool = context.Pool(workers, initializer=_begin_worker)
+    executor = ProcessPoolExecutor(workers, context, _begin_worker)
     try:
-        by_key = {job.key: job for job in jobs}
-        for key, outcome in pool.imap_unordered(_attempt, by_key.items()):
-            yield by_key[key], outcome
-        pool.close()
+        futures = {executor.submit(_attempt, job): job for job in jobs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
     finally:
-        pool.terminate()
-        pool.join()
+        executor.shutdown(wait=False, cancel_futures=True)
+        # Those who still work at something will not be asked for it any more.
+        for child in multiprocessing.active_children():
+            child.terminate()
 
 
 def _begin_worker() -> None:
@@ -155,12 +159,10 @@ def _begin_worker() -> None:
     os.nice(5)
 
 
-def _attempt(one: tuple[str, Job]) -> tuple[str, Outcome]:
-    # The key is the first interpreter's: the code may have changed since that one began.
-    key, job = one
+def _attempt(job: Job) -> Outcome:
     began = time.perf_counter()
     try:
         result = job.run()
     except Exception as error:
-        return key, f"{type(error).__name__}: {error}"
-    return key, (result, time.perf_counter() - began)
+        return f"{type(error).__name__}: {error}"
+    return result, time.perf_counter() - began

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,11 +30,13 @@ TINY = Size(requests=15, repeats=1, tolerance=0.2, coarse=8)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Square(Job):
-    """Something that takes no time; 3 cannot be done."""
+    """Something that takes no time; 3 cannot be done, and 7 is the end of its worker."""
 
     number: int
 
     def run(self) -> Result:
+        if self.number == 7:
+            os._exit(1)
         if self.number == 3:
             raise ValueError("not a 3")
         return {"square": self.number**2, "by": {1: "a key that is no text"}}
@@ -47,7 +50,7 @@ class TinyPlan(Plan):
     def combinations(self) -> tuple[tuple[str, str], ...]:
         return (("coding", OPT),)
 
-    def size(self, scenario: str) -> Size:
+    def size(self, scenario: str, device: str = OPT) -> Size:
         return TINY
 
 
@@ -160,6 +163,13 @@ def test_a_job_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
     assert list(done.errors.values()) == ["ValueError: not a 3"]
     assert jobs[1] in store
     assert jobs[0] not in store
+
+
+def test_a_worker_that_dies_ends_the_run_and_not_what_was_done(tmp_path: Path) -> None:
+    jobs, store = [Square(number=number) for number in (2, 7)], Store(tmp_path)
+    done = run_all(lambda: jobs, store, 1)
+    assert list(done.errors) == ["a worker"]
+    assert jobs[0] in Store(tmp_path)
 
 
 def test_every_section_asks_until_it_has_what_it_needs() -> None:
