@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -41,7 +42,7 @@ Result = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class Job(ABC):
     """One thing to measure. A job with the same key has the same result.
 
     Attributes:
@@ -68,9 +69,9 @@ class Job:
     def alone(self) -> bool:
         return False
 
+    @abstractmethod
     def run(self) -> Result:
         """Measure it."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,15 +20,13 @@ from minserve.cli_profile import add_profile
 from minserve.cli_simulate import add_simulate
 from minserve.config import EngineConfig, ServerConfig
 from minserve.errors import ConfigError, MinserveError, WorkloadError
+from minserve.exit_codes import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE
 from minserve.outputs import CompletionOutput, TokenLogprob, acceptance
 from minserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from minserve.engine.engine import AsyncEngine, Engine
 
-EXIT_ERROR = 1
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 128 + signal.SIGINT
 GENERATE_MAX_TOKENS = 256
 KEY_VARIABLE = "MINSERVE_API_KEY"
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minserve.cli_workload import (
-    EXIT_INTERRUPTED,
     add_report_flags,
     add_workload_flags,
     check_workload,
@@ -23,6 +22,7 @@ from minserve.cli_workload import (
 )
 from minserve.config import POLICIES
 from minserve.errors import WorkloadError
+from minserve.exit_codes import EXIT_ERROR, EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from minserve.workload.capacity import Capacity
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from minserve.workload.experiment import Experiment, Run
     from minserve.workload.report import Report
 
-EXIT_ERROR = 1
 # Later than this at the 99th percentile, the client is not to be trusted.
 LATE_CLIENT_S = 0.05
 NUM_ERRORS = 3

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from minserve.cli_flags import given
 from minserve.cli_workload import (
-    EXIT_INTERRUPTED,
     add_report_flags,
     add_workload_flags,
     check_workload,
@@ -23,6 +22,7 @@ from minserve.cli_workload import (
     say,
 )
 from minserve.errors import WorkloadError
+from minserve.exit_codes import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from minserve.simulator.simulation import Outcome, Setup
@@ -215,7 +215,7 @@ def _span_s(workload: Sequence[Conversation], rate: float | None) -> float:
     """Seconds over which a workload arrives."""
     from minserve.workload.conversation import num_turns
 
-    return workload[-1].arrival_s if rate is None else num_turns(list(workload)) / rate
+    return workload[-1].arrival_s if rate is None else num_turns(workload) / rate
 
 
 def _simulate(args: argparse.Namespace) -> int:
@@ -231,7 +231,7 @@ def _simulate(args: argparse.Namespace) -> int:
         from minserve.workload.plots import check_can_plot
 
         check_can_plot(args.plot)
-    longest = min(device.max_model_len, setup.pool_tokens) if args.drop_longer else None
+    longest = setup.longest if args.drop_longer else None
     _settle_number(args, setup)
     draw = make_draw(args, longest)
     check_fits(draw((args.rates or [_own_rate(args)])[0], setup.seed), setup)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import argparse
 import math
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minserve.errors import InvalidSLOError, WorkloadError
+from minserve.workload.capacity import LEVEL
 
 if TYPE_CHECKING:
     from minserve.workload.capacity import Capacity
     from minserve.workload.draws import Draw
 
 DEFAULT_CLASS = "chatbot"
-LEVEL = 0.9
-EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
 def add_workload_flags(group: argparse._ArgumentGroup) -> None:

@@ -182,3 +182,8 @@ class Sequence:
             f"Sequence({self.seq_id!r}, {self.state.value}, prompt={self.num_prompt_tokens}, "
             f"output={self.num_output_tokens}, computed={self.num_computed_tokens})"
         )
+
+
+def by_rank(seq: Sequence) -> tuple[int, float, str]:
+    """The key for sorting sequences in rank order."""
+    return seq.rank

@@ -20,6 +20,7 @@ HOMES = {
 GROUND = {
     "attainment",
     "errors",
+    "exit_codes",
     "config",
     "request",
     "sampling_params",

@@ -36,7 +36,7 @@ from minserve.errors import (
 from minserve.outputs import OutputDelta
 from minserve.planner.plan import IterationPlan, PlannerView, Refusal
 from minserve.planner.policies import Planner
-from minserve.request import FinishReason, RequestEvent, Sequence, SequenceState
+from minserve.request import FinishReason, RequestEvent, Sequence, SequenceState, by_rank
 from minserve.slo import Standing
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ class EngineCore:
         seq.events[RequestEvent.QUEUED] = self.clock()
         self._outputs[seq.seq_id] = LiveOutput(seq, detokenizer, marker_ids or {})
         self._by_request.setdefault(seq.request.request_id, []).append(seq.seq_id)
-        insort(self.waiting, seq, key=_rank)
+        insort(self.waiting, seq, key=by_rank)
 
     def abort(self, request_id: str, error: MinserveError | None = None) -> list[OutputDelta]:
         """End all outputs of a request now and free their blocks; unknown ids are ignored.
@@ -409,7 +409,7 @@ class EngineCore:
         seq.state = SequenceState.RUNNING
         seq.events[RequestEvent.SCHEDULED] = now
         self.waiting.remove(seq)
-        insort(self.running, seq, key=_rank)
+        insort(self.running, seq, key=by_rank)
 
     def _release(self, seq: Sequence) -> None:
         self.pool.release(seq)
@@ -424,8 +424,4 @@ class EngineCore:
         seq.state = SequenceState.WAITING
         seq.events[RequestEvent.PREEMPTED] = self.clock()
         self.running.remove(seq)
-        insort(self.waiting, seq, key=_rank)
-
-
-def _rank(seq: Sequence) -> tuple[int, float, str]:
-    return seq.rank
+        insort(self.waiting, seq, key=by_rank)

@@ -143,13 +143,7 @@ class OfferedLoad:
         self._progressed(self)
 
 
-def check_lengths(
-    workload: Sequence[Conversation], max_model_len: int, kv_tokens: int
-) -> Turn | None:
-    """The first turn that is longer than the model or the whole KV memory, if there is one."""
-    most = min(max_model_len, kv_tokens)
-    for conversation in workload:
-        for turn in conversation.turns:
-            if turn.prompt_tokens + turn.output_tokens > most:
-                return turn
-    return None
+def first_longer(workload: Sequence[Conversation], longest: int) -> Turn | None:
+    """The first turn with more tokens of prompt and output together, if there is one."""
+    turns = (turn for conversation in workload for turn in conversation.turns)
+    return next((t for t in turns if t.prompt_tokens + t.output_tokens > longest), None)

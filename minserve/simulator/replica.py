@@ -17,7 +17,7 @@ from minserve.errors import SimulationError
 from minserve.planner.perf_model import BatchShape, PerfModel
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.policies import Planner
-from minserve.request import Sequence, SequenceState
+from minserve.request import Sequence, SequenceState, by_rank
 from minserve.slo import Standing
 from minserve.workload.conversation import Turn
 
@@ -131,7 +131,7 @@ class SimulatedReplica:
     def submit(self, seq: SimulatedSequence) -> None:
         """A sequence arrives."""
         self._by_id[seq.seq_id] = seq
-        insort(self.waiting, seq, key=_rank)
+        insort(self.waiting, seq, key=by_rank)
 
     def withdraw(self, seq: SimulatedSequence) -> None:
         """A waiting sequence goes elsewhere."""
@@ -277,7 +277,7 @@ class SimulatedReplica:
             seq.num_computed_tokens, seq.state = 0, SequenceState.WAITING
             seq.num_preemptions += 1
             self.running.remove(seq)
-            insort(self.waiting, seq, key=_rank)
+            insort(self.waiting, seq, key=by_rank)
         for seq_id in plan.admit:
             seq = self._by_id[seq_id]
             seq.num_computed_tokens = self.pool.admit(seq)
@@ -332,7 +332,7 @@ class SimulatedReplica:
 
     def _run(self, seq: SimulatedSequence) -> None:
         seq.state = SequenceState.RUNNING
-        insort(self.running, seq, key=_rank)
+        insort(self.running, seq, key=by_rank)
 
     def _finish(self, seq: SimulatedSequence) -> None:
         self.planner.finished(seq)
@@ -345,7 +345,3 @@ class SimulatedReplica:
         self.pool.release(seq)
         if self.drafter is not None:
             self.drafter.forget(seq)
-
-
-def _rank(seq: Sequence) -> tuple[int, float, str]:
-    return seq.rank

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
 from minserve.controller.router import ROUTERS, make_router
@@ -15,6 +16,7 @@ from minserve.planner.perf_model import PerfModel, Piece
 from minserve.planner.policies import PROMISING, Planner, make_planner
 from minserve.planner.policies.fcfs import FcfsPlanner
 from minserve.planner.policies.sarathi import SarathiPlanner
+from minserve.request import Sequence
 from minserve.simulator.cluster import Cluster
 from minserve.simulator.distserve import (
     NVLINK_BYTES_S,
@@ -23,7 +25,7 @@ from minserve.simulator.distserve import (
     PrefillReplica,
 )
 from minserve.simulator.events import EventLoop
-from minserve.simulator.load import OfferedLoad, Progressed, check_lengths
+from minserve.simulator.load import OfferedLoad, Progressed, first_longer
 from minserve.simulator.profiles import Device
 from minserve.simulator.replica import Drafter, SimulatedReplica
 from minserve.workload.conversation import Conversation
@@ -158,6 +160,11 @@ class Setup:
         return found
 
     @property
+    def longest(self) -> int:
+        """Tokens of a prompt and its output together, at most."""
+        return min(self.device.max_model_len, self.pool_tokens)
+
+    @property
     def budget(self) -> int:
         """Most tokens of an iteration."""
         if self.token_budget is not None:
@@ -197,10 +204,15 @@ class ErringLengths(OracleLengths):
     def __init__(self, lengths: dict[str, int], sigma: float, seed: int) -> None:
         super().__init__(lengths)
         self._sigma, self._seed = sigma, seed
+        # Asked for in every round of admission, and a generator of its own is slow to seed.
+        self._guesses: dict[str, int] = {}
 
-    def _total(self, seq) -> int:
-        rng = random.Random(f"{self._seed} {seq.seq_id}")
-        guess = round(super()._total(seq) * math.exp(rng.gauss(0.0, self._sigma)))
+    def _total(self, seq: Sequence) -> int:
+        guess = self._guesses.get(seq.seq_id)
+        if guess is None:
+            rng = random.Random(f"{self._seed} {seq.seq_id}")
+            guess = round(super()._total(seq) * math.exp(rng.gauss(0.0, self._sigma)))
+            self._guesses[seq.seq_id] = guess
         # Whoever outlives the guess is as likely as not to double.
         return guess if guess > seq.num_output_tokens else 2 * seq.num_output_tokens
 
@@ -218,7 +230,7 @@ def planner_of(setup: Setup, lengths: LengthEstimator) -> Planner:
 
 
 def simulate(
-    workload: Sequence[Conversation],
+    workload: SequenceOf[Conversation],
     setup: Setup,
     progressed: Progressed = lambda _: None,
     into: Outcome | None = None,
@@ -241,13 +253,12 @@ def simulate(
     loop = EventLoop()
     shares = any(turn.shared_tokens for one in workload for turn in one.turns)
     cluster = _cluster(setup, loop, lengths, make, prefix_caching=shares)
-    longest = min(setup.device.max_model_len, setup.pool_tokens)
     model = setup.device.perf_model()
     load = OfferedLoad(
         loop,
         workload,
         model,
-        longest,
+        setup.longest,
         lengths,
         cluster.arrive,
         progressed,
@@ -287,12 +298,12 @@ def _cluster(
     return Cluster(loop, replicas, router, _estimator(setup, lengths), setup.hop_limit)
 
 
-def check_fits(workload: Sequence[Conversation], setup: Setup) -> None:
+def check_fits(workload: SequenceOf[Conversation], setup: Setup) -> None:
     """
     Raises:
         WorkloadError: where a turn is longer than the model or the KV memory.
     """
-    turn = check_lengths(workload, setup.device.max_model_len, setup.pool_tokens)
+    turn = first_longer(workload, setup.longest)
     if turn is not None:
         raise WorkloadError(
             f"a request of {turn.prompt_tokens} + {turn.output_tokens} tokens is longer than "

@@ -8,6 +8,7 @@ repeats the prompt and the answer of the one before it, and adds what the tool r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minserve.slo import SLO
@@ -52,6 +53,6 @@ class Conversation:
     turns: tuple[Turn, ...]
 
 
-def num_turns(workload: list[Conversation]) -> int:
+def num_turns(workload: Sequence[Conversation]) -> int:
     """Requests in a workload."""
     return sum(len(conversation.turns) for conversation in workload)

@@ -74,7 +74,7 @@ class Experiment:
         """Send a workload. Ctrl-C cuts it short; the run is kept all the same."""
         load = run_load(self.endpoint, workload, self.speed, on_progress=on_progress)
         planned = load.complete and rate is not None
-        seconds = num_turns(list(workload)) / rate if planned and rate else load.seconds
+        seconds = num_turns(workload) / rate if planned and rate else load.seconds
         self.runs.append(Run(rate, seed, seconds, load))
         return self.runs[-1]
 

@@ -26,7 +26,7 @@ from minserve.planner.policies.base import Planner
 from minserve.planner.review import ReviewSettings, Verdict, review
 from minserve.planner.speculation import NO_DRAFTS, Drafting, DraftsForPrefills
 from minserve.planner.timeline import Candidate
-from minserve.request import Sequence, SequenceState
+from minserve.request import Sequence, SequenceState, by_rank
 from minserve.slo import Standing
 
 REVIEW_EVERY_S = 0.1
@@ -240,7 +240,7 @@ class DpPlanner(Planner):
                 work.prefills.append((progress.next_deadline_s, seq))
         for role in (work.decodes, work.prefills, work.pending):
             role.sort(key=_deadline)
-        work.best_effort.sort(key=_rank)
+        work.best_effort.sort(key=by_rank)
         return work
 
     def _longest_s(self) -> float:
@@ -266,7 +266,3 @@ class DpPlanner(Planner):
 
 def _deadline(due: tuple[float, Sequence]) -> float:
     return due[0]
-
-
-def _rank(seq: Sequence) -> tuple[int, float, str]:
-    return seq.rank
