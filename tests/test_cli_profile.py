@@ -143,7 +143,6 @@ def test_a_picture_without_matplotlib_is_refused_before_measuring(
 def test_a_picture_is_drawn_beside_the_profile_or_where_asked(
     tiny_llama_dir: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib")
     assert profile(tiny_llama_dir, "--json") == 0
     picture = Path(json.loads(capsys.readouterr().out)["plot"])
     assert picture.parent == cache

@@ -79,12 +79,17 @@ class ServerProcess:
 
     def stop(self) -> None:
         """Let it drain and end; kill it where it does not."""
-        self._process.terminate()
-        try:
-            self._process.wait(timeout=STOP_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end(self._process)
         if self._process.stdout is not None:
             self._process.stdout.close()
         self._log.close()
+
+
+def end(process: subprocess.Popen) -> None:
+    """Ask a process to end; kill it where it does not within `STOP_S`."""
+    process.terminate()
+    try:
+        process.wait(timeout=STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -145,6 +145,5 @@ def test_a_report_and_a_picture_are_made_where_requests_got_no_token(
     rows = [row(verdicts(None, 0.1), verdicts(0.2, 0.3)), row(verdicts(None), verdicts(None))]
     print_table(rows)
     assert "missed" in capsys.readouterr().out
-    pytest.importorskip("matplotlib")
     plot(rows, str(tmp_path / "picture.png"))
     assert (tmp_path / "picture.png").stat().st_size > 1000

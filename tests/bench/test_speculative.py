@@ -251,7 +251,6 @@ def test_synthetic_mode_on_the_tiny_shape(capsys: pytest.CaptureFixture[str]):
 
 
 def test_plot_is_written(tmp_path: Path):
-    pytest.importorskip("matplotlib")
     from speculative_report import plot
 
     plot([result(cells=[cell(1), cell(4)])], str(tmp_path / "plot.png"))

@@ -18,23 +18,18 @@ RUN = [
     for name in ("chatbot", "coding")
     for i, (cause, ttft) in enumerate([(None, 0.2), (Cause.LATE_TTFT, 1.0), (Cause.FAILED, None)])
 ]  # fmt: skip
-needs_matplotlib = pytest.mark.skipif(
-    importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
-)
 
 
 def is_picture(file: Path) -> bool:
     return file.read_bytes().startswith(b"\x89PNG")
 
 
-@needs_matplotlib
 def test_attainment_is_drawn_with_a_line_per_label(tmp_path: Path) -> None:
     lines = {"dp": {2.0: [0.5, 0.6], 1.0: [1.0, 0.98]}, "fcfs": {1.0: [0.2], 2.0: []}, "none": {}}
     plots.plot_attainment(lines, tmp_path / "rates.png")
     assert is_picture(tmp_path / "rates.png")
 
 
-@needs_matplotlib
 @pytest.mark.parametrize("verdicts", [RUN, RUN[2:3], []], ids=["some", "no token", "none"])
 def test_a_run_is_drawn_with_its_slos(tmp_path: Path, verdicts: list[Verdict]) -> None:
     targets = {"coding": Targets(ttft_s=0.5, stages=(StageTarget(0.05),))}
@@ -42,7 +37,6 @@ def test_a_run_is_drawn_with_its_slos(tmp_path: Path, verdicts: list[Verdict]) -
     assert is_picture(tmp_path / "run.png")
 
 
-@needs_matplotlib
 @pytest.mark.parametrize(
     ("name", "word"), [("run.txt", "must end in"), ("nowhere/run.png", "No such file")]
 )
@@ -53,7 +47,6 @@ def test_a_file_that_cannot_be_drawn_is_named_beforehand(
         plots.check_can_plot(tmp_path / name)
 
 
-@needs_matplotlib
 def test_looking_whether_a_file_can_be_drawn_leaves_nothing_behind(tmp_path: Path) -> None:
     plots.check_can_plot(tmp_path / "run.png")
     assert not list(tmp_path.iterdir())
