@@ -118,10 +118,11 @@ def build_outlook(
     num_blocks: int,
     free_seqs: int,
 ) -> Outlook:
-    """Lay demands and holdings on a time axis of at most `MAX_SEGMENTS` segments.
+    """Lay demands and holdings on a time axis of at most `MAX_SEGMENTS` segments, and one more.
 
     Rounded to the cautious side: what begins within a segment counts from its start, what
-    ends within one counts to its end, what ends after the horizon counts for good.
+    ends within one counts to its end, what ends after the horizon counts for good. What begins
+    after it counts in one more segment, which begins there.
 
     Args:
         horizon_s: when the last promise that is to be decided falls due.
@@ -132,6 +133,9 @@ def build_outlook(
     release = np.array([h.end_s for h in holdings], dtype=np.float64)
     tier = np.array([d.tier for d in demands], dtype=np.int64)
     starts = _segments(now, horizon_s, np.concatenate([begin, end, release]))
+    if now < horizon_s < begin.max(initial=now):
+        # What begins after the horizon takes no time from what must be done before it.
+        starts = np.append(starts, horizon_s)
     num = len(starts)
     counts = np.zeros((num + 1, num_tiers), dtype=np.int64)
     np.add.at(counts, (np.maximum(np.searchsorted(starts, begin, side="right") - 1, 0), tier), 1)

@@ -49,7 +49,7 @@ class IterationPlan:
         start_by_s: on the engine's clock, until when the iteration may begin and still end
             in time; later it is better planned anew.
         best_effort_s: of the predicted seconds, those that go to best effort.
-        best_effort_waits: True where there is best effort to be served, now or later.
+        best_effort_waits: True where there is best effort that this batch has no room for.
     """
 
     num_scheduled_tokens: dict[str, int] = field(default_factory=dict)

@@ -37,6 +37,9 @@ LONGEST_ITERATION = 5.0
 # How long it is remembered that promises held much memory. Longer than outputs take: best
 # effort that starts in a lull should end before the next rush.
 MEMORY_FADE_S = 60.0
+# Of the pool, at most, what best effort leaves free beside that: for a larger rush than those
+# before it, and for prefixes that stay cached until somebody asks for them again.
+SPARE_MEMORY = 1 / 3
 # A token still has to be detokenized, written and read.
 GUARD_S = 0.003
 # Where drafts do not pay, they are not weighed again for so many iterations of the same
@@ -162,7 +165,9 @@ class DpPlanner(Planner):
         self._promised.see(held, now)
         limits = self._limits(work, view.memory)
         plan = form_batch(view, work, self.model, limits, now, drafting)
-        plan.best_effort_waits = bool(work.best_effort)
+        plan.best_effort_waits = any(
+            seq.seq_id not in plan.num_scheduled_tokens for seq in work.best_effort
+        )
         if drafting is not None and drafting.declined:
             self._round.rest = REST
         plan.relegate, plan.reject = list(verdict.relegate), verdict.reject
@@ -253,11 +258,14 @@ class DpPlanner(Planner):
         longest_s = self._longest_s()
         owed = self._owed_now() if work.best_effort else 0.0
         enough = owed >= longest_s / LONGEST_ITERATION
+        promised = self._promised.most
+        # Where little is promised, little is kept free.
+        kept = promised + min(promised, SPARE_MEMORY * memory.num_blocks)
         return BatchLimits(
             longest_s=longest_s,
             guard_s=GUARD_S,
             best_effort_s=min(owed, longest_s / 2) if enough else 0.0,
-            best_effort_blocks=memory.num_blocks - self._promised.most,
+            best_effort_blocks=memory.num_blocks - kept,
             blocks_of=lambda seq: (
                 -(-(seq.num_tokens + self.lengths.remaining(seq)) // memory.block_size)
             ),
