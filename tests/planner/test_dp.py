@@ -12,6 +12,7 @@ from minserve.engine.block_pool import BlockPool
 from minserve.planner.lengths import BoundLengths
 from minserve.planner.perf_model import PerfModel, Piece
 from minserve.planner.policies import make_planner
+from minserve.planner.policies.dp import GUARD_S
 from minserve.slo import SLO, DecodeStage, OnUnattainable, Standing
 
 
@@ -311,3 +312,57 @@ def test_what_promises_held_long_ago_keeps_best_effort_from_nothing() -> None:
     while len(replay.running) < 3:
         replay.step()
         assert len(replay.finished) == 1, "they start together, not one after another"
+
+
+def test_best_effort_leaves_as_many_blocks_again_as_promises_hold() -> None:
+    replay = replay_of(blocks=60)
+    replay.run([request("p", 150, 60, 0.0, SLO(ttft=60.0, tpot=10.0))])
+    replay.waiting = [request(f"b{i}", 150, 60, replay.now, None) for i in range(4)]
+    for _ in range(8):
+        replay.step()
+    # Each takes 14 blocks, as the promise did: a third one would leave no 28 free.
+    assert [seq.seq_id for seq in replay.running] == ["b0", "b1"]
+
+
+def test_best_effort_that_runs_in_every_batch_is_owed_nothing() -> None:
+    replay = replay_of(best_effort_share=0.2)
+    replay.waiting = [
+        request("promised", 20, 150, 0.0, SLO(ttft=5.0, tpot=0.1)),
+        request("spare", 20, 150, 0.0, None),
+    ]
+    for _ in range(100):
+        replay.step()
+    assert len(replay.running) == 2
+    assert replay.planner._owed_now() == 0.0
+
+
+def _decodes_far_ahead() -> Replay:
+    """Eight decodes whose batches take 44 ms of the 50 ms promised, after three seconds."""
+    replay = replay_of()
+    slo = SLO(ttft=5.0, tpot=0.05)
+    replay.waiting = [request(f"d{i}", 20, 190, 0.0, slo) for i in range(8)]
+    while replay.now < 3.0:
+        replay.step()
+    ahead = min(seq.progress.next_deadline_s for seq in replay.running) - replay.now
+    assert len(replay.running) == 8
+    assert ahead > 0.2
+    return replay
+
+
+def test_decodes_far_ahead_leave_their_time_to_a_short_prompt() -> None:
+    """At their pace they leave 30 prefill tokens a second; for now they need no time at all."""
+    replay = _decodes_far_ahead()
+    seq = request("short", 20, 5, replay.now, SLO(ttft=0.08, tpot=0.2))
+    decodes = list(replay.running)
+    replay.run([seq])
+    assert seq.standing is Standing.ADMITTED
+    assert all(one.progress.attained for one in [seq, *decodes])
+
+
+def test_a_first_token_that_is_late_by_the_guard_time_alone_is_still_in_time() -> None:
+    replay = _decodes_far_ahead()
+    alone = replay.device.zero_load_prefill_s(20)
+    slo = SLO(ttft=replay.device.margin * alone + GUARD_S / 2, tpot=0.2)
+    seq = request("short", 20, 5, replay.now, slo)
+    replay.run([seq])
+    assert seq.progress.attained

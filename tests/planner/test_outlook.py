@@ -56,3 +56,10 @@ def test_outputs_that_end_in_turn_never_hold_all_their_blocks_at_once() -> None:
 def test_nobody_holds_nothing() -> None:
     outlook = build_outlook(3.0, 4.0, [], [], num_tiers=2, num_blocks=50, free_seqs=1)
     assert outlook.free_blocks.tolist() == [50]
+
+
+def test_what_begins_after_the_horizon_takes_nothing_before_it() -> None:
+    demands = [Demand(0, 0.0, 9.0), Demand(0, 5.0, 9.0)]
+    outlook = build_outlook(0.0, 1.0, demands, [], num_tiers=1, num_blocks=10, free_seqs=8)
+    assert outlook.starts.tolist() == [0.0, 1.0]
+    assert outlook.counts.tolist() == [[1], [2]]
