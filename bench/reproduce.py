@@ -12,7 +12,7 @@ paper had the distilled 1.5B, of which none is published.
 Results are kept as they come, and a run goes on where it was broken off. Tables go to
 ``bench/results/reproduce.md``, figures to ``reproduce.json``, pictures beside them.
 
-    python bench/reproduce.py                    # everything, under 30 minutes on 2 cores
+    python bench/reproduce.py                    # everything, 40 minutes on 2 cores
     python bench/reproduce.py --quick            # OPT-6.7B alone, under 5 minutes
     python bench/reproduce.py --only capacity,scaling
 """

@@ -88,7 +88,7 @@ LONE_REQUESTS = 3
 LONE_TOKENS = 32
 CAPACITY_S = 120.0
 # Seeds of the scatter.
-SIMULATIONS = 10
+SIMULATIONS = 5
 # Cores that others may take in one slice of a run; a stall is forgotten in its mean.
 SLICE_S = 2.0
 DISTURBED_SLICE = 0.5
