@@ -15,7 +15,7 @@ documentation advises for CPUs (all cores bound, tcmalloc and Intel's OpenMP pre
 they are installed), with chunked prefill and its own token budget; more budgets can be tried.
 Prefix caching is on in both, and no two prompts begin alike.
 
-    python bench/versus_vllm.py --vllm-python DIR/bin/python          # about 25 minutes
+    python bench/versus_vllm.py --vllm-python DIR/bin/python          # about 45 minutes
     python bench/versus_vllm.py --vllm-python DIR/bin/python --quick  # does it run? 5 minutes
     python bench/versus_vllm.py ... --results FILE.json               # goes on where it ended
 
