@@ -21,7 +21,7 @@ None of them is fitted to what is compared. The simulation is repeated with othe
 scatter, all of them counted: near capacity, one iteration more or less decides who is admitted.
 The errors of a simulation without any of this stand in the second table.
 
-    python bench/simulated_vs_real.py                     # about 10 minutes
+    python bench/simulated_vs_real.py                     # about 8 minutes
     python bench/simulated_vs_real.py --quick             # 3 minutes
     python bench/simulated_vs_real.py --plot simulated.png
 
