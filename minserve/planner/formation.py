@@ -121,13 +121,13 @@ def form_batch(
     for deadline, seq in work.prefills:
         if batch.is_full(limit):
             break
-        # One that ends in this batch gets its first token at the batch's end. Where it would
-        # be too late by the guard time, it is tried without: it may still be in time.
-        soon = deadline - limits.guard_s - now
-        for until in (soon, soon + limits.guard_s):
-            if batch.prefill(seq, min(limit, until), whole=True, evict=True):
-                limit, due = min(limit, until), min(due, until)
-                break
+        # One that ends in this batch gets its first token at the batch's end: in time for the
+        # guard time too, or else just in time, which may still be good enough.
+        latest = deadline - now
+        if batch.prefill(seq, min(limit, latest), whole=True, evict=True):
+            soon = latest - limits.guard_s
+            until = soon if batch.seconds <= soon else latest
+            limit, due = min(limit, until), min(due, until)
         else:
             batch.prefill(seq, limit, evict=True)
     for _, seq in may:

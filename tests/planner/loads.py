@@ -49,6 +49,16 @@ def request(name: str, prompt: int, output: int, arrival: float, slo: SLO | None
     return make_sequence(name, tokens, output, arrival, slo=slo, model=device(), max_tokens=200)
 
 
+def promise_beside_best_effort(share: float) -> Replay:
+    """Two that begin together, and go on for a while; the second has no SLO."""
+    replay = replay_of(best_effort_share=share)
+    replay.waiting = [
+        request("promised", 20, 150, 0.0, SLO(ttft=5.0, tpot=0.1)),
+        request("spare", 20, 150, 0.0, None),
+    ]
+    return replay
+
+
 def mixed_load(rate: float, seconds: float, seed: int = 0) -> list[Sequence]:
     """Poisson arrivals, half of them tight."""
     rng, now, load = random.Random(seed), 0.0, []

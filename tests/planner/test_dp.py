@@ -5,7 +5,14 @@ from __future__ import annotations
 import random
 
 import pytest
-from loads import TIGHT, attained, mixed_load, replay_of, request
+from loads import (
+    TIGHT,
+    attained,
+    mixed_load,
+    promise_beside_best_effort,
+    replay_of,
+    request,
+)
 from replay import Replay
 
 from minserve.engine.block_pool import BlockPool
@@ -325,11 +332,7 @@ def test_best_effort_leaves_as_many_blocks_again_as_promises_hold() -> None:
 
 
 def test_best_effort_that_runs_in_every_batch_is_owed_nothing() -> None:
-    replay = replay_of(best_effort_share=0.2)
-    replay.waiting = [
-        request("promised", 20, 150, 0.0, SLO(ttft=5.0, tpot=0.1)),
-        request("spare", 20, 150, 0.0, None),
-    ]
+    replay = promise_beside_best_effort(0.2)
     for _ in range(100):
         replay.step()
     assert len(replay.running) == 2

@@ -7,7 +7,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from loads import attained, device, mixed_load, replay_of, request
+from loads import attained, device, mixed_load, promise_beside_best_effort, replay_of, request
 from lookahead_replay import LookaheadReplay
 from replay import Replay, make_sequence
 
@@ -73,11 +73,7 @@ def test_a_discarded_round_of_admission_is_held_again() -> None:
 
 
 def test_what_best_effort_is_given_by_the_plan_under_way_is_not_given_again() -> None:
-    replay = replay_of(best_effort_share=0.5)
-    replay.waiting = [
-        request("slow", 20, 100, 0.0, SLO(ttft=5.0, tpot=0.1)),
-        request("spare", 20, 100, 0.0, None),
-    ]
+    replay = promise_beside_best_effort(0.5)
     for _ in range(4):
         replay.step()
     planner = replay.planner
