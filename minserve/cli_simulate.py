@@ -23,8 +23,10 @@ from minserve.cli_workload import (
 )
 from minserve.errors import WorkloadError
 from minserve.exit_codes import EXIT_INTERRUPTED
+from minserve.interrupt import Interrupt
 
 if TYPE_CHECKING:
+    from minserve.simulator.load import OfferedLoad
     from minserve.simulator.simulation import Outcome, Setup
     from minserve.simulator.sizing import Sizing
     from minserve.workload.capacity import Capacity
@@ -175,6 +177,7 @@ class _Simulations:
 
     setup: Setup
     draw: Draw
+    interrupt: Interrupt
     runs: list[_Run] = field(default_factory=list)
 
     def attainment(self, rate: float | None, repeat: int, replicas: int | None = None) -> float:
@@ -201,8 +204,13 @@ class _Simulations:
         with tqdm(
             total=num_turns(workload), desc=name, unit="request", leave=False, disable=None
         ) as bar:
+
+            def progressed(_: OfferedLoad) -> None:
+                bar.update()
+                self.interrupt.check()
+
             try:
-                simulate(workload, setup, lambda _: bar.update(), into=outcome)
+                simulate(workload, setup, progressed, into=outcome)
             except KeyboardInterrupt:
                 seconds = min(outcome.seconds, _span_s(workload, rate))
                 self.runs.append(_Run(rate, setup, seconds, outcome))
@@ -237,8 +245,9 @@ def _simulate(args: argparse.Namespace) -> int:
     check_fits(draw((args.rates or [_own_rate(args)])[0], setup.seed), setup)
     if args.profile is None:
         say(f"simulating {device.name}; --profile takes another one")
-    simulations = _Simulations(setup, draw)
-    capacity, sizing, interrupted = _measure(args, simulations)
+    with Interrupt() as interrupt:
+        simulations = _Simulations(setup, draw, interrupt)
+        capacity, sizing, interrupted = _measure(args, simulations)
     _print(args, simulations, capacity, sizing, interrupted)
     return EXIT_INTERRUPTED if interrupted else 0
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from minserve.cli import main
 from minserve.planner.perf_model import PerfModel, Piece
@@ -261,6 +262,20 @@ def test_ctrl_c_prints_what_was_simulated_so_far(flags: list[str]) -> None:
     if "--capacity" in flags:
         assert not found["capacity"]["complete"]
         assert len(found["capacity"]["attainment"]["1"]) >= 1
+
+
+def test_ctrl_c_in_a_finalizer_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finalize = tqdm.__del__
+
+    def interrupted(_: tqdm) -> None:
+        monkeypatch.setattr(tqdm, "__del__", finalize)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(tqdm, "__del__", interrupted)
+    assert main([*CHAT, "--rate", "1", "--repeats", "20", "--json"]) == 130
+    assert 1 <= len(json.loads(capsys.readouterr().out)["runs"]) < 20
 
 
 def test_neither_torch_nor_an_http_client_is_imported() -> None:
