@@ -8,7 +8,7 @@ from functools import partial
 
 from reproduce_planners import ABLATIONS
 
-from minserve.simulator.profiles import PUBLISHED
+from minserve.devices import PUBLISHED
 from minserve.simulator.simulation import MakePlanner, Outcome, Setup, planner_of, simulate
 from minserve.slo import SLO
 from minserve.workload.capacity import LEVEL, Measure

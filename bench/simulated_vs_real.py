@@ -53,9 +53,9 @@ from slo_servers import DISTURBED_CORES, await_quiet, cpu_seconds
 from tqdm import tqdm
 
 from minserve.config import ServerConfig
+from minserve.devices import QUANTILE, Device, find_device
 from minserve.errors import MinserveError
 from minserve.planner.policies import PROMISING
-from minserve.simulator.profiles import QUANTILE, Device, find_device
 from minserve.simulator.simulation import Setup, simulate
 from minserve.slo import SLO
 from minserve.workload.answer import Answer

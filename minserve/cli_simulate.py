@@ -230,7 +230,7 @@ def _simulate(args: argparse.Namespace) -> int:
     """Simulate, print, draw."""
     _check(args)
 
-    from minserve.simulator.profiles import find_device
+    from minserve.devices import find_device
     from minserve.simulator.simulation import Setup, check_fits
 
     device = find_device(args.profile or PROFILES.get(args.scenario, PROFILE))

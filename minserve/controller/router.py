@@ -8,6 +8,7 @@ arXiv 2504.08784, tries them in turn from a round-robin start instead of weighin
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
@@ -17,30 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minserve.errors import ConfigError
+from minserve.planner.load import ReplicaLoad
 from minserve.planner.perf_model import PerfModel
 
 Floats = NDArray[np.float64]
 # Stands for "no deadline".
 FAR_S = 1e6
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaState:
-    """What a replica reports of itself.
-
-    Attributes:
-        prefill_tokens: of prompts under a promise, or waiting for one, not yet computed.
-        decode_rate: tokens per second that its decodes under a promise are owed.
-        tightest_tpot_s: of these; inf where there is none.
-        free_tokens: of KV, that nobody under a promise holds or is predicted to need.
-        num_sequences: waiting and running, best effort too.
-    """
-
-    prefill_tokens: int = 0
-    decode_rate: float = 0.0
-    tightest_tpot_s: float = float("inf")
-    free_tokens: int = 0
-    num_sequences: int = 0
+# A whole prompt that need not be computed makes up for so many neighbours.
+PREFIX_WORTH = 4.0
+NOBODY: AbstractSet[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,22 +64,29 @@ class Router(ABC):
         self.model = model
 
     @abstractmethod
-    def choose(self, ask: Ask, now: float) -> int:
-        """The replica for a request."""
+    def choose(self, ask: Ask, now: float, without: AbstractSet[int] = NOBODY) -> int:
+        """The replica for a request.
+
+        Args:
+            without: replicas that are not there; at least one must be.
+        """
 
     def choose_better(self, ask: Ask, now: float, without: AbstractSet[int]) -> int | None:
         """Where a request that one replica could not promise its SLO is tried next.
 
         Args:
-            without: replicas that have had their turn.
+            without: replicas that have had their turn, or are not there.
 
         Returns:
             ``None`` where no other one can keep it, as far as this router can tell.
         """
         return None
 
-    def report(self, replica: int, state: ReplicaState) -> None:  # noqa: B027 - some need none
+    def report(self, replica: int, load: ReplicaLoad) -> None:  # noqa: B027 - some need none
         """A replica says how it is."""
+
+    def count_in(self, replica: int, ask: Ask) -> None:  # noqa: B027 - some need none
+        """A request is on its way to a replica whose last report does not know of it."""
 
 
 class RoundRobinRouter(Router):
@@ -105,7 +98,9 @@ class RoundRobinRouter(Router):
         super().__init__(num_replicas, model)
         self._next = 0
 
-    def choose(self, ask: Ask, now: float) -> int:
+    def choose(self, ask: Ask, now: float, without: AbstractSet[int] = NOBODY) -> int:
+        while self._next in without:
+            self._next = (self._next + 1) % self.num_replicas
         replica, self._next = self._next, (self._next + 1) % self.num_replicas
         return replica
 
@@ -119,13 +114,16 @@ class LeastLoadedRouter(Router):
         super().__init__(num_replicas, model)
         self._num_sequences = np.zeros(num_replicas)
 
-    def report(self, replica: int, state: ReplicaState) -> None:
-        self._num_sequences[replica] = state.num_sequences
+    def report(self, replica: int, load: ReplicaLoad) -> None:
+        self._num_sequences[replica] = load.num_sequences
 
-    def choose(self, ask: Ask, now: float) -> int:
-        replica = int(self._num_sequences.argmin())
-        self._num_sequences[replica] += 1
+    def choose(self, ask: Ask, now: float, without: AbstractSet[int] = NOBODY) -> int:
+        replica = int(_masked(self._num_sequences, without, np.inf).argmin())
+        self.count_in(replica, ask)
         return replica
+
+    def count_in(self, replica: int, ask: Ask) -> None:
+        self._num_sequences[replica] += 1
 
 
 class SloRouter(Router):
@@ -139,28 +137,48 @@ class SloRouter(Router):
         self._decode_rate = np.zeros(num_replicas)
         self._tightest = np.full(num_replicas, np.inf)
         self._free = np.full(num_replicas, np.inf)
+        self._num_sequences = np.zeros(num_replicas)
         self._steep = model.steepest
         # Without a pace to keep, iterations as long as so many lone decodes.
         self._longest_s = 5.0 * model.zero_load_decode_s(1)
 
-    def report(self, replica: int, state: ReplicaState) -> None:
-        self._prefill[replica] = state.prefill_tokens
-        self._decode_rate[replica] = state.decode_rate
-        self._tightest[replica] = state.tightest_tpot_s
-        self._free[replica] = state.free_tokens
+    def report(self, replica: int, load: ReplicaLoad) -> None:
+        self._prefill[replica] = load.prefill_tokens
+        self._decode_rate[replica] = load.decode_rate
+        self._tightest[replica] = load.tightest_tpot_s
+        self._free[replica] = load.free_tokens
+        self._num_sequences[replica] = load.num_sequences
 
-    def choose(self, ask: Ask, now: float) -> int:
+    def choose(self, ask: Ask, now: float, without: AbstractSet[int] = NOBODY) -> int:
         budget, work, feasible = self._weigh(ask, now)
-        # Of those that cannot keep it, the one with the least to do for others.
-        score = np.where(feasible, budget + 1e12, -self._prefill - work)
-        return self._placed(ask, int(score.argmax()), work)
+        if math.isinf(ask.deadline_s) and math.isinf(ask.tpot_s):
+            # Nothing is promised: the fewest neighbours, or the prefix.
+            score = -self._num_sequences - PREFIX_WORTH * work / ask.prompt_tokens
+        else:
+            # Of those that cannot keep it, the one with the least to do for others.
+            score = np.where(feasible, budget + 1e12, -self._prefill - work)
+        score = _masked(score, without, -np.inf)
+        best = score == score.max()
+        replica = int(np.where(best, self._num_sequences, np.inf).argmin())
+        self.count_in(replica, ask)
+        return replica
 
     def choose_better(self, ask: Ask, now: float, without: AbstractSet[int]) -> int | None:
-        budget, work, feasible = self._weigh(ask, now)
+        budget, _, feasible = self._weigh(ask, now)
         feasible[list(without)] = False
         if not feasible.any():
             return None
-        return self._placed(ask, int(np.where(feasible, budget, -np.inf).argmax()), work)
+        replica = int(np.where(feasible, budget, -np.inf).argmax())
+        self.count_in(replica, ask)
+        return replica
+
+    def count_in(self, replica: int, ask: Ask) -> None:
+        work = ask.prompt_tokens - ask.cached_tokens.get(replica, 0)
+        self._prefill[replica] += work
+        self._free[replica] -= work + ask.output_tokens
+        self._decode_rate[replica] += 1.0 / ask.tpot_s
+        self._tightest[replica] = min(self._tightest[replica], ask.tpot_s)
+        self._num_sequences[replica] += 1
 
     def _weigh(self, ask: Ask, now: float) -> tuple[Floats, Floats, NDArray[np.bool_]]:
         """By replica: the prefill budget that the request would leave until its deadline, the
@@ -176,13 +194,14 @@ class SloRouter(Router):
         has_room = self._free >= work + ask.output_tokens
         return budget, work, (budget >= 0) & (left >= 0) & has_room
 
-    def _placed(self, ask: Ask, replica: int, work: Floats) -> int:
-        """Count the request in before its replica reports it."""
-        self._prefill[replica] += work[replica]
-        self._free[replica] -= work[replica] + ask.output_tokens
-        self._decode_rate[replica] += 1.0 / ask.tpot_s
-        self._tightest[replica] = min(self._tightest[replica], ask.tpot_s)
-        return replica
+
+def _masked(scores: Floats, without: AbstractSet[int], value: float) -> Floats:
+    """Scores with this value in place of those of some replicas."""
+    if not without:
+        return scores
+    masked = scores.copy()
+    masked[list(without)] = value
+    return masked
 
 
 ROUTERS: Mapping[str, Callable[[int, PerfModel], Router]] = {

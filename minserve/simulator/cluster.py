@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-from minserve.controller.router import Ask, ReplicaState, Router
+from minserve.controller.router import Ask, Router
 from minserve.planner.lengths import LengthEstimator
-from minserve.planner.policies import PROMISING
+from minserve.planner.load import load_of
 from minserve.simulator.events import EventLoop
 from minserve.simulator.load import OfferedLoad
 from minserve.simulator.replica import SimulatedReplica, SimulatedSequence
@@ -90,7 +89,8 @@ class Cluster:
 
     def _report(self) -> None:
         for number in self._changed:
-            self._router.report(number, state_of(self.replicas[number]))
+            replica = self.replicas[number]
+            self._router.report(number, load_of(replica.planner, replica.view()))
         self._changed.clear()
 
     def _ask(self, seq: SimulatedSequence) -> Ask:
@@ -114,27 +114,3 @@ class Cluster:
         tried.add(number)
         self._report()
         return self._router.choose_better(self._ask(seq), self._loop.now, tried)
-
-
-def state_of(replica: SimulatedReplica) -> ReplicaState:
-    """What a replica reports of itself."""
-    promises = replica.planner.name in PROMISING
-    prefill, rate, tightest, held = 0, 0.0, math.inf, 0
-    for seq in (*replica.running, *replica.waiting):
-        if promises and seq.standing is Standing.BEST_EFFORT:
-            continue
-        pace = seq.progress.tpot_s
-        rate += 1.0 / pace
-        tightest = min(tightest, pace)
-        if not seq.is_decoding:
-            prefill += seq.num_uncomputed_tokens
-        held += seq.num_tokens
-        if promises:
-            held += replica.planner.lengths.remaining(seq)
-    return ReplicaState(
-        prefill_tokens=prefill,
-        decode_rate=rate,
-        tightest_tpot_s=tightest,
-        free_tokens=replica.pool.num_blocks * replica.pool.block_size - held,
-        num_sequences=len(replica.running) + len(replica.waiting),
-    )

@@ -9,6 +9,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
 from minserve.controller.router import ROUTERS, make_router
+from minserve.devices import Device
 from minserve.engine.block_pool import BlockPool
 from minserve.errors import WorkloadError
 from minserve.planner.lengths import LengthEstimator, OracleLengths, QuantileLengths
@@ -26,7 +27,6 @@ from minserve.simulator.distserve import (
 )
 from minserve.simulator.events import EventLoop
 from minserve.simulator.load import OfferedLoad, Progressed, first_longer
-from minserve.simulator.profiles import Device
 from minserve.simulator.replica import Drafter, SimulatedReplica
 from minserve.workload.conversation import Conversation
 from minserve.workload.verdict import Verdict

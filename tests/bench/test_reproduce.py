@@ -18,8 +18,8 @@ from reproduce_report import capacity_table, ratios, summary
 from reproduce_run import FILE, Store, run_all
 from reproduce_search import best_of, geomean
 
+from minserve.devices import PUBLISHED
 from minserve.planner.perf_model import BatchShape
-from minserve.simulator.profiles import PUBLISHED
 from minserve.simulator.simulation import simulate
 from minserve.workload.capacity import LEVEL, Measure, find_capacity
 from minserve.workload.verdict import Cause

@@ -11,9 +11,10 @@ from toy import TIGHT, TOY, chats, run, single, singles
 from minserve.controller.router import make_router
 from minserve.engine.block_pool import BlockPool
 from minserve.planner.lengths import QuantileLengths
+from minserve.planner.load import load_of
 from minserve.planner.perf_model import PerfModel
 from minserve.planner.policies import make_planner
-from minserve.simulator.cluster import Cluster, state_of
+from minserve.simulator.cluster import Cluster
 from minserve.simulator.events import EventLoop
 from minserve.simulator.load import OfferedLoad
 from minserve.simulator.replica import SimulatedReplica, SimulatedSequence
@@ -148,14 +149,14 @@ def test_a_thousand_replicas_work() -> None:
 def test_what_a_replica_reports() -> None:
     watched = Watched(1)
     replica = watched.replicas[0]
-    before = state_of(replica)
+    before = load_of(replica.planner, replica.view())
     assert (before.prefill_tokens, before.num_sequences) == (0, 0)
     assert before.free_tokens == 128 * 16
-    watched.loop.at(0.001, lambda: states.append(state_of(replica)))
+    watched.loop.at(0.001, lambda: states.append(load_of(replica.planner, replica.view())))
     states = []
     watched.serve([single(0.0, 100, 50, TIGHT)])
     (during,) = states
     assert (during.prefill_tokens, during.num_sequences) == (100, 1)
     assert during.tightest_tpot_s == 1 / during.decode_rate
     assert during.free_tokens < before.free_tokens - 100
-    assert state_of(replica) == before
+    assert load_of(replica.planner, replica.view()) == before

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from toy import LOOSE, TIGHT, TOY, chats, run, single, singles
 
+from minserve.devices import PUBLISHED, find_device
 from minserve.engine.block_pool import BlockPool
 from minserve.errors import SimulationError, WorkloadError
 from minserve.planner.perf_model import BatchShape, PerfModel, Piece
@@ -20,7 +21,6 @@ from minserve.planner.policies import Planner
 from minserve.planner.policies.sarathi import SarathiPlanner
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
-from minserve.simulator.profiles import PUBLISHED, find_device
 from minserve.simulator.replica import Drafter, SimulatedReplica, SimulatedSequence
 from minserve.simulator.simulation import Outcome, Setup, simulate
 from minserve.slo import preset_classes

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
+from minserve.devices import Device
 from minserve.planner.perf_model import Piece
-from minserve.simulator.profiles import Device
 from minserve.simulator.simulation import Outcome, Setup, simulate
 from minserve.slo import SLO
 from minserve.workload.conversation import Conversation, Turn

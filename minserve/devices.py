@@ -1,4 +1,4 @@
-"""Devices to simulate: published performance models, and those that `minserve profile` wrote.
+"""Devices that need not be there: published performance models, and those that `minserve profile` wrote.
 
 The coefficients of OPT, ToolLLaMA and Qwen2.5 are those that the authors of SLOs-Serve
 (arXiv 2504.08784) give with their public code: seconds per token, per draft step, and the

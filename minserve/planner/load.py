@@ -1,0 +1,58 @@
+"""`ReplicaLoad`: how much an engine has to do, as far as a router wants to know it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from minserve.planner.plan import PlannerView
+from minserve.planner.policies import PROMISING
+from minserve.planner.policies.base import Planner
+from minserve.slo import Standing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaLoad:
+    """What a replica reports of itself.
+
+    Attributes:
+        prefill_tokens: of prompts under a promise, or waiting for one, not yet computed.
+        decode_rate: tokens per second that its decodes under a promise are owed.
+        tightest_tpot_s: of these; inf where there is none.
+        free_tokens: of KV, that nobody under a promise holds or is predicted to need.
+        num_sequences: waiting and running, best effort too.
+    """
+
+    prefill_tokens: int = 0
+    decode_rate: float = 0.0
+    tightest_tpot_s: float = math.inf
+    free_tokens: int = 0
+    num_sequences: int = 0
+
+
+def load_of(planner: Planner, view: PlannerView) -> ReplicaLoad:
+    """The load of an engine as its planner sees it.
+
+    Policies that promise nothing owe every sequence its pace; of those that promise, best
+    effort is owed nothing.
+    """
+    promises = planner.name in PROMISING
+    prefill, rate, tightest, held = 0, 0.0, math.inf, 0
+    for seq in (*view.running, *view.waiting):
+        if seq.progress is None or (promises and seq.standing is Standing.BEST_EFFORT):
+            continue
+        pace = seq.progress.tpot_s
+        rate += 1.0 / pace
+        tightest = min(tightest, pace)
+        if not seq.is_decoding:
+            prefill += seq.num_uncomputed_tokens
+        held += seq.num_tokens
+        if promises:
+            held += planner.lengths.remaining(seq)
+    return ReplicaLoad(
+        prefill_tokens=prefill,
+        decode_rate=rate,
+        tightest_tpot_s=tightest,
+        free_tokens=view.memory.num_blocks * view.memory.block_size - held,
+        num_sequences=len(view.running) + len(view.waiting),
+    )
