@@ -85,6 +85,8 @@ def _profile(args: argparse.Namespace) -> int:
     if not 0 < args.seconds < float("inf"):
         raise ConfigError(f"seconds must be above 0, not {args.seconds:g}")
     config = EngineConfig.create(**given(args, EngineConfig))
+    if config.executor == "simulated":
+        raise ConfigError("a simulated device has its profile already; there is nothing to measure")
 
     from minserve.engine import profile_cache
     from minserve.engine.build import load_engine

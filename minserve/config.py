@@ -21,6 +21,8 @@ LENGTH_ESTIMATORS = ("quantile", "max_tokens")
 FLASH_ATTN_PAGE = 256
 ATTENTION_BACKENDS = ("auto", "torch", "triton", "flash-attn")
 SPECULATORS = ("auto", "draft", "ngram", "off")
+EXECUTORS = ("model", "simulated")
+ROUTERS = ("slo", "least-loaded", "round-robin")
 
 
 def option(default: Any, help: str, *, group: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -73,6 +75,19 @@ class EngineConfig:
         True,
         "launch passes over decodes as CUDA graphs, recorded at the start (on a GPU, with "
         "--attention-backend triton)",
+        group="model",
+    )
+    executor: str = option(
+        "model",
+        "model: run it. simulated: wait for as long as a device would take by its --profile, and "
+        "make tokens up; all else is real",
+        group="model",
+        choices=EXECUTORS,
+    )
+    profile: str | None = option(
+        None,
+        "with --executor simulated: a file of 'minserve profile', or a published device such as "
+        "opt-6.7b-a100",
         group="model",
     )
     block_size: int = option(32, "tokens per KV cache block", group="kv cache")
@@ -188,6 +203,8 @@ class EngineConfig:
             raise ConfigError(
                 f"best_effort_share must be at least 0 and below 1, not {self.best_effort_share}"
             )
+        if (self.executor == "simulated") != (self.profile is not None):
+            raise ConfigError("executor simulated and profile belong together: give both or none")
         if self.draft_model is not None and self.speculator not in ("auto", "draft"):
             raise ConfigError(
                 f"draft_model is given, but speculator {self.speculator!r} does not use one"
@@ -247,14 +264,19 @@ class ServerConfig:
     shutdown_timeout: float = option(
         30.0, "seconds that running requests may still take after SIGTERM", group="server"
     )
-
     profile_seconds: float = option(
         40.0, "time to measure this device at the first start; the result is kept", group="server"
     )
+    watchdog_s: float = option(
+        60.0,
+        "an engine whose iteration lasts longer hangs: /health fails, and one of several is given up",
+        group="server",
+    )
 
     def __post_init__(self) -> None:
-        if not 0 < self.profile_seconds < float("inf"):
-            raise ConfigError(f"profile_seconds must be above 0, not {self.profile_seconds}")
+        for name in ("profile_seconds", "watchdog_s"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be between 0 and 65535, not {self.port}")
         if self.api_key == "":
@@ -263,3 +285,50 @@ class ServerConfig:
             raise ConfigError(f"max_body_mib must be above 0, not {self.max_body_mib}")
         if not 0 <= self.shutdown_timeout < float("inf"):
             raise ConfigError(f"shutdown_timeout must not be below 0, not {self.shutdown_timeout}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControllerConfig:
+    """Settings of several replicas and what stands in front of them.
+
+    Raises:
+        ConfigError: where a value is outside its range.
+    """
+
+    replicas: int = option(
+        1, "engines behind this endpoint, each a process of its own", group="replicas"
+    )
+    router: str = option(
+        "slo",
+        "which replica gets a request. slo: one that can keep its SLO, with the most prefill budget "
+        "left, counting the prefix that it holds; least-loaded: with the fewest requests; "
+        "round-robin: the next one",
+        group="replicas",
+        choices=ROUTERS,
+    )
+    hop_limit: int = option(
+        2, "times that a request is moved on to a replica that may keep its SLO", group="replicas"
+    )
+    replica_timeout: float = option(
+        5.0, "a replica that is silent for so many seconds is given up", group="replicas"
+    )
+    control_host: str = option(
+        "127.0.0.1", "address that replicas meet the controller at", group="replicas"
+    )
+    control_port: int = option(
+        0, "port that replicas meet the controller at; 0 takes a free one", group="replicas"
+    )
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1:
+            raise ConfigError(f"replicas must be at least 1, not {self.replicas}")
+        if self.hop_limit < 0:
+            raise ConfigError(f"hop_limit must not be below 0, not {self.hop_limit}")
+        if not 1 <= self.replica_timeout < float("inf"):
+            raise ConfigError(
+                f"replica_timeout must be at least 1 second, not {self.replica_timeout}"
+            )
+        if not 0 <= self.control_port <= 65535:
+            raise ConfigError(f"control_port must be between 0 and 65535, not {self.control_port}")
+        if self.router not in ROUTERS:
+            raise ConfigError(f"router must be one of {', '.join(ROUTERS)}, not {self.router!r}")

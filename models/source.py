@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -24,6 +25,8 @@ EMBEDDED_DRAFT = "smollm2-draft"
 EMBEDDED_DRAFT_DIR = Path(__file__).parent / "smollm2_draft"
 SAFETENSORS, PYTORCH_BIN = "model.safetensors", "pytorch_model.bin"
 HUB_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+# Of each file of weights, what a fingerprint looks at.
+NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,26 @@ def find_model(model: str) -> ModelSource:
         f"no model at {model!r}: give a Hugging Face folder, a .gguf file, a hub id such as "
         f"org/name, or {EMBEDDED_MODEL!r}"
     )
+
+
+def fingerprint(source: ModelSource) -> str:
+    """Tells models of one name apart: a hash of their files' sizes and samples of their bytes."""
+    found = hashlib.sha256()
+    for path in _weight_files(source):
+        size = path.stat().st_size
+        found.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            for number in range(NUM_SAMPLES):
+                file.seek(number * max(0, size - SAMPLE_BYTES) // (NUM_SAMPLES - 1))
+                found.update(file.read(SAMPLE_BYTES))
+    return found.hexdigest()[:12]
+
+
+def _weight_files(source: ModelSource) -> list[Path]:
+    if source.gguf_file is not None:
+        return [source.gguf_file]
+    kinds = ("config.json", "model*.safetensors", "pytorch_model*.bin")
+    return [path for kind in kinds for path in sorted(source.config_dir.glob(kind))]
 
 
 def _embedded_gguf() -> Path:

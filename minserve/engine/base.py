@@ -1,25 +1,22 @@
-"""What both engines share: loading, profiling, and turning prompts into sequences."""
+"""What both engines share: loading, profiling, and queueing what the `Intake` has checked."""
 
 from __future__ import annotations
 
 import logging
-import random
-import uuid
 from collections.abc import Mapping
-from collections.abc import Sequence as SequenceOf
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 from minserve.config import DEFAULT_MODEL, EngineConfig
 from minserve.engine import profile_cache
 from minserve.engine.build import LoadedEngine, load_engine
 from minserve.engine.detokenizer import IncrementalDetokenizer
+from minserve.engine.intake import Intake, Prompt
+from minserve.engine.live_output import History
 from minserve.engine.profile_cache import Profile
 from minserve.engine.profiler import measure_drafting, profile_core
-from minserve.engine.promises import Promises
 from minserve.engine.speculator import SpeculationStats
-from minserve.errors import InvalidRequestError, InvalidSLOError, RequestTooLongError
+from minserve.errors import ConfigError, InvalidRequestError
 from minserve.planner.lone_request import TYPICAL_TOKENS, describe_misses, lone_request_misses
 from minserve.planner.perf_model import PerfModel
 from minserve.planner.policies import PROMISING
@@ -33,16 +30,28 @@ log = logging.getLogger(__name__)
 PROBE_S = 3.0
 POOR_R2 = 0.8
 
-Prompt = str | SequenceOf[int] | SequenceOf[Mapping[str, Any]]
-
 
 class Submission:
-    """A checked request: its sequences, ready to be queued."""
+    """A checked request: its sequences, ready to be queued.
 
-    def __init__(self, text: str | None, request: Request) -> None:
+    Args:
+        text: of the prompt, where it was given as text.
+        histories: by output, what was told of it before; those that are missing have ended.
+            ``None``: all outputs are new.
+    """
+
+    def __init__(
+        self,
+        text: str | None,
+        request: Request,
+        histories: Mapping[int, History] | None = None,
+    ) -> None:
         self.text = text
         self.request = request
-        self.sequences = [Sequence(request, index) for index in range(request.params.n)]
+        if histories is None:
+            histories = dict.fromkeys(range(request.params.n), History())
+        self.histories = list(histories.values())
+        self.sequences = [Sequence(request, index) for index in histories]
 
 
 class EngineBase:
@@ -61,10 +70,16 @@ class EngineBase:
         self.config = EngineConfig.create(model, **settings)
         self._loaded: LoadedEngine = load_engine(self.config)
         self._core = self._loaded.core
-        self._seeds = random.Random(self.config.seed)
-        self.tokenizer = self._loaded.tokenizer
-        self._promises = Promises(self.config, self.tokenizer)
+        self._intake = Intake(
+            self.config,
+            self._loaded.tokenizer,
+            max_model_len=self._loaded.max_model_len,
+            vocab_size=self._loaded.vocab_size,
+            clock=self._core.clock,
+        )
+        self._promises = self._intake.promises
         self._core.stats.add_classes(self._promises.classes)
+        self.tokenizer = self._loaded.tokenizer
         self.model_name = self._loaded.model_name
         self.max_model_len = self._loaded.max_model_len
         self.vocab_size = self._loaded.vocab_size
@@ -122,7 +137,12 @@ class EngineBase:
             seconds: at most, for measuring. A cached profile that was allowed less is
                 measured again.
             progress: show a progress bar.
+
+        Raises:
+            ConfigError: for a simulated device.
         """
+        if self.config.executor == "simulated":
+            raise ConfigError("a simulated device has its profile already")
         key = profile_cache.profile_key(self._core, self.model_name)
         profile = profile_cache.load(key)
         if profile is None or profile.allowed_s < seconds:
@@ -147,50 +167,9 @@ class EngineBase:
         cache_salt: str = "",
         slo: SLO | str | None = None,
     ) -> Submission:
-        """Check a request against the model and the pool and resolve its open settings."""
-        text, token_ids = self._loaded.prompts.process(prompt)
-        room = self.max_model_len - len(token_ids)
-        max_tokens = room if params.max_tokens is None else params.max_tokens
-        if max_tokens > room:
-            raise RequestTooLongError(
-                f"{len(token_ids)} prompt tokens and max_tokens {max_tokens} exceed the "
-                f"{self.max_model_len} tokens that a sequence may have here",
-                "max_tokens",
-            )
-        if params.min_tokens > max_tokens:
-            raise InvalidRequestError(
-                f"min_tokens {params.min_tokens} leaves no room: the prompt allows {max_tokens}",
-                "min_tokens",
-            )
-        for token in params.stop_token_ids:
-            if token >= self.vocab_size:
-                raise InvalidRequestError(
-                    f"stop token id {token} is outside the vocabulary of {self.vocab_size}",
-                    "stop_token_ids",
-                )
-        slo, targets = self._promises.find(slo), None
-        if slo is not None:
-            if slo.refuses_delay and self.config.policy not in PROMISING:
-                raise InvalidSLOError(
-                    f"policy {self.config.policy} promises nothing, so it cannot refuse what it "
-                    f"cannot keep; use one of {', '.join(PROMISING)}",
-                    "slo.on_unattainable",
-                )
-            targets = self._promises.targets(slo, len(token_ids), self.perf_model)
-        eos = frozenset() if params.ignore_eos else self.tokenizer.eos_token_ids
-        request = Request(
-            request_id=uuid.uuid4().hex,
-            prompt_token_ids=token_ids,
-            params=replace(params, max_tokens=max_tokens),
-            seed=self._seeds.getrandbits(64) if params.seed is None else params.seed,
-            arrival_s=self._core.clock(),
-            priority=priority,
-            cache_salt=cache_salt,
-            stop_token_ids=eos | frozenset(params.stop_token_ids),
-            slo=slo,
-            targets=targets,
-        )
-        return Submission(text, request)
+        """Check a request against the model and resolve its open settings."""
+        self._intake.perf_model = self.perf_model
+        return Submission(*self._intake.request(prompt, params, priority, cache_salt, slo))
 
     def _ready_for(self, slo: SLO | str | None) -> None:
         """Know the device's speed before a promise, or the length of a draft, depends on it."""
@@ -206,8 +185,8 @@ class EngineBase:
     def _enqueue(self, submission: Submission) -> None:
         request = submission.request
         marker_ids = self._promises.marker_ids(request.slo)
-        for seq in submission.sequences:
+        for seq, history in zip(submission.sequences, submission.histories, strict=True):
             detokenizer = IncrementalDetokenizer(
                 self.tokenizer.decode, request.prompt_token_ids, request.params
             )
-            self._core.add(seq, detokenizer, marker_ids)
+            self._core.add(seq, detokenizer, marker_ids, history)

@@ -16,10 +16,11 @@ from minserve.engine.block_pool import BlockPool
 from minserve.engine.core import EngineCore
 from minserve.engine.cuda_graphs import CudaRecorder, DecodeGraphs, GraphLimits
 from minserve.engine.draft_model import MOST_DECODE_TOKENS, DraftModelProposer
-from minserve.engine.inputs import PromptProcessor
 from minserve.engine.kv_cache import allocate_kv_cache, choose_num_blocks
 from minserve.engine.paged_model import PagedModel
+from minserve.engine.profile_cache import dtype_words
 from minserve.engine.runner import ModelRunner
+from minserve.engine.simulated import load_simulated_core
 from minserve.engine.speculator import NgramProposer, Proposer
 from minserve.engine.tokenizer import Tokenizer
 from minserve.errors import ConfigError
@@ -29,7 +30,13 @@ from minserve.models.draft import DraftModel, load_draft_model
 from minserve.models.layers import Placement
 from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
-from minserve.models.source import EMBEDDED_DRAFT, ModelSource, find_model, load_config
+from minserve.models.source import (
+    EMBEDDED_DRAFT,
+    ModelSource,
+    find_model,
+    fingerprint,
+    load_config,
+)
 from minserve.planner.lengths import make_length_estimator
 from minserve.planner.policies import make_planner
 
@@ -41,12 +48,18 @@ TOKEN_BUDGETS = {"cuda": 8192, "cpu": 512}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedEngine:
-    """A core ready to step, and what its callers need around it."""
+    """A core ready to step, and what its callers need around it.
+
+    Attributes:
+        fingerprint: of the model's files.
+        dtype: of weights, and of arithmetic where it differs.
+    """
 
     core: EngineCore
     tokenizer: Tokenizer
-    prompts: PromptProcessor
     model_name: str
+    fingerprint: str
+    dtype: str
     max_model_len: int
     vocab_size: int
 
@@ -59,15 +72,28 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         ConfigError: where a setting does not fit the model or the machine.
         BackendUnavailableError: where the attention backend asked for cannot run here.
     """
+    if config.executor == "simulated":
+        core, tokenizer, max_model_len = load_simulated_core(config)
+        source = find_model(config.model)
+        return LoadedEngine(
+            core=core,
+            tokenizer=tokenizer,
+            model_name=source.name,
+            fingerprint=fingerprint(source),
+            dtype="simulated",
+            max_model_len=max_model_len,
+            vocab_size=tokenizer.vocab_size,
+        )
     started = time.perf_counter()
     device = _device(config.device)
     if device.type == "cpu":
-        torch.set_num_threads(config.threads or _physical_cores())
+        torch.set_num_threads(config.threads or physical_cores())
     if config.token_budget is None:
         config = replace(config, token_budget=TOKEN_BUDGETS[device.type])
     source = find_model(config.model)
     attention = choose_attention_backend(config.attention_backend, device)
     placement = Placement.choose(device, config.dtype, fused=attention != "torch")
+    dtype = dtype_words(placement.weight_dtype, placement.dtype)
     with open_checkpoint(source) as checkpoint:
         model = build_model(checkpoint, load_config(source), placement)
     tokenizer = Tokenizer.load(source, config.tokenizer)
@@ -96,11 +122,10 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         plans_ahead=device.type == "cuda",
     )
     log.info(
-        "%s on %s: %s weights, %s arithmetic, %s attention, %d KV blocks of %d tokens, ready in %.1f s",
+        "%s on %s: %s, %s attention, %d KV blocks of %d tokens, ready in %.1f s",
         source.name,
         device,
-        _name(placement.weight_dtype),
-        _name(placement.dtype),
+        dtype,
         attention,
         num_blocks,
         config.block_size,
@@ -109,8 +134,9 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     return LoadedEngine(
         core=core,
         tokenizer=tokenizer,
-        prompts=PromptProcessor(tokenizer, model.shape.vocab_size, max_model_len),
         model_name=source.name,
+        fingerprint=fingerprint(source),
+        dtype=dtype,
         max_model_len=max_model_len,
         vocab_size=model.shape.vocab_size,
     )
@@ -264,7 +290,7 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _physical_cores() -> int:
+def physical_cores() -> int:
     """Physical cores, at most those that this process may use."""
     physical = psutil.cpu_count(logical=False) or 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
@@ -277,7 +303,3 @@ def _max_model_len(config: EngineConfig, max_positions: int) -> int:
             f"max_model_len {config.max_model_len} is beyond the model's {max_positions} positions"
         )
     return config.max_model_len or max_positions
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -21,7 +21,7 @@ from dataclasses import replace
 
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.detokenizer import IncrementalDetokenizer
-from minserve.engine.live_output import LiveOutput
+from minserve.engine.live_output import NO_HISTORY, History, LiveOutput
 from minserve.engine.lookahead import PlanAhead, confirm, project
 from minserve.engine.runner import ModelRunner, RunResult, Scheduled
 from minserve.engine.speculator import Proposer, Wanted
@@ -41,6 +41,9 @@ from minserve.slo import Standing
 
 log = logging.getLogger(__name__)
 
+# Seconds without work after which the pool's books are checked.
+IDLE_S = 0.5
+
 
 class EngineCore:
     """Runs sequences to their end.
@@ -55,6 +58,8 @@ class EngineCore:
 
     Attributes:
         stats: what was counted so far; `snapshot` adds what others count.
+        declined: ids of the requests that the newest plan promises nothing and that have not
+            begun: another engine may have room for them.
         speculation: of these, what was drafted and accepted.
     """
 
@@ -82,6 +87,7 @@ class EngineCore:
         self.speculation = self.stats.speculation
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.declined: list[str] = []
         self._ahead: PlanAhead | None = None
         self._outputs: dict[str, LiveOutput] = {}
         self._by_request: dict[str, list[str]] = {}
@@ -100,15 +106,21 @@ class EngineCore:
         seq: Sequence,
         detokenizer: IncrementalDetokenizer | None,
         marker_ids: Mapping[str, int] | None = None,
+        history: History = NO_HISTORY,
     ) -> None:
         """Queue a sequence whose request fits the model and the pool.
 
         Args:
             marker_ids: of the SLO's stage markers, those that are one token (and may be
                 missing from the text, as special tokens are).
+            history: what was told of it before, by another engine; it goes on behind that as
+                if it had been preempted here.
         """
         seq.events[RequestEvent.QUEUED] = self.clock()
-        self._outputs[seq.seq_id] = LiveOutput(seq, detokenizer, marker_ids or {})
+        output = LiveOutput(seq, detokenizer, marker_ids or {})
+        self._outputs[seq.seq_id] = output
+        if history.token_ids:
+            output.recall(history)
         self._by_request.setdefault(seq.request.request_id, []).append(seq.seq_id)
         insort(self.waiting, seq, key=by_rank)
 
@@ -127,6 +139,17 @@ class EngineCore:
     def abort_all(self, error: MinserveError) -> list[OutputDelta]:
         """`abort` for every request."""
         return [d for request_id in list(self._by_request) for d in self.abort(request_id, error)]
+
+    def withdraw(self, request_id: str) -> bool:
+        """Forget a request, unless one of its outputs has begun: then it stays."""
+        seqs = [self._outputs[seq_id].seq for seq_id in self._by_request.get(request_id, ())]
+        if not seqs or not all(_has_not_begun(seq) for seq in seqs):
+            return False
+        for seq in seqs:
+            self.waiting.remove(seq)
+            del self._outputs[seq.seq_id]
+        del self._by_request[request_id]
+        return True
 
     def step(self) -> list[OutputDelta]:
         """One iteration. Returns what is to be published."""
@@ -161,7 +184,8 @@ class EngineCore:
         )
 
     def check_integrity(self) -> None:
-        """Check the pool's books against what runs; for idle moments.
+        """Check the pool's books against what runs. Takes milliseconds where the pool is large,
+        so it is for engines that have been idle for `IDLE_S`.
 
         Raises:
             PoolCorruptedError: where blocks were lost or given twice, which is a bug.
@@ -170,7 +194,7 @@ class EngineCore:
 
     def plan(self) -> IterationPlan:
         """What runs now: as planned ahead, where that still holds, else as planned now."""
-        view, ahead, self._ahead = self._view(), self._ahead, None
+        view, ahead, self._ahead = self.view(), self._ahead, None
         if ahead is not None:
             plan = confirm(ahead, view, self.clock())
             self.stats.plans_ahead["discarded" if plan is None else "held"] += 1
@@ -187,7 +211,7 @@ class EngineCore:
             return
         at = max(ends_at, self.clock())
         try:
-            view = project(self._view(), batch, at)
+            view = project(self.view(), batch, at)
             if view.running or view.waiting:
                 self._ahead = PlanAhead.of(self._ask_planner(view, at), view)
         except Exception:
@@ -195,7 +219,8 @@ class EngineCore:
             self.planner.discarded()
             log.exception("planning ahead failed; the next iteration is planned when it is due")
 
-    def _view(self) -> PlannerView:
+    def view(self) -> PlannerView:
+        """The state as the planner sees it."""
         return PlannerView(
             waiting=self.waiting,
             running=self.running,
@@ -217,11 +242,17 @@ class EngineCore:
             self._outputs[seq_id].seq.standing = Standing.ADMITTED
         for seq_id in plan.relegate:
             self._outputs[seq_id].seq.standing = Standing.BEST_EFFORT
+        self.declined = self._unpromised(plan)
         deltas = []
         for seq_id, refusal in plan.reject.items():
             if seq_id in self._outputs:  # a sibling's refusal may have ended it already
                 deltas += self._refuse(self._outputs[seq_id].seq, refusal)
         return deltas
+
+    def _unpromised(self, plan: IterationPlan) -> list[str]:
+        """Ids of requests that a plan promises nothing and that have not begun."""
+        seqs = [self._outputs[seq_id].seq for seq_id in (*plan.declined, *plan.relegate)]
+        return list(dict.fromkeys(s.request.request_id for s in seqs if _has_not_begun(s)))
 
     def _refuse(self, seq: Sequence, refusal: Refusal) -> list[OutputDelta]:
         """End the whole request of a sequence that has not begun."""
@@ -425,3 +456,7 @@ class EngineCore:
         seq.events[RequestEvent.PREEMPTED] = self.clock()
         self.running.remove(seq)
         insort(self.waiting, seq, key=by_rank)
+
+
+def _has_not_begun(seq: Sequence) -> bool:
+    return seq.state is SequenceState.WAITING and seq.num_output_tokens == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from minserve.config import DEFAULT_MODEL
 from minserve.engine.base import PROBE_S, EngineBase, Prompt, Submission
+from minserve.engine.core import IDLE_S
 from minserve.engine.stats import EngineStats
 from minserve.errors import (
     DeviceLostError,
@@ -186,6 +188,7 @@ class AsyncEngine(EngineBase):
         self._idle = asyncio.Event()
         self._idle.set()
         self._accepting = False
+        self._step_began: float | None = None
         self._stats = self._core.snapshot()
 
     @property
@@ -197,6 +200,12 @@ class AsyncEngine(EngineBase):
     def is_healthy(self) -> bool:
         """True while requests are accepted and the core's thread lives."""
         return self._accepting and self._thread is not None and self._thread.is_alive()
+
+    @property
+    def iteration_s(self) -> float:
+        """Seconds that the current iteration has taken so far; 0 between iterations."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
 
     def stats(self) -> EngineStats:
         """What was counted up to the end of the newest iteration.
@@ -322,18 +331,28 @@ class AsyncEngine(EngineBase):
         """Take in news, step, publish, until told to stop."""
         stop = False
         while not stop:
-            with self._wake:
-                while not self._inbox and not self._core.has_work:
-                    self._wake.wait()
+            self._wait()
             deltas, stop = self._take_in()
             if not stop:
+                self._step_began = time.monotonic()
                 deltas += self._step()
+                self._step_began = None
             # A whole one in place of the last, so that readers need no lock.
             self._stats = self._core.snapshot()
             if deltas:
                 self._loop.call_soon_threadsafe(self._publish, deltas)
-            if not self._core.has_work:
-                self._core.check_integrity()
+
+    def _wait(self) -> None:
+        """Until there is something to do; the pool's books are checked in the meantime."""
+        with self._wake:
+            if self._wake.wait_for(self._has_business, IDLE_S):
+                return
+        self._core.check_integrity()
+        with self._wake:
+            self._wake.wait_for(self._has_business)
+
+    def _has_business(self) -> bool:
+        return bool(self._inbox) or self._core.has_work
 
     def _take_in(self) -> tuple[list[OutputDelta], bool]:
         """Carry out what the loop's side asked for since the last iteration."""

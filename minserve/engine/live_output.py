@@ -14,7 +14,7 @@ from minserve.attainment import Outcome, SLOReport, report
 from minserve.engine.detokenizer import IncrementalDetokenizer
 from minserve.errors import SLOUnattainableError
 from minserve.outputs import OutputDelta, TokenLogprob
-from minserve.request import FinishReason, Sequence
+from minserve.request import FinishReason, RequestEvent, Sequence
 from minserve.slo import Standing
 
 
@@ -23,6 +23,22 @@ class End(NamedTuple):
 
     reason: FinishReason
     stop_reason: str | int | None = None
+
+
+class History(NamedTuple):
+    """What was told of an output so far.
+
+    Attributes:
+        times_s: when each token came, on this engine's clock.
+        told_prompt: whether the prompt's log probabilities were, where asked for.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    times_s: tuple[float, ...] = ()
+    told_prompt: bool = False
+
+
+NO_HISTORY = History()
 
 
 @dataclass(slots=True)
@@ -63,6 +79,17 @@ class LiveOutput:
         if seq.num_output_tokens >= seq.request.params.max_tokens:
             return text, End(FinishReason.LENGTH)
         return text, None
+
+    def recall(self, history: History) -> None:
+        """Append what was told before; its text is not told again."""
+        seq = self.seq
+        for token_id, at in zip(history.token_ids, history.times_s, strict=True):
+            self.append(token_id, at)
+        seq.events[RequestEvent.FIRST_TOKEN] = history.times_s[0]
+        seq.events[RequestEvent.TOKENS] = history.times_s[-1]
+        self.told_prompt = history.told_prompt
+        # As one that gave up its blocks: it was counted as admitted when it began.
+        seq.num_preemptions += 1
 
     def _passes(self, marker: str, token_id: int, text: str) -> bool:
         """True where the newest token completes a stage's marker."""

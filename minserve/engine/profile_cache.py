@@ -136,11 +136,10 @@ def profile_key(core: EngineCore, model_name: str) -> ProfileKey:
         f"{shape.num_layers}x{shape.hidden_size}, {shape.num_heads}/{shape.num_kv_heads} heads of "
         f"{shape.head_dim}, vocabulary {shape.vocab_size}"
     )
-    weights, arithmetic = _name(runner.model.embed.dtype), _name(runner.kv[0].key.dtype)
     return ProfileKey(
         model=f"{model_name} ({family} {numbers})",
         device=_device_name(runner.device),
-        dtype=weights if weights == arithmetic else f"{weights} in {arithmetic}",
+        dtype=dtype_words(runner.model.embed.dtype, runner.kv[0].key.dtype),
         threads=torch.get_num_threads(),
         attention=runner.backend.name + (" with CUDA graphs" if runner.graphs else ""),
     )
@@ -202,5 +201,7 @@ def _device_name(device: torch.device) -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def dtype_words(weights: torch.dtype, arithmetic: torch.dtype) -> str:
+    """As in ``bfloat16``, or in ``bfloat16 in float32``."""
+    stored, computed = (str(one).removeprefix("torch.") for one in (weights, arithmetic))
+    return stored if stored == computed else f"{stored} in {computed}"

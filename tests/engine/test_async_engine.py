@@ -184,6 +184,19 @@ def test_a_broken_core_ends_every_request_and_accepts_no_more(
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
+def test_an_idle_engine_that_has_lost_a_block_accepts_no_more(tiny_llama_dir: Path) -> None:
+    async def main() -> None:
+        engine = AsyncEngine(str(tiny_llama_dir), **SETTINGS)
+        await engine.start()
+        await anext(aiter(engine.submit([[5]], GREEDY)[0]))
+        engine._core.pool._free.popitem()
+        while engine.is_healthy:
+            await asyncio.sleep(0.01)
+        await engine.stop()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
 def test_a_lost_device_ends_every_request_and_the_engine_accepts_no_more(
     run: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

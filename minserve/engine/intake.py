@@ -1,0 +1,129 @@
+"""`Intake`: from what a caller asks for to a checked `Request`. Needs no weights.
+
+An engine has one; so has a controller of several engines, which draws seeds and resolves
+promises before it chooses who runs them.
+"""
+
+from __future__ import annotations
+
+import random
+import uuid
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+from typing import Any
+
+from minserve.config import EngineConfig
+from minserve.engine.inputs import PromptProcessor
+from minserve.engine.promises import Promises
+from minserve.engine.tokenizer import Tokenizer
+from minserve.errors import InvalidRequestError, InvalidSLOError, RequestTooLongError
+from minserve.models.source import find_model
+from minserve.planner.perf_model import PerfModel
+from minserve.planner.policies import PROMISING
+from minserve.request import Request
+from minserve.sampling_params import SamplingParams
+from minserve.slo import SLO, Targets
+
+Prompt = str | SequenceOf[int] | SequenceOf[Mapping[str, Any]]
+
+
+def load_tokenizer(config: EngineConfig) -> Tokenizer:
+    """The tokenizer of a model, without the model.
+
+    Raises:
+        ModelLoadError: where it cannot be read.
+    """
+    return Tokenizer.load(find_model(config.model), config.tokenizer)
+
+
+class Intake:
+    """Checks requests against a model, and resolves their open settings.
+
+    Args:
+        max_model_len, vocab_size: the model's.
+        clock: monotonic seconds.
+
+    Attributes:
+        perf_model: what slowdowns are multiples of; ``None`` until it is known.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        tokenizer: Tokenizer,
+        *,
+        max_model_len: int,
+        vocab_size: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._config, self._clock = config, clock
+        self.tokenizer = tokenizer
+        self.max_model_len, self.vocab_size = max_model_len, vocab_size
+        self.promises = Promises(config, tokenizer)
+        self.perf_model: PerfModel | None = None
+        self._prompts = PromptProcessor(tokenizer, vocab_size, max_model_len)
+        self._seeds = random.Random(config.seed)
+
+    def request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        priority: int = 0,
+        cache_salt: str = "",
+        slo: SLO | str | None = None,
+    ) -> tuple[str | None, Request]:
+        """The prompt's text (``None`` for token ids), and the request.
+
+        Raises:
+            InvalidRequestError: where it can never be served as it stands.
+            InvalidSLOError: for an unknown class, or a promise that the policy cannot make.
+        """
+        text, token_ids = self._prompts.process(prompt)
+        max_tokens = self._max_tokens(params, len(token_ids))
+        slo = self.promises.find(slo)
+        eos = frozenset() if params.ignore_eos else self.tokenizer.eos_token_ids
+        return text, Request(
+            request_id=uuid.uuid4().hex,
+            prompt_token_ids=token_ids,
+            params=replace(params, max_tokens=max_tokens),
+            seed=self._seeds.getrandbits(64) if params.seed is None else params.seed,
+            arrival_s=self._clock(),
+            priority=priority,
+            cache_salt=cache_salt,
+            stop_token_ids=eos | frozenset(params.stop_token_ids),
+            slo=slo,
+            targets=None if slo is None else self._targets(slo, len(token_ids)),
+        )
+
+    def _max_tokens(self, params: SamplingParams, num_prompt_tokens: int) -> int:
+        room = self.max_model_len - num_prompt_tokens
+        max_tokens = room if params.max_tokens is None else params.max_tokens
+        if max_tokens > room:
+            raise RequestTooLongError(
+                f"{num_prompt_tokens} prompt tokens and max_tokens {max_tokens} exceed the "
+                f"{self.max_model_len} tokens that a sequence may have here",
+                "max_tokens",
+            )
+        if params.min_tokens > max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens {params.min_tokens} leaves no room: the prompt allows {max_tokens}",
+                "min_tokens",
+            )
+        for token in params.stop_token_ids:
+            if token >= self.vocab_size:
+                raise InvalidRequestError(
+                    f"stop token id {token} is outside the vocabulary of {self.vocab_size}",
+                    "stop_token_ids",
+                )
+        return max_tokens
+
+    def _targets(self, slo: SLO, num_prompt_tokens: int) -> Targets:
+        policy = self._config.policy
+        if slo.refuses_delay and policy not in PROMISING:
+            raise InvalidSLOError(
+                f"policy {policy} promises nothing, so it cannot refuse what it "
+                f"cannot keep; use one of {', '.join(PROMISING)}",
+                "slo.on_unattainable",
+            )
+        return self.promises.targets(slo, num_prompt_tokens, self.perf_model)

@@ -1,0 +1,136 @@
+"""`RelayEngine`: the core for a caller that has its own loop and its own clients' wishes.
+
+It takes requests that an `Intake` elsewhere has checked, also such as began elsewhere, and
+gives back all news of an iteration at once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from minserve.engine.base import EngineBase, Submission
+from minserve.engine.live_output import History
+from minserve.engine.stats import EngineStats
+from minserve.errors import DeviceLostError, GenerationError, InvalidRequestError
+from minserve.outputs import OutputDelta
+from minserve.planner.load import ReplicaLoad, load_of
+from minserve.request import Request
+
+log = logging.getLogger(__name__)
+
+
+class IterationNews(NamedTuple):
+    """What came of an iteration.
+
+    Attributes:
+        declined: ids of requests that are promised nothing now and have not begun.
+        load: behind it.
+    """
+
+    deltas: list[OutputDelta]
+    declined: list[str]
+    load: ReplicaLoad
+
+
+class RelayEngine(EngineBase):
+    """Blocking, and not thread-safe."""
+
+    @property
+    def has_work(self) -> bool:
+        return self._core.has_work
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model's files."""
+        return self._loaded.fingerprint
+
+    @property
+    def dtype(self) -> str:
+        """Of weights, and of arithmetic where it differs."""
+        return self._loaded.dtype
+
+    @property
+    def num_blocks(self) -> int:
+        """Of the KV cache."""
+        return self._core.pool.num_blocks
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of each."""
+        return self._core.pool.block_size
+
+    @property
+    def clock_s(self) -> float:
+        """Now, on the clock that arrivals and histories are on."""
+        return self._core.clock()
+
+    def add(self, request: Request, histories: Mapping[int, History]) -> None:
+        """Queue outputs of a request.
+
+        Args:
+            request: with its arrival on this engine's clock.
+            histories: of the outputs that are to be run, by index.
+
+        Raises:
+            InvalidRequestError: if it was checked against another model.
+        """
+        self._check_fits(request, histories)
+        self._enqueue(Submission(None, request, histories))
+
+    def abort(self, request_id: str) -> list[OutputDelta]:
+        """End a request; unknown ones are ignored."""
+        return self._core.abort(request_id)
+
+    def withdraw(self, request_id: str) -> bool:
+        """Forget a request without a word, unless it has begun; whether it was forgotten."""
+        return self._core.withdraw(request_id)
+
+    def step(self) -> IterationNews:
+        """One iteration; whatever goes wrong ends the requests in flight, not the engine.
+
+        Raises:
+            DeviceLostError: where no iteration can go right any more.
+        """
+        core = self._core
+        try:
+            deltas, declined = core.step(), core.declined
+        except DeviceLostError:
+            raise
+        except Exception as error:
+            log.exception("an iteration failed; its requests are ended with an error")
+            deltas, declined = core.abort_all(GenerationError(f"internal error: {error!r}")), []
+        return IterationNews(deltas, declined, self.load())
+
+    def check_integrity(self) -> None:
+        """Check the pool's books; for engines that have been idle for `core.IDLE_S`.
+
+        Raises:
+            PoolCorruptedError: where they do not add up, which is a bug.
+        """
+        self._core.check_integrity()
+
+    def load(self) -> ReplicaLoad:
+        """How much there is to do."""
+        return load_of(self._core.planner, self._core.view())
+
+    def snapshot(self) -> EngineStats:
+        """What was counted so far, as a copy."""
+        return self._core.snapshot()
+
+    def _check_fits(self, request: Request, histories: Mapping[int, History]) -> None:
+        params, prompt = request.params, request.prompt_token_ids
+        tokens = [*prompt, *(token for one in histories.values() for token in one.token_ids)]
+        fits = (
+            prompt
+            and histories
+            and all(0 <= index < params.n for index in histories)
+            and len(prompt) + (params.max_tokens or 0) <= self.max_model_len
+            and min(tokens) >= 0
+            and max((*tokens, *request.stop_token_ids)) < self.vocab_size
+            and all(len(one.token_ids) < (params.max_tokens or 0) for one in histories.values())
+            and all(len(one.token_ids) == len(one.times_s) for one in histories.values())
+        )
+        if not fits:
+            raise InvalidRequestError("the request was checked against another model than this")

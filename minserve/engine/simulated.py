@@ -1,0 +1,148 @@
+"""An engine core without a device: a batch takes the time that a performance model says.
+
+All else is real: planner, block pool, text, endpoint. It is for trying out how many requests
+a setup can take, and how many replicas behave together, on a machine that could not run them.
+Tokens are made up, the same for the same seed and position: words, which a tokenizer splits
+as they were joined, so that a chat that comes back is found in the prefix cache.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+
+import torch
+
+from minserve.config import EngineConfig
+from minserve.devices import Device, find_device
+from minserve.engine.block_pool import BlockPool
+from minserve.engine.core import EngineCore
+from minserve.engine.runner import RunResult, Scheduled
+from minserve.engine.tokenizer import Tokenizer
+from minserve.engine.verification import SampledToken, Verified
+from minserve.errors import ConfigError, GenerationError
+from minserve.models.source import find_model
+from minserve.planner.lengths import make_length_estimator
+from minserve.planner.perf_model import BatchShape, PerfModel
+from minserve.planner.policies import make_planner
+from minserve.request import Sequence
+
+TOKEN_BUDGET = 8192
+# Token ids that are looked at for words.
+SEARCHED = 8192
+_WORD = re.compile(r" [a-z]+")
+# Any odd numbers: neighbouring positions get tokens far apart.
+_STEP, _SPREAD = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9
+
+
+class SimulatedFlight:
+    """A batch that is over at a certain time."""
+
+    def __init__(
+        self, batch: SequenceOf[Scheduled], ends_at: float, words: SequenceOf[int]
+    ) -> None:
+        self._batch, self._ends_at, self._words = batch, ends_at, words
+
+    def results(self) -> dict[str, RunResult]:
+        """Waits for the end."""
+        time.sleep(max(0.0, self._ends_at - time.monotonic()))
+        return {item.seq.seq_id: self._result(item) for item in self._batch}
+
+    def _result(self, item: Scheduled) -> RunResult:
+        params = item.seq.request.params
+        if params.logprobs is not None or params.prompt_logprobs is not None:
+            return RunResult(GenerationError("a simulated device knows no log probabilities"))
+        if not item.samples:
+            return RunResult()
+        token = SampledToken(made_up_token(item.seq, self._words), None)
+        return RunResult(Verified((token,), 0))
+
+
+class SimulatedRunner:
+    """Takes the place of a `ModelRunner`.
+
+    Args:
+        words: token ids to make outputs of.
+    """
+
+    device = torch.device("cpu")
+    is_lost = False
+
+    def __init__(self, model: PerfModel, words: SequenceOf[int]) -> None:
+        self._model, self._words = model, words
+
+    def launch(self, batch: SequenceOf[Scheduled]) -> SimulatedFlight:
+        """The batch begins now."""
+        shape = BatchShape.of((item.start, item.num_tokens) for item in batch)
+        ends_at = time.monotonic() + self._model.profiled(shape)
+        return SimulatedFlight(batch, ends_at, self._words)
+
+
+def made_up_token(seq: Sequence, words: SequenceOf[int]) -> int:
+    """The next token of a sequence, always the same one."""
+    number = (seq.request.seed + seq.index) * _SPREAD + seq.num_output_tokens * _STEP
+    return words[(number >> 20) % len(words)]
+
+
+def find_words(tokenizer: Tokenizer) -> list[int]:
+    """Token ids of whole words with the space before them; any tokens where there are none."""
+    found = [
+        token
+        for token in range(min(tokenizer.vocab_size, SEARCHED))
+        if _WORD.fullmatch(text := tokenizer.decode([token]))
+        and tokenizer.encode(text, add_special_tokens=False) == [token]
+    ]
+    special = tokenizer.eos_token_ids
+    return found or [token for token in range(tokenizer.vocab_size) if token not in special]
+
+
+def load_simulated_core(config: EngineConfig) -> tuple[EngineCore, Tokenizer, int]:
+    """A core on the device of ``config.profile``, the model's tokenizer, and the most tokens
+    of a sequence.
+
+    Raises:
+        ConfigError: where a setting does not fit a simulated device.
+        WorkloadError: where the profile cannot be read.
+    """
+    device = find_device(config.profile)
+    if config.token_budget is None:
+        config = replace(config, token_budget=TOKEN_BUDGET)
+    if config.speculator not in ("auto", "off") or config.draft_model is not None:
+        raise ConfigError("a simulated device drafts nothing; leave the speculator off")
+    tokenizer = Tokenizer.load(find_model(config.model), config.tokenizer)
+    num_blocks = _num_blocks(config, device)
+    planner = make_planner(
+        config.policy,
+        chunked_prefill=config.chunked_prefill,
+        model=device.perf_model(),
+        lengths=make_length_estimator(config.length_estimator),
+        best_effort_share=config.best_effort_share,
+    )
+    core = EngineCore(
+        SimulatedRunner(device.perf_model(), find_words(tokenizer)),
+        BlockPool(num_blocks, config.block_size, prefix_caching=config.prefix_caching),
+        planner,
+        token_budget=config.token_budget,
+        max_num_seqs=config.max_num_seqs,
+        clock=time.monotonic,
+    )
+    longest = min(device.max_model_len, num_blocks * config.block_size)
+    if config.max_model_len is not None and config.max_model_len > longest:
+        raise ConfigError(
+            f"max_model_len {config.max_model_len} is beyond the {longest} tokens that "
+            f"{device.name} can hold"
+        )
+    return core, tokenizer, config.max_model_len or longest
+
+
+def _num_blocks(config: EngineConfig, device: Device) -> int:
+    if config.num_blocks is not None:
+        return config.num_blocks
+    if device.kv_tokens is None:
+        raise ConfigError(
+            f"the profile of {device.name} does not say how much KV memory there is; "
+            "give --num-blocks"
+        )
+    return device.kv_tokens // config.block_size
