@@ -34,6 +34,7 @@ setup(
         "huggingface-hub>=1.0",
         "aiohttp>=3.11",
         "jinja2>=3.1",
+        "msgspec>=0.19",
         "prometheus-client>=0.21",
         "tqdm>=4.66",
         "psutil>=6.0",
@@ -44,7 +45,7 @@ setup(
         "test": [
             "pytest>=8.3",
             "pytest-timeout>=2.3",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.7",
             "hypothesis>=6.130",
             "openai>=2.0",
             "tokenizers>=0.22",

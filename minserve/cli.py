@@ -15,16 +15,19 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from minserve import __version__
 from minserve.cli_bench import add_bench
+from minserve.cli_ctl import add_ctl
 from minserve.cli_flags import add_config_flags, add_sampling_flags, given
 from minserve.cli_profile import add_profile
+from minserve.cli_replicas import create_controller, follow, is_follower, under_torchrun
 from minserve.cli_simulate import add_simulate
-from minserve.config import EngineConfig, ServerConfig
+from minserve.config import ControllerConfig, EngineConfig, ServerConfig
 from minserve.errors import ConfigError, MinserveError, WorkloadError
 from minserve.exit_codes import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE
 from minserve.outputs import CompletionOutput, TokenLogprob, acceptance
 from minserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from minserve.controller.controller import Controller
     from minserve.engine.engine import AsyncEngine, Engine
 
 GENERATE_MAX_TOKENS = 256
@@ -110,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_profile(commands)
     add_bench(commands)
     add_simulate(commands)
+    add_ctl(commands)
     return parser
 
 
@@ -123,6 +127,7 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
         allow_abbrev=False,
     )
     add_config_flags(parser, ServerConfig)
+    add_config_flags(parser, ControllerConfig)
     add_config_flags(parser, EngineConfig)
     parser.set_defaults(command=_serve)
 
@@ -172,17 +177,24 @@ def _serve(args: argparse.Namespace) -> int:
     engine_settings = given(args, EngineConfig)
     EngineConfig.create(**engine_settings)  # refuse nonsense before anything slow
 
+    controller_config = under_torchrun(ControllerConfig(**given(args, ControllerConfig)))
+    if is_follower():
+        return follow(controller_config, engine_settings, server_config)
+
     from minserve.server import lifecycle
 
     sock = lifecycle.bind_socket(server_config.host, server_config.port)
     url = lifecycle.reachable_url(sock)
 
-    def load_engine() -> AsyncEngine:
+    def load_engine() -> AsyncEngine | Controller:
+        if controller_config.replicas > 1:
+            return create_controller(controller_config, engine_settings, server_config)
         from minserve import AsyncEngine
 
         engine = AsyncEngine(**engine_settings)
         engine.warm_up()
-        engine.profile(server_config.profile_seconds, progress=True)
+        if engine.perf_model is None:
+            engine.profile(server_config.profile_seconds, progress=True)
         unkept = engine.unattainable_classes()
         if unkept:
             logging.getLogger(__name__).warning(unkept)

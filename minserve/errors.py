@@ -97,3 +97,19 @@ class EngineStoppedError(MinserveError):
 
 class GenerationError(MinserveError):
     """Running this one request failed; other requests are not affected."""
+
+
+class ProtocolError(MinserveError):
+    """Something came over a control connection that is no message, or not one expected there."""
+
+
+class ReplicaLostError(MinserveError):
+    """A replica's process has ended, hangs, or cannot be reached any more."""
+
+
+class ReplicaRefusedError(MinserveError):
+    """A replica that differs from the others of its controller, and so is not taken in."""
+
+
+class NoReplicaError(MinserveError):
+    """No replica is up that could serve the request; they are started again by themselves."""

@@ -8,5 +8,10 @@ import signal
 EXIT_ERROR = 1
 # A command line, or a workload, that cannot be run.
 EXIT_USAGE = 2
+# A replica's process: its controller takes it in on no account; the connection is lost, and a
+# new process may join; the controller asks for a new process.
+EXIT_REFUSED = 3
+EXIT_LOST = 4
+EXIT_AGAIN = 5
 # Ctrl-C.
 EXIT_INTERRUPTED = 128 + signal.SIGINT

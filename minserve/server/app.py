@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from minserve.server.slo import read_slo
 from minserve.server.sse import dump_json
 
 if TYPE_CHECKING:
+    from minserve.controller.controller import Controller
     from minserve.engine.engine import AsyncEngine
     from minserve.engine.tokenizer import Tokenizer
 
@@ -42,6 +44,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 FLUSH_TIMEOUT_S = 5.0
 # What watches over a server asks these, and they tell nothing of what is asked and answered.
 OPEN_PATHS = ("/health", "/metrics")
+LOOPBACK = ("127.0.0.1", "::1")
 
 
 class Server:
@@ -75,6 +78,8 @@ class Server:
                 web.post("/v1/chat/completions", self.chat_completions),
                 web.post("/tokenize", self.tokenize),
                 web.post("/detokenize", self.detokenize),
+                web.get("/replicas", self.replicas),
+                web.post("/replicas/{number:[0-9]{1,6}}/{verb:drain|resume|restart}", self.control),
             ]
         )
         return app
@@ -94,10 +99,16 @@ class Server:
     # --- endpoints ---
 
     async def health(self, request: web.Request) -> web.Response:
-        """200 while requests are served, 503 otherwise."""
-        if not self._ready_engine().is_healthy:
+        """200 while requests are served, 503 otherwise; how many replicas are in which state."""
+        engine = self._ready_engine()
+        if not engine.is_healthy:
             raise unavailable("the engine has stopped working")
-        return _json({"status": "ok"})
+        if engine.iteration_s > self.config.watchdog_s:
+            raise unavailable(f"an iteration has taken {engine.iteration_s:.0f} s and goes on")
+        body: dict[str, Any] = {"status": "ok"}
+        if hasattr(engine, "replicas"):
+            body["replicas"] = Counter(one["state"] for one in engine.replicas())
+        return _json(body)
 
     async def metrics(self, request: web.Request) -> web.Response:
         """Prometheus metrics, as of the newest iteration; needs no API key, as /health does not.
@@ -153,6 +164,23 @@ class Server:
         text = await asyncio.to_thread(decode, tokens, skip_special_tokens=False)
         return _json({"prompt": text})
 
+    async def replicas(self, request: web.Request) -> web.Response:
+        """How each replica stands."""
+        return _json({"replicas": self._controller(request).replicas()})
+
+    async def control(self, request: web.Request) -> web.Response:
+        """Drain, resume or restart a replica; answered when that is done."""
+        controller = self._controller(request)
+        number, verb = int(request.match_info["number"]), request.match_info["verb"]
+        if number >= len(controller.replicas()):
+            raise HttpError(404, f"there is no replica {number}", code="no_such_replica")
+        await {
+            "drain": controller.drain,
+            "resume": controller.resume,
+            "restart": controller.restart,
+        }[verb](number)
+        return _json({"replicas": controller.replicas()})
+
     # --- what they share ---
 
     async def _generate(
@@ -182,6 +210,16 @@ class Server:
         finally:
             for handle in handles:
                 handle.abort()
+
+    def _controller(self, request: web.Request) -> Controller:
+        """The engine, where it is several, for whoever may give it orders."""
+        engine = self._loaded_engine()
+        if not hasattr(engine, "replicas"):
+            raise HttpError(404, "this server has no replicas; start it with --replicas")
+        # Without a key, whoever has a shell on this machine.
+        if self.config.api_key is None and request.remote not in LOOPBACK:
+            raise HttpError(403, "without an API key, replicas are controlled from this machine")
+        return engine
 
     @property
     def _model_name(self) -> str:

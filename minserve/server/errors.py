@@ -14,7 +14,9 @@ from minserve.errors import (
     EngineStoppedError,
     GenerationError,
     InvalidRequestError,
+    NoReplicaError,
     QueueFullError,
+    ReplicaLostError,
     RequestTooLongError,
     SLOUnattainableError,
 )
@@ -77,7 +79,7 @@ def to_http_error(error: Exception) -> HttpError:
                 code="slo_unattainable",
                 headers=_when_to_retry(error),
             )
-        case EngineStoppedError():
+        case EngineStoppedError() | NoReplicaError() | ReplicaLostError():
             return unavailable(text)
         case GenerationError():
             logger.error("generation failed: %s", text, exc_info=error)

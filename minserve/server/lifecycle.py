@@ -102,7 +102,13 @@ async def serve(
         if ended.done():
             raise LoadInterrupted(ended.result())
         engine = loading.result()
-        await engine.start()
+        starting = asyncio.ensure_future(engine.start())
+        await asyncio.wait({starting, ended}, return_when=asyncio.FIRST_COMPLETED)
+        if ended.done():
+            starting.cancel()
+            await engine.stop()
+            raise LoadInterrupted(ended.result())
+        starting.result()
         # What is loaded stays to the end: a garbage collection that looks through it all
         # would stop every stream for 0.1 s now and then.
         gc.collect()

@@ -7,7 +7,7 @@ class; requests without an SLO are in no class), positions up to ``max_speculati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ from prometheus_client.registry import Collector
 from minserve.attainment import Outcome
 
 if TYPE_CHECKING:
+    from minserve.controller.controller import Controller
     from minserve.engine.engine import AsyncEngine
     from minserve.engine.stats import EngineStats, Histogram
 
@@ -43,13 +44,63 @@ class EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """All metrics, of one moment."""
         engine = self._find_engine()
-        stats = engine.stats()
-        yield from _gauges(stats)
-        yield from _counters(stats)
-        yield from _speculation(stats, engine.config.max_speculation)
-        yield from _slo(stats)
-        yield from _request_histograms(stats)
-        yield from _iteration_histograms(stats)
+        stats, most = engine.stats(), engine.config.max_speculation
+        if not isinstance(stats, Mapping):
+            yield from _families(stats, most)
+            return
+        merged: dict[str, Metric] = {}
+        for replica, own in stats.items():
+            for family in _families(own, most):
+                merged.setdefault(family.name, family)
+                if merged[family.name] is family:
+                    samples, family.samples = family.samples, []
+                else:
+                    samples = family.samples
+                merged[family.name].samples += [
+                    sample._replace(labels={**sample.labels, "replica": replica})
+                    for sample in samples
+                ]
+        yield from merged.values()
+        yield from _replicas(engine)
+
+
+def _families(stats: EngineStats, max_speculation: int) -> Iterator[Metric]:
+    """The metrics of one engine."""
+    yield from _gauges(stats)
+    yield from _counters(stats)
+    yield from _speculation(stats, max_speculation)
+    yield from _slo(stats)
+    yield from _request_histograms(stats)
+    yield from _iteration_histograms(stats)
+
+
+def _replicas(controller: Controller) -> Iterator[Metric]:
+    """What a controller counts beside what its replicas do."""
+    up = GaugeMetricFamily(
+        PREFIX + "replica_up", "1 while the replica takes requests.", labels=("replica",)
+    )
+    routed = CounterMetricFamily(
+        PREFIX + "routed_requests", "Requests sent to a replica.", labels=("replica",)
+    )
+    lost = CounterMetricFamily(
+        PREFIX + "replica_losses", "Times that a replica was lost.", labels=("replica",)
+    )
+    for replica in controller.replicas():
+        name = (str(replica["replica"]),)
+        up.add_metric(name, replica["state"] == "up")
+        routed.add_metric(name, replica["routed"])
+        lost.add_metric(name, replica["lost"])
+    yield from (up, routed, lost)
+    yield CounterMetricFamily(
+        PREFIX + "request_hops",
+        "Times that a request was moved on to a replica that may keep its SLO.",
+        controller.routing.num_hops,
+    )
+    yield CounterMetricFamily(
+        PREFIX + "resumed_requests",
+        "Times that a request went on elsewhere because its replica was lost.",
+        controller.routing.num_resumed,
+    )
 
 
 def create_registry(find_engine: Callable[[], AsyncEngine]) -> CollectorRegistry:

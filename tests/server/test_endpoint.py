@@ -7,6 +7,8 @@ import json
 import re
 import socket
 import struct
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from live_server import RunningServer, post, request_bytes
 from transformers import LlamaForCausalLM
 
 from minserve.config import ServerConfig
+from minserve.outputs import OutputDelta
 
 PROMPT = "The quick brown fox"
 MESSAGES = [{"role": "user", "content": "The quick brown fox jumps over"}]
@@ -379,6 +382,34 @@ def test_a_failure_in_mid_stream_is_an_error_and_no_normal_end(
     status, headers, _ = post(server, "/v1/completions", body)
     assert status == 503
     assert headers["Retry-After"]
+
+
+def test_health_fails_while_an_iteration_hangs(
+    tiny_llama_dir: Path,
+    start_server: Callable[..., RunningServer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = start_server(tiny_llama_dir, ServerConfig(watchdog_s=0.3))
+    core, hangs = server.engine._core, threading.Event()
+    step = core.step
+
+    def hanging_step() -> list[OutputDelta]:
+        hangs.wait(30)
+        return step()
+
+    monkeypatch.setattr(core, "step", hanging_step)
+    body = {key: value for key, value in LONG_BODY.items() if key != "model"}
+    sock = server.connect()
+    sock.sendall(request_bytes("/v1/completions", {**body, "max_tokens": 2}))
+    try:
+        while (status := post(server, "/health", None, method="GET"))[0] == 200:
+            time.sleep(0.01)
+        assert status[0] == 503
+        assert "an iteration has taken" in str(status[2])
+    finally:
+        hangs.set()
+    assert sock.recv(1000).startswith(b"HTTP/1.1 200")
+    assert post(server, "/health", None, method="GET")[0] == 200
 
 
 # --- the other endpoints ---

@@ -1,0 +1,103 @@
+"""``minserve ctl``: look at the replicas of a running server, and drain or restart them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import urllib.error
+import urllib.request
+from http.client import HTTPException
+from typing import Any
+
+from minserve.errors import ConfigError, EngineStoppedError, InvalidRequestError
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+VERBS = ("status", "drain", "resume", "restart")
+COLUMNS = ("replica", "state", "for_s", "pid", "host", "requests", "routed", "lost")
+# Draining waits for outputs to end.
+TIMEOUT_S = 3600.0
+
+_EXAMPLES = """\
+examples:
+  minserve ctl status
+  minserve ctl drain 1          returns when replica 1 has nothing left to do
+  minserve ctl restart 1        drains it, and returns when its new process is up
+  minserve ctl resume 1         a drained one gets requests again
+"""
+
+
+def add_ctl(commands: argparse._SubParsersAction) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "ctl",
+        help="status of a server's replicas; drain or restart one",
+        description="Look at the replicas of a running server, and drain or restart them.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("verb", choices=VERBS)
+    parser.add_argument("replica", nargs="?", type=int, help="number, for all but status")
+    parser.add_argument(
+        "--url", default=DEFAULT_URL, help=f"of the server (default: {DEFAULT_URL})"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(command=lambda args: _ctl(parser, args))
+
+
+def _ctl(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    if (args.replica is None) != (args.verb == "status"):
+        parser.error("status takes no replica, the others take one")
+    path = "/replicas" if args.verb == "status" else f"/replicas/{args.replica}/{args.verb}"
+    answer = _ask(args.url.rstrip("/") + path, post=args.verb != "status")
+    print(json.dumps(answer) if args.json else _table(answer["replicas"]))
+    return 0
+
+
+def _ask(url: str, *, post: bool) -> dict[str, Any]:
+    """
+    Raises:
+        EngineStoppedError: where no server answers.
+        InvalidRequestError: where it refuses, with its reason.
+        ConfigError: for a key that cannot be sent.
+    """
+    key = os.environ.get("MINSERVE_API_KEY", "")
+    if not key.isprintable():
+        raise ConfigError("MINSERVE_API_KEY has characters that no HTTP header can have")
+    try:
+        request = urllib.request.Request(url, data=b"" if post else None)
+        if key:
+            request.add_header("Authorization", f"Bearer {key}".encode())
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+            told = json.loads(answer.read())
+        if not all(row.keys() >= set(COLUMNS) for row in told["replicas"]):
+            raise KeyError("replicas")
+        return told
+    except urllib.error.HTTPError as error:
+        raise InvalidRequestError(_reason(error)) from None
+    except (OSError, ValueError, HTTPException) as error:
+        why = " ".join(str(error).split())
+        raise EngineStoppedError(f"no minserve answers on {url}: {why}") from None
+    except (KeyError, TypeError, AttributeError):
+        raise EngineStoppedError(f"{url} answers, but not as minserve does") from None
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    try:
+        return str(json.loads(error.read())["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"HTTP {error.code}"
+
+
+def _table(replicas: list[dict[str, Any]]) -> str:
+    rows = [
+        COLUMNS,
+        *(["-" if one[c] is None else str(one[c]) for c in COLUMNS] for one in replicas),
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)

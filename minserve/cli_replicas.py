@@ -1,0 +1,172 @@
+"""``minserve serve --replicas N``: the processes behind one endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from minserve.config import ControllerConfig, EngineConfig, ServerConfig
+from minserve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from minserve.controller.controller import Controller
+    from minserve.controller.processes import Watcher
+
+log = logging.getLogger(__name__)
+
+# What torchrun tells each process that it starts.
+RANK, WORLD_SIZE, LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+MASTER_ADDR, MASTER_PORT = "MASTER_ADDR", "MASTER_PORT"
+# Of free memory, what the KV caches of all replicas on a CPU may take, and at most.
+KV_SHARE, MOST_KV_GIB = 0.25, 4.0
+POLL_S = 0.5
+
+
+def under_torchrun(config: ControllerConfig) -> ControllerConfig:
+    """The settings as torchrun's environment completes them; as they are without it.
+
+    Raises:
+        ConfigError: where both say how many replicas there are, and differ.
+    """
+    if WORLD_SIZE not in os.environ:
+        return config
+    world = int(os.environ[WORLD_SIZE])
+    if config.replicas not in (1, world):
+        raise ConfigError(
+            f"--replicas {config.replicas}, but torchrun starts {world} processes; leave it out"
+        )
+    port = config.control_port or int(os.environ[MASTER_PORT]) + 1
+    return replace(config, replicas=world, control_host=os.environ[MASTER_ADDR], control_port=port)
+
+
+def is_follower() -> bool:
+    """True in those of torchrun's processes that have no controller."""
+    return int(os.environ.get(RANK, 0)) > 0
+
+
+def follow(config: ControllerConfig, settings: Mapping[str, Any], server: ServerConfig) -> int:
+    """Keep this process's replica running until a signal comes, or it is refused."""
+    ((own, environment),) = share_device(EngineConfig.create(**settings), [int(os.environ[RANK])])
+    watcher = create_watcher(
+        config,
+        {**settings, **own},
+        server,
+        int(os.environ[RANK]),
+        environment,
+        config.control_port,
+    )
+    asyncio.run(_follow(watcher, server.shutdown_timeout))
+    return 0
+
+
+async def _follow(watcher: Watcher, drain_s: float) -> None:
+    """Run a watcher until its controller is done with it, or a signal has come and the
+    controller has had time to drain.
+
+    Raises:
+        ReplicaLostError, ReplicaRefusedError: where the replica cannot be started.
+    """
+    from minserve.controller.processes import STOP_S
+    from minserve.controller.rendezvous import is_open
+
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    spec = watcher.spec
+
+    async def run() -> None:
+        log.info("replica %d waits for the first one to be up", spec.index)
+        while not await asyncio.to_thread(is_open, spec.store_host, spec.store_port):
+            await asyncio.sleep(POLL_S)
+        await watcher.run(lambda: False)
+
+    running, waiting = asyncio.create_task(run()), asyncio.create_task(ended.wait())
+    await asyncio.wait({running, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    if running.done():
+        running.result()
+    await watcher.stop(drain_s + STOP_S)
+    running.cancel()
+
+
+def create_controller(
+    config: ControllerConfig, settings: Mapping[str, Any], server: ServerConfig
+) -> Controller:
+    """A controller and watchers for the replicas of this machine, not yet started.
+
+    Raises:
+        ConfigError: where the port is taken or there are too few GPUs.
+    """
+    from minserve.controller.controller import Controller
+    from minserve.controller.rendezvous import Rendezvous
+
+    engine_config = EngineConfig.create(**settings)
+    indices = [int(os.environ[RANK])] if RANK in os.environ else list(range(config.replicas))
+    shares = share_device(engine_config, indices)
+    rendezvous = Rendezvous(config.control_host, config.control_port, config.replicas)
+    log.info("replicas meet at %s:%d", rendezvous.host, rendezvous.port)
+    watchers = [
+        create_watcher(config, {**settings, **own}, server, index, environment, rendezvous.port)
+        for index, (own, environment) in zip(indices, shares, strict=True)
+    ]
+    return Controller(engine_config, config, rendezvous, watchers)
+
+
+def create_watcher(
+    config: ControllerConfig,
+    settings: Mapping[str, Any],
+    server: ServerConfig,
+    index: int,
+    environment: Mapping[str, str],
+    port: int,
+) -> Watcher:
+    """A watcher over one replica's process."""
+    from minserve.controller.processes import Watcher
+    from minserve.controller.replica import ReplicaSpec
+
+    spec = ReplicaSpec(
+        index=index,
+        store_host=config.control_host,
+        store_port=port,
+        settings=settings,
+        profile_s=server.profile_seconds,
+        watchdog_s=server.watchdog_s,
+    )
+    return Watcher(spec, environment)
+
+
+def share_device(
+    config: EngineConfig, indices: list[int]
+) -> list[tuple[dict[str, Any], dict[str, str]]]:
+    """Settings and environment of each replica of this machine.
+
+    A GPU for each; on a CPU the cores and the memory are divided.
+
+    Raises:
+        ConfigError: where there are more replicas than GPUs.
+    """
+    import psutil
+    import torch
+
+    from minserve.engine.build import physical_cores
+
+    num = int(os.environ.get("LOCAL_WORLD_SIZE", len(indices)))
+    first = int(os.environ.get(LOCAL_RANK, 0))
+    if config.executor == "model" and config.device != "cpu" and torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if num > count:
+            raise ConfigError(f"{num} replicas, but this machine has {count} GPUs")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else [str(i) for i in range(count)]
+        return [({}, {"CUDA_VISIBLE_DEVICES": gpus[first + i]}) for i in range(len(indices))]
+    own: dict[str, Any] = {}
+    threads = config.threads or max(1, physical_cores() // num)
+    own["threads"] = threads
+    if config.kv_cache_gib is None and config.num_blocks is None:
+        free_gib = psutil.virtual_memory().available / 2**30
+        own["kv_cache_gib"] = min(free_gib * KV_SHARE, MOST_KV_GIB) / num
+    return [(own, {"OMP_NUM_THREADS": str(threads)}) for _ in indices]

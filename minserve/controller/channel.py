@@ -1,0 +1,194 @@
+"""`Channel`: bytes both ways between the controller and one replica, over torch.distributed.
+
+Each pair has a gloo group of its own, of two ranks, so that one dead replica breaks nobody
+else's, and a new one joins under the next epoch. A killed peer is seen within milliseconds,
+since its connection closes. A hung one is seen by its silence: whoever waits longer than the
+channel's patience for the next message closes the pair, and the peer, should it ever wake,
+finds it closed. So nothing of a replica that was given up can arrive any more.
+
+A message travels in a frame of fixed size, and in a second piece where it is longer.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import struct
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+from torch.distributed import PrefixStore, ProcessGroupGloo, Store
+
+from minserve.errors import ProtocolError, ReplicaLostError
+
+log = logging.getLogger(__name__)
+
+CONTROLLER, REPLICA = 0, 1
+FRAME = 4096
+# A prompt of a million tokens has 5 MB.
+MAX_MESSAGE = 64 * 2**20
+_LENGTH = struct.Struct("<Q")
+_NEVER = timedelta(days=30)
+
+
+class Channel:
+    """One end of the connection. Opening it blocks until the other end has come.
+
+    Args:
+        store: where both meet; of this pair and epoch alone.
+        rank: `CONTROLLER` or `REPLICA`.
+        address: of the interface that this end listens on.
+        patience_s: longest silence of the other end; inf waits for ever.
+        join_s: how long the other end may take to come.
+
+    Raises:
+        ReplicaLostError: where it has not come.
+    """
+
+    def __init__(
+        self, store: Store, rank: int, *, address: str, patience_s: float, join_s: float
+    ) -> None:
+        self._peer = 1 - rank
+        self._patience = _NEVER if patience_s == float("inf") else timedelta(seconds=patience_s)
+        options = ProcessGroupGloo._Options()
+        # Else gloo would listen on whatever the host's name resolves to.
+        options._devices = [ProcessGroupGloo.create_device(hostname=address)]
+        options._timeout = timedelta(seconds=join_s)
+        options._threads = 1
+        store.set_timeout(timedelta(seconds=join_s))
+        try:
+            self._group = ProcessGroupGloo(store, rank, 2, options)
+        except RuntimeError as error:
+            raise ReplicaLostError(f"the other end did not come: {error}") from None
+
+    def send(self, data: bytes) -> None:
+        """Send one message; blocks until it is out. One thread at a time.
+
+        Raises:
+            ProtocolError: for a message beyond `MAX_MESSAGE`.
+            ReplicaLostError: where the other end has gone.
+        """
+        if len(data) > MAX_MESSAGE:
+            raise ProtocolError(
+                f"a message of {len(data)} bytes; at most {MAX_MESSAGE} can be sent"
+            )
+        head = bytearray(FRAME)
+        _LENGTH.pack_into(head, 0, len(data))
+        first = data[: FRAME - _LENGTH.size]
+        head[_LENGTH.size : _LENGTH.size + len(first)] = first
+        self._send(head)
+        if len(data) > len(first):
+            self._send(bytearray(data[len(first) :]))
+
+    def receive(self) -> bytes:
+        """Wait for the next message. One thread at a time.
+
+        Raises:
+            ProtocolError: for a message that says it is longer than `MAX_MESSAGE`.
+            ReplicaLostError: where the other end has gone, or was silent for too long.
+        """
+        head = self._receive(FRAME)
+        (length,) = _LENGTH.unpack_from(head)
+        if length > MAX_MESSAGE:
+            raise ProtocolError(f"a message of {length} bytes; at most {MAX_MESSAGE} are taken")
+        first = head[_LENGTH.size : _LENGTH.size + length]
+        return first if length == len(first) else first + self._receive(length - len(first))
+
+    def _send(self, data: bytearray) -> None:
+        try:
+            self._group.send([torch.frombuffer(data, dtype=torch.uint8)], self._peer, 0).wait(
+                self._patience
+            )
+        except RuntimeError as error:
+            raise ReplicaLostError(f"the connection is lost: {_first_line(error)}") from None
+
+    def _receive(self, num_bytes: int) -> bytes:
+        buffer = torch.empty(num_bytes, dtype=torch.uint8)
+        try:
+            self._group.recv([buffer], self._peer, 0).wait(self._patience)
+        except RuntimeError as error:
+            raise ReplicaLostError(f"the connection is lost: {_first_line(error)}") from None
+        return buffer.numpy().tobytes()
+
+
+class Mailbox:
+    """A channel with a thread for each way, so that nobody else has to wait.
+
+    Args:
+        received: called with each message, in the receiving thread.
+        lost: called once, in one of the threads, with why nothing more can come.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        received: Callable[[bytes], None],
+        lost: Callable[[Exception], None],
+        *,
+        name: str,
+    ) -> None:
+        self._channel, self._received, self._lost = channel, received, lost
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._guard = threading.Lock()
+        self._open = True
+        self._threads = [
+            threading.Thread(target=self._send_all, name=f"{name}-send", daemon=True),
+            threading.Thread(target=self._receive_all, name=f"{name}-receive", daemon=True),
+        ]
+
+    def start(self) -> None:
+        """Start both threads."""
+        for thread in self._threads:
+            thread.start()
+
+    def post(self, data: bytes) -> None:
+        """Send a message in its turn; after the connection is lost, it goes nowhere."""
+        self._outbox.put(data)
+
+    def close(self) -> None:
+        """Say nothing more, once all is out, and tell nobody of what comes."""
+        with self._guard:
+            self._open = False
+        self._outbox.put(None)
+
+    def join(self, timeout_s: float) -> None:
+        """Wait, after `close`, until what was posted is out and the other end has gone.
+
+        A process that ends while threads of its own are inside gloo is aborted.
+        """
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _send_all(self) -> None:
+        try:
+            while (data := self._outbox.get()) is not None:
+                self._channel.send(data)
+        except Exception as error:
+            self._give_up(error)
+
+    def _receive_all(self) -> None:
+        try:
+            while self._open:
+                self._received(self._channel.receive())
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        with self._guard:
+            was_open, self._open = self._open, False
+        self._outbox.put(None)
+        if was_open:
+            self._lost(error)
+
+
+def pair_store(store: Store, replica: int, epoch: int) -> Store:
+    """The part of a store in which one replica of one epoch meets the controller."""
+    return PrefixStore(f"minserve/replica/{replica}/{epoch}", store)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -1,0 +1,516 @@
+"""`Controller`: several replicas behind the face of one engine.
+
+It checks requests, routes each to a replica, and hands on what comes back. What a client was
+told is kept here until its request ends, so that another replica can go on behind it when the
+first one is lost. All methods belong to one asyncio loop; nothing here blocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+from minserve.config import ControllerConfig, EngineConfig
+from minserve.controller import messages as m
+from minserve.controller.flights import Flight, FlightHandle, ending
+from minserve.controller.prefixes import PrefixMap
+from minserve.controller.processes import STOP_S, Watcher
+from minserve.controller.rendezvous import Rendezvous
+from minserve.controller.replicas import Replica, ReplicaState, ReplicaTable
+from minserve.controller.router import Ask, Router, make_router
+from minserve.engine.intake import Intake, Prompt, load_tokenizer
+from minserve.engine.stats import EngineStats
+from minserve.errors import (
+    EngineStoppedError,
+    GenerationError,
+    InvalidRequestError,
+    NoReplicaError,
+    QueueFullError,
+    ReplicaLostError,
+    SLOUnattainableError,
+)
+from minserve.outputs import OutputDelta
+from minserve.planner.lengths import make_length_estimator
+from minserve.planner.perf_model import PerfModel
+from minserve.request import FinishReason
+from minserve.sampling_params import SamplingParams
+from minserve.slo import SLO
+
+log = logging.getLogger(__name__)
+
+# A request that sees so many replicas lost, one after another and without a token from any,
+# may be what they are lost by.
+MOST_LOSSES = 3
+# For a new process to load and join.
+RESTART_S = 600.0
+_SUSPECT = (
+    f"{MOST_LOSSES + 1} replicas in a row were lost while this request ran on them, so it is not "
+    "given to another one"
+)
+
+
+@dataclass(slots=True)
+class RoutingStats:
+    """What became of requests between replicas, since the start.
+
+    Attributes:
+        num_hops: requests moved on because their replica could not promise their SLO.
+        num_resumed: requests that went on elsewhere because their replica was lost.
+    """
+
+    num_hops: int = 0
+    num_resumed: int = 0
+
+
+class Controller:
+    """The face of an `AsyncEngine`, with replicas behind it.
+
+    Args:
+        engine_config: of every replica.
+        rendezvous: where they come to.
+        watchers: of the replicas whose processes this one keeps running.
+    """
+
+    def __init__(
+        self,
+        engine_config: EngineConfig,
+        config: ControllerConfig,
+        rendezvous: Rendezvous,
+        watchers: SequenceOf[Watcher] = (),
+    ) -> None:
+        self._watchers = {watcher.spec.index: watcher for watcher in watchers}
+        self._watching: list[asyncio.Task[None]] = []
+        self.config, self._settings = engine_config, config
+        self.tokenizer = load_tokenizer(engine_config)
+        self.table = ReplicaTable(
+            rendezvous,
+            config.replicas,
+            config.replica_timeout,
+            joined=self._joined,
+            told=self._told,
+            lost=self._lost,
+        )
+        self.routing = RoutingStats()
+        self._intake: Intake | None = None
+        self._router: Router | None = None
+        self._lengths = make_length_estimator(engine_config.length_estimator)
+        self._prefixes = PrefixMap()
+        self._flights: dict[str, Flight] = {}
+        self._handles: dict[str, FlightHandle] = {}
+        # Their replica was lost, and there is no other one.
+        self._grounded: dict[str, Flight] = {}
+        self._num_unfinished = 0
+        self._accepting = False
+        self._changed = asyncio.Event()
+
+    # --- the face of an engine ---
+
+    @property
+    def model_name(self) -> str:
+        return next(r.hello.model_name for r in self.table.replicas if r.hello is not None)
+
+    @property
+    def max_model_len(self) -> int:
+        return self._intake.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        return self._intake.vocab_size
+
+    @property
+    def slo_classes(self) -> Mapping[str, SLO]:
+        return self._intake.promises.classes
+
+    @property
+    def default_slo(self) -> SLO | None:
+        return self._intake.promises.default
+
+    @property
+    def thinking_marker(self) -> str | None:
+        return self._intake.promises.thinking_marker
+
+    @property
+    def num_unfinished(self) -> int:
+        """Outputs waiting or running."""
+        return self._num_unfinished
+
+    @property
+    def is_healthy(self) -> bool:
+        """True while requests are accepted and some replica is there for them."""
+        return self._accepting and len(self._absent()) < len(self.table.replicas)
+
+    @property
+    def iteration_s(self) -> float:
+        """Always 0: a replica whose iteration takes too long is given up."""
+        return 0.0
+
+    def stats(self) -> Mapping[str, EngineStats]:
+        """As each replica told them last, by its number."""
+        return {str(replica.number): replica.stats for replica in self.table.replicas}
+
+    async def start(self) -> None:
+        """Start replicas and take them in; returns when the first is up.
+
+        The others are started then, so that they find what it has measured of the device.
+
+        Raises:
+            ReplicaLostError, ReplicaRefusedError: where a process cannot be started.
+        """
+        self.table.start()
+        self._accepting = True
+        first, *others = self._watchers.values() or (None,)
+        if first is not None:
+            self._watch(first)
+        while not self.is_healthy:
+            change = asyncio.create_task(self._next_change())
+            done, _ = await asyncio.wait(
+                [change, *self._watching], return_when=asyncio.FIRST_COMPLETED
+            )
+            for task in done:
+                task.result()
+        self.table.open_to_others()
+        for watcher in others:
+            self._watch(watcher)
+        for task in self._watching:
+            task.add_done_callback(_log_failure)
+
+    def _watch(self, watcher: Watcher) -> None:
+        replica = self.table.replicas[watcher.spec.index]
+        task = asyncio.create_task(watcher.run(lambda: replica.hello is not None))
+        self._watching.append(task)
+
+    async def stop(self, timeout_s: float = 0.0) -> None:
+        """Accept nothing more, wait for what runs, fail the rest, and end the replicas."""
+        self._accepting = False
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._flights:
+                    await self._next_change()
+        except TimeoutError:
+            log.warning("aborting %d unfinished outputs", self._num_unfinished)
+        stopped = EngineStoppedError("the server is shutting down")
+        for flight in list(self._flights.values()):
+            self._end(flight, FinishReason.ABORT, stopped)
+        # Who is still loading was told nothing, and has nothing to lose.
+        patience_s = {r.number: STOP_S if r.is_connected else 0.0 for r in self.table.replicas}
+        await self.table.close()
+        await asyncio.gather(
+            *(watcher.stop(patience_s[number]) for number, watcher in self._watchers.items())
+        )
+
+    def submit(
+        self,
+        prompts: SequenceOf[Prompt],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        slo: SLO | str | None = None,
+    ) -> list[FlightHandle]:
+        """As `AsyncEngine.submit`.
+
+        Raises:
+            NoReplicaError: where no replica is up.
+        """
+        if not self._accepting:
+            raise EngineStoppedError("the engine is not running")
+        if not self.is_healthy:
+            raise NoReplicaError("no replica is up; they are being started again")
+        self._check_room(len(prompts) * params.n)
+        asked = [self._intake.request(p, params, priority, cache_salt, slo) for p in prompts]
+        handles = []
+        for text, request in asked:
+            flight = Flight.of(request)
+            handle = FlightHandle(flight, text, self._abort)
+            self._flights[request.request_id] = flight
+            self._handles[request.request_id] = handle
+            self._num_unfinished += request.params.n
+            self._place(flight)
+            handles.append(handle)
+        return handles
+
+    def _check_room(self, num_outputs: int) -> None:
+        most = self.config.max_queue * len(self.table.replicas)
+        if num_outputs > self.config.max_queue:
+            raise InvalidRequestError(
+                f"{num_outputs} outputs in one request; at most {self.config.max_queue} "
+                "can be queued here"
+            )
+        if self._num_unfinished + num_outputs > most:
+            raise QueueFullError(
+                f"{self._num_unfinished} outputs are waiting or running and {num_outputs} more "
+                f"would exceed the limit of {most}; try again later"
+            )
+
+    # --- replicas ---
+
+    def replicas(self) -> list[dict[str, object]]:
+        """How each replica stands, for people and programs."""
+        now = time.monotonic()
+        # A list first: metrics are told from another thread.
+        running = Counter(flight.replica for flight in list(self._flights.values()))
+        return [
+            {
+                "replica": replica.number,
+                "state": replica.state.value,
+                "for_s": round(now - replica.since_s, 1),
+                "pid": None if not replica.is_connected else replica.hello.pid,
+                "host": None if not replica.is_connected else replica.hello.host,
+                "requests": running[replica.number],
+                "routed": replica.num_routed,
+                "lost": replica.num_lost,
+            }
+            for replica in self.table.replicas
+        ]
+
+    async def drain(self, number: int) -> None:
+        """Send a replica nothing more; returns when it has nothing left."""
+        replica = self.table.replicas[number]
+        if replica.state is ReplicaState.UP:
+            replica.enter(ReplicaState.DRAINING)
+            self._settle(replica)
+        while replica.state is ReplicaState.DRAINING:
+            await self._next_change()
+
+    async def resume(self, number: int) -> None:
+        """Send a drained or draining replica requests again."""
+        replica = self.table.replicas[number]
+        if replica.state in (ReplicaState.DRAINING, ReplicaState.DRAINED):
+            replica.enter(ReplicaState.UP)
+            self._land_grounded()
+            self._tell_change()
+
+    async def restart(self, number: int) -> None:
+        """Drain a replica and end its process; whoever watches over it starts the next one.
+
+        Returns when that is up.
+
+        Raises:
+            InvalidRequestError: where somebody resumes it meanwhile.
+            ReplicaLostError: where no new process comes.
+        """
+        replica, watcher = self.table.replicas[number], self._watchers.get(number)
+        await self.drain(number)
+        if replica.state is ReplicaState.UP:
+            raise InvalidRequestError(f"replica {number} was resumed while it drained")
+        if replica.is_connected:
+            self.table.dismiss(replica, again=True)
+            if watcher is not None:
+                await watcher.await_end()
+        try:
+            async with asyncio.timeout(RESTART_S):
+                while replica.state is not ReplicaState.UP:
+                    await self._next_change()
+        except TimeoutError:
+            raise ReplicaLostError(
+                f"replica {number} did not come back within {RESTART_S:g} s; see the log"
+            ) from None
+
+    def _absent(self) -> set[int]:
+        """Replicas that take no requests."""
+        return {r.number for r in self.table.replicas if r.state is not ReplicaState.UP}
+
+    def _joined(self, replica: Replica) -> None:
+        hello = replica.hello
+        model = PerfModel(hello.pieces, margin=hello.margin)
+        if self._intake is None:
+            self._intake = Intake(
+                self.config,
+                self.tokenizer,
+                max_model_len=hello.max_model_len,
+                vocab_size=hello.vocab_size,
+                clock=time.monotonic,
+            )
+            self._intake.perf_model = model
+            self._router = make_router(self._settings.router, len(self.table.replicas), model)
+        self._prefixes.forget(replica.number)
+        self._router.report(replica.number, replica.load)
+        self._land_grounded()
+        self._tell_change()
+
+    def _lost(self, replica: Replica, error: Exception) -> None:
+        """What it ran goes on elsewhere, from what the clients have."""
+        if replica.number in self._watchers:
+            self._watchers[replica.number].kill()
+        for flight in list(self._flights.values()):
+            if flight.replica != replica.number:
+                continue
+            flight.replica, flight.moving_to = None, None
+            flight.num_losses += 1
+            if flight.num_losses > MOST_LOSSES:
+                self._end(flight, FinishReason.ERROR, GenerationError(_SUSPECT))
+                continue
+            self.routing.num_resumed += 1
+            self._place(flight)
+        self._tell_change()
+
+    def _land_grounded(self) -> None:
+        grounded, self._grounded = self._grounded, {}
+        for request_id, flight in grounded.items():
+            if request_id in self._flights:
+                self._place(flight)
+
+    def _settle(self, replica: Replica) -> None:
+        """A draining replica that has nothing left is drained."""
+        if replica.state is ReplicaState.DRAINING and not any(
+            flight.replica == replica.number for flight in self._flights.values()
+        ):
+            replica.enter(ReplicaState.DRAINED)
+            self._tell_change()
+
+    # --- requests ---
+
+    def _place(self, flight: Flight, number: int | None = None) -> None:
+        """Send a request to a replica, by default to the one that the router chooses."""
+        absent, now = self._absent(), time.monotonic()
+        ask = self._ask(flight, now)
+        if number is None or number in absent:
+            if len(absent) == len(self.table.replicas):
+                flight.replica = None
+                self._grounded[flight.request.request_id] = flight
+                return
+            number = self._router.choose(ask, now, absent)
+        replica = self.table.replicas[number]
+        flight.replica, flight.epoch = number, replica.epoch
+        replica.submit(flight.submit(now), ask)
+        self._prefixes.note(number, flight.request.prompt_token_ids, flight.request.cache_salt)
+
+    def _ask(self, flight: Flight, now: float) -> Ask:
+        request = flight.request
+        ttft_s, tpot_s = math.inf, math.inf
+        if request.targets is not None:
+            ttft_s = request.targets.ttft_s
+            tpot_s = request.targets.stages[0].tpot_s
+        return Ask(
+            prompt_tokens=flight.num_tokens,
+            output_tokens=self._lengths.remaining(flight.sequence),
+            # One that has begun is late already for whatever there is to be late for.
+            deadline_s=math.inf if flight.has_begun else request.arrival_s + ttft_s,
+            tpot_s=tpot_s,
+            cached_tokens=self._prefixes.cached(request.prompt_token_ids, request.cache_salt),
+        )
+
+    def _told(self, replica: Replica, message: m.News | m.Stats | m.Withdrawn) -> None:
+        if isinstance(message, m.Withdrawn):
+            self._move(message.request_id, replica)
+            self._settle(replica)
+            return
+        deltas, declined = (
+            ((), ()) if isinstance(message, m.Stats) else (message.deltas, message.declined)
+        )
+        for delta in deltas:
+            flight = self._flights.get(delta.request_id)
+            if flight is not None and flight.replica == replica.number:
+                self._deliver(flight, delta)
+        if message.load is not None:
+            self._router.report(replica.number, replica.load)
+            for _, ask in replica.under_way:
+                self._router.count_in(replica.number, ask)
+        for request_id in declined:
+            flight = self._flights.get(request_id)
+            if flight is not None and flight.replica == replica.number:
+                self._look_elsewhere(flight, replica)
+        self._settle(replica)
+
+    def _deliver(self, flight: Flight, delta: OutputDelta) -> None:
+        if isinstance(delta.error, SLOUnattainableError) and self._retried(flight):
+            return
+        now = time.monotonic()
+        flight.moving_to = None
+        flight.note(delta, now)
+        self._handles[delta.request_id].put(delta)
+        if delta.finish_reason is not None:
+            self._num_unfinished -= 1
+            if delta.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+                self._learn(flight, delta.index)
+        if not flight.num_open:
+            self._forget(flight)
+
+    def _learn(self, flight: Flight, index: int) -> None:
+        """An output came to its own end: how long it was, and who holds its KV now."""
+        seq, output = flight.sequence, flight.outputs[index]
+        tokens = [*flight.request.prompt_token_ids, *output.token_ids]
+        seq.token_ids = tokens
+        self._lengths.finished(seq)
+        self._prefixes.note(flight.replica, tokens, flight.request.cache_salt)
+
+    def _retried(self, flight: Flight) -> bool:
+        """A replica refuses a request; True where another one is to be asked instead."""
+        number = flight.replica
+        other = self._better_than(flight, number)
+        if other is None:
+            return False
+        self._hop(flight, other)
+        return True
+
+    def _look_elsewhere(self, flight: Flight, replica: Replica) -> None:
+        """A request is promised nothing where it waits; ask for it back if another one may."""
+        if flight.moving_to is not None or flight.has_begun:
+            return
+        other = self._better_than(flight, replica.number)
+        if other is not None:
+            flight.moving_to = other
+            replica.post(m.Withdraw(flight.request.request_id))
+
+    def _better_than(self, flight: Flight, number: int) -> int | None:
+        flight.tried.add(number)
+        if len(flight.tried) > self._settings.hop_limit:
+            return None
+        now = time.monotonic()
+        without = flight.tried | self._absent()
+        return self._router.choose_better(self._ask(flight, now), now, without)
+
+    def _move(self, request_id: str, replica: Replica) -> None:
+        """A replica has given a request back."""
+        flight = self._flights.get(request_id)
+        if flight is not None and flight.replica == replica.number:
+            self._hop(flight, flight.moving_to)
+
+    def _hop(self, flight: Flight, other: int | None) -> None:
+        flight.moving_to = None
+        self.routing.num_hops += 1
+        self._place(flight, other)
+
+    def _abort(self, request_id: str) -> None:
+        """The client has left."""
+        flight = self._flights.get(request_id)
+        if flight is not None:
+            self._end(flight, FinishReason.ABORT, None)
+
+    def _end(self, flight: Flight, reason: FinishReason, error: Exception | None) -> None:
+        """End a request for a reason of the controller's own."""
+        request_id = flight.request.request_id
+        handle = self._handles[request_id]
+        for delta in ending(flight, reason, error):
+            handle.put(delta)
+        self._num_unfinished -= flight.num_open
+        if flight.replica is not None:
+            self.table.replicas[flight.replica].post(m.Abort(request_id))
+        self._forget(flight)
+
+    def _forget(self, flight: Flight) -> None:
+        del self._flights[flight.request.request_id], self._handles[flight.request.request_id]
+        if not self._flights:
+            self._tell_change()
+
+    # --- waiting ---
+
+    def _tell_change(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _next_change(self) -> None:
+        """Until a replica comes, goes or is drained, or the last request has ended."""
+        await self._changed.wait()
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    """A replica that cannot be started is missed, but the others serve on."""
+    if not task.cancelled() and task.exception() is not None:
+        log.error("%s", task.exception())

@@ -1,0 +1,61 @@
+"""`PrefixMap`: which replica likely holds the KV of which prompt's beginning.
+
+A guess, made from what was sent where: the replicas evict as they must and tell nobody. A
+wrong guess costs a prefill, never a wrong answer, so plain hashes are enough.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+
+CHUNK = 32
+MOST_CHUNKS = 200_000
+
+
+class PrefixMap:
+    """Remembers prefixes in chunks, the longest unused ones forgotten first.
+
+    Args:
+        most: chunks remembered.
+    """
+
+    def __init__(self, most: int = MOST_CHUNKS) -> None:
+        self._most = most
+        self._holders: OrderedDict[int, set[int]] = OrderedDict()
+
+    def note(self, replica: int, token_ids: SequenceOf[int], salt: str) -> None:
+        """A replica has computed these tokens."""
+        for chunk in _chain(token_ids, salt):
+            self._holders.setdefault(chunk, set()).add(replica)
+            self._holders.move_to_end(chunk)
+        while len(self._holders) > self._most:
+            self._holders.popitem(last=False)
+
+    def cached(self, token_ids: SequenceOf[int], salt: str) -> dict[int, int]:
+        """By replica, how many leading tokens it likely holds; never all of them."""
+        found: dict[int, int] = {}
+        candidates: set[int] | None = None
+        for number, chunk in enumerate(_chain(token_ids[:-1], salt), 1):
+            holders = self._holders.get(chunk, set())
+            candidates = holders if candidates is None else candidates & holders
+            if not candidates:
+                break
+            found.update(dict.fromkeys(candidates, number * CHUNK))
+        return found
+
+    def forget(self, replica: int) -> None:
+        """A replica has lost its memory."""
+        for chunk in [chunk for chunk, holders in self._holders.items() if replica in holders]:
+            self._holders[chunk].discard(replica)
+            if not self._holders[chunk]:
+                del self._holders[chunk]
+
+
+def _chain(token_ids: SequenceOf[int], salt: str) -> Iterator[int]:
+    """A hash of each whole chunk and of all before it."""
+    before = hash(salt)
+    for start in range(0, len(token_ids) - CHUNK + 1, CHUNK):
+        before = hash((before, *token_ids[start : start + CHUNK]))
+        yield before

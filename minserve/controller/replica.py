@@ -1,0 +1,311 @@
+"""A replica's process: an engine, and the connection to the controller that feeds it.
+
+One loop, as in every engine: take in what the controller asks, one iteration, tell what came
+of it. The process lives for one connection. Where that is lost, nothing that it computes can
+reach anybody any more, so it ends, and whoever watches over it starts the next one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from minserve import __version__
+from minserve.controller import messages as m
+from minserve.controller.channel import MAX_MESSAGE, REPLICA, Channel, Mailbox, pair_store
+from minserve.controller.rendezvous import announce, local_address
+from minserve.engine.core import IDLE_S
+from minserve.engine.live_output import History
+from minserve.engine.relay import RelayEngine
+from minserve.errors import (
+    GenerationError,
+    InvalidRequestError,
+    MinserveError,
+    ProtocolError,
+    ReplicaLostError,
+    ReplicaRefusedError,
+)
+from minserve.exit_codes import EXIT_AGAIN, EXIT_ERROR, EXIT_LOST, EXIT_REFUSED
+from minserve.outputs import OutputDelta
+from minserve.request import FinishReason
+
+log = logging.getLogger(__name__)
+
+# How often a replica says that it lives, where it has nothing else to say.
+BEAT_S = 0.25
+JOIN_S = 120.0
+# Of Linux's prctl(2).
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaSpec:
+    """What a replica's process is told.
+
+    Attributes:
+        store_host, store_port: of the controller's rendezvous.
+        settings: of its engine.
+        profile_s: at most, for measuring the device where nobody has.
+        watchdog_s: an iteration that lasts longer is not waited for: the replica falls silent,
+            so that the controller gives it up.
+    """
+
+    index: int
+    store_host: str
+    store_port: int
+    settings: Mapping[str, Any]
+    profile_s: float
+    watchdog_s: float
+
+    def to_json(self) -> str:
+        """For the command line of a process."""
+        return json.dumps(asdict(self))
+
+
+def identity_of(engine: RelayEngine) -> m.Identity:
+    """What the controller compares: all that decides which requests an engine takes, what it
+    promises, and which tokens come out. The rest may differ from replica to replica.
+    """
+    traits = {
+        "model": f"{engine.model_name} ({engine.fingerprint})",
+        "dtype": engine.dtype,
+        "tokenizer": engine.config.tokenizer or "the model's",
+        "max_model_len": str(engine.max_model_len),
+        "policy": engine.config.policy,
+    }
+    return m.Identity(protocol=m.PROTOCOL, version=__version__, traits=traits)
+
+
+class ReplicaLoop:
+    """Serves one connection.
+
+    Args:
+        engine: loaded and profiled.
+    """
+
+    def __init__(self, engine: RelayEngine, channel: Channel, watchdog_s: float) -> None:
+        self._engine, self._watchdog_s = engine, watchdog_s
+        # With the time at which each came: a request waits in it for the end of an iteration.
+        self._inbox: queue.SimpleQueue[tuple[float, m.Message | Exception]] = queue.SimpleQueue()
+        self._mailbox = Mailbox(
+            channel,
+            lambda data: self._inbox.put((engine.clock_s, m.decode(data))),
+            lambda error: self._inbox.put((engine.clock_s, error)),
+            name="controller",
+        )
+        self._num_taken = 0
+        # What the beat tells; one object, since that is another thread.
+        self._standing = (engine.load(), 0)
+        self._step_began: float | None = None
+        self._stopped = threading.Event()
+
+    def run(self) -> m.Stop:
+        """Until the controller says stop.
+
+        Raises:
+            ReplicaLostError: where the connection is lost.
+            ProtocolError: where the controller says what no controller says.
+            DeviceLostError: where the device is.
+            PoolCorruptedError: where the engine has lost count of its blocks.
+        """
+        self._mailbox.start()
+        threading.Thread(target=self._beat, name="beat", daemon=True).start()
+        try:
+            while (stop := self._take_in()) is None:
+                self._step_began = time.monotonic()
+                deltas, declined, load = self._engine.step()
+                self._step_began = None
+                self._standing = (load, self._num_taken)
+                self._tell_news(deltas, tuple(declined))
+            return stop
+        finally:
+            self._stopped.set()
+            self._mailbox.close()
+
+    def _take_in(self) -> m.Stop | None:
+        """Carry out what was asked since the last iteration; waits where there is no work."""
+        while not self._engine.has_work or not self._inbox.empty():
+            came_s, asked = self._next_wish()
+            if isinstance(asked, Exception):
+                raise asked
+            if isinstance(asked, m.Stop):
+                return asked
+            self._carry_out(asked, came_s)
+        return None
+
+    def _next_wish(self) -> tuple[float, m.Message | Exception]:
+        """Wait for it; the pool's books are checked in the meantime."""
+        with suppress(queue.Empty):
+            return self._inbox.get(timeout=IDLE_S)
+        self._engine.check_integrity()
+        return self._inbox.get()
+
+    def _carry_out(self, asked: m.Message, came_s: float) -> None:
+        match asked:
+            case m.Submit():
+                self._add(asked, came_s)
+            case m.Abort():
+                # Whoever aborts has stopped listening.
+                self._engine.abort(asked.request_id)
+                self._standing = (self._engine.load(), self._num_taken)
+                self._tell_news([], ())
+            case m.Withdraw():
+                if self._engine.withdraw(asked.request_id):
+                    self._standing = (self._engine.load(), self._num_taken)
+                    self._tell(m.encode(m.Withdrawn(asked.request_id)))
+            case _:
+                raise ProtocolError(f"the controller sent {type(asked).__name__}")
+
+    def _add(self, asked: m.Submit, came_s: float) -> None:
+        self._num_taken += 1
+        histories = {
+            index: History(
+                one.token_ids, tuple(came_s - age for age in one.ages_s), one.told_prompt
+            )
+            for index, one in asked.outputs.items()
+        }
+        try:
+            self._engine.add(replace(asked.request, arrival_s=came_s - asked.age_s), histories)
+        except InvalidRequestError as error:
+            self._tell_news(_failed(asked.request.request_id, asked.outputs, error), ())
+
+    def _tell_news(self, deltas: list[OutputDelta], declined: tuple[str, ...]) -> None:
+        """Tell what came of an iteration; a request with more to tell than a message holds ends."""
+        load, num_taken = self._standing
+        data = m.encode(
+            m.News(deltas=tuple(deltas), declined=declined, load=load, num_taken=num_taken)
+        )
+        if len(data) <= MAX_MESSAGE:
+            self._tell(data)
+        elif len(deltas) > 1:
+            for delta in deltas:
+                self._tell_news([delta], declined)
+        else:
+            (delta,) = deltas
+            error = GenerationError(
+                f"the log probabilities of this prompt take {len(data)} bytes; at most "
+                f"{MAX_MESSAGE} can be told, so ask for fewer"
+            )
+            ended = self._engine.abort(delta.request_id) or [delta]
+            indices = {delta.index, *(one.index for one in ended)}
+            self._tell_news(_failed(delta.request_id, indices, error), declined)
+
+    def _tell(self, data: bytes) -> None:
+        self._mailbox.post(data)
+
+    def _beat(self) -> None:
+        """Signs of life, with what was counted; none while an iteration takes for ever."""
+        while not self._stopped.wait(BEAT_S):
+            began = self._step_began
+            if began is None or time.monotonic() - began < self._watchdog_s:
+                load, num_taken = self._standing
+                stats = m.Stats(stats=self._engine.snapshot(), load=load, num_taken=num_taken)
+                self._tell(m.encode(stats))
+
+
+def _failed(request_id: str, indices: Iterable[int], error: MinserveError) -> list[OutputDelta]:
+    return [
+        OutputDelta(request_id, index, finish_reason=FinishReason.ERROR, error=error)
+        for index in indices
+    ]
+
+
+def connect(spec: ReplicaSpec, engine: RelayEngine) -> Channel:
+    """Announce an engine and be taken in.
+
+    Raises:
+        ReplicaLostError: where no controller answers.
+        ReplicaRefusedError: where it refuses this replica, with its reason.
+    """
+    meeting = announce(spec.store_host, spec.store_port, spec.index)
+    channel = Channel(
+        pair_store(meeting.store, spec.index, meeting.epoch),
+        REPLICA,
+        address=local_address(spec.store_host, spec.store_port),
+        patience_s=float("inf"),
+        join_s=JOIN_S,
+    )
+    model = engine.perf_model
+    channel.send(
+        m.encode(
+            m.Hello(
+                identity=identity_of(engine),
+                pid=os.getpid(),
+                host=socket.gethostname(),
+                model_name=engine.model_name,
+                max_model_len=engine.max_model_len,
+                vocab_size=engine.vocab_size,
+                load=engine.load(),
+                pieces=tuple(model.pieces),
+                margin=model.margin,
+            )
+        )
+    )
+    answer = m.decode(channel.receive())
+    if isinstance(answer, m.Refused):
+        raise ReplicaRefusedError(answer.why)
+    if not isinstance(answer, m.Welcome):
+        raise ProtocolError(f"the controller answered with {type(answer).__name__}")
+    return channel
+
+
+def main(argument: str) -> int:
+    """Run one replica; the exit code says whether another try is worth while."""
+    spec = ReplicaSpec(**json.loads(argument))
+    logging.basicConfig(
+        level=logging.INFO,
+        format=f"%(asctime)s %(levelname)s replica {spec.index}: %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
+    _end_with_parent()
+    # Ctrl-C and SIGTERM may reach the whole group of processes; when to stop is for the
+    # controller to say.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        engine = RelayEngine(**spec.settings)
+        engine.warm_up()
+        if engine.perf_model is None:
+            engine.profile(spec.profile_s)
+        channel = connect(spec, engine)
+    except ReplicaLostError as error:
+        log.error("%s", error)
+        return EXIT_LOST
+    except ReplicaRefusedError as error:
+        log.error("refused: %s", error)
+        return EXIT_REFUSED
+    except MinserveError as error:
+        log.error("%s", error)
+        return EXIT_ERROR
+    try:
+        stop = ReplicaLoop(engine, channel, spec.watchdog_s).run()
+    except MinserveError as error:
+        log.error("%s", error)
+        return EXIT_LOST
+    return EXIT_AGAIN if stop.again else 0
+
+
+def _end_with_parent() -> None:
+    """Not even a hung replica outlives whoever watches over it, where the system can do that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1])
+    logging.shutdown()
+    # Threads of gloo may still wait for a peer that never speaks again.
+    os._exit(code)

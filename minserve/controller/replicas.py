@@ -1,0 +1,279 @@
+"""`ReplicaTable`: which replicas there are, in which state, and the connection to each.
+
+::
+
+    STARTING ──joins──► UP ──drain──► DRAINING ──idle──► DRAINED
+        ▲               │  ▲              │                 │
+        └─────lost──────┴──┼──────lost────┘                 │
+                           └───────────resume──────────────┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import Enum
+
+from minserve import __version__
+from minserve.controller import messages as m
+from minserve.controller.channel import CONTROLLER, Channel, Mailbox, pair_store
+from minserve.controller.rendezvous import Arrival, Rendezvous
+from minserve.controller.router import Ask
+from minserve.engine.stats import EngineStats
+from minserve.errors import MinserveError, ProtocolError, ReplicaRefusedError
+from minserve.planner.load import ReplicaLoad
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.05
+JOIN_S = 30.0
+# For a replica to go once it is told to.
+LEAVE_S = 1.0
+
+
+class ReplicaState(Enum):
+    """Of a replica, as drawn above."""
+
+    STARTING = "starting"
+    UP = "up"
+    DRAINING = "draining"
+    DRAINED = "drained"
+
+
+@dataclass(slots=True)
+class Replica:
+    """One replica.
+
+    Attributes:
+        epoch: of the process that is connected, or was last.
+        hello: what it said of itself.
+        load, stats: as it reported them last.
+        under_way: what was sent to it since, with the number of each submission: its load does
+            not count that in yet.
+        num_submitted: requests sent to the process that is connected.
+        num_routed, num_lost: requests sent to it ever, and processes of it that were lost.
+    """
+
+    number: int
+    epoch: int = 0
+    state: ReplicaState = ReplicaState.STARTING
+    mailbox: Mailbox | None = None
+    hello: m.Hello | None = None
+    load: ReplicaLoad = field(default_factory=ReplicaLoad)
+    stats: EngineStats = field(default_factory=EngineStats)
+    under_way: deque[tuple[int, Ask]] = field(default_factory=deque)
+    num_submitted: int = 0
+    num_routed: int = 0
+    num_lost: int = 0
+    since_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_connected(self) -> bool:
+        return self.mailbox is not None
+
+    def enter(self, state: ReplicaState) -> None:
+        """Change the state."""
+        self.state, self.since_s = state, time.monotonic()
+
+    def submit(self, message: m.Submit, ask: Ask) -> None:
+        """Send a request."""
+        self.num_submitted += 1
+        self.num_routed += 1
+        self.under_way.append((self.num_submitted, ask))
+        self.post(message)
+
+    def report(self, load: ReplicaLoad, num_taken: int) -> None:
+        """How it stands after so many submissions."""
+        self.load = load
+        while self.under_way and self.under_way[0][0] <= num_taken:
+            self.under_way.popleft()
+
+    def post(self, message: m.Message) -> None:
+        """Send a message, if there is anybody to send it to."""
+        if self.mailbox is not None:
+            self.mailbox.post(m.encode(message))
+
+
+class ReplicaTable:
+    """Takes replicas in as they come, and notices when they go.
+
+    Args:
+        patience_s: a replica that is silent for so long is given up.
+        joined: called on the loop when a replica may be sent requests.
+        told: called on the loop with what a connected one says.
+        lost: called on the loop when the connection to one is lost.
+    """
+
+    def __init__(
+        self,
+        rendezvous: Rendezvous,
+        num_replicas: int,
+        patience_s: float,
+        *,
+        joined: Callable[[Replica], None],
+        told: Callable[[Replica, m.Message], None],
+        lost: Callable[[Replica, Exception], None],
+    ) -> None:
+        self.replicas = [Replica(number) for number in range(num_replicas)]
+        self._rendezvous, self._patience_s = rendezvous, patience_s
+        self._joined, self._told, self._lost = joined, told, lost
+        self._identity: m.Identity | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        """Begin to take replicas in."""
+        self._loop = asyncio.get_running_loop()
+        self._run(self._watch())
+
+    def open_to_others(self) -> None:
+        """The first replica is up; those that other machines start may come."""
+        self._rendezvous.open()
+
+    async def close(self) -> None:
+        """Take nobody in any more, and tell those who are there to end."""
+        for task in self._tasks:
+            task.cancel()
+        mailboxes = [r.mailbox for r in self.replicas if r.mailbox is not None]
+        for replica in self.replicas:
+            self.dismiss(replica, again=False)
+        # One that hangs is given up by its channel.
+        wait_s = self._patience_s + LEAVE_S
+        await asyncio.gather(*(asyncio.to_thread(one.join, wait_s) for one in mailboxes))
+
+    def dismiss(self, replica: Replica, *, again: bool) -> None:
+        """Tell a replica's process to end; it counts as gone at once.
+
+        Args:
+            again: another process shall take its place.
+        """
+        if replica.mailbox is not None:
+            replica.post(m.Stop(again))
+            replica.mailbox.close()
+            replica.mailbox = None
+        replica.enter(ReplicaState.STARTING)
+
+    def give_up(self, replica: Replica, error: Exception) -> None:
+        """Count a replica as lost: whatever it may still say is not heard."""
+        if replica.mailbox is None:
+            return
+        log.warning("replica %d is lost: %s", replica.number, error)
+        replica.mailbox.close()
+        replica.mailbox = None
+        replica.num_lost += 1
+        replica.enter(ReplicaState.STARTING)
+        self._lost(replica, error)
+
+    def _run(self, work) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _watch(self) -> None:
+        while True:
+            try:
+                for arrival in await asyncio.to_thread(self._rendezvous.arrivals):
+                    self._run(self._take_in(arrival))
+            except RuntimeError as error:  # of a store that a stranger has meddled with
+                log.warning("the store of replicas is in disorder: %s", error)
+            await asyncio.sleep(POLL_S)
+
+    async def _take_in(self, arrival: Arrival) -> None:
+        """Connect a replica, and see whether it fits the others."""
+        replica = self.replicas[arrival.replica]
+        try:
+            channel, hello = await asyncio.to_thread(self._open, arrival)
+            self._check(replica, arrival, hello)
+        except ReplicaRefusedError as error:
+            log.error("replica %d is not taken in: %s", arrival.replica, error)
+            with suppress(MinserveError):
+                await asyncio.to_thread(channel.send, m.encode(m.Refused(str(error))))
+            return
+        except MinserveError as error:
+            log.warning("replica %d did not join: %s", arrival.replica, error)
+            return
+        if replica.mailbox is not None:
+            self.give_up(replica, ProtocolError("another process has taken its place"))
+        self._identity = self._identity or hello.identity
+        self._connect(replica, arrival.epoch, channel, hello)
+
+    def _open(self, arrival: Arrival) -> tuple[Channel, m.Hello]:
+        channel = Channel(
+            pair_store(self._rendezvous.store.clone(), arrival.replica, arrival.epoch),
+            CONTROLLER,
+            address=self._rendezvous.host,
+            patience_s=self._patience_s,
+            join_s=JOIN_S,
+        )
+        hello = m.decode(channel.receive())
+        if not isinstance(hello, m.Hello):
+            raise ProtocolError(f"its first message was {type(hello).__name__}")
+        return channel, hello
+
+    def _check(self, replica: Replica, arrival: Arrival, hello: m.Hello) -> None:
+        """
+        Raises:
+            ReplicaRefusedError: where it differs from the others, or is of the past.
+        """
+        if arrival.epoch <= replica.epoch:
+            raise ReplicaRefusedError("a later process has taken this replica's place")
+        own, theirs = self._identity, hello.identity
+        if (theirs.protocol, theirs.version) != (m.PROTOCOL, __version__):
+            raise ReplicaRefusedError(
+                f"it is minserve {theirs.version} with protocol {theirs.protocol}, the controller "
+                f"{__version__} with {m.PROTOCOL}"
+            )
+        if own is None:
+            return
+        for name, value in own.traits.items():
+            if theirs.traits.get(name) != value:
+                raise ReplicaRefusedError(
+                    f"its {name} is {theirs.traits.get(name)}, that of the others {value}"
+                )
+
+    def _connect(self, replica: Replica, epoch: int, channel: Channel, hello: m.Hello) -> None:
+        def is_current() -> bool:
+            return replica.epoch == epoch and replica.mailbox is mailbox
+
+        def on_loop(message: m.Message) -> None:
+            if is_current():
+                self._hear(replica, message)
+
+        def on_lost(error: Exception) -> None:
+            if is_current():
+                self.give_up(replica, error)
+
+        call = self._loop.call_soon_threadsafe
+        mailbox = Mailbox(
+            channel,
+            lambda data: call(on_loop, m.decode(data)),
+            lambda error: call(on_lost, error),
+            name=f"replica-{replica.number}",
+        )
+        replica.epoch, replica.mailbox, replica.hello = epoch, mailbox, hello
+        replica.load, replica.stats = hello.load, EngineStats()
+        replica.num_submitted = 0
+        replica.under_way.clear()
+        replica.post(m.Welcome())
+        mailbox.start()
+        replica.enter(ReplicaState.UP)
+        log.info("replica %d is up (process %d on %s)", replica.number, hello.pid, hello.host)
+        self._joined(replica)
+
+    def _hear(self, replica: Replica, message: m.Message) -> None:
+        match message:
+            case m.News() | m.Stats():
+                if isinstance(message, m.Stats):
+                    replica.stats = message.stats
+                if message.load is not None:
+                    replica.report(message.load, message.num_taken)
+                self._told(replica, message)
+            case m.Withdrawn():
+                self._told(replica, message)
+            case _:
+                self.give_up(replica, ProtocolError(f"it sent {type(message).__name__}"))

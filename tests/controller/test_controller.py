@@ -1,0 +1,191 @@
+"""Several replicas behind one endpoint: nothing is lost, whatever happens to their processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, start_cluster, wait_for
+
+from minserve.controller.replica import ReplicaSpec
+from minserve.exit_codes import EXIT_REFUSED
+
+# About as many as the model can take: streams that are to be hit must not be over by then.
+NUM_TOKENS = 480
+LONG = {
+    "prompt": "The quick brown fox",
+    "max_tokens": NUM_TOKENS,
+    "ignore_eos": True,
+    "logprobs": 1,
+}
+WAYS = {
+    "greedy": {"temperature": 0},
+    "seeded": {"temperature": 1.0, "seed": 5},
+    "penalized": {"temperature": 0.8, "seed": 7, "presence_penalty": 1.0, "top_p": 0.9},
+    "two outputs": {"temperature": 1.0, "seed": 9, "n": 2},
+    "with an SLO": {"temperature": 0, "slo": {"ttft_ms": 60000, "tpot_ms": 60000}},
+}
+
+
+@pytest.fixture(scope="module")
+def cluster(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("cluster")
+    yield from start_cluster(tiny_llama_dir, folder, "--replicas", "2", "--replica-timeout", "1.5")
+
+
+@pytest.fixture(autouse=True)
+def _all_up(cluster: Cluster) -> None:
+    cluster.wait_until_up()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+def test_streams_go_on_as_if_nothing_had_happened(cluster: Cluster, how: signal.Signals) -> None:
+    bodies = [{**LONG, **way} for way in WAYS.values()]
+    undisturbed = [cluster.stream(body) for body in bodies]
+    assert all(len(tokens) == NUM_TOKENS for outputs in undisturbed for _, tokens in outputs)
+    before = cluster.replicas()
+    # Both replicas run some of them, and the second one is hit when the first is back.
+    for number in range(2):
+        lost = cluster.wait_until_up()[number]["lost"]
+        met = threading.Barrier(len(bodies), action=partial(hit, cluster, number, how))
+        with ThreadPoolExecutor(len(bodies)) as pool:
+            found = list(pool.map(partial(cluster.stream, after=20, then=met.wait), bodies))
+        assert dict(zip(WAYS, found, strict=True)) == dict(zip(WAYS, undisturbed, strict=True))
+        assert cluster.replicas()[number]["lost"] == lost + 1
+    after = cluster.wait_until_up()
+    assert not {one["pid"] for one in after} & {one["pid"] for one in before}
+
+
+def hit(cluster: Cluster, number: int, how: signal.Signals) -> None:
+    """Send a signal to a replica that runs something."""
+    replica = cluster.replicas()[number]
+    assert replica["requests"]
+    os.kill(replica["pid"], how)
+
+
+def test_without_any_replica_new_requests_get_503_and_those_in_flight_wait(
+    cluster: Cluster,
+) -> None:
+    body = {**LONG, "temperature": 0}
+    undisturbed = cluster.stream(body)
+    refused: list[int] = []
+
+    def kill_all() -> None:
+        for one in cluster.replicas():
+            os.kill(one["pid"], signal.SIGKILL)
+        wait_for(lambda: not any(one["pid"] for one in cluster.replicas()))
+        for path in ("/health", "/v1/completions"):
+            with pytest.raises(urllib.error.HTTPError) as error:
+                cluster.get(path) if path == "/health" else cluster.post(path, body)
+            refused.append(error.value.code)
+
+    assert cluster.stream(body, after=20, then=kill_all) == undisturbed
+    assert refused == [503, 503]
+
+
+def test_a_drained_replica_gets_nothing_until_it_is_resumed(cluster: Cluster) -> None:
+    cluster.post("/replicas/0/drain")
+    try:
+        routed = cluster.replicas()[0]["routed"]
+        assert cluster.replicas()[0]["state"] == "drained"
+        for _ in range(3):
+            cluster.post("/v1/completions", {**LONG, "max_tokens": 2})
+        assert cluster.replicas()[0]["routed"] == routed
+    finally:
+        cluster.post("/replicas/0/resume")
+    assert cluster.replicas()[0]["state"] == "up"
+
+
+def test_draining_waits_for_what_runs(cluster: Cluster) -> None:
+    body = {**LONG, "temperature": 0}
+    undisturbed = cluster.stream(body)
+    threads = []
+
+    def drain() -> None:
+        number = cluster.busy()["replica"]
+        threads.append(threading.Thread(target=cluster.post, args=(f"/replicas/{number}/drain",)))
+        threads[0].start()
+        wait_for(lambda: cluster.replicas()[number]["state"] == "draining")
+
+    assert cluster.stream(body, after=20, then=drain) == undisturbed
+    threads[0].join(30)
+    (drained,) = [one for one in cluster.replicas() if one["state"] == "drained"]
+    cluster.post(f"/replicas/{drained['replica']}/resume")
+
+
+def test_a_replica_is_restarted_while_the_other_serves(cluster: Cluster) -> None:
+    before = cluster.replicas()
+    cluster.post("/replicas/1/restart")
+    after = cluster.replicas()
+    assert after[1]["pid"] not in (None, before[1]["pid"])
+    assert (after[0]["pid"], after[1]["lost"]) == (before[0]["pid"], before[1]["lost"])
+
+
+def test_health_counts_the_replicas(cluster: Cluster) -> None:
+    assert cluster.get("/health") == {"status": "ok", "replicas": {"up": 2}}
+
+
+def test_metrics_are_told_for_each_replica(cluster: Cluster) -> None:
+    cluster.post("/v1/completions", {**LONG, "max_tokens": 2})
+    text = cluster.get("/metrics")
+    for replica in ("0", "1"):
+        assert f'minserve:replica_up{{replica="{replica}"}} 1.0' in text
+        assert f'minserve:num_requests_running{{replica="{replica}"}}' in text
+    routed = re.findall(r"minserve:routed_requests_total\{.*\} (\S+)", text)
+    assert sum(map(float, routed)) == sum(one["routed"] for one in cluster.replicas())
+
+
+def test_a_replica_of_another_model_length_is_refused_with_a_clear_line(
+    cluster: Cluster, tiny_llama_dir: Path
+) -> None:
+    host, port = re.search(r"replicas meet at (\S+):(\d+)", cluster.log.read_text()).groups()
+    spec = ReplicaSpec(
+        index=1,
+        store_host=host,
+        store_port=int(port),
+        settings={"model": str(tiny_llama_dir), "dtype": "float32", "num_blocks": 64,
+                  "block_size": 16, "max_model_len": 64},
+        profile_s=2.0,
+        watchdog_s=60.0,
+    )  # fmt: skip
+    ended = subprocess.run(
+        [sys.executable, "-m", "minserve.controller.replica", spec.to_json()],
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert ended.returncode == EXIT_REFUSED, ended.stderr
+    assert "its max_model_len is 64, that of the others 512" in ended.stderr
+    assert cluster.replicas()[1]["state"] == "up"
+
+
+def test_garbage_on_the_control_port_harms_nobody(cluster: Cluster) -> None:
+    host, port = re.search(r"replicas meet at (\S+):(\d+)", cluster.log.read_text()).groups()
+    for data in (b"GET / HTTP/1.1\r\n\r\n", os.urandom(5000), b"\xff" * 1_000_000):
+        with socket.create_connection((host, int(port)), timeout=5) as sock:
+            try:
+                sock.sendall(data)
+            except OSError:
+                continue
+    before = cluster.replicas()
+    os.kill(before[0]["pid"], signal.SIGKILL)
+    wait_for(lambda: cluster.replicas()[0]["lost"] > before[0]["lost"])
+    cluster.wait_until_up()
+
+
+def test_unknown_replicas_and_verbs_are_refused(cluster: Cluster) -> None:
+    for path in ("/replicas/7/drain", "/replicas/0/explode", "/replicas/x/drain"):
+        with pytest.raises(urllib.error.HTTPError) as error:
+            cluster.post(path)
+        assert error.value.code == 404
