@@ -11,9 +11,8 @@ serve: .venv/.installed  ## serve the embedded model on 127.0.0.1:8000 (ARGS="--
 test: .venv/.installed-test  ## run the test suite (ARGS="-k pool", ARGS="-n 0 --pdb")
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@# A worker for each core, so that none needs more than one thread; in the order of the tree,
-	@# so that files of few but long tests are not left for the end.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@# A worker for each core, so that none needs more than one thread.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 bench: .venv/.installed-test  ## parity with transformers, then offline speed
 	$(BIN)/python bench/parity.py

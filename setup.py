@@ -45,7 +45,7 @@ setup(
         "test": [
             "pytest>=8.3",
             "pytest-timeout>=2.3",
-            "pytest-xdist>=3.7",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.130",
             "openai>=2.0",
             "tokenizers>=0.22",
