@@ -14,7 +14,7 @@ from replicas_runs import MODEL, Counter, profile_file
 from tqdm import tqdm
 from versus_runs import MARK_TOKENS, marked
 
-from minserve.controller.prefixes import PrefixMap
+from minserve.controller.prefixes import PrefixMap, chunks_of
 from minserve.controller.router import Ask, make_router
 from minserve.devices import find_device
 from minserve.planner.load import ReplicaLoad
@@ -95,7 +95,7 @@ def routing_us(name: str, seed: int) -> dict[str, float]:
     prefixes = PrefixMap()
     chats = [[rng.randrange(50000) for _ in range(CHAT_TOKENS)] for _ in range(200)]
     for chat in chats:
-        prefixes.note(rng.randrange(NUM_REPLICAS), chat, "")
+        prefixes.note(rng.randrange(NUM_REPLICAS), chunks_of(chat, ""))
     took = []
     for number in range(NUM_DECISIONS):
         router.report(rng.randrange(NUM_REPLICAS), _some_load(rng))
@@ -106,7 +106,7 @@ def routing_us(name: str, seed: int) -> dict[str, float]:
             output_tokens=200,
             deadline_s=number + 0.5,
             tpot_s=rng.choice((0.05, 0.1, math.inf)),
-            cached_tokens=prefixes.cached(prompt, ""),
+            cached_tokens=prefixes.cached(chunks_of(prompt, ""), len(prompt)),
         )
         router.choose(ask, float(number))
         took.append(1e6 * (time.perf_counter() - began))

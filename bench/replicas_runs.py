@@ -14,7 +14,7 @@ from versus_runs import MARK_TOKENS, marked
 from minserve.config import EngineConfig
 from minserve.devices import Device, find_device
 from minserve.engine.intake import load_tokenizer
-from minserve.planner.perf_model import PerfModel, Piece
+from minserve.planner.perf_model import PerfModel
 from minserve.simulator.simulation import BLOCK_SIZE, Setup, simulate
 from minserve.workload.capacity import find_capacity
 from minserve.workload.client import Load, Tally, run_load
@@ -72,7 +72,7 @@ class Slowed:
                 loose=LOOSE_S / lone_s,
                 tool_time=factor * own.tool_time_s,
             ),
-            replace(device, pieces=tuple(_slower(piece, factor) for piece in device.pieces)),
+            replace(device, pieces=tuple(piece.slowed(factor) for piece in device.pieces)),
             factor,
         )
 
@@ -97,10 +97,6 @@ class Slowed:
             "--max-model-len", str(device.max_model_len),
             "--max-num-seqs", str(MAX_NUM_SEQS), "--replica-timeout", "30",
         ]  # fmt: skip
-
-
-def _slower(piece: Piece, factor: float) -> Piece:
-    return replace(piece, **{name: factor * getattr(piece, name) for name in Piece.__slots__})
 
 
 @contextmanager

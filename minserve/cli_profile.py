@@ -97,7 +97,7 @@ def _profile(args: argparse.Namespace) -> int:
         raise ConfigError(f"--plot needs matplotlib; run: {GET_PICTURE}")
     logging.getLogger().setLevel(logging.WARNING)
     loaded = load_engine(config)
-    profile = profile_core(loaded.core, loaded.model_name, seconds=args.seconds, progress=True)
+    profile = profile_core(loaded.core, loaded.source.name, seconds=args.seconds, progress=True)
     saved, picture, problem = None, args.plot, None
     try:
         if not args.no_save:

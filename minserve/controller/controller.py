@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -19,19 +18,18 @@ from dataclasses import dataclass
 from minserve.config import ControllerConfig, EngineConfig
 from minserve.controller import messages as m
 from minserve.controller.flights import Flight, FlightHandle, ending
-from minserve.controller.prefixes import PrefixMap
+from minserve.controller.placement import Placement
 from minserve.controller.processes import STOP_S, Watcher
 from minserve.controller.rendezvous import Rendezvous
 from minserve.controller.replicas import Replica, ReplicaState, ReplicaTable
-from minserve.controller.router import Ask, Router, make_router
-from minserve.engine.intake import Intake, Prompt, load_tokenizer
+from minserve.controller.router import make_router
+from minserve.engine.intake import Intake, Prompt, check_room, load_tokenizer
 from minserve.engine.stats import EngineStats
 from minserve.errors import (
     EngineStoppedError,
     GenerationError,
     InvalidRequestError,
     NoReplicaError,
-    QueueFullError,
     ReplicaLostError,
     SLOUnattainableError,
 )
@@ -98,9 +96,7 @@ class Controller:
         )
         self.routing = RoutingStats()
         self._intake: Intake | None = None
-        self._router: Router | None = None
-        self._lengths = make_length_estimator(engine_config.length_estimator)
-        self._prefixes = PrefixMap()
+        self._placement: Placement | None = None
         self._flights: dict[str, Flight] = {}
         self._handles: dict[str, FlightHandle] = {}
         # Their replica was lost, and there is no other one.
@@ -222,7 +218,8 @@ class Controller:
             raise EngineStoppedError("the engine is not running")
         if not self.is_healthy:
             raise NoReplicaError("no replica is up; they are being started again")
-        self._check_room(len(prompts) * params.n)
+        num_outputs, most = len(prompts) * params.n, self.config.max_queue
+        check_room(num_outputs, self._num_unfinished, most, len(self.table.replicas))
         asked = [self._intake.request(p, params, priority, cache_salt, slo) for p in prompts]
         handles = []
         for text, request in asked:
@@ -234,19 +231,6 @@ class Controller:
             self._place(flight)
             handles.append(handle)
         return handles
-
-    def _check_room(self, num_outputs: int) -> None:
-        most = self.config.max_queue * len(self.table.replicas)
-        if num_outputs > self.config.max_queue:
-            raise InvalidRequestError(
-                f"{num_outputs} outputs in one request; at most {self.config.max_queue} "
-                "can be queued here"
-            )
-        if self._num_unfinished + num_outputs > most:
-            raise QueueFullError(
-                f"{self._num_unfinished} outputs are waiting or running and {num_outputs} more "
-                f"would exceed the limit of {most}; try again later"
-            )
 
     # --- replicas ---
 
@@ -317,9 +301,9 @@ class Controller:
         return {r.number for r in self.table.replicas if r.state is not ReplicaState.UP}
 
     def _joined(self, replica: Replica) -> None:
-        hello = replica.hello
-        model = PerfModel(hello.pieces, margin=hello.margin)
         if self._intake is None:
+            hello = replica.hello
+            model = PerfModel(hello.pieces, margin=hello.margin)
             self._intake = Intake(
                 self.config,
                 self.tokenizer,
@@ -328,9 +312,11 @@ class Controller:
                 clock=time.monotonic,
             )
             self._intake.perf_model = model
-            self._router = make_router(self._settings.router, len(self.table.replicas), model)
-        self._prefixes.forget(replica.number)
-        self._router.report(replica.number, replica.load)
+            self._placement = Placement(
+                make_router(self._settings.router, len(self.table.replicas), model),
+                make_length_estimator(self.config.length_estimator),
+            )
+        self._placement.joined(replica)
         self._land_grounded()
         self._tell_change()
 
@@ -368,55 +354,41 @@ class Controller:
 
     def _place(self, flight: Flight, number: int | None = None) -> None:
         """Send a request to a replica, by default to the one that the router chooses."""
-        absent, now = self._absent(), time.monotonic()
-        ask = self._ask(flight, now)
+        absent, ask = self._absent(), self._placement.ask(flight)
         if number is None or number in absent:
             if len(absent) == len(self.table.replicas):
                 flight.replica = None
                 self._grounded[flight.request.request_id] = flight
                 return
-            number = self._router.choose(ask, now, absent)
-        replica = self.table.replicas[number]
-        flight.replica, flight.epoch = number, replica.epoch
-        replica.submit(flight.submit(now), ask)
-        self._prefixes.note(number, flight.request.prompt_token_ids, flight.request.cache_salt)
-
-    def _ask(self, flight: Flight, now: float) -> Ask:
-        request = flight.request
-        ttft_s, tpot_s = math.inf, math.inf
-        if request.targets is not None:
-            ttft_s = request.targets.ttft_s
-            tpot_s = request.targets.stages[0].tpot_s
-        return Ask(
-            prompt_tokens=flight.num_tokens,
-            output_tokens=self._lengths.remaining(flight.sequence),
-            # One that has begun is late already for whatever there is to be late for.
-            deadline_s=math.inf if flight.has_begun else request.arrival_s + ttft_s,
-            tpot_s=tpot_s,
-            cached_tokens=self._prefixes.cached(request.prompt_token_ids, request.cache_salt),
-        )
+            number = self._placement.choose(ask, absent)
+        flight.replica = number
+        self.table.replicas[number].submit(flight.submit(time.monotonic()), ask)
+        self._placement.placed(flight, number)
 
     def _told(self, replica: Replica, message: m.News | m.Stats | m.Withdrawn) -> None:
-        if isinstance(message, m.Withdrawn):
-            self._move(message.request_id, replica)
-            self._settle(replica)
-            return
-        deltas, declined = (
-            ((), ()) if isinstance(message, m.Stats) else (message.deltas, message.declined)
-        )
-        for delta in deltas:
-            flight = self._flights.get(delta.request_id)
-            if flight is not None and flight.replica == replica.number:
-                self._deliver(flight, delta)
-        if message.load is not None:
-            self._router.report(replica.number, replica.load)
-            for _, ask in replica.under_way:
-                self._router.count_in(replica.number, ask)
-        for request_id in declined:
-            flight = self._flights.get(request_id)
-            if flight is not None and flight.replica == replica.number:
-                self._look_elsewhere(flight, replica)
+        match message:
+            case m.Withdrawn():
+                self._move(message.request_id, replica)
+            case m.Stats():
+                self._placement.reported(replica)
+            case m.News():
+                self._take_news(replica, message)
         self._settle(replica)
+
+    def _take_news(self, replica: Replica, news: m.News) -> None:
+        for delta in news.deltas:
+            if (flight := self._flight_on(replica, delta.request_id)) is not None:
+                self._deliver(flight, delta)
+        if news.load is not None:
+            self._placement.reported(replica)
+        for request_id in news.declined:
+            if (flight := self._flight_on(replica, request_id)) is not None:
+                self._look_elsewhere(flight, replica)
+
+    def _flight_on(self, replica: Replica, request_id: str) -> Flight | None:
+        """A request, where this replica runs it: what others say of it does not count."""
+        flight = self._flights.get(request_id)
+        return flight if flight is not None and flight.replica == replica.number else None
 
     def _deliver(self, flight: Flight, delta: OutputDelta) -> None:
         if isinstance(delta.error, SLOUnattainableError) and self._retried(flight):
@@ -428,17 +400,9 @@ class Controller:
         if delta.finish_reason is not None:
             self._num_unfinished -= 1
             if delta.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
-                self._learn(flight, delta.index)
+                self._placement.ended(flight, delta.index)
         if not flight.num_open:
             self._forget(flight)
-
-    def _learn(self, flight: Flight, index: int) -> None:
-        """An output came to its own end: how long it was, and who holds its KV now."""
-        seq, output = flight.sequence, flight.outputs[index]
-        tokens = [*flight.request.prompt_token_ids, *output.token_ids]
-        seq.token_ids = tokens
-        self._lengths.finished(seq)
-        self._prefixes.note(flight.replica, tokens, flight.request.cache_salt)
 
     def _retried(self, flight: Flight) -> bool:
         """A replica refuses a request; True where another one is to be asked instead."""
@@ -462,14 +426,11 @@ class Controller:
         flight.tried.add(number)
         if len(flight.tried) > self._settings.hop_limit:
             return None
-        now = time.monotonic()
-        without = flight.tried | self._absent()
-        return self._router.choose_better(self._ask(flight, now), now, without)
+        return self._placement.choose_better(flight, flight.tried | self._absent())
 
     def _move(self, request_id: str, replica: Replica) -> None:
         """A replica has given a request back."""
-        flight = self._flights.get(request_id)
-        if flight is not None and flight.replica == replica.number:
+        if (flight := self._flight_on(replica, request_id)) is not None:
             self._hop(flight, flight.moving_to)
 
     def _hop(self, flight: Flight, other: int | None) -> None:

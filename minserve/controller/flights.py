@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from minserve.controller.messages import Resumed, Submit
+from minserve.controller.prefixes import Chunks, chunks_of
 from minserve.outputs import OutputDelta
 from minserve.request import FinishReason, Request, Sequence
 
@@ -33,7 +34,8 @@ class Flight:
         request: its arrival on the controller's clock.
         outputs: by index.
         sequence: the request as estimates of lengths want it.
-        replica, epoch: who runs it; ``None`` while nobody does.
+        chunks: of its prompt, as a `PrefixMap` knows them.
+        replica: who runs it; ``None`` while nobody does.
         tried: replicas that could not promise its SLO.
         moving_to: where it goes once its replica has given it back.
         num_losses: replicas that were lost under it since it last brought a token.
@@ -42,8 +44,8 @@ class Flight:
     request: Request
     outputs: list[OutputSoFar]
     sequence: Sequence
+    chunks: Chunks
     replica: int | None = None
-    epoch: int = 0
     tried: set[int] = field(default_factory=set)
     moving_to: int | None = None
     num_losses: int = 0
@@ -52,7 +54,8 @@ class Flight:
     def of(cls, request: Request) -> Flight:
         """A request that has yet to begin."""
         outputs = [OutputSoFar() for _ in range(request.params.n)]
-        return cls(request=request, outputs=outputs, sequence=Sequence(request))
+        chunks = chunks_of(request.prompt_token_ids, request.cache_salt)
+        return cls(request=request, outputs=outputs, sequence=Sequence(request), chunks=chunks)
 
     @property
     def has_begun(self) -> bool:
@@ -100,7 +103,7 @@ class FlightHandle:
     """A flight as its client's handler sees it; the face of the engine's `RequestHandle`."""
 
     def __init__(self, flight: Flight, prompt: str | None, abort: Callable[[str], None]) -> None:
-        self._flight, self._abort = flight, abort
+        self._abort = abort
         self._deltas: asyncio.Queue[OutputDelta] = asyncio.Queue()
         self._num_open = flight.num_open
         self.request_id = flight.request.request_id

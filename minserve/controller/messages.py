@@ -177,7 +177,7 @@ def _to_wire(value: Any) -> Any:
         return {"message": str(value)}
     if isinstance(value, Histogram):
         return [list(value.bounds), value.counts, value.total]
-    raise NotImplementedError(f"{type(value).__name__} has no form on the wire")
+    raise TypeError(f"{type(value).__name__} has no form on the wire")
 
 
 def _from_wire(kind: type, value: Any) -> Any:
@@ -188,7 +188,7 @@ def _from_wire(kind: type, value: Any) -> Any:
         histogram = Histogram(bounds)
         histogram.counts, histogram.total = counts, total
         return histogram
-    raise NotImplementedError(f"{kind} has no form on the wire")
+    raise TypeError(f"{kind} has no form on the wire")
 
 
 def _error(told: dict[str, str | float]) -> MinserveError:

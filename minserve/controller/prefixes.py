@@ -7,11 +7,12 @@ wrong guess costs a prefill, never a wrong answer, so plain hashes are enough.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 
 CHUNK = 32
 MOST_CHUNKS = 200_000
+# One hash for each whole chunk of a prompt, of all up to its end.
+Chunks = tuple[int, ...]
 
 
 class PrefixMap:
@@ -25,19 +26,23 @@ class PrefixMap:
         self._most = most
         self._holders: OrderedDict[int, set[int]] = OrderedDict()
 
-    def note(self, replica: int, token_ids: SequenceOf[int], salt: str) -> None:
-        """A replica has computed these tokens."""
-        for chunk in _chain(token_ids, salt):
+    def note(self, replica: int, chunks: Chunks) -> None:
+        """A replica has computed these."""
+        for chunk in chunks:
             self._holders.setdefault(chunk, set()).add(replica)
             self._holders.move_to_end(chunk)
         while len(self._holders) > self._most:
             self._holders.popitem(last=False)
 
-    def cached(self, token_ids: SequenceOf[int], salt: str) -> dict[int, int]:
-        """By replica, how many leading tokens it likely holds; never all of them."""
+    def cached(self, chunks: Chunks, num_tokens: int) -> dict[int, int]:
+        """By replica, how many leading tokens it likely holds; never all of them.
+
+        Args:
+            num_tokens: of the prompt.
+        """
         found: dict[int, int] = {}
         candidates: set[int] | None = None
-        for number, chunk in enumerate(_chain(token_ids[:-1], salt), 1):
+        for number, chunk in enumerate(chunks[: (num_tokens - 1) // CHUNK], 1):
             holders = self._holders.get(chunk, set())
             candidates = holders if candidates is None else candidates & holders
             if not candidates:
@@ -53,9 +58,10 @@ class PrefixMap:
                 del self._holders[chunk]
 
 
-def _chain(token_ids: SequenceOf[int], salt: str) -> Iterator[int]:
+def chunks_of(token_ids: SequenceOf[int], salt: str) -> Chunks:
     """A hash of each whole chunk and of all before it."""
-    before = hash(salt)
+    before, found = hash(salt), []
     for start in range(0, len(token_ids) - CHUNK + 1, CHUNK):
         before = hash((before, *token_ids[start : start + CHUNK]))
-        yield before
+        found.append(before)
+    return tuple(found)

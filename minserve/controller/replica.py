@@ -16,7 +16,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -39,6 +38,7 @@ from minserve.errors import (
 )
 from minserve.exit_codes import EXIT_AGAIN, EXIT_ERROR, EXIT_LOST, EXIT_REFUSED
 from minserve.outputs import OutputDelta
+from minserve.planner.load import ReplicaLoad
 from minserve.request import FinishReason
 
 log = logging.getLogger(__name__)
@@ -106,9 +106,7 @@ class ReplicaLoop:
             name="controller",
         )
         self._num_taken = 0
-        # What the beat tells; one object, since that is another thread.
-        self._standing = (engine.load(), 0)
-        self._step_began: float | None = None
+        self._stand(engine.load())
         self._stopped = threading.Event()
 
     def run(self) -> m.Stop:
@@ -124,10 +122,8 @@ class ReplicaLoop:
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
         try:
             while (stop := self._take_in()) is None:
-                self._step_began = time.monotonic()
                 deltas, declined, load = self._engine.step()
-                self._step_began = None
-                self._standing = (load, self._num_taken)
+                self._stand(load)
                 self._tell_news(deltas, tuple(declined))
             return stop
         finally:
@@ -159,11 +155,11 @@ class ReplicaLoop:
             case m.Abort():
                 # Whoever aborts has stopped listening.
                 self._engine.abort(asked.request_id)
-                self._standing = (self._engine.load(), self._num_taken)
+                self._stand(self._engine.load())
                 self._tell_news([], ())
             case m.Withdraw():
                 if self._engine.withdraw(asked.request_id):
-                    self._standing = (self._engine.load(), self._num_taken)
+                    self._stand(self._engine.load())
                     self._tell(m.encode(m.Withdrawn(asked.request_id)))
             case _:
                 raise ProtocolError(f"the controller sent {type(asked).__name__}")
@@ -180,6 +176,10 @@ class ReplicaLoop:
             self._engine.add(replace(asked.request, arrival_s=came_s - asked.age_s), histories)
         except InvalidRequestError as error:
             self._tell_news(_failed(asked.request.request_id, asked.outputs, error), ())
+
+    def _stand(self, load: ReplicaLoad) -> None:
+        # One object in place of the last: the beat reads it from another thread.
+        self._standing = (load, self._num_taken)
 
     def _tell_news(self, deltas: list[OutputDelta], declined: tuple[str, ...]) -> None:
         """Tell what came of an iteration; a request with more to tell than a message holds ends."""
@@ -208,8 +208,7 @@ class ReplicaLoop:
     def _beat(self) -> None:
         """Signs of life, with what was counted; none while an iteration takes for ever."""
         while not self._stopped.wait(BEAT_S):
-            began = self._step_began
-            if began is None or time.monotonic() - began < self._watchdog_s:
+            if self._engine.iteration_s < self._watchdog_s:
                 load, num_taken = self._standing
                 stats = m.Stats(stats=self._engine.snapshot(), load=load, num_taken=num_taken)
                 self._tell(m.encode(stats))

@@ -238,7 +238,7 @@ class ReplicaTable:
 
     def _connect(self, replica: Replica, epoch: int, channel: Channel, hello: m.Hello) -> None:
         def is_current() -> bool:
-            return replica.epoch == epoch and replica.mailbox is mailbox
+            return replica.mailbox is mailbox
 
         def on_loop(message: m.Message) -> None:
             if is_current():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -16,7 +17,13 @@ from minserve.engine.live_output import History
 from minserve.engine.profile_cache import Profile
 from minserve.engine.profiler import measure_drafting, profile_core
 from minserve.engine.speculator import SpeculationStats
-from minserve.errors import ConfigError, InvalidRequestError
+from minserve.errors import (
+    ConfigError,
+    DeviceLostError,
+    GenerationError,
+    InvalidRequestError,
+)
+from minserve.outputs import OutputDelta
 from minserve.planner.lone_request import TYPICAL_TOKENS, describe_misses, lone_request_misses
 from minserve.planner.perf_model import PerfModel
 from minserve.planner.policies import PROMISING
@@ -70,6 +77,7 @@ class EngineBase:
         self.config = EngineConfig.create(model, **settings)
         self._loaded: LoadedEngine = load_engine(self.config)
         self._core = self._loaded.core
+        self._step_began: float | None = None
         self._intake = Intake(
             self.config,
             self._loaded.tokenizer,
@@ -80,7 +88,7 @@ class EngineBase:
         self._promises = self._intake.promises
         self._core.stats.add_classes(self._promises.classes)
         self.tokenizer = self._loaded.tokenizer
-        self.model_name = self._loaded.model_name
+        self.model_name = self._loaded.source.name
         self.max_model_len = self._loaded.max_model_len
         self.vocab_size = self._loaded.vocab_size
 
@@ -181,6 +189,29 @@ class EngineBase:
             promised is not None and promised.needs_profile
         ):
             self.profile(PROBE_S)
+
+    @property
+    def iteration_s(self) -> float:
+        """Seconds that the current iteration has taken so far; 0 between iterations."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
+
+    def _iterate(self) -> list[OutputDelta]:
+        """One iteration; whatever goes wrong ends the requests in flight, not the engine.
+
+        Raises:
+            DeviceLostError: where no iteration can go right any more.
+        """
+        self._step_began = time.monotonic()
+        try:
+            return self._core.step()
+        except DeviceLostError:
+            raise
+        except Exception as error:
+            log.exception("an iteration failed; its requests are ended with an error")
+            return self._core.abort_all(GenerationError(f"internal error: {error!r}"))
+        finally:
+            self._step_began = None
 
     def _enqueue(self, submission: Submission) -> None:
         request = submission.request

@@ -34,7 +34,6 @@ from minserve.models.source import (
     EMBEDDED_DRAFT,
     ModelSource,
     find_model,
-    fingerprint,
     load_config,
 )
 from minserve.planner.lengths import make_length_estimator
@@ -51,14 +50,13 @@ class LoadedEngine:
     """A core ready to step, and what its callers need around it.
 
     Attributes:
-        fingerprint: of the model's files.
+        source: of the model.
         dtype: of weights, and of arithmetic where it differs.
     """
 
     core: EngineCore
     tokenizer: Tokenizer
-    model_name: str
-    fingerprint: str
+    source: ModelSource
     dtype: str
     max_model_len: int
     vocab_size: int
@@ -73,13 +71,12 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         BackendUnavailableError: where the attention backend asked for cannot run here.
     """
     if config.executor == "simulated":
-        core, tokenizer, max_model_len = load_simulated_core(config)
         source = find_model(config.model)
+        core, tokenizer, max_model_len = load_simulated_core(config, source)
         return LoadedEngine(
             core=core,
             tokenizer=tokenizer,
-            model_name=source.name,
-            fingerprint=fingerprint(source),
+            source=source,
             dtype="simulated",
             max_model_len=max_model_len,
             vocab_size=tokenizer.vocab_size,
@@ -134,8 +131,7 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     return LoadedEngine(
         core=core,
         tokenizer=tokenizer,
-        model_name=source.name,
-        fingerprint=fingerprint(source),
+        source=source,
         dtype=dtype,
         max_model_len=max_model_len,
         vocab_size=model.shape.vocab_size,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
@@ -16,14 +15,13 @@ from tqdm import tqdm
 from minserve.config import DEFAULT_MODEL
 from minserve.engine.base import PROBE_S, EngineBase, Prompt, Submission
 from minserve.engine.core import IDLE_S
+from minserve.engine.intake import check_room
 from minserve.engine.stats import EngineStats
 from minserve.errors import (
-    DeviceLostError,
     EngineStoppedError,
     GenerationError,
     InvalidRequestError,
     MinserveError,
-    QueueFullError,
 )
 from minserve.outputs import CompletionOutput, OutputDelta, RequestOutput
 from minserve.request import FinishReason
@@ -188,7 +186,6 @@ class AsyncEngine(EngineBase):
         self._idle = asyncio.Event()
         self._idle.set()
         self._accepting = False
-        self._step_began: float | None = None
         self._stats = self._core.snapshot()
 
     @property
@@ -200,12 +197,6 @@ class AsyncEngine(EngineBase):
     def is_healthy(self) -> bool:
         """True while requests are accepted and the core's thread lives."""
         return self._accepting and self._thread is not None and self._thread.is_alive()
-
-    @property
-    def iteration_s(self) -> float:
-        """Seconds that the current iteration has taken so far; 0 between iterations."""
-        began = self._step_began
-        return 0.0 if began is None else time.monotonic() - began
 
     def stats(self) -> EngineStats:
         """What was counted up to the end of the newest iteration.
@@ -269,7 +260,7 @@ class AsyncEngine(EngineBase):
         """
         if not self.is_healthy:
             raise EngineStoppedError("the engine is not running")
-        self._check_room(len(prompts) * params.n)
+        check_room(len(prompts) * params.n, self._num_unfinished, self.config.max_queue)
         submissions = [self._prepare(p, params, priority, cache_salt, slo) for p in prompts]
         handles = []
         for submission in submissions:
@@ -280,18 +271,6 @@ class AsyncEngine(EngineBase):
             self._tell("add", submission)
         self._idle.clear()
         return handles
-
-    def _check_room(self, num_outputs: int) -> None:
-        if num_outputs > self.config.max_queue:
-            raise InvalidRequestError(
-                f"{num_outputs} outputs in one request; at most {self.config.max_queue} "
-                "can be queued here"
-            )
-        if self._num_unfinished + num_outputs > self.config.max_queue:
-            raise QueueFullError(
-                f"{self._num_unfinished} outputs are waiting or running and {num_outputs} more "
-                f"would exceed the limit of {self.config.max_queue}; try again later"
-            )
 
     async def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
@@ -334,9 +313,7 @@ class AsyncEngine(EngineBase):
             self._wait()
             deltas, stop = self._take_in()
             if not stop:
-                self._step_began = time.monotonic()
-                deltas += self._step()
-                self._step_began = None
+                deltas += self._iterate()
             # A whole one in place of the last, so that readers need no lock.
             self._stats = self._core.snapshot()
             if deltas:
@@ -367,20 +344,6 @@ class AsyncEngine(EngineBase):
                 stopped = EngineStoppedError("the engine is shutting down")
                 return deltas + self._core.abort_all(stopped), True
         return deltas, False
-
-    def _step(self) -> list[OutputDelta]:
-        """One iteration; whatever goes wrong ends the requests in flight, not the thread.
-
-        Raises:
-            DeviceLostError: where no iteration can go right any more.
-        """
-        try:
-            return self._core.step()
-        except DeviceLostError:
-            raise
-        except Exception as error:
-            log.exception("an iteration failed; its requests are ended with an error")
-            return self._core.abort_all(GenerationError(f"internal error: {error!r}"))
 
     def _fail_all(self, error: Exception) -> None:
         """On the loop: end every request in flight, and accept no more."""

@@ -17,7 +17,12 @@ from minserve.config import EngineConfig
 from minserve.engine.inputs import PromptProcessor
 from minserve.engine.promises import Promises
 from minserve.engine.tokenizer import Tokenizer
-from minserve.errors import InvalidRequestError, InvalidSLOError, RequestTooLongError
+from minserve.errors import (
+    InvalidRequestError,
+    InvalidSLOError,
+    QueueFullError,
+    RequestTooLongError,
+)
 from minserve.models.source import find_model
 from minserve.planner.perf_model import PerfModel
 from minserve.planner.policies import PROMISING
@@ -35,6 +40,29 @@ def load_tokenizer(config: EngineConfig) -> Tokenizer:
         ModelLoadError: where it cannot be read.
     """
     return Tokenizer.load(find_model(config.model), config.tokenizer)
+
+
+def check_room(num_outputs: int, num_unfinished: int, max_queue: int, num_engines: int = 1) -> None:
+    """Whether a call's outputs may be queued.
+
+    Args:
+        num_unfinished: outputs that are waiting or running already.
+        max_queue: outputs of each engine.
+
+    Raises:
+        InvalidRequestError: for more than any engine ever takes.
+        QueueFullError: for more than there is room for now.
+    """
+    if num_outputs > max_queue:
+        raise InvalidRequestError(
+            f"{num_outputs} outputs in one request; at most {max_queue} can be queued here"
+        )
+    most = max_queue * num_engines
+    if num_unfinished + num_outputs > most:
+        raise QueueFullError(
+            f"{num_unfinished} outputs are waiting or running and {num_outputs} more "
+            f"would exceed the limit of {most}; try again later"
+        )
 
 
 class Intake:

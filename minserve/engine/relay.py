@@ -13,7 +13,8 @@ from typing import NamedTuple
 from minserve.engine.base import EngineBase, Submission
 from minserve.engine.live_output import History
 from minserve.engine.stats import EngineStats
-from minserve.errors import DeviceLostError, GenerationError, InvalidRequestError
+from minserve.errors import InvalidRequestError
+from minserve.models.source import fingerprint
 from minserve.outputs import OutputDelta
 from minserve.planner.load import ReplicaLoad, load_of
 from minserve.request import Request
@@ -44,22 +45,12 @@ class RelayEngine(EngineBase):
     @property
     def fingerprint(self) -> str:
         """Of the model's files."""
-        return self._loaded.fingerprint
+        return fingerprint(self._loaded.source)
 
     @property
     def dtype(self) -> str:
         """Of weights, and of arithmetic where it differs."""
         return self._loaded.dtype
-
-    @property
-    def num_blocks(self) -> int:
-        """Of the KV cache."""
-        return self._core.pool.num_blocks
-
-    @property
-    def block_size(self) -> int:
-        """Tokens of each."""
-        return self._core.pool.block_size
 
     @property
     def clock_s(self) -> float:
@@ -93,15 +84,7 @@ class RelayEngine(EngineBase):
         Raises:
             DeviceLostError: where no iteration can go right any more.
         """
-        core = self._core
-        try:
-            deltas, declined = core.step(), core.declined
-        except DeviceLostError:
-            raise
-        except Exception as error:
-            log.exception("an iteration failed; its requests are ended with an error")
-            deltas, declined = core.abort_all(GenerationError(f"internal error: {error!r}")), []
-        return IterationNews(deltas, declined, self.load())
+        return IterationNews(self._iterate(), self._core.declined, self.load())
 
     def check_integrity(self) -> None:
         """Check the pool's books; for engines that have been idle for `core.IDLE_S`.

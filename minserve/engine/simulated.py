@@ -23,7 +23,7 @@ from minserve.engine.runner import RunResult, Scheduled
 from minserve.engine.tokenizer import Tokenizer
 from minserve.engine.verification import SampledToken, Verified
 from minserve.errors import ConfigError, GenerationError
-from minserve.models.source import find_model
+from minserve.models.source import ModelSource
 from minserve.planner.lengths import make_length_estimator
 from minserve.planner.perf_model import BatchShape, PerfModel
 from minserve.planner.policies import make_planner
@@ -98,7 +98,9 @@ def find_words(tokenizer: Tokenizer) -> list[int]:
     return found or [token for token in range(tokenizer.vocab_size) if token not in special]
 
 
-def load_simulated_core(config: EngineConfig) -> tuple[EngineCore, Tokenizer, int]:
+def load_simulated_core(
+    config: EngineConfig, source: ModelSource
+) -> tuple[EngineCore, Tokenizer, int]:
     """A core on the device of ``config.profile``, the model's tokenizer, and the most tokens
     of a sequence.
 
@@ -111,7 +113,7 @@ def load_simulated_core(config: EngineConfig) -> tuple[EngineCore, Tokenizer, in
         config = replace(config, token_budget=TOKEN_BUDGET)
     if config.speculator not in ("auto", "off") or config.draft_model is not None:
         raise ConfigError("a simulated device drafts nothing; leave the speculator off")
-    tokenizer = Tokenizer.load(find_model(config.model), config.tokenizer)
+    tokenizer = Tokenizer.load(source, config.tokenizer)
     num_blocks = _num_blocks(config, device)
     planner = make_planner(
         config.policy,

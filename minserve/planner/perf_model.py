@@ -91,6 +91,10 @@ class Piece:
             + self.base
         )
 
+    def slowed(self, factor: float) -> Piece:
+        """The same of a device that takes so many times as long for everything."""
+        return Piece(*(factor * each for each in astuple(self)))
+
 
 class PerfModel:
     """Seconds of a batch as the maximum of linear pieces, corrected online.

@@ -13,7 +13,7 @@ from minserve.devices import Device
 from minserve.engine.block_pool import BlockPool
 from minserve.errors import WorkloadError
 from minserve.planner.lengths import LengthEstimator, OracleLengths, QuantileLengths
-from minserve.planner.perf_model import PerfModel, Piece
+from minserve.planner.perf_model import PerfModel
 from minserve.planner.policies import PROMISING, Planner, make_planner
 from minserve.planner.policies.fcfs import FcfsPlanner
 from minserve.planner.policies.sarathi import SarathiPlanner
@@ -376,15 +376,8 @@ def _pool(setup: Setup, *, prefix_caching: bool) -> BlockPool:
 
 def _truth(setup: Setup) -> PerfModel:
     """How long batches take, whatever the planner believes."""
-    slower = (_slower(piece, setup.slowness) for piece in setup.device.pieces)
+    slower = (piece.slowed(setup.slowness) for piece in setup.device.pieces)
     return PerfModel([replace(one, base=one.base + setup.overhead_s) for one in slower])
-
-
-def _slower(piece: Piece, factor: float) -> Piece:
-    return replace(
-        piece,
-        **{name: factor * getattr(piece, name) for name in Piece.__slots__},
-    )
 
 
 def _noise(setup: Setup, number: int) -> Callable[[], float] | None:

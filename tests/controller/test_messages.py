@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 
 import pytest
+from hellos import hello
 
 from minserve.controller import messages as m
 from minserve.engine.stats import EngineStats
 from minserve.errors import GenerationError, ProtocolError, SLOUnattainableError
 from minserve.outputs import OutputDelta, TokenLogprob
 from minserve.planner.load import ReplicaLoad
-from minserve.planner.perf_model import Piece
 from minserve.request import FinishReason, Request
 from minserve.sampling_params import SamplingParams
 from minserve.slo import preset_classes
@@ -27,17 +27,7 @@ REQUEST = Request(
     slo=SLO,
     targets=SLO.resolve(0.5, 0.02),
 )
-HELLO = m.Hello(
-    identity=m.Identity(protocol=1, version="0", traits={"dtype": "float32"}),
-    pid=5,
-    host="here",
-    model_name="m",
-    max_model_len=10,
-    vocab_size=20,
-    load=ReplicaLoad(free_tokens=3),
-    pieces=(Piece(tokens=1e-3, base=0.1),),
-    margin=1.1,
-)
+HELLO = hello(margin=1.1)
 
 
 @pytest.mark.parametrize(

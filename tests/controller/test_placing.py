@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hellos import hello
 
 from minserve.config import ControllerConfig, EngineConfig
 from minserve.controller import messages as m
@@ -27,7 +28,6 @@ from minserve.errors import (
 )
 from minserve.outputs import OutputDelta
 from minserve.planner.load import ReplicaLoad
-from minserve.planner.perf_model import Piece
 from minserve.request import FinishReason
 from minserve.sampling_params import SamplingParams
 from minserve.slo import SLO
@@ -52,24 +52,10 @@ class Outbox:
         pass
 
 
-def hello(number: int) -> m.Hello:
-    return m.Hello(
-        identity=m.Identity(protocol=m.PROTOCOL, version="0", traits={}),
-        pid=1000 + number,
-        host="here",
-        model_name="tiny",
-        max_model_len=512,
-        vocab_size=512,
-        load=IDLE,
-        pieces=(Piece(tokens=1e-4, base=0.01),),
-        margin=1.0,
-    )
-
-
 def join(controller: Controller, number: int) -> Outbox:
     """A replica comes; also one that was there before."""
     replica, outbox = controller.table.replicas[number], Outbox()
-    replica.mailbox, replica.hello, replica.load = outbox, hello(number), IDLE
+    replica.mailbox, replica.hello, replica.load = outbox, hello(load=IDLE), IDLE
     replica.epoch, replica.num_submitted = replica.epoch + 1, 0
     replica.under_way.clear()
     replica.enter(ReplicaState.UP)

@@ -7,14 +7,13 @@ from typing import Any
 
 import msgspec
 import pytest
+from hellos import hello
 
 from minserve import __version__
 from minserve.controller import messages as m
 from minserve.controller.rendezvous import Arrival, Rendezvous
 from minserve.controller.replicas import ReplicaTable
 from minserve.errors import ReplicaRefusedError
-from minserve.planner.load import ReplicaLoad
-from minserve.planner.perf_model import Piece
 
 TRAITS = {"model": "tiny (0123456789ab)", "dtype": "float32", "policy": "dp"}
 OWN = m.Identity(protocol=m.PROTOCOL, version=__version__, traits=TRAITS)
@@ -31,18 +30,7 @@ def table() -> Iterator[ReplicaTable]:
 
 
 def check(table: ReplicaTable, identity: m.Identity, number: int = 1, epoch: int = 1) -> None:
-    hello = m.Hello(
-        identity=identity,
-        pid=7,
-        host="here",
-        model_name="tiny",
-        max_model_len=512,
-        vocab_size=512,
-        load=ReplicaLoad(free_tokens=100),
-        pieces=(Piece(tokens=1e-4, base=0.01),),
-        margin=1.0,
-    )
-    table._check(table.replicas[number], Arrival(number, epoch), hello)
+    table._check(table.replicas[number], Arrival(number, epoch), hello(identity=identity))
 
 
 def test_one_like_the_others_is_taken_in(table: ReplicaTable) -> None:
