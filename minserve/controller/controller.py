@@ -42,9 +42,10 @@ from minserve.slo import SLO
 
 log = logging.getLogger(__name__)
 
-# A request that sees so many replicas lost, one after another and without a token from any,
-# may be what they are lost by.
-MOST_LOSSES = 3
+# A request that sees more replicas lost than this, one after another and without a token from
+# any, is taken for what they are lost by. Few are no proof: where replicas are lost for other
+# reasons, whatever is left runs on those that are hit next.
+MOST_LOSSES = 9
 # For a new process to load and join.
 RESTART_S = 600.0
 _SUSPECT = (
