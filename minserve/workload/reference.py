@@ -64,7 +64,7 @@ class Reference:
         """
         try:
             kept = json.loads(Path(path).read_text(encoding="utf-8"))
-            found = cls._from_dict(kept)
+            found = cls.from_dict(kept)
         except OSError as error:
             raise WorkloadError(f"cannot read the zero load {path}: {error.strerror}") from None
         except (ValueError, TypeError, KeyError):
@@ -103,7 +103,7 @@ class Reference:
         }
 
     @classmethod
-    def _from_dict(cls, kept: Mapping[str, Any]) -> Reference:
+    def from_dict(cls, kept: Mapping[str, Any]) -> Reference:
         """
         Raises:
             ValueError, TypeError, KeyError: where it is something else.
