@@ -29,12 +29,14 @@ from minserve.workload.scenarios import SCENARIOS
 from minserve.workload.zero_load import ZeroLoad, measure_speed
 
 WARM_UP_S = 8.0
+# Before a turn: vLLM's worker spins for a second after its last work.
+SETTLE_S = 2.0
 LONE_TOKENS = 24
 # The fastest counts: a hiccup is no change of the machine's speed.
 LONE_REQUESTS = 2
 NO_SLO = SLO(ttft=1e6)
-# A turn's last answers and its lone requests; a reference of one server.
-TURN_EXTRA_S, REFERENCE_S = 8.0, 20.0
+# A turn's pause, last answers and lone requests; a reference of one server.
+TURN_EXTRA_S, REFERENCE_S = 10.0, 20.0
 # Of the idle speed, which server counts as faster is decided by a prompt of so many tokens.
 TYPICAL_PROMPT = 100
 # An idle server that takes more would slow the measured one down.
@@ -114,6 +116,7 @@ class Bench:
                 f"{slot.system}, {cell.name}: {tally.attained} of {tally.done}", refresh=False
             )
 
+        time.sleep(SETTLE_S)
         # Without the busy process: it is the machine's own speed that is asked for.
         before = self._lone_s(server)
         with busy_process() if cell.busy else nullcontext() as beside:

@@ -13,9 +13,9 @@ dp is compared with the best simple policy of each cell: the one to which it has
 lead, chosen with hindsight. A cell counts as below (or above) where the 95% interval of the
 difference over pairs, by Student's t, leaves out 0: so do 5% of the cells by chance alone.
 
-    python bench/policies.py --json                       # all cells: about 9 hours
-    python bench/policies.py --tight 1.7 --json           # a third of them: 3 hours
-    python bench/policies.py --scenarios mixed --tight 1.7 --beside nothing --json  # 45 minutes
+    python bench/policies.py --json                       # all cells: about 10 hours
+    python bench/policies.py --tight 1.7 --json           # a third of them: 3.2 hours
+    python bench/policies.py --scenarios mixed --tight 1.7 --beside nothing --json  # 50 minutes
     python bench/policies.py --quick                      # does it run? 5 minutes
     python bench/policies.py ... --resume FILE.json       # goes on where it ended
 """

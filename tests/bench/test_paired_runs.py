@@ -60,6 +60,7 @@ class Scripted:
 @pytest.fixture
 def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Scripted]]:
     monkeypatch.setattr(paired_runs, "WARM_UP_S", 0.1)
+    monkeypatch.setattr(paired_runs, "SETTLE_S", 0.0)
     monkeypatch.setattr(paired_runs, "await_quiet", lambda: None)
     with ExitStack() as stack:
         found = {}
