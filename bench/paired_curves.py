@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from paired_turns import Cell, Pairs
+from paired_turns import RULE, Cell, Pairs
 
 from minserve.workload.capacity import CONFIDENCE, LEVEL, RESAMPLES, crossing
 
@@ -170,6 +171,17 @@ def mean(values: Iterable[float]) -> float | None:
     """For JSON; ``None`` of none."""
     each = list(values)
     return rounded(statistics.fmean(each)) if each else None
+
+
+def left_out_words(each: Iterable[Mapping[str, int]]) -> str:
+    """The rule by which pairs are left out, and what it took.
+
+    Args:
+        each: numbers of pairs by what was wrong with them.
+    """
+    total = sum((Counter(one) for one in each), Counter[str]())
+    counts = ", ".join(f"{count} ({fault})" for fault, count in total.items())
+    return f"{RULE}: {counts or 'none'}"
 
 
 def percent(share: float | None) -> str:

@@ -13,6 +13,7 @@ from paired_curves import (
     by_group,
     curve_of,
     in_percent,
+    left_out_words,
     mean,
     percent,
     rounded,
@@ -119,4 +120,5 @@ def table(result: Mapping[str, Any]) -> str:
         + "".join(f"\n  {name}" for name in result[word])
         for word in ("below", "above")
     ]
-    return "\n".join([*lines, result["rule"]])
+    left_out = [one for cell in cells.values() for one in cell["left_out"].values()]
+    return "\n".join([*lines, left_out_words(left_out)])

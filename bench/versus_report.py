@@ -12,6 +12,7 @@ from paired_curves import (
     by_group,
     curve_of,
     in_percent,
+    left_out_words,
     mean,
     percent,
     rounded,
@@ -79,7 +80,9 @@ def table(result: Mapping[str, Any]) -> str:
             lines.append(f"  {_capacity(one['capacity'])}")
         if found["ratio"] is not None:
             lines.append(f"geometric mean of the ratios: {found['ratio']:.2f}")
-    return "\n".join([*lines, result["rule"]])
+        rows = [row for one in found["scenarios"].values() for row in one["rates"].values()]
+        lines.append(left_out_words(row["left_out"] for row in rows))
+    return "\n".join(lines)
 
 
 def _row(rate: str, row: Mapping[str, Any]) -> str:

@@ -251,6 +251,13 @@ def test_dp_is_compared_with_the_simple_policy_that_is_nearest() -> None:
     assert CELL.name in policies_table(found)
 
 
+def test_what_was_left_out_is_told_with_its_reason() -> None:
+    turns = [result("dp", 0, 0.9, cores_elsewhere=0.9), result("edf", 0, 0.8)]
+    words = "beside whose turns other work differs by over 0.15 cores: 1 (other work"
+    assert words in policies_table(policies_summary(Pairs(turns), [CELL], ["dp", "edf"]))
+    assert words in table(summary(Pairs(turns), [CELL], "dp", ["edf"]))
+
+
 def test_cells_that_were_not_measured_stand_empty() -> None:
     found = policies_summary(Pairs([]), [CELL], ["dp", "edf"])
     assert json.dumps(found, allow_nan=False)
