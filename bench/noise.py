@@ -6,7 +6,7 @@ the same device. Its regret is what the best of the other policies attains (the 
 requests offered that keep their SLO) less what `dp` does.
 
 Devices are OPT-6.7B on an A100 with the evaluation's paces (tools and reasoning: the models
-that `reproduce.py` has for them, reasoning at a quarter of its lengths), and SmolLM2 on 2 cores
+that `reproduce.py` has for them, reasoning at a tenth of its lengths), and SmolLM2 on 2 cores
 of a Xeon, with a tenth of the lengths, the tight pace at several slowdowns of a lone request's
 and the loose one at twice that. Output lengths are learned (`quantile`). Times scatter by
 log-standard deviations of 0 to 0.4, on steady devices, on drifting ones (every 10 to 60 s

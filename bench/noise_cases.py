@@ -25,7 +25,7 @@ CPU_OVERHEAD_S = 0.002
 CPU_LENGTHS = 0.1
 LOOSE = 2.0
 # Of reasoning's lengths on the GPU, where an answer takes minutes: a window has to be longer.
-GPU_REASONING_LENGTHS = 0.25
+GPU_REASONING_LENGTHS = 0.1
 # Profiles of scenarios whose requests are longer than OPT can serve.
 LONGER = MappingProxyType({"tools": "toolllama-7b-a100", "reasoning": "qwen2.5-7b-a100"})
 
@@ -211,8 +211,8 @@ def _number(rate: float, bounds: tuple[int, int]) -> int:
 
 def _run_s(setting: Setting, policy: str, num_requests: int) -> float:
     """Seconds that a run takes, roughly: estimates and the order of jobs go by it."""
-    tokens = {"coding": 40, "tools": 140, "reasoning": 1250, "mixed": 200}
+    tokens = {"coding": 40, "tools": 140, "reasoning": 500, "mixed": 200}
     each = tokens.get(setting.scenario, 250)
     if setting.device == CPU:
-        each = (500 if setting.scenario == "reasoning" else 0.1 * each) + 20
+        each = 20 + (1.0 if setting.scenario == "reasoning" else CPU_LENGTHS) * each
     return num_requests * each * COSTS_S.get(policy, COSTS_S["others"])
