@@ -231,7 +231,7 @@ class _TimedBatch:
             evict: preempt best effort to start it.
             hold: stop short of the last token, whose run would sample the next.
         """
-        if self.draft.budget <= 0 or self.draft.is_preempted(seq):
+        if self.draft.budget <= 0 or self.draft.is_preempted(seq) or self.draft.awaits_sibling(seq):
             return 0
         hit = (
             self.draft.view.memory.cached_prefix(seq)

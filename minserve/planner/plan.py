@@ -96,6 +96,9 @@ class MemoryView(Protocol):
     def num_free_blocks(self) -> int:
         """Blocks that can be handed out now (evictable cached ones included)."""
 
+    def may_hit(self, seq: Sequence) -> bool:
+        """True where a sequence begins with the blocks that are cached of its tokens."""
+
     def cached_prefix(self, seq: Sequence) -> CachedPrefix:
         """The longest cached prefix of ``seq``, at most all its tokens but the last."""
 

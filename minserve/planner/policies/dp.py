@@ -4,8 +4,8 @@ After SLOs-Serve (arXiv 2504.08784), with what it leaves open: requests that do 
 pending until their last feasible start, doomed ones are relegated instead of dooming the
 others, output lengths are estimated, memory and time are released at predicted ends.
 
-A sequence is promised its SLO once its prefill starts; until then every round of admission
-decides anew. Rounds take place when a sequence comes or goes, and every 0.1 s.
+A request is promised its SLO once the prefill of one of its outputs starts; until then every
+round of admission decides anew. Rounds take place when a sequence comes or goes, and every 0.1 s.
 """
 
 from __future__ import annotations
@@ -175,10 +175,7 @@ class DpPlanner(Planner):
             plan.declined = [
                 seq.seq_id for _, seq in work.pending if seq.state is SequenceState.WAITING
             ]
-        for _, seq in (*work.prefills, *work.decodes):
-            started = seq.state is SequenceState.RUNNING or seq.seq_id in plan.num_scheduled_tokens
-            if started and seq.standing is not Standing.ADMITTED:
-                plan.promote.append(seq.seq_id)
+        plan.promote = _newly_promised(work, plan)
         return plan
 
     def _is_due(self, view: PlannerView, now: float) -> bool:
@@ -222,9 +219,19 @@ class DpPlanner(Planner):
         self._round.chosen, self._round.drafts = verdict.chosen, verdict.drafts
         return verdict
 
-    def _sort(self, view: PlannerView, now: float, verdict: Verdict) -> Work:
-        """Every sequence's role in this iteration; relegates those whose SLO is broken."""
-        work = Work()
+    def _sort(
+        self,
+        view: PlannerView,
+        now: float,
+        verdict: Verdict,
+        broken: frozenset[str] = frozenset(),
+    ) -> Work:
+        """Every sequence's role in this iteration; relegates requests whose SLO is broken.
+
+        Args:
+            broken: ids of requests whose SLO one of the outputs has broken.
+        """
+        work, found = Work(), set(broken)
         for seq in (*view.running, *view.waiting):
             seq_id, progress = seq.seq_id, seq.progress
             if seq_id in verdict.reject:
@@ -233,7 +240,8 @@ class DpPlanner(Planner):
             given_up = seq.standing is Standing.BEST_EFFORT and not chosen
             if progress is None or self.model is None or given_up or seq_id in verdict.relegate:
                 work.best_effort.append(seq)
-            elif progress.is_broken(now):
+            elif seq.request.request_id in broken or progress.is_broken(now):
+                found.add(seq.request.request_id)
                 if seq.standing is not Standing.BEST_EFFORT:
                     verdict.relegate[seq_id] = None
                 work.best_effort.append(seq)
@@ -243,6 +251,9 @@ class DpPlanner(Planner):
                 work.decodes.append((progress.next_deadline_s, seq))
             else:
                 work.prefills.append((progress.next_deadline_s, seq))
+        if len(found) > len(broken):
+            # Once more, for those of their outputs that were sorted before.
+            return self._sort(view, now, verdict, frozenset(found))
         for role in (work.decodes, work.prefills, work.pending):
             role.sort(key=_deadline)
         work.best_effort.sort(key=by_rank)
@@ -270,6 +281,19 @@ class DpPlanner(Planner):
                 -(-(seq.num_tokens + self.lengths.remaining(seq)) // memory.block_size)
             ),
         )
+
+
+def _newly_promised(work: Work, plan: IterationPlan) -> list[str]:
+    """Ids of sequences that are promised their SLO now that one of their request's runs."""
+    chosen = [
+        seq for _, seq in (*work.prefills, *work.decodes) if seq.standing is not Standing.ADMITTED
+    ]
+    started = {
+        seq.request.request_id
+        for seq in chosen
+        if seq.state is SequenceState.RUNNING or seq.seq_id in plan.num_scheduled_tokens
+    }
+    return [seq.seq_id for seq in chosen if seq.request.request_id in started]
 
 
 def _deadline(due: tuple[float, Sequence]) -> float:
