@@ -54,10 +54,7 @@ class Party:
             self.standing is Standing.PENDING
             and self.request.slo.refuses_delay
             and len(self.live) == self.request.params.n
-            and all(
-                seq.state is SequenceState.WAITING and seq.num_output_tokens == 0
-                for seq in self.live
-            )
+            and not any(seq.has_begun for seq in self.live)
         )
 
 
