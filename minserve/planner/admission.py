@@ -26,7 +26,6 @@ from heapq import heappop, heappush
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from minserve.planner.bounds import (
     ROUNDING,
@@ -151,7 +150,12 @@ class _Program:
         sizes: list[list[int]] = [[] for _ in range(num_tiers + 1)]
         for c in self._candidates:
             sizes[num_tiers if c.tier is None else c.tier].append(c.num_seqs)
-        self._totals = [_sums(own, self.most_seqs) for own in sizes]
+        # Without requests of several outputs a cell's number is also its place in the grid.
+        self._is_plain = all(c.num_seqs == 1 for c in self._candidates)
+        self._totals = [
+            list(range(len(own) + 1)) if self._is_plain else _sums(own, self.most_seqs)
+            for own in sizes
+        ]
         self.num_cells = math.prod(len(own) for own in self._totals)
         # Of a cell's number, per dimension: one more output is so much.
         self._units_of = [
@@ -216,7 +220,12 @@ class _Program:
         """
         shape = [len(own) for own in self._totals]
         places = np.indices(shape).reshape(len(shape), self.num_cells)
-        counts = np.stack([own[at] for own, at in zip(self._totals, places, strict=True)])
+        counts = places
+        if not self._is_plain:
+            counts = np.stack(
+                [np.array(own)[at] for own, at in zip(self._totals, places, strict=True)]
+            )
+            self._places = [{total: at for at, total in enumerate(own)} for own in self._totals]
         size = counts.sum(axis=0)
         kept = (size <= self.most_seqs).nonzero()[0]
         self._counts, size = counts.take(kept, axis=1), size.take(kept)
@@ -239,26 +248,34 @@ class _Program:
             fastest = rates.max(axis=1)
             self._clocks.append(Clock(self._outlook.starts, fastest))
             self._left.append(slowdown(rates, fastest, size[columns]))
+        # Looked up for hundreds of cells, hence found for all of them at once.
+        self._is_slow = self._table.min(axis=0) < NO_RATE
+        self._kind = np.zeros(len(kept), dtype=np.int64)
+        for number, tier in reversed(list(enumerate(self._kinds, 1))):
+            self._kind[self._counts[tier] > 0] = number
 
     def _row(self, cell: int) -> _Row | None:
         """``None`` for a cell of more than can be accepted."""
-        place, rest = 0, cell
-        for unit, totals in zip(self._units_of, self._totals, strict=True):
-            count, rest = divmod(rest, unit)
-            if count > totals[-1]:
-                return None
-            place = place * len(totals) + int(totals.searchsorted(count))
-        column = int(self._column[place])
+        column = int(self._column[cell]) if self._is_plain else self._column_of(cell)
         if column < 0:
             return None
         rates = self._table[:, column].tolist()
         steady = 0
-        if min(rates) < NO_RATE:
+        if self._is_slow[column]:
             steady = first_steady(rates)
             rates = [max(rate, NO_RATE) for rate in rates]
-        kinds = [number for number, d in enumerate(self._kinds, 1) if self._counts[d, column]]
-        self._rows[cell] = row = _Row(rates, steady, min(kinds, default=0))
+        self._rows[cell] = row = _Row(rates, steady, int(self._kind[column]))
         return row
+
+    def _column_of(self, cell: int) -> int:
+        """Of the table; below 0 for a cell that is not in it."""
+        place = 0
+        for unit, places in zip(self._units_of, self._places, strict=True):
+            count, cell = divmod(cell, unit)
+            if count not in places:
+                return -1
+            place = place * len(places) + places[count]
+        return int(self._column[place])
 
     def _count_units(self) -> None:
         """Values as whole numbers: exactly, where all are multiples of the smallest."""
@@ -410,13 +427,13 @@ class _Program:
         )
 
 
-def _sums(sizes: SequenceOf[int], most: int) -> NDArray[np.int64]:
+def _sums(sizes: SequenceOf[int], most: int) -> list[int]:
     """What some of the sizes add up to, from 0 for none of them to at most ``most``."""
     # Bit s of the number is set where s is such a sum.
     found, mask = 1, (1 << (most + 1)) - 1
     for size in sizes:
         found |= (found << size) & mask
-    return np.array([total for total in range(found.bit_length()) if found >> total & 1])
+    return [total for total in range(found.bit_length()) if found >> total & 1]
 
 
 def _merit(state: _State) -> tuple[float, float]:

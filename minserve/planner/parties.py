@@ -20,7 +20,7 @@ the prompt are asked for, each output computes and holds a prompt of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from minserve.planner.plan import MemoryView, PlannerView
 from minserve.request import Request, Sequence, SequenceState
@@ -39,12 +39,14 @@ class Party:
 
     request: Request
     standing: Standing
-    live: list[Sequence] = field(default_factory=list)
-    settled: list[Sequence] = field(default_factory=list)
-    open: list[Sequence] = field(default_factory=list)
+    live: list[Sequence]
+    settled: list[Sequence]
+    open: list[Sequence]
 
     def is_broken(self, now: float) -> bool:
         """True where the request's SLO can no longer be attained."""
+        if len(self.live) == 1:
+            return self.live[0].progress.is_broken(now)
         return any(seq.progress.is_broken(now) for seq in self.live)
 
     @property
@@ -58,25 +60,33 @@ class Party:
         )
 
 
-def parties_of(view: PlannerView) -> list[Party]:
-    """The requests with an SLO, in the order of their first outputs: running, then waiting."""
+def partition(view: PlannerView, now: float) -> tuple[list[Sequence], list[Party]]:
+    """Who decodes under a promise and has no siblings; and the other requests with an SLO.
+
+    Whose SLO is broken is neither, unless it has yet to hear that it is refused.
+    """
+    alone: list[Sequence] = []
     parties: list[Party] = []
     by_id: dict[str, Party] = {}
     for seq in (*view.running, *view.waiting):
-        if seq.progress is None:
+        progress, request = seq.progress, seq.request
+        if progress is None:
             continue
-        request, party = seq.request, None
-        if request.params.n > 1:
-            party = by_id.get(request.request_id)
-        if party is None:
-            party = Party(request, seq.standing)
-            parties.append(party)
-            if request.params.n > 1:
-                by_id[request.request_id] = party
-        party.live.append(seq)
         settled = seq.standing is Standing.ADMITTED and seq.is_decoding
-        (party.settled if settled else party.open).append(seq)
-    return parties
+        if request.params.n == 1:
+            if settled:
+                if not progress.is_broken(now):
+                    alone.append(seq)
+                continue
+        elif (party := by_id.get(request.request_id)) is not None:
+            party.live.append(seq)
+            (party.settled if settled else party.open).append(seq)
+            continue
+        own = ([seq], []) if settled else ([], [seq])
+        parties.append(Party(request, seq.standing, [seq], *own))
+        if request.params.n > 1:
+            by_id[request.request_id] = parties[-1]
+    return alone, [one for one in parties if not one.is_broken(now) or one.awaits_answer]
 
 
 def shared_blocks(seq: Sequence, memory: MemoryView) -> int:

@@ -27,7 +27,7 @@ from minserve.planner.outlook import (
     build_outlook,
     group_tiers,
 )
-from minserve.planner.parties import Party, parties_of, spared_blocks, starts_of
+from minserve.planner.parties import Party, partition, spared_blocks, starts_of
 from minserve.planner.perf_model import PerfModel
 from minserve.planner.plan import PlannerView, Refusal
 from minserve.planner.speculation import NO_DRAFTS, DraftsForPrefills
@@ -93,10 +93,10 @@ def review(
         acceptance: of drafted tokens.
     """
     verdict = Verdict()
-    parties = [p for p in parties_of(view) if not p.is_broken(now) or p.awaits_answer]
-    if not parties:
+    alone, parties = partition(view, now)
+    if not alone and not parties:
         return verdict
-    round_ = _Round(view, now, model, lengths, cached_tokens, settings, acceptance, parties)
+    round_ = _Round(view, now, model, lengths, cached_tokens, settings, acceptance, alone, parties)
     round_.shed_overload(verdict)
     if not round_.candidates:
         verdict.drafts = round_.drafts(set())
@@ -130,11 +130,12 @@ class _Round:
         cached_tokens: Callable[[Sequence], int],
         settings: ReviewSettings,
         acceptance: AcceptanceEstimator,
+        alone: list[Sequence],
         parties: list[Party],
     ) -> None:
         self.view, self.now, self.settings = view, now, settings
-        self._parties = parties
-        self.settled = [seq for party in parties for seq in party.settled]
+        self._alone, self._parties = alone, parties
+        self.settled = alone + [seq for party in parties for seq in party.settled]
         self.undecided = [party for party in parties if party.open]
         open_ = [seq for party in self.undecided for seq in party.open]
         self._block_size = view.memory.block_size
@@ -231,26 +232,32 @@ class _Round:
         """All open outputs of a request. They are due when the first of them is, and at the
         pace of the tightest: only those that were preempted in different stages differ.
         """
-        work = decode_s = 0.0
-        due_s, pace_s, blocks = math.inf, math.inf, 0
         starts = starts_of(party, self.view.memory, cached_tokens)
-        for seq, start in zip(party.open, starts, strict=True):
-            progress = seq.progress
-            if not seq.is_decoding:
-                work += self.rates.work(start, seq.num_tokens)
-            due_s = min(due_s, progress.next_deadline_s)
-            pace_s = min(pace_s, progress.tpot_s)
-            blocks += self._blocks(seq)
-            decode_s = max(decode_s, self.remaining[seq.seq_id] * progress.tpot_s)
+        if len(starts) == 1:
+            return self._single(party.open[0], starts[0])
+        each = [self._single(seq, start) for seq, start in zip(party.open, starts, strict=True)]
         return Candidate(
-            work=work,
-            deadline_s=min(due_s - self.settings.guard_s, self.now + FAR_S),
-            tier=self.index.get(pace_s),
-            blocks=blocks,
-            value=party.request.slo.value,
-            forced=party.standing is Standing.ADMITTED,
-            decode_s=decode_s,
-            num_seqs=len(party.open),
+            work=sum(one.work for one in each),
+            deadline_s=min(one.deadline_s for one in each),
+            tier=min((one.tier for one in each if one.tier is not None), default=None),
+            blocks=sum(one.blocks for one in each),
+            value=each[0].value,
+            forced=each[0].forced,
+            decode_s=max(one.decode_s for one in each),
+            num_seqs=len(each),
+        )
+
+    def _single(self, seq: Sequence, start: int) -> Candidate:
+        """One output, of which so many tokens are computed when its prefill begins."""
+        progress = seq.progress
+        return Candidate(
+            work=0.0 if seq.is_decoding else self.rates.work(start, seq.num_tokens),
+            deadline_s=min(progress.next_deadline_s - self.settings.guard_s, self.now + FAR_S),
+            tier=self.index.get(progress.tpot_s),
+            blocks=self._blocks(seq),
+            value=seq.request.slo.value,
+            forced=seq.standing is Standing.ADMITTED,
+            decode_s=self.remaining[seq.seq_id] * progress.tpot_s,
         )
 
     def _demands(self, seq: Sequence) -> list[Demand]:
@@ -303,17 +310,12 @@ class _Round:
 
         Otherwise all of them would fall behind together and break every promise.
         """
-        left = [
-            (max(self.remaining[seq.seq_id] for seq in party.settled), party)
-            for party in self._parties
-            if party.settled
-        ]
-        for _, party in sorted(left, key=lambda one: one[0], reverse=True):
-            counts = [0] * len(self.tiers)
-            for own in self.demands.values():
-                for demand in own:
-                    counts[demand.tier] += demand.start_s <= self.now + SOON_S
-            if self.likely_rates.one(counts) >= 0:
+        if self._settled_fit():
+            return
+        parties = [party for party in self._parties if party.settled]
+        parties += [Party(one.request, one.standing, [one], [one], []) for one in self._alone]
+        for party in sorted(parties, key=self._most_left, reverse=True):
+            if self._settled_fit():
                 return
             verdict.relegate |= dict.fromkeys(seq.seq_id for seq in party.live)
             for seq in party.settled:
@@ -322,6 +324,17 @@ class _Round:
             if party.open:
                 del self.candidates[self.undecided.index(party)]
                 self.undecided.remove(party)
+
+    def _settled_fit(self) -> bool:
+        """True where the settled decodes of now keep their pace."""
+        counts = [0] * len(self.tiers)
+        for own in self.demands.values():
+            for demand in own:
+                counts[demand.tier] += demand.start_s <= self.now + SOON_S
+        return self.likely_rates.one(counts) >= 0
+
+    def _most_left(self, party: Party) -> int:
+        return max(self.remaining[seq.seq_id] for seq in party.settled)
 
     def choose(self, choose: Choose) -> set[int]:
         """Indices of the candidates to be served."""

@@ -240,8 +240,9 @@ class DpPlanner(Planner):
             given_up = seq.standing is Standing.BEST_EFFORT and not chosen
             if progress is None or self.model is None or given_up or seq_id in verdict.relegate:
                 work.best_effort.append(seq)
-            elif seq.request.request_id in broken or progress.is_broken(now):
-                found.add(seq.request.request_id)
+            elif progress.is_broken(now) or (broken and seq.request.request_id in broken):
+                if seq.request.params.n > 1:
+                    found.add(seq.request.request_id)
                 if seq.standing is not Standing.BEST_EFFORT:
                     verdict.relegate[seq_id] = None
                 work.best_effort.append(seq)
