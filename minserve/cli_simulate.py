@@ -110,6 +110,19 @@ def _add_device_flags(group: argparse._ArgumentGroup) -> None:
     add("--length-error", type=float, metavar="X", help="of an oracle: log-standard deviation")
     add("--noise", type=float, metavar="X", help="of iterations: log-standard deviation of times")
     add(
+        "--speed-steps", type=float, metavar="X",
+        help="of devices: every 10 to 60 s another factor on times, between 1/X and X (default: 1)",
+    )  # fmt: skip
+    add(
+        "--stall-every", type=float, dest="stall_every_s", metavar="X",
+        help="mean seconds after which a device stands still for 0.1 to 1 s (default: never)",
+    )  # fmt: skip
+    add(
+        "--clairvoyant", action="store_true",
+        help="tell dp or edf before each iteration what factor noise and speed steps will have on "
+        "its time: a bound of what forecasts could gain",
+    )  # fmt: skip
+    add(
         "--slowness", type=float, metavar="X",
         help="of the device over its profile, which the planner starts from (default: 1)",
     )  # fmt: skip

@@ -18,6 +18,7 @@ from minserve.planner.perf_model import BatchShape, PerfModel
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.policies import Planner
 from minserve.request import Sequence, SequenceState, by_rank
+from minserve.simulator.scatter import Scatter
 from minserve.slo import Standing
 from minserve.workload.conversation import Turn
 
@@ -90,8 +91,10 @@ class SimulatedReplica:
     """Runs sequences to their end on a clock that others turn.
 
     Args:
-        device: how long batches take in truth; the planner has a model of its own.
-        noise: factor on each iteration's time.
+        device: how long batches usually take; the planner has a model of its own.
+        scatter: how long they take in truth; ``None`` for exactly as long.
+        clairvoyant: True where the planner's model is told what factor the next batch will
+            take over its usual time, in its attribute ``next_factor``.
         acceptance: chance that a drafted token is accepted if those before it were.
 
     Attributes:
@@ -109,13 +112,14 @@ class SimulatedReplica:
         max_num_seqs: int,
         drafter: Drafter | None = None,
         acceptance: float = 0.0,
-        noise: Callable[[], float] | None = None,
+        scatter: Scatter | None = None,
+        clairvoyant: bool = False,
         seed: int = 0,
     ) -> None:
         self.planner, self.pool, self.device = planner, pool, device
         self.token_budget, self.max_num_seqs = token_budget, max_num_seqs
         self.drafter, self.acceptance = drafter, acceptance
-        self.noise = noise
+        self.scatter, self.clairvoyant = scatter or Scatter(), clairvoyant
         self.waiting: list[SimulatedSequence] = []
         self.running: list[SimulatedSequence] = []
         self.busy = False
@@ -167,6 +171,8 @@ class SimulatedReplica:
         Raises:
             SimulationError: where the policy runs nothing for good although there is work.
         """
+        if self.clairvoyant:
+            self.planner.model.next_factor = self.scatter.factor(now)
         plan = self._plan = self.planner.plan(self.view(), now)
         unpromised, refused = self._settle(plan)
         away = [one for seq in unpromised if gives_away(seq) for one in seq.siblings]
@@ -179,7 +185,7 @@ class SimulatedReplica:
             self._num_idle = 0 if refused or away else self._num_idle + 1
             return self._idle(), refused
         self._num_idle = 0
-        self._seconds = self._time(plan)
+        self._seconds = self.scatter.seconds(self._usual_s(plan), now)
         self.busy_s += self._seconds
         self.num_iterations += 1
         return self._seconds, refused
@@ -294,8 +300,8 @@ class SimulatedReplica:
             if seq.num_computed_tokens + num_tokens > size * len(seq.block_table):
                 pool.grow(seq, num_tokens)
 
-    def _time(self, plan: IterationPlan) -> float:
-        """Seconds of the batch, draft model included, by the device."""
+    def _usual_s(self, plan: IterationPlan) -> float:
+        """Usual seconds of the batch, draft model included, by the device."""
         by_id, speculation, drafter = self._by_id, plan.speculation, self.drafter
         shape = BatchShape.of(
             (by_id[seq_id].num_computed_tokens, num_tokens)
@@ -314,8 +320,7 @@ class SimulatedReplica:
                 draft_steps=max(speculation.values(), default=1),
                 draft_tokens=sum(speculation.values()) + lags + sum(plan.catch_up.values()),
             )
-        seconds = self.device.profiled(shape)
-        return seconds if self.noise is None else seconds * self.noise()
+        return self.device.profiled(shape)
 
     def _accepted(self, num_drafted: int) -> int:
         num = 0

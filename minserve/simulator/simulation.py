@@ -28,6 +28,7 @@ from minserve.simulator.distserve import (
 from minserve.simulator.events import EventLoop
 from minserve.simulator.load import OfferedLoad, Progressed, first_longer
 from minserve.simulator.replica import Drafter, SimulatedReplica
+from minserve.simulator.scatter import Scatter
 from minserve.workload.conversation import Conversation
 from minserve.workload.verdict import Verdict
 
@@ -43,6 +44,8 @@ POLICIES = (*PROMISING, "vllm", "sarathi", "fcfs", "distserve")
 LENGTHS = ("quantile", "told", "oracle")
 MOST_REPLICAS = 4096
 MOST_SPECULATION = 64
+MOST_SPEED_STEP = 100.0
+LEAST_STALL_EVERY_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +67,13 @@ class Setup:
             as that of a load test has to be.
         length_error: with an oracle, the log-standard deviation of what it says.
         noise: log-standard deviation of each iteration's time.
+        speed_steps: the speed of each device changes after 10 to 60 s, again and again: factors
+            on its times are log-uniform between 1 over this and this. 1 keeps it.
+        stall_every_s: mean seconds after which a device stands still for 0.1 to 1 s, from the
+            end of one stall to the next; ``None`` for never.
+        clairvoyant: True where ``dp`` or ``edf`` is told, before it plans an iteration, the
+            factor that noise and speed will have on its time. Stalls and ``slowness`` it is not
+            told.
         slowness: of the device over its profile, which the planner starts from.
         overhead_s: of each iteration, beside the device: planning and the host's other work.
         request_s: from when a request is due to when the engine has it, and from its tokens to
@@ -88,6 +98,9 @@ class Setup:
     lengths: str = "quantile"
     length_error: float = 0.0
     noise: float = 0.0
+    speed_steps: float = 1.0
+    stall_every_s: float | None = None
+    clairvoyant: bool = False
     slowness: float = 1.0
     overhead_s: float = 0.0
     request_s: float = 0.0
@@ -112,6 +125,9 @@ class Setup:
         _check_range("acceptance", self.acceptance, 0.0, 1.0)
         _check_range("error of lengths", self.length_error, 0.0)
         _check_range("noise", self.noise, 0.0)
+        _check_range("factor of speed steps", self.speed_steps, 1.0, MOST_SPEED_STEP)
+        if self.stall_every_s is not None:
+            _check_range("mean seconds between stalls", self.stall_every_s, LEAST_STALL_EVERY_S)
         _check_range("slowness", self.slowness, 1e-3, 1e3)
         _check_range("overhead of iterations", self.overhead_s, 0.0)
         _check_range("overhead of requests", self.request_s, 0.0)
@@ -126,6 +142,11 @@ class Setup:
         device, apart = self.device, self.policy == "distserve"
         if self.length_error and self.lengths != "oracle":
             raise WorkloadError("an error of lengths needs an oracle that can err")
+        if self.clairvoyant and self.policy not in PROMISING:
+            raise WorkloadError(
+                f"{self.policy} plans nothing by the time of iterations; a clairvoyant planner is "
+                f"one of {', '.join(PROMISING)}"
+            )
         if self.max_speculation and apart:
             raise WorkloadError("distserve drafts nothing; choose another policy to speculate")
         if self.max_speculation and not device.drafts:
@@ -336,7 +357,8 @@ def _replica(
         max_num_seqs=setup.max_num_seqs,
         drafter=drafter,
         acceptance=setup.acceptance,
-        noise=_noise(setup, number),
+        scatter=_scatter(setup, number),
+        clairvoyant=setup.clairvoyant,
         seed=setup.seed * 1009 + number,
     )
 
@@ -350,7 +372,7 @@ def _distserve(setup: Setup, loop: EventLoop, *, prefix_caching: bool) -> DistSe
             _truth(setup),
             token_budget=setup.budget,
             max_num_seqs=setup.max_num_seqs,
-            noise=_noise(setup, number),
+            scatter=_scatter(setup, number),
         )
         for number in range(num_prefills)
     ]
@@ -361,7 +383,7 @@ def _distserve(setup: Setup, loop: EventLoop, *, prefix_caching: bool) -> DistSe
             _truth(setup),
             token_budget=max(SARATHI_BUDGET, setup.max_num_seqs),
             max_num_seqs=setup.max_num_seqs,
-            noise=_noise(setup, num_prefills + number),
+            scatter=_scatter(setup, num_prefills + number),
         )
         for number in range(num_decodes)
     ]
@@ -375,16 +397,19 @@ def _pool(setup: Setup, *, prefix_caching: bool) -> BlockPool:
 
 
 def _truth(setup: Setup) -> PerfModel:
-    """How long batches take, whatever the planner believes."""
+    """How long batches usually take, whatever the planner believes."""
     slower = (piece.slowed(setup.slowness) for piece in setup.device.pieces)
     return PerfModel([replace(one, base=one.base + setup.overhead_s) for one in slower])
 
 
-def _noise(setup: Setup, number: int) -> Callable[[], float] | None:
-    if not setup.noise:
-        return None
-    rng = random.Random(f"noise {setup.seed} {number}")
-    return lambda: math.exp(rng.gauss(0.0, setup.noise))
+def _scatter(setup: Setup, number: int) -> Scatter:
+    """Of one replica."""
+    return Scatter(
+        noise=setup.noise,
+        speed_steps=setup.speed_steps,
+        stall_every_s=setup.stall_every_s,
+        seed=f"{setup.seed} {number}",
+    )
 
 
 def _check_choice(what: str, value: str, known: tuple[str, ...]) -> None:

@@ -1,0 +1,172 @@
+"""How the planner `dp` does where iterations' times scatter and devices drift, in the simulator.
+
+A cell of the grid is a scenario on a device, a way in which its times scatter, and a rate, as
+a multiple of what `dp` serves there without noise. In it all policies meet the same requests on
+the same device. Its regret is what the best of the other policies attains (the share of all
+requests offered that keep their SLO) less what `dp` does.
+
+Devices are OPT-6.7B on an A100 with the evaluation's paces (tools and reasoning: the models
+that `reproduce.py` has for them, reasoning at a tenth of its lengths), and SmolLM2 on 2 cores
+of a Xeon, with a tenth of the lengths, the tight pace at several slowdowns of a lone request's
+and the loose one at twice that. Output lengths are learned (`quantile`). Times scatter by
+log-standard deviations of 0 to 0.4, on steady devices, on drifting ones (every 10 to 60 s
+another speed, between half and double; stalls of 0.1 to 1 s every 30 s), and on devices that
+are 30% slower or faster than their profile.
+
+Then capacities of `dp` over noise, and with ``--bound`` those of a planner that is told each
+iteration's noise in advance. All is drawn by seeds: two runs of the same code say the same.
+
+    python bench/noise.py                          # under 10 minutes on 2 cores
+    python bench/noise.py --quick                  # a minute
+    python bench/noise.py --only scenario=coding,noise=0.2,tight=1.7 --policies dp,sarathi
+    python bench/noise.py --rates-of bench/results/noise.json   # the rates of another run
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from noise_plan import FILTERS, POLICIES, Grid
+from noise_report import rows_of, summary, table
+from reproduce_jobs import fingerprint
+from reproduce_run import Done, Store, run_all
+
+from minserve.errors import WorkloadError
+from minserve.workload.plots import check_can_plot
+
+RESULTS = Path(__file__).resolve().parent / "results" / "noise.json"
+
+
+def measure(grid: Grid, num_workers: int) -> tuple[Done, dict[str, Any]]:
+    """Run everything. Returns how that ended, and the results, ready for JSON."""
+    store, began = Store(None), time.monotonic()
+    done = run_all(lambda: grid.jobs(store), store, num_workers)
+    rows = rows_of(grid, store)
+    settings = dict.fromkeys(cell.setting for cell in grid.cells())
+    results = {
+        **summary(grid, store, rows),
+        "noise_free_capacity": {one.name: grid.capacity_of(one, store) for one in settings},
+        "lengths": "quantile",
+        "source": fingerprint(),
+        "seconds": round(time.monotonic() - began, 1),
+        "core_seconds": round(store.seconds_of(done.jobs), 1),
+        "complete": not (done.interrupted or done.errors),
+        "rows": rows,
+    }
+    return done, results
+
+
+def _filters(text: str) -> dict[str, list[str]]:
+    """``name=value,name=value``; a name that is there twice means either value."""
+    found: dict[str, list[str]] = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in FILTERS or not value:
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is not like noise=0.2; there are {', '.join(FILTERS)}"
+            )
+        found.setdefault(name, []).append(value)
+    return found
+
+
+def _policies(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    unknown = [name for name in names if name not in POLICIES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no policy {unknown[0]!r}: {', '.join(POLICIES)}")
+    return names
+
+
+def _rates(file: Path) -> Mapping[str, float]:
+    try:
+        rates = json.loads(file.read_text(encoding="utf-8"))["noise_free_capacity"]
+        return {name: float(rate) for name, rate in rates.items() if rate is not None}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise argparse.ArgumentTypeError(f"{file} is no result of this: {error}") from None
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--quick", action="store_true", help="fewer settings, loads and noises, one seed")
+    add("--only", type=_filters, default={}, metavar="NAME=VALUE[,NAME=VALUE]",
+        help=f"names are {', '.join(FILTERS)}; one that is given twice means either value; kinds "
+        "are steady, drifting, slower, faster; parts are grid, capacity")  # fmt: skip
+    add("--policies", type=_policies, default=POLICIES, metavar="NAME[,NAME]",
+        help=f"some of {', '.join(POLICIES)}")  # fmt: skip
+    add("--bound", action="store_true", help="also capacities of a clairvoyant planner")
+    add("--rates-of", type=lambda text: _rates(Path(text)), default={}, metavar="FILE.json",
+        help="take noise-free capacities, and so all rates, from another run's results")  # fmt: skip
+    add("--jobs", type=int, default=os.cpu_count(), help="worker processes")
+    add("--out", type=Path, metavar="FILE.json",
+        help=f"results with all cells (default: {RESULTS} where all is measured)")  # fmt: skip
+    add("--plot", type=Path, metavar="FILE.png", help="regret and capacities as a picture")
+    add("--json", action="store_true", help="print the last line alone")
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    if args.plot is not None:
+        try:
+            check_can_plot(args.plot)
+        except WorkloadError as error:
+            parser.error(str(error))
+    whole = not (args.quick or args.only or args.policies != POLICIES)
+    if args.out is None and whole:
+        args.out = RESULTS
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parse(argv)
+    grid = Grid(
+        quick=args.quick,
+        policies=args.policies,
+        only=args.only,
+        rates=args.rates_of,
+        bound=args.bound,
+    )
+    num_cells, num_capacities = len(list(grid.cells())), len(list(grid.capacities()))
+    if not num_cells + num_capacities:
+        print("no cell and no capacity is like that", file=sys.stderr)
+        return 2
+    minutes = grid.core_seconds() / args.jobs / 60
+    print(
+        f"{num_cells} cells with {num_cells * len(grid.policies) * len(grid.seeds)} runs, and "
+        f"{num_capacities} capacities: about {minutes:.1f} minutes on {args.jobs} free cores",
+        file=sys.stderr,
+    )
+    # Simulations are pure Python: more threads only get into each other's way.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    done, results = measure(grid, args.jobs)
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(_compact(results), encoding="utf-8")
+    figures = {name: value for name, value in results.items() if name != "rows"}
+    if not args.json:
+        print(table(figures))
+    if args.plot is not None:
+        from noise_plots import draw
+
+        draw(results, args.plot)
+    for job, error in done.errors.items():
+        print(f"failed: {error}\n  {job}", file=sys.stderr)
+    print(json.dumps(figures))
+    return 130 if done.interrupted else 1 if done.errors else 0
+
+
+def _compact(results: Mapping[str, Any]) -> str:
+    """JSON with a line for each value at the top, and for each row."""
+    lines = [f" {json.dumps(k)}: {json.dumps(v)}" for k, v in results.items() if k != "rows"]
+    rows = ",\n  ".join(json.dumps(row) for row in results["rows"])
+    return "{\n" + ",\n".join([*lines, f' "rows": [\n  {rows}\n ]']) + "\n}\n"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,199 @@
+"""What `noise.py` measures: the grid of cells, and capacities over noise, as jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from noise_cases import CPU, GPU, Base, Noisy, Run, Setting, Weather
+from reproduce_jobs import Job, Measured
+
+SCENARIOS = ("chatbot", "coding", "summarization", "mixed", "tools", "reasoning")
+TIGHTS = (1.4, 1.7, 2.0, 2.7)
+POLICIES = ("dp", "edf", "sarathi", "fcfs", "vllm")
+LOADS = (0.25, 0.5, 0.75, 1.0, 1.25)
+WEATHERS = (
+    *(Weather(noise=noise) for noise in (0.0, 0.05, 0.1, 0.2, 0.4)),
+    *(Weather(kind="drifting", noise=noise) for noise in (0.05, 0.2)),
+    *(Weather(kind=kind, noise=0.1) for kind in ("slower", "faster")),
+)
+# Least and most requests of a run. Speeds hold for half a minute: a window has to see several.
+REQUESTS, DRIFTING_REQUESTS = (150, 150), (150, 300)
+# Of capacities over noise.
+CAPACITY_SCENARIOS = SCENARIOS[:4]
+CAPACITY_NOISES = (0.0, 0.05, 0.1, 0.2)
+
+# Where the searches for noise-free capacities begin, by device and tight pace, in the order of
+# `SCENARIOS`. Nothing but time depends on it.
+STARTS: Mapping[tuple[str, float], tuple[float, ...]] = MappingProxyType(
+    {
+        (GPU, 0.0): (4.4, 1.9, 3.4, 4.4, 11.5, 4.6),
+        (CPU, 1.4): (9.5, 2.2, 6.0, 4.6, 5.4, 0.05),
+        (CPU, 1.7): (10.5, 3.2, 7.0, 6.0, 13.0, 0.15),
+        (CPU, 2.0): (11.8, 4.4, 8.0, 7.4, 22.0, 0.26),
+        (CPU, 2.7): (12.8, 6.1, 8.5, 9.5, 29.0, 0.39),
+    }
+)
+FILTERS = ("part", "device", "scenario", "tight", "kind", "noise", "load")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Cell:
+    """A setting under a load while its times scatter: here all policies meet the same requests.
+
+    Attributes:
+        load: the rate as a multiple of the setting's noise-free capacity.
+    """
+
+    setting: Setting
+    weather: Weather
+    load: float
+
+    @property
+    def name(self) -> str:
+        """Readable, for tables."""
+        weather = self.weather
+        return f"{self.setting.name} {weather.kind} noise {weather.noise:g} load {self.load:g}"
+
+    @property
+    def values(self) -> dict[str, str | float]:
+        """What filters go by."""
+        return {
+            "part": "grid",
+            "device": self.setting.device,
+            "scenario": self.setting.scenario,
+            "tight": self.setting.tight,
+            "kind": self.weather.kind,
+            "noise": self.weather.noise,
+            "load": self.load,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """What is measured.
+
+    Attributes:
+        quick: half the settings, one seed.
+        policies: that are compared.
+        only: by the name of a filter, the values that are measured; all where there is none.
+            Where there is one, no combination is left out.
+        rates: noise-free capacities by the name of a setting, that are taken as given.
+        bound: True to measure capacities of a clairvoyant planner too.
+    """
+
+    quick: bool = False
+    policies: tuple[str, ...] = POLICIES
+    only: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    rates: Mapping[str, float] = field(default_factory=dict)
+    bound: bool = False
+
+    @property
+    def seeds(self) -> range:
+        return range(1 if self.quick else 2)
+
+    def cells(self) -> Iterator[Cell]:
+        """A third of all combinations (half of the quick ones): those in which any two values of
+        two axes meet, as in a Latin square.
+        """
+        every = 2 if self.quick else 3
+        loads = (0.5, 1.0) if self.quick else LOADS
+        weathers = tuple(one for one in WEATHERS if not self.quick or _is_quick(one))
+        for i, setting in self._settings():
+            for j, weather in enumerate(weathers):
+                for k, load in enumerate(loads):
+                    cell = Cell(setting=setting, weather=weather, load=load)
+                    if self._wants(cell.values) if self.only else (i + j + k) % every == 0:
+                        yield cell
+
+    def capacities(self) -> Iterator[tuple[str, float, bool, Noisy]]:
+        """(scenario, noise, clairvoyant, job) of capacities over noise, on the GPU."""
+        for scenario in ("coding", "mixed") if self.quick else CAPACITY_SCENARIOS:
+            setting = Setting(device=GPU, tight=0.0, scenario=scenario)
+            for noise in (0.0, 0.1) if self.quick else CAPACITY_NOISES:
+                values = {"part": "capacity", "device": GPU, "scenario": scenario, "noise": noise}
+                if self._wants(values):
+                    for told in (False, True) if self.bound else (False,):
+                        weather = Weather(noise=noise)
+                        job = Noisy(setting=setting, weather=weather, clairvoyant=told)
+                        yield scenario, noise, told, job
+
+    def capacity_of(self, setting: Setting, found: Measured) -> float | None:
+        """A setting's noise-free capacity; ``None`` where it is not known (yet)."""
+        if setting.name in self.rates:
+            return self.rates[setting.name]
+        return (found(self.base(setting)) or {}).get("capacity")
+
+    def base(self, setting: Setting) -> Base:
+        """Measures that capacity."""
+        starts = STARTS[setting.device, setting.tight]
+        return Base(setting=setting, start=starts[SCENARIOS.index(setting.scenario)])
+
+    def runs(self, cell: Cell, found: Measured) -> dict[str, list[Run]]:
+        """By policy, a run for each seed; nothing while the rate is not known."""
+        capacity = self.capacity_of(cell.setting, found)
+        if capacity is None:
+            return {}
+        return {policy: self._runs(cell, capacity, policy) for policy in self.policies}
+
+    def jobs(self, found: Measured) -> list[Job]:
+        """All that are known to be needed by now."""
+        jobs: dict[Job, None] = dict.fromkeys(job for *_, job in self.capacities())
+        for cell in self.cells():
+            if cell.setting.name not in self.rates:
+                jobs[self.base(cell.setting)] = None
+            for each in self.runs(cell, found).values():
+                jobs.update(dict.fromkeys(each))
+        return list(jobs)
+
+    def core_seconds(self) -> float:
+        """That everything takes, roughly."""
+        seconds = sum(job.cost for job in self.jobs(lambda _: None))
+        for cell in self.cells():
+            rate = self.rates.get(cell.setting.name, self.base(cell.setting).start)
+            for policy in self.policies:
+                seconds += sum(run.cost for run in self._runs(cell, rate, policy))
+        return seconds
+
+    def _runs(self, cell: Cell, capacity: float, policy: str) -> list[Run]:
+        return [
+            Run(
+                setting=cell.setting,
+                weather=cell.weather,
+                policy=policy,
+                rate=round(cell.load * capacity, 4),
+                seed=seed,
+                requests=DRIFTING_REQUESTS if cell.weather.kind == "drifting" else REQUESTS,
+            )
+            for seed in self.seeds
+        ]
+
+    def _settings(self) -> Iterator[tuple[int, Setting]]:
+        """With what their places on the axes of devices and scenarios add up to."""
+        for i, (device, tight) in enumerate(STARTS):
+            for j, scenario in enumerate(SCENARIOS):
+                one = Setting(device=device, tight=tight, scenario=scenario)
+                if not self.quick or _is_quick_setting(one):
+                    yield i + j, one
+
+    def _wants(self, values: Mapping[str, str | float]) -> bool:
+        """True for what no filter excludes."""
+        for name, wanted in self.only.items():
+            value = values.get(name)
+            text = f"{value:g}" if isinstance(value, float) else value
+            if text not in wanted:
+                return False
+        return True
+
+
+def _is_quick(weather: Weather) -> bool:
+    if weather.kind == "steady":
+        return weather.noise in (0.0, 0.1, 0.2, 0.4)
+    return (weather.kind, weather.noise) == ("drifting", 0.05)
+
+
+def _is_quick_setting(setting: Setting) -> bool:
+    if setting.device == GPU:
+        return setting.scenario in ("coding", "mixed", "tools")
+    return setting.tight in (1.4, 2.0) and setting.scenario in ("coding", "mixed", "tools")

@@ -1,0 +1,94 @@
+"""`Scatter`: how a simulated device's iterations differ from the time that they should take.
+
+::
+
+    seconds = usual seconds x noise (of each iteration) x speed (of a stretch of time) + stalls
+
+Speeds and stalls lie on the device's own time line, whatever runs on it, so that all policies
+meet the same ones. Noise is drawn for one iteration after the other.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+
+# A device's speed holds for a time uniform in this range, and a stall's length is.
+STEP_S = (10.0, 60.0)
+STALL_S = (0.1, 1.0)
+
+
+class Scatter:
+    """The behaviour of one device over time. It is asked in the order of time.
+
+    Args:
+        noise: log-standard deviation of iterations' times.
+        speed_steps: the factor on times is log-uniform between 1 over this and this, and
+            another one every `STEP_S` seconds. 1 keeps the speed.
+        stall_every_s: mean time from the end of a stall to the next one; ``None`` for none. In
+            a stall, which takes `STALL_S`, whatever runs stands still.
+        seed: of all that is drawn.
+    """
+
+    def __init__(
+        self,
+        *,
+        noise: float = 0.0,
+        speed_steps: float = 1.0,
+        stall_every_s: float | None = None,
+        seed: str = "",
+    ) -> None:
+        self._noise, self._log_steps = noise, math.log(speed_steps)
+        self._stall_every_s = stall_every_s
+        self._noises = random.Random(f"noise {seed}")
+        self._steps = random.Random(f"steps {seed}")
+        self._stalls = random.Random(f"stalls {seed}")
+        self._noise_factor: float | None = None
+        self._speed_factor, self._speed_until = 1.0, 0.0
+        self._stall_from = self._stall_until = 0.0
+
+    def factor(self, now: float) -> float:
+        """Of an iteration that begins now, on its usual time; stalls come on top.
+
+        It stays the same until an iteration has run.
+        """
+        if self._noise_factor is None:
+            # No draw where there is no noise: the factor is exactly 1.
+            drawn = self._noises.gauss(0.0, self._noise) if self._noise else 0.0
+            self._noise_factor = math.exp(drawn)
+        return self._noise_factor * self._speed(now)
+
+    def seconds(self, usual_s: float, now: float) -> float:
+        """That an iteration takes which begins now.
+
+        Args:
+            usual_s: seconds that it should take.
+        """
+        seconds = usual_s * self.factor(now)
+        self._noise_factor = None
+        return seconds + self._stalled(now, seconds)
+
+    def _speed(self, now: float) -> float:
+        if self._log_steps:
+            while self._speed_until <= now:
+                self._speed_until += self._steps.uniform(*STEP_S)
+                drawn = self._steps.uniform(-self._log_steps, self._log_steps)
+                self._speed_factor = math.exp(drawn)
+        return self._speed_factor
+
+    def _stalled(self, now: float, seconds: float) -> float:
+        """Seconds that an iteration stands still."""
+        if self._stall_every_s is None:
+            return 0.0
+        while self._stall_until <= now:
+            self._next_stall()
+        stalled = 0.0
+        while self._stall_from < now + seconds + stalled:
+            stalled += self._stall_until - max(self._stall_from, now)
+            self._next_stall()
+        return stalled
+
+    def _next_stall(self) -> None:
+        gap = self._stalls.expovariate(1 / self._stall_every_s)
+        self._stall_from = self._stall_until + gap
+        self._stall_until = self._stall_from + self._stalls.uniform(*STALL_S)
