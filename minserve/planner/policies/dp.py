@@ -219,17 +219,27 @@ class DpPlanner(Planner):
         self._round.chosen, self._round.drafts = verdict.chosen, verdict.drafts
         return verdict
 
-    def _sort(
-        self,
-        view: PlannerView,
-        now: float,
-        verdict: Verdict,
-        broken: frozenset[str] = frozenset(),
-    ) -> Work:
-        """Every sequence's role in this iteration; relegates requests whose SLO is broken.
+    def _sort(self, view: PlannerView, now: float, verdict: Verdict) -> Work:
+        """Every sequence's role in this iteration; relegates requests whose SLO is broken."""
+        work, broken = self._roles(view, now, verdict, frozenset())
+        if broken:
+            # Once more, for those of their outputs that were sorted before.
+            work, _ = self._roles(view, now, verdict, broken)
+        for role in (work.decodes, work.prefills, work.pending):
+            role.sort(key=_deadline)
+        work.best_effort.sort(key=by_rank)
+        return work
+
+    def _roles(
+        self, view: PlannerView, now: float, verdict: Verdict, broken: frozenset[str]
+    ) -> tuple[Work, frozenset[str]]:
+        """The roles, yet to be ordered.
 
         Args:
-            broken: ids of requests whose SLO one of the outputs has broken.
+            broken: requests of several outputs, whose SLO one of these has broken; by id.
+
+        Returns:
+            with the roles, those that were found broken.
         """
         work, found = Work(), set(broken)
         for seq in (*view.running, *view.waiting):
@@ -252,13 +262,7 @@ class DpPlanner(Planner):
                 work.decodes.append((progress.next_deadline_s, seq))
             else:
                 work.prefills.append((progress.next_deadline_s, seq))
-        if len(found) > len(broken):
-            # Once more, for those of their outputs that were sorted before.
-            return self._sort(view, now, verdict, frozenset(found))
-        for role in (work.decodes, work.prefills, work.pending):
-            role.sort(key=_deadline)
-        work.best_effort.sort(key=by_rank)
-        return work
+        return work, frozenset(found)
 
     def _longest_s(self) -> float:
         return LONGEST_ITERATION * (self.model.predict(BatchShape.of([(0, 1)])) + GUARD_S)
