@@ -169,9 +169,9 @@ def _stakes(
         return [], limits.longest_s
     alone = batch.seconds_of_decodes([decodes[0][1]])
     left = [(deadline - limits.guard_s - now, seq) for deadline, seq in decodes]
-    stakes = [(seconds, seq.request.slo.value) for seconds, seq in left if seconds >= alone]
+    stakes = [(seconds, _value(seq)) for seconds, seq in left if seconds >= alone]
     if not stakes:
-        stakes = [(alone, left[0][1].request.slo.value)]
+        stakes = [(alone, _value(left[0][1]))]
     return stakes, stakes[0][0]
 
 
@@ -189,10 +189,15 @@ def _allowed_s(stakes: list[Stake], work: Work, batch: TimedBatch, limits: Batch
     return allowed_s(
         stakes,
         batch.model,
-        gain_per_s=share * sum(seq.request.slo.value for seq in waiting) / work_s,
+        gain_per_s=share * sum(map(_value, waiting)) / work_s,
         least_s=least_s,
         most_s=min(limits.longest_s, least_s + work_s),
     )
+
+
+def _value(seq: Sequence) -> float:
+    """An output's part in the value of its request."""
+    return seq.request.slo.value / seq.request.params.n
 
 
 def _split_decodes(

@@ -91,7 +91,7 @@ class TimedBatch:
             whole: all that is left, or nothing.
             evict: preempt best effort to start it.
         """
-        if self.draft.budget <= 0 or self.draft.is_preempted(seq):
+        if self.draft.budget <= 0 or self.draft.is_preempted(seq) or self.draft.awaits_sibling(seq):
             return 0
         hit = (
             self.draft.view.memory.cached_prefix(seq)

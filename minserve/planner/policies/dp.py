@@ -4,8 +4,8 @@ After SLOs-Serve (arXiv 2504.08784), with what it leaves open: requests that do 
 pending until their last feasible start, doomed ones are relegated instead of dooming the
 others, output lengths are estimated, memory and time are released at predicted ends.
 
-A sequence is promised its SLO once its prefill starts; until then every round of admission
-decides anew. Rounds take place when a sequence comes or goes, and every 0.1 s.
+A request is promised its SLO once the prefill of one of its outputs starts; until then every
+round of admission decides anew. Rounds take place when a sequence comes or goes, and every 0.1 s.
 """
 
 from __future__ import annotations
@@ -180,10 +180,7 @@ class DpPlanner(Planner):
                 for _, seq in work.unpromised
                 if seq.state is SequenceState.WAITING and seq.standing is Standing.PENDING
             ]
-        for _, seq in (*work.prefills, *work.decodes):
-            started = seq.state is SequenceState.RUNNING or seq.seq_id in plan.num_scheduled_tokens
-            if started and seq.standing is not Standing.ADMITTED:
-                plan.promote.append(seq.seq_id)
+        plan.promote = _newly_promised(work, plan)
         return plan
 
     def _is_due(self, view: PlannerView, now: float) -> bool:
@@ -233,8 +230,28 @@ class DpPlanner(Planner):
         return verdict
 
     def _sort(self, view: PlannerView, now: float, verdict: Verdict) -> Work:
-        """Every sequence's role in this iteration; relegates those whose SLO is broken."""
-        work = Work()
+        """Every sequence's role in this iteration; relegates requests whose SLO is broken."""
+        work, broken = self._roles(view, now, verdict, frozenset())
+        if broken:
+            # Once more, for those of their outputs that were sorted before.
+            work, _ = self._roles(view, now, verdict, broken)
+        for role in (work.decodes, work.prefills, work.unpromised):
+            role.sort(key=_deadline)
+        work.best_effort.sort(key=by_rank)
+        return work
+
+    def _roles(
+        self, view: PlannerView, now: float, verdict: Verdict, broken: frozenset[str]
+    ) -> tuple[Work, frozenset[str]]:
+        """The roles, yet to be ordered.
+
+        Args:
+            broken: requests of several outputs, whose SLO one of these has broken; by id.
+
+        Returns:
+            with the roles, those that were found broken.
+        """
+        work, found = Work(), set(broken)
         for seq in (*view.running, *view.waiting):
             seq_id, progress = seq.seq_id, seq.progress
             if seq_id in verdict.reject:
@@ -243,7 +260,9 @@ class DpPlanner(Planner):
             promised = chosen or seq.standing is Standing.ADMITTED
             if progress is None or self.model is None:
                 work.best_effort.append(seq)
-            elif progress.is_broken(now):
+            elif progress.is_broken(now) or (broken and seq.request.request_id in broken):
+                if seq.request.params.n > 1:
+                    found.add(seq.request.request_id)
                 if seq.standing is not Standing.BEST_EFFORT:
                     verdict.relegate[seq_id] = None
                 work.best_effort.append(seq)
@@ -253,10 +272,7 @@ class DpPlanner(Planner):
                 work.decodes.append((progress.next_deadline_s, seq))
             else:
                 work.prefills.append((progress.next_deadline_s, seq))
-        for role in (work.decodes, work.prefills, work.unpromised):
-            role.sort(key=_deadline)
-        work.best_effort.sort(key=by_rank)
-        return work
+        return work, frozenset(found)
 
     def _longest_s(self) -> float:
         return LONGEST_ITERATION * (self.model.predict(BatchShape.of([(0, 1)])) + GUARD_S)
@@ -289,6 +305,19 @@ class DpPlanner(Planner):
             return 0.0
         whole_s = self.model.predict(BatchShape.of([(0, view.token_budget)]))
         return min(whole_s, self._arrivals.least_s / self.model.bound(1, USUAL_RISK))
+
+
+def _newly_promised(work: Work, plan: IterationPlan) -> list[str]:
+    """Ids of sequences that are promised their SLO now that one of their request's runs."""
+    chosen = [
+        seq for _, seq in (*work.prefills, *work.decodes) if seq.standing is not Standing.ADMITTED
+    ]
+    started = {
+        seq.request.request_id
+        for seq in chosen
+        if seq.state is SequenceState.RUNNING or seq.seq_id in plan.num_scheduled_tokens
+    }
+    return [seq.seq_id for seq in chosen if seq.request.request_id in started]
 
 
 def _deadline(due: tuple[float, Sequence]) -> float:
