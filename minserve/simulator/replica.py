@@ -267,7 +267,12 @@ class SimulatedReplica:
             self.withdraw(seq)
             seq.state = SequenceState.FINISHED
             refused.append(seq)
-        unbegun = [seq for seq in unpromised if not any(one.has_begun for one in seq.siblings)]
+        # Who is given up may be declined besides.
+        unbegun = [
+            seq
+            for seq in dict.fromkeys(unpromised)
+            if not any(one.has_begun for one in seq.siblings)
+        ]
         return _firsts(unbegun), _firsts(refused)
 
     def _take_out(self, plan: IterationPlan, away: list[SimulatedSequence]) -> None:
