@@ -13,6 +13,7 @@ from minserve.errors import BackendUnavailableError
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
 from minserve.kernels.triton.batched_decode import DecodePlan, batched_decode, plan_decodes
 from minserve.kernels.triton.chunked_prefill import (
+    CHUNK_SIZES,
     PrefillPlan,
     chunked_prefill,
     plan_prefills,
@@ -66,6 +67,7 @@ class TritonBackend(AttentionBackend):
 
     name = "triton"
     supports_graphs = True
+    chunk_sizes = CHUNK_SIZES
     # Of the cache, as allocated; the tiles depend on it.
     _dtype = torch.float16
 

@@ -41,16 +41,24 @@ class DecodeTile(NamedTuple):
     num_stages: int
 
 
-def decode_tile(num_rows: int, head_dim: int, dtype: torch.dtype) -> DecodeTile:
-    """The tile for so many rows per sequence and KV head."""
+def decode_tile(
+    num_rows: int, head_dim: int, dtype: torch.dtype, fills_device: bool = True
+) -> DecodeTile:
+    """The tile for so many rows per sequence and KV head.
+
+    Args:
+        fills_device: whether there are about as many programs as the device runs at a time.
+    """
     block_m = min(64, max(16, triton.next_power_of_2(num_rows)))
     block_n = 64 if head_dim <= 128 else 32
     if dtype is torch.float32:
         return DecodeTile(min(block_m, 32), block_n // 2, num_warps=4, num_stages=2)
     if block_m > 32:
         return DecodeTile(block_m, 32, num_warps=8, num_stages=3)
-    # Where loads take all the time, more programs at a time are better than more stages.
-    return DecodeTile(block_m, block_n, num_warps=4, num_stages=2 if block_m == 16 else 3)
+    # Loads take all the time: more programs at a time are better than more stages, if there are
+    # more programs.
+    few_stages = block_m == 16 and fills_device
+    return DecodeTile(block_m, block_n, num_warps=4, num_stages=2 if few_stages else 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,19 +124,20 @@ def plan_decodes(
     rows = most_queries * (num_heads // num_kv_heads)
     tile = decode_tile(rows, head_dim, dtype)
     programs_per_seq = num_kv_heads * triton.cdiv(rows, tile.block_m)
+    num_pairs = lengths.shape[0] * programs_per_seq
     if total is None:
-        num_pairs = max(1, lengths.shape[0] * programs_per_seq)
-        num_splits = triton.cdiv(SKEW * num_programs, num_pairs)
+        num_splits = triton.cdiv(SKEW * num_programs, max(1, num_pairs))
     else:
         # As long as those that `_plan_kernel` will find.
         fair = triton.cdiv(total * programs_per_seq, num_programs)
         num_splits = triton.cdiv(longest, _whole_tiles(max(fair, LEAST_SPLIT)))
     num_splits = min(num_splits, max(1, triton.cdiv(longest, LEAST_SPLIT)), MOST_SPLITS)
+    tile = decode_tile(rows, head_dim, dtype, 2 * num_pairs * num_splits > num_programs)
     split_len = lengths.new_empty(1)
     shape = (num_tokens, num_heads, num_splits) if num_splits > 1 else (0, 0, 0)
     partial = torch.empty((*shape, head_dim), dtype=torch.float32, device=lengths.device)
     lse = torch.empty(shape, dtype=torch.float32, device=lengths.device)
-    num_merged = lengths.shape[0] * programs_per_seq if num_splits > 1 else 0
+    num_merged = num_pairs if num_splits > 1 else 0
     arrived = torch.zeros(num_merged, dtype=torch.int32, device=lengths.device)
     _plan_kernel[(1,)](
         lengths,

@@ -25,8 +25,10 @@ from minserve.kernels.upload import to_device
 MOST_SPLITS = 8
 # A split has at least so many tokens: one of fewer costs more to begin and to merge than it saves.
 LEAST_SPLIT = 512
-# From so many tokens on, a chunk fills the device with tiles of any size.
-LONG_CHUNK = 8192
+# Up to so many tokens a chunk is short; from so many on it fills the device with tiles of any size.
+SHORT_CHUNK, LONG_CHUNK = 64, 8192
+# Where another tile is chosen.
+CHUNK_SIZES = (1, SHORT_CHUNK + 1, LONG_CHUNK)
 
 
 class PrefillTile(NamedTuple):
@@ -53,7 +55,7 @@ def prefill_tile(longest: int, head_dim: int, dtype: torch.dtype, capability: in
         if longest < LONG_CHUNK:
             return PrefillTile(64, 64, num_warps=4, num_stages=3)
         return PrefillTile(128, 64, num_warps=8, num_stages=4)
-    if longest <= 64:
+    if longest <= SHORT_CHUNK:
         return PrefillTile(64, 32, num_warps=4, num_stages=3)
     if head_dim > 64:
         return PrefillTile(128, 32, num_warps=8, num_stages=2)

@@ -107,7 +107,7 @@ class PagedModel:
         self, num_tokens: int, longest: int, num_seqs: int = 1, max_queries: int = 1
     ) -> None:
         """Run batches of zeros, without KV of anyone being touched: one of the given size, then
-        decodes of up to so many query tokens, each beside a short chunk.
+        decodes, few and many, of up to so many query tokens, and chunks of all kinds.
 
         Warms up libraries and compiles kernels, for which no request should wait, and on a
         GPU leaves the peak memory of the largest batch reserved, so that what is free
@@ -128,8 +128,12 @@ class PagedModel:
         hidden = self._run([Chunk([0] * size, 0, blocks) for size in sizes], 0, kv)
         self.model.logits(hidden[: num_seqs * max_queries])
         for num in range(1, min(max_queries, longest) + 1):
-            chunk = Chunk([0] * num, longest - num, blocks)
-            self._run([chunk, chunk], 1, kv)
+            for most in (1, max(1, min(num_seqs, num_tokens // num))):
+                self._run([Chunk([0] * num, longest - num, blocks)] * most, most, kv)
+        for size in self.backend.chunk_sizes:
+            if size <= longest:
+                for start in (0, longest - size):  # behind a long context it may be split
+                    self._run([Chunk([0] * size, start, blocks)], 0, kv)
 
     def _run(self, chunks: SequenceOf[Chunk], num_decodes: int, kv: SequenceOf[LayerKV]) -> Tensor:
         layout = BatchLayout.of(chunks)

@@ -22,12 +22,15 @@ def test_a_dry_run_is_as_large_as_the_largest_batch_and_leaves_no_trace(
         prepare(metadata)
 
     monkeypatch.setattr(runner.backend, "prepare", recorded)
-    runner.dry_run(num_tokens=45, longest=20, num_seqs=4, max_queries=3)
-    assert batches == [
-        ([0, 20, 40, 45], [20, 20, 5], 0),
-        # Decodes of one to three query tokens behind a long context, each beside a short chunk.
-        ([0, 1, 2], [20, 20], 1),
-        ([0, 2, 4], [20, 20], 1),
-        ([0, 3, 6], [20, 20], 1),
+    monkeypatch.setattr(runner.backend, "chunk_sizes", (1, 9, 30))
+    runner.dry_run(num_tokens=45, longest=20, num_seqs=16, max_queries=3)
+    assert batches[0] == ([0, 20, 40, 45], [20, 20, 5], 0)
+    # Decodes of one to three query tokens behind a long context: one, and as many as can be.
+    assert batches[1:7] == [
+        ([queries * i for i in range(most + 1)], [20] * most, most)
+        for queries in (1, 2, 3)
+        for most in (1, min(16, 45 // queries))
     ]
+    # Chunks of every kind that fits, first ones and last ones.
+    assert batches[7:] == [([0, size], [length], 0) for size in (1, 9) for length in (size, 20)]
     assert not any(kv.key.any() or kv.value.any() for kv in runner.kv)

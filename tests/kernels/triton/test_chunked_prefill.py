@@ -15,6 +15,7 @@ from attention_cases import (
 )
 
 from minserve.kernels.triton.chunked_prefill import (
+    CHUNK_SIZES,
     LEAST_SPLIT,
     MOST_SPLITS,
     PrefillPlan,
@@ -155,3 +156,13 @@ def test_programs_with_most_context_go_first() -> None:
 
 def test_no_chunks_launch_nothing() -> None:
     assert prefill_tiles([0, 1], [5], 1, 64) == []
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_tiles_change_at_the_sizes_that_are_tried_beforehand(capability: int, head_dim: int):
+    def tile(longest: int) -> PrefillTile:
+        return prefill_tile(longest, head_dim, torch.bfloat16, capability)
+
+    changes = [n for n in range(2, 10_000) if tile(n) != tile(n - 1)]
+    assert set(changes) <= set(CHUNK_SIZES)
