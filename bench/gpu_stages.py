@@ -68,7 +68,14 @@ def stages(dry: bool, scratch: Path) -> list[Stage]:
     limits = (DRY_LIMIT_S,) * 3 if dry else (140, 140, 180)
     seconds = [] if dry else ["--seconds", "110"]
     return [
-        Stage("tests", [python, "-m", "pytest", "-p", "no:cacheprovider", "-rfs", "--durations=15", *tests], limits[0]),
+        Stage(
+            "tests",
+            [
+                python, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:benchmark",
+                "--disable-warnings", "-rfs", "--durations=15", *tests,
+            ],
+            limits[0],
+        ),
         Stage(
             "kernels",
             [python, "bench/kernel_bench.py", *seconds, "--out", str(kernel_rows), *dry_flag],
@@ -115,7 +122,9 @@ def environment(folder: Path) -> dict[str, str]:
 def run_stage(stage: Stage, env: dict[str, str], scratch: Path, log: IO[str]) -> dict[str, Any]:
     """Run one stage to its end or its limit. Its standard output is shown, all goes to the log."""
     print(f"== {stage.name} (at most {stage.limit_s:.0f} s)", flush=True)
-    log.write(f"== {stage.name}: {' '.join(stage.command)}\n")
+    # Results name no machine's folders.
+    words = (Path(word).name if Path(word).is_absolute() else word for word in stage.command)
+    log.write(f"== {stage.name}: {' '.join(words)}\n")
     log.flush()
     out, started = scratch / f"{stage.name}.out", time.monotonic()
     with out.open("w") as file:
