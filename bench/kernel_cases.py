@@ -1,7 +1,7 @@
-"""What is compiled and timed by `kernels.py`: problems, and those who solve them.
+"""What is compiled and timed by `kernel_bench.py`: problems, and those who solve them.
 
 Nothing here or in the files of problems imports Triton before a contestant is built, so
-that `kernels.py` can still choose its interpreter.
+that `kernel_bench.py` can still choose its interpreter.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`kernels.py --compile-only`: what the wrappers would launch, compiled for GPUs not there.
+"""`kernel_bench.py --compile-only`: what the wrappers would launch, compiled for GPUs not there.
 
 The problems are those of the sweep, over more shapes of heads; their contestant
 ``minserve`` runs as it is, but for the launches (`triton_aot`).

@@ -1,4 +1,4 @@
-"""Row-wise problems of `kernels.py`: norms, gate, KV writes, and OPT's linear with its ReLU."""
+"""Row-wise problems of `kernel_bench.py`: norms, gate, KV writes, and OPT's linear with its ReLU."""
 
 from __future__ import annotations
 

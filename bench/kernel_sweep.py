@@ -1,4 +1,4 @@
-"""The sweep of `kernels.py`: every problem checked, then timed, beside its competitors."""
+"""The sweep of `kernel_bench.py`: every problem checked, then timed, beside its competitors."""
 
 from __future__ import annotations
 

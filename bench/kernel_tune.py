@@ -1,4 +1,4 @@
-"""`kernels.py --tune`: other tiles for the attention kernels, the fastest of each case first."""
+"""`kernel_bench.py --tune`: other tiles for the attention kernels, the fastest of each case first."""
 
 from __future__ import annotations
 

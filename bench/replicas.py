@@ -28,12 +28,13 @@ from pathlib import Path
 from typing import Any
 
 from offline import machine
+from prompt_texts import Counter
 from replicas_overhead import added_to_ttft, routing_us
 from replicas_runs import (
+    MODEL,
     PROFILES,
     ROUTERS,
     Case,
-    Counter,
     Slowed,
     drive,
     expected_capacity,
@@ -245,7 +246,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     results = Results.open(args.results, {name: getattr(args, name) for name in SETTINGS})
-    cases, count = cases_of(args), Counter()
+    cases, count = cases_of(args), Counter(MODEL)
     if not results.costs:
         seconds, pairs = (5.0, 2) if args.quick else (20.0, 5)
         results.costs = {

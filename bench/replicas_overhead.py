@@ -10,9 +10,9 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
-from replicas_runs import MODEL, Counter, profile_file
+from prompt_texts import Counter, with_texts
+from replicas_runs import MODEL, profile_file
 from tqdm import tqdm
-from versus_runs import MARK_TOKENS, marked
 
 from minserve.controller.prefixes import PrefixMap, chunks_of
 from minserve.controller.router import Ask, make_router
@@ -26,7 +26,6 @@ from minserve.workload.conversation import Conversation, Turn
 from minserve.workload.endpoint import find_endpoint
 from minserve.workload.report import Report
 from minserve.workload.server_process import ServerProcess
-from minserve.workload.texts import fill
 
 # A small model on a fast GPU. It waits for nobody: what is added to it is the software's.
 FAST = PerfModel((Piece(tokens=1e-7, base=5e-3),), margin=1.02)
@@ -48,7 +47,7 @@ def added_to_ttft(seconds: float, pairs: int, seed: int) -> dict[str, Any]:
     Returns:
         milliseconds: of either, and what was added, the median over pairs.
     """
-    count, found = Counter(), {"direct": [], "controller": []}
+    count, found = Counter(MODEL), {"direct": [], "controller": []}
     with ExitStack() as stack:
         profile = stack.enter_context(profile_file(FAST, "fast"))
         flags = ["--model", MODEL, "--executor", "simulated", "--profile", str(profile),
@@ -83,7 +82,7 @@ def _short_requests(seconds: float, seed: int, salt: str, count: Counter) -> lis
     )
     times = gamma_arrivals(round(RATE * seconds), seconds, rng, burstiness=1.0)
     workload = [Conversation(at, (turn,)) for at in times]
-    return marked(fill(workload, lambda text: MARK_TOKENS + count(text), seed=seed), salt)
+    return with_texts(workload, count, seed=seed, salt=salt)
 
 
 def routing_us(name: str, seed: int) -> dict[str, float]:

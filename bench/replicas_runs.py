@@ -9,11 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from versus_runs import MARK_TOKENS, marked
+from prompt_texts import with_texts
 
-from minserve.config import EngineConfig
 from minserve.devices import Device, find_device
-from minserve.engine.intake import load_tokenizer
 from minserve.planner.perf_model import PerfModel
 from minserve.simulator.simulation import BLOCK_SIZE, Setup, simulate
 from minserve.workload.capacity import find_capacity
@@ -23,7 +21,6 @@ from minserve.workload.endpoint import Endpoint
 from minserve.workload.report import Report
 from minserve.workload.scenarios import SCENARIOS, Scenario
 from minserve.workload.server_process import ServerProcess
-from minserve.workload.texts import fill
 
 PROFILES = {"chatbot": "opt-6.7b-a100", "coding": "opt-6.7b-a100", "tools": "toolllama-7b-a100"}
 ROUTERS = ("slo", "least-loaded", "round-robin")
@@ -108,19 +105,6 @@ def profile_file(model: PerfModel, name: str) -> Iterator[Path]:
         yield path
 
 
-class Counter:
-    """Counts tokens of texts, and keeps what it counted."""
-
-    def __init__(self) -> None:
-        self._tokenizer = load_tokenizer(EngineConfig.create(MODEL))
-        self._counts: dict[str, int] = {}
-
-    def __call__(self, text: str) -> int:
-        if text not in self._counts:
-            self._counts[text] = len(self._tokenizer.encode(text))
-        return self._counts[text]
-
-
 def expected_capacity(slowed: Slowed, case: Case, seconds: float, tolerance: float) -> float:
     """What the simulator says, for a search to begin at, and to be compared with."""
 
@@ -138,7 +122,7 @@ def texts_of(
 ) -> list[Conversation]:
     """A workload of texts that no cache has seen."""
     drawn = slowed.scenario.draw(rate, seed=seed, seconds=seconds)
-    return marked(fill(drawn, lambda text: MARK_TOKENS + count(text), seed=seed), salt)
+    return with_texts(drawn, count, seed=seed, salt=salt)
 
 
 def drive(

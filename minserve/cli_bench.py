@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from minserve.workload.capacity import Capacity
     from minserve.workload.client import Tally
     from minserve.workload.draws import Draw
+    from minserve.workload.endpoint import Endpoint
     from minserve.workload.experiment import Experiment, Run
     from minserve.workload.report import Report
+    from minserve.workload.zero_load import ZeroLoad
 
 # Later than this at the 99th percentile, the client is not to be trusted.
 LATE_CLIENT_S = 0.05
@@ -40,10 +42,13 @@ examples:
   minserve bench --scenario chatbot --rate 0.5,1,2 --length-scale 0.1 --tight 2.5 --loose 5
   minserve bench --url http://localhost:8000 --scenario coding --capacity --repeats 3
   minserve bench --url http://localhost:8000 --trace my.csv --class coding --plot run.png
+  minserve bench --policy fcfs ... --save-zero-load idle.json
+  minserve bench --policy dp ... --zero-load idle.json
 
 Without --url a server is started for the time of the test. SLOs that are slowdowns are
 multiples of what lone requests take on the idle server, which is measured first: nothing else
-may use it. A key is read from MINSERVE_API_KEY or OPENAI_API_KEY. Ctrl-C ends the test and
+may use it then. Servers that are to be compared need the same SLOs: measure one of them in a
+quiet moment with --save-zero-load, and give that file to all tests with --zero-load. A key is read from MINSERVE_API_KEY or OPENAI_API_KEY. Ctrl-C ends the test and
 reports what was measured.
 """
 
@@ -59,6 +64,7 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
         allow_abbrev=False,
     )
     _add_server_flags(parser.add_argument_group("server"))
+    _add_speed_flags(parser.add_argument_group("speed of the idle server"))
     add_workload_flags(parser.add_argument_group("workload"))
     add_report_flags(parser.add_argument_group("report"))
     parser.set_defaults(command=_bench)
@@ -80,6 +86,18 @@ def _add_server_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--endpoint", choices=("completions", "chat"), default="completions",
         help="of OpenAI's API (default: completions)",
+    )  # fmt: skip
+
+
+def _add_speed_flags(group: argparse._ArgumentGroup) -> None:
+    either = group.add_mutually_exclusive_group()
+    either.add_argument(
+        "--zero-load", type=Path, metavar="FILE.json",
+        help="take it from this file instead of measuring it: the same SLOs for every server",
+    )  # fmt: skip
+    either.add_argument(
+        "--save-zero-load", type=Path, metavar="FILE.json",
+        help="keep what is measured in this new file, for --zero-load",
     )  # fmt: skip
 
 
@@ -114,6 +132,13 @@ def _check(args: argparse.Namespace) -> None:
     if args.url is not None and (args.policy is not None or args.serve_args):
         raise WorkloadError("--policy and --serve-args are for a server that is started: no --url")
 
+    from minserve.workload.reference import Reference, check_can_save
+
+    if args.zero_load is not None:
+        Reference.load(args.zero_load)
+    if args.save_zero_load is not None:
+        check_can_save(args.save_zero_load)
+
 
 @contextmanager
 def _served(args: argparse.Namespace) -> Iterator[str]:
@@ -139,30 +164,60 @@ def _served(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _prepare(args: argparse.Namespace, url: str, draw: Draw) -> Experiment:
-    """Meet the server and measure its speed."""
+    """Meet the server, and learn by what speed its SLOs are meant.
+
+    Raises:
+        WorkloadError: where no such server answers, or the file does not fit to it.
+    """
+    import asyncio
+
+    from minserve.workload.endpoint import find_endpoint
+    from minserve.workload.experiment import Experiment
+    from minserve.workload.reference import Reference, machine_words
+
+    name = None if args.url is None else args.model
+    endpoint = asyncio.run(find_endpoint(url, name, chat=args.endpoint == "chat"))
+    if args.zero_load is None:
+        reference = Reference.now(_measure_speed(endpoint), endpoint.model, _server_words(args))
+        if args.save_zero_load is not None:
+            reference.save(args.save_zero_load)
+    else:
+        reference = Reference.load(args.zero_load, endpoint.model)
+        say(f"the zero load of {reference}")
+        if reference.machine != machine_words():
+            say(f"warning: that is another machine; this one is {machine_words()}")
+    speed = reference.speed
+    say(
+        f"{endpoint.model} at {endpoint.url}: a lone request takes {1e3 * speed.base_s:.1f} ms and "
+        f"{1e3 * speed.per_token_s:.3f} ms per prompt token, then {1e3 * speed.decode_s:.1f} ms "
+        f"per output token"
+    )
+    return Experiment(endpoint, reference, draw)
+
+
+def _measure_speed(endpoint: Endpoint) -> ZeroLoad:
+    """Of the server while it is idle."""
     import asyncio
 
     from tqdm import tqdm
 
-    from minserve.workload.endpoint import find_endpoint
-    from minserve.workload.experiment import Experiment
     from minserve.workload.zero_load import measure_speed
 
-    name = None if args.url is None else args.model
-    endpoint = asyncio.run(find_endpoint(url, name, chat=args.endpoint == "chat"))
     with tqdm(desc="speed of the idle server", unit="request", leave=False) as bar:
 
         def tell(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        speed = asyncio.run(measure_speed(endpoint, on_progress=tell))
-    say(
-        f"{endpoint.model} at {endpoint.url}: a lone request takes {1e3 * speed.base_s:.1f} ms and "
-        f"{1e3 * speed.per_token_s:.3f} ms per prompt token, then {1e3 * speed.decode_s:.1f} ms "
-        f"per output token"
-    )
-    return Experiment(endpoint, speed, draw)
+        return asyncio.run(measure_speed(endpoint, on_progress=tell))
+
+
+def _server_words(args: argparse.Namespace) -> str:
+    """Which server it is, for people."""
+    if args.url is not None:
+        return args.url
+    policy = [] if args.policy is None else ["--policy", args.policy]
+    return shlex.join(["minserve", "serve", *policy, *shlex.split(args.serve_args)])
 
 
 def _measure(args: argparse.Namespace, experiment: Experiment) -> tuple[Capacity | None, bool]:
@@ -272,18 +327,15 @@ def _as_json(
     capacity: Capacity | None,
     interrupted: bool,
 ) -> dict[str, Any]:
-    endpoint, speed = experiment.endpoint, experiment.speed
+    endpoint, reference = experiment.endpoint, experiment.reference
     return {
         "url": endpoint.url,
         "model": endpoint.model,
         "workload": args.scenario or str(args.trace),
         "seed": args.seed,
         "repeats": args.repeats,
-        "zero_load": {
-            "base_ms": round(speed.base_s * 1e3, 4),
-            "per_token_ms": round(speed.per_token_s * 1e3, 6),
-            "decode_ms": round(speed.decode_s * 1e3, 4),
-        },
+        "zero_load": reference.speed.to_dict(),
+        "zero_load_of": f"{reference.server}, {reference.measured_at}",
         "runs": [{"target_rate": rate, **report.to_dict()} for rate, report in pooled],
         "capacity": None if capacity is None else capacity.to_dict(),
         "interrupted": interrupted,

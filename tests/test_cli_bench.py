@@ -77,6 +77,48 @@ def test_json_alone_is_on_stdout(
     assert found["interrupted"] is False
 
 
+def test_one_zero_load_gives_every_server_the_same_slos(
+    idle_slow: ScriptedServer, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "idle.json"
+    first = bench_json(idle_slow, capsys, *EASY, "--rate", "30", "--save-zero-load", str(file))
+    with scripted_server(owner="minserve") as faster:
+        faster.bodies.clear()
+        again = bench_json(faster, capsys, *EASY, "--rate", "30", "--zero-load", str(file))
+        # Nothing was measured, and what was promised are multiples of the other server's speed.
+        assert len(faster.bodies) == 6
+        paces = [body["slo"]["tpot_ms"] for body in faster.bodies]
+    assert paces == pytest.approx([300 * first["zero_load"]["decode_ms"]] * 6)
+    assert again["zero_load"] == first["zero_load"]
+    assert again["zero_load_of"] == first["zero_load_of"]
+    assert idle_slow.url in again["zero_load_of"]
+
+
+def test_a_zero_load_of_another_model_is_one_line(
+    server: ScriptedServer, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "idle.json"
+    assert bench(server, *WORKLOAD, "--rate", "50", "--save-zero-load", str(file)) == 0
+    capsys.readouterr()
+    args = [*WORKLOAD, "--rate", "50", "--model", "other", "--zero-load", str(file)]
+    assert bench(server, *args) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is of the model 'scripted', not of 'other'" in line
+
+
+def test_a_zero_load_of_another_machine_is_told(
+    server: ScriptedServer, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "idle.json"
+    assert bench(server, *WORKLOAD, "--rate", "50", "--save-zero-load", str(file)) == 0
+    kept = json.loads(file.read_text())
+    file.write_text(json.dumps(kept | {"machine": "an abacus, 1 cores, Linux"}))
+    assert bench(server, *WORKLOAD, "--rate", "50", "--zero-load", str(file)) == 0
+    said = capsys.readouterr().err
+    assert "an abacus" in said
+    assert "warning: that is another machine" in said
+
+
 def test_the_same_seed_sends_the_same_prompts(server: ScriptedServer) -> None:
     def prompts(seed: int) -> list[str]:
         server.bodies.clear()
@@ -157,6 +199,10 @@ def test_a_late_client_is_told(
         (["--scenario", "chatbot", "--rate", "1", "--length-scale", "0"], "factor"),
         (["--scenario", "chatbot", "--rate", "1", "--burstiness", "-1"], "burstiness"),
         (["--scenario", "chatbot", "--rate", "1", "--policy", "dp"], "no --url"),
+        ([*WORKLOAD, "--rate", "1", "--zero-load", "/nowhere.json"], "nowhere.json: No such file"),
+        ([*WORKLOAD, "--rate", "1", "--zero-load", __file__], "holds no zero load"),
+        ([*WORKLOAD, "--rate", "1", "--save-zero-load", __file__], "exists already"),
+        ([*WORKLOAD, "--rate", "1", "--save-zero-load", "/no/x.json"], "no folder"),
         (["--trace", "/nowhere.csv"], "nowhere.csv"),
         (["--trace", "x.csv", "--burstiness", "2"], "its own arrivals"),
         (["--scenario", "chatbot", "--rate", "1"], "no server answers at http://127.0.0.1:9"),

@@ -19,6 +19,7 @@ HOMES = {
 # A room may import itself, its neighbours named here, and the ground.
 GROUND = {
     "attainment",
+    "cpu_name",
     "errors",
     "devices",
     "exit_codes",

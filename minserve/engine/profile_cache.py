@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import re
 import tempfile
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from minserve.cpu_name import cpu_name
 from minserve.engine.core import EngineCore
 from minserve.planner.perf_fit import FitQuality, Sample
 from minserve.planner.perf_model import BatchShape, PerfModel
@@ -24,7 +24,6 @@ log = logging.getLogger(__name__)
 
 # Files of another format are measured anew.
 FORMAT = 3
-CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,11 +193,7 @@ def save(profile: Profile) -> Path:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", CPUINFO.read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    return cpu_name()
 
 
 def dtype_words(weights: torch.dtype, arithmetic: torch.dtype) -> str:

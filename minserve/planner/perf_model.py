@@ -7,33 +7,25 @@ all coefficients at least 0. A GPU has a flat piece (weights are read whatever t
 a steep one (arithmetic); a CPU often needs one piece only.
 
 The profile gives the coefficients once (`minserve.planner.perf_fit`). Online, `observe`
-follows the device's drifting speed and keeps a margin from the scatter around it.
+follows the device's drifting speed and its scatter (`minserve.planner.scatter`): `predict` is
+what is expected, `bound` what it may take.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
-# One observation moves the drift by this share of its (clipped) surprise: about 20
-# iterations to follow a change of speed.
-DRIFT_RATE = 0.05
-MAX_SURPRISE = 0.7
+from minserve.planner.scatter import Scatter
+
 # Of what is learned about batches with drafts: how fast, since each of them may be a loss; the
 # bounds; and how it is forgotten, by half in 200 batches without.
 SPECULATION_RATE = 0.1
 MAX_SPECULATION = 4.0
 SPECULATION_FADE = 0.9965
-RESIDUAL_WINDOW = 512
-# Before this many observations the margin is the profile's own.
-MIN_RESIDUALS = 32
-REFRESH_EVERY = 8
-# A machine that stands still at times cannot be planned around; past this, caution would
-# only make it slower.
-MAX_MARGIN = 2.0
+MAX_SURPRISE = 0.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +93,12 @@ class PerfModel:
 
     Args:
         pieces: at least one; together they must grow with the tokens.
-        quantile: of recent residuals; ``margin`` covers this share of iterations.
-        margin: until there are enough residuals.
+        quantile: of iterations that ``margin`` covers.
+        margin: what the profile says of it; replaced by what is seen.
 
     Attributes:
-        drift: measured over profiled speed, now; 1.1 is a device 10% slower than profiled.
-        speculation_drift: the same for batches with drafts, over that for all others: what
-            the profile has wrong about them.
-        margin: factor on a prediction that the chosen quantile of recent iterations kept;
-            between 1 and `MAX_MARGIN`.
+        speculation_drift: measured over profiled speed of batches with drafts, over that of all
+            others: what the profile has wrong about them.
     """
 
     def __init__(
@@ -121,11 +110,24 @@ class PerfModel:
         if any(not c >= 0 or math.isinf(c) for piece in self.pieces for c in astuple(piece)):
             raise ValueError("coefficients must be finite and at least 0")
         self.quantile = quantile
-        self.drift = 1.0
         self.speculation_drift = 1.0
-        self.margin = min(margin, MAX_MARGIN)
-        self.num_observations = 0
-        self._residuals: deque[float] = deque(maxlen=RESIDUAL_WINDOW)
+        self._scatter = Scatter(margin, 1.0 - quantile)
+
+    @property
+    def drift(self) -> float:
+        """Measured over profiled speed, now; 1.1 is a device 10% slower than profiled."""
+        return self._scatter.drift
+
+    @property
+    def margin(self) -> float:
+        """`bound` of one iteration at the chosen quantile."""
+        return self.bound(1, 1.0 - self.quantile)
+
+    def bound(self, iterations: float, risk: float) -> float:
+        """Factor on predicted seconds, at least 1: the sum of so many iterations in a row stays
+        within it in all but ``risk`` of cases.
+        """
+        return self._scatter.bound(iterations, risk)
 
     @property
     def steepest(self) -> Piece:
@@ -137,7 +139,7 @@ class PerfModel:
         return max(piece.seconds(shape) for piece in self.pieces)
 
     def predict(self, shape: BatchShape) -> float:
-        """Seconds that the batch should take now."""
+        """Seconds that the batch is expected to take now: the mean of what it may take."""
         return self.correction(shape) * self.profiled(shape)
 
     def correction(self, shape: BatchShape) -> float:
@@ -171,25 +173,17 @@ class PerfModel:
         profiled = self.profiled(shape)
         if not (seconds > 0 and profiled > 0):
             return
-        surprise = math.log(seconds / (self.correction(shape) * profiled))
-        self._residuals.append(math.exp(surprise))
-        clipped = max(-MAX_SURPRISE, min(MAX_SURPRISE, surprise))
-        self.num_observations += 1
-        # The first observations weigh more, so that a wrong profile is left quickly.
-        rate = max(DRIFT_RATE, 1.0 / (self.num_observations + 1))
+        ratio = seconds / (self.correction(shape) * profiled)
         if not shape.draft_steps:
-            self.drift *= math.exp(rate * clipped)
+            self._scatter.observe(ratio)
             # Forgotten slowly: were it believed for good, no batch would ever show otherwise.
             self.speculation_drift **= SPECULATION_FADE
         else:
             # Whether the device or the drafts are slower cannot be told from one batch.
-            self.drift *= math.exp(0.5 * rate * clipped)
+            self._scatter.observe(ratio, 0.5)
+            clipped = max(-MAX_SURPRISE, min(MAX_SURPRISE, math.log(ratio)))
             drift = self.speculation_drift * math.exp(SPECULATION_RATE * clipped)
             self.speculation_drift = min(max(drift, 1 / MAX_SPECULATION), MAX_SPECULATION)
-        enough = len(self._residuals) >= MIN_RESIDUALS
-        if enough and self.num_observations % REFRESH_EVERY == 0:
-            worst = residual_quantile(self._residuals, self.quantile)
-            self.margin = min(max(1.0, worst), MAX_MARGIN)
 
     def with_draft_costs(self, step_s: float, token_s: float) -> PerfModel:
         """The same device with a draft model, which runs before the target.

@@ -161,7 +161,7 @@ class _Round:
         )
         speculation = self._speculation(acceptance, open_)
         share = 1.0 - (settings.best_effort_share if crowded else 0.0)
-        self.rates = self._rates(model, share / model.margin, speculation)
+        self.rates = self._rates(model, share, speculation)
         # For what is promised already, the likely time counts and not the cautious one:
         # a promise is given up when it will be broken, not when it might be.
         self.likely_rates = self._rates(model, 1.0, speculation)

@@ -11,6 +11,7 @@ from minserve.workload.client import Load, Tally, run_load
 from minserve.workload.conversation import Conversation, num_turns
 from minserve.workload.draws import Draw
 from minserve.workload.endpoint import Endpoint
+from minserve.workload.reference import Reference
 from minserve.workload.report import Report
 from minserve.workload.targets import typical_targets
 from minserve.workload.texts import fill
@@ -46,13 +47,18 @@ class Experiment:
     """What is tried on which server.
 
     Attributes:
+        reference: by whose speed slowdowns are meant.
         runs: so far, also one that was cut short.
     """
 
     endpoint: Endpoint
-    speed: ZeroLoad
+    reference: Reference
     draw: Draw
     runs: list[Run] = field(default_factory=list)
+
+    @property
+    def speed(self) -> ZeroLoad:
+        return self.reference.speed
 
     def workload(self, rate: float | None, seed: int) -> list[Conversation]:
         """With texts of about as many tokens as each prompt should have on this server.

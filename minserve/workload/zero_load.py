@@ -10,7 +10,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import aiohttp
@@ -63,6 +63,29 @@ class ZeroLoad:
     def count_tokens(self, text: str) -> int:
         """About how many tokens a text has here."""
         return math.ceil(len(text) / self.characters_per_token)
+
+    def to_dict(self) -> dict[str, float]:
+        """Ready for JSON, times in milliseconds."""
+        return {
+            "base_ms": round(self.base_s * 1e3, 4),
+            "per_token_ms": round(self.per_token_s * 1e3, 6),
+            "decode_ms": round(self.decode_s * 1e3, 4),
+            "characters_per_token": round(self.characters_per_token, 4),
+        }
+
+    @classmethod
+    def from_dict(cls, kept: Mapping[str, float]) -> ZeroLoad:
+        """What `to_dict` gave.
+
+        Raises:
+            KeyError, TypeError: where it is something else.
+        """
+        return cls(
+            kept["base_ms"] / 1e3,
+            kept["per_token_ms"] / 1e3,
+            kept["decode_ms"] / 1e3,
+            kept["characters_per_token"],
+        )
 
 
 async def measure_speed(

@@ -1,0 +1,137 @@
+"""The planner's policies on the real engine: where does dp keep more SLOs than the simple ones?
+
+A minserve server per policy, all up at once and idle but one; an open-loop client drives them in
+short alternating turns with the same requests (`paired_turns`), at paces from easy to tight and
+rates from idle to overload, alone on the machine and beside a process that takes a core. The
+idle speed that SLOs are multiples of is one for all: the best of the servers', or --zero-load.
+The machine's own speed is told by lone requests before and after each turn, without the busy
+process; pairs whose turns were at different speeds are left out. Client and servers share the
+machine. Turns beside the busy process come after all others of their round, so that what a
+planner has learned there weighs on few of these.
+
+dp is compared with the best simple policy of each cell: the one to which it has the smallest
+lead, chosen with hindsight. A cell counts as below (or above) where the 95% interval of the
+difference over pairs, by Student's t, leaves out 0: so do 5% of the cells by chance alone.
+
+    python bench/policies.py --json                       # all cells: about 10 hours
+    python bench/policies.py --tight 1.7 --json           # a third of them: 3.2 hours
+    python bench/policies.py --scenarios mixed --tight 1.7 --beside nothing --json  # 50 minutes
+    python bench/policies.py --quick                      # does it run? 5 minutes
+    python bench/policies.py ... --resume FILE.json       # goes on where it ended
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from paired_runs import Bench, Effort, add_flags, caveats, open_store, say_estimate
+from paired_servers import Variant, minserve_variant, started
+from paired_turns import Cell, Pairs
+from policies_report import summary, table
+from prompt_texts import Counter
+
+from minserve.config import POLICIES
+from minserve.exit_codes import EXIT_INTERRUPTED
+from minserve.workload.scenarios import SCENARIOS
+
+RATES, QUICK_RATES = (0.8, 1.5, 3.0, 6.0), (1.5, 6.0)
+SCENARIO_NAMES = ("mixed", "coding")
+TIGHT, QUICK_TIGHT = (1.4, 1.7, 2.0), 1.7
+# The loose pace, over the tight one.
+LOOSE_FACTOR = 2.0
+BESIDE = ("nothing", "busy")
+KV_GIB = 2
+START_S = 20.0
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    def numbers(text: str) -> list[float]:
+        return sorted({float(part) for part in text.split(",")})
+
+    def names(text: str) -> list[str]:
+        return text.split(",")
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_flags(parser, "policies")
+    parser.add_argument("--policies", type=names, default=list(POLICIES), help="dp among them")
+    parser.add_argument("--scenarios", type=names, default=list(SCENARIO_NAMES))
+    parser.add_argument("--tight", type=numbers, default=list(TIGHT), metavar="LIST",
+                        help="the tight pace, over a lone request's time per token; the loose "
+                        "one is twice as long")  # fmt: skip
+    parser.add_argument("--rates", type=numbers, default=list(RATES), metavar="LIST",
+                        help="requests per second")  # fmt: skip
+    parser.add_argument("--beside", type=names, default=list(BESIDE), metavar="LIST",
+                        help=f"what runs beside: {','.join(BESIDE)}")  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="two cells, two short pairs of each")
+    args = parser.parse_args(argv)
+    for given, known in (
+        (args.policies, POLICIES), (args.scenarios, tuple(SCENARIOS)), (args.beside, BESIDE)
+    ):  # fmt: skip
+        if unknown := set(given) - set(known):
+            parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    if "dp" not in args.policies or len(set(args.policies)) < 2:
+        parser.error("--policies needs dp and at least another")
+    if min(args.rates) <= 0 or min(args.tight) < 1:
+        parser.error("rates must be above 0 requests per second, paces at least 1")
+    if args.quick:
+        args.scenarios, args.beside = args.scenarios[:1], args.beside[:1]
+        args.tight, args.rates = [QUICK_TIGHT], list(QUICK_RATES)
+        args.seconds, args.pairs = min(args.seconds, 8.0), min(args.pairs, 2)
+    return args
+
+
+def cells_of(args: argparse.Namespace) -> list[Cell]:
+    """Those beside the busy process last."""
+    return [
+        Cell(scenario=scenario, rate=rate, tight=tight, loose=LOOSE_FACTOR * tight,
+             busy=beside == "busy")
+        for beside in sorted(args.beside, key=BESIDE.index)
+        for scenario in args.scenarios
+        for tight in args.tight
+        for rate in args.rates
+    ]  # fmt: skip
+
+
+def make_variants(args: argparse.Namespace, served_name: str) -> list[Variant]:
+    """A server for each policy, alike else. Without drafts: their lengths are another policy."""
+    return [
+        minserve_variant(
+            policy, "--model", args.model, "--served-model-name", served_name, "--policy", policy,
+            "--speculator", "off", "--kv-cache-gib", str(KV_GIB),
+        )
+        for policy in dict.fromkeys(args.policies)
+    ]  # fmt: skip
+
+
+def main() -> None:
+    args = parse_args()
+    # So that servers are stopped by this signal too.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    cells, name = cells_of(args), Path(args.model).name
+    variants = make_variants(args, name)
+    policies = [variant.label for variant in variants]
+    store = open_store(args, "policies", {}, policies, name)
+    effort = Effort(seconds=args.seconds, pairs=args.pairs, lengths=args.lengths, seed=args.seed,
+                    rounds=1 if args.quick else 2)  # fmt: skip
+    say_estimate(cells, effort, policies, START_S * len(policies), store)
+    with tempfile.TemporaryDirectory() as logs, started(variants, Path(logs)) as servers:
+        done = Bench(effort, store, servers, Counter(args.model)).run(cells)
+    result = summary(Pairs(store.results), cells, policies)
+    print(table(result))
+    print(caveats(store))
+    if args.json:
+        reference = None if store.reference is None else store.reference.to_dict()
+        print(json.dumps({**result, "complete": done, "reference": reference, **store.settings}))
+    sys.exit(0 if done else EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""`Scatter`: how fast a device is now against its profile, and how far its times scatter.
+
+Expected time and risk are kept apart. What lasts for many iterations is planned by the expected
+time, since the sum of many scatters by a small share of itself; what must end before a near
+deadline is planned by a bound for as few iterations as there are until then.
+
+The ratio of measured to expected time is followed as a mean, not as a median: times are skewed,
+and it is their sum that must fit. A change of speed is told from scatter by a cumulative sum
+(Page, "Continuous inspection schemes", Biometrika 1954), so that a step is followed within a few
+iterations, while between two steps the estimate is calm.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from statistics import NormalDist
+
+# One observation moves the drift by this share of its surprise where nothing has changed.
+DRIFT_RATE = 0.03
+# The same for the scatter, which changes less.
+SCATTER_RATE = 1 / 256
+# What is believed before anything was seen weighs as much as so many observations.
+PRIOR_WEIGHT = 8.0
+# Standard deviations by which one observation counts at most: a machine that stands still once
+# is no slower machine.
+MOST_SURPRISE = 3.0
+# The same for the ratio of the times, upwards: of a skewed scatter the tail is a part of the mean.
+MOST_RATIO = 3.0
+# A change is believed once surprises, each less `SLACK`, add up to `ALARM`; both in standard
+# deviations. From this scatter down, small surprises are none.
+SLACK, ALARM = 1.0, 6.0
+LEAST_SCATTER = 0.03
+# A machine that stands still at times cannot be planned around; past this, caution would only
+# make it slower.
+MOST_BOUND = 3.0
+
+
+class Scatter:
+    """Follows ratios of measured to profiled seconds.
+
+    Args:
+        margin: what the profile says of scatter: a factor on the expected time that one
+            iteration stays within, in all but ``risk`` of cases.
+
+    Attributes:
+        drift: measured over profiled seconds, as expected now.
+        variance: of the measured over the expected seconds of one iteration.
+    """
+
+    def __init__(self, margin: float, risk: float) -> None:
+        self.drift = 1.0
+        self.num_observations = 0
+        quantile = _normal_quantile(max(min(risk, 0.5), 1e-9))
+        sigma = math.log(min(max(margin, 1.0), MOST_BOUND)) / max(quantile, 1e-3)
+        self.variance = math.expm1(sigma * sigma)
+        self._since_change = 0
+        self._up, self._down = _Run(), _Run()
+
+    def observe(self, ratio: float, rate: float = 1.0) -> None:
+        """An iteration took ``ratio`` times what was expected of it.
+
+        Args:
+            rate: how much of a surprise is the device's; the rest has another cause.
+        """
+        self.num_observations += 1
+        sigma = max(math.sqrt(self.variance), LEAST_SCATTER)
+        surprise = max(-MOST_SURPRISE, min(MOST_SURPRISE, math.log(ratio) / sigma))
+        if rate == 1.0 and self._has_changed(surprise, ratio):
+            return
+        seen = min(ratio, 1.0 + MOST_SURPRISE * sigma, MOST_RATIO)
+        weight = max(SCATTER_RATE, 1.0 / (self.num_observations + PRIOR_WEIGHT))
+        self.variance += weight * ((seen - 1.0) ** 2 - self.variance)
+        self._since_change += 1
+        weight = max(DRIFT_RATE, 1.0 / (self._since_change + 1))
+        self.drift *= 1.0 + rate * weight * (min(ratio, MOST_RATIO) - 1.0)
+
+    def bound(self, iterations: float, risk: float) -> float:
+        """Factor on the expected seconds of so many iterations in a row, which their sum stays
+        within in all but ``risk`` of cases; at least 1.
+
+        The sum of skewed times is taken to be lognormal, with its true mean and variance (Fenton,
+        "The sum of log-normal probability distributions", 1960), to which comes what the drift
+        itself may be off by, which does not average out.
+        """
+        variance = self.variance * (1.0 / max(iterations, 1.0) + DRIFT_RATE / (2.0 - DRIFT_RATE))
+        square = math.log1p(variance)
+        factor = math.exp(_normal_quantile(risk) * math.sqrt(square) - square / 2)
+        return min(max(1.0, factor), MOST_BOUND)
+
+    def _has_changed(self, surprise: float, ratio: float) -> bool:
+        """True where the device has another speed now, which is believed at once."""
+        for run, sign in ((self._up, 1.0), (self._down, -1.0)):
+            run.add(sign * surprise - SLACK, ratio)
+            if run.total > ALARM:
+                self.drift *= run.ratios / run.length
+                self._since_change = run.length
+                self._up, self._down = _Run(), _Run()
+                return True
+        return False
+
+
+class _Run:
+    """Surprises of one sign in a row.
+
+    Attributes:
+        total: of the surprises, 0 or more.
+        ratios: sum of the measured ratios since the total was 0, ``length`` of them.
+    """
+
+    __slots__ = ("length", "ratios", "total")
+
+    def __init__(self) -> None:
+        self.total, self.ratios, self.length = 0.0, 0.0, 0
+
+    def add(self, surprise: float, ratio: float) -> None:
+        self.total += surprise
+        self.ratios += min(ratio, MOST_RATIO)
+        self.length += 1
+        if self.total <= 0.0:
+            self.total, self.ratios, self.length = 0.0, 0.0, 0
+
+
+@lru_cache(maxsize=4096)
+def _normal_quantile(risk: float) -> float:
+    return NormalDist().inv_cdf(1.0 - risk)

@@ -1,0 +1,143 @@
+"""`Reference`: an idle server's speed, kept in a file, for SLOs that mean the same in every test.
+
+SLOs that are slowdowns are multiples of what a lone request takes. Measured anew on each server
+that is tried, they would be looser for a slower one, and on a host whose speed changes, looser
+in a slow minute. Read from one file, they are the same seconds for all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from minserve.cpu_name import cpu_name
+from minserve.errors import WorkloadError
+from minserve.workload.zero_load import ZeroLoad
+
+FORMAT = "minserve zero load, 1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """What was measured, of what, where and when.
+
+    Attributes:
+        model: its name on the server.
+        server: whose speed it is, in words.
+        machine: on which the client ran, in words: `machine_words`.
+        measured_at: ISO 8601, in UTC.
+    """
+
+    speed: ZeroLoad
+    model: str
+    server: str
+    machine: str
+    measured_at: str
+
+    @classmethod
+    def now(cls, speed: ZeroLoad, model: str, server: str) -> Reference:
+        """Measured here and just now."""
+        return cls(
+            speed=speed,
+            model=model,
+            server=server,
+            machine=machine_words(),
+            measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+    @classmethod
+    def load(cls, path: str | Path, model: str | None = None) -> Reference:
+        """Read a file.
+
+        Args:
+            model: which the speed must be of; default: any.
+
+        Raises:
+            WorkloadError: where it cannot be read, or is of another model.
+        """
+        try:
+            kept = json.loads(Path(path).read_text(encoding="utf-8"))
+            found = cls.from_dict(kept)
+        except OSError as error:
+            raise WorkloadError(f"cannot read the zero load {path}: {error.strerror}") from None
+        except (ValueError, TypeError, KeyError):
+            raise WorkloadError(
+                f"{path} holds no zero load; --save-zero-load writes such files"
+            ) from None
+        if model is not None and found.model != model:
+            raise WorkloadError(
+                f"the zero load in {path} is of the model {found.model!r}, not of {model!r}"
+            )
+        return found
+
+    def save(self, path: str | Path) -> None:
+        """Write it to a new file.
+
+        Raises:
+            WorkloadError: where that cannot be done.
+        """
+        text = json.dumps(self.to_dict(), indent=1) + "\n"
+        try:
+            # Never over another one: tests that were made with it could not be compared any more.
+            with Path(path).open("x", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise WorkloadError(f"cannot write the zero load {path}: {error.strerror}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "format": FORMAT,
+            "model": self.model,
+            "server": self.server,
+            "machine": self.machine,
+            "measured_at": self.measured_at,
+            "zero_load": self.speed.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, kept: Mapping[str, Any]) -> Reference:
+        """
+        Raises:
+            ValueError, TypeError, KeyError: where it is something else.
+        """
+        if kept["format"] != FORMAT:
+            raise ValueError(kept["format"])
+        words = {name: kept[name] for name in ("model", "server", "machine", "measured_at")}
+        if not all(isinstance(word, str) for word in words.values()):
+            raise TypeError(words)
+        speed = ZeroLoad.from_dict(kept["zero_load"])
+        numbers = (speed.base_s, speed.per_token_s, speed.decode_s, speed.characters_per_token)
+        if not all(0 <= number < math.inf for number in numbers) or not speed.characters_per_token:
+            raise ValueError(numbers)
+        return cls(speed=speed, **words)
+
+    def __str__(self) -> str:
+        return f"{self.model} of {self.server}, {self.measured_at}, {self.machine}"
+
+
+def check_can_save(path: str | Path) -> None:
+    """Find out before anything slow.
+
+    Raises:
+        WorkloadError: where `Reference.save` would.
+    """
+    path = Path(path)
+    if path.exists():
+        raise WorkloadError(
+            f"{path} exists already; read it with --zero-load, or name another to save to"
+        )
+    if not os.access(path.parent, os.W_OK):
+        raise WorkloadError(f"cannot write the zero load {path}: no folder that can be written")
+
+
+def machine_words() -> str:
+    """This machine, for people and to be compared."""
+    return f"{cpu_name()}, {os.cpu_count()} cores, {platform.system()}"
