@@ -18,7 +18,7 @@ from minserve.planner.perf_model import BatchShape, PerfModel
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.policies import Planner
 from minserve.request import Sequence, SequenceState, by_rank
-from minserve.simulator.scatter import Scatter
+from minserve.simulator.disturbance import Disturbance
 from minserve.slo import Standing
 from minserve.workload.conversation import Turn
 
@@ -89,7 +89,7 @@ class SimulatedReplica:
 
     Args:
         device: how long batches usually take; the planner has a model of its own.
-        scatter: how long they take in truth; ``None`` for exactly as long.
+        disturbance: how long they take in truth; ``None`` for exactly as long.
         clairvoyant: True where the planner's model is told what factor the next batch will
             take over its usual time, in its attribute ``next_factor``.
         acceptance: chance that a drafted token is accepted if those before it were.
@@ -109,14 +109,14 @@ class SimulatedReplica:
         max_num_seqs: int,
         drafter: Drafter | None = None,
         acceptance: float = 0.0,
-        scatter: Scatter | None = None,
+        disturbance: Disturbance | None = None,
         clairvoyant: bool = False,
         seed: int = 0,
     ) -> None:
         self.planner, self.pool, self.device = planner, pool, device
         self.token_budget, self.max_num_seqs = token_budget, max_num_seqs
         self.drafter, self.acceptance = drafter, acceptance
-        self.scatter, self.clairvoyant = scatter or Scatter(), clairvoyant
+        self.disturbance, self.clairvoyant = disturbance or Disturbance(), clairvoyant
         self.waiting: list[SimulatedSequence] = []
         self.running: list[SimulatedSequence] = []
         self.busy = False
@@ -169,7 +169,7 @@ class SimulatedReplica:
             SimulationError: where the policy runs nothing for good although there is work.
         """
         if self.clairvoyant:
-            self.planner.model.next_factor = self.scatter.factor(now)
+            self.planner.model.next_factor = self.disturbance.factor(now)
         plan = self._plan = self.planner.plan(self.view(), now)
         unpromised, refused = self._settle(plan)
         away = [seq for seq in unpromised if gives_away(seq)]
@@ -182,7 +182,7 @@ class SimulatedReplica:
             self._num_idle = 0 if refused or away else self._num_idle + 1
             return self._idle(), refused
         self._num_idle = 0
-        self._seconds = self.scatter.seconds(self._usual_s(plan), now)
+        self._seconds = self.disturbance.seconds(self._usual_s(plan), now)
         self.busy_s += self._seconds
         self.num_iterations += 1
         return self._seconds, refused

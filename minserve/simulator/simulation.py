@@ -25,10 +25,10 @@ from minserve.simulator.distserve import (
     DistServeCluster,
     PrefillReplica,
 )
+from minserve.simulator.disturbance import Disturbance
 from minserve.simulator.events import EventLoop
 from minserve.simulator.load import OfferedLoad, Progressed, first_longer
 from minserve.simulator.replica import Drafter, SimulatedReplica
-from minserve.simulator.scatter import Scatter
 from minserve.workload.conversation import Conversation
 from minserve.workload.verdict import Verdict
 
@@ -357,7 +357,7 @@ def _replica(
         max_num_seqs=setup.max_num_seqs,
         drafter=drafter,
         acceptance=setup.acceptance,
-        scatter=_scatter(setup, number),
+        disturbance=_disturbance(setup, number),
         clairvoyant=setup.clairvoyant,
         seed=setup.seed * 1009 + number,
     )
@@ -372,7 +372,7 @@ def _distserve(setup: Setup, loop: EventLoop, *, prefix_caching: bool) -> DistSe
             _truth(setup),
             token_budget=setup.budget,
             max_num_seqs=setup.max_num_seqs,
-            scatter=_scatter(setup, number),
+            disturbance=_disturbance(setup, number),
         )
         for number in range(num_prefills)
     ]
@@ -383,7 +383,7 @@ def _distserve(setup: Setup, loop: EventLoop, *, prefix_caching: bool) -> DistSe
             _truth(setup),
             token_budget=max(SARATHI_BUDGET, setup.max_num_seqs),
             max_num_seqs=setup.max_num_seqs,
-            scatter=_scatter(setup, num_prefills + number),
+            disturbance=_disturbance(setup, num_prefills + number),
         )
         for number in range(num_decodes)
     ]
@@ -402,9 +402,9 @@ def _truth(setup: Setup) -> PerfModel:
     return PerfModel([replace(one, base=one.base + setup.overhead_s) for one in slower])
 
 
-def _scatter(setup: Setup, number: int) -> Scatter:
+def _disturbance(setup: Setup, number: int) -> Disturbance:
     """Of one replica."""
-    return Scatter(
+    return Disturbance(
         noise=setup.noise,
         speed_steps=setup.speed_steps,
         stall_every_s=setup.stall_every_s,
