@@ -129,7 +129,11 @@ def agreement(instances: int, seed: int, progress: bool) -> float:
     """
     agreed = compared = 0
     for number in tqdm(range(instances), desc="brute force", disable=not progress):
-        instance = random_instance(random.Random(seed + number), num_candidates=7)
+        # In turns: requests of one output each, and of up to so many.
+        most_seqs = (1, 3, 12)[number % 3]
+        instance = random_instance(
+            random.Random(seed + number), num_candidates=7, most_seqs=most_seqs
+        )
         best = best_by_brute_force(instance)
         if best is None:
             continue

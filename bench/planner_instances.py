@@ -38,6 +38,7 @@ def random_instance(
     free_seqs: int | None = None,
     alike: bool | None = None,
     roomy: bool | None = None,
+    most_seqs: int = 1,
 ) -> Instance:
     """An instance near the edge of what fits.
 
@@ -46,6 +47,7 @@ def random_instance(
         num_tiers: default: 1 to 3.
         alike: all values equal; default: half of the time.
         roomy: memory is no matter; default: half of the time.
+        most_seqs: outputs that a candidate may have.
     """
     num_tiers = num_tiers or rng.randint(1, 3)
     pieces = [Piece(0.002, 0.001, 1e-6, rng.choice([0.0, 1e-7]), base=0.02)]
@@ -75,10 +77,13 @@ def random_instance(
             value=1.0 if alike else float(rng.choice([1, 1, 2, 5])),
             forced=rng.random() < 0.1,
             decode_s=rng.choice([math.inf, rng.uniform(0.1, 3.0)]),
+            num_seqs=rng.choice([1, rng.randint(1, most_seqs)]) if most_seqs > 1 else 1,
         )
         for _ in range(rng.randint(min(1, num_candidates), num_candidates))
     ]
     slots = rng.choice([0, 1, 3, 100]) if free_seqs is None else free_seqs
+    if most_seqs > 1 and free_seqs is None:
+        slots = rng.choice([slots, rng.randint(0, 2 * most_seqs)])
     outlook = Outlook(starts=starts, counts=counts, free_blocks=free, free_seqs=slots)
     return Instance(candidates, outlook, rates)
 
@@ -121,7 +126,7 @@ def all_done_s(instance: Instance, chosen: Sequence[int]) -> float | None:
             left -= speed * (end - now)
             now = end
         if candidate.tier is not None:
-            joined[candidate.tier] += 1
+            joined[candidate.tier] += candidate.num_seqs
             now = max(now, from_when([rate(j, joined) >= 0 for j in range(len(starts))]))
         if now > candidate.deadline_s:
             return None
@@ -136,6 +141,8 @@ def best_by_brute_force(instance: Instance) -> tuple[float, float] | None:
     best: tuple[float, float] | None = None
     for size in range(min(len(optional), instance.outlook.free_seqs) + 1):
         for more in combinations(optional, size):
+            if sum(instance.candidates[i].num_seqs for i in more) > instance.outlook.free_seqs:
+                continue
             done_s = all_done_s(instance, [*forced, *more])
             if done_s is None:
                 continue

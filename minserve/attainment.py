@@ -6,6 +6,9 @@ simulator alike. Times are float seconds on one monotonic clock; nothing here re
 *Deadline form* (`Progress.attained`): the first token comes within the TTFT, and token j of
 every stage no later than that stage's first token + j x TPOT. *Mean form*
 (`Progress.attained_mean`): the TTFT and the mean TPOT of every stage.
+
+An output attains its SLO by itself; a request of several outputs only if all of them do
+(`worst_report`).
 """
 
 from __future__ import annotations

@@ -99,6 +99,12 @@ class GenerationError(MinserveError):
     """Running this one request failed; other requests are not affected."""
 
 
+class InvalidPlanError(GenerationError):
+    """A plan contradicts itself or the engine's state about a request, which ends for it: a bug
+    in a policy.
+    """
+
+
 class ProtocolError(MinserveError):
     """Something came over a control connection that is no message, or not one expected there."""
 

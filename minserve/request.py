@@ -156,6 +156,11 @@ class Sequence:
             self.request.prompt_token_ids
         )
 
+    @property
+    def has_begun(self) -> bool:
+        """True once it runs or has a token; what waits without one can still be refused."""
+        return self.state is not SequenceState.WAITING or self.num_output_tokens > 0
+
     def ahead(self, num_tokens: int, at: float) -> Sequence:
         """The sequence as it will be when so many more of its tokens have run, to plan with.
 

@@ -406,7 +406,12 @@ class Controller:
             self._forget(flight)
 
     def _retried(self, flight: Flight) -> bool:
-        """A replica refuses a request; True where another one is to be asked instead."""
+        """A replica refuses a request; True where another one is to be asked instead.
+
+        All outputs are refused or none: once one refusal is told, so are the others.
+        """
+        if flight.has_begun:
+            return False
         number = flight.replica
         other = self._better_than(flight, number)
         if other is None:

@@ -78,6 +78,7 @@ class EngineBase:
         self._loaded: LoadedEngine = load_engine(self.config)
         self._core = self._loaded.core
         self._step_began: float | None = None
+        self._step_ended = time.monotonic()
         self._intake = Intake(
             self.config,
             self._loaded.tokenizer,
@@ -200,7 +201,8 @@ class EngineBase:
         """One iteration; whatever goes wrong ends the requests in flight, not the engine.
 
         Raises:
-            DeviceLostError: where no iteration can go right any more.
+            DeviceLostError: where no iteration can go right any more. What this one brought
+                before waits for the core's `take_untold`.
         """
         self._step_began = time.monotonic()
         try:
@@ -208,10 +210,11 @@ class EngineBase:
         except DeviceLostError:
             raise
         except Exception as error:
-            log.exception("an iteration failed; its requests are ended with an error")
-            return self._core.abort_all(GenerationError(f"internal error: {error!r}"))
+            log.exception("an iteration failed; the requests in flight are ended with an error")
+            ended = self._core.abort_all(GenerationError(f"internal error: {error!r}"))
+            return self._core.take_untold() + ended
         finally:
-            self._step_began = None
+            self._step_began, self._step_ended = None, time.monotonic()
 
     def _enqueue(self, submission: Submission) -> None:
         request = submission.request

@@ -98,6 +98,11 @@ class BlockPool:
         """Blocks that become free when ``seq`` is released (those nobody shares)."""
         return sum(self._refs[block] == 1 for block in seq.block_table)
 
+    def may_hit(self, seq: Sequence) -> bool:
+        """True where a sequence begins with the blocks that are cached of its tokens."""
+        # Log probabilities of the prompt need its forward pass.
+        return self.prefix_caching and seq.request.params.prompt_logprobs is None
+
     def cached_prefix(self, seq: Sequence) -> CachedPrefix:
         """The longest cached prefix of ``seq``: whole blocks, at most all tokens but the last.
 
@@ -119,7 +124,7 @@ class BlockPool:
             tokens whose KV the sequence now has; the caller sets ``num_computed_tokens``.
         """
         assert not seq.block_table, f"{seq!r} already holds blocks"
-        if not self._may_hit(seq):
+        if not self.may_hit(seq):
             return 0
         for entry in self._matches(seq):
             self._acquire(entry.block)
@@ -205,13 +210,9 @@ class BlockPool:
         holders = {seq.seq_id for seq in live if seq.block_table}
         _require(self._num_committed.keys() <= holders, "a commit count outlives its sequence")
 
-    def _may_hit(self, seq: Sequence) -> bool:
-        # Log probabilities of the prompt need its forward pass.
-        return self.prefix_caching and seq.request.params.prompt_logprobs is None
-
     def _matches(self, seq: Sequence) -> Iterator[_Entry]:
         """Index entries of the longest cached prefix, first block first."""
-        if not self._may_hit(seq):
+        if not self.may_hit(seq):
             return
         parent_serial = _ROOT_SERIAL
         for position in range((seq.num_tokens - 1) // self.block_size):

@@ -1,7 +1,8 @@
 """`EngineCore`: the loop's four verbs: plan, run, apply, publish.
 
 Single-threaded and without I/O: engines add and abort requests between two steps and
-pass on the deltas that a step returns. Nothing but this file and `LiveOutput`, which appends
+pass on the deltas that a step returns. What an iteration has brought is told even if the rest
+of it fails; what goes wrong with one request ends it alone. Nothing but this file and `LiveOutput`, which appends
 tokens for it, changes a `Sequence`.
 
 Where the device runs by itself, an iteration is planned while the one before it runs
@@ -30,11 +31,13 @@ from minserve.engine.verification import Proposal, SampledToken, Verified
 from minserve.errors import (
     DeviceLostError,
     GenerationError,
+    InvalidPlanError,
     MinserveError,
-    SLOUnattainableError,
+    OutOfBlocksError,
 )
 from minserve.outputs import OutputDelta
-from minserve.planner.plan import IterationPlan, PlannerView, Refusal
+from minserve.planner.plan import IterationPlan, PlannerView
+from minserve.planner.plan_check import faults_of
 from minserve.planner.policies import Planner
 from minserve.request import FinishReason, RequestEvent, Sequence, SequenceState, by_rank
 from minserve.slo import Standing
@@ -91,6 +94,7 @@ class EngineCore:
         self._ahead: PlanAhead | None = None
         self._outputs: dict[str, LiveOutput] = {}
         self._by_request: dict[str, list[str]] = {}
+        self._untold: list[OutputDelta] = []
 
     @property
     def has_work(self) -> bool:
@@ -142,20 +146,18 @@ class EngineCore:
 
     def withdraw(self, request_id: str) -> bool:
         """Forget a request, unless one of its outputs has begun: then it stays."""
-        seqs = [self._outputs[seq_id].seq for seq_id in self._by_request.get(request_id, ())]
-        if not seqs or not all(_has_not_begun(seq) for seq in seqs):
+        if request_id not in self._by_request or not self._request_has_not_begun(request_id):
             return False
-        for seq in seqs:
-            self.waiting.remove(seq)
-            del self._outputs[seq.seq_id]
-        del self._by_request[request_id]
+        for seq_id in self._by_request.pop(request_id):
+            self.waiting.remove(self._outputs.pop(seq_id).seq)
         return True
 
     def step(self) -> list[OutputDelta]:
-        """One iteration. Returns what is to be published."""
+        """One iteration. Returns what is to be published; `take_untold` does where it fails."""
         started = self.clock()
-        plan = self.plan()
-        deltas = self._settle(plan)
+        self.declined = []
+        plan = self._checked(self.plan())
+        self._settle(plan)
         batch = self._start(plan)
         self.planner.started(plan)
         if batch:
@@ -163,12 +165,17 @@ class EngineCore:
             self.stats.batch(batch)
             ends_at = started + (plan.predicted_s or 0.0)
             results = self.run(batch, lambda: self._plan_ahead(batch, ends_at))
-            deltas += self.apply(batch, results)
+            self._apply(batch, results)
             seconds = self.clock() - started
             self.planner.observe(plan, seconds)
             model = self.planner.model
             profiled_s = None if model is None else model.profiled(plan.shape)
             self.stats.iteration(plan.predicted_s, profiled_s, seconds)
+        return self.take_untold()
+
+    def take_untold(self) -> list[OutputDelta]:
+        """What no step has returned, since it failed; each delta is told once."""
+        deltas, self._untold = self._untold, []
         return deltas
 
     def snapshot(self) -> EngineStats:
@@ -184,8 +191,7 @@ class EngineCore:
         )
 
     def check_integrity(self) -> None:
-        """Check the pool's books against what runs. Takes milliseconds where the pool is large,
-        so it is for engines that have been idle for `IDLE_S`.
+        """Check the pool's books; takes milliseconds, so only after `IDLE_S` without work.
 
         Raises:
             PoolCorruptedError: where blocks were lost or given twice, which is a bug.
@@ -213,7 +219,10 @@ class EngineCore:
         try:
             view = project(self.view(), batch, at)
             if view.running or view.waiting:
-                self._ahead = PlanAhead.of(self._ask_planner(view, at), view)
+                plan = self._ask_planner(view, at)
+                if faults := faults_of(plan, view):
+                    raise InvalidPlanError(f"the plan contradicts itself or the state: {faults}")
+                self._ahead = PlanAhead.of(plan, view)
         except Exception:
             # What the batch brings must not be lost. Without a plan the next step makes one.
             self.planner.discarded()
@@ -236,33 +245,48 @@ class EngineCore:
         self.stats.planning_s.observe(self.clock() - started)
         return plan
 
-    def _settle(self, plan: IterationPlan) -> list[OutputDelta]:
+    def _checked(self, plan: IterationPlan) -> IterationPlan:
+        """What of a plan can be carried out; whom it contradicts itself about ends here."""
+        view = self.view()
+        faults = faults_of(plan, view)
+        if not faults:
+            return plan
+        for seq_id, fault in faults.items():
+            if seq_id in self._outputs:
+                self._end_request(self._outputs[seq_id].seq, f"{seq_id} {fault}")
+            else:
+                log.error("a plan of %s names %s, which %s", self.planner.name, seq_id, fault)
+        plan = plan.only(self._outputs)
+        self.planner.reckon(plan, view)
+        return plan
+
+    def _end_request(self, seq: Sequence, why: str) -> None:
+        """End a request that a plan cannot be carried out for."""
+        log.error("a plan of %s cannot be carried out: %s", self.planner.name, why)
+        error = InvalidPlanError(f"the plan for this request cannot be carried out: {why}")
+        self._untold += self.abort(seq.request.request_id, error)
+
+    def _settle(self, plan: IterationPlan) -> None:
         """Carry out what the planner promises, gives up and refuses."""
         for seq_id in plan.promote:
             self._outputs[seq_id].seq.standing = Standing.ADMITTED
         for seq_id in plan.relegate:
             self._outputs[seq_id].seq.standing = Standing.BEST_EFFORT
         self.declined = self._unpromised(plan)
-        deltas = []
         for seq_id, refusal in plan.reject.items():
             if seq_id in self._outputs:  # a sibling's refusal may have ended it already
-                deltas += self._refuse(self._outputs[seq_id].seq, refusal)
-        return deltas
+                request_id = self._outputs[seq_id].seq.request.request_id
+                self._untold += self.abort(request_id, refusal.error())
 
     def _unpromised(self, plan: IterationPlan) -> list[str]:
         """Ids of requests that a plan promises nothing and that have not begun."""
         seqs = [self._outputs[seq_id].seq for seq_id in (*plan.declined, *plan.relegate)]
-        return list(dict.fromkeys(s.request.request_id for s in seqs if _has_not_begun(s)))
+        ids = dict.fromkeys(seq.request.request_id for seq in seqs)
+        return [one for one in ids if self._request_has_not_begun(one)]
 
-    def _refuse(self, seq: Sequence, refusal: Refusal) -> list[OutputDelta]:
-        """End the whole request of a sequence that has not begun."""
-        error = SLOUnattainableError(
-            f"the SLO cannot be kept now (too little {refusal.reason}); "
-            f"try again in {refusal.retry_after_s:.1f} s",
-            reason=refusal.reason,
-            retry_after_s=refusal.retry_after_s,
-        )
-        return self.abort(seq.request.request_id, error)
+    def _request_has_not_begun(self, request_id: str) -> bool:
+        outputs = (self._outputs[seq_id] for seq_id in self._by_request[request_id])
+        return not any(output.seq.has_begun for output in outputs)
 
     def _start(self, plan: IterationPlan) -> list[Scheduled]:
         """Carry out preemptions and admissions and make room for the scheduled tokens."""
@@ -274,10 +298,16 @@ class EngineCore:
             self._admit(self._outputs[seq_id].seq)
         batch = []
         for seq_id, num_tokens in plan.num_scheduled_tokens.items():
+            if seq_id not in self._outputs:
+                continue  # a sibling has ended it
             seq = self._outputs[seq_id].seq
-            self.pool.grow(seq, num_tokens)
-            batch.append(Scheduled(seq, num_tokens - plan.speculation.get(seq_id, 0)))
-        return batch
+            try:
+                self.pool.grow(seq, num_tokens)
+            except OutOfBlocksError as error:
+                self._end_request(seq, str(error))
+            else:
+                batch.append(Scheduled(seq, num_tokens - plan.speculation.get(seq_id, 0)))
+        return [item for item in batch if item.seq.state is SequenceState.RUNNING]
 
     def _draft(self, batch: list[Scheduled], plan: IterationPlan) -> list[Scheduled]:
         """The batch with the proposals that the plan asks for."""
@@ -324,30 +354,37 @@ class EngineCore:
             log.warning("a batch failed (%s); running its sequences one by one", error)
             return {k: v for item in batch for k, v in self.run([item]).items()}
 
-    def apply(
-        self, batch: SequenceOf[Scheduled], results: dict[str, RunResult | Exception]
-    ) -> list[OutputDelta]:
+    def _apply(
+        self, batch: SequenceOf[Scheduled], results: Mapping[str, RunResult | Exception]
+    ) -> None:
         """Advance every sequence of the batch by its result."""
-        deltas = []
         for item in batch:
-            output, result = self._outputs[item.seq.seq_id], results[item.seq.seq_id]
-            if isinstance(result, Exception):
-                deltas.append(self._fail(output, result))
-                continue
-            seq = item.seq
-            if seq.num_computed_tokens == 0:
-                output.prompt_logprobs.clear()
-            if not output.told_prompt:
-                output.prompt_logprobs += result.prompt_logprobs
-            seq.num_computed_tokens += item.num_tokens
-            self.pool.commit(seq)
-            if isinstance(result.sampled, GenerationError):
-                deltas.append(self._fail(output, result.sampled))
-            elif result.sampled is not None:
-                self._count(item, result.sampled)
-                deltas.append(self._append(output, result.sampled.tokens))
-                self._roll_back(item)
-        return deltas
+            output = self._outputs[item.seq.seq_id]
+            try:
+                self._advance(item, output, results[item.seq.seq_id])
+            except Exception as error:
+                log.exception("taking up the tokens of %s failed", item.seq)
+                if item.seq.seq_id not in self._outputs:
+                    raise  # it has ended, so that this is not its own error
+                self._untold.append(self._fail(output, error))
+
+    def _advance(self, item: Scheduled, output: LiveOutput, result: RunResult | Exception) -> None:
+        if isinstance(result, Exception):
+            self._untold.append(self._fail(output, result))
+            return
+        seq = item.seq
+        if seq.num_computed_tokens == 0:
+            output.prompt_logprobs.clear()
+        if not output.told_prompt:
+            output.prompt_logprobs += result.prompt_logprobs
+        seq.num_computed_tokens += item.num_tokens
+        self.pool.commit(seq)
+        if isinstance(result.sampled, GenerationError):
+            self._untold.append(self._fail(output, result.sampled))
+        elif result.sampled is not None:
+            self._count(item, result.sampled)
+            self._untold.append(self._append(output, result.sampled.tokens))
+            self._roll_back(item)
 
     def _count(self, item: Scheduled, verified: Verified) -> None:
         """Keep count of what became of a proposal."""
@@ -407,7 +444,8 @@ class EngineCore:
     ) -> OutputDelta:
         """End a sequence, free its blocks and forget it."""
         seq = output.seq
-        if output.detokenizer is not None and not isinstance(stop_reason, str):
+        wants_text = output.detokenizer is not None and reason is not FinishReason.ERROR
+        if wants_text and not isinstance(stop_reason, str):
             text += output.detokenizer.flush()
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.planner.finished(seq)
@@ -456,7 +494,3 @@ class EngineCore:
         seq.events[RequestEvent.PREEMPTED] = self.clock()
         self.running.remove(seq)
         insort(self.waiting, seq, key=by_rank)
-
-
-def _has_not_begun(seq: Sequence) -> bool:
-    return seq.state is SequenceState.WAITING and seq.num_output_tokens == 0

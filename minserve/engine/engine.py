@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
@@ -135,7 +136,15 @@ class Engine(EngineBase):
 
     def _step(self) -> None:
         """One iteration; its deltas go to the mailboxes of whoever reads them."""
-        for delta in self._core.step():
+        try:
+            deltas = self._core.step()
+        except Exception:
+            self._post(self._core.take_untold())
+            raise
+        self._post(deltas)
+
+    def _post(self, deltas: list[OutputDelta]) -> None:
+        for delta in deltas:
             self._mailboxes[delta.request_id].append(delta)
 
 
@@ -179,6 +188,7 @@ class AsyncEngine(EngineBase):
         super().__init__(model, **settings)
         self._handles: dict[str, RequestHandle] = {}
         self._num_unfinished = 0
+        self._submitted_s = time.monotonic()
         self._inbox: deque[tuple[str, Any]] = deque()
         self._wake = threading.Condition()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -192,6 +202,15 @@ class AsyncEngine(EngineBase):
     def num_unfinished(self) -> int:
         """Outputs waiting or running."""
         return self._num_unfinished
+
+    @property
+    def iteration_s(self) -> float:
+        """Seconds that the current iteration has taken so far, or for which none has begun
+        although there are unfinished outputs.
+        """
+        if self._step_began is None and self._num_unfinished:
+            return time.monotonic() - max(self._step_ended, self._submitted_s)
+        return super().iteration_s
 
     @property
     def is_healthy(self) -> bool:
@@ -269,6 +288,7 @@ class AsyncEngine(EngineBase):
             handles.append(handle)
             self._num_unfinished += len(submission.sequences)
             self._tell("add", submission)
+        self._submitted_s = time.monotonic()
         self._idle.clear()
         return handles
 
@@ -304,7 +324,7 @@ class AsyncEngine(EngineBase):
             self._serve()
         except Exception as error:
             log.exception("the engine core is broken; restart the process")
-            self._loop.call_soon_threadsafe(self._fail_all, error)
+            self._loop.call_soon_threadsafe(self._fail_all, self._core.take_untold(), error)
 
     def _serve(self) -> None:
         """Take in news, step, publish, until told to stop."""
@@ -312,12 +332,14 @@ class AsyncEngine(EngineBase):
         while not stop:
             self._wait()
             deltas, stop = self._take_in()
-            if not stop:
-                deltas += self._iterate()
-            # A whole one in place of the last, so that readers need no lock.
-            self._stats = self._core.snapshot()
-            if deltas:
-                self._loop.call_soon_threadsafe(self._publish, deltas)
+            try:
+                if not stop:
+                    deltas += self._iterate()
+            finally:
+                # A whole one in place of the last, so that readers need no lock.
+                self._stats = self._core.snapshot()
+                if deltas:
+                    self._loop.call_soon_threadsafe(self._publish, deltas)
 
     def _wait(self) -> None:
         """Until there is something to do; the pool's books are checked in the meantime."""
@@ -345,9 +367,14 @@ class AsyncEngine(EngineBase):
                 return deltas + self._core.abort_all(stopped), True
         return deltas, False
 
-    def _fail_all(self, error: Exception) -> None:
-        """On the loop: end every request in flight, and accept no more."""
+    def _fail_all(self, untold: list[OutputDelta], error: Exception) -> None:
+        """On the loop: end every request in flight, and accept no more.
+
+        Args:
+            untold: what was still to be published.
+        """
         self._accepting = False
+        self._publish(untold)
         failure = GenerationError(f"the engine broke: {error!r}")
         self._publish(
             [

@@ -112,28 +112,12 @@ def confirm(ahead: PlanAhead, view: PlannerView, now: float) -> IterationPlan | 
     if plan.reject or plan.relegate or plan.preempt or now > plan.start_by_s:
         return None
     if len(live) < len(ahead.seen):
-        plan = _without_ended(plan, live)
+        plan = plan.only(live)
     if plan.speculation or plan.catch_up:
         plan = _with_possible_drafts(plan, live, view.speculation)
     if not plan.num_scheduled_tokens or not _fits(plan, ahead.starts, live, view.memory):
         return None
     return plan
-
-
-def _without_ended(plan: IterationPlan, live: Mapping[str, Sequence]) -> IterationPlan:
-    """The plan without sequences that are not there."""
-
-    def kept(tokens: Mapping[str, int]) -> dict[str, int]:
-        return {seq_id: num for seq_id, num in tokens.items() if seq_id in live}
-
-    return replace(
-        plan,
-        num_scheduled_tokens=kept(plan.num_scheduled_tokens),
-        speculation=kept(plan.speculation),
-        catch_up=kept(plan.catch_up),
-        admit=[seq_id for seq_id in plan.admit if seq_id in live],
-        promote=[seq_id for seq_id in plan.promote if seq_id in live],
-    )
 
 
 def _with_possible_drafts(

@@ -1,8 +1,8 @@
 """Who is served: the dynamic program over prefill deadlines, tier counts, memory and budget.
 
-After SLOs-Serve (arXiv 2504.08784). Candidates in deadline order; a state is how many of each
-tier are accepted, their blocks and value, and when the last of their prefills is done. That
-time stands for the leftover budget: for equal counts, the earlier, the more is left. The
+After SLOs-Serve (arXiv 2504.08784). A candidate is a request with all of its outputs that are
+to be decided on. Candidates in deadline order; a state is how many outputs of each tier are
+accepted, their blocks and value, and when the last of their prefills is done. That time stands for the leftover budget: for equal counts, the earlier, the more is left. The
 paper's own pruning gets this comparison wrong; here the frontier is exact, for this reason:
 
     When a candidate is done, as a function of when the one before it was, never falls: who
@@ -27,7 +27,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minserve.planner.bounds import Clock, Rest, latest_s, least_blocks, loosened, slowdown
+from minserve.planner.bounds import (
+    ROUNDING,
+    Clock,
+    Rest,
+    latest_s,
+    least_blocks,
+    loosened,
+    slowdown,
+)
 from minserve.planner.budget import PrefillRates
 from minserve.planner.outlook import Outlook
 from minserve.planner.timeline import (
@@ -48,8 +56,6 @@ MAX_UNITS = 256
 NO_RATE = 1e-9
 # Share of the time until the last deadline.
 WORTH_A_CLOCK = 0.1
-# Of quotients that are to be rounded up.
-ROUNDING = 1e-9
 
 
 def admit(candidates: SequenceOf[Candidate], outlook: Outlook, rates: PrefillRates) -> Admission:
@@ -58,7 +64,7 @@ def admit(candidates: SequenceOf[Candidate], outlook: Outlook, rates: PrefillRat
     Beyond `MAX_CELLS` it is that of `insert_greedily`, beyond `MAX_STATES` the best one found.
     """
     program = _Program(candidates, outlook, rates)
-    if program.most == len(candidates):
+    if program.most_seqs == sum(c.num_seqs for c in candidates):
         everyone = simulate(candidates, outlook, rates)
         if everyone.feasible:
             done_s = max(everyone.done_s, default=float(outlook.starts[0]))
@@ -121,12 +127,13 @@ class _State(NamedTuple):
 class _Program:
     """One admission to decide, in deadline order; hopeless candidates are left out at once.
 
-    A cell is a count vector. Candidates without a pace have a dimension of their own, which
-    demands nothing.
+    A cell is a count vector, written as one number. Candidates without a pace have a dimension
+    of their own, which demands nothing. Of the cells only those are looked at whose counts are
+    sums of some candidates' outputs.
 
     Attributes:
-        num_cells: of the grid.
-        most: candidates that can be accepted at most.
+        num_cells: of these.
+        most_seqs: outputs that can be accepted at most.
     """
 
     def __init__(
@@ -137,23 +144,36 @@ class _Program:
         self._free_from = outlook.free_from
         # Nobody accepted: no set leaves prefill more.
         self._clock = Clock(outlook.starts, np.maximum(rates(outlook.counts), NO_RATE))
-        self._index, self.most = self._hopeful(candidates)
+        self._index, self.most_seqs = self._hopeful(candidates)
         self._candidates = [candidates[i] for i in self._index]
         num_tiers = outlook.counts.shape[1]
-        dims = [num_tiers if c.tier is None else c.tier for c in self._candidates]
-        self._shape = tuple(dims.count(d) + 1 for d in range(num_tiers + 1))
-        self.num_cells = math.prod(self._shape)
-        strides = [math.prod(self._shape[d + 1 :]) for d in range(num_tiers + 1)]
-        self._strides = [strides[d] for d in dims]
+        sizes: list[list[int]] = [[] for _ in range(num_tiers + 1)]
+        for c in self._candidates:
+            sizes[num_tiers if c.tier is None else c.tier].append(c.num_seqs)
+        # Without requests of several outputs a cell's number is also its place in the grid.
+        self._is_plain = all(c.num_seqs == 1 for c in self._candidates)
+        self._totals = [
+            list(range(len(own) + 1)) if self._is_plain else _sums(own, self.most_seqs)
+            for own in sizes
+        ]
+        self.num_cells = math.prod(len(own) for own in self._totals)
+        # Of a cell's number, per dimension: one more output is so much.
+        self._units_of = [
+            math.prod(sum(own) + 1 for own in sizes[d + 1 :]) for d in range(num_tiers + 1)
+        ]
+        self._strides = [
+            c.num_seqs * self._units_of[num_tiers if c.tier is None else c.tier]
+            for c in self._candidates
+        ]
         blocks = [c.blocks for c in self._candidates]
         self._is_tight = sum(blocks) > self._free_from[0]
         self._blocks = blocks if self._is_tight else [0] * len(blocks)
         self._rows: dict[int, _Row] = {}
 
     def _hopeful(self, candidates: SequenceOf[Candidate]) -> tuple[list[int], int]:
-        """Those not late behind nobody but the forced, and how many can be served at most.
+        """Those not late behind nobody but the forced, and how many outputs can be served at most.
 
-        The number is that of Moore (Management Science, 1968): in deadline order, drop the
+        The number of candidates is that of Moore (Management Science, 1968): in deadline order, drop the
         longest so far whenever one is late.
         """
         order = by_deadline(candidates)
@@ -173,8 +193,9 @@ class _Program:
             heappush(longest, -candidate.work)
             if total > most:
                 total += heappop(longest)
-        num_forced = sum(c.forced for c in candidates)
-        return index, min(len(longest), max(0, self._outlook.free_seqs) + num_forced)
+        forced = sum(c.num_seqs for c in candidates if c.forced)
+        seqs = sorted((candidates[i].num_seqs for i in index), reverse=True)[: len(longest)]
+        return index, min(sum(seqs), max(0, self._outlook.free_seqs) + forced)
 
     def solve(self) -> Admission | None:
         """``None`` where not even the forced ones fit."""
@@ -197,9 +218,16 @@ class _Program:
         The tightest TPOT present sets how often the constant cost of a batch is paid. Sets
         with one of a tier that is tighter than all who run for long have a clock of their own.
         """
-        counts = np.indices(self._shape).reshape(len(self._shape), self.num_cells)
+        shape = [len(own) for own in self._totals]
+        places = np.indices(shape).reshape(len(shape), self.num_cells)
+        counts = places
+        if not self._is_plain:
+            counts = np.stack(
+                [np.array(own)[at] for own, at in zip(self._totals, places, strict=True)]
+            )
+            self._places = [{total: at for at, total in enumerate(own)} for own in self._totals]
         size = counts.sum(axis=0)
-        kept = (size <= self.most).nonzero()[0]
+        kept = (size <= self.most_seqs).nonzero()[0]
         self._counts, size = counts.take(kept, axis=1), size.take(kept)
         self._column = np.full(self.num_cells, -1)
         self._column[kept] = np.arange(len(kept))
@@ -220,20 +248,34 @@ class _Program:
             fastest = rates.max(axis=1)
             self._clocks.append(Clock(self._outlook.starts, fastest))
             self._left.append(slowdown(rates, fastest, size[columns]))
+        # Looked up for hundreds of cells, hence found for all of them at once.
+        self._is_slow = self._table.min(axis=0) < NO_RATE
+        self._kind = np.zeros(len(kept), dtype=np.int64)
+        for number, tier in reversed(list(enumerate(self._kinds, 1))):
+            self._kind[self._counts[tier] > 0] = number
 
     def _row(self, cell: int) -> _Row | None:
         """``None`` for a cell of more than can be accepted."""
-        column = int(self._column[cell])
+        column = int(self._column[cell]) if self._is_plain else self._column_of(cell)
         if column < 0:
             return None
         rates = self._table[:, column].tolist()
         steady = 0
-        if min(rates) < NO_RATE:
+        if self._is_slow[column]:
             steady = first_steady(rates)
             rates = [max(rate, NO_RATE) for rate in rates]
-        kinds = [number for number, d in enumerate(self._kinds, 1) if self._counts[d, column]]
-        self._rows[cell] = row = _Row(rates, steady, min(kinds, default=0))
+        self._rows[cell] = row = _Row(rates, steady, int(self._kind[column]))
         return row
+
+    def _column_of(self, cell: int) -> int:
+        """Of the table; below 0 for a cell that is not in it."""
+        place = 0
+        for unit, places in zip(self._units_of, self._places, strict=True):
+            count, cell = divmod(cell, unit)
+            if count not in places:
+                return -1
+            place = place * len(places) + places[count]
+        return int(self._column[place])
 
     def _count_units(self) -> None:
         """Values as whole numbers: exactly, where all are multiples of the smallest."""
@@ -378,10 +420,20 @@ class _Program:
             deadlines=np.array([c.deadline_s for c in self._candidates]),
             blocks=self._blocks,
             units=self._units,
+            seqs=[c.num_seqs for c in self._candidates],
             forced=[c.forced for c in self._candidates],
             target=target,
             end_s=best.now if self._is_whole else -math.inf,
         )
+
+
+def _sums(sizes: SequenceOf[int], most: int) -> list[int]:
+    """What some of the sizes add up to, from 0 for none of them to at most ``most``."""
+    # Bit s of the number is set where s is such a sum.
+    found, mask = 1, (1 << (most + 1)) - 1
+    for size in sizes:
+        found |= (found << size) & mask
+    return [total for total in range(found.bit_length()) if found >> total & 1]
 
 
 def _merit(state: _State) -> tuple[float, float]:

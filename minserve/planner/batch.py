@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 
+from minserve.planner.parties import shared_blocks
 from minserve.planner.plan import CachedPrefix, IterationPlan, PlannerView
-from minserve.request import Sequence
+from minserve.request import Sequence, SequenceState
 
 # An admission leaves this share of the pool free, so that the sequences that already
 # run can grow for a while before anyone must be preempted.
@@ -46,6 +47,7 @@ class BatchDraft:
         self._num_running = len(view.running)
         self._running_promises: int | None = None
         self._starting_promises = 0
+        self._computed_by_siblings: set[str] | None = None
 
     def is_preempted(self, seq: Sequence) -> bool:
         return seq.seq_id in self._preempted
@@ -131,7 +133,8 @@ class BatchDraft:
         """Start a waiting sequence with its first chunk.
 
         Admits only if all of its known tokens fit beside what running prefills still
-        need.
+        need, and not while another output of its request computes a prompt that the two
+        can share.
 
         Args:
             most: tokens that the first chunk may have, beside the budget.
@@ -142,7 +145,7 @@ class BatchDraft:
         Returns:
             tokens scheduled; 0 where it stays waiting.
         """
-        if self.budget <= 0 or (self._preempted and not evict):
+        if self.budget <= 0 or (self._preempted and not evict) or self.awaits_sibling(seq):
             return 0
         if hit is None:
             hit = self.view.memory.cached_prefix(seq)
@@ -156,12 +159,38 @@ class BatchDraft:
             return 0
         first = self._first_chunk_blocks(num_tokens, hit)
         self.plan.admit.append(seq.seq_id)
+        if seq.request.params.n > 1 and hit.num_tokens < self._shared_tokens(seq):
+            self._prompts_under_way().add(seq.request.request_id)
         self._num_running += 1
         self._starting_promises += total - first
         self.plan.num_scheduled_tokens[seq.seq_id] = num_tokens
         self.budget -= num_tokens
         self._free -= first
         return num_tokens
+
+    def awaits_sibling(self, seq: Sequence) -> bool:
+        """True where a waiting sequence begins better when another output of its request has
+        computed their prompt: both would compute and hold it, if they began together.
+        """
+        return (
+            seq.request.params.n > 1
+            and seq.state is SequenceState.WAITING
+            and seq.num_output_tokens == 0
+            and seq.request.request_id in self._prompts_under_way()
+        )
+
+    def _prompts_under_way(self) -> set[str]:
+        """Ids of requests with several outputs, one of which computes the prompt now."""
+        if self._computed_by_siblings is None:
+            self._computed_by_siblings = {
+                seq.request.request_id
+                for seq in self.view.running
+                if seq.request.params.n > 1 and seq.num_computed_tokens < self._shared_tokens(seq)
+            }
+        return self._computed_by_siblings
+
+    def _shared_tokens(self, seq: Sequence) -> int:
+        return shared_blocks(seq, self.view.memory) * self._block_size
 
     def _has_room(self, num_blocks: int) -> bool:
         """True where one more sequence with that many blocks can run."""

@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+# Of quotients that are to be rounded up.
+ROUNDING = 1e-9
+
 
 class Clock:
     """Time as the tokens that could be prefilled by then at given rates.
@@ -53,6 +56,7 @@ class Rest:
         deadlines: ``[N]``, in seconds.
         blocks: ``[N]``.
         units: of value, whole numbers; 0 for forced ones.
+        seqs: how many sequences each one is.
         forced: whether it must be taken.
         target: units in all, at least 1.
         end_s: one unit may be missing where the last prefill is done by then; -inf for never.
@@ -62,6 +66,7 @@ class Rest:
     deadlines: Floats
     blocks: SequenceOf[int]
     units: SequenceOf[int]
+    seqs: SequenceOf[int]
     forced: SequenceOf[bool]
     target: int
     end_s: float
@@ -73,7 +78,7 @@ def loosened(tokens: Floats) -> Floats:
 
 
 def slowdown(rates: Floats, fastest: Floats, sizes: Ints) -> Floats:
-    """What share of the fastest rate is left at most beside so many accepted ones.
+    """What share of the fastest rate is left at most beside so many accepted sequences.
 
     Args:
         rates: ``[J, C]`` of count vectors, above 0.
@@ -98,9 +103,11 @@ def latest_s(rest: Rest, clock: Clock, left: Floats) -> list[list[float]]:
         by number of candidates behind, and units accepted (at most the target).
     """
     num, target, pad = len(rest.works), rest.target, max(rest.units)
-    # How many are accepted at least.
-    size = np.cumsum([0, *rest.forced])[:-1, None] + -(-np.arange(target) // pad)
-    cost = rest.works[:, None] / left.take(size, mode="clip")
+    # How many sequences are accepted at least.
+    under_way = np.where(rest.forced, rest.seqs, 0)
+    dense = max(units / seqs for units, seqs in zip(rest.units, rest.seqs, strict=True))
+    size = np.cumsum([0, *under_way])[:-1, None] + np.ceil(np.arange(target) / dense - ROUNDING)
+    cost = rest.works[:, None] / left.take(size.astype(np.int64), mode="clip")
     due = clock.tokens(rest.deadlines)
     latest = np.full((num + 1, target + pad), np.inf)
     latest[num, :target] = -np.inf

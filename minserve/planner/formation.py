@@ -1,23 +1,24 @@
 """One iteration's batch from deadlines: who runs, how many tokens, how long it may take.
 
-The batch is as long as the nearest decode deadline allows, not of a fixed size. In order:
+The batch is as long as the nearest decode deadlines allow (`minserve.planner.batch_length`),
+not of a fixed size. In order:
 
 1. decodes that could not wait for the iteration after this one, earliest deadline first,
    and best effort as far as its share is overdue;
 2. prefill chunks of admitted sequences, earliest deadline first;
 3. the other decodes: ahead of schedule, so that they may skip an iteration (the credits of
    Scorpio, arXiv 2505.23022) but get what is left, which builds up credit again;
-4. pending sequences, all but their last prompt token: their clock must not start before
-   anyone promises to keep up with it;
+4. sequences that are promised nothing but may still be in time, earliest deadline first: who
+   is refused a promise is not made late by that;
 5. best effort, decodes first, prefills in chunks.
 
 Tokens are drafted for decodes that must run, where that leaves longer batches to the prefills
 behind them, and with what time is left for all other decodes of the batch, as far as that
 saves time or makes them faster (`minserve.planner.speculation`).
 
-Best effort may preempt nobody; admitted sequences preempt best effort when blocks or slots
-run out. Since all that was computed is lost then, best effort starts only in blocks that
-promises have not held lately.
+Without a promise nobody preempts; admitted sequences preempt the others when blocks or slots
+run out. Since all that was computed is lost then, who is promised nothing starts only in blocks
+that promises have not held lately.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from dataclasses import dataclass, field, replace
 
 from minserve.planner.acceptance import cautious_tokens
 from minserve.planner.batch import BatchDraft
-from minserve.planner.perf_model import BatchShape, PerfModel
+from minserve.planner.batch_length import CALM, URGENT, USUAL_RISK, Stake, allowed_s
+from minserve.planner.perf_model import PerfModel
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.speculation import (
     MOST_LAG,
@@ -37,8 +39,8 @@ from minserve.planner.speculation import (
     Speculator,
     most_left_to_prefills,
     most_tokens_per_second,
-    with_drafts,
 )
+from minserve.planner.timed_batch import TimedBatch
 from minserve.request import Sequence, SequenceState
 
 Due = tuple[float, Sequence]
@@ -51,13 +53,13 @@ class Work:
     Attributes:
         decodes, prefills: admitted sequences with their next deadline, earliest first.
             Prefills may be waiting still.
-        pending: neither promised nor given up, by deadline.
-        best_effort: the others, in rank order.
+        unpromised: promised nothing, or no longer, and not late yet: by deadline.
+        best_effort: the others, late or without an SLO, in rank order.
     """
 
     decodes: list[Due] = field(default_factory=list)
     prefills: list[Due] = field(default_factory=list)
-    pending: list[Due] = field(default_factory=list)
+    unpromised: list[Due] = field(default_factory=list)
     best_effort: list[Sequence] = field(default_factory=list)
 
 
@@ -71,15 +73,15 @@ class BatchLimits:
             reaches the client in time.
         best_effort_s: of this iteration, what best effort gets before admitted prefills;
             the nearest decode deadline stands all the same.
-        best_effort_blocks: that best effort may hold, so that promises seldom take them away
-            again, with all that was computed.
+        spare_blocks: that sequences without a promise may hold, so that promises seldom take
+            them away again, with all that was computed.
         blocks_of: that a sequence will come to hold.
     """
 
     longest_s: float
     guard_s: float
     best_effort_s: float = 0.0
-    best_effort_blocks: float = math.inf
+    spare_blocks: float = math.inf
     blocks_of: Callable[[Sequence], int] = lambda seq: len(seq.block_table)
 
 
@@ -99,17 +101,17 @@ def form_batch(
         drafting: ``None`` drafts nothing.
     """
     order, num_kept = _order(work)
-    batch = _TimedBatch(BatchDraft(view, order=order, num_kept=num_kept), model)
-    slack = _slack(work.decodes, batch, limits, now)
-    limit = min(slack / batch.margin, limits.longest_s)
-    # Seconds until a token of this batch is due.
-    due = slack / batch.margin if work.decodes else math.inf
+    batch = TimedBatch(BatchDraft(view, order=order, num_kept=num_kept), model)
+    stakes, soonest = _stakes(work.decodes, batch, limits, now)
+    # Seconds until a token of this batch is due, at the risk that its prefills are worth.
+    due = _allowed_s(stakes, work, batch, limits) if stakes else math.inf
+    limit = min(due, limits.longest_s)
 
     speculators: dict[str, Speculator] = {}
     if drafting is not None and work.prefills:
         speculators = drafting.speculators_for_prefills(seq for _, seq in work.decodes)
     must, may = _split_decodes(work, batch, limit, limits, now, speculators)
-    run = [seq for _, seq in must if batch.decode(seq, slack)]
+    run = [seq for _, seq in must if batch.decode(seq, soonest)]
     if speculators:
         own = [one for seq in run if (one := speculators.get(seq.seq_id)) is not None]
         needed = drafting.for_prefills.needed
@@ -117,7 +119,7 @@ def form_batch(
     given = 0.0
     if limits.best_effort_s > 0:
         overdue = batch.seconds + limits.best_effort_s
-        given = _best_effort(batch, work.best_effort, min(overdue, limit), limits)
+        given = _best_effort(batch, work, limits, min(overdue, limit))
     for deadline, seq in work.prefills:
         if batch.is_full(limit):
             break
@@ -132,7 +134,7 @@ def form_batch(
             batch.prefill(seq, limit, evict=True)
     for _, seq in may:
         batch.decode(seq, limit)
-    given += _fill_up(batch, work, limits, limit)
+    given += _fill_up(batch, work, limits, limit, now)
     if drafting is not None and model is not None:
         _draft_with_the_rest(batch, view, len(work.decodes), drafting, limit, limits.guard_s)
     plan = batch.draft.plan
@@ -150,203 +152,57 @@ def _order(work: Work) -> tuple[list[Sequence], int]:
     # Of the admitted, the latest deadline gives way first.
     order = sorted(running, key=lambda seq: seq.rank)
     num_kept = len(order)
-    order += [seq for _, seq in work.pending if seq.state is SequenceState.RUNNING]
+    order += [seq for _, seq in work.unpromised if seq.state is SequenceState.RUNNING]
     order += [seq for seq in work.best_effort if seq.state is SequenceState.RUNNING]
     return order, num_kept
 
 
-class _TimedBatch:
-    """A `BatchDraft` that also knows how long the batch will take."""
+def _stakes(
+    decodes: list[Due], batch: TimedBatch, limits: BatchLimits, now: float
+) -> tuple[list[Stake], float]:
+    """Of all decodes whose deadline can still be met, seconds until then and value.
 
-    def __init__(self, draft: BatchDraft, model: PerfModel | None) -> None:
-        self.draft = draft
-        self.model = model
-        self.margin = 1.0 if model is None else model.margin
-        self.num_prefills = 0
-        self._tokens = self._seqs = self._context = self._pairs = 0
-        self._draft_steps = self._draft_tokens = 0
-        drift = 1.0 if model is None else model.drift
-        pieces = () if model is None else model.pieces
-        # Per piece: seconds of one decode, and of each token of its context.
-        self._per_decode = [
-            (
-                drift * (p.tokens + p.seqs),
-                drift * (p.context_tokens + p.attention_pairs),
-            )
-            for p in pieces
-        ]
-        self._sums = [drift * p.base for p in pieces]
-
-    @property
-    def seconds(self) -> float:
-        """Predicted seconds of what is scheduled so far."""
-        return max(self._sums, default=0.0) if self._seqs else 0.0
-
-    def is_full(self, limit: float) -> bool:
-        """True where not one more token fits within the limit."""
-        if not self._seqs:
-            return False
-        least = (total + one for total, (one, _) in zip(self._sums, self._per_decode, strict=True))
-        return self.draft.budget <= 0 or max(least, default=0.0) > limit
-
-    def seconds_of_decodes(self, seqs: SequenceOf[Sequence]) -> float:
-        """Predicted seconds of a batch of these decodes alone."""
-        if self.model is None or not seqs:
-            return 0.0
-        context = sum(len(seq.token_ids) for seq in seqs)
-        return self.model.predict(BatchShape(len(seqs), len(seqs), context, context))
-
-    def decode(self, seq: Sequence, limit: float) -> bool:
-        """Run one token, where the batch then still ends within the limit."""
-        context = len(seq.token_ids)
-        sums = [
-            total + one + each * context
-            for total, (one, each) in zip(self._sums, self._per_decode, strict=True)
-        ]
-        # The first one runs however late it is: a batch of nobody helps nobody.
-        if self._seqs and sums and max(sums) > limit:
-            return False
-        if self.draft.is_preempted(seq) or not self.draft.schedule(seq, 1):
-            return False
-        self._sums = sums
-        self._tokens += 1
-        self._seqs += 1
-        self._context += context
-        self._pairs += context
-        return True
-
-    def prefill(
-        self,
-        seq: Sequence,
-        limit: float,
-        *,
-        whole: bool = False,
-        evict: bool = False,
-        hold: bool = False,
-    ) -> int:
-        """Run a chunk as long as the limit allows, of a running or a waiting sequence.
-
-        Args:
-            whole: all that is left, or nothing.
-            evict: preempt best effort to start it.
-            hold: stop short of the last token, whose run would sample the next.
-        """
-        if self.draft.budget <= 0 or self.draft.is_preempted(seq):
-            return 0
-        hit = (
-            self.draft.view.memory.cached_prefix(seq)
-            if seq.state is SequenceState.WAITING
-            else None
-        )
-        start = seq.num_computed_tokens if hit is None else hit.num_tokens
-        most = seq.num_tokens - start - (1 if hold else 0)
-        wanted = most
-        if self.model is not None:
-            fitting = self.model.max_tokens_within(limit, self.shape, start)
-            most = min(most, fitting if self._seqs else max(fitting, 1))
-        if most <= 0 or (whole and most < wanted):
-            return 0
-        if hit is not None:
-            num_tokens = self.draft.admit(seq, most=most, whole=whole, evict=evict, hit=hit)
-        else:
-            num_tokens = self.draft.schedule(seq, most, whole=whole)
-        if num_tokens:
-            self._add_chunk(start, num_tokens)
-        return num_tokens
-
-    @property
-    def shape(self) -> BatchShape:
-        """Of what is scheduled so far."""
-        return BatchShape(
-            self._tokens,
-            self._seqs,
-            self._context,
-            self._pairs,
-            self._draft_steps,
-            self._draft_tokens,
-        )
-
-    def speculate(
-        self, speculators: SequenceOf[Speculator], lengths: SequenceOf[int], limit: float
-    ) -> None:
-        """Draft up to so many tokens for scheduled decodes, as far as blocks, budget and the
-        limit allow.
-        """
-        if self.model.predict(with_drafts(self.shape, speculators, lengths)) > limit:
-            lengths = self._fitting(speculators, lengths, limit)
-        granted = [
-            self.draft.speculate(one.seq, length) if length else 0
-            for one, length in zip(speculators, lengths, strict=True)
-        ]
-        if any(granted):
-            self._grow(with_drafts(self.shape, speculators, granted))
-
-    def _fitting(
-        self, speculators: SequenceOf[Speculator], lengths: SequenceOf[int], limit: float
-    ) -> list[int]:
-        """As much of these lengths as fits within the limit, first come, first served."""
-        shape, fitting = self.shape, []
-        for one, length in zip(speculators, lengths, strict=True):
-            while length and self.model.predict(with_drafts(shape, [one], [length])) > limit:
-                length -= 1
-            shape = with_drafts(shape, [one], [length])
-            fitting.append(length)
-        return fitting
-
-    def catch_up(self, one: Speculator, limit: float) -> None:
-        """Let the draft model run what it lacks of a sequence, as far as the limit allows."""
-        token_s = self.model.drift * max(piece.draft_tokens for piece in self.model.pieces)
-        shape = replace(self.shape, draft_steps=max(self._draft_steps, 1))
-        left = limit - self.model.predict(shape)
-        if left <= 0:
-            return
-        num_tokens = one.lag if token_s == 0 else min(one.lag, int(left / token_s))
-        if num_tokens > 0:
-            self.draft.plan.catch_up[one.seq.seq_id] = num_tokens
-            self._grow(replace(shape, draft_tokens=self._draft_tokens + num_tokens))
-
-    def _add_chunk(self, start: int, num_tokens: int) -> None:
-        chunk, shape = BatchShape.of([(start, num_tokens)]), self.shape
-        self.num_prefills += 1
-        self._grow(
-            replace(
-                shape,
-                tokens=shape.tokens + num_tokens,
-                seqs=shape.seqs + 1,
-                context_tokens=shape.context_tokens + chunk.context_tokens,
-                attention_pairs=shape.attention_pairs + chunk.attention_pairs,
-            )
-        )
-
-    def _grow(self, shape: BatchShape) -> None:
-        """The batch has this shape now."""
-        self._tokens, self._seqs, self._context, self._pairs = (
-            shape.tokens,
-            shape.seqs,
-            shape.context_tokens,
-            shape.attention_pairs,
-        )
-        self._draft_steps, self._draft_tokens = shape.draft_steps, shape.draft_tokens
-        if self.model is not None:
-            drift = self.model.correction(shape)
-            self._sums = [drift * piece.seconds(shape) for piece in self.model.pieces]
-
-
-def _slack(decodes: list[Due], batch: _TimedBatch, limits: BatchLimits, now: float) -> float:
-    """Seconds until the first decode deadline that can still be met."""
+    Returns:
+        these, soonest first, and within how many seconds decodes must run at all.
+    """
     if not decodes:
-        return limits.longest_s * batch.margin
+        return [], limits.longest_s
     alone = batch.seconds_of_decodes([decodes[0][1]])
-    for deadline, _ in decodes:
-        slack = deadline - limits.guard_s - now
-        if slack >= alone:
-            return slack
-    return alone
+    left = [(deadline - limits.guard_s - now, seq) for deadline, seq in decodes]
+    stakes = [(seconds, _value(seq)) for seconds, seq in left if seconds >= alone]
+    if not stakes:
+        stakes = [(alone, _value(left[0][1]))]
+    return stakes, stakes[0][0]
+
+
+def _allowed_s(stakes: list[Stake], work: Work, batch: TimedBatch, limits: BatchLimits) -> float:
+    """Expected seconds that the batch may take for the sake of its decodes."""
+    if batch.model is None:
+        return stakes[0][0]
+    least_s = batch.seconds_of_decodes([seq for _, seq in work.decodes])
+    waiting = [seq for _, seq in (*work.prefills, *work.unpromised) if not seq.is_decoding]
+    if not waiting:
+        return allowed_s(stakes, batch.model)
+    work_s = batch.model.drift * batch.model.steepest.tokens
+    work_s *= sum(seq.num_uncomputed_tokens for seq in waiting)
+    share = URGENT if work.unpromised else CALM
+    return allowed_s(
+        stakes,
+        batch.model,
+        gain_per_s=share * sum(map(_value, waiting)) / work_s,
+        least_s=least_s,
+        most_s=min(limits.longest_s, least_s + work_s),
+    )
+
+
+def _value(seq: Sequence) -> float:
+    """An output's part in the value of its request."""
+    return seq.request.slo.value / seq.request.params.n
 
 
 def _split_decodes(
     work: Work,
-    batch: _TimedBatch,
+    batch: TimedBatch,
     limit: float,
     limits: BatchLimits,
     now: float,
@@ -360,7 +216,8 @@ def _split_decodes(
     # cost: whoever would cut it short runs now.
     everyone = batch.seconds_of_decodes([seq for _, seq in (*work.decodes, *work.prefills)])
     pace = min((_pace_s(seq, speculators) for _, seq in work.decodes), default=0.0)
-    following = max(batch.margin * everyone + 2 * limits.guard_s, min(pace, limits.longest_s))
+    margin = 1.0 if batch.model is None else batch.model.bound(1, USUAL_RISK)
+    following = max(margin * everyone + 2 * limits.guard_s, min(pace, limits.longest_s))
     horizon = now + max(limit, everyone) + following
     for i, (deadline, _) in enumerate(work.decodes):
         if deadline > horizon:
@@ -376,25 +233,54 @@ def _pace_s(seq: Sequence, speculators: Mapping[str, Speculator]) -> float:
     return cautious_tokens(one.acceptance, one.limit) * seq.progress.tpot_s
 
 
-def _fill_up(batch: _TimedBatch, work: Work, limits: BatchLimits, limit: float) -> float:
-    """Run pending sequences and best effort; returns the predicted seconds of best effort."""
-    # Neither may use up the credit of admitted decodes.
-    pace = min((seq.progress.tpot_s for _, seq in work.decodes), default=limit)
-    spare = min(limit, pace / batch.margin)
-    hold = bool(work.decodes or work.prefills)
-    for _, seq in work.pending:
-        if batch.is_full(spare):
-            break
-        batch.prefill(seq, spare, hold=hold)
-    return _best_effort(batch, work.best_effort, spare, limits)
+def _fill_up(batch: TimedBatch, work: Work, limits: BatchLimits, limit: float, now: float) -> float:
+    """Run who is promised nothing; returns the predicted seconds of best effort."""
+    # The credit of admitted decodes is not for them.
+    spare = min([limit, *(seq.progress.tpot_s for _, seq in work.decodes)])
+    late = _run_unpromised(batch, work, limits, spare, now)
+    return _best_effort(batch, work, limits, spare, first=late)
+
+
+def _run_unpromised(
+    batch: TimedBatch, work: Work, limits: BatchLimits, until: float, now: float
+) -> list[Sequence]:
+    """Run who may still be in time, by deadline; returns those who will not be."""
+    room = _Room(batch, work, limits)
+    late = []
+    for _, seq in work.unpromised:
+        if batch.is_full(until):
+            return late
+        if seq.is_decoding:
+            batch.decode(seq, until)
+    for deadline, seq in work.unpromised:
+        if batch.is_full(until):
+            return late
+        if seq.is_decoding:
+            continue
+        if now + batch.seconds_of_rest(seq) > deadline:
+            late.append(seq)
+        elif seq.state is SequenceState.RUNNING:
+            batch.prefill(seq, until)
+        elif room.has(seq) and batch.prefill(seq, until):
+            room.take(seq)
+    return late
 
 
 def _best_effort(
-    batch: _TimedBatch, sequences: list[Sequence], until: float, limits: BatchLimits
+    batch: TimedBatch,
+    work: Work,
+    limits: BatchLimits,
+    until: float,
+    first: SequenceOf[Sequence] = (),
 ) -> float:
-    """Run best effort until the batch takes so long; returns the predicted seconds of it."""
+    """Run best effort until the batch takes so long; returns the predicted seconds of it.
+
+    Args:
+        first: others that go before it.
+    """
     before = batch.seconds
-    todo = [seq for seq in sequences if seq.seq_id not in batch.draft.plan.num_scheduled_tokens]
+    scheduled = batch.draft.plan.num_scheduled_tokens
+    todo = [seq for seq in (*first, *work.best_effort) if seq.seq_id not in scheduled]
     for seq in todo:
         if batch.is_full(until):
             return batch.seconds - before
@@ -403,22 +289,42 @@ def _best_effort(
     for seq in todo:
         if seq.state is SequenceState.RUNNING and not seq.is_decoding:
             batch.prefill(seq, until)
-    held = sum(len(seq.block_table) for seq in sequences)
+    room = _Room(batch, work, limits)
     for seq in todo:
-        if seq.state is not SequenceState.WAITING:
-            continue
-        needed, room = limits.blocks_of(seq), limits.best_effort_blocks - held
-        # One of them may always run, while blocks are free.
-        if not held:
-            room = max(room, batch.draft.view.memory.num_free_blocks)
-        if needed > room or not batch.prefill(seq, until):
-            break
-        held += needed
+        if seq.state is SequenceState.WAITING:
+            if not room.has(seq) or not batch.prefill(seq, until):
+                break
+            room.take(seq)
     return batch.seconds - before
 
 
+class _Room:
+    """Blocks in which sequences without a promise may start."""
+
+    def __init__(self, batch: TimedBatch, work: Work, limits: BatchLimits) -> None:
+        self._blocks_of = limits.blocks_of
+        others = (*work.best_effort, *(seq for _, seq in work.unpromised))
+        scheduled = batch.draft.plan.num_scheduled_tokens
+        # Those that start in this batch hold no blocks yet.
+        held = sum(
+            limits.blocks_of(seq) if seq.state is SequenceState.WAITING else len(seq.block_table)
+            for seq in others
+            if seq.block_table or seq.seq_id in scheduled
+        )
+        self._left = limits.spare_blocks - held
+        # One of them may always run, while blocks are free.
+        if not held:
+            self._left = max(self._left, batch.draft.view.memory.num_free_blocks)
+
+    def has(self, seq: Sequence) -> bool:
+        return self._blocks_of(seq) <= self._left
+
+    def take(self, seq: Sequence) -> None:
+        self._left -= self._blocks_of(seq)
+
+
 def _draft_for_prefills(
-    batch: _TimedBatch,
+    batch: TimedBatch,
     speculators: list[Speculator],
     num_decodes: int,
     limit: float,
@@ -442,7 +348,7 @@ def _draft_for_prefills(
 
 
 def _draft_with_the_rest(
-    batch: _TimedBatch,
+    batch: TimedBatch,
     view: PlannerView,
     num_promised: int,
     drafting: Drafting,
@@ -477,7 +383,7 @@ def _draft_with_the_rest(
 
 
 def _draft_for_speed(
-    batch: _TimedBatch, decodes: list[Sequence], drafting: Drafting, limit: float
+    batch: TimedBatch, decodes: list[Sequence], drafting: Drafting, limit: float
 ) -> None:
     """Draft for the decodes of a batch such that it brings most tokens per second."""
     speculators = [one for seq in decodes if (one := drafting.speculator(seq)).limit > 0]

@@ -138,6 +138,10 @@ class PerfModel:
         """Seconds by the profile alone: what promises are made from, stable over time."""
         return max(piece.seconds(shape) for piece in self.pieces)
 
+    def risk(self, factor: float) -> float:
+        """Chance that an iteration takes more than so many times its predicted seconds."""
+        return self._scatter.risk(factor)
+
     def predict(self, shape: BatchShape) -> float:
         """Seconds that the batch is expected to take now: the mean of what it may take."""
         return self.correction(shape) * self.profiled(shape)

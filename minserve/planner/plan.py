@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeVar
 
+from minserve.errors import SLOUnattainableError
 from minserve.planner.perf_model import BatchShape
 from minserve.request import Sequence
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,15 @@ class Refusal:
 
     reason: str
     retry_after_s: float
+
+    def error(self) -> SLOUnattainableError:
+        """What the client is told."""
+        return SLOUnattainableError(
+            f"the SLO cannot be kept now (too little {self.reason}); "
+            f"try again in {self.retry_after_s:.1f} s",
+            reason=self.reason,
+            retry_after_s=self.retry_after_s,
+        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -71,6 +84,28 @@ class IterationPlan:
     def total_tokens(self) -> int:
         return sum(self.num_scheduled_tokens.values())
 
+    def only(self, seq_ids: Container[str]) -> IterationPlan:
+        """The plan without all other sequences. Its shape is still to be reckoned."""
+
+        def of(part: Mapping[str, T]) -> dict[str, T]:
+            return {seq_id: value for seq_id, value in part.items() if seq_id in seq_ids}
+
+        def among(part: SequenceOf[str]) -> list[str]:
+            return [seq_id for seq_id in part if seq_id in seq_ids]
+
+        return replace(
+            self,
+            num_scheduled_tokens=of(self.num_scheduled_tokens),
+            speculation=of(self.speculation),
+            catch_up=of(self.catch_up),
+            admit=among(self.admit),
+            preempt=among(self.preempt),
+            promote=among(self.promote),
+            relegate=among(self.relegate),
+            reject=of(self.reject),
+            declined=among(self.declined),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class CachedPrefix:
@@ -95,6 +130,9 @@ class MemoryView(Protocol):
     @property
     def num_free_blocks(self) -> int:
         """Blocks that can be handed out now (evictable cached ones included)."""
+
+    def may_hit(self, seq: Sequence) -> bool:
+        """True where a sequence begins with the blocks that are cached of its tokens."""
 
     def cached_prefix(self, seq: Sequence) -> CachedPrefix:
         """The longest cached prefix of ``seq``, at most all its tokens but the last."""

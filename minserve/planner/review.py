@@ -2,6 +2,9 @@
 
 Sequences that decode under a promise are settled: what they need is the outlook. All others
 that have an unbroken SLO are candidates; of these, prefills under way are forced in.
+
+A promise belongs to a request: its outputs are candidates together, and are promised, given
+up and refused together (`minserve.planner.parties`).
 """
 
 from __future__ import annotations
@@ -24,11 +27,12 @@ from minserve.planner.outlook import (
     build_outlook,
     group_tiers,
 )
+from minserve.planner.parties import Party, partition, spared_blocks, starts_of
 from minserve.planner.perf_model import PerfModel
 from minserve.planner.plan import PlannerView, Refusal
 from minserve.planner.speculation import NO_DRAFTS, DraftsForPrefills
 from minserve.planner.timeline import Candidate
-from minserve.request import Sequence, SequenceState
+from minserve.request import Sequence
 from minserve.slo import Standing
 
 # Stands for "no deadline"; finite, so that what never gets done is never accepted.
@@ -89,51 +93,33 @@ def review(
         acceptance: of drafted tokens.
     """
     verdict = Verdict()
-    settled, open_ = _partition(view, now)
-    if not settled and not open_:
+    alone, parties = partition(view, now)
+    if not alone and not parties:
         return verdict
-    round_ = _Round(view, now, model, lengths, cached_tokens, settings, acceptance, settled, open_)
+    round_ = _Round(view, now, model, lengths, cached_tokens, settings, acceptance, alone, parties)
     round_.shed_overload(verdict)
-    if not open_:
+    if not round_.candidates:
         verdict.drafts = round_.drafts(set())
         return verdict
     accepted = round_.choose(choose)
     verdict.drafts = round_.drafts(accepted)
-    verdict.chosen = {open_[i].seq_id: None for i in sorted(accepted)}
-    for i, seq in enumerate(open_):
+    verdict.chosen = {
+        seq.seq_id: None for i in sorted(accepted) for seq in round_.undecided[i].open
+    }
+    for i, party in enumerate(round_.undecided):
         if i not in accepted:
-            round_.decline(i, seq, accepted, verdict)
+            round_.decline(i, party, accepted, verdict)
     return verdict
 
 
-def _partition(view: PlannerView, now: float) -> tuple[list[Sequence], list[Sequence]]:
-    """Sequences that decode under a promise, and those to decide on.
-
-    Whose SLO is broken is neither, unless it has yet to hear that it is refused.
-    """
-    settled, open_ = [], []
-    for seq in (*view.running, *view.waiting):
-        if seq.progress is None:
-            continue
-        if seq.progress.is_broken(now) and not awaits_answer(seq):
-            continue
-        promised = seq.standing is Standing.ADMITTED and seq.is_decoding
-        (settled if promised else open_).append(seq)
-    return settled, open_
-
-
-def awaits_answer(seq: Sequence) -> bool:
-    """True where a request that would rather be refused than late has not begun."""
-    return (
-        seq.standing is Standing.PENDING
-        and seq.request.slo.refuses_delay
-        and seq.state is SequenceState.WAITING
-        and seq.num_output_tokens == 0
-    )
-
-
 class _Round:
-    """The sequences of one round as the admission program sees them."""
+    """The requests of one round as the admission program sees them.
+
+    Attributes:
+        settled: sequences that decode under a promise.
+        undecided: requests with outputs that do not.
+        candidates: what these are to the program.
+    """
 
     def __init__(
         self,
@@ -144,33 +130,36 @@ class _Round:
         cached_tokens: Callable[[Sequence], int],
         settings: ReviewSettings,
         acceptance: AcceptanceEstimator,
-        settled: list[Sequence],
-        open_: list[Sequence],
+        alone: list[Sequence],
+        parties: list[Party],
     ) -> None:
         self.view, self.now, self.settings = view, now, settings
-        self.settled = settled
+        self._alone, self._parties = alone, parties
+        self.settled = alone + [seq for party in parties for seq in party.settled]
+        self.undecided = [party for party in parties if party.open]
+        open_ = [seq for party in self.undecided for seq in party.open]
         self._block_size = view.memory.block_size
         self.tiers, self.index = group_tiers(
             (stage.tpot_s, seq.num_tokens)
-            for seq in (*settled, *open_)
+            for seq in (*self.settled, *open_)
             for stage in seq.progress.targets.stages[seq.progress.stage :]
         )
         crowded = any(
-            s.progress is None or s.standing is Standing.BEST_EFFORT
-            for s in (*view.running, *view.waiting)
+            s.progress is None or s.progress.is_broken(now) for s in (*view.running, *view.waiting)
         )
         speculation = self._speculation(acceptance, open_)
         share = 1.0 - (settings.best_effort_share if crowded else 0.0)
+        # Rates last for many iterations, whose times average out: they go by what is expected.
         self.rates = self._rates(model, share, speculation)
-        # For what is promised already, the likely time counts and not the cautious one:
-        # a promise is given up when it will be broken, not when it might be.
-        self.likely_rates = self._rates(model, 1.0, speculation)
-        self.remaining = {s.seq_id: lengths.remaining(s) for s in (*settled, *open_)}
+        # What is promised already goes before the share of best effort.
+        self.whole_rates = self._rates(model, 1.0, speculation)
+        self.remaining = {s.seq_id: lengths.remaining(s) for s in (*self.settled, *open_)}
+        self._spared = spared_blocks(parties, view.memory, self.remaining)
         # Decodes keep step with each other, whatever they were promised: what counts for memory
         # is in which order they end.
-        self._step_s = min((s.progress.tpot_s for s in settled), default=math.inf)
-        self.demands = {s.seq_id: self._demands(s) for s in settled}
-        self.candidates = [self._candidate(s, cached_tokens) for s in open_]
+        self._step_s = min((s.progress.tpot_s for s in self.settled), default=math.inf)
+        self.demands = {s.seq_id: self._demands(s) for s in self.settled}
+        self.candidates = [self._candidate(party, cached_tokens) for party in self.undecided]
 
     def _rates(
         self, model: PerfModel, share: float, speculation: TierSpeculation | None
@@ -221,7 +210,7 @@ class _Round:
                 counts[tier] += 1
         for i in accepted:
             if self.candidates[i].tier is not None:
-                counts[self.candidates[i].tier] += 1
+                counts[self.candidates[i].tier] += self.candidates[i].num_seqs
         by_tier = self.rates.thresholds(counts)
         return DraftsForPrefills(
             {tpot: by_tier[tier] for tpot, tier in self.index.items() if tier in by_tier},
@@ -229,18 +218,37 @@ class _Round:
         )
 
     def _blocks(self, seq: Sequence) -> int:
-        return -(-(seq.num_tokens + self.remaining[seq.seq_id]) // self._block_size)
+        """At its end, but for those that a sibling is counted for."""
+        blocks = -(-(seq.num_tokens + self.remaining[seq.seq_id]) // self._block_size)
+        return blocks - self._spared.get(seq.seq_id, 0)
 
     def _holding(self, seq: Sequence) -> Holding:
         end_s = self.now + self.remaining[seq.seq_id] * self._step_s
-        return Holding(-(-seq.num_tokens // self._block_size), self._blocks(seq), end_s)
+        blocks_now = -(-seq.num_tokens // self._block_size) - self._spared.get(seq.seq_id, 0)
+        return Holding(blocks_now, self._blocks(seq), end_s)
 
-    def _candidate(self, seq: Sequence, cached_tokens: Callable[[Sequence], int]) -> Candidate:
+    def _candidate(self, party: Party, cached_tokens: Callable[[Sequence], int]) -> Candidate:
+        """All open outputs of a request. They are due when the first of them is, and at the
+        pace of the tightest: only those that were preempted in different stages differ.
+        """
+        starts = starts_of(party, self.view.memory, cached_tokens)
+        if len(starts) == 1:
+            return self._single(party.open[0], starts[0])
+        each = [self._single(seq, start) for seq, start in zip(party.open, starts, strict=True)]
+        return Candidate(
+            work=sum(one.work for one in each),
+            deadline_s=min(one.deadline_s for one in each),
+            tier=min((one.tier for one in each if one.tier is not None), default=None),
+            blocks=sum(one.blocks for one in each),
+            value=each[0].value,
+            forced=each[0].forced,
+            decode_s=max(one.decode_s for one in each),
+            num_seqs=len(each),
+        )
+
+    def _single(self, seq: Sequence, start: int) -> Candidate:
+        """One output, of which so many tokens are computed when its prefill begins."""
         progress = seq.progress
-        if seq.state is SequenceState.RUNNING:
-            start = seq.num_computed_tokens
-        else:
-            start = cached_tokens(seq)
         return Candidate(
             work=0.0 if seq.is_decoding else self.rates.work(start, seq.num_tokens),
             deadline_s=min(progress.next_deadline_s - self.settings.guard_s, self.now + FAR_S),
@@ -284,8 +292,8 @@ class _Round:
             end = self._done_s + candidate.decode_s
             holdings.append(Holding(candidate.blocks, candidate.blocks, end))
             if candidate.tier is not None:
-                demands.append(Demand(candidate.tier, self._done_s, end))
-        num_forced = sum(candidate.forced for candidate in self.candidates)
+                demands += [Demand(candidate.tier, self._done_s, end)] * candidate.num_seqs
+        num_forced = sum(one.num_seqs for one in self.candidates if one.forced)
         return build_outlook(
             self.now,
             horizon_s,
@@ -297,21 +305,35 @@ class _Round:
         )
 
     def shed_overload(self, verdict: Verdict) -> None:
-        """Where settled decodes alone are too many, give up those with most still to do.
+        """Where settled decodes alone are too many, give up the requests with most still to do.
 
         Otherwise all of them would fall behind together and break every promise.
         """
-        order = sorted(self.settled, key=lambda s: self.remaining[s.seq_id], reverse=True)
-        for seq in order:
-            counts = [0] * len(self.tiers)
-            for own in self.demands.values():
-                for demand in own:
-                    counts[demand.tier] += demand.start_s <= self.now + SOON_S
-            if self.likely_rates.one(counts) >= 0:
+        if self._settled_fit():
+            return
+        parties = [party for party in self._parties if party.settled]
+        parties += [Party(one.request, one.standing, [one], [one], []) for one in self._alone]
+        for party in sorted(parties, key=self._most_left, reverse=True):
+            if self._settled_fit():
                 return
-            verdict.relegate[seq.seq_id] = None
-            self.settled.remove(seq)
-            del self.demands[seq.seq_id]
+            verdict.relegate |= dict.fromkeys(seq.seq_id for seq in party.live)
+            for seq in party.settled:
+                self.settled.remove(seq)
+                del self.demands[seq.seq_id]
+            if party.open:
+                del self.candidates[self.undecided.index(party)]
+                self.undecided.remove(party)
+
+    def _settled_fit(self) -> bool:
+        """True where the settled decodes of now keep their pace."""
+        counts = [0] * len(self.tiers)
+        for own in self.demands.values():
+            for demand in own:
+                counts[demand.tier] += demand.start_s <= self.now + SOON_S
+        return self.whole_rates.one(counts) >= 0
+
+    def _most_left(self, party: Party) -> int:
+        return max(self.remaining[seq.seq_id] for seq in party.settled)
 
     def choose(self, choose: Choose) -> set[int]:
         """Indices of the candidates to be served."""
@@ -321,32 +343,40 @@ class _Round:
         if admission.feasible:
             self._done_s = admission.done_s
             return set(admission.accepted)
-        # By cautious rates not even the prefills under way fit: nobody new, and of those
-        # under way as many as likely fit.
+        # Beside best effort not even the prefills under way fit: nobody new, and of those under
+        # way as many as fit without it.
         forced = [i for i, candidate in enumerate(candidates) if candidate.forced]
         under_way = [candidates[i] for i in forced]
-        admission = choose(under_way, self._outlook, self.likely_rates)
+        admission = choose(under_way, self._outlook, self.whole_rates)
         if not admission.feasible:
             optional = [replace(candidate, forced=False) for candidate in under_way]
-            slots = replace(self._outlook, free_seqs=self._outlook.free_seqs + len(forced))
-            admission = choose(optional, slots, self.likely_rates)
+            more = sum(candidate.num_seqs for candidate in under_way)
+            slots = replace(self._outlook, free_seqs=self._outlook.free_seqs + more)
+            admission = choose(optional, slots, self.whole_rates)
         self._done_s = admission.done_s
         return {forced[i] for i in admission.accepted}
 
-    def decline(self, i: int, seq: Sequence, accepted: set[int], verdict: Verdict) -> None:
-        """Refuse it if it asked for that, give it up if it is hopeless, else let it wait."""
-        if seq.standing is Standing.ADMITTED:
-            verdict.relegate[seq.seq_id] = None
-            return
-        if seq.standing is not Standing.PENDING:
-            return
-        if awaits_answer(seq):
-            verdict.reject[seq.seq_id] = self._refusal(i, accepted)
-        elif (
-            self._alone_done_s(self.candidates[i], self.likely_rates)
-            > self.candidates[i].deadline_s
+    def decline(self, i: int, party: Party, accepted: set[int], verdict: Verdict) -> None:
+        """Refuse a request if it asked for that, give it up if it is hopeless, else let it wait."""
+        outputs = [seq.seq_id for seq in party.live]
+        if party.standing is Standing.ADMITTED:
+            verdict.relegate |= dict.fromkeys(outputs)
+        elif party.awaits_answer:
+            verdict.reject |= dict.fromkeys(outputs, self._refusal(i, accepted))
+        elif party.standing is Standing.PENDING and not self._fits_alone(
+            self.candidates[i], self.whole_rates
         ):
-            verdict.relegate[seq.seq_id] = None
+            verdict.relegate |= dict.fromkeys(outputs)
+
+    def _fits_alone(self, candidate: Candidate, rates: PrefillRates) -> bool:
+        """True where it would be in time, with slots and blocks for all of its outputs, if
+        nobody else were there.
+        """
+        return (
+            self._alone_done_s(candidate, rates) <= candidate.deadline_s
+            and candidate.num_seqs <= self.view.max_num_seqs
+            and candidate.blocks <= self.view.memory.num_blocks
+        )
 
     def _alone_done_s(self, candidate: Candidate, rates: PrefillRates) -> float:
         """When its prefill would be done if it had the device for itself from now on."""
@@ -358,9 +388,8 @@ class _Round:
         candidate = self.candidates[i]
         own = [0] * len(self.tiers)
         if candidate.tier is not None:
-            own[candidate.tier] = 1
-        fits_alone = self._alone_done_s(candidate, self.rates) <= candidate.deadline_s
-        if not fits_alone or self.rates.one(own) < 0:
+            own[candidate.tier] = candidate.num_seqs
+        if not self._fits_alone(candidate, self.rates) or self.rates.one(own) < 0:
             return Refusal("device", NEVER_S)
         outlook = self.outlook(math.inf, [self.candidates[j] for j in accepted])
         paced = self.rates(outlook.counts + np.array(own, dtype=np.int64)) > 0

@@ -18,6 +18,8 @@ from statistics import NormalDist
 
 # One observation moves the drift by this share of its surprise where nothing has changed.
 DRIFT_RATE = 0.03
+# By how much that leaves the drift unsure, as a share of the variance of one iteration.
+DRIFT_UNSURE = DRIFT_RATE / (2.0 - DRIFT_RATE)
 # The same for the scatter, which changes less.
 SCATTER_RATE = 1 / 256
 # What is believed before anything was seen weighs as much as so many observations.
@@ -34,6 +36,8 @@ LEAST_SCATTER = 0.03
 # A machine that stands still at times cannot be planned around; past this, caution would only
 # make it slower.
 MOST_BOUND = 3.0
+# A variance of logarithms below this is none.
+TINY = 1e-12
 
 
 class Scatter:
@@ -75,6 +79,13 @@ class Scatter:
         weight = max(DRIFT_RATE, 1.0 / (self._since_change + 1))
         self.drift *= 1.0 + rate * weight * (min(ratio, MOST_RATIO) - 1.0)
 
+    def risk(self, factor: float) -> float:
+        """Chance that one iteration takes more than so many times its expected seconds."""
+        square = math.log1p(self.variance * (1.0 + DRIFT_UNSURE))
+        if square < TINY:
+            return 0.0 if factor >= 1.0 else 1.0
+        return 0.5 * math.erfc((math.log(factor) + square / 2) / math.sqrt(2.0 * square))
+
     def bound(self, iterations: float, risk: float) -> float:
         """Factor on the expected seconds of so many iterations in a row, which their sum stays
         within in all but ``risk`` of cases; at least 1.
@@ -83,7 +94,7 @@ class Scatter:
         "The sum of log-normal probability distributions", 1960), to which comes what the drift
         itself may be off by, which does not average out.
         """
-        variance = self.variance * (1.0 / max(iterations, 1.0) + DRIFT_RATE / (2.0 - DRIFT_RATE))
+        variance = self.variance * (1.0 / max(iterations, 1.0) + DRIFT_UNSURE)
         square = math.log1p(variance)
         factor = math.exp(_normal_quantile(risk) * math.sqrt(square) - square / 2)
         return min(max(1.0, factor), MOST_BOUND)

@@ -21,16 +21,17 @@ from minserve.planner.outlook import Outlook
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A request whose prompt is not wholly computed.
+    """A request with outputs that do not decode yet. They are accepted together or not at all.
 
     Attributes:
-        work: of its prefill, in budget tokens (`PrefillRates.work`).
-        deadline_s: when the prefill must be done; finite.
-        tier: of its decode; ``None`` where no pace is promised.
-        blocks: KV blocks that it will hold, beyond what the outlook counts.
-        value: weight, above 0.
-        forced: it runs already and must be in the set.
-        decode_s: predicted duration of its decode.
+        work: of their prefills together, in budget tokens (`PrefillRates.work`).
+        deadline_s: when these must be done; finite.
+        tier: of each one's decode; ``None`` where no pace is promised.
+        blocks: KV blocks that they will hold, beyond what the outlook counts.
+        value: weight of the request, above 0.
+        forced: it is promised already and must be in the set.
+        decode_s: predicted duration of the longest decode.
+        num_seqs: how many outputs, each with a slot and a place in the tier.
     """
 
     work: float
@@ -40,6 +41,7 @@ class Candidate:
     value: float = 1.0
     forced: bool = False
     decode_s: float = math.inf
+    num_seqs: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ def simulate(accepted: SequenceOf[Candidate], outlook: Outlook, rates: PrefillRa
         the times in the order given; those after the first missed deadline are inf.
     """
     rows, order = _Rows(outlook, rates), by_deadline(accepted)
-    rows.expect([accepted[i].tier for i in order])
+    rows.expect([accepted[i] for i in order])
     walk = _Walk(rows)
     done = [math.inf] * len(accepted)
     for i in order:
@@ -98,7 +100,7 @@ def insert_greedily(
     """
     order = by_deadline(candidates)
     rows = _Rows(outlook, rates)
-    rows.expect([candidates[i].tier for i in order])
+    rows.expect([candidates[i] for i in order])
     later = [candidates[i] for i in order if candidates[i].forced]
     walk = _Walk(rows)
     if not walk.copy().run_all(later):
@@ -108,12 +110,12 @@ def insert_greedily(
         candidate = candidates[i]
         if candidate.forced:
             later.pop(0)
-        elif slots <= 0:
+        elif slots < candidate.num_seqs:
             continue
         trial = walk.copy()
         if trial.run(candidate) and (not later or trial.copy().run_all(later)):
             walk = trial
-            slots -= not candidate.forced
+            slots -= 0 if candidate.forced else candidate.num_seqs
             accepted.append(i)
     value = sum(candidates[i].value for i in accepted)
     return Admission(tuple(accepted), True, value, walk.now, exact=False)
@@ -159,12 +161,12 @@ class _Rows:
             row = self._rows[counts]
         return row
 
-    def expect(self, tiers: SequenceOf[int | None]) -> None:
-        """Compute what is needed if decodes of these tiers join in this order, all at once."""
+    def expect(self, candidates: SequenceOf[Candidate]) -> None:
+        """Compute what is needed if these join the decodes in this order, all at once."""
         path, counts = [self.idle], self.idle
-        for tier in tiers:
-            if tier is not None:
-                counts = _changed(counts, tier, 1)
+        for candidate in candidates:
+            if candidate.tier is not None:
+                counts = _changed(counts, candidate.tier, candidate.num_seqs)
                 path.append(counts)
         self._compute(path)
 
@@ -192,9 +194,9 @@ class _Walk:
         self._rows = rows
         self.now, self._segment = rows.starts[0], 0
         # Of the accepted ones: those that decode per tier, the blocks that they hold, and
-        # when they end, as (end, tier or -1, blocks), earliest first.
+        # when they end, as (end, tier or -1, blocks, sequences), earliest first.
         self._counts, self._blocks = rows.idle, 0
-        self._ends: list[tuple[float, int, int]] = []
+        self._ends: list[tuple[float, int, int, int]] = []
         self._rates = rows.row(self._counts)[0]
 
     def copy(self) -> _Walk:
@@ -233,7 +235,7 @@ class _Walk:
         tier = candidate.tier
         if tier is not None:
             while True:
-                counts = _changed(self._counts, tier, 1)
+                counts = _changed(self._counts, tier, candidate.num_seqs)
                 rates, steady = self._rows.row(counts)
                 if self._segment >= steady:
                     break
@@ -244,7 +246,8 @@ class _Walk:
         self._blocks += candidate.blocks
         end = self.now + candidate.decode_s
         if end < math.inf:
-            insort(self._ends, (end, -1 if tier is None else tier, candidate.blocks))
+            tier = -1 if tier is None else tier
+            insort(self._ends, (end, tier, candidate.blocks, candidate.num_seqs))
         return True
 
     def _next_event_s(self) -> float:
@@ -258,8 +261,8 @@ class _Walk:
         if not self._ends or self._ends[0][0] > self.now:
             self._segment += 1
             return
-        _, tier, blocks = self._ends.pop(0)
+        _, tier, blocks, num_seqs = self._ends.pop(0)
         self._blocks -= blocks
         if tier >= 0:
-            self._counts = _changed(self._counts, tier, -1)
+            self._counts = _changed(self._counts, tier, -num_seqs)
             self._rates = self._rows.row(self._counts)[0]

@@ -99,13 +99,17 @@ class Server:
     # --- endpoints ---
 
     async def health(self, request: web.Request) -> web.Response:
-        """200 while requests are served, 503 otherwise; how many replicas are in which state."""
+        """200 while requests are served, 503 otherwise; how many outputs clients wait for, and
+        how many replicas are in which state.
+        """
         engine = self._ready_engine()
         if not engine.is_healthy:
             raise unavailable("the engine has stopped working")
         if engine.iteration_s > self.config.watchdog_s:
-            raise unavailable(f"an iteration has taken {engine.iteration_s:.0f} s and goes on")
-        body: dict[str, Any] = {"status": "ok"}
+            raise unavailable(
+                f"no iteration has ended for {engine.iteration_s:.0f} s although there is work"
+            )
+        body: dict[str, Any] = {"status": "ok", "unfinished": engine.num_unfinished}
         if hasattr(engine, "replicas"):
             body["replicas"] = Counter(one["state"] for one in engine.replicas())
         return _json(body)

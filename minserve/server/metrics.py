@@ -45,6 +45,11 @@ class EngineCollector(Collector):
         """All metrics, of one moment."""
         engine = self._find_engine()
         stats, most = engine.stats(), engine.config.max_speculation
+        yield GaugeMetricFamily(
+            PREFIX + "num_requests_unfinished",
+            "Outputs that clients wait for, wherever they are.",
+            engine.num_unfinished,
+        )
         if not isinstance(stats, Mapping):
             yield from _families(stats, most)
             return

@@ -39,13 +39,14 @@ class Cluster:
         self._homes: dict[int, int] = {}
         self.load: OfferedLoad | None = None
 
-    def arrive(self, seq: SimulatedSequence) -> None:
-        """A request comes in from outside."""
-        self._place(seq, 0 if not self._routes else self._route(seq))
+    def arrive(self, *seqs: SimulatedSequence) -> None:
+        """A request comes in from outside, with all of its outputs."""
+        self._place(seqs, 0 if not self._routes else self._route(seqs[0]))
 
-    def _place(self, seq: SimulatedSequence, number: int) -> None:
+    def _place(self, seqs: Sequence[SimulatedSequence], number: int) -> None:
         replica = self.replicas[number]
-        replica.submit(seq)
+        for seq in seqs:
+            replica.submit(seq)
         self._changed.add(number)
         if not replica.busy:
             self._begin(number)
@@ -64,17 +65,18 @@ class Cluster:
         self._loop.at(self._loop.now + seconds, lambda: self._end(number))
         self._changed.add(number)
         for seq in refused:
-            self._tried.pop(seq.seq_id, None)
+            self._tried.pop(seq.request.request_id, None)
             self.load.refused(seq)
         for seq, other in moving:
-            seq.hops += 1
-            seq.standing = Standing.PENDING
-            self._place(seq, other)
+            for one in seq.siblings:
+                one.hops += 1
+                one.standing = Standing.PENDING
+            self._place(seq.siblings, other)
 
     def _end(self, number: int) -> None:
         replica = self.replicas[number]
         for seq in replica.end(self._loop.now):
-            self._tried.pop(seq.seq_id, None)
+            self._tried.pop(seq.request.request_id, None)
             self._lengths.finished(seq)
             if self._routes:
                 self._homes[seq.conversation] = number
@@ -110,7 +112,7 @@ class Cluster:
         """Where a request that this replica does not promise its SLO is tried next, if at all."""
         if not self._routes or seq.hops >= self._hop_limit:
             return None
-        tried = self._tried.setdefault(seq.seq_id, set())
+        tried = self._tried.setdefault(seq.request.request_id, set())
         tried.add(number)
         self._report()
         return self._router.choose_better(self._ask(seq), self._loop.now, tried)

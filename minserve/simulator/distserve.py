@@ -123,10 +123,11 @@ class DistServeCluster:
         self._handover: list[tuple[SimulatedSequence, PrefillReplica]] = []
         self.load: OfferedLoad | None = None
 
-    def arrive(self, seq: SimulatedSequence) -> None:
-        """A request comes in from outside."""
-        replica = min(self._prefills, key=lambda one: one.load(seq))
-        replica.submit(seq)
+    def arrive(self, *seqs: SimulatedSequence) -> None:
+        """A request comes in from outside, with all of its outputs."""
+        replica = min(self._prefills, key=lambda one: one.load(seqs[0]))
+        for seq in seqs:
+            replica.submit(seq)
         self._begin(replica)
 
     def _begin(self, replica: SimulatedReplica) -> None:

@@ -14,17 +14,19 @@ from minserve.slo import Standing
 from minserve.workload.conversation import Conversation, Turn
 from minserve.workload.verdict import Cause, Verdict, cause_of_miss
 
-Arrive = Callable[[SimulatedSequence], None]
+# Takes all outputs of a turn.
+Arrive = Callable[..., None]
 Progressed = Callable[["OfferedLoad"], None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Place:
-    """Of a turn in the workload, and when it is due."""
+    """Of a turn in the workload, when it is due, and how many outputs are still to come."""
 
     conversation: int
     number: int
     due_s: float
+    num_open: int = 0
 
 
 class OfferedLoad:
@@ -67,11 +69,19 @@ class OfferedLoad:
             self._offer(_Place(number, 0, conversation.arrival_s), None)
 
     def ended(self, seq: SimulatedSequence) -> None:
-        """The whole answer has come."""
-        place, progress = self._places.pop(seq.seq_id), seq.progress
+        """An output has come; with the last one of its turn the whole answer."""
+        place = self._places[seq.request.request_id]
+        place.num_open -= 1
+        if place.num_open:
+            return
+        seq, every = seq.siblings[0], [one.progress for one in seq.siblings]
         # The engine's clock began when it had the request; whoever asked waits since it was due.
-        progress.arrival_s = place.due_s
-        self._note(seq, place, cause_of_miss(progress, done=True), progress.attained_mean)
+        for progress in every:
+            progress.arrival_s = place.due_s
+        causes = [cause for one in every if (cause := cause_of_miss(one, done=True)) is not None]
+        self._note(
+            seq, place, causes[0] if causes else None, all(one.attained_mean for one in every)
+        )
         turns = self._workload[place.conversation].turns
         if place.number + 1 < len(turns):
             due_s = self._loop.now + turns[place.number + 1].delay_s
@@ -79,7 +89,7 @@ class OfferedLoad:
 
     def refused(self, seq: SimulatedSequence) -> None:
         """There will be no answer, so that no later turn is sent either."""
-        place = self._places.pop(seq.seq_id)
+        place = self._places[seq.request.request_id]
         self._note(seq, place, Cause.REJECTED, attained_mean=False)
         for turn in self._workload[place.conversation].turns[place.number + 1 :]:
             self._add(
@@ -105,7 +115,9 @@ class OfferedLoad:
         request = Request(
             request_id=str(self._num_sent),
             prompt_token_ids=prompt,
-            params=SamplingParams(max_tokens=turn.output_tokens if self._tells_lengths else room),
+            params=SamplingParams(
+                n=turn.n, max_tokens=turn.output_tokens if self._tells_lengths else room
+            ),
             seed=self._num_sent,
             arrival_s=self._loop.now,
             slo=turn.slo,
@@ -115,26 +127,34 @@ class OfferedLoad:
             ),
         )
         self._lengths[request.request_id] = turn.output_tokens
-        seq = SimulatedSequence(request, turn=turn, conversation=place.conversation)
-        self._places[seq.seq_id] = place
-        self._arrive(seq)
+        seqs = [
+            SimulatedSequence(request, index, turn=turn, conversation=place.conversation)
+            for index in range(turn.n)
+        ]
+        for seq in seqs:
+            seq.siblings = seqs
+        place.num_open = turn.n
+        self._places[request.request_id] = place
+        self._arrive(*seqs)
 
     def _note(
         self, seq: SimulatedSequence, place: _Place, cause: Cause | None, attained_mean: bool
     ) -> None:
-        del self._lengths[seq.request.request_id]
-        progress = seq.progress
+        del self._lengths[seq.request.request_id], self._places[seq.request.request_id]
+        every = [one.progress for one in seq.siblings]
         self._add(
             Verdict(
                 name=seq.request.slo.name,
                 arrival_s=place.due_s,
                 cause=cause,
                 attained_mean=attained_mean,
-                best_effort=seq.standing is Standing.BEST_EFFORT,
+                best_effort=any(one.standing is Standing.BEST_EFFORT for one in seq.siblings),
                 prompt_tokens=seq.num_prompt_tokens,
-                output_tokens=seq.num_output_tokens,
-                ttft_s=progress.ttft_s,
-                tpot_s=progress.mean_tpot_s,
+                output_tokens=sum(one.num_output_tokens for one in seq.siblings),
+                ttft_s=max((t for one in every if (t := one.ttft_s) is not None), default=None),
+                tpot_s=max(
+                    (t for one in every if (t := one.mean_tpot_s) is not None), default=None
+                ),
             )
         )
 

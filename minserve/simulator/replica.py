@@ -35,6 +35,7 @@ class SimulatedSequence(Sequence):
     Attributes:
         turn: what it answers.
         conversation: the turn's, by number.
+        siblings: all outputs of the turn, itself among them; set by whoever makes them.
         hops: replicas that it was moved on from.
         num_left: output tokens that are still to come.
         num_thinking_left: of these, tokens until the thinking ends.
@@ -42,6 +43,7 @@ class SimulatedSequence(Sequence):
 
     turn: Turn = field(kw_only=True)
     conversation: int = 0
+    siblings: list[SimulatedSequence] = field(default_factory=list)
     hops: int = 0
     num_left: int = 0
     num_thinking_left: int = 0
@@ -49,6 +51,7 @@ class SimulatedSequence(Sequence):
     def __post_init__(self) -> None:
         # The class that slots make is another one than `super` would look for.
         Sequence.__post_init__(self)
+        self.siblings = self.siblings or [self]
         self.num_left = self.turn.output_tokens
         self.num_thinking_left = self.turn.thinking_tokens
 
@@ -159,11 +162,11 @@ class SimulatedReplica:
         """Plan an iteration and start it.
 
         Args:
-            gives_away: asked of each sequence that has not begun and is promised nothing; True
-                where it goes elsewhere instead of waiting here.
+            gives_away: asked of the first output of each request that has not begun and is
+                promised nothing; True where it goes elsewhere instead of waiting here.
 
         Returns:
-            the seconds until it ends, and the sequences that were refused.
+            the seconds until it ends, and of each request that was refused the first output.
 
         Raises:
             SimulationError: where the policy runs nothing for good although there is work.
@@ -172,7 +175,7 @@ class SimulatedReplica:
             self.planner.model.next_factor = self.disturbance.factor(now)
         plan = self._plan = self.planner.plan(self.view(), now)
         unpromised, refused = self._settle(plan)
-        away = [seq for seq in unpromised if gives_away(seq)]
+        away = [one for seq in unpromised if gives_away(seq) for one in seq.siblings]
         if away:
             self._take_out(plan, away)
         self._start(plan)
@@ -249,23 +252,23 @@ class SimulatedReplica:
         """Carry out what is promised, given up and refused.
 
         Returns:
-            those that have not begun and are promised nothing, and those refused.
+            of requests that have not begun and are promised nothing, and of those refused, the
+            first outputs.
         """
         for seq_id in plan.promote:
             self._by_id[seq_id].standing = Standing.ADMITTED
         unpromised, refused = [], []
         for seq_id in plan.relegate:
-            seq = self._by_id[seq_id]
-            seq.standing = Standing.BEST_EFFORT
-            if seq.state is SequenceState.WAITING:
-                unpromised.append(seq)
+            self._by_id[seq_id].standing = Standing.BEST_EFFORT
+            unpromised.append(self._by_id[seq_id])
         unpromised += [self._by_id[seq_id] for seq_id in plan.declined]
         for seq_id in plan.reject:
             seq = self._by_id[seq_id]
             self.withdraw(seq)
             seq.state = SequenceState.FINISHED
             refused.append(seq)
-        return [seq for seq in unpromised if seq.num_output_tokens == 0], refused
+        unbegun = [seq for seq in unpromised if not any(one.has_begun for one in seq.siblings)]
+        return _firsts(unbegun), _firsts(refused)
 
     def _take_out(self, plan: IterationPlan, away: list[SimulatedSequence]) -> None:
         """Carry a plan out without some who would have started without a promise."""
@@ -350,3 +353,8 @@ class SimulatedReplica:
         self.pool.release(seq)
         if self.drafter is not None:
             self.drafter.forget(seq)
+
+
+def _firsts(seqs: list[SimulatedSequence]) -> list[SimulatedSequence]:
+    """Of each request among these, with all of its outputs, the first one."""
+    return [seq for seq in seqs if seq is seq.siblings[0]]

@@ -272,7 +272,7 @@ def simulate(
     check_fits(workload, setup)
     lengths: dict[str, int] = {}
     loop = EventLoop()
-    shares = any(turn.shared_tokens for one in workload for turn in one.turns)
+    shares = any(turn.shared_tokens or turn.n > 1 for one in workload for turn in one.turns)
     cluster = _cluster(setup, loop, lengths, make, prefix_caching=shares)
     model = setup.device.perf_model()
     load = OfferedLoad(

@@ -126,9 +126,13 @@ async def drive(
             late but lead to further turns.
 
     Raises:
-        WorkloadError: for a turn without a text, or where this process may not open as many
-            streams.
+        WorkloadError: for a turn without a text or with several outputs, or where this process
+            may not open as many streams.
     """
+    if any(turn.n > 1 for one in load.workload for turn in one.turns):
+        raise WorkloadError(
+            "a load test over HTTP asks for one output per request; simulate others"
+        )
     if any(turn.text is None for one in load.workload for turn in one.turns):
         raise WorkloadError("the workload has turns without a text: a server needs prompts")
     raise_file_limit(len(load.workload))

@@ -27,6 +27,8 @@ class Turn:
         delay_s: from the last token of the turn before to this one's arrival. 0 for a first
             turn, which arrives with its conversation.
         thinking_tokens: of the output, those before ``</think>``.
+        n: outputs asked for, each as long as all that says. The turn attains its SLO if all of
+            them do, and ends with the last of them; a next turn repeats the first one.
         text: the new part of the prompt where a real model is to answer; ``None`` stands for
             as many tokens as are needed.
     """
@@ -37,6 +39,7 @@ class Turn:
     shared_tokens: int = 0
     delay_s: float = 0.0
     thinking_tokens: int = 0
+    n: int = 1
     text: str | None = None
 
 

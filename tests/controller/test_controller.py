@@ -133,7 +133,11 @@ def test_a_replica_is_restarted_while_the_other_serves(cluster: Cluster) -> None
 
 
 def test_health_counts_the_replicas(cluster: Cluster) -> None:
-    assert cluster.get("/health") == {"status": "ok", "replicas": {"up": 2}}
+    assert cluster.get("/health") == {
+        "status": "ok",
+        "unfinished": 0,
+        "replicas": {"up": 2},
+    }
 
 
 def test_metrics_are_told_for_each_replica(cluster: Cluster) -> None:

@@ -211,6 +211,32 @@ def test_a_refusal_reaches_the_client_only_where_no_other_replica_can_keep_it(
     run(test)
 
 
+def test_all_outputs_of_a_request_are_refused_once_one_is(run: Callable) -> None:
+    refusal = SLOUnattainableError("no room", reason="memory", retry_after_s=1.5)
+    slo = SLO(ttft=1.0, tpot=0.1, on_unattainable="reject")
+
+    async def test(controller: Controller, outboxes: list[Outbox]) -> None:
+        two = SamplingParams(n=2, max_tokens=20)
+        (handle,) = controller.submit([PROMPT], two, slo=slo)
+        number = where(controller, handle)
+        for other in range(3):
+            report(controller, other, FULL)
+        for index in range(2):
+            end = OutputDelta(
+                handle.request_id, index, finish_reason=FinishReason.ERROR, error=refusal
+            )
+            say(controller, number, m.News(deltas=(end,)))
+            # Now another one would have room.
+            for other in range(3):
+                report(controller, other, IDLE)
+        ends = [one async for one in handle]
+        assert [(one.index, str(one.error)) for one in ends] == [(0, "no room"), (1, "no room")]
+        assert sum(len(submitted(outbox)) for outbox in outboxes) == 1
+        assert controller.num_unfinished == 0
+
+    run(test)
+
+
 def test_what_a_lost_replica_ran_goes_on_behind_what_was_delivered(run: Callable) -> None:
     async def test(controller: Controller, outboxes: list[Outbox]) -> None:
         handle = submit(controller)

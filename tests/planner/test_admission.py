@@ -39,10 +39,11 @@ def decide(instance: Instance) -> admission.Admission:
     return admit(instance.candidates, instance.outlook, instance.rates)
 
 
+@pytest.mark.parametrize("most_seqs", [1, 2, 12], ids="at most {} outputs".format)
 @pytest.mark.parametrize("block", range(NUM_BLOCKS_OF_SEEDS))
-def test_it_finds_the_best_of_all_subsets_and_simulation_agrees(block: int) -> None:
+def test_it_finds_the_best_of_all_subsets_and_simulation_agrees(block: int, most_seqs: int) -> None:
     for seed in range(block * SEEDS_PER_BLOCK, (block + 1) * SEEDS_PER_BLOCK):
-        instance = random_instance(random.Random(seed), num_candidates=7)
+        instance = random_instance(random.Random(seed), num_candidates=7, most_seqs=most_seqs)
         got, best = decide(instance), best_by_brute_force(instance)
         chosen = [instance.candidates[i] for i in got.accepted]
         assert simulate(chosen, instance.outlook, instance.rates).feasible, seed
@@ -60,14 +61,20 @@ def test_it_finds_the_best_of_all_subsets_and_simulation_agrees(block: int) -> N
 
 @pytest.mark.parametrize("alike", [True, False])
 @pytest.mark.parametrize("roomy", [True, False])
+@pytest.mark.parametrize("most_seqs", [1, 6])
 def test_the_bounds_rule_out_nothing_better(
-    monkeypatch: pytest.MonkeyPatch, alike: bool, roomy: bool
+    monkeypatch: pytest.MonkeyPatch, alike: bool, roomy: bool, most_seqs: int
 ) -> None:
     """On instances too large for brute force: the program without bounds, without limits."""
     monkeypatch.setattr(admission, "MAX_STATES", 10**9)
     instances = [
         random_instance(
-            random.Random(seed), num_candidates=13, alike=alike, roomy=roomy, free_seqs=100
+            random.Random(seed),
+            num_candidates=13,
+            alike=alike,
+            roomy=roomy,
+            free_seqs=100 if most_seqs == 1 else 12,
+            most_seqs=most_seqs,
         )
         for seed in range(40)
     ]
@@ -92,7 +99,9 @@ def test_the_program_finds_the_best_set_without_a_good_one_to_begin_with(
     short_of_memory = 0
     for seed in range(400):
         rng = random.Random(seed)
-        instance = random_instance(rng, num_candidates=8, alike=seed % 2 == 0, roomy=False)
+        instance = random_instance(
+            rng, num_candidates=8, alike=seed % 2 == 0, roomy=False, most_seqs=1 + seed % 3
+        )
         candidates = [replace(c, forced=False) for c in instance.candidates]
         instance = Instance(candidates, instance.outlook, instance.rates)
         got, best = decide(instance), best_by_brute_force(instance)
@@ -194,7 +203,9 @@ def test_instances_beyond_a_limit_get_a_good_set_and_say_so(
 def test_values_that_are_no_multiples_of_one_another_are_compared_exactly() -> None:
     rng = random.Random(0)
     for seed in range(300):
-        instance = random_instance(random.Random(seed), num_candidates=7, alike=False)
+        instance = random_instance(
+            random.Random(seed), num_candidates=7, alike=False, most_seqs=1 + seed % 3
+        )
         candidates = [replace(c, value=rng.uniform(0.5, 2.0)) for c in instance.candidates]
         instance = Instance(candidates, instance.outlook, instance.rates)
         got, best = decide(instance), best_by_brute_force(instance)
@@ -207,3 +218,41 @@ def test_equal_deadlines_are_kept_in_the_order_given() -> None:
     same = [Candidate(work=w, deadline_s=1.0, tier=0, blocks=1) for w in (300, 100, 200)]
     got = decide(instance_of(*same))
     assert got.accepted == (1, 2)
+
+
+def test_a_request_of_many_outputs_takes_its_slots_blocks_and_pace_all_at_once() -> None:
+    # A decode of 0.1 s per token takes 2 % of the device.
+    many = Candidate(work=10, deadline_s=1.0, tier=0, blocks=8, num_seqs=6)
+    one = Candidate(work=10, deadline_s=1.1, tier=0, blocks=1)
+    assert decide(instance_of(many, one)).accepted == (0, 1)
+    assert decide(instance_of(many, one, free_seqs=5)).accepted == (1,)
+    assert decide(instance_of(many, one, free_blocks=7)).accepted == (1,)
+    crowd = replace(many, num_seqs=51)
+    assert decide(instance_of(crowd, one, free_seqs=100)).accepted == (1,)
+    crowd = replace(many, num_seqs=49)
+    assert decide(instance_of(crowd, one, free_seqs=100)).accepted == (0, 1)
+
+
+def test_a_request_counts_once_however_many_outputs_it_has() -> None:
+    many = Candidate(work=10, deadline_s=1.0, tier=0, blocks=1, num_seqs=8)
+    ones = [Candidate(work=10, deadline_s=1.0, tier=0, blocks=1) for _ in range(2)]
+    assert decide(instance_of(many, *ones, free_seqs=8)).accepted == (1, 2)
+
+
+def test_counts_of_outputs_that_no_set_has_cost_nothing() -> None:
+    """Of three tiers with a request of hundreds of outputs each, there are few sets."""
+    tiers = [Tier(tpot_s=pace) for pace in (0.1, 0.2, 0.3)]
+    rates = PrefillRates(PerfModel([Piece(tokens=1e-6)]), tiers, window_s=0.1)
+    outlook = Outlook(
+        starts=np.array([0.0]),
+        counts=np.zeros((1, 3), dtype=np.int64),
+        free_blocks=np.array([100]),
+        free_seqs=1200,
+    )
+    candidates = [
+        Candidate(work=10, deadline_s=1.0, tier=i % 3, blocks=1, num_seqs=n)
+        for i, n in enumerate([300, 400, 500, 600, 700])
+    ]
+    got = admit(candidates, outlook, rates)
+    assert got.exact
+    assert got.accepted == (0, 1, 2)

@@ -20,6 +20,7 @@ def rest_of(
     end_s: float = NEVER,
     blocks: list[int] | None = None,
     forced: list[bool] | None = None,
+    seqs: list[int] | None = None,
 ) -> Rest:
     forced = forced or [False] * len(works)
     return Rest(
@@ -27,6 +28,7 @@ def rest_of(
         deadlines=np.array(deadlines),
         blocks=blocks or [1] * len(works),
         units=[0 if one else 1 for one in forced],
+        seqs=seqs or [1] * len(works),
         forced=forced,
         target=target,
         end_s=end_s,
@@ -63,6 +65,17 @@ def test_accepted_ones_slow_those_behind_them() -> None:
     latest = latest_s(rest, plain_clock(), np.array([1.0, 0.5]))
     # The second runs at half speed, from 2 s on at the latest; so does one behind the first.
     assert latest[0] == pytest.approx([1.0, 2.0, math.inf], abs=1e-6)
+
+
+def test_every_output_of_an_accepted_request_slows_those_behind_it() -> None:
+    left = np.array([1.0, 0.9, 0.8, 0.5])
+    rest = rest_of([100.0, 100.0], [2.0, 3.5], target=2, seqs=[3, 3])
+    assert latest_s(rest, plain_clock(), left)[0][0] == pytest.approx(0.5, abs=1e-6)
+    # For all that the bound knows, only the smallest may have been accepted.
+    rest = rest_of([100.0, 100.0], [2.0, 3.5], target=2, seqs=[3, 1])
+    assert latest_s(rest, plain_clock(), left)[0][0] == pytest.approx(1.0, abs=1e-6)
+    rest = rest_of([100.0, 100.0], [1.4, 3.0], target=1, forced=[True, False], seqs=[2, 1])
+    assert latest_s(rest, plain_clock(), left)[1][0] == pytest.approx(1.75, abs=1e-6)
 
 
 def test_forced_ones_cannot_be_passed_over() -> None:

@@ -45,7 +45,7 @@ def held(candidates: list[Candidate]) -> list[Candidate]:
 def test_without_releases_it_is_the_model_of_the_program() -> None:
     feasible = 0
     for seed in range(1500):
-        instance = random_instance(random.Random(seed))
+        instance = random_instance(random.Random(seed), most_seqs=1 + seed % 4)
         timeline = simulate(held(instance.candidates), instance.outlook, instance.rates)
         expected = all_done_s(instance, range(len(instance.candidates)))
         assert timeline.feasible == (expected is not None), seed
@@ -58,7 +58,7 @@ def test_without_releases_it_is_the_model_of_the_program() -> None:
 def test_releases_only_help() -> None:
     earlier = 0
     for seed in range(1500):
-        instance = random_instance(random.Random(seed))
+        instance = random_instance(random.Random(seed), most_seqs=1 + seed % 4)
         for_good = simulate(held(instance.candidates), instance.outlook, instance.rates)
         if not for_good.feasible:
             continue
@@ -101,6 +101,17 @@ def test_decodes_of_the_accepted_slow_whoever_is_next() -> None:
     assert done_s(instance_of(unpaced, second)) == pytest.approx((0.2, 0.4))
 
 
+def test_all_outputs_of_a_request_join_and_leave_together() -> None:
+    many = Candidate(work=100, deadline_s=1.0, tier=0, blocks=1, num_seqs=10, decode_s=0.3)
+    second = Candidate(work=100, deadline_s=1.0, tier=0, blocks=1)
+    # Ten decodes leave 400 of 500 tokens per second, for the 0.3 s that they take.
+    assert done_s(instance_of(many, second)) == pytest.approx((0.2, 0.2 + 100 / 400))
+    later = replace(second, work=200)
+    assert done_s(instance_of(many, later)) == pytest.approx((0.2, 0.5 + 80 / 500))
+    crowd = replace(many, num_seqs=51)
+    assert done_s(instance_of(crowd, second)) == (math.inf, math.inf)
+
+
 def test_a_segment_without_time_for_prefill_is_waited_out() -> None:
     one = Candidate(work=100, deadline_s=2.0, tier=0, blocks=1)
     instance = instance_of(one, starts=(0.0, 1.0), counts=(60, 0), free_blocks=(9, 9))
@@ -130,7 +141,7 @@ def test_nobody_is_feasible() -> None:
 def test_greedy_insertion_keeps_whom_the_simulation_accepts() -> None:
     left_out = 0
     for seed in range(600):
-        instance = random_instance(random.Random(seed))
+        instance = random_instance(random.Random(seed), most_seqs=1 + seed % 4)
         candidates, outlook, rates = instance.candidates, instance.outlook, instance.rates
         chosen = [i for i, c in enumerate(candidates) if c.forced]
         got = insert_greedily(candidates, outlook, rates)
@@ -138,12 +149,13 @@ def test_greedy_insertion_keeps_whom_the_simulation_accepts() -> None:
         if not got.feasible:
             assert got.accepted == ()
             continue
-        num_forced = len(chosen)
+        num_left = outlook.free_seqs
         for i in sorted(range(len(candidates)), key=lambda i: candidates[i].deadline_s):
             more = [candidates[j] for j in (*chosen, i)]
-            fits = len(chosen) < outlook.free_seqs + num_forced
+            fits = candidates[i].num_seqs <= num_left
             if not candidates[i].forced and fits and simulate(more, outlook, rates).feasible:
                 chosen.append(i)
+                num_left -= candidates[i].num_seqs
         assert set(got.accepted) == set(chosen), seed
         left_out += len(chosen) < len(candidates)
     assert left_out > 100
@@ -152,7 +164,7 @@ def test_greedy_insertion_keeps_whom_the_simulation_accepts() -> None:
 def test_greedy_insertion_is_feasible_and_often_worse() -> None:
     worse = 0
     for seed in range(300):
-        instance = random_instance(random.Random(seed))
+        instance = random_instance(random.Random(seed), most_seqs=1 + seed % 4)
         greedy = insert_greedily(instance.candidates, instance.outlook, instance.rates)
         best = best_by_brute_force(instance)
         if best is None or not greedy.feasible:

@@ -23,6 +23,7 @@ from minserve.server.app import Server
 CONTRACT = {
     "num_requests_running": "gauge",
     "num_requests_waiting": "gauge",
+    "num_requests_unfinished": "gauge",
     "kv_cache_usage_perc": "gauge",
     "slo_attainment": "gauge",
     "prefix_cache_queries": "counter",

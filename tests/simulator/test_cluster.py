@@ -68,9 +68,9 @@ class Watched:
             assert not replica.has_work
         return load
 
-    def arrive(self, seq: SimulatedSequence) -> None:
-        self.sequences.append(seq)
-        self.cluster.arrive(seq)
+    def arrive(self, *seqs: SimulatedSequence) -> None:
+        self.sequences += seqs
+        self.cluster.arrive(*seqs)
 
 
 def device(slowness: float) -> PerfModel:
@@ -90,15 +90,18 @@ def test_every_turn_gets_one_verdict(router: str, policy: str) -> None:
     assert all(replica.num_iterations for replica in watched.replicas)
 
 
-def test_requests_move_on_as_often_as_the_limit_allows_and_keep_their_arrival() -> None:
-    workload = [single(2.0 * i, 300, 2, TIGHT) for i in range(60)]
+@pytest.mark.parametrize("n", [1, 3], ids="{} outputs".format)
+def test_requests_move_on_as_often_as_the_limit_allows_and_keep_their_arrival(n: int) -> None:
+    turn = replace(single(0.0, 300, 2, TIGHT).turns[0], n=n)
+    workload = [Conversation(2.0 * i, (turn,)) for i in range(60)]
     kept = []
     for limit in (0, 1, 2):
         watched = Watched(4, hop_limit=limit, num_slow=2)
         load = watched.serve(workload)
         assert max(seq.hops for seq in watched.sequences) == limit
         arrivals = sorted(seq.progress.arrival_s for seq in watched.sequences)
-        assert arrivals == [one.arrival_s for one in workload]
+        assert arrivals == [one.arrival_s for one in workload for _ in range(n)]
+        assert all(len({one.hops for one in seq.siblings}) == 1 for seq in watched.sequences)
         assert len(load.verdicts) == 60
         kept.append(sum(verdict.attained for verdict in load.verdicts))
     assert kept == [0, 0, 60], "the first two replicas are too slow"

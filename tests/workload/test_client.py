@@ -6,7 +6,7 @@ import asyncio
 import resource
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +260,12 @@ def test_when_cancelled_a_load_keeps_what_is_known() -> None:
 def test_a_turn_without_a_text_cannot_be_sent() -> None:
     with scripted_server() as server, pytest.raises(WorkloadError, match="without a text"):
         run(server, [Conversation(0.0, (turn(None),))])
+
+
+def test_a_turn_of_several_outputs_cannot_be_sent() -> None:
+    several = replace(turn("a"), n=2)
+    with scripted_server() as server, pytest.raises(WorkloadError, match="one output"):
+        run(server, [Conversation(0.0, (several,))])
 
 
 def test_too_few_files_are_a_clear_error() -> None:

@@ -4,8 +4,8 @@ After SLOs-Serve (arXiv 2504.08784), with what it leaves open: requests that do 
 pending until their last feasible start, doomed ones are relegated instead of dooming the
 others, output lengths are estimated, memory and time are released at predicted ends.
 
-A sequence is promised its SLO once its prefill starts; until then every round of admission
-decides anew. Rounds take place when a sequence comes or goes, and every 0.1 s.
+A request is promised its SLO once the prefill of one of its outputs starts; until then every
+round of admission decides anew. Rounds take place when a sequence comes or goes, and every 0.1 s.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from dataclasses import dataclass, field, replace
 
 from minserve.planner.acceptance import AcceptanceEstimator
 from minserve.planner.admission import Admission, admit
+from minserve.planner.arrivals import ArrivalSlack
+from minserve.planner.batch_length import USUAL_RISK
 from minserve.planner.budget import PrefillRates
 from minserve.planner.formation import BatchLimits, Work, form_batch
 from minserve.planner.lengths import LengthEstimator, QuantileLengths
 from minserve.planner.outlook import Outlook
 from minserve.planner.perf_model import BatchShape, PerfModel
-from minserve.planner.plan import IterationPlan, MemoryView, PlannerView
+from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.policies.base import Planner
 from minserve.planner.review import ReviewSettings, Verdict, review
 from minserve.planner.speculation import NO_DRAFTS, Drafting, DraftsForPrefills
@@ -30,9 +32,9 @@ from minserve.request import Sequence, SequenceState, by_rank
 from minserve.slo import Standing
 
 REVIEW_EVERY_S = 0.1
-# An iteration in which no decode is due lasts as long as so many lone decodes, each with its
-# guard time: an arrival waits for half of it on average, and what an iteration costs in any
-# case is spread over it.
+# An iteration in which no decode is due lasts at least as long as so many lone decodes, each with
+# its guard time: what an iteration costs in any case is spread over it. It lasts longer where
+# nobody decodes, and nobody like those who came lately would be late for having to wait for it.
 LONGEST_ITERATION = 5.0
 # How long it is remembered that promises held much memory. Longer than outputs take: best
 # effort that starts in a lull should end before the next rush.
@@ -110,6 +112,7 @@ class DpPlanner(Planner):
         # Best effort's account, without the plan under way.
         self._owed_s = 0.0
         self._promised = PromisedMemory()
+        self._arrivals = ArrivalSlack()
         self._under_way: IterationPlan | None = None
 
     @staticmethod
@@ -163,7 +166,7 @@ class DpPlanner(Planner):
             )
         held = sum(len(seq.block_table) for _, seq in (*work.decodes, *work.prefills))
         self._promised.see(held, now)
-        limits = self._limits(work, view.memory)
+        limits = self._limits(work, view)
         plan = form_batch(view, work, self.model, limits, now, drafting)
         plan.best_effort_waits = any(
             seq.seq_id not in plan.num_scheduled_tokens for seq in work.best_effort
@@ -173,12 +176,11 @@ class DpPlanner(Planner):
         plan.relegate, plan.reject = list(verdict.relegate), verdict.reject
         if is_due:
             plan.declined = [
-                seq.seq_id for _, seq in work.pending if seq.state is SequenceState.WAITING
+                seq.seq_id
+                for _, seq in work.unpromised
+                if seq.state is SequenceState.WAITING and seq.standing is Standing.PENDING
             ]
-        for _, seq in (*work.prefills, *work.decodes):
-            started = seq.state is SequenceState.RUNNING or seq.seq_id in plan.num_scheduled_tokens
-            if started and seq.standing is not Standing.ADMITTED:
-                plan.promote.append(seq.seq_id)
+        plan.promote = _newly_promised(work, plan)
         return plan
 
     def _is_due(self, view: PlannerView, now: float) -> bool:
@@ -188,6 +190,11 @@ class DpPlanner(Planner):
         last = self._round
         if ids == last.seen and now - last.reviewed_s < REVIEW_EVERY_S:
             return False
+        if self.model is not None and ids != last.seen:
+            known = set(last.seen)
+            for seq in view.waiting:
+                if seq.seq_id not in known:
+                    self._arrivals.see(seq, self.model)
         for seq_id in self._cached.keys() - ids:
             del self._cached[seq_id]
         self.acceptance.keep_only(ids)
@@ -223,53 +230,94 @@ class DpPlanner(Planner):
         return verdict
 
     def _sort(self, view: PlannerView, now: float, verdict: Verdict) -> Work:
-        """Every sequence's role in this iteration; relegates those whose SLO is broken."""
-        work = Work()
+        """Every sequence's role in this iteration; relegates requests whose SLO is broken."""
+        work, broken = self._roles(view, now, verdict, frozenset())
+        if broken:
+            # Once more, for those of their outputs that were sorted before.
+            work, _ = self._roles(view, now, verdict, broken)
+        for role in (work.decodes, work.prefills, work.unpromised):
+            role.sort(key=_deadline)
+        work.best_effort.sort(key=by_rank)
+        return work
+
+    def _roles(
+        self, view: PlannerView, now: float, verdict: Verdict, broken: frozenset[str]
+    ) -> tuple[Work, frozenset[str]]:
+        """The roles, yet to be ordered.
+
+        Args:
+            broken: requests of several outputs, whose SLO one of these has broken; by id.
+
+        Returns:
+            with the roles, those that were found broken.
+        """
+        work, found = Work(), set(broken)
         for seq in (*view.running, *view.waiting):
             seq_id, progress = seq.seq_id, seq.progress
             if seq_id in verdict.reject:
                 continue
             chosen = seq_id in self._round.chosen
-            given_up = seq.standing is Standing.BEST_EFFORT and not chosen
-            if progress is None or self.model is None or given_up or seq_id in verdict.relegate:
+            promised = chosen or seq.standing is Standing.ADMITTED
+            if progress is None or self.model is None:
                 work.best_effort.append(seq)
-            elif progress.is_broken(now):
+            elif progress.is_broken(now) or (broken and seq.request.request_id in broken):
+                if seq.request.params.n > 1:
+                    found.add(seq.request.request_id)
                 if seq.standing is not Standing.BEST_EFFORT:
                     verdict.relegate[seq_id] = None
                 work.best_effort.append(seq)
-            elif not chosen and seq.standing is not Standing.ADMITTED:
-                work.pending.append((progress.next_deadline_s, seq))
+            elif not promised or seq_id in verdict.relegate:
+                work.unpromised.append((progress.next_deadline_s, seq))
             elif seq.is_decoding:
                 work.decodes.append((progress.next_deadline_s, seq))
             else:
                 work.prefills.append((progress.next_deadline_s, seq))
-        for role in (work.decodes, work.prefills, work.pending):
-            role.sort(key=_deadline)
-        work.best_effort.sort(key=by_rank)
-        return work
+        return work, frozenset(found)
 
     def _longest_s(self) -> float:
         return LONGEST_ITERATION * (self.model.predict(BatchShape.of([(0, 1)])) + GUARD_S)
 
-    def _limits(self, work: Work, memory: MemoryView) -> BatchLimits:
+    def _limits(self, work: Work, view: PlannerView) -> BatchLimits:
         if self.model is None:
             return BatchLimits(longest_s=math.inf, guard_s=GUARD_S)
         # Saved up until it is worth an iteration: a decode, or a few prefill tokens.
         longest_s = self._longest_s()
         owed = self._owed_now() if work.best_effort else 0.0
         enough = owed >= longest_s / LONGEST_ITERATION
-        promised = self._promised.most
+        memory, promised = view.memory, self._promised.most
         # Where little is promised, little is kept free.
         kept = promised + min(promised, SPARE_MEMORY * memory.num_blocks)
         return BatchLimits(
-            longest_s=longest_s,
+            longest_s=max(longest_s, self._unwatched_s(view)),
             guard_s=GUARD_S,
             best_effort_s=min(owed, longest_s / 2) if enough else 0.0,
-            best_effort_blocks=memory.num_blocks - kept,
+            spare_blocks=memory.num_blocks - kept,
             blocks_of=lambda seq: (
                 -(-(seq.num_tokens + self.lengths.remaining(seq)) // memory.block_size)
             ),
         )
+
+    def _unwatched_s(self, view: PlannerView) -> float:
+        """How long an iteration may last for the sake of those who are still to come; 0 where
+        somebody waits for it already.
+        """
+        if any(seq.is_decoding for seq in view.running):
+            return 0.0
+        whole_s = self.model.predict(BatchShape.of([(0, view.token_budget)]))
+        return min(whole_s, self._arrivals.least_s / self.model.bound(1, USUAL_RISK))
+
+
+def _newly_promised(work: Work, plan: IterationPlan) -> list[str]:
+    """Ids of sequences that are promised their SLO now that one of their request's runs."""
+    chosen = [
+        seq for _, seq in (*work.prefills, *work.decodes) if seq.standing is not Standing.ADMITTED
+    ]
+    started = {
+        seq.request.request_id
+        for seq in chosen
+        if seq.state is SequenceState.RUNNING or seq.seq_id in plan.num_scheduled_tokens
+    }
+    return [seq.seq_id for seq in chosen if seq.request.request_id in started]
 
 
 def _deadline(due: tuple[float, Sequence]) -> float:

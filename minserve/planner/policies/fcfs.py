@@ -35,7 +35,7 @@ class FcfsPlanner(Planner):
             if not seq.is_decoding and not draft.is_preempted(seq):
                 draft.schedule(seq, seq.num_uncomputed_tokens, whole=False)
         for seq in view.waiting:
-            if not draft.admit(seq):
+            if not (draft.awaits_sibling(seq) or draft.admit(seq)):
                 break
         draft.decodes()
         return draft.plan
@@ -45,7 +45,7 @@ class FcfsPlanner(Planner):
         longest = max((s.num_tokens for s in view.waiting[:1]), default=0)
         draft = BatchDraft(view, token_budget=max(view.token_budget, longest))
         for seq in view.waiting:
-            if not draft.admit(seq, whole=True):
+            if not (draft.awaits_sibling(seq) or draft.admit(seq, whole=True)):
                 break
         if not draft.plan.admit:
             draft.decodes()

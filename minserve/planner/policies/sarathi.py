@@ -23,6 +23,6 @@ class SarathiPlanner(Planner):
             if not seq.is_decoding and not draft.is_preempted(seq):
                 draft.schedule(seq, seq.num_uncomputed_tokens, whole=False)
         for seq in view.waiting:
-            if not draft.admit(seq):
+            if not (draft.awaits_sibling(seq) or draft.admit(seq)):
                 break
         return draft.plan
