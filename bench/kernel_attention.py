@@ -1,4 +1,4 @@
-"""Attention problems of `kernels.py`: batches of decodes and prefill chunks, and who runs them."""
+"""Attention problems of `kernel_bench.py`: batches of decodes and prefill chunks, and who runs them."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ MODELS = {
     Scale.QUICK: ("opt-6.7b", "llama-3.1-8b"),
     Scale.DRY: ("tiny", "tiny-llama"),
 }
-GOAL_DECODE = (64, 2048)  # sequences, context
+GOAL_DECODE, GOAL_LONE = (64, 2048), (1, 2048)  # sequences, context
 DECODES = {
     Scale.FULL: [(n, c) for c in (128, 512, 2048, 8192, 32768) for n in (1, 8, 64, 256)],
-    Scale.QUICK: [(1, 512), (8, 512), (64, 512), GOAL_DECODE, (256, 512)],
+    Scale.QUICK: [(1, 512), (8, 512), (64, 512), GOAL_DECODE, GOAL_LONE, (256, 512)],
     Scale.DRY: [(2, 40)],
 }
 VERIFIED = 5  # a token and four drafted ones

@@ -34,7 +34,7 @@ NUM_KV_HEADS = 8
 OTHER_BLOCK_SIZES, OTHERS_GROUP = (16, 128), 4
 # Query tokens and context of a decode: one split, several, and with four drafted tokens.
 DECODES = ((1, 48), (1, 4096), (5, 4096))
-CHUNKS = (64, 512)
+CHUNKS = (64, 512, 8192)
 PAST = 4096
 TOKENS = 64
 # What fp16 adds to bfloat16 is another type name in the same code: a part is enough.
@@ -135,8 +135,7 @@ def launched_kernels(
 
     setting = Setting(torch.device("cpu"), dtype, cache_bytes=0, filled=False)
     # The backend asks the device, which is a CPU here, for what tiles and splits depend on.
-    num_programs = triton_backend.PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
-    device = triton_backend.Device(num_programs, arch)
+    device = triton_backend.Device(multiprocessors, arch)
     described = mock.patch.object(triton_backend, "describe", return_value=device)
     with torch.inference_mode(), described, compiling_for(arch) as launched:
         make(setting).contestants[OURS]().runs[0]()

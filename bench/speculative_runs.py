@@ -86,7 +86,7 @@ class Group:
             else:
                 # A profile of a busy machine is not kept in the cache, and would take its
                 # time again for every engine. All of a group are to go by the same one.
-                model = self.profile.new_model(engine.config.margin_quantile)
+                model = self.profile.new_model()
                 costs = measure_drafting(engine._core)
                 engine._core.planner.model = model.with_draft_costs(*costs)
             self._engines[key] = engine

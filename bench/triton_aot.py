@@ -30,6 +30,11 @@ KIB = 1024
 MAX_SHARED = {80: 163 * KIB, 90: 227 * KIB}
 MULTIPROCESSORS = {80: 108, 90: 132}
 ARCHS = tuple(MAX_SHARED)
+# Of TTGIR: how many younger copies to shared memory may be under way when a loop goes on.
+LOOP = re.compile(r"scf\.for .*?scf\.yield", re.DOTALL)
+WAIT = re.compile(r"ttg\.async_wait .*?num = (\d+)")
+# Per thread; ptxas spills as few as these where that lets one program more run at a time.
+FEW_SPILL_BYTES = 16
 TENSOR_CORE = re.compile(r"wgmma\.mma_async|mma\.sync")
 
 
@@ -44,6 +49,8 @@ class Built:
         shared: bytes per block.
         has_dot: whether the kernel multiplies matrices.
         instructions: of the tensor cores: ``wgmma``, ``mma``, or none.
+        ahead: of the loads that its loops wait for, how many later ones are under way then; the
+            least of all loops, ``None`` where none of them waits.
     """
 
     name: str
@@ -56,11 +63,12 @@ class Built:
     shared: int
     has_dot: bool
     instructions: str
+    ahead: int | None
 
     def problems(self) -> list[str]:
         """What keeps it from running well, or at all, on its architecture."""
         found = []
-        if self.spill_bytes:
+        if self.spill_bytes > FEW_SPILL_BYTES:
             found.append(f"{self.spill_bytes} bytes of registers spilled")
         if self.shared > MAX_SHARED[self.arch]:
             found.append(
@@ -69,6 +77,8 @@ class Built:
             )
         if self.has_dot and not self.instructions:
             found.append("tl.dot without instructions of the tensor cores")
+        if self.num_stages > 2 and self.ahead == 0:
+            found.append(f"{self.num_stages} stages, but a loop waits for all loads there are")
         return found
 
 
@@ -137,6 +147,10 @@ def inspect(kernel: CompiledKernel) -> Built:
         shared=metadata.shared,
         has_dot="tt.dot" in kernel.asm["ttir"],
         instructions="wgmma" if any("wgmma" in one for one in found) else "mma" if found else "",
+        ahead=min(
+            (int(n) for loop in LOOP.findall(kernel.asm["ttgir"]) for n in WAIT.findall(loop)),
+            default=None,
+        ),
     )
 
 

@@ -47,6 +47,7 @@ class AttentionMetadata:
         block_size: tokens per block.
         num_decodes: how many of the first sequences are decodes (one query token, or
             1 + speculation length while drafts are verified).
+        lengths_known: false where `seq_lens` are upper bounds, as in graphs.
         starts, lengths: `query_start_loc` and `seq_lens` on the device, int64, for backends
             that read them there; ``None`` where nobody put them there.
         state: what the backend's `prepare` leaves for `forward`.
@@ -58,6 +59,7 @@ class AttentionMetadata:
     slot_mapping: torch.Tensor
     block_size: int
     num_decodes: int
+    lengths_known: bool = True
     starts: torch.Tensor | None = None
     lengths: torch.Tensor | None = None
     state: Any = None

@@ -13,17 +13,17 @@ from minserve.errors import BackendUnavailableError
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
 from minserve.kernels.triton.batched_decode import DecodePlan, batched_decode, plan_decodes
 from minserve.kernels.triton.chunked_prefill import (
-    PrefillTile,
+    PrefillPlan,
     chunked_prefill,
+    plan_prefills,
     prefill_tile,
-    prefill_tiles,
 )
 from minserve.kernels.triton.write_kv import write_kv
-from minserve.kernels.upload import to_device
 
-# Two or three programs fit on a multiprocessor at a time; several rounds of them leave little
-# of it idle at the end.
-PROGRAMS_PER_MULTIPROCESSOR = 24
+# Programs that run on a multiprocessor at a time: of decodes, and of prefills in small tiles
+# for heads of more than 64 dimensions, and of no more.
+DECODES_PER_MULTIPROCESSOR = 4
+PREFILLS_PER_MULTIPROCESSOR = 2, 3
 MOST_HEAD_DIM = 256
 
 
@@ -31,16 +31,16 @@ class Device(NamedTuple):
     """A device's traits.
 
     Attributes:
-        num_programs: that share it evenly.
+        multiprocessors: how many.
         capability: its compute capability, times ten.
     """
 
-    num_programs: int
+    multiprocessors: int
     capability: int
 
 
 # Triton's interpreter has nothing to fill; a few splits are as good as many.
-INTERPRETED = Device(num_programs=16, capability=90)
+INTERPRETED = Device(multiprocessors=4, capability=90)
 
 
 @dataclass(slots=True)
@@ -49,14 +49,12 @@ class _State:
 
     Attributes:
         starts, lengths: of the whole batch, on the device.
-        tiles: int64 ``[num_tiles, 2]``: the prefill chunks' programs; ``None`` without any.
     """
 
     starts: Tensor
     lengths: Tensor
     decodes: DecodePlan | None = None
-    tile: PrefillTile | None = None
-    tiles: Tensor | None = None
+    prefills: PrefillPlan | None = None
 
 
 class TritonBackend(AttentionBackend):
@@ -92,7 +90,7 @@ class TritonBackend(AttentionBackend):
         if metadata.num_decodes:
             state.decodes = self._plan_decodes(metadata, state)
         if metadata.num_decodes < metadata.num_seqs:
-            self._plan_prefills(metadata, state)
+            state.prefills = self._plan_prefills(metadata)
 
     def write_kv(
         self,
@@ -117,7 +115,7 @@ class TritonBackend(AttentionBackend):
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         if state.decodes is not None:
             batched_decode(query, kv.key, kv.value, out, state.decodes, self.scale)
-        if state.tiles is not None:
+        if state.prefills is not None:
             chunked_prefill(
                 query,
                 kv.key,
@@ -126,8 +124,7 @@ class TritonBackend(AttentionBackend):
                 state.starts,
                 state.lengths,
                 metadata.block_tables,
-                state.tiles,
-                state.tile,
+                state.prefills,
                 self.scale,
             )
         return out.flatten(1)
@@ -141,21 +138,30 @@ class TritonBackend(AttentionBackend):
             num_tokens=min(starts[num], metadata.slot_mapping.shape[0]),
             most_queries=max(starts[i + 1] - starts[i] for i in range(num)),
             longest=max(metadata.seq_lens[:num]),
+            total=sum(metadata.seq_lens[:num]) if metadata.lengths_known else None,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             dtype=self._dtype,
-            num_programs=describe(metadata.slot_mapping.device).num_programs,
+            num_programs=DECODES_PER_MULTIPROCESSOR
+            * describe(metadata.slot_mapping.device).multiprocessors,
         )
 
-    def _plan_prefills(self, metadata: AttentionMetadata, state: _State) -> None:
+    def _plan_prefills(self, metadata: AttentionMetadata) -> PrefillPlan:
         starts, first = metadata.query_start_loc, metadata.num_decodes
         longest = max(starts[i + 1] - starts[i] for i in range(first, metadata.num_seqs))
-        device = metadata.slot_mapping.device
-        capability = describe(device).capability
-        state.tile = prefill_tile(longest, self.head_dim, self._dtype, capability)
-        tiles = prefill_tiles(starts, metadata.seq_lens, first, state.tile.block_m)
-        state.tiles = to_device(tiles, torch.int64, device)
+        device = describe(metadata.slot_mapping.device)
+        tile = prefill_tile(longest, self.head_dim, self._dtype, device.capability)
+        return plan_prefills(
+            starts,
+            metadata.seq_lens,
+            first,
+            tile=tile,
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            num_programs=device.multiprocessors * PREFILLS_PER_MULTIPROCESSOR[self.head_dim <= 64],
+            device=metadata.slot_mapping.device,
+        )
 
 
 @functools.cache
@@ -164,5 +170,4 @@ def describe(device: torch.device) -> Device:
     if device.type != "cuda":
         return INTERPRETED
     properties = torch.cuda.get_device_properties(device)
-    num_programs = PROGRAMS_PER_MULTIPROCESSOR * properties.multi_processor_count
-    return Device(num_programs, 10 * properties.major + properties.minor)
+    return Device(properties.multi_processor_count, 10 * properties.major + properties.minor)

@@ -164,12 +164,6 @@ class EngineConfig:
         group="slo",
         choices=LENGTH_ESTIMATORS,
     )
-    margin_quantile: float = option(
-        0.99,
-        "share of iterations that the planner's predicted times should cover; higher is more "
-        "cautious",
-        group="slo",
-    )
     best_effort_share: float = option(
         0.05, "share of the device's time that best effort gets at least", group="slo"
     )
@@ -195,10 +189,6 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be at least {low}, not {value}")
         if self.kv_cache_gib is not None and not 0 < self.kv_cache_gib < float("inf"):
             raise ConfigError(f"kv_cache_gib must be above 0, not {self.kv_cache_gib}")
-        if not 0 < self.margin_quantile < 1:
-            raise ConfigError(
-                f"margin_quantile must be between 0 and 1, not {self.margin_quantile}"
-            )
         if not 0 <= self.best_effort_share < 1:
             raise ConfigError(
                 f"best_effort_share must be at least 0 and below 1, not {self.best_effort_share}"

@@ -23,7 +23,6 @@ MEMORY_SHARE = 0.9
 ACTIVATIONS = 2 * GIB
 # What the planner's margin starts from where no profile says; it is learned soon.
 MARGIN = 1.02
-QUANTILE = 0.99
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +52,7 @@ class Device:
 
     def perf_model(self) -> PerfModel:
         """A model for one planner to correct online."""
-        return PerfModel(self.pieces, quantile=QUANTILE, margin=self.margin)
+        return PerfModel(self.pieces, margin=self.margin)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """Attention of decodes over the paged KV cache: a few query tokens against a long context.
 
 Flash-decoding (Dao et al., 2023): the context of a sequence is split over programs, so that
-a small batch fills the device as well, and a second kernel merges the splits by their log-sum-exp.
+a small batch fills the device as well. Whichever program of a sequence comes last merges its
+splits by their log-sum-exp: a second kernel would cost every layer a launch.
 All query heads that share a KV head, and all query tokens of a sequence (several while
 drafts are verified), are the rows of one tile: keys and values are read once for them.
 
@@ -24,6 +25,9 @@ from minserve.kernels.triton.online_softmax import LOG2_E, softmax_step
 MOST_SPLITS = 32
 # A split has at least so many tokens: one of fewer costs more to begin and to merge than it saves.
 LEAST_SPLIT = 256
+# Where the host does not know the lengths, there are up to so many times as many programs as the
+# device runs at a time, for lengths may differ much. Those that find no work cost little, not nothing.
+SKEW = 3
 
 
 class DecodeTile(NamedTuple):
@@ -45,7 +49,8 @@ def decode_tile(num_rows: int, head_dim: int, dtype: torch.dtype) -> DecodeTile:
         return DecodeTile(min(block_m, 32), block_n // 2, num_warps=4, num_stages=2)
     if block_m > 32:
         return DecodeTile(block_m, 32, num_warps=8, num_stages=3)
-    return DecodeTile(block_m, block_n, num_warps=4, num_stages=3)
+    # Where loads take all the time, more programs at a time are better than more stages.
+    return DecodeTile(block_m, block_n, num_warps=4, num_stages=2 if block_m == 16 else 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,8 @@ class DecodePlan:
         partial: float32 ``[num_tokens, num_heads, num_splits, head_dim]``: the splits' outputs;
             empty where there is one split.
         lse: float32 ``[num_tokens, num_heads, num_splits]``: log2 of their sums of exponentials.
+        arrived: int32 ``[num_seqs * tiles of a sequence * num_kv_heads]``: how many splits are
+            through; 0 between launches.
     """
 
     starts: Tensor
@@ -74,6 +81,7 @@ class DecodePlan:
     tile: DecodeTile
     partial: Tensor
     lse: Tensor
+    arrived: Tensor
 
     @property
     def num_seqs(self) -> int:
@@ -88,6 +96,7 @@ def plan_decodes(
     num_tokens: int,
     most_queries: int,
     longest: int,
+    total: int | None,
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
@@ -100,21 +109,27 @@ def plan_decodes(
         starts, lengths, tables: as in `DecodePlan`.
         num_tokens: query tokens, at least as many as the sequences have.
         most_queries, longest: bounds on query tokens and length of a sequence.
+        total: the sum of the lengths, ``None`` where the host does not know it.
         dtype: of queries and KV.
-        num_programs: how many programs share the device evenly.
+        num_programs: how many programs the device runs at a time.
     """
     rows = most_queries * (num_heads // num_kv_heads)
     tile = decode_tile(rows, head_dim, dtype)
     programs_per_seq = num_kv_heads * triton.cdiv(rows, tile.block_m)
-    num_splits = min(
-        triton.cdiv(num_programs, max(1, lengths.shape[0] * programs_per_seq)),
-        max(1, triton.cdiv(longest, LEAST_SPLIT)),
-        MOST_SPLITS,
-    )
+    if total is None:
+        num_pairs = max(1, lengths.shape[0] * programs_per_seq)
+        num_splits = triton.cdiv(SKEW * num_programs, num_pairs)
+    else:
+        # As long as those that `_plan_kernel` will find.
+        fair = triton.cdiv(total * programs_per_seq, num_programs)
+        num_splits = triton.cdiv(longest, _whole_tiles(max(fair, LEAST_SPLIT)))
+    num_splits = min(num_splits, max(1, triton.cdiv(longest, LEAST_SPLIT)), MOST_SPLITS)
     split_len = lengths.new_empty(1)
     shape = (num_tokens, num_heads, num_splits) if num_splits > 1 else (0, 0, 0)
     partial = torch.empty((*shape, head_dim), dtype=torch.float32, device=lengths.device)
     lse = torch.empty(shape, dtype=torch.float32, device=lengths.device)
+    num_merged = lengths.shape[0] * programs_per_seq if num_splits > 1 else 0
+    arrived = torch.zeros(num_merged, dtype=torch.int32, device=lengths.device)
     _plan_kernel[(1,)](
         lengths,
         split_len,
@@ -127,8 +142,13 @@ def plan_decodes(
         num_warps=4,
     )
     return DecodePlan(
-        starts, lengths, tables, split_len, num_splits, most_queries, tile, partial, lse
+        starts, lengths, tables, split_len, num_splits, most_queries, tile, partial, lse, arrived
     )
+
+
+def _whole_tiles(num_tokens: int) -> int:
+    """At least so many tokens, a multiple of any tile's."""
+    return triton.cdiv(num_tokens, 64) * 64
 
 
 def batched_decode(
@@ -160,6 +180,7 @@ def batched_decode(
         out,
         plan.partial,
         plan.lse,
+        plan.arrived,
         plan.starts,
         plan.lengths,
         plan.tables,
@@ -176,25 +197,10 @@ def batched_decode(
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        MOST_SPLITS=MOST_SPLITS,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    if plan.num_splits > 1:
-        _merge_kernel[(num_heads, plan.num_seqs * plan.most_queries)](
-            plan.partial,
-            plan.lse,
-            out,
-            plan.starts,
-            plan.lengths,
-            plan.split_len,
-            plan.most_queries,
-            plan.num_splits,
-            NUM_HEADS=num_heads,
-            HEAD_DIM=head_dim,
-            MOST_SPLITS=MOST_SPLITS,
-            BLOCK_D=triton.next_power_of_2(head_dim),
-            num_warps=2,
-        )
 
 
 # What differs from batch to batch is not specialized: a kernel compiled for each of its values
@@ -251,6 +257,7 @@ def _decode_kernel(
     out_ptr,
     partial_ptr,
     lse_ptr,
+    arrived_ptr,
     starts_ptr,
     lengths_ptr,
     tables_ptr,
@@ -267,12 +274,15 @@ def _decode_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
 ):
     """One split of one sequence's context, for one KV head and a tile of its queries.
 
     Row r of a sequence's queries is head ``r % group`` of query token ``r // group``.
     """
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
+    # Splits loaded at a time when they are merged, as far as there are registers.
+    UNROLL: tl.constexpr = 4 if BLOCK_M == 16 else 1
     kv_head = tl.program_id(0)
     seq = tl.program_id(1) // num_tiles
     split = tl.program_id(2)
@@ -301,11 +311,18 @@ def _decode_kernel(
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     table_ptr = tables_ptr + seq.to(tl.int64) * table_stride
+    # The next piece's blocks are looked up while this one is computed: loads of keys and values
+    # that waited for another load in the same turn would not be pipelined.
+    ahead = begin + tl.arange(0, BLOCK_N)
+    next_block = tl.load(table_ptr + ahead // BLOCK_SIZE, mask=ahead < end, other=0).to(tl.int32)
     for first in range(begin, end, BLOCK_N):
         context = first + tl.arange(0, BLOCK_N)
         is_there = context < end
-        block = tl.load(table_ptr + context // BLOCK_SIZE, mask=is_there, other=0).to(tl.int64)
-        slot = block * BLOCK_SIZE + context % BLOCK_SIZE
+        slot = next_block.to(tl.int64) * BLOCK_SIZE + context % BLOCK_SIZE
+        ahead = context + BLOCK_N
+        next_block = tl.load(table_ptr + ahead // BLOCK_SIZE, mask=ahead < end, other=0).to(
+            tl.int32
+        )
         offset = (slot * NUM_KV_HEADS + kv_head) * HEAD_DIM
         key = tl.load(
             key_ptr + offset[None, :] + dim[:, None],
@@ -329,59 +346,38 @@ def _decode_kernel(
     acc = acc / total[:, None]
     row = token * NUM_HEADS + head
     is_out = is_row[:, None] & is_dim[None, :]
+    out_ptrs = out_ptr + row[:, None] * HEAD_DIM + dim[None, :]
     if end - begin == length:
-        out_ptrs = out_ptr + row[:, None] * HEAD_DIM + dim[None, :]
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=is_out)
-    else:
-        row = row * num_splits + split
-        tl.store(partial_ptr + row[:, None] * HEAD_DIM + dim[None, :], acc, mask=is_out)
-        tl.store(lse_ptr + row, best + tl.log2(total), mask=is_row)
-
-
-@triton.jit(do_not_specialize=["starts_ptr", "lengths_ptr", "most_queries", "num_splits"])
-def _merge_kernel(
-    partial_ptr,
-    lse_ptr,
-    out_ptr,
-    starts_ptr,
-    lengths_ptr,
-    split_len_ptr,
-    most_queries,
-    num_splits,
-    NUM_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    MOST_SPLITS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """The splits' outputs of one head of one query token, weighted by their sums of exponentials."""
-    CHUNK: tl.constexpr = 8
-    head = tl.program_id(0)
-    seq = tl.program_id(1) // most_queries
-    start = tl.load(starts_ptr + seq)
-    token = start + tl.program_id(1) % most_queries
-    if token >= tl.load(starts_ptr + seq + 1):
         return
-    num_used = tl.cdiv(tl.load(lengths_ptr + seq), tl.load(split_len_ptr)).to(tl.int32)
-    if num_used <= 1:
+
+    lse_ptrs = lse_ptr + row * num_splits
+    partial_ptrs = partial_ptr + (row * num_splits)[:, None] * HEAD_DIM + dim[None, :]
+    tl.store(partial_ptrs + split * HEAD_DIM, acc, mask=is_out)
+    tl.store(lse_ptrs + split, best + tl.log2(total), mask=is_row)
+    # All threads' stores are made before one of them tells the other programs.
+    tl.debug_barrier()
+    arrived_ptrs = arrived_ptr + tl.program_id(1) * NUM_KV_HEADS + kv_head
+    num_used = tl.cdiv(length, split_len)
+    if tl.atomic_add(arrived_ptrs, 1, sem="acq_rel") < num_used - 1:
         return
-    row = token * NUM_HEADS + head
+    tl.store(arrived_ptrs, 0)  # for the next layer
+    # What other programs wrote is read past the first cache, which may hold older values.
     splits = tl.arange(0, MOST_SPLITS)
     all_lse = tl.load(
-        lse_ptr + row * num_splits + splits, mask=splits < num_used, other=float("-inf")
+        lse_ptrs[:, None] + splits[None, :],
+        mask=is_row[:, None] & (splits < num_used)[None, :],
+        other=float("-inf"),
+        cache_modifier=".cg",
     )
-    best = tl.max(all_lse, 0)
-    total = tl.sum(tl.exp2(all_lse - best), 0)
-    dim = tl.arange(0, BLOCK_D)
-    acc = tl.zeros([BLOCK_D], dtype=tl.float32)
-    for first in range(0, num_used, CHUNK):
-        split = first + tl.arange(0, CHUNK)
-        split_row = row * num_splits + split
-        lse = tl.load(lse_ptr + split_row, mask=split < num_used, other=float("-inf"))
+    best = tl.where(is_row, tl.max(all_lse, 1), 0.0)
+    total = tl.where(is_row, tl.sum(tl.exp2(all_lse - best[:, None]), 1), 1.0)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    for other in tl.range(0, num_used, loop_unroll_factor=UNROLL):
+        lse = tl.load(lse_ptrs + other, mask=is_row, other=float("-inf"), cache_modifier=".cg")
         partial = tl.load(
-            partial_ptr + split_row[:, None] * HEAD_DIM + dim[None, :],
-            mask=(split < num_used)[:, None] & (dim < HEAD_DIM)[None, :],
-            other=0.0,
+            partial_ptrs + other * HEAD_DIM, mask=is_out, other=0.0, cache_modifier=".cg"
         )
-        acc += tl.sum(tl.exp2(lse - best)[:, None] * partial, 0)
-    out = (acc / total).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * HEAD_DIM + dim, out, mask=dim < HEAD_DIM)
+        acc += tl.exp2(lse - best)[:, None] * partial
+    acc = acc / total[:, None]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=is_out)

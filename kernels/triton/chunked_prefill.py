@@ -3,11 +3,15 @@
 FlashAttention-2 (Dao, 2023): a program holds a tile of one head's queries and walks over the
 context from its first token, found through the block table, to the tile's last query. What
 every query of the tile may see is not masked; the rest is, causally.
+
+Where tiles are too few to fill the device (a short chunk behind a long context), that walk is
+split over programs; whichever of a tile comes last merges the splits, as in `batched_decode`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,6 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from minserve.kernels.triton.online_softmax import LOG2_E, softmax_step
+from minserve.kernels.upload import to_device
+
+MOST_SPLITS = 8
+# A split has at least so many tokens: one of fewer costs more to begin and to merge than it saves.
+LEAST_SPLIT = 512
+# From so many tokens on, a chunk fills the device with tiles of any size.
+LONG_CHUNK = 8192
 
 
 class PrefillTile(NamedTuple):
@@ -38,11 +49,81 @@ def prefill_tile(longest: int, head_dim: int, dtype: torch.dtype, capability: in
         return PrefillTile(32, 32 if head_dim <= 128 else 16, num_warps=8, num_stages=2)
     if head_dim > 128:
         return PrefillTile(64, 32, num_warps=8, num_stages=2)
+    if 90 <= capability < 120:
+        if longest < LONG_CHUNK:
+            return PrefillTile(64, 64, num_warps=4, num_stages=3)
+        return PrefillTile(128, 64, num_warps=8, num_stages=4)
     if longest <= 64:
         return PrefillTile(64, 32, num_warps=4, num_stages=3)
-    if not 90 <= capability < 120 and head_dim > 64:
+    if head_dim > 64:
         return PrefillTile(128, 32, num_warps=8, num_stages=2)
     return PrefillTile(128, 64, num_warps=8, num_stages=3)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillPlan:
+    """One iteration's prefill chunks, for every layer's `chunked_prefill`.
+
+    Attributes:
+        tiles: int64 ``[num_tiles, 2]``, of `prefill_tiles`.
+        split_len: tokens of context per split, a multiple of the tile's.
+        num_splits: of the tile with most context.
+        partial: float32 ``[num_tiles, num_heads, num_splits, block_m, head_dim]``: the splits'
+            outputs; empty where there is one split.
+        lse: float32 ``[num_tiles, num_heads, num_splits, block_m]``: log2 of their sums of
+            exponentials.
+        arrived: int32 ``[num_tiles, num_heads]``: how many splits are through; 0 between launches.
+    """
+
+    tile: PrefillTile
+    tiles: Tensor
+    split_len: int
+    num_splits: int
+    partial: Tensor
+    lse: Tensor
+    arrived: Tensor
+
+
+def plan_prefills(
+    query_start_loc: Sequence[int],
+    seq_lens: Sequence[int],
+    first_seq: int,
+    *,
+    tile: PrefillTile,
+    num_heads: int,
+    head_dim: int,
+    num_programs: int,
+    device: torch.device,
+) -> PrefillPlan:
+    """Decide tiles and splits of a batch. Enqueues work, waits for nothing.
+
+    Args:
+        query_start_loc, seq_lens: as in `AttentionMetadata`.
+        first_seq: of the prefill chunks.
+        num_programs: how many the device runs at a time.
+    """
+    tiles = prefill_tiles(query_start_loc, seq_lens, first_seq, tile.block_m)
+    longest = max(seq_lens[first_seq:], default=1)
+    num_splits = max(
+        1,
+        min(
+            num_programs // max(1, num_heads * len(tiles)),
+            triton.cdiv(longest, LEAST_SPLIT),
+            MOST_SPLITS,
+        ),
+    )
+    split_len = triton.cdiv(triton.cdiv(longest, num_splits), tile.block_n) * tile.block_n
+    num_splits = triton.cdiv(longest, split_len)
+    shape = (len(tiles), num_heads, num_splits, tile.block_m) if num_splits > 1 else (0, 0, 0, 0)
+    return PrefillPlan(
+        tile,
+        to_device(tiles, torch.int64, device),
+        split_len,
+        num_splits,
+        partial=torch.empty((*shape, head_dim), dtype=torch.float32, device=device),
+        lse=torch.empty(shape, dtype=torch.float32, device=device),
+        arrived=torch.zeros(shape[:2], dtype=torch.int32, device=device),
+    )
 
 
 def prefill_tiles(
@@ -72,8 +153,7 @@ def chunked_prefill(
     starts: Tensor,
     lengths: Tensor,
     tables: Tensor,
-    tiles: Tensor,
-    tile: PrefillTile,
+    plan: PrefillPlan,
     scale: float,
 ) -> None:
     """Attend causally; the last query token of a chunk is the newest token of its sequence.
@@ -84,26 +164,31 @@ def chunked_prefill(
         out: ``[num_tokens, num_heads, head_dim]``, contiguous: the chunks' rows are written.
         starts, lengths, tables: of all sequences of the batch, int64: ``[num_seqs + 1]``,
             ``[num_seqs]``, ``[num_seqs, max_blocks]``.
-        tiles: int64 ``[num_tiles, 2]``, from `prefill_tiles`.
         scale: factor on the scores.
     """
-    if tiles.shape[0] == 0:
+    tile, num_tiles = plan.tile, plan.tiles.shape[0]
+    if num_tiles == 0:
         return
     _, num_heads, head_dim = query.shape
     _, block_size, num_kv_heads, _ = key_cache.shape
     low = 2 ** (head_dim.bit_length() - 1)
     high = max(16, triton.next_power_of_2(head_dim - low)) if head_dim > low else 0
-    _prefill_kernel[(num_heads, tiles.shape[0])](
+    _prefill_kernel[(num_heads, num_tiles, plan.num_splits)](
         query,
         key_cache,
         value_cache,
         out,
+        plan.partial,
+        plan.lse,
+        plan.arrived,
         starts,
         lengths,
         tables,
-        tiles,
+        plan.tiles,
         query.stride(0),
         tables.stride(0),
+        plan.split_len,
+        plan.num_splits,
         scale * LOG2_E,
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
@@ -113,24 +198,39 @@ def chunked_prefill(
         BLOCK_N=tile.block_n,
         LOW=low,
         HIGH=high,
+        SPLIT=plan.num_splits > 1,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
 
 
 # What differs from batch to batch is not specialized: see `batched_decode`.
-@triton.jit(do_not_specialize=["starts_ptr", "lengths_ptr", "tables_ptr", "table_stride"])
+@triton.jit(
+    do_not_specialize=[
+        "starts_ptr",
+        "lengths_ptr",
+        "tables_ptr",
+        "table_stride",
+        "split_len",
+        "num_splits",
+    ]
+)
 def _prefill_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
     out_ptr,
+    partial_ptr,
+    lse_ptr,
+    arrived_ptr,
     starts_ptr,
     lengths_ptr,
     tables_ptr,
     tiles_ptr,
     query_stride,
     table_stride,
+    split_len,
+    num_splits,
     scale,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -140,8 +240,9 @@ def _prefill_kernel(
     BLOCK_N: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
-    """One tile of one head's queries.
+    """One tile of one head's queries, or one split of the context that it sees.
 
     A head of 80 or 96 dimensions is computed as its first 64 and the other 16 or 32: as one
     power of two it would cost as much as 128.
@@ -156,6 +257,17 @@ def _prefill_kernel(
 
     rows = first + tl.arange(0, BLOCK_M)
     position = length - num_queries + rows
+    seen_by_all = length - num_queries + first + 1
+    end = tl.minimum(length, seen_by_all + BLOCK_M - 1)
+    begin, until = 0, end
+    if SPLIT:
+        begin = tl.program_id(2) * split_len
+        until = tl.minimum(end, begin + split_len)
+        if begin >= end:
+            return
+    until_unmasked = tl.minimum((seen_by_all // BLOCK_N) * BLOCK_N, until)
+    until_unmasked = tl.maximum(until_unmasked, begin)
+
     is_row = (rows < num_queries)[:, None]
     low = tl.arange(0, LOW)
     high = LOW + tl.arange(0, HIGH if HIGH > 0 else 16)
@@ -171,27 +283,64 @@ def _prefill_kernel(
     acc_low = tl.zeros([BLOCK_M, LOW], dtype=tl.float32)
     acc_high = tl.zeros([BLOCK_M, HIGH if HIGH > 0 else 16], dtype=tl.float32)
     table_ptr = tables_ptr + seq * table_stride
-    seen_by_all = length - num_queries + first + 1
-    end_unmasked = (seen_by_all // BLOCK_N) * BLOCK_N
-    end = tl.minimum(length, seen_by_all + BLOCK_M - 1)
     best, total, acc_low, acc_high = _attend(
         best, total, acc_low, acc_high, query_low, query_high, key_ptr, value_ptr, table_ptr,
-        position, low, high, kv_head, 0, end_unmasked, end, scale,
-        NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N, HIGH, False,
+        position, low, high, kv_head, begin, until_unmasked, end, scale,
+        NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N, HIGH, False, False,
     )  # fmt: skip
     best, total, acc_low, acc_high = _attend(
         best, total, acc_low, acc_high, query_low, query_high, key_ptr, value_ptr, table_ptr,
-        position, low, high, kv_head, end_unmasked, end, end, scale,
-        NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N, HIGH, True,
+        position, low, high, kv_head, until_unmasked, until, end, scale,
+        NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N, HIGH, True, SPLIT,
     )  # fmt: skip
 
+    is_high = is_row & (high < HEAD_DIM)[None, :]
     out_ptrs = out_ptr + (((start + rows) * NUM_HEADS + head) * HEAD_DIM)[:, None]
-    out_low = (acc_low / total[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptrs + low[None, :], out_low, mask=is_row)
+    if SPLIT:
+        total = tl.where(total > 0.0, total, 1.0)
+    acc_low = acc_low / total[:, None]
+    acc_high = acc_high / total[:, None]
+    num_used = tl.cdiv(end, split_len)
+    if SPLIT and num_used > 1:
+        place = tl.program_id(1) * NUM_HEADS + head
+        split_rows = (place * num_splits + tl.program_id(2)) * BLOCK_M + tl.arange(0, BLOCK_M)
+        partial_ptrs = partial_ptr + split_rows[:, None] * HEAD_DIM
+        tl.store(partial_ptrs + low[None, :], acc_low, mask=is_row)
+        if HIGH > 0:
+            tl.store(partial_ptrs + high[None, :], acc_high, mask=is_high)
+        tl.store(lse_ptr + split_rows, best + tl.log2(total))
+        # All threads' stores are made before one of them tells the other programs.
+        tl.debug_barrier()
+        if tl.atomic_add(arrived_ptr + place, 1, sem="acq_rel") < num_used - 1:
+            return
+        tl.store(arrived_ptr + place, 0)  # for the next layer
+        # What other programs wrote is read past the first cache, which may hold older values.
+        best = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+        total = tl.zeros([BLOCK_M], dtype=tl.float32)
+        acc_low = tl.zeros([BLOCK_M, LOW], dtype=tl.float32)
+        acc_high = tl.zeros([BLOCK_M, HIGH if HIGH > 0 else 16], dtype=tl.float32)
+        for split in range(0, num_used):
+            split_rows = (place * num_splits + split) * BLOCK_M + tl.arange(0, BLOCK_M)
+            partial_ptrs = partial_ptr + split_rows[:, None] * HEAD_DIM
+            # All rows see the first split, so that `best` is finite from there on.
+            lse = tl.load(lse_ptr + split_rows, cache_modifier=".cg")
+            new_best = tl.maximum(best, lse)
+            weight, decay = tl.exp2(lse - new_best), tl.exp2(best - new_best)
+            best, total = new_best, total * decay + weight
+            partial = tl.load(
+                partial_ptrs + low[None, :], mask=is_row, other=0.0, cache_modifier=".cg"
+            )
+            acc_low = acc_low * decay[:, None] + partial * weight[:, None]
+            if HIGH > 0:
+                partial_high = tl.load(
+                    partial_ptrs + high[None, :], mask=is_high, other=0.0, cache_modifier=".cg"
+                )
+                acc_high = acc_high * decay[:, None] + partial_high * weight[:, None]
+        acc_low = acc_low / total[:, None]
+        acc_high = acc_high / total[:, None]
+    tl.store(out_ptrs + low[None, :], acc_low.to(out_ptr.dtype.element_ty), mask=is_row)
     if HIGH > 0:
-        out_high = (acc_high / total[:, None]).to(out_ptr.dtype.element_ty)
-        is_high = is_row & (high < HEAD_DIM)[None, :]
-        tl.store(out_ptrs + high[None, :], out_high, mask=is_high)
+        tl.store(out_ptrs + high[None, :], acc_high.to(out_ptr.dtype.element_ty), mask=is_high)
 
 
 @triton.jit
@@ -219,19 +368,25 @@ def _attend(
     BLOCK_N: tl.constexpr,
     HIGH: tl.constexpr,
     MASKED: tl.constexpr,
+    MAY_SEE_NOTHING: tl.constexpr,
 ):
     """Go on over the context in [begin, until); masked, where not all rows may see all of it.
 
-    Every row has seen a token when its first tile of context is through, so that `best` is
-    finite from then on.
+    From the context's beginning on every row has seen a token when the first tile of it is
+    through, so that `best` is finite from then on. Of a later split it may see nothing.
     """
     is_high = high < HEAD_DIM
+    # The next piece's blocks are looked up ahead: see `batched_decode`.
+    ahead = begin + tl.arange(0, BLOCK_N)
+    next_block = tl.load(table_ptr + ahead // BLOCK_SIZE, mask=ahead < end, other=0).to(tl.int32)
     for first in range(begin, until, BLOCK_N):
         context = first + tl.arange(0, BLOCK_N)
         is_there = context < end
-        block_ptrs = table_ptr + context // BLOCK_SIZE
-        block = _load(block_ptrs, is_there, MASKED)
-        slot = block.to(tl.int64) * BLOCK_SIZE + context % BLOCK_SIZE
+        slot = next_block.to(tl.int64) * BLOCK_SIZE + context % BLOCK_SIZE
+        ahead = context + BLOCK_N
+        next_block = tl.load(table_ptr + ahead // BLOCK_SIZE, mask=ahead < end, other=0).to(
+            tl.int32
+        )
         offset = (slot * NUM_KV_HEADS + kv_head) * HEAD_DIM
         key_ptrs, value_ptrs = key_ptr + offset[None, :], value_ptr + offset[:, None]
         key = _load(key_ptrs + low[:, None], is_there[None, :], MASKED)
@@ -244,7 +399,7 @@ def _attend(
         if MASKED:
             is_seen = is_there[None, :] & (context[None, :] <= position[:, None])
             scores = tl.where(is_seen, scores, float("-inf"))
-        weights, decay, best, total = softmax_step(scores, best, total, MAY_SEE_NOTHING=False)
+        weights, decay, best, total = softmax_step(scores, best, total, MAY_SEE_NOTHING)
         value = _load(value_ptrs + low[None, :], is_there[:, None], MASKED)
         weights = weights.to(value.dtype)
         acc_low = tl.dot(weights, value, acc_low * decay[:, None], input_precision="ieee")

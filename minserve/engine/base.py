@@ -164,7 +164,7 @@ class EngineBase:
                 )
             else:
                 profile_cache.save(profile)
-        model = profile.new_model(quantile=self.config.margin_quantile)
+        model = profile.new_model()
         self._core.planner.model = model.with_draft_costs(*measure_drafting(self._core))
         return profile
 

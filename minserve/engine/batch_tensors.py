@@ -79,40 +79,33 @@ class BatchLayout(NamedTuple):
         """Numbers altogether."""
         return self.heading + self.num_seqs * self.num_blocks
 
-    def split(self, heading: Array, block_tables: Array | None = None) -> BatchTensors[Array]:
-        """Views of a buffer.
-
-        Args:
-            heading: ``[size]``; or, with block tables elsewhere, what comes before them,
-                ``[>= self.heading]``.
-            block_tables: ``[num_seqs, num_blocks]``.
-        """
+    def split(self, buffer: Array) -> BatchTensors[Array]:
+        """Views of a buffer ``[size]``."""
         tokens, seqs = self.num_tokens, self.num_seqs
         ends = accumulate((tokens, tokens, tokens, seqs + 1, seqs), initial=0)
-        parts = [heading[start:end] for start, end in pairwise(ends)]
-        if block_tables is None:
-            block_tables = heading[self.heading : self.size].reshape(seqs, self.num_blocks)
-        return BatchTensors(*parts, block_tables)
+        parts = [buffer[start:end] for start, end in pairwise(ends)]
+        return BatchTensors(*parts, buffer[self.heading :].reshape(seqs, self.num_blocks))
 
 
 def place(
     chunks: SequenceOf[Chunk], layout: BatchLayout, block_size: int, device: torch.device
 ) -> tuple[Tensor, BatchTensors[np.ndarray]]:
-    """Put a batch on the device, in the queue behind what it has to do.
+    """Lay out a batch in host memory, for one copy to the device that is not waited for.
 
     Padding has token 0 at position 0 without a slot; sequences of padding have no tokens
     and length 0.
 
     Args:
         layout: at least large enough for the chunks.
+        device: where it will go.
 
     Returns:
-        the buffer on the device, int64 ``[layout.size]``, and its parts on the host.
+        the buffer, int64 ``[layout.size]``, and its parts.
     """
     host = transfers.empty_on_host(layout.size, device)
     parts = layout.split(host.numpy())
     _fill(parts, chunks, block_size)
-    return host.to(device, non_blocking=True), parts
+    return host, parts
 
 
 def _fill(parts: BatchTensors[np.ndarray], chunks: SequenceOf[Chunk], block_size: int) -> None:

@@ -24,6 +24,9 @@ from minserve.engine.paged_model import PagedModel
 # Sizes up to here are so many tokens apart, larger ones an eighth of themselves.
 STEP = 8
 SMALLEST_SIZES = (1, 2, 4)
+# Inputs of up to so many numbers are sent whole, unused block ids included: one copy is queued
+# sooner than those of the parts in use.
+SENT_WHOLE = 2**16
 
 Replay = Callable[[], Tensor]
 
@@ -103,10 +106,8 @@ class DecodeGraphs:
         self._limits = limits
         self._width = -(-limits.max_seq_len // model.block_size)
         layouts = {most: self._layouts(most) for most in limits.max_queries}
-        num_headings = max(own[-1].heading for own in layouts.values())
-        num_tables = max(own[-1].num_seqs for own in layouts.values())
-        self._heading = torch.zeros(num_headings, dtype=torch.int64, device=model.device)
-        self._tables = torch.zeros(num_tables, self._width, dtype=torch.int64, device=model.device)
+        largest = max(own[-1].size for own in layouts.values())
+        self._buffer = torch.zeros(largest, dtype=torch.int64, device=model.device)
         self._families: dict[int, list[_Graph]] = {most: [] for most in layouts}
         # The largest first: the others find room in the memory that it needed.
         order = [(layout, most) for most, own in layouts.items() for layout in own]
@@ -126,7 +127,7 @@ class DecodeGraphs:
         graph = self._find(chunks, needed)
         if graph is None:
             return None
-        self._fill(chunks, graph.layout._replace(num_blocks=needed.num_blocks))
+        self._fill(chunks, graph.layout, needed.num_blocks)
         return graph.replay()[: needed.num_tokens]
 
     def _layouts(self, most: int) -> list[BatchLayout]:
@@ -149,16 +150,23 @@ class DecodeGraphs:
                 return graphs[place] if place < len(graphs) else None
         return None
 
-    def _fill(self, chunks: SequenceOf[Chunk], layout: BatchLayout) -> None:
-        """Put a padded batch where the graphs look for it.
+    def _fill(self, chunks: SequenceOf[Chunk], layout: BatchLayout, num_blocks: int) -> None:
+        """Put a padded batch where the graph of a layout looks for it.
 
-        Only as much of the block tables is sent as this batch has: behind it stand ids of
-        earlier batches, where no length lets anyone look.
+        Args:
+            num_blocks: of its block tables, that this batch has. Behind them may stand ids of
+                earlier batches, where no length lets anyone look.
         """
-        buffer, _ = place(chunks, layout, self._model.block_size, self._model.device)
-        tables = layout.split(buffer).block_tables
-        self._heading[: layout.heading].copy_(buffer[: layout.heading])
-        self._tables[: layout.num_seqs, : layout.num_blocks].copy_(tables)
+        model, inputs = self._model, self._buffer[: layout.size]
+        if layout.size <= SENT_WHOLE:
+            host, _ = place(chunks, layout, model.block_size, model.device)
+            inputs.copy_(host, non_blocking=True)
+            return
+        sent = layout._replace(num_blocks=num_blocks)
+        host, _ = place(chunks, sent, model.block_size, model.device)
+        part = host.to(model.device, non_blocking=True)
+        inputs[: layout.heading].copy_(part[: layout.heading])
+        layout.split(inputs).block_tables[:, :num_blocks].copy_(sent.split(part).block_tables)
 
     @torch.inference_mode()
     def _record(self, recorder: Recorder, layout: BatchLayout, most: int) -> _Graph:
@@ -170,14 +178,19 @@ class DecodeGraphs:
         the batch. What is true of each batch, padding included, stands in ``starts`` and
         ``lengths`` on the device.
         """
-        self._fill([], layout)
-        inputs = layout.split(self._heading, self._tables[: layout.num_seqs])
+        self._fill([], layout, self._width)
+        inputs = layout.split(self._buffer[: layout.size])
         query_start_loc = [most * i for i in range(layout.num_seqs + 1)]
         seq_lens = [self._width * self._model.block_size] * layout.num_seqs
 
         def work() -> Tensor:
             return self._model.forward_tensors(
-                inputs, query_start_loc, seq_lens, layout.num_seqs, self._model.kv
+                inputs,
+                query_start_loc,
+                seq_lens,
+                layout.num_seqs,
+                self._model.kv,
+                lengths_known=False,
             )
 
         return _Graph(layout, recorder.record(work))

@@ -77,8 +77,13 @@ class PagedModel:
         seq_lens: list[int],
         num_decodes: int,
         kv: SequenceOf[LayerKV],
+        lengths_known: bool = True,
     ) -> Tensor:
-        """`forward` of inputs on the device, with what the host knows of them."""
+        """`forward` of inputs on the device, with what the host knows of them.
+
+        Args:
+            query_start_loc, seq_lens, lengths_known: as in `AttentionMetadata`.
+        """
         metadata = AttentionMetadata(
             query_start_loc=query_start_loc,
             seq_lens=seq_lens,
@@ -86,6 +91,7 @@ class PagedModel:
             slot_mapping=inputs.slot_mapping,
             block_size=self.block_size,
             num_decodes=num_decodes,
+            lengths_known=lengths_known,
             starts=inputs.starts,
             lengths=inputs.lengths,
         )
@@ -127,6 +133,7 @@ class PagedModel:
 
     def _run(self, chunks: SequenceOf[Chunk], num_decodes: int, kv: SequenceOf[LayerKV]) -> Tensor:
         layout = BatchLayout.of(chunks)
-        buffer, host = place(chunks, layout, self.block_size, self.device)
-        starts, lengths = host.starts.tolist(), host.lengths.tolist()
-        return self.forward_tensors(layout.split(buffer), starts, lengths, num_decodes, kv)
+        host, parts = place(chunks, layout, self.block_size, self.device)
+        inputs = layout.split(host.to(self.device, non_blocking=True))
+        starts, lengths = parts.starts.tolist(), parts.lengths.tolist()
+        return self.forward_tensors(inputs, starts, lengths, num_decodes, kv)

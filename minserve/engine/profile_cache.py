@@ -79,13 +79,9 @@ class Profile:
     seconds: float
     allowed_s: float
 
-    def new_model(self, quantile: float) -> PerfModel:
-        """A copy of the model, for one planner to correct online.
-
-        Args:
-            quantile: of iterations that its margin covers.
-        """
-        return PerfModel(self.model.pieces, quantile=quantile, margin=self.model.margin)
+    def new_model(self) -> PerfModel:
+        """A copy of the model, for one planner to correct online."""
+        return PerfModel(self.model.pieces, margin=self.model.margin)
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""

@@ -27,7 +27,7 @@ from minserve.engine.runner import Scheduled
 from minserve.engine.speculator import Wanted
 from minserve.errors import ProfileError
 from minserve.planner.perf_fit import Sample, evaluate, fit
-from minserve.planner.perf_model import PerfModel, residual_quantile
+from minserve.planner.perf_model import MARGIN_QUANTILE, PerfModel, residual_quantile
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
 
@@ -93,7 +93,7 @@ def profile_core(
     judged, model = fit(seen), fit(samples)
     # Single iterations scatter more than the samples do.
     ratios = [t / model.profiled(batch.shape) for batch, runs in times.items() for t in runs]
-    margin = max(1.0, residual_quantile(ratios, model.quantile))
+    margin = max(1.0, residual_quantile(ratios, MARGIN_QUANTILE))
     return Profile(
         key=profile_key(core, model_name),
         torch=torch.__version__,

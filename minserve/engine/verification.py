@@ -159,10 +159,12 @@ class PendingTokens:
         nums = [None] * (len(self._spans) - len(by_chance)) + by_chance
         tokens = []
         for span, num in zip(self._spans, nums, strict=True):
-            own = chosen[span.first : span.rows.stop]
-            if num is None:
-                num = _num_agreeing(own, span.drafted)
-            tokens.append(own[: num + 1])
+            own = chosen[span.first : span.first + len(span.drafted) + 1]
+            if span.drafted:
+                if num is None:
+                    num = _num_agreeing(own, span.drafted)
+                own = own[: num + 1]
+            tokens.append(own)
         return tokens
 
 
@@ -186,10 +188,10 @@ def _verified(
             f"the model's logits for {span.seq.seq_id} at output token "
             f"{span.seq.num_output_tokens} contain NaN or allow no token"
         )
+    rows = range(span.first, span.first + len(tokens))
     return Verified(
         tuple(
-            SampledToken(token, logprobs.get(row))
-            for row, token in zip(span.rows, tokens, strict=False)
+            SampledToken(token, logprobs.get(row)) for row, token in zip(rows, tokens, strict=True)
         ),
         num_accepted,
     )

@@ -302,25 +302,23 @@ class _Room:
     """Blocks in which sequences without a promise may start."""
 
     def __init__(self, batch: TimedBatch, work: Work, limits: BatchLimits) -> None:
-        self._blocks_of = limits.blocks_of
-        others = (*work.best_effort, *(seq for _, seq in work.unpromised))
+        self._limits = limits
+        self._free = batch.draft.view.memory.num_free_blocks
         scheduled = batch.draft.plan.num_scheduled_tokens
         # Those that start in this batch hold no blocks yet.
-        held = sum(
-            limits.blocks_of(seq) if seq.state is SequenceState.WAITING else len(seq.block_table)
-            for seq in others
+        self._held = sum(
+            len(seq.block_table) or limits.blocks_of(seq)
+            for seq in (*work.best_effort, *(seq for _, seq in work.unpromised))
             if seq.block_table or seq.seq_id in scheduled
         )
-        self._left = limits.spare_blocks - held
-        # One of them may always run, while blocks are free.
-        if not held:
-            self._left = max(self._left, batch.draft.view.memory.num_free_blocks)
 
     def has(self, seq: Sequence) -> bool:
-        return self._blocks_of(seq) <= self._left
+        """True where it fits. One of them may always run, while blocks are free."""
+        left = self._limits.spare_blocks - self._held
+        return self._limits.blocks_of(seq) <= (left if self._held else max(left, self._free))
 
     def take(self, seq: Sequence) -> None:
-        self._left -= self._blocks_of(seq)
+        self._held += self._limits.blocks_of(seq)
 
 
 def _draft_for_prefills(

@@ -11,6 +11,9 @@ from minserve.slo import SLO
 
 # A prompt and context of middling length, for objectives in absolute seconds.
 TYPICAL_TOKENS = 512
+TYPICAL_OUTPUT = 128
+# Of a miss that scatter brings about, from which on an objective is one that the device misses.
+RISK = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +23,8 @@ class Miss:
     Attributes:
         name: of the class.
         objective: ``ttft`` or ``tpot``, with the stage where there are several.
-        promised_s, needed_s: what the class says, and what the device takes, its margin
-            for noise included.
+        promised_s, needed_s: what the class says, and what the device takes in nine of ten
+            cases.
     """
 
     name: str
@@ -42,7 +45,9 @@ def lone_request_misses(
         model.zero_load_prefill_s(num_tokens),
         model.zero_load_decode_s(num_tokens),
     )
-    needed_ttft, needed_tpot = prefill_s * model.margin, decode_s * model.margin
+    # The prompt is one iteration; a pace lasts for many, which even out.
+    needed_ttft = prefill_s * model.bound(1, RISK)
+    needed_tpot = decode_s * model.bound(TYPICAL_OUTPUT, RISK)
     misses = []
     for name, slo in classes.items():
         targets = slo.resolve(prefill_s, decode_s)

@@ -18,7 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minserve.errors import ProfileError
-from minserve.planner.perf_model import BatchShape, PerfModel, Piece, residual_quantile
+from minserve.planner.perf_model import (
+    MARGIN_QUANTILE,
+    BatchShape,
+    PerfModel,
+    Piece,
+    residual_quantile,
+)
 
 Floats = NDArray[np.float64]
 
@@ -26,7 +32,6 @@ NUM_FEATURES = 7  # the fields of `BatchShape`, and 1
 MIN_SAMPLES = NUM_FEATURES
 # More pieces are only looked for where each would have twice as many samples as coefficients.
 SAMPLES_PER_PIECE = 2 * NUM_FEATURES
-MARGIN_QUANTILE = 0.9
 FOLDS = 4
 SIGNIFICANT = 2.0  # standard errors
 RESTARTS = 6

@@ -26,6 +26,7 @@ SPECULATION_RATE = 0.1
 MAX_SPECULATION = 4.0
 SPECULATION_FADE = 0.9965
 MAX_SURPRISE = 0.7
+MARGIN_QUANTILE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,35 +94,32 @@ class PerfModel:
 
     Args:
         pieces: at least one; together they must grow with the tokens.
-        quantile: of iterations that ``margin`` covers.
-        margin: what the profile says of it; replaced by what is seen.
+        margin: factor on profiled seconds that `MARGIN_QUANTILE` of the iterations stayed within
+            when the profile was made; what is seen soon counts instead.
 
     Attributes:
         speculation_drift: measured over profiled speed of batches with drafts, over that of all
             others: what the profile has wrong about them.
     """
 
-    def __init__(
-        self, pieces: Iterable[Piece], *, quantile: float = 0.9, margin: float = 1.1
-    ) -> None:
+    def __init__(self, pieces: Iterable[Piece], *, margin: float = 1.1) -> None:
         self.pieces = tuple(pieces)
         if not self.pieces or not any(piece.tokens > 0 for piece in self.pieces):
             raise ValueError("a performance model needs a piece that grows with the tokens")
         if any(not c >= 0 or math.isinf(c) for piece in self.pieces for c in astuple(piece)):
             raise ValueError("coefficients must be finite and at least 0")
-        self.quantile = quantile
+        self.margin = margin
         self.speculation_drift = 1.0
-        self._scatter = Scatter(margin, 1.0 - quantile)
+        self._scatter = Scatter(margin, 1.0 - MARGIN_QUANTILE)
 
     @property
     def drift(self) -> float:
         """Measured over profiled speed, now; 1.1 is a device 10% slower than profiled."""
         return self._scatter.drift
 
-    @property
-    def margin(self) -> float:
-        """`bound` of one iteration at the chosen quantile."""
-        return self.bound(1, 1.0 - self.quantile)
+    @drift.setter
+    def drift(self, value: float) -> None:
+        self._scatter.drift = value
 
     def bound(self, iterations: float, risk: float) -> float:
         """Factor on predicted seconds, at least 1: the sum of so many iterations in a row stays
@@ -196,21 +194,21 @@ class PerfModel:
             step_s, token_s: seconds of each forward pass, and of each token in it.
         """
         pieces = [replace(p, draft_steps=step_s, draft_tokens=token_s) for p in self.pieces]
-        return PerfModel(pieces, quantile=self.quantile, margin=self.margin)
+        return PerfModel(pieces, margin=self.margin)
 
     def to_dict(self) -> dict[str, Any]:
         """The profile, ready for JSON; the online correction is left out."""
         return {"pieces": [asdict(piece) for piece in self.pieces], "margin": self.margin}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], *, quantile: float = 0.9) -> PerfModel:
+    def from_dict(cls, values: Mapping[str, Any]) -> PerfModel:
         """A model as `to_dict` wrote it.
 
         Raises:
             ValueError, TypeError, KeyError: where it is not one.
         """
         pieces = [Piece(**piece) for piece in values["pieces"]]
-        return cls(pieces, quantile=quantile, margin=float(values["margin"]))
+        return cls(pieces, margin=float(values["margin"]))
 
 
 def residual_quantile(values: Iterable[float], quantile: float) -> float:

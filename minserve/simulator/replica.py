@@ -18,7 +18,7 @@ from minserve.planner.perf_model import BatchShape, PerfModel
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.policies import Planner
 from minserve.request import Sequence, SequenceState, by_rank
-from minserve.simulator.disturbance import Disturbance
+from minserve.simulator.device_time import DeviceTime
 from minserve.slo import Standing
 from minserve.workload.conversation import Turn
 
@@ -92,7 +92,7 @@ class SimulatedReplica:
 
     Args:
         device: how long batches usually take; the planner has a model of its own.
-        disturbance: how long they take in truth; ``None`` for exactly as long.
+        device_time: how long they take in truth; ``None`` for exactly as long.
         clairvoyant: True where the planner's model is told what factor the next batch will
             take over its usual time, in its attribute ``next_factor``.
         acceptance: chance that a drafted token is accepted if those before it were.
@@ -112,14 +112,14 @@ class SimulatedReplica:
         max_num_seqs: int,
         drafter: Drafter | None = None,
         acceptance: float = 0.0,
-        disturbance: Disturbance | None = None,
+        device_time: DeviceTime | None = None,
         clairvoyant: bool = False,
         seed: int = 0,
     ) -> None:
         self.planner, self.pool, self.device = planner, pool, device
         self.token_budget, self.max_num_seqs = token_budget, max_num_seqs
         self.drafter, self.acceptance = drafter, acceptance
-        self.disturbance, self.clairvoyant = disturbance or Disturbance(), clairvoyant
+        self.device_time, self.clairvoyant = device_time or DeviceTime(), clairvoyant
         self.waiting: list[SimulatedSequence] = []
         self.running: list[SimulatedSequence] = []
         self.busy = False
@@ -172,7 +172,7 @@ class SimulatedReplica:
             SimulationError: where the policy runs nothing for good although there is work.
         """
         if self.clairvoyant:
-            self.planner.model.next_factor = self.disturbance.factor(now)
+            self.planner.model.next_factor = self.device_time.factor(now)
         plan = self._plan = self.planner.plan(self.view(), now)
         unpromised, refused = self._settle(plan)
         away = [one for seq in unpromised if gives_away(seq) for one in seq.siblings]
@@ -185,7 +185,7 @@ class SimulatedReplica:
             self._num_idle = 0 if refused or away else self._num_idle + 1
             return self._idle(), refused
         self._num_idle = 0
-        self._seconds = self.disturbance.seconds(self._usual_s(plan), now)
+        self._seconds = self.device_time.seconds(self._usual_s(plan), now)
         self.busy_s += self._seconds
         self.num_iterations += 1
         return self._seconds, refused
@@ -267,7 +267,12 @@ class SimulatedReplica:
             self.withdraw(seq)
             seq.state = SequenceState.FINISHED
             refused.append(seq)
-        unbegun = [seq for seq in unpromised if not any(one.has_begun for one in seq.siblings)]
+        # Who is given up may be declined besides.
+        unbegun = [
+            seq
+            for seq in dict.fromkeys(unpromised)
+            if not any(one.has_begun for one in seq.siblings)
+        ]
         return _firsts(unbegun), _firsts(refused)
 
     def _take_out(self, plan: IterationPlan, away: list[SimulatedSequence]) -> None:

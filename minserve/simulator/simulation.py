@@ -19,13 +19,13 @@ from minserve.planner.policies.fcfs import FcfsPlanner
 from minserve.planner.policies.sarathi import SarathiPlanner
 from minserve.request import Sequence
 from minserve.simulator.cluster import Cluster
+from minserve.simulator.device_time import DeviceTime
 from minserve.simulator.distserve import (
     NVLINK_BYTES_S,
     DecodeReplica,
     DistServeCluster,
     PrefillReplica,
 )
-from minserve.simulator.disturbance import Disturbance
 from minserve.simulator.events import EventLoop
 from minserve.simulator.load import OfferedLoad, Progressed, first_longer
 from minserve.simulator.replica import Drafter, SimulatedReplica
@@ -357,7 +357,7 @@ def _replica(
         max_num_seqs=setup.max_num_seqs,
         drafter=drafter,
         acceptance=setup.acceptance,
-        disturbance=_disturbance(setup, number),
+        device_time=_device_time(setup, number),
         clairvoyant=setup.clairvoyant,
         seed=setup.seed * 1009 + number,
     )
@@ -372,7 +372,7 @@ def _distserve(setup: Setup, loop: EventLoop, *, prefix_caching: bool) -> DistSe
             _truth(setup),
             token_budget=setup.budget,
             max_num_seqs=setup.max_num_seqs,
-            disturbance=_disturbance(setup, number),
+            device_time=_device_time(setup, number),
         )
         for number in range(num_prefills)
     ]
@@ -383,7 +383,7 @@ def _distserve(setup: Setup, loop: EventLoop, *, prefix_caching: bool) -> DistSe
             _truth(setup),
             token_budget=max(SARATHI_BUDGET, setup.max_num_seqs),
             max_num_seqs=setup.max_num_seqs,
-            disturbance=_disturbance(setup, num_prefills + number),
+            device_time=_device_time(setup, num_prefills + number),
         )
         for number in range(num_decodes)
     ]
@@ -402,9 +402,9 @@ def _truth(setup: Setup) -> PerfModel:
     return PerfModel([replace(one, base=one.base + setup.overhead_s) for one in slower])
 
 
-def _disturbance(setup: Setup, number: int) -> Disturbance:
+def _device_time(setup: Setup, number: int) -> DeviceTime:
     """Of one replica."""
-    return Disturbance(
+    return DeviceTime(
         noise=setup.noise,
         speed_steps=setup.speed_steps,
         stall_every_s=setup.stall_every_s,

@@ -33,15 +33,18 @@ def prefill_row(chunk: int, ours_ms: float, sdpa_ms: float) -> dict:
 
 def test_goals_are_the_worst_decode_and_the_worst_and_median_prefill():
     rows = [
-        decode_row(0.9), decode_row(0.86), decode_row(0.1, context=512), decode_row(0.2, queries=5),
+        decode_row(0.95), decode_row(0.91), decode_row(0.1, context=512), decode_row(0.2, queries=5),
+        decode_row(0.62, batch=1), decode_row(0.7, batch=1), decode_row(0.1, batch=1, context=512),
         prefill_row(512, 1.0, 1.1), prefill_row(2048, 1.0, 1.4), prefill_row(8192, 1.0, 1.2),
         prefill_row(128, 1.0, 0.5),
     ]  # fmt: skip
     told = summary(rows, CEILINGS)
-    assert told["decode_share_b64_c2048"] == 0.86
+    assert told["decode_share_b64_c2048"] == 0.91
+    assert told["decode_share_b1_c2048"] == 0.62
     assert (told["prefill_vs_sdpa_min"], told["prefill_vs_sdpa_median"]) == (1.1, 1.2)
     assert told["goals_met"] is True
-    assert summary([decode_row(0.84), *rows], CEILINGS)["goals_met"] is False
+    assert summary([decode_row(0.89), *rows], CEILINGS)["goals_met"] is False
+    assert summary([decode_row(0.59, batch=1), *rows], CEILINGS)["goals_met"] is False
     assert summary([prefill_row(512, 1.0, 0.9), *rows], CEILINGS)["goals_met"] is False
 
 

@@ -38,12 +38,11 @@ def run(*args: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_every_kernel_compiles_for_both_architectures_without_spills():
-    done = run("bench/kernels.py", "--compile-only", "--quick")
+def test_every_kernel_compiles_for_both_architectures_without_spills_to_speak_of():
+    done = run("bench/kernel_bench.py", "--compile-only", "--quick")
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["failures"] == []
-    assert told["spills"] == 0
     assert told["archs"] == [80, 90]
     assert 0 < told["max_shared"] <= 227 * KIB
     compiled = {line.split()[0] for line in done.stdout.splitlines()[:-1]}
@@ -58,15 +57,17 @@ def test_a_tile_beyond_the_shared_memory_is_a_failure():
 @pytest.mark.parametrize(
     ("changed", "problem"),
     [
-        ({"spill_bytes": 8}, "8 bytes of registers spilled"),
+        ({"spill_bytes": 24}, "24 bytes of registers spilled"),
         ({"shared": 164 * KIB}, "164 KiB of shared memory, where a block may use 163"),
         ({"instructions": ""}, "tl.dot without instructions of the tensor cores"),
+        ({"num_stages": 3, "ahead": 0}, "3 stages, but a loop waits for all loads there are"),
     ],
 )
 def test_what_is_wrong_with_a_kernel_is_said(changed: dict, problem: str):
     good = {
         "name": "kernel", "digest": "0", "arch": 80, "num_warps": 4, "num_stages": 2,
         "registers": 64, "spill_bytes": 0, "shared": 0, "has_dot": True, "instructions": "mma",
+        "ahead": 0,
     }  # fmt: skip
     assert Built(**good).problems() == []
     assert Built(**{**good, **changed}).problems() == [problem]

@@ -72,13 +72,3 @@ def test_on_the_cpu_nothing_is_copied() -> None:
     assert parts.token_ids.data_ptr() == host.token_ids.ctypes.data
     parts.block_tables[0, 0] = 77
     assert host.block_tables[0, 0] == 77
-
-
-def test_block_tables_may_lie_elsewhere() -> None:
-    layout = BatchLayout(4, 2, 3)
-    heading, tables = torch.arange(100), torch.zeros(2, 3)
-    parts = layout.split(heading, tables)
-    assert parts.block_tables is tables
-    assert parts.lengths.tolist() == [15, 16]
-    assert layout.heading == 17
-    assert layout.size == 23

@@ -17,6 +17,7 @@ from padded_backend import PaddedBackend, Rerun
 from torch import Tensor
 
 from minserve import Engine, SamplingParams
+from minserve.engine import cuda_graphs
 from minserve.engine.batch_tensors import Chunk
 from minserve.engine.cuda_graphs import DecodeGraphs, GraphLimits, Recorder, padded_sizes
 from minserve.engine.kv_cache import allocate_kv_cache
@@ -111,7 +112,11 @@ def assert_same_pass(one: PagedModel, other: PagedModel, chunks: list[Chunk]) ->
 
 
 @pytest.mark.parametrize("most", [1, 4], ids=["decodes", "verifications"])
-def test_a_replay_gives_what_the_pass_itself_gives(model: CausalLM, most: int) -> None:
+@pytest.mark.parametrize("sent", ["whole", "in parts"])
+def test_a_replay_gives_what_the_pass_itself_gives(
+    model: CausalLM, most: int, sent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_graphs, "SENT_WHOLE", 10**6 if sent == "whole" else 0)
     replayed, plain = paged(model, PaddedBackend), paged(model, TorchBackend)
     counting = Counting()
     replayed.graphs = DecodeGraphs(replayed, counting, LIMITS)
@@ -190,11 +195,11 @@ def test_an_engine_with_cuda_graphs_says_what_it_says_without(
     prompts = ["The quick brown fox", "def add(a, b):", "x", "one two one two one two"]
     params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
     outputs = []
-    for cuda_graphs in (True, False):
+    for with_graphs in (True, False):
         engine = Engine(str(tiny_llama_dir), dtype="float32", device="cuda", num_blocks=200,
                         token_budget=64, max_num_seqs=16, policy="sarathi", max_speculation=3,
-                        speculator=speculator, cuda_graphs=cuda_graphs)  # fmt: skip
-        assert (engine._core.runner.graphs is not None) == cuda_graphs
+                        speculator=speculator, cuda_graphs=with_graphs)  # fmt: skip
+        assert (engine._core.runner.graphs is not None) == with_graphs
         results = engine.generate(prompts, params)
         outputs.append([result.outputs[0].token_ids for result in results])
     assert outputs[0] == outputs[1]

@@ -50,6 +50,9 @@ class QueuedCopiesOnly(TorchDispatchMode):
         name, first = func.overloadpacket.__name__, args[0] if args else None
         if name == "_to_copy" and first.device == CPU and not kwargs.get("non_blocking"):
             assert kwargs.get("device", CPU) == CPU, "a copy to a device that is waited for"
+        if name == "copy_" and args[1].device == CPU != first.device:
+            assert args[2:] == (True,), "a copy to a device that is waited for"
+            return func(*args, **kwargs)
         inputs = [x for x in tree_leaves(args) if isinstance(x, Tensor) and x.dim() > 0]
         assert len({x.device for x in inputs}) < 2, f"{name} of tensors on host and device"
         return func(*args, **kwargs)
@@ -107,6 +110,7 @@ def on_meta(proposals: list[Proposal | None]) -> list[Proposal | None]:
         lambda x: x.add(torch.tensor([1.0], device=META)),
         lambda x: x.add(torch.tensor([1.0]).to(META)),
         lambda x: x[torch.tensor([0, 1])],
+        lambda x: x.copy_(torch.zeros(3)),
     ],
 )
 def test_the_check_finds_what_waits(look: Callable[[Tensor], Any]) -> None:

@@ -20,7 +20,7 @@ LOOSE = SLO(ttft_slowdown=4, tpot_slowdown=5, name="loose")
 
 
 def device() -> PerfModel:
-    return PerfModel(DEVICE, quantile=0.99, margin=1.02)
+    return PerfModel(DEVICE, margin=1.02)
 
 
 def replay_of(

@@ -36,7 +36,7 @@ def test_a_lone_request_is_promised_its_slo_and_gets_it() -> None:
 def test_a_device_that_decodes_within_the_guard_time_keeps_promises(
     policy: str, decode_s: float
 ) -> None:
-    model = PerfModel((Piece(tokens=decode_s / 10, base=decode_s),), quantile=0.99, margin=2.0)
+    model = PerfModel((Piece(tokens=decode_s / 10, base=decode_s),), margin=2.0)
     pool = BlockPool(400, 16, prefix_caching=False)
     replay = Replay(make_planner(policy, model=model), pool, 512, 8, device=model)
     load = [request(f"r{i}", 100, 20, 0.0, SLO(ttft=60.0, tpot=10.0)) for i in range(4)]

@@ -41,7 +41,7 @@ def replay_of(
     drafter: Drafter | None = None,
     **settings: object,
 ) -> DraftingReplay:
-    planner = make_planner(policy, model=PerfModel(device, quantile=0.99, margin=1.02))
+    planner = make_planner(policy, model=PerfModel(device, margin=1.02))
     return DraftingReplay(
         planner, BlockPool(blocks, 16, prefix_caching=False), budget, max_num_seqs,
         device=PerfModel(device), drafter=drafter, **settings,

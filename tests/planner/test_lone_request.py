@@ -24,10 +24,12 @@ def test_each_impossible_objective_is_named_with_what_it_would_take() -> None:
         ("both", "tpot"),
         ("thinking", "tpot of stage 1"),
     ]
-    assert misses[0].needed_s == pytest.approx(0.22 * 1.2)
+    # A margin of 1.2 is what nine of ten iterations keep: a prompt is one, a pace is many.
+    assert misses[0].needed_s == pytest.approx(0.22 * 1.2, rel=0.02)
+    assert 0.021 < misses[1].needed_s < 1.05 * 0.021
     table = describe_misses(misses, 200)
     assert "thinking" in table
-    assert "264.0 ms" in table
+    assert f"{misses[0].needed_s * 1e3:.1f} ms" in table
 
 
 def test_a_slowdown_smaller_than_the_noise_is_a_miss() -> None:

@@ -178,7 +178,9 @@ class DpPlanner(Planner):
             plan.declined = [
                 seq.seq_id
                 for _, seq in work.unpromised
-                if seq.state is SequenceState.WAITING and seq.standing is Standing.PENDING
+                if seq.state is SequenceState.WAITING
+                and seq.standing is Standing.PENDING
+                and seq.seq_id not in verdict.relegate
             ]
         plan.promote = _newly_promised(work, plan)
         return plan

@@ -36,6 +36,7 @@ def run(
     device: torch.device,
     block_size: int = 16,
     num_programs: int = 16,
+    lengths_known: bool = True,
 ) -> DecodePlan:
     """Check a batch of decodes: everything written, right, and nothing read that is not owned."""
     num_heads, num_kv_heads, head_dim = heads
@@ -49,6 +50,7 @@ def run(
         num_tokens=metadata.num_tokens,
         most_queries=max(queries for queries, _ in lengths),
         longest=max(metadata.seq_lens),
+        total=sum(metadata.seq_lens) if lengths_known else None,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -59,6 +61,7 @@ def run(
     batched_decode(query, kv.key, kv.value, out, plan, head_dim**-0.5)
     plain, exact = expected(query, kv, metadata, dtype), expected(query, kv, metadata)
     assert_as_exact_as(plain, out.flatten(1), exact)
+    assert not plan.arrived.any()
     return plan
 
 
@@ -103,9 +106,13 @@ def test_more_rows_than_one_tile_holds(dtype: torch.dtype, device: torch.device)
     run(ONE_KV_HEAD, [(9, 50), (1, 20), (17, 33)], dtype, device)
 
 
-def test_a_long_context_is_split_and_merged(dtype: torch.dtype, device: torch.device) -> None:
-    plan = run(ONE_KV_HEAD, [(1, 4096), (1, 0), (3, 700), (2, 127)], dtype, device)
-    assert -(-4097 // plan.split_len.item()) == plan.num_splits > 3, "the longest is split"
+@pytest.mark.parametrize("lengths_known", [False, True])
+def test_a_long_context_is_split_and_merged(
+    lengths_known: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    lengths = [(1, 4096), (1, 0), (3, 700), (2, 127)]
+    plan = run(ONE_KV_HEAD, lengths, dtype, device, lengths_known=lengths_known)
+    assert plan.num_splits >= -(-4097 // plan.split_len.item()) > 3, "the longest is split"
     assert plan.split_len.item() >= 129, "the shortest are not"
 
 
@@ -128,18 +135,32 @@ def test_the_longest_sequence_has_no_more_splits_than_there_is_room_for(
     lengths = torch.tensor([100_001, 5], device=device)
     plan = plan_decodes(
         torch.tensor([0, 1, 2], device=device), lengths, torch.zeros(2, 1, device=device),
-        num_tokens=2, most_queries=1, longest=131_072, num_heads=2, num_kv_heads=2, head_dim=64,
+        num_tokens=2, most_queries=1, longest=131_072, total=100_006, num_heads=2, num_kv_heads=2, head_dim=64,
         dtype=torch.float16, num_programs=10**6,
     )  # fmt: skip
     assert plan.num_splits == MOST_SPLITS
     assert -(-100_001 // plan.split_len.item()) <= MOST_SPLITS
 
 
+@pytest.mark.parametrize(("num_seqs", "length"), [(64, 2048), (8, 512), (1, 4096), (3, 700)])
+def test_sequences_of_one_length_have_as_many_splits_as_fill_the_device(
+    num_seqs: int, length: int, device: torch.device
+) -> None:
+    plan = plan_decodes(
+        torch.arange(num_seqs + 1, device=device), torch.full((num_seqs,), length, device=device),
+        torch.zeros(num_seqs, 1, device=device), num_tokens=num_seqs, most_queries=1,
+        longest=length, total=num_seqs * length, num_heads=8, num_kv_heads=8, head_dim=64,
+        dtype=torch.float16, num_programs=528,
+    )  # fmt: skip
+    assert -(-length // plan.split_len.item()) == plan.num_splits  # no program without work
+    assert plan.num_splits == 1 or plan.split_len.item() >= LEAST_SPLIT
+
+
 def test_an_empty_batch_writes_nothing(device: torch.device) -> None:
     none = torch.zeros(0, 1, dtype=torch.int64, device=device)
     plan = plan_decodes(
         torch.zeros(1, dtype=torch.int64, device=device), none[:, 0], none, num_tokens=0,
-        most_queries=0, longest=0, num_heads=4, num_kv_heads=2, head_dim=16,
+        most_queries=0, longest=0, total=0, num_heads=4, num_kv_heads=2, head_dim=16,
         dtype=torch.float16, num_programs=16,
     )  # fmt: skip
     key, value = torch.randn(2, 1, 16, 2, 16, device=device).half()
@@ -159,7 +180,7 @@ def test_sequences_of_padding_cost_nothing_and_write_nothing(
     tables = torch.tensor([[3, 1, 5, 0], [0] * 4, [0] * 4, [0] * 4], **on)
     plan = plan_decodes(
         torch.tensor([0, 1, 1, 1, 1], **on), torch.tensor([37, 0, 0, 0], **on), tables,
-        num_tokens=4, most_queries=1, longest=64, num_heads=heads, num_kv_heads=heads,
+        num_tokens=4, most_queries=1, longest=64, total=None, num_heads=heads, num_kv_heads=heads,
         head_dim=dim, dtype=dtype, num_programs=64,
     )  # fmt: skip
     out = torch.full_like(query, 7.0)
@@ -186,7 +207,7 @@ def test_an_index_beyond_32_bits_finds_its_block(device: torch.device) -> None:
     query = torch.randn(1, heads, dim, device=device).half()
     plan = plan_decodes(
         torch.tensor([0, 1], device=device), torch.tensor([100], device=device), metadata.block_tables,
-        num_tokens=1, most_queries=1, longest=100, num_heads=heads, num_kv_heads=heads,
+        num_tokens=1, most_queries=1, longest=100, total=100, num_heads=heads, num_kv_heads=heads,
         head_dim=dim, dtype=torch.float16, num_programs=1,
     )  # fmt: skip
     out = torch.empty_like(query)

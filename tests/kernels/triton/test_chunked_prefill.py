@@ -15,8 +15,12 @@ from attention_cases import (
 )
 
 from minserve.kernels.triton.chunked_prefill import (
+    LEAST_SPLIT,
+    MOST_SPLITS,
+    PrefillPlan,
     PrefillTile,
     chunked_prefill,
+    plan_prefills,
     prefill_tile,
     prefill_tiles,
 )
@@ -34,7 +38,8 @@ def run(
     block_size: int = 16,
     num_decodes: int = 0,
     tile: PrefillTile | None = None,
-) -> None:
+    num_programs: int = 1,
+) -> PrefillPlan:
     """Check a batch's chunks: everything written, right, and nothing read that is not owned."""
     head_dim = heads[2]
     query, kv, metadata = make_inputs(
@@ -42,7 +47,10 @@ def run(
     )
     longest = max(queries for queries, _ in lengths[num_decodes:])
     tile = tile or prefill_tile(longest, head_dim, dtype, capability=90)
-    tiles = prefill_tiles(metadata.query_start_loc, metadata.seq_lens, num_decodes, tile.block_m)
+    plan = plan_prefills(
+        metadata.query_start_loc, metadata.seq_lens, num_decodes, tile=tile, num_heads=heads[0],
+        head_dim=head_dim, num_programs=num_programs, device=device,
+    )  # fmt: skip
     out = torch.full(query.shape, torch.nan, dtype=dtype, device=device)
     chunked_prefill(
         query,
@@ -52,14 +60,15 @@ def run(
         torch.tensor(metadata.query_start_loc, device=device),
         torch.tensor(metadata.seq_lens, device=device),
         metadata.block_tables,
-        torch.tensor(tiles, device=device),
-        tile,
+        plan,
         head_dim**-0.5,
     )
     first = metadata.query_start_loc[num_decodes]
     assert out[:first].isnan().all()
     plain, exact = expected(query, kv, metadata, dtype), expected(query, kv, metadata)
     assert_as_exact_as(plain[first:], out.flatten(1)[first:], exact[first:])
+    assert not plan.arrived.any()
+    return plan
 
 
 @pytest.mark.parametrize(
@@ -95,6 +104,33 @@ def test_a_long_context_is_attended_to_its_beginning(
     dtype: torch.dtype, device: torch.device
 ) -> None:
     run(ONE_HEAD, [(5, 4092), (1, 4096)], dtype, device)
+
+
+@pytest.mark.parametrize("heads", [ONE_HEAD, PHI, LLAMA_3_8B], ids=str)
+def test_a_short_chunk_behind_a_long_context_is_split_and_merged(
+    heads: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+) -> None:
+    # Tiles with as many splits as there are, with one, and whose first rows see nothing of the last.
+    lengths = [(9, 3 * LEAST_SPLIT - 4), (70, 2 * LEAST_SPLIT - 66), (3, 40)]
+    plan = run(heads, lengths, dtype, device, num_programs=1000)
+    assert plan.num_splits == 4
+
+
+def test_as_many_splits_as_fill_the_device(device: torch.device) -> None:
+    def num_splits(tokens: int, length: int) -> int:
+        plan = plan_prefills(
+            [0, tokens], [length], 0, tile=PrefillTile(64, 64, 4, 3), num_heads=32, head_dim=16,
+            num_programs=264, device=device,
+        )  # fmt: skip
+        assert plan.split_len % 64 == 0
+        assert plan.num_splits * plan.split_len >= length
+        return plan.num_splits
+
+    assert num_splits(64, 8 * LEAST_SPLIT) == 8
+    assert num_splits(128, 8 * LEAST_SPLIT) == 4
+    assert num_splits(512, 8 * LEAST_SPLIT) == 1
+    assert num_splits(64, LEAST_SPLIT) == 1
+    assert num_splits(1, 10**6) == MOST_SPLITS
 
 
 def test_a_prompt_cached_but_for_its_last_token(dtype: torch.dtype, device: torch.device) -> None:

@@ -14,24 +14,24 @@ from minserve.planner.perf_model import PerfModel
 from minserve.planner.plan import IterationPlan
 from minserve.planner.policies import Planner
 from minserve.planner.policies.sarathi import SarathiPlanner
-from minserve.simulator.disturbance import STALL_S, STEP_S, Disturbance
+from minserve.simulator.device_time import STALL_S, STEP_S, DeviceTime
 from minserve.simulator.simulation import Setup, planner_of, simulate
 
 
 def test_a_quiet_device_takes_exactly_its_usual_time() -> None:
-    quiet = Disturbance(seed="any")
+    quiet = DeviceTime(seed="any")
     assert [quiet.seconds(0.1 * i, 3.7 * i) for i in range(50)] == [0.1 * i for i in range(50)]
 
 
 def test_iterations_scatter_by_the_log_standard_deviation_that_was_asked_for() -> None:
-    noisy = Disturbance(noise=0.3, seed="0")
+    noisy = DeviceTime(noise=0.3, seed="0")
     logs = [math.log(noisy.seconds(2.0, float(i)) / 2.0) for i in range(4000)]
     assert statistics.fmean(logs) == pytest.approx(0.0, abs=0.02)
     assert statistics.stdev(logs) == pytest.approx(0.3, rel=0.05)
 
 
 def test_a_factor_stays_until_an_iteration_has_run() -> None:
-    noisy = Disturbance(noise=0.3, seed="0")
+    noisy = DeviceTime(noise=0.3, seed="0")
     factor = noisy.factor(0.0)
     assert noisy.factor(0.001) == factor
     assert noisy.seconds(2.0, 0.002) == 2.0 * factor
@@ -39,7 +39,7 @@ def test_a_factor_stays_until_an_iteration_has_run() -> None:
 
 
 def test_speeds_hold_for_10_to_60_s_and_lie_between_half_and_double() -> None:
-    drifting = Disturbance(speed_steps=2.0, seed="0")
+    drifting = DeviceTime(speed_steps=2.0, seed="0")
     factors = [drifting.seconds(1.0, 0.1 * i) for i in range(300_000)]
     assert 0.5 <= min(factors) < 0.55
     assert 1.9 < max(factors) <= 2.0
@@ -52,7 +52,7 @@ def test_speeds_hold_for_10_to_60_s_and_lie_between_half_and_double() -> None:
 
 
 def test_a_device_stands_still_at_times() -> None:
-    stalling = Disturbance(stall_every_s=30.0, seed="0")
+    stalling = DeviceTime(stall_every_s=30.0, seed="0")
     now, stalls = 0.0, []
     while now < 60_000:
         seconds = stalling.seconds(0.01, now)
@@ -68,7 +68,7 @@ def test_a_device_stands_still_at_times() -> None:
 
 def test_an_iteration_that_begins_in_a_stall_waits_for_its_rest() -> None:
     def stalled(at: float) -> float:
-        return Disturbance(stall_every_s=100.0, seed="3").seconds(1e-6, at) - 1e-6
+        return DeviceTime(stall_every_s=100.0, seed="3").seconds(1e-6, at) - 1e-6
 
     begins = next(i / 64 for i in range(100_000) if stalled(i / 64) > 0)
     rest = stalled(begins)
@@ -77,13 +77,13 @@ def test_an_iteration_that_begins_in_a_stall_waits_for_its_rest() -> None:
     assert stalled(begins + rest) == 0
     # Who runs when it begins waits for all of it.
     assert stalled(begins - 1 / 64) == 0
-    whole = Disturbance(stall_every_s=100.0, seed="3").seconds(1.0, begins - 0.5) - 1.0
+    whole = DeviceTime(stall_every_s=100.0, seed="3").seconds(1.0, begins - 0.5) - 1.0
     assert rest <= whole <= rest + 1 / 64
 
 
 def test_speeds_and_stalls_do_not_depend_on_how_often_was_asked() -> None:
-    def device() -> Disturbance:
-        return Disturbance(speed_steps=2.0, stall_every_s=5.0, seed="7")
+    def device() -> DeviceTime:
+        return DeviceTime(speed_steps=2.0, stall_every_s=5.0, seed="7")
 
     rare, often, now = device(), device(), 0.0
     for i in range(20_000):
@@ -95,7 +95,7 @@ def test_speeds_and_stalls_do_not_depend_on_how_often_was_asked() -> None:
 
 def test_replicas_and_seeds_drift_apart() -> None:
     seeds = ("0 0", "0 1", "1 0")
-    assert len({Disturbance(speed_steps=2.0, seed=seed).factor(0.0) for seed in seeds}) == 3
+    assert len({DeviceTime(speed_steps=2.0, seed=seed).factor(0.0) for seed in seeds}) == 3
 
 
 @pytest.mark.parametrize("policy", ["dp", "vllm", "distserve"])

@@ -1,4 +1,4 @@
-"""`Disturbance`: how a simulated device's iterations differ from the time that they should take.
+"""`DeviceTime`: how a simulated device's iterations differ from the time that they should take.
 
 ::
 
@@ -18,7 +18,7 @@ STEP_S = (10.0, 60.0)
 STALL_S = (0.1, 1.0)
 
 
-class Disturbance:
+class DeviceTime:
     """The behaviour of one device over time. It is asked in the order of time.
 
     Args:
