@@ -23,6 +23,8 @@ RISKS = (0.3, 0.2, 0.13, 0.08, 0.05, 0.03, 0.01, 0.004, 0.0015, 0.0005)
 USUAL_RISK = 0.01
 # A promise in less danger than this is in none, and so are all that are due later.
 NO_RISK = 1e-4
+# Deadlines apart by less than this factor are alike.
+ALIKE = 1.03
 # What getting a waiting request's whole prompt done is worth, as a share of its value: all of it
 # where there is no room for everybody, less where all of them are expected to be in time.
 URGENT, CALM = 1.0, 0.3
@@ -48,19 +50,34 @@ def allowed_s(
         least_s: what the decodes alone take.
         most_s: beyond this, more seconds are worth nothing.
     """
-    soonest = stakes[0][0]
+    soonest, stakes = stakes[0][0], _merged(stakes)
     usual = soonest / model.bound(1, USUAL_RISK)
     if gain_per_s <= 0.0:
         return usual
     best, most = usual, float("-inf")
     for risk in RISKS:
-        seconds = soonest / model.bound(1, risk)
-        if seconds < least_s:
-            break
+        seconds = max(soonest / model.bound(1, risk), least_s)
         worth = gain_per_s * (min(seconds, most_s) - least_s) - _loss(stakes, seconds, model)
         if worth > most:
             best, most = seconds, worth
+        if seconds == least_s:
+            break
     return best
+
+
+def _merged(stakes: SequenceOf[Stake]) -> list[Stake]:
+    """Stakes due at about the same time as one, due when the first of them is: there may be
+    hundreds, and they are looked at for every length.
+    """
+    merged: list[Stake] = []
+    until = 0.0
+    for left, value in stakes:
+        if left <= until:
+            merged[-1] = (merged[-1][0], merged[-1][1] + value)
+        else:
+            merged.append((left, value))
+            until = ALIKE * left
+    return merged
 
 
 def _loss(stakes: SequenceOf[Stake], seconds: float, model: PerfModel) -> float:

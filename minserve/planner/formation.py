@@ -104,7 +104,11 @@ def form_batch(
     batch = TimedBatch(BatchDraft(view, order=order, num_kept=num_kept), model)
     stakes, soonest = _stakes(work.decodes, batch, limits, now)
     # Seconds until a token of this batch is due, at the risk that its prefills are worth.
-    due = _allowed_s(stakes, work, batch, limits) if stakes else math.inf
+    due = math.inf
+    if stakes:
+        share = URGENT if work.unpromised else CALM
+        waiting = [seq for _, seq in (*work.prefills, *work.unpromised) if not seq.is_decoding]
+        due = _allowed_s(stakes, work.decodes, waiting, share, batch, limits)
     limit = min(due, limits.longest_s)
 
     speculators: dict[str, Speculator] = {}
@@ -175,17 +179,27 @@ def _stakes(
     return stakes, stakes[0][0]
 
 
-def _allowed_s(stakes: list[Stake], work: Work, batch: TimedBatch, limits: BatchLimits) -> float:
-    """Expected seconds that the batch may take for the sake of its decodes."""
+def _allowed_s(
+    stakes: list[Stake],
+    decodes: list[Due],
+    waiting: list[Sequence],
+    share: float,
+    batch: TimedBatch,
+    limits: BatchLimits,
+) -> float:
+    """Expected seconds that the batch may take for the sake of its decodes.
+
+    Args:
+        waiting: sequences whose prefills it could do meanwhile.
+        share: of their value, what doing these is worth.
+    """
     if batch.model is None:
         return stakes[0][0]
-    least_s = batch.seconds_of_decodes([seq for _, seq in work.decodes])
-    waiting = [seq for _, seq in (*work.prefills, *work.unpromised) if not seq.is_decoding]
     if not waiting:
         return allowed_s(stakes, batch.model)
+    least_s = batch.seconds_of_decodes([seq for _, seq in decodes])
     work_s = batch.model.drift * batch.model.steepest.tokens
     work_s *= sum(seq.num_uncomputed_tokens for seq in waiting)
-    share = URGENT if work.unpromised else CALM
     return allowed_s(
         stakes,
         batch.model,
@@ -237,26 +251,32 @@ def _fill_up(batch: TimedBatch, work: Work, limits: BatchLimits, limit: float, n
     """Run who is promised nothing; returns the predicted seconds of best effort."""
     # The credit of admitted decodes is not for them.
     spare = min([limit, *(seq.progress.tpot_s for _, seq in work.decodes)])
-    late = _run_unpromised(batch, work, limits, spare, now)
+    decodes = [(deadline, seq) for deadline, seq in work.unpromised if seq.is_decoding]
+    prefills = [(deadline, seq) for deadline, seq in work.unpromised if not seq.is_decoding]
+    for _, seq in decodes:
+        batch.decode(seq, spare)
+    stakes, _ = _stakes(decodes, batch, limits, now)
+    if stakes:
+        waiting = [seq for _, seq in prefills]
+        own = _allowed_s(stakes, decodes, waiting, URGENT, batch, limits)
+        spare = min(spare, own)
+    late = _prefill_unpromised(batch, work, prefills, limits, spare, now)
     return _best_effort(batch, work, limits, spare, first=late)
 
 
-def _run_unpromised(
-    batch: TimedBatch, work: Work, limits: BatchLimits, until: float, now: float
+def _prefill_unpromised(
+    batch: TimedBatch,
+    work: Work,
+    prefills: list[Due],
+    limits: BatchLimits,
+    until: float,
+    now: float,
 ) -> list[Sequence]:
-    """Run who may still be in time, by deadline; returns those who will not be."""
-    room = _Room(batch, work, limits)
-    late = []
-    for _, seq in work.unpromised:
+    """Run prefills that may still be in time, by deadline; returns those that will not be."""
+    room, late = _Room(batch, work, limits), []
+    for deadline, seq in prefills:
         if batch.is_full(until):
-            return late
-        if seq.is_decoding:
-            batch.decode(seq, until)
-    for deadline, seq in work.unpromised:
-        if batch.is_full(until):
-            return late
-        if seq.is_decoding:
-            continue
+            break
         if now + batch.seconds_of_rest(seq) > deadline:
             late.append(seq)
         elif seq.state is SequenceState.RUNNING:

@@ -100,6 +100,8 @@ class PerfModel:
     Attributes:
         speculation_drift: measured over profiled speed of batches with drafts, over that of all
             others: what the profile has wrong about them.
+        next_factor: what the next iteration will take over its profiled time, where somebody
+            knows: a simulator that asks how much knowing it would be worth.
     """
 
     def __init__(self, pieces: Iterable[Piece], *, margin: float = 1.1) -> None:
@@ -110,6 +112,7 @@ class PerfModel:
             raise ValueError("coefficients must be finite and at least 0")
         self.margin = margin
         self.speculation_drift = 1.0
+        self.next_factor: float | None = None
         self._scatter = Scatter(margin, 1.0 - MARGIN_QUANTILE)
 
     @property
@@ -125,6 +128,8 @@ class PerfModel:
         """Factor on predicted seconds, at least 1: the sum of so many iterations in a row stays
         within it in all but ``risk`` of cases.
         """
+        if self.next_factor is not None and iterations <= 1:
+            return 1.0
         return self._scatter.bound(iterations, risk)
 
     @property
@@ -138,15 +143,22 @@ class PerfModel:
 
     def risk(self, factor: float) -> float:
         """Chance that an iteration takes more than so many times its predicted seconds."""
+        if self.next_factor is not None:
+            return float(factor < 1.0)
         return self._scatter.risk(factor)
 
     def predict(self, shape: BatchShape) -> float:
         """Seconds that the batch is expected to take now: the mean of what it may take."""
         return self.correction(shape) * self.profiled(shape)
 
+    @property
+    def pace(self) -> float:
+        """Of the next iteration, over the profiled speed."""
+        return self.drift if self.next_factor is None else self.next_factor
+
     def correction(self, shape: BatchShape) -> float:
-        """Measured over profiled speed of such a batch, now."""
-        return self.drift * self.speculation_drift if shape.draft_steps else self.drift
+        """The next iteration's seconds over the profiled ones, for such a batch."""
+        return self.pace * self.speculation_drift if shape.draft_steps else self.pace
 
     def zero_load_prefill_s(self, num_tokens: int) -> float:
         """T(prompt) of the idle device, for ``ttft_slowdown``."""
@@ -167,7 +179,7 @@ class PerfModel:
         Returns:
             0 where not one token fits.
         """
-        limit = seconds / self.drift
+        limit = seconds / self.pace
         return max(0, min(_longest_chunk(piece, limit, shape, start) for piece in self.pieces))
 
     def observe(self, shape: BatchShape, seconds: float) -> None:
@@ -175,7 +187,9 @@ class PerfModel:
         profiled = self.profiled(shape)
         if not (seconds > 0 and profiled > 0):
             return
-        ratio = seconds / (self.correction(shape) * profiled)
+        ratio = seconds / (self.drift * profiled)
+        if shape.draft_steps:
+            ratio /= self.speculation_drift
         if not shape.draft_steps:
             self._scatter.observe(ratio)
             # Forgotten slowly: were it believed for good, no batch would ever show otherwise.

@@ -20,17 +20,17 @@ class TimedBatch:
         self.num_prefills = 0
         self._tokens = self._seqs = self._context = self._pairs = 0
         self._draft_steps = self._draft_tokens = 0
-        drift = 1.0 if model is None else model.drift
+        pace = 1.0 if model is None else model.pace
         pieces = () if model is None else model.pieces
         # Per piece: seconds of one decode, and of each token of its context.
         self._per_decode = [
             (
-                drift * (p.tokens + p.seqs),
-                drift * (p.context_tokens + p.attention_pairs),
+                pace * (p.tokens + p.seqs),
+                pace * (p.context_tokens + p.attention_pairs),
             )
             for p in pieces
         ]
-        self._sums = [drift * p.base for p in pieces]
+        self._sums = [pace * p.base for p in pieces]
 
     @property
     def seconds(self) -> float:

@@ -369,3 +369,16 @@ def test_a_first_token_that_is_late_by_the_guard_time_alone_is_still_in_time() -
     seq = request("short", 20, 5, replay.now, slo)
     replay.run([seq])
     assert seq.progress.attained
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.2])
+def test_under_scatter_dp_keeps_at_least_what_simple_policies_keep(sigma: float) -> None:
+    """In rates: what it is so careful about must not be lost by being careful."""
+    for rate in (0.4, 1.0, 2.0):
+        kept = {}
+        for policy in ("dp", "sarathi", "fcfs"):
+            loads = [mixed_load(rate, 60.0, seed) for seed in range(2)]
+            for load in loads:
+                replay_of(policy, sigma=sigma, budget=512 if policy == "dp" else 128).run(load)
+            kept[policy] = sum(attained(load) for load in loads) / 2
+        assert kept["dp"] >= max(kept.values()) - 0.02, (rate, kept)

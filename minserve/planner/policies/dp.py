@@ -192,18 +192,20 @@ class DpPlanner(Planner):
         last = self._round
         if ids == last.seen and now - last.reviewed_s < REVIEW_EVERY_S:
             return False
-        if self.model is not None and ids != last.seen:
-            known = set(last.seen)
-            for seq in view.waiting:
-                if seq.seq_id not in known:
-                    self._arrivals.see(seq, self.model)
         for seq_id in self._cached.keys() - ids:
             del self._cached[seq_id]
         self.acceptance.keep_only(ids)
         if ids != last.seen:
             last.rest = 0
+            self._see_arrivals(view, set(last.seen))
         last.seen, last.reviewed_s = ids, now
         return True
+
+    def _see_arrivals(self, view: PlannerView, known: set[str]) -> None:
+        """Note who has come since the last round, which knew those ids."""
+        for seq in view.waiting:
+            if self.model is not None and seq.seq_id not in known:
+                self._arrivals.see(seq, self.model)
 
     def _review(self, view: PlannerView, now: float) -> Verdict:
         def cached_tokens(seq: Sequence) -> int:
