@@ -161,7 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Simulations are pure Python: more threads only get into each other's way.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     done, results = measure(grid, args.jobs)
-    if args.out is not None:
+    # Half a run does not replace the rates that later runs go by.
+    if args.out is not None and (results["complete"] or args.out != RESULTS):
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(_compact(results), encoding="utf-8")
     figures = {name: value for name, value in results.items() if name != "rows"}

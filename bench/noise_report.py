@@ -17,6 +17,7 @@ from minserve.workload.report import percentile
 JUDGED = "dp"
 # Cells that tables and the last line name.
 MOST_NAMED = 10
+NAME_WIDTH = 62
 
 
 def rows_of(grid: Grid, found: Measured) -> list[dict[str, Any]]:
@@ -158,11 +159,13 @@ def table(figures: dict[str, Any]) -> str:
             f", p90 {figures['p90_regret']:+.3f}; clearly behind in {figures['behind']}",
             f"against the best of those that promise nothing: {_signed(figures['mean_simple_regret'])}",
             "",
-            f"{'worst cells':<58}{'regret':>8}{'+-':>7}  attainment",
+            f"{'worst cells':<{NAME_WIDTH}}{'regret':>8}{'+-':>7}  attainment",
         ]
         for row in figures["worst_cells"]:
             shares = ", ".join(f"{p} {100 * one:.0f}%" for p, one in row["attainment"].items())
-            lines.append(f"{row['cell']:<58}{row['regret']:+8.3f}{row['spread']:7.3f}  {shares}")
+            lines.append(
+                f"{row['cell']:<{NAME_WIDTH}}{row['regret']:+8.3f}{row['spread']:7.3f}  {shares}"
+            )
         lines.append("")
         for axis, means in figures["mean_regret_by"].items():
             lines.append(f"by {axis:<10}" + ", ".join(f"{k} {v:+.3f}" for k, v in means.items()))
