@@ -6,9 +6,9 @@ the same device. Its regret is what the best of the other policies attains (the 
 requests offered that keep their SLO) less what `dp` does.
 
 Devices are OPT-6.7B on an A100 with the evaluation's paces (tools and reasoning: the models
-that `reproduce.py` has for them, reasoning at a tenth of its lengths), and SmolLM2 on 2 cores
-of a Xeon, with a tenth of the lengths, the tight pace at several slowdowns of a lone request's
-and the loose one at twice that. Output lengths are learned (`quantile`). Times scatter by
+that `reproduce.py` has for them), and SmolLM2 on 2 cores of a Xeon, with a tenth of the lengths,
+the tight pace at several slowdowns of a lone request's and the loose one at twice that.
+Reasoning is cut to a twentieth of its lengths, on the Xeon to a fiftieth. Output lengths are learned (`quantile`). Times scatter by
 log-standard deviations of 0 to 0.4, on steady devices, on drifting ones (every 10 to 60 s
 another speed, between half and double; stalls of 0.1 to 1 s every 30 s), and on devices that
 are 30% slower or faster than their profile.
@@ -16,10 +16,12 @@ are 30% slower or faster than their profile.
 Then capacities of `dp` over noise, and with ``--bound`` those of a planner that is told each
 iteration's noise in advance. All is drawn by seeds: two runs of the same code say the same.
 
+The noise-free capacities are those that the last full run found, so that another version of
+the planner meets the same requests; ``--search`` finds them anew.
+
     python bench/noise.py                          # under 10 minutes on 2 cores
     python bench/noise.py --quick                  # a minute
     python bench/noise.py --only scenario=coding,noise=0.2,tight=1.7 --policies dp,sarathi
-    python bench/noise.py --rates-of bench/results/noise.json   # the rates of another run
 """
 
 from __future__ import annotations
@@ -85,11 +87,16 @@ def _policies(text: str) -> tuple[str, ...]:
 
 
 def _rates(file: Path) -> Mapping[str, float]:
+    """Noise-free capacities, by the name of a setting.
+
+    Raises:
+        ValueError: where the file has none.
+    """
     try:
         rates = json.loads(file.read_text(encoding="utf-8"))["noise_free_capacity"]
         return {name: float(rate) for name, rate in rates.items() if rate is not None}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise argparse.ArgumentTypeError(f"{file} is no result of this: {error}") from None
+        raise ValueError(f"{file} is no result of this: {error}") from None
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -102,8 +109,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--policies", type=_policies, default=POLICIES, metavar="NAME[,NAME]",
         help=f"some of {', '.join(POLICIES)}")  # fmt: skip
     add("--bound", action="store_true", help="also capacities of a clairvoyant planner")
-    add("--rates-of", type=lambda text: _rates(Path(text)), default={}, metavar="FILE.json",
-        help="take noise-free capacities, and so all rates, from another run's results")  # fmt: skip
+    rates = parser.add_mutually_exclusive_group()
+    rates.add_argument("--rates-of", type=Path, metavar="FILE.json",
+        help="take noise-free capacities, and so all rates, from another run's results (default: "
+        f"{RESULTS} where it is there; what it lacks is searched for)")  # fmt: skip
+    rates.add_argument("--search", action="store_true", help="search for all of them")
     add("--jobs", type=int, default=os.cpu_count(), help="worker processes")
     add("--out", type=Path, metavar="FILE.json",
         help=f"results with all cells (default: {RESULTS} where all is measured)")  # fmt: skip
@@ -117,6 +127,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             check_can_plot(args.plot)
         except WorkloadError as error:
             parser.error(str(error))
+    if args.rates_of is None and RESULTS.exists() and not args.search:
+        args.rates_of = RESULTS
+    try:
+        args.rates = {} if args.rates_of is None else _rates(args.rates_of)
+    except ValueError as error:
+        parser.error(str(error))
     whole = not (args.quick or args.only or args.policies != POLICIES)
     if args.out is None and whole:
         args.out = RESULTS
@@ -129,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         quick=args.quick,
         policies=args.policies,
         only=args.only,
-        rates=args.rates_of,
+        rates=args.rates,
         bound=args.bound,
     )
     num_cells, num_capacities = len(list(grid.cells())), len(list(grid.capacities()))
@@ -145,7 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Simulations are pure Python: more threads only get into each other's way.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     done, results = measure(grid, args.jobs)
-    if args.out is not None:
+    # Half a run does not replace the rates that later runs go by.
+    if args.out is not None and (results["complete"] or args.out != RESULTS):
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(_compact(results), encoding="utf-8")
     figures = {name: value for name, value in results.items() if name != "rows"}

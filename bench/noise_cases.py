@@ -21,11 +21,13 @@ GPU, CPU = "opt-6.7b-a100", "xeon-amx"
 CPU_PROFILE = Path(__file__).resolve().parent / "profiles" / "xeon-amx.json"
 CPU_KV_TOKENS = 186_000
 CPU_OVERHEAD_S = 0.002
-# Of lengths on the CPU, which is about so much slower; the loose pace over the tight one.
-CPU_LENGTHS = 0.1
+# The loose pace over the tight one.
 LOOSE = 2.0
-# Of reasoning's lengths on the GPU, where an answer takes minutes: a window has to be longer.
-GPU_REASONING_LENGTHS = 0.1
+# Factors on lengths: the CPU is about so much slower.
+LENGTHS = MappingProxyType({GPU: 1.0, CPU: 0.1})
+# Reasoning's answers would take minutes: a window has to be longer, and 5,000 iterations for each
+# of them take too long to simulate.
+REASONING_LENGTHS = MappingProxyType({GPU: 0.05, CPU: 0.02})
 # Profiles of scenarios whose requests are longer than OPT can serve.
 LONGER = MappingProxyType({"tools": "toolllama-7b-a100", "reasoning": "qwen2.5-7b-a100"})
 
@@ -40,9 +42,11 @@ KINDS = MappingProxyType(
 )
 
 WINDOW_S = 120.0
+# Of a run, at the least and at the most.
+LEAST_REQUESTS, MOST_REQUESTS = 150, 600
 # Of the search for a setting's noise-free capacity, which needs to be no more than roughly true.
 COARSE, COARSE_STEP, COARSE_CUT = 0.1, 1.25, 0.75
-SEARCH_REQUESTS = (200, 400)
+SEARCH_REQUESTS = 1500
 
 # Seconds of one core per output token, roughly.
 COSTS_S = MappingProxyType({"dp": 1.4e-5, "edf": 1.2e-5, "others": 3.5e-6})
@@ -72,11 +76,11 @@ class Setting:
     @property
     def draws(self) -> Scenario:
         """Where its workloads come from."""
-        scenario = find_scenario(self.scenario)
-        if self.device == GPU:
-            slow = self.scenario == "reasoning"
-            return scenario.scaled(GPU_REASONING_LENGTHS) if slow else scenario
-        return scenario.scaled(CPU_LENGTHS, tight=self.tight, loose=LOOSE * self.tight)
+        lengths = LENGTHS[self.device]
+        if self.scenario == "reasoning":
+            lengths = REASONING_LENGTHS[self.device]
+        paces = {"tight": self.tight, "loose": LOOSE * self.tight} if self.tight else {}
+        return find_scenario(self.scenario).scaled(lengths, **paces)
 
     def setup(
         self, policy: str, weather: Weather, seed: int, *, clairvoyant: bool = False
@@ -93,9 +97,13 @@ class Setting:
             **weather.changes,
         )
 
-    def workload(self, rate: float, bounds: tuple[int, int], seed: int) -> list[Conversation]:
-        """As many requests as come in `WINDOW_S`, but no fewer and no more than the bounds."""
-        return self.draws.draw(rate, seed=seed, num_requests=_number(rate, bounds))
+    def workload(
+        self, rate: float, seconds: float, seed: int, *, most: int = MOST_REQUESTS
+    ) -> list[Conversation]:
+        """What arrives in so many seconds, but no fewer than `LEAST_REQUESTS`, and no more than
+        the most.
+        """
+        return self.draws.draw(rate, seed=seed, num_requests=_number(rate, seconds, most))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -124,21 +132,24 @@ class Base(Job):
     """A setting's capacity with `dp` and without noise, coarsely: rates are multiples of it.
 
     Attributes:
+        seconds: of each run.
         start: a rate to begin with.
     """
 
     setting: Setting
+    seconds: float
     start: float
 
     @property
     def cost(self) -> float:
-        return 8 * _run_s(self.setting, "dp", SEARCH_REQUESTS[1])
+        number = _number(self.start, self.seconds, SEARCH_REQUESTS)
+        return 5 * _run_s(self.setting, "dp", number)
 
     def run(self) -> Result:
         setting = self.setting
 
         def measure(rate: float, seed: int) -> float:
-            workload = setting.workload(rate, SEARCH_REQUESTS, seed)
+            workload = setting.workload(rate, self.seconds, seed, most=SEARCH_REQUESTS)
             return attainment(workload, setting.setup("dp", QUIET, seed), cut=COARSE_CUT)
 
         found = find_capacity(measure, self.start, tolerance=COARSE, step=COARSE_STEP)
@@ -151,7 +162,7 @@ class Run(Job):
 
     Attributes:
         rate: requests per second.
-        requests: least and most of them.
+        seconds: in which requests arrive.
     """
 
     setting: Setting
@@ -159,15 +170,15 @@ class Run(Job):
     policy: str
     rate: float
     seed: int
-    requests: tuple[int, int]
+    seconds: float
 
     @property
     def cost(self) -> float:
-        return _run_s(self.setting, self.policy, _number(self.rate, self.requests))
+        return _run_s(self.setting, self.policy, _number(self.rate, self.seconds, MOST_REQUESTS))
 
     def run(self) -> Result:
         setting = self.setting
-        workload = setting.workload(self.rate, self.requests, self.seed)
+        workload = setting.workload(self.rate, self.seconds, self.seed)
         setup = setting.setup(self.policy, self.weather, self.seed)
         return {"attainment": attainment(workload, setup), "offered": num_turns(workload)}
 
@@ -204,15 +215,16 @@ def _device(name: str, scenario: str) -> Device:
     return find_device(str(CPU_PROFILE) if name == CPU else LONGER.get(scenario, name))
 
 
-def _number(rate: float, bounds: tuple[int, int]) -> int:
-    least, most = bounds
-    return max(least, min(most, round(rate * WINDOW_S)))
+def _number(rate: float, seconds: float, most: int) -> int:
+    return max(LEAST_REQUESTS, min(most, round(rate * seconds)))
 
 
 def _run_s(setting: Setting, policy: str, num_requests: int) -> float:
     """Seconds that a run takes, roughly: estimates and the order of jobs go by it."""
-    tokens = {"coding": 40, "tools": 140, "reasoning": 500, "mixed": 200}
+    tokens = {"coding": 40, "tools": 140, "mixed": 200, "reasoning": 250}
     each = tokens.get(setting.scenario, 250)
     if setting.device == CPU:
-        each = 20 + (1.0 if setting.scenario == "reasoning" else CPU_LENGTHS) * each
+        # The fewer run at a time, the more iterations it takes.
+        each = 100 if setting.scenario == "reasoning" else 0.1 * each + 20
+        each *= 4.0 / setting.tight
     return num_requests * each * COSTS_S.get(policy, COSTS_S["others"])

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from noise_cases import CPU, GPU, Base, Noisy, Run, Setting, Weather
+from noise_cases import CPU, GPU, WINDOW_S, Base, Noisy, Run, Setting, Weather
 from reproduce_jobs import Job, Measured
 
 SCENARIOS = ("chatbot", "coding", "summarization", "mixed", "tools", "reasoning")
@@ -18,8 +18,10 @@ WEATHERS = (
     *(Weather(kind="drifting", noise=noise) for noise in (0.05, 0.2)),
     *(Weather(kind=kind, noise=0.1) for kind in ("slower", "faster")),
 )
-# Least and most requests of a run. Speeds hold for half a minute: a window has to see several.
-REQUESTS, DRIFTING_REQUESTS = (150, 150), (150, 300)
+# Of arrivals, on steady devices and on drifting ones. A window is several times as long as a
+# request's life, which on the CPU, with its short answers, is a second or two; on drifting
+# devices it sees several speeds.
+WINDOWS_S = MappingProxyType({GPU: (60.0, WINDOW_S), CPU: (20.0, 60.0)})
 # Of capacities over noise.
 CAPACITY_SCENARIOS = SCENARIOS[:4]
 CAPACITY_NOISES = (0.0, 0.05, 0.1, 0.2)
@@ -28,11 +30,11 @@ CAPACITY_NOISES = (0.0, 0.05, 0.1, 0.2)
 # `SCENARIOS`. Nothing but time depends on it.
 STARTS: Mapping[tuple[str, float], tuple[float, ...]] = MappingProxyType(
     {
-        (GPU, 0.0): (4.4, 1.9, 3.4, 4.4, 11.5, 4.6),
-        (CPU, 1.4): (9.5, 2.2, 6.0, 4.6, 5.4, 0.05),
-        (CPU, 1.7): (10.5, 3.2, 7.0, 6.0, 13.0, 0.15),
-        (CPU, 2.0): (11.8, 4.4, 8.0, 7.4, 22.0, 0.26),
-        (CPU, 2.7): (12.8, 6.1, 8.5, 9.5, 29.0, 0.39),
+        (GPU, 0.0): (4.4, 1.9, 3.4, 4.4, 11.0, 9.0),
+        (CPU, 1.4): (9.5, 2.2, 6.0, 4.6, 4.5, 0.4),
+        (CPU, 1.7): (10.5, 3.2, 7.0, 6.0, 13.0, 1.3),
+        (CPU, 2.0): (11.8, 4.4, 8.0, 7.4, 22.0, 2.1),
+        (CPU, 2.7): (12.8, 6.1, 8.5, 9.5, 29.0, 2.7),
     }
 )
 FILTERS = ("part", "device", "scenario", "tight", "kind", "noise", "load")
@@ -94,17 +96,16 @@ class Grid:
         return range(1 if self.quick else 2)
 
     def cells(self) -> Iterator[Cell]:
-        """A third of all combinations (half of the quick ones): those in which any two values of
-        two axes meet, as in a Latin square.
+        """One load for each setting and weather: such that any two values of two axes meet, as in
+        a Latin square.
         """
-        every = 2 if self.quick else 3
         loads = (0.5, 1.0) if self.quick else LOADS
         weathers = tuple(one for one in WEATHERS if not self.quick or _is_quick(one))
         for i, setting in self._settings():
             for j, weather in enumerate(weathers):
                 for k, load in enumerate(loads):
                     cell = Cell(setting=setting, weather=weather, load=load)
-                    if self._wants(cell.values) if self.only else (i + j + k) % every == 0:
+                    if self._wants(cell.values) if self.only else (i + j + k) % len(loads) == 0:
                         yield cell
 
     def capacities(self) -> Iterator[tuple[str, float, bool, Noisy]]:
@@ -128,7 +129,11 @@ class Grid:
     def base(self, setting: Setting) -> Base:
         """Measures that capacity."""
         starts = STARTS[setting.device, setting.tight]
-        return Base(setting=setting, start=starts[SCENARIOS.index(setting.scenario)])
+        return Base(
+            setting=setting,
+            seconds=WINDOWS_S[setting.device][1],
+            start=starts[SCENARIOS.index(setting.scenario)],
+        )
 
     def runs(self, cell: Cell, found: Measured) -> dict[str, list[Run]]:
         """By policy, a run for each seed; nothing while the rate is not known."""
@@ -164,7 +169,7 @@ class Grid:
                 policy=policy,
                 rate=round(cell.load * capacity, 4),
                 seed=seed,
-                requests=DRIFTING_REQUESTS if cell.weather.kind == "drifting" else REQUESTS,
+                seconds=WINDOWS_S[cell.setting.device][cell.weather.kind == "drifting"],
             )
             for seed in self.seeds
         ]

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from noise_plan import Cell, Grid
 from reproduce_jobs import Measured
 
+from minserve.planner.policies import PROMISING
 from minserve.workload.report import percentile
 
 # Whose regret it is.
 JUDGED = "dp"
 # Cells that tables and the last line name.
 MOST_NAMED = 10
+NAME_WIDTH = 62
 
 
 def rows_of(grid: Grid, found: Measured) -> list[dict[str, Any]]:
     """A row for each cell that was measured: attainment by policy, and the regret.
 
-    ``regret`` is what the best of the other policies attains less what `JUDGED` does, and
+    ``regret`` is what the best of the other policies attains less what `JUDGED` does,
     ``spread`` the standard error of that difference: the larger one of what the seeds say and
-    what independent requests would have.
+    what independent requests would have. ``simple_regret`` leaves out the others that promise
+    too, who have most of their planning in common with `JUDGED`.
     """
     rows = []
     for cell in grid.cells():
@@ -55,6 +58,9 @@ def _row(
         row["best_other"] = best
         row["regret"] = round(others[best] - means[JUDGED], 4)
         row["spread"] = round(spread(shares[best], shares[JUDGED], offered), 4)
+        simple = [mean for policy, mean in others.items() if policy not in PROMISING]
+        if simple:
+            row["simple_regret"] = round(max(simple) - means[JUDGED], 4)
     return row
 
 
@@ -84,11 +90,13 @@ def summary(grid: Grid, found: Measured, rows: Sequence[dict[str, Any]]) -> dict
         figures["worst_cells"] = [_named(row) for row in named]
         figures["mean_regret"] = _mean(judged)
         figures["mean_positive_regret"] = round(statistics.fmean(max(0, r) for r in regrets), 4)
+        simple = [row["simple_regret"] for row in judged if "simple_regret" in row]
+        figures["mean_simple_regret"] = round(statistics.fmean(simple), 4) if simple else None
         figures["p90_regret"] = round(percentile(regrets, 0.9), 4)
         # Beyond two standard errors.
         figures["behind"] = sum(row["regret"] > 2 * row["spread"] for row in judged)
         figures["mean_regret_by"] = {
-            axis: _means_by(judged, lambda row, axis=axis: _text(row[axis]))
+            axis: _means_by(sorted(judged, key=lambda row, axis=axis: row[axis]), axis)
             for axis in ("device", "tight", "scenario", "kind", "noise", "load")
         }
         figures["mean_attainment"] = {
@@ -107,12 +115,10 @@ def _named(row: dict[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in names}
 
 
-def _means_by(
-    rows: Iterable[dict[str, Any]], key: Callable[[dict[str, Any]], str]
-) -> dict[str, float]:
+def _means_by(rows: Iterable[dict[str, Any]], axis: str) -> dict[str, float]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(key(row), []).append(row)
+        groups.setdefault(_text(row[axis]), []).append(row)
     return {name: _mean(own) for name, own in groups.items()}
 
 
@@ -139,6 +145,10 @@ def _capacities(grid: Grid, found: Measured) -> dict[str, Any]:
     return figures
 
 
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.3f}"
+
+
 def table(figures: dict[str, Any]) -> str:
     """The same in words."""
     lines = []
@@ -147,12 +157,15 @@ def table(figures: dict[str, Any]) -> str:
             f"{figures['cells']} cells; regret of {JUDGED} against the best of the others: mean "
             f"{figures['mean_regret']:+.3f} (counted from 0: {figures['mean_positive_regret']:.3f})"
             f", p90 {figures['p90_regret']:+.3f}; clearly behind in {figures['behind']}",
+            f"against the best of those that promise nothing: {_signed(figures['mean_simple_regret'])}",
             "",
-            f"{'worst cells':<58}{'regret':>8}{'+-':>7}  attainment",
+            f"{'worst cells':<{NAME_WIDTH}}{'regret':>8}{'+-':>7}  attainment",
         ]
         for row in figures["worst_cells"]:
             shares = ", ".join(f"{p} {100 * one:.0f}%" for p, one in row["attainment"].items())
-            lines.append(f"{row['cell']:<58}{row['regret']:+8.3f}{row['spread']:7.3f}  {shares}")
+            lines.append(
+                f"{row['cell']:<{NAME_WIDTH}}{row['regret']:+8.3f}{row['spread']:7.3f}  {shares}"
+            )
         lines.append("")
         for axis, means in figures["mean_regret_by"].items():
             lines.append(f"by {axis:<10}" + ", ".join(f"{k} {v:+.3f}" for k, v in means.items()))

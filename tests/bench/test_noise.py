@@ -44,7 +44,8 @@ def test_in_the_cells_that_are_measured_any_two_values_of_two_axes_meet(quick: b
     for one, other in combinations(AXES, 2):
         possible = {(cell[one], cell[other]) for cell in everything}
         assert {(cell[one], cell[other]) for cell in cells} == possible, (one, other)
-    assert 2 * len(cells) <= len(everything) + 1
+    loads = {cell["load"] for cell in everything}
+    assert len(cells) * len(loads) == len(everything)
 
 
 def test_all_scenarios_and_paces_are_measured() -> None:
@@ -77,8 +78,8 @@ def test_all_policies_meet_the_same_requests_at_a_multiple_of_the_capacity() -> 
     runs = grid.runs(cell, found)
     assert {(run.rate, run.seed) for each in runs.values() for run in each} == {(3.0, 0), (3.0, 1)}
     run = runs["dp"][0]
-    assert run.setting.workload(3.0, (150, 300), 0) == run.setting.workload(3.0, (150, 300), 0)
-    assert [len(run.setting.workload(rate, (150, 300), 0)) for rate in (1, 2, 9)] == [150, 240, 300]
+    assert CODING.workload(3.0, run.seconds, 0) == CODING.workload(3.0, run.seconds, 0)
+    assert [len(CODING.workload(rate, 60.0, 0)) for rate in (1.0, 5.0, 50.0)] == [150, 300, 600]
     assert not any(
         isinstance(job, Base) for job in Grid(only=ONE, rates={CODING.name: 6.0}).jobs(found)
     )
@@ -165,6 +166,7 @@ def test_a_cell_is_measured_again_from_its_name(
     (row,) = whole.pop("rows")
     assert whole == figures
     assert row["rate"] == 1.0
+    # Two runs of the fewest requests.
     assert row["requests"] == 300
     assert (tmp_path / "cell.png").exists()
     again = run(capsys, *flags, "--jobs", "1")
@@ -173,16 +175,9 @@ def test_a_cell_is_measured_again_from_its_name(
 
 def test_the_noise_free_capacity_is_searched_where_no_other_run_tells() -> None:
     tools = Setting(device=CPU, tight=1.4, scenario="tools")
-    result = Base(setting=tools, start=5.4).run()
-    run = Run(
-        setting=tools,
-        weather=Weather(),
-        policy="dp",
-        rate=result["capacity"],
-        seed=0,
-        requests=(200, 400),
-    ).run()
-    assert run["attainment"] == pytest.approx(0.9, abs=0.06)
+    rate = Base(setting=tools, seconds=20.0, start=5.4).run()["capacity"]
+    run = Run(setting=tools, weather=Weather(), policy="dp", rate=rate, seed=0, seconds=20.0)
+    assert run.run()["attainment"] == pytest.approx(0.9, abs=0.06)
 
 
 @pytest.mark.parametrize(
