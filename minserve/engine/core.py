@@ -2,8 +2,8 @@
 
 Single-threaded and without I/O: engines add and abort requests between two steps and
 pass on the deltas that a step returns. What an iteration has brought is told even if the rest
-of it fails; what goes wrong with one request ends it alone. Nothing but this file and `LiveOutput`, which appends
-tokens for it, changes a `Sequence`.
+of it fails; what goes wrong with one request ends it alone. Nothing but this file and
+`LiveOutput`, which appends tokens for it, changes a `Sequence`.
 
 Where the device runs by itself, an iteration is planned while the one before it runs
 (`minserve.engine.lookahead`)::
