@@ -29,5 +29,6 @@ class ArrivalSlack:
         slack_s = math.inf
         if targets is not None:
             alone_s = model.drift * model.zero_load_prefill_s(seq.num_prompt_tokens)
-            slack_s = max(0.0, targets.ttft_s - alone_s)
+            # Who would be late at once cannot be made so by waiting.
+            slack_s = targets.ttft_s - alone_s if targets.ttft_s > alone_s else math.inf
         self._recent.append(slack_s)

@@ -12,6 +12,7 @@ a surprise takes its credit first.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as SequenceOf
 
 from minserve.planner.perf_model import PerfModel
@@ -19,7 +20,7 @@ from minserve.planner.perf_model import PerfModel
 # That the next deadline is missed: the batch lengths that are compared are those that carry one
 # of these risks.
 RISKS = (0.3, 0.2, 0.13, 0.08, 0.05, 0.03, 0.01, 0.004, 0.0015, 0.0005)
-# Where nothing is weighed against it.
+# Of whatever else is planned to be in time.
 USUAL_RISK = 0.01
 # A promise in less danger than this is in none, and so are all that are due later.
 NO_RISK = 1e-4
@@ -45,16 +46,15 @@ def allowed_s(
 
     Args:
         stakes: of all decodes that can still be in time, soonest first; at least one.
-        gain_per_s: what a second more of prefills is worth; where it is 0, the batch is as
-            long as the `USUAL_RISK` of the soonest stake allows.
+        gain_per_s: what a second more of prefills is worth; where it is 0, the soonest stake
+            is in the least danger of all: it is there again in every iteration.
         least_s: what the decodes alone take.
         most_s: beyond this, more seconds are worth nothing.
     """
     soonest, stakes = stakes[0][0], _merged(stakes)
-    usual = soonest / model.bound(1, USUAL_RISK)
+    best, most = soonest / model.bound(1, RISKS[-1]), float("-inf")
     if gain_per_s <= 0.0:
-        return usual
-    best, most = usual, float("-inf")
+        return best
     for risk in RISKS:
         seconds = max(soonest / model.bound(1, risk), least_s)
         worth = gain_per_s * (min(seconds, most_s) - least_s) - _loss(stakes, seconds, model)
@@ -70,7 +70,7 @@ def _merged(stakes: SequenceOf[Stake]) -> list[Stake]:
     hundreds, and they are looked at for every length.
     """
     merged: list[Stake] = []
-    until = 0.0
+    until = -math.inf
     for left, value in stakes:
         if left <= until:
             merged[-1] = (merged[-1][0], merged[-1][1] + value)

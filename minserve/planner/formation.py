@@ -102,20 +102,23 @@ def form_batch(
     """
     order, num_kept = _order(work)
     batch = TimedBatch(BatchDraft(view, order=order, num_kept=num_kept), model)
-    stakes, soonest = _stakes(work.decodes, batch, limits, now)
-    # Seconds until a token of this batch is due, at the risk that its prefills are worth.
-    due = math.inf
+    stakes = _stakes(work.decodes, batch, limits, now)
+    # Seconds until a token of this batch is due: at the risk that its prefills are worth, and
+    # at next to none.
+    due = calm = math.inf
     if stakes:
         share = URGENT if work.unpromised else CALM
-        waiting = [seq for _, seq in (*work.prefills, *work.unpromised) if not seq.is_decoding]
+        waiting = _worthwhile(work, batch, now)
         due = _allowed_s(stakes, work.decodes, waiting, share, batch, limits)
+        calm = _allowed_s(stakes, work.decodes, [], share, batch, limits)
     limit = min(due, limits.longest_s)
 
     speculators: dict[str, Speculator] = {}
     if drafting is not None and work.prefills:
         speculators = drafting.speculators_for_prefills(seq for _, seq in work.decodes)
     must, may = _split_decodes(work, batch, limit, limits, now, speculators)
-    run = [seq for _, seq in must if batch.decode(seq, soonest)]
+    within = _must_end_s(work.decodes, stakes, batch, limits, now)
+    run = [seq for _, seq in must if batch.decode(seq, within)]
     if speculators:
         own = [one for seq in run if (one := speculators.get(seq.seq_id)) is not None]
         needed = drafting.for_prefills.needed
@@ -123,7 +126,7 @@ def form_batch(
     given = 0.0
     if limits.best_effort_s > 0:
         overdue = batch.seconds + limits.best_effort_s
-        given = _best_effort(batch, work, limits, min(overdue, limit))
+        given = _best_effort(batch, work, limits, min(overdue, limit, calm))
     for deadline, seq in work.prefills:
         if batch.is_full(limit):
             break
@@ -138,7 +141,7 @@ def form_batch(
             batch.prefill(seq, limit, evict=True)
     for _, seq in may:
         batch.decode(seq, limit)
-    given += _fill_up(batch, work, limits, limit, now)
+    given += _fill_up(batch, work, limits, limit, calm, now)
     if drafting is not None and model is not None:
         _draft_with_the_rest(batch, view, len(work.decodes), drafting, limit, limits.guard_s)
     plan = batch.draft.plan
@@ -161,22 +164,45 @@ def _order(work: Work) -> tuple[list[Sequence], int]:
     return order, num_kept
 
 
-def _stakes(
-    decodes: list[Due], batch: TimedBatch, limits: BatchLimits, now: float
-) -> tuple[list[Stake], float]:
-    """Of all decodes whose deadline can still be met, seconds until then and value.
-
-    Returns:
-        these, soonest first, and within how many seconds decodes must run at all.
-    """
+def _stakes(decodes: list[Due], batch: TimedBatch, limits: BatchLimits, now: float) -> list[Stake]:
+    """Of all decodes whose deadline can still be met, seconds until then and value, soonest first."""
     if not decodes:
-        return [], limits.longest_s
+        return []
     alone = batch.seconds_of_decodes([decodes[0][1]])
     left = [(deadline - limits.guard_s - now, seq) for deadline, seq in decodes]
     stakes = [(seconds, _value(seq)) for seconds, seq in left if seconds >= alone]
+    return stakes or [(alone, _value(left[0][1]))]
+
+
+def _must_end_s(
+    decodes: list[Due], stakes: list[Stake], batch: TimedBatch, limits: BatchLimits, now: float
+) -> float:
+    """Within how many seconds the decodes that must run are to be done: before the guard time,
+    or where that leaves some of them out, just in time, which may still be good enough.
+    """
     if not stakes:
-        stakes = [(alone, _value(left[0][1]))]
-    return stakes, stakes[0][0]
+        return limits.longest_s
+    soonest = stakes[0][0]
+    everyone = batch.seconds_of_decodes([seq for _, seq in decodes])
+    latest = next((d - now for d, _ in decodes if d - now >= soonest), soonest)
+    return max(soonest, min(everyone, latest))
+
+
+def _worthwhile(work: Work, batch: TimedBatch, now: float) -> list[Sequence]:
+    """Prefills for which promises may be endangered: those that can run in this batch and of a
+    request that may still attain its SLO.
+    """
+    view = batch.draft.view
+    has_slot = len(view.running) < view.max_num_seqs
+    waiting = [seq for _, seq in work.prefills]
+    waiting += [
+        seq
+        for deadline, seq in work.unpromised
+        if (has_slot or seq.state is SequenceState.RUNNING)
+        and not seq.is_decoding
+        and now + batch.seconds_of_rest(seq) <= deadline
+    ]
+    return waiting
 
 
 def _allowed_s(
@@ -247,21 +273,26 @@ def _pace_s(seq: Sequence, speculators: Mapping[str, Speculator]) -> float:
     return cautious_tokens(one.acceptance, one.limit) * seq.progress.tpot_s
 
 
-def _fill_up(batch: TimedBatch, work: Work, limits: BatchLimits, limit: float, now: float) -> float:
-    """Run who is promised nothing; returns the predicted seconds of best effort."""
+def _fill_up(
+    batch: TimedBatch, work: Work, limits: BatchLimits, limit: float, calm: float, now: float
+) -> float:
+    """Run who is promised nothing; returns the predicted seconds of best effort.
+
+    Args:
+        calm: what is not worth a risk may run until the batch takes so long.
+    """
     # The credit of admitted decodes is not for them.
     spare = min([limit, *(seq.progress.tpot_s for _, seq in work.decodes)])
     decodes = [(deadline, seq) for deadline, seq in work.unpromised if seq.is_decoding]
     prefills = [(deadline, seq) for deadline, seq in work.unpromised if not seq.is_decoding]
     for _, seq in decodes:
         batch.decode(seq, spare)
-    stakes, _ = _stakes(decodes, batch, limits, now)
+    stakes = _stakes(decodes, batch, limits, now)
     if stakes:
         waiting = [seq for _, seq in prefills]
-        own = _allowed_s(stakes, decodes, waiting, URGENT, batch, limits)
-        spare = min(spare, own)
+        spare = min(spare, _allowed_s(stakes, decodes, waiting, URGENT, batch, limits))
     late = _prefill_unpromised(batch, work, prefills, limits, spare, now)
-    return _best_effort(batch, work, limits, spare, first=late)
+    return _best_effort(batch, work, limits, min(spare, calm), first=late)
 
 
 def _prefill_unpromised(
@@ -274,6 +305,8 @@ def _prefill_unpromised(
 ) -> list[Sequence]:
     """Run prefills that may still be in time, by deadline; returns those that will not be."""
     room, late = _Room(batch, work, limits), []
+    if limits.best_effort_s > 0:
+        room.keep_for_best_effort(work)
     for deadline, seq in prefills:
         if batch.is_full(until):
             break
@@ -281,7 +314,9 @@ def _prefill_unpromised(
             late.append(seq)
         elif seq.state is SequenceState.RUNNING:
             batch.prefill(seq, until)
-        elif room.has(seq) and batch.prefill(seq, until):
+        elif not room.has(seq):
+            break  # else small ones would take whatever becomes free, for ever
+        elif batch.prefill(seq, until):
             room.take(seq)
     return late
 
@@ -331,6 +366,12 @@ class _Room:
             for seq in (*work.best_effort, *(seq for _, seq in work.unpromised))
             if seq.block_table or seq.seq_id in scheduled
         )
+
+    def keep_for_best_effort(self, work: Work) -> None:
+        """Leave free what the first of best effort needs that waits: it is overdue."""
+        first = next((s for s in work.best_effort if s.state is SequenceState.WAITING), None)
+        if first is not None and self._held:
+            self._held += self._limits.blocks_of(first)
 
     def has(self, seq: Sequence) -> bool:
         """True where it fits. One of them may always run, while blocks are free."""

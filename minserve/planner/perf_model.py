@@ -110,6 +110,8 @@ class PerfModel:
             raise ValueError("a performance model needs a piece that grows with the tokens")
         if any(not c >= 0 or math.isinf(c) for piece in self.pieces for c in astuple(piece)):
             raise ValueError("coefficients must be finite and at least 0")
+        if not 0 < margin < math.inf:
+            raise ValueError("a margin must be finite and above 0")
         self.margin = margin
         self.speculation_drift = 1.0
         self.next_factor: float | None = None

@@ -24,6 +24,8 @@ DRIFT_UNSURE = DRIFT_RATE / (2.0 - DRIFT_RATE)
 SCATTER_RATE = 1 / 256
 # What is believed before anything was seen weighs as much as so many observations.
 PRIOR_WEIGHT = 8.0
+# The same for the drift, at first and after each change.
+FIRST_WEIGHT = 4.0
 # Standard deviations by which one observation counts at most: a machine that stands still once
 # is no slower machine.
 MOST_SURPRISE = 3.0
@@ -67,16 +69,20 @@ class Scatter:
         Args:
             rate: how much of a surprise is the device's; the rest has another cause.
         """
+        if not 0.0 < ratio < math.inf:
+            return
         self.num_observations += 1
         sigma = max(math.sqrt(self.variance), LEAST_SCATTER)
-        surprise = max(-MOST_SURPRISE, min(MOST_SURPRISE, math.log(ratio) / sigma))
+        # The logarithms of a skewed scatter with mean 1 have a mean below 0.
+        surprise = math.log(ratio) / sigma + sigma / 2
+        surprise = max(-MOST_SURPRISE, min(MOST_SURPRISE, surprise))
         if rate == 1.0 and self._has_changed(surprise, ratio):
             return
         seen = min(ratio, 1.0 + MOST_SURPRISE * sigma, MOST_RATIO)
         weight = max(SCATTER_RATE, 1.0 / (self.num_observations + PRIOR_WEIGHT))
         self.variance += weight * ((seen - 1.0) ** 2 - self.variance)
         self._since_change += 1
-        weight = max(DRIFT_RATE, 1.0 / (self._since_change + 1))
+        weight = max(DRIFT_RATE, 1.0 / (self._since_change + FIRST_WEIGHT))
         self.drift *= 1.0 + rate * weight * (min(ratio, MOST_RATIO) - 1.0)
 
     def risk(self, factor: float) -> float:
@@ -102,9 +108,9 @@ class Scatter:
     def _has_changed(self, surprise: float, ratio: float) -> bool:
         """True where the device has another speed now, which is believed at once."""
         for run, sign in ((self._up, 1.0), (self._down, -1.0)):
-            run.add(sign * surprise - SLACK, ratio)
+            run.add(sign * surprise - SLACK, self.drift * min(ratio, MOST_RATIO))
             if run.total > ALARM:
-                self.drift *= run.ratios / run.length
+                self.drift = run.ratios / run.length
                 self._since_change = run.length
                 self._up, self._down = _Run(), _Run()
                 return True
@@ -116,7 +122,7 @@ class _Run:
 
     Attributes:
         total: of the surprises, 0 or more.
-        ratios: sum of the measured ratios since the total was 0, ``length`` of them.
+        ratios: sum of measured over profiled seconds since the total was 0, ``length`` of them.
     """
 
     __slots__ = ("length", "ratios", "total")
@@ -126,7 +132,7 @@ class _Run:
 
     def add(self, surprise: float, ratio: float) -> None:
         self.total += surprise
-        self.ratios += min(ratio, MOST_RATIO)
+        self.ratios += ratio
         self.length += 1
         if self.total <= 0.0:
             self.total, self.ratios, self.length = 0.0, 0.0, 0

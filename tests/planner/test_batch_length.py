@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minserve.planner.batch_length import CALM, URGENT, USUAL_RISK, allowed_s
+from minserve.planner.batch_length import CALM, URGENT, allowed_s
 from minserve.planner.perf_model import BatchShape, PerfModel, Piece
 
 SHAPE = BatchShape.of([(0, 10)])
@@ -52,9 +52,10 @@ def test_more_promises_in_danger_make_it_shorter_and_more_to_gain_longer() -> No
     assert found(4, 4 * PER_S) > found(4, PER_S) > found(4, PER_S / 4)
 
 
-def test_with_nothing_to_gain_the_usual_risk_is_taken() -> None:
+def test_with_nothing_to_gain_there_is_hardly_a_risk() -> None:
+    """Best effort comes in every iteration: 1% in each would break most of the long outputs."""
     found = allowed_s([(0.05, 1.0)], NOISY)
-    assert NOISY.risk(0.05 / found) == pytest.approx(USUAL_RISK)
+    assert NOISY.risk(0.05 / found) < 0.001
 
 
 def test_nobody_is_endangered_for_more_than_there_is_to_do() -> None:

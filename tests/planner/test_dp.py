@@ -382,3 +382,19 @@ def test_under_scatter_dp_keeps_at_least_what_simple_policies_keep(sigma: float)
                 replay_of(policy, sigma=sigma, budget=512 if policy == "dp" else 128).run(load)
             kept[policy] = sum(attained(load) for load in loads) / 2
         assert kept["dp"] >= max(kept.values()) - 0.02, (rate, kept)
+
+
+@pytest.mark.parametrize("left_ms", [12.4, 12.8, 13.5, 14.2])
+def test_decodes_that_would_all_be_just_in_time_run_though_the_guard_time_is_over(
+    left_ms: float,
+) -> None:
+    """64 of them take 11.3 ms; a few would take 10 ms, and all others would be late."""
+    model = PerfModel((Piece(tokens=1e-5, seqs=1e-5, base=0.010),), margin=1.02)
+    pool = BlockPool(4000, 16, prefix_caching=False)
+    replay = Replay(make_planner("dp", model=model), pool, 4096, 128, device=model)
+    slo = SLO(ttft=5.0, tpot=0.03)
+    replay.waiting = [request(f"d{i}", 20, 50, 0.0, slo) for i in range(64)]
+    while any(not seq.is_decoding for seq in (*replay.waiting, *replay.running)):
+        replay.step()
+    replay.now = min(s.progress.next_deadline_s for s in replay.running) - left_ms / 1e3
+    assert len(replay.plan().num_scheduled_tokens) == 64

@@ -132,3 +132,17 @@ def test_a_machine_that_stands_still_at_times_is_not_waited_for() -> None:
     scatter = settled(lambda r: 50.0 if r.random() < 0.3 else 1.0)
     assert scatter.bound(1, 0.001) <= MOST_BOUND
     assert Scatter(100.0, 0.1).bound(1, 0.001) <= MOST_BOUND
+
+
+@pytest.mark.parametrize("ratio", [0.0, -1.0, float("inf"), float("nan")])
+def test_what_is_no_time_teaches_nothing(ratio: float) -> None:
+    scatter = Scatter(1.1, 0.1)
+    scatter.observe(ratio)
+    assert (scatter.drift, scatter.num_observations) == (1.0, 0)
+
+
+@pytest.mark.parametrize("factor", [0.1, 3.0, 10.0])
+def test_a_large_step_is_not_overshot(factor: float) -> None:
+    scatter, rng = settled(lognormal(0.05)), random.Random(0)
+    feed(scatter, (factor * lognormal(0.05)(rng) for _ in range(60)))
+    assert scatter.drift == pytest.approx(factor, rel=0.1)

@@ -98,6 +98,41 @@ def test_a_promise_takes_their_blocks_where_it_needs_them() -> None:
     assert other.state is SequenceState.FINISHED
 
 
+def test_a_large_request_without_an_slo_is_not_starved_by_small_unpromised_ones() -> None:
+    """The small ones would take every block that becomes free, if they might pass it by."""
+    replay = refusing(blocks=100, max_num_seqs=64)
+    small = [request(f"no{i}", 100, 40, 0.25 * i, SLO(ttft=600.0, tpot=1.0)) for i in range(120)]
+    large = request("large", 900, 20, 3.0, None)
+    replay.run([*small, large])
+    after = [seq.request.arrival_s for seq in replay.finished[replay.finished.index(large) :]]
+    assert max(after) > 20.0, "it ended while small ones were still to come"
+
+
+def test_a_pace_that_no_device_keeps_outranks_nobody() -> None:
+    replay = replay_of(max_num_seqs=1)
+    impossible = request("impossible", 50, 5, 0.1, SLO(tpot=0.001))
+    replay.waiting = [request("plain", 50, 5, 0.0, None), impossible]
+    replay.now = 0.1
+    replay.run([])
+    assert [seq.seq_id for seq in replay.finished] == ["plain", "impossible"]
+
+
+@pytest.mark.parametrize("value", [1.0, 1e6])
+def test_a_dear_request_that_cannot_run_endangers_nobody(value: float) -> None:
+    """All slots are taken, and its pace is impossible: no batch is longer for its sake."""
+    replay = replay_of(max_num_seqs=9, sigma=0.2)
+    replay.run([request("the scatter is learned", 20, 190, 0.0, None)])
+    now, slo = replay.now, SLO(ttft=5.0, tpot=0.12)
+    promised = [request(f"yes{i}", 20, 150, now, slo) for i in range(8)]
+    spare = request("spare", 1500, 5, now, None)
+    replay.waiting = [*promised, spare]
+    while spare.state is SequenceState.WAITING:
+        replay.step()
+    dear = request("dear", 100, 5, replay.now, SLO(ttft=600.0, tpot=0.021, value=value))
+    replay.run([dear])
+    assert sum(seq.progress.attained for seq in promised) >= 7
+
+
 def _prompt_batches(replay: Replay, seq: Sequence) -> list[int]:
     """Serve it alone; returns the lengths of the chunks that its prompt was cut into."""
     replay.waiting.append(seq)
@@ -124,6 +159,12 @@ def test_a_lone_prompt_is_cut_where_one_like_those_before_would_be_late() -> Non
     # 20 tokens take 61 ms of the 400 ms that they have: a batch may take the rest.
     longest = max(chunks) * 0.002 + 0.02
     assert longest < 0.4 - 0.06
+
+
+def test_who_is_late_at_once_makes_nobody_cut_prompts() -> None:
+    replay = replay_of(budget=512)
+    _prompt_batches(replay, request("hopeless", 20, 2, 0.0, SLO(ttft=1e-6)))
+    assert _prompt_batches(replay, request("lone", 500, 2, replay.now, None)) == [500]
 
 
 def test_a_prompt_is_cut_while_somebody_waits_for_a_token() -> None:

@@ -1,8 +1,8 @@
 """Planning by promises: whoever's SLOs can be kept runs, chosen by a dynamic program.
 
-After SLOs-Serve (arXiv 2504.08784), with what it leaves open: requests that do not fit stay
-pending until their last feasible start, doomed ones are relegated instead of dooming the
-others, output lengths are estimated, memory and time are released at predicted ends.
+After SLOs-Serve (arXiv 2504.08784), with what it leaves open: requests that do not fit are served
+by deadline with what promises leave, and may be promised later; doomed ones are relegated instead
+of dooming the others; output lengths are estimated; memory and time are released at predicted ends.
 
 A request is promised its SLO once the prefill of one of its outputs starts; until then every
 round of admission decides anew. Rounds take place when a sequence comes or goes, and every 0.1 s.
@@ -256,6 +256,7 @@ class DpPlanner(Planner):
             with the roles, those that were found broken.
         """
         work, found = Work(), set(broken)
+        lone_s = 0.0 if self.model is None else self.model.predict(BatchShape.of([(0, 1)]))
         for seq in (*view.running, *view.waiting):
             seq_id, progress = seq.seq_id, seq.progress
             if seq_id in verdict.reject:
@@ -271,7 +272,11 @@ class DpPlanner(Planner):
                     verdict.relegate[seq_id] = None
                 work.best_effort.append(seq)
             elif not promised or seq_id in verdict.relegate:
-                work.unpromised.append((progress.next_deadline_s, seq))
+                # At a pace that not even a lone decode keeps nobody is in time.
+                if progress.tpot_s < lone_s:
+                    work.best_effort.append(seq)
+                else:
+                    work.unpromised.append((progress.next_deadline_s, seq))
             elif seq.is_decoding:
                 work.decodes.append((progress.next_deadline_s, seq))
             else:
