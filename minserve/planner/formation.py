@@ -103,21 +103,22 @@ def form_batch(
     order, num_kept = _order(work)
     batch = TimedBatch(BatchDraft(view, order=order, num_kept=num_kept), model)
     stakes = _stakes(work.decodes, batch, limits, now)
+    decodes_s = batch.seconds_of_decodes([seq for _, seq in work.decodes])
     # Seconds until a token of this batch is due: at the risk that its prefills are worth, and
     # at next to none.
     due = calm = math.inf
     if stakes:
         share = URGENT if work.unpromised else CALM
         waiting = _worthwhile(work, batch, now)
-        due = _allowed_s(stakes, work.decodes, waiting, share, batch, limits)
-        calm = _allowed_s(stakes, work.decodes, [], share, batch, limits)
+        due = _allowed_s(stakes, decodes_s, waiting, share, batch, limits)
+        calm = _allowed_s(stakes, decodes_s, [], share, batch, limits)
     limit = min(due, limits.longest_s)
 
     speculators: dict[str, Speculator] = {}
     if drafting is not None and work.prefills:
         speculators = drafting.speculators_for_prefills(seq for _, seq in work.decodes)
     must, may = _split_decodes(work, batch, limit, limits, now, speculators)
-    within = _must_end_s(work.decodes, stakes, batch, limits, now)
+    within = _must_end_s(work.decodes, decodes_s, stakes, limits, now)
     run = [seq for _, seq in must if batch.decode(seq, within)]
     if speculators:
         own = [one for seq in run if (one := speculators.get(seq.seq_id)) is not None]
@@ -175,17 +176,19 @@ def _stakes(decodes: list[Due], batch: TimedBatch, limits: BatchLimits, now: flo
 
 
 def _must_end_s(
-    decodes: list[Due], stakes: list[Stake], batch: TimedBatch, limits: BatchLimits, now: float
+    decodes: list[Due], decodes_s: float, stakes: list[Stake], limits: BatchLimits, now: float
 ) -> float:
     """Within how many seconds the decodes that must run are to be done: before the guard time,
     or where that leaves some of them out, just in time, which may still be good enough.
+
+    Args:
+        decodes_s: that all of them take together.
     """
     if not stakes:
         return limits.longest_s
     soonest = stakes[0][0]
-    everyone = batch.seconds_of_decodes([seq for _, seq in decodes])
     latest = next((d - now for d, _ in decodes if d - now >= soonest), soonest)
-    return max(soonest, min(everyone, latest))
+    return max(soonest, min(decodes_s, latest))
 
 
 def _worthwhile(work: Work, batch: TimedBatch, now: float) -> list[Sequence]:
@@ -207,7 +210,7 @@ def _worthwhile(work: Work, batch: TimedBatch, now: float) -> list[Sequence]:
 
 def _allowed_s(
     stakes: list[Stake],
-    decodes: list[Due],
+    least_s: float,
     waiting: list[Sequence],
     share: float,
     batch: TimedBatch,
@@ -216,6 +219,7 @@ def _allowed_s(
     """Expected seconds that the batch may take for the sake of its decodes.
 
     Args:
+        least_s: what they take alone.
         waiting: sequences whose prefills it could do meanwhile.
         share: of their value, what doing these is worth.
     """
@@ -223,7 +227,6 @@ def _allowed_s(
         return stakes[0][0]
     if not waiting:
         return allowed_s(stakes, batch.model)
-    least_s = batch.seconds_of_decodes([seq for _, seq in decodes])
     work_s = batch.model.drift * batch.model.steepest.tokens
     work_s *= sum(seq.num_uncomputed_tokens for seq in waiting)
     return allowed_s(
@@ -290,7 +293,8 @@ def _fill_up(
     stakes = _stakes(decodes, batch, limits, now)
     if stakes:
         waiting = [seq for _, seq in prefills]
-        spare = min(spare, _allowed_s(stakes, decodes, waiting, URGENT, batch, limits))
+        decodes_s = batch.seconds_of_decodes([seq for _, seq in decodes])
+        spare = min(spare, _allowed_s(stakes, decodes_s, waiting, URGENT, batch, limits))
     late = _prefill_unpromised(batch, work, prefills, limits, spare, now)
     return _best_effort(batch, work, limits, min(spare, calm), first=late)
 
