@@ -1,36 +1,40 @@
 """Attention in plain torch operations: the reference, and the CPU path.
 
-Decodes are batched: keys and values of all decoding sequences are gathered by one
-`index_select` over their blocks, straight into ``[sequences * kv heads, tokens,
-head_dim]``, and the heads of a GQA group share one matmul over them. Sequences of
-similar length are grouped, so that padding at most doubles the work. Each prefill chunk
-runs through torch's fused attention over its own blocks.
+Each is two batched matmuls around a softmax, the heads of a GQA group sharing one matmul
+over their keys: on CPUs faster than torch's fused attention at every size that
+bench/cpu_attention.py tries, since that one packs keys anew for every head and computes
+what causality hides. Decodes are batched: the blocks of all decoding sequences are gathered
+by one `index_select`. Sequences of similar length are grouped, so that padding at most
+doubles the work. A prefill chunk, or a lone decode, runs by itself, its queries in blocks
+that see no key behind them; where its blocks lie side by side nothing is copied.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
 
 # A group of decodes ends where the next sequence is shorter than this share of the longest.
 GROUP_MIN_FILL = 0.5
+# Queries of one sequence that share a matmul: their scores stay in a core's own cache, and
+# half of the last block of keys is computed in vain.
+QUERY_BLOCK = 128
 
 
 class _Views(NamedTuple):
-    """A layer's memory, ``[num_blocks, 2 (key, value), num_kv_heads, block_size, head_dim]``,
-    seen as rows.
+    """A layer's memory, ``[2 (key, value), num_kv_heads, num_blocks, block_size, head_dim]``.
 
     Attributes:
-        blocks: ``[num_blocks * 2 * num_kv_heads, block_size * head_dim]``.
-        tokens: ``[num_blocks * 2 * num_kv_heads * block_size, head_dim]``.
+        blocks: ``[2 * num_kv_heads * num_blocks, block_size * head_dim]``.
+        tokens: ``[2 * num_kv_heads, num_blocks * block_size, head_dim]``.
     """
 
     blocks: Tensor
@@ -39,76 +43,89 @@ class _Views(NamedTuple):
 
 @dataclass(slots=True)
 class _Decodes:
-    """Decoding sequences of similar length, with equally many query tokens each.
+    """Several decoding sequences of similar length, with equally many query tokens each.
 
     Attributes:
         tokens: their rows of the batch: a slice where adjacent, else int64 indices.
-        rows: int64 ``[2 * sequences * kv heads * blocks]``: which of `_Views.blocks` to
-            gather, keys first.
+        tables: int64 ``[sequences, blocks]``.
         visible: bool ``[sequences, queries, padded length]``: who may look where.
-        bias: the same as 0 / -inf in float32, ``[sequences * kv heads, queries * group
-            or 1, padded length]``. Made by the first layer that needs it; the fused
-            kernel does not.
+        rows: int64 ``[2 * sequences * kv heads * blocks]``: which of `_Views.blocks` to
+            gather, keys first. Made by the first layer, like the next.
+        bias: 0 where visible, else -inf, ``[sequences * kv heads, group * queries or 1,
+            padded length]``.
     """
 
     tokens: slice | Tensor
-    rows: Tensor
+    tables: Tensor
     visible: Tensor
+    rows: Tensor | None = None
     bias: Tensor | None = None
 
 
 @dataclass(slots=True)
-class _Prefill:
-    """One prefill chunk; ``mask`` is bool ``[queries, seq_len]``, ``None`` where plainly causal."""
+class _Single:
+    """One sequence: a prefill chunk, or a decode that has no other like it.
+
+    Attributes:
+        tokens: its rows of the batch.
+        table: int64 ``[1, blocks]``.
+        seq_len: tokens that it sees, its own included.
+        first: slot of its first token where its blocks lie side by side, else ``None``.
+        rows: as in `_Decodes`, where its blocks have to be gathered.
+    """
 
     tokens: slice
-    rows: Tensor
+    table: Tensor
     seq_len: int
-    mask: Tensor | None
+    first: int | None
+    rows: Tensor | None = None
 
 
 @dataclass(slots=True)
 class _State:
-    """What `prepare` computes once for all layers.
+    """What `prepare` computes once for all layers."""
 
-    Attributes:
-        new_rows: int64 ``[2 * num_tokens * kv heads]``: which of `_Views.tokens` new keys,
-            then new values, replace.
-    """
-
-    new_rows: Tensor
     decodes: list[_Decodes] = field(default_factory=list)
-    prefills: list[_Prefill] = field(default_factory=list)
+    singles: list[_Single] = field(default_factory=list)
 
 
 class TorchBackend(AttentionBackend):
-    """The torch backend. Runs on any device and in any float dtype."""
+    """The torch backend. Runs on any device and in any float dtype.
+
+    Computes in the cache's dtype, the softmax in float32 within torch's operation; queries of
+    another dtype are converted.
+    """
 
     name = "torch"
     _scratch: Tensor | None = None
+    _future: Tensor | None = None
 
     def allocate(
         self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> LayerKV:
-        """A cache in which the tokens of one head in one block lie together, so that
-        gathering rows of (block, head) yields each head's keys in one piece.
+        """A cache in which each head's tokens lie together, block behind block.
 
         Zeroed, since a masked NaN would still poison a sum.
         """
-        size = (num_blocks, 2, self.num_kv_heads, block_size, self.head_dim)
-        memory = _zeros(size, dtype, device)
-        views = _Views(memory.view(-1, block_size * self.head_dim), memory.view(-1, self.head_dim))
-        return LayerKV(memory[:, 0].transpose(1, 2), memory[:, 1].transpose(1, 2), views)
+        memory = _zeros(
+            (2, self.num_kv_heads, num_blocks, block_size, self.head_dim), dtype, device
+        )
+        views = _Views(
+            memory.view(-1, block_size * self.head_dim),
+            memory.view(2 * self.num_kv_heads, -1, self.head_dim),
+        )
+        key, value = memory.permute(0, 2, 3, 1, 4).unbind(0)
+        return LayerKV(key, value, views)
 
     def prepare(self, metadata: AttentionMetadata) -> None:
-        blocks = metadata.slot_mapping // metadata.block_size
-        offsets = metadata.slot_mapping % metadata.block_size
-        rows = self._rows(blocks.unsqueeze(1)) * metadata.block_size + offsets.view(1, -1, 1, 1)
-        state = _State(rows.flatten())
+        state = _State()
         for sequences in _similar_decodes(metadata):
-            state.decodes.append(self._prepare_decodes(sequences, metadata))
+            if len(sequences) > 1:
+                state.decodes.append(_prepare_decodes(sequences, metadata))
+            else:
+                state.singles.append(_prepare_single(sequences[0], metadata))
         for i in range(metadata.num_decodes, metadata.num_seqs):
-            state.prefills.append(self._prepare_prefill(i, metadata))
+            state.singles.append(_prepare_single(i, metadata))
         metadata.state = state
 
     def write_kv(
@@ -118,69 +135,83 @@ class TorchBackend(AttentionBackend):
         metadata: AttentionMetadata,
         rotations: Tensor | None = None,
     ) -> None:
-        num_rotated = self.num_heads + self.num_kv_heads
         if rotations is not None:
-            _rotate_(qkv[:, :num_rotated], rotations)
-        new = torch.stack((qkv[:, self.num_heads : num_rotated], qkv[:, num_rotated:]))
-        new = new.view(-1, self.head_dim)
-        kv.views.tokens.index_copy_(0, metadata.state.new_rows, new)
+            _rotate_(qkv[:, : self.num_heads + self.num_kv_heads], rotations)
+        new = qkv[:, self.num_heads :].transpose(0, 1).to(kv.key.dtype)
+        kv.views.tokens.index_copy_(1, metadata.slot_mapping, new)
 
     def forward(self, query: Tensor, kv: LayerKV, metadata: AttentionMetadata) -> Tensor:
-        state = metadata.state
-        if len(state.decodes) == 1 and not state.prefills:
-            return self._decode(query, kv, state.decodes[0]).flatten(1)
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        state, dtype = metadata.state, query.dtype
+        query = query.to(kv.key.dtype)
+        if len(state.decodes) + len(state.singles) == 1:
+            only = [self._decode(query, kv, one) for one in state.decodes]
+            only += [self._single(query, kv, one) for one in state.singles]
+            return only[0].flatten(1).to(dtype)
+        out = torch.empty(query.shape, dtype=dtype, device=query.device)
         for decodes in state.decodes:
-            out[decodes.tokens] = self._decode(query[decodes.tokens], kv, decodes)
-        for prefill in state.prefills:
-            out[prefill.tokens] = self._prefill(query[prefill.tokens], kv, prefill)
+            out[decodes.tokens] = self._decode(query[decodes.tokens], kv, decodes).to(dtype)
+        for single in state.singles:
+            out[single.tokens] = self._single(query[single.tokens], kv, single).to(dtype)
         return out.flatten(1)
 
-    def _prepare_decodes(self, sequences: list[int], metadata: AttentionMetadata) -> _Decodes:
-        starts, device = metadata.query_start_loc, metadata.slot_mapping.device
-        num_queries = starts[sequences[0] + 1] - starts[sequences[0]]
-        lengths = torch.tensor([metadata.seq_lens[i] for i in sequences], device=device)
-        if sequences == list(range(sequences[0], sequences[-1] + 1)):
-            tables = metadata.block_tables[sequences[0] : sequences[-1] + 1]
-            tokens = slice(starts[sequences[0]], starts[sequences[-1] + 1])
-        else:
-            tables = metadata.block_tables[torch.tensor(sequences, device=device)]
-            firsts = torch.tensor([starts[i] for i in sequences], device=device)
-            tokens = (firsts.unsqueeze(1) + torch.arange(num_queries, device=device)).flatten()
-        num_blocks = -(-max(metadata.seq_lens[i] for i in sequences) // metadata.block_size)
-        # Query j of a sequence stands at position length - num_queries + j.
-        last = lengths.unsqueeze(1) - num_queries + torch.arange(num_queries, device=device)
-        position = torch.arange(num_blocks * metadata.block_size, device=device)
-        visible = position <= last.unsqueeze(2)
-        return _Decodes(tokens, self._rows(tables[:, :num_blocks]).flatten(), visible)
+    def _decode(self, query: Tensor, kv: LayerKV, decodes: _Decodes) -> Tensor:
+        """``[tokens, num_heads, head_dim]`` of decodes together."""
+        num_seqs, num_queries, _ = decodes.visible.shape
+        if decodes.rows is None:
+            decodes.rows = self._rows(decodes.tables, kv)
+            decodes.bias = self._bias(decodes.visible, query.dtype)
+        key, value = self._gather(kv, decodes.rows, num_seqs * self.num_kv_heads)
+        group = self.num_heads // self.num_kv_heads
+        query = query.view(num_seqs, num_queries, self.num_kv_heads, group, self.head_dim)
+        query = query.permute(0, 2, 3, 1, 4).reshape(key.shape[0], -1, self.head_dim)
+        scores = torch.baddbmm(decodes.bias, query, key.transpose(1, 2), alpha=self.scale)
+        out = torch.bmm(torch.softmax(scores, dim=-1), value)
+        out = out.view(num_seqs, self.num_kv_heads, group, num_queries, self.head_dim)
+        return out.permute(0, 3, 1, 2, 4).reshape(-1, self.num_heads, self.head_dim)
 
-    def _bias(self, visible: Tensor) -> Tensor:
-        bias = torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, -torch.inf)
-        if visible.shape[1] > 1:
-            bias = bias.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1)
-        return bias.repeat_interleave(self.num_kv_heads, dim=0)
+    def _single(self, query: Tensor, kv: LayerKV, single: _Single) -> Tensor:
+        """``[tokens, num_heads, head_dim]`` of one sequence."""
+        key, value = self._tokens_of(kv, single)
+        num_queries = query.shape[0]
+        if num_queries == 1:
+            return self._query_block(query, key, value)
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        num_before = single.seq_len - num_queries
+        for begin in range(0, num_queries, QUERY_BLOCK):
+            end = min(begin + QUERY_BLOCK, num_queries)
+            seen = num_before + end
+            out[begin:end] = self._query_block(query[begin:end], key[:, :seen], value[:, :seen])
+        return out
 
-    def _prepare_prefill(self, i: int, metadata: AttentionMetadata) -> _Prefill:
-        tokens = slice(metadata.query_start_loc[i], metadata.query_start_loc[i + 1])
-        seq_len, num_queries = metadata.seq_lens[i], tokens.stop - tokens.start
-        num_blocks = -(-seq_len // metadata.block_size)
-        mask = None
-        if seq_len > num_queries:
-            position = torch.arange(seq_len, device=metadata.slot_mapping.device)
-            mask = position <= position[seq_len - num_queries :].unsqueeze(1)
-        rows = self._rows(metadata.block_tables[i : i + 1, :num_blocks]).flatten()
-        return _Prefill(tokens, rows, seq_len, mask)
-
-    def _rows(self, tables: Tensor) -> Tensor:
-        """``[sequences, blocks]`` block ids to ``[2, sequences, kv heads, blocks]`` rows of
-        `_Views.blocks`.
+    def _query_block(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The last queries of a sequence over all of its keys, ``[num_kv_heads, tokens,
+        head_dim]``.
         """
-        part = torch.arange(2, device=tables.device).view(-1, 1, 1, 1)
-        head = torch.arange(self.num_kv_heads, device=tables.device).view(-1, 1)
-        return (tables.unsqueeze(1) * 2 + part) * self.num_kv_heads + head
+        num_queries, num_keys = query.shape[0], key.shape[1]
+        group = self.num_heads // self.num_kv_heads
+        query = query.view(num_queries, self.num_kv_heads, group, self.head_dim)
+        query = query.permute(1, 2, 0, 3).reshape(self.num_kv_heads, -1, self.head_dim)
+        scores = query.new_empty(self.num_kv_heads, query.shape[1], num_keys)
+        torch.baddbmm(scores, query, key.transpose(1, 2), beta=0, alpha=self.scale, out=scores)
+        if num_queries > 1:
+            newest = scores.view(-1, num_queries, num_keys)[:, :, num_keys - num_queries :]
+            newest += self._future_of(scores)[:num_queries, :num_queries]
+        out = torch.bmm(torch.softmax(scores, dim=-1), value)
+        out = out.view(self.num_kv_heads, group, num_queries, self.head_dim)
+        return out.permute(2, 0, 1, 3).reshape(num_queries, self.num_heads, self.head_dim)
 
-    def _gather(self, kv: LayerKV, rows: Tensor, num_seqs: int) -> tuple[Tensor, Tensor]:
-        """Keys and values, each ``[num_seqs, num_kv_heads, tokens, head_dim]``, contiguous."""
+    def _tokens_of(self, kv: LayerKV, single: _Single) -> tuple[Tensor, Tensor]:
+        """A sequence's keys and values, each ``[num_kv_heads, seq_len, head_dim]``."""
+        if single.first is not None:
+            own = kv.views.tokens.narrow(1, single.first, single.seq_len)
+            return own[: self.num_kv_heads], own[self.num_kv_heads :]
+        if single.rows is None:
+            single.rows = self._rows(single.table, kv)
+        key, value = self._gather(kv, single.rows, self.num_kv_heads)
+        return key[:, : single.seq_len], value[:, : single.seq_len]
+
+    def _gather(self, kv: LayerKV, rows: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+        """Keys and values, each ``[num_heads, tokens, head_dim]``, contiguous."""
         width = kv.views.blocks.shape[1]
         size = len(rows) * width
         # One buffer for all layers: fresh memory of this size is mapped page by page each
@@ -189,54 +220,60 @@ class TorchBackend(AttentionBackend):
             self._scratch = torch.empty(size, dtype=kv.key.dtype, device=kv.key.device)
         gathered = self._scratch[:size].view(-1, width)
         torch.index_select(kv.views.blocks, 0, rows, out=gathered)
-        return gathered.view(2, num_seqs, self.num_kv_heads, -1, self.head_dim).unbind(0)
+        return gathered.view(2, num_heads, -1, self.head_dim).unbind(0)
 
-    def _decode(self, query: Tensor, kv: LayerKV, decodes: _Decodes) -> Tensor:
-        num_seqs, num_queries, _ = decodes.visible.shape
-        key, value = self._gather(kv, decodes.rows, num_seqs)
-        query = query.view(num_seqs, num_queries, self.num_heads, self.head_dim)
-        if query.dtype is torch.float32 and query.device.type == "cpu":
-            if decodes.bias is None:
-                decodes.bias = self._bias(decodes.visible)
-            return self._decode_matmul(query, key, value, decodes.bias)
-        out = F.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key,
-            value,
-            attn_mask=decodes.visible.unsqueeze(1),
-            scale=self.scale,
-            enable_gqa=True,
-        )
-        return out.transpose(1, 2).flatten(0, 1)
-
-    def _decode_matmul(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-        """The same as two batched matmuls, which torch's fused CPU kernel does slower for
-        one query. float32 only: a half-precision score would be rounded before the softmax.
+    def _rows(self, tables: Tensor, kv: LayerKV) -> Tensor:
+        """``[sequences, blocks]`` block ids to the rows of `_Views.blocks` that hold them, in
+        the order ``[2, sequences, kv heads, blocks]``.
         """
-        num_seqs, num_queries, heads, dim = query.shape
-        group = heads // self.num_kv_heads
-        if num_queries > 1:
-            query = query.unflatten(2, (self.num_kv_heads, group)).transpose(1, 2)
-        query = query.reshape(num_seqs * self.num_kv_heads, num_queries * group, dim)
-        key, value = key.flatten(0, 1), value.flatten(0, 1)
-        scores = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=self.scale)
-        out = torch.bmm(torch.softmax(scores, dim=-1), value)
-        if num_queries > 1:
-            out = out.view(num_seqs, self.num_kv_heads, num_queries, group, dim).transpose(1, 2)
-        return out.reshape(num_seqs * num_queries, heads, dim)
+        num_blocks = kv.key.shape[0]
+        head = torch.arange(2 * self.num_kv_heads, device=tables.device)
+        head = head.view(2, 1, self.num_kv_heads, 1)
+        return (head * num_blocks + tables.unsqueeze(1)).flatten()
 
-    def _prefill(self, query: Tensor, kv: LayerKV, prefill: _Prefill) -> Tensor:
-        key, value = self._gather(kv, prefill.rows, 1)
-        out = F.scaled_dot_product_attention(
-            query.transpose(0, 1).unsqueeze(0),
-            key[:, :, : prefill.seq_len],
-            value[:, :, : prefill.seq_len],
-            attn_mask=prefill.mask,
-            is_causal=prefill.mask is None,
-            scale=self.scale,
-            enable_gqa=True,
-        )
-        return out.squeeze(0).transpose(0, 1)
+    def _bias(self, visible: Tensor, dtype: torch.dtype) -> Tensor:
+        bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        bias.masked_fill_(~visible, -torch.inf)
+        if visible.shape[1] > 1:
+            bias = bias.repeat(1, self.num_heads // self.num_kv_heads, 1)
+        return bias.repeat_interleave(self.num_kv_heads, dim=0)
+
+    def _future_of(self, scores: Tensor) -> Tensor:
+        """-inf above the diagonal, ``[QUERY_BLOCK, QUERY_BLOCK]``: what a query may not see."""
+        future = self._future
+        if future is None or future.dtype != scores.dtype or future.device != scores.device:
+            future = torch.full((QUERY_BLOCK, QUERY_BLOCK), -torch.inf, device=scores.device)
+            self._future = future = future.triu_(1).to(scores.dtype)
+        return future
+
+
+def _prepare_decodes(sequences: list[int], metadata: AttentionMetadata) -> _Decodes:
+    starts, device = metadata.query_start_loc, metadata.slot_mapping.device
+    num_queries = starts[sequences[0] + 1] - starts[sequences[0]]
+    lengths = torch.tensor([metadata.seq_lens[i] for i in sequences], device=device)
+    if sequences == list(range(sequences[0], sequences[-1] + 1)):
+        tables = metadata.block_tables[sequences[0] : sequences[-1] + 1]
+        tokens = slice(starts[sequences[0]], starts[sequences[-1] + 1])
+    else:
+        tables = metadata.block_tables[torch.tensor(sequences, device=device)]
+        firsts = torch.tensor([starts[i] for i in sequences], device=device)
+        tokens = (firsts.unsqueeze(1) + torch.arange(num_queries, device=device)).flatten()
+    num_blocks = -(-max(metadata.seq_lens[i] for i in sequences) // metadata.block_size)
+    # Query j of a sequence stands at position length - num_queries + j.
+    last = lengths.unsqueeze(1) - num_queries + torch.arange(num_queries, device=device)
+    position = torch.arange(num_blocks * metadata.block_size, device=device)
+    visible = position <= last.unsqueeze(2)
+    return _Decodes(tokens, tables[:, :num_blocks], visible)
+
+
+def _prepare_single(i: int, metadata: AttentionMetadata) -> _Single:
+    tokens = slice(metadata.query_start_loc[i], metadata.query_start_loc[i + 1])
+    seq_len = metadata.seq_lens[i]
+    table = metadata.block_tables[i : i + 1, : -(-seq_len // metadata.block_size)]
+    blocks = table[0].tolist()
+    adjacent = all(after == before + 1 for before, after in pairwise(blocks))
+    first = blocks[0] * metadata.block_size if adjacent else None
+    return _Single(tokens, table, seq_len, first)
 
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -26,6 +26,10 @@ Activation = Callable[[Tensor], Tensor]
 
 LAYER_NORM_EPS = 1e-5
 
+_onednn = torch.ops.mkldnn._linear_pointwise.default
+_onednn_binary = torch.ops.mkldnn._linear_pointwise.binary
+_fbgemm_fp16 = torch.ops.quantized.linear_dynamic_fp16.default
+
 
 class WeightFormat(Enum):
     """How a linear's weight is kept.
@@ -34,11 +38,18 @@ class WeightFormat(Enum):
     ONEDNN: prepacked for oneDNN in the activations' dtype.
     FBGEMM_FP16: packed in float16 for FBGEMM, which multiplies in float32: half the
         memory traffic of float32, for CPUs without bfloat16 arithmetic.
+    ONEDNN_AND_FP16: both of these. For a few rows FBGEMM streams its weights about twice as
+        fast as oneDNN, for many oneDNN's bfloat16 arithmetic wins (bench/linears.py).
     """
 
     DENSE = "dense"
     ONEDNN = "onednn"
     FBGEMM_FP16 = "fbgemm-fp16"
+    ONEDNN_AND_FP16 = "onednn-and-fp16"
+
+
+# With both forms, passes over at most so many tokens take the one for few rows.
+FEW_ROWS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +58,7 @@ class Placement:
 
     Attributes:
         device: of weights and activations.
-        dtype: of activations, embeddings, norms and KV.
+        dtype: of activations and KV.
         weight_dtype: to which linear weights are rounded.
         format: how linear weights are kept.
         fused: whether norms and activations take the form of fused kernels, for which
@@ -61,10 +72,16 @@ class Placement:
     fused: bool = False
 
     @classmethod
-    def choose(cls, device: torch.device, dtype: str, fused: bool = False) -> Placement:
+    def choose(
+        cls, device: torch.device, dtype: str, fused: bool = False, twice: bool = False
+    ) -> Placement:
         """The fastest placement for a dtype name (``auto`` included) on a device.
 
         ``float16`` on a CPU means weights in float16 and arithmetic in float32.
+
+        Args:
+            fused: as in the attributes.
+            twice: whether there is memory for two forms of the weights, should that be faster.
         """
         if device.type != "cpu":
             if dtype == "auto":
@@ -74,8 +91,8 @@ class Placement:
         fast_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
         if dtype == "auto":
             dtype = "bfloat16" if fast_bf16 else "float16"
+        has_fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
         if dtype == "float16":
-            has_fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
             form = WeightFormat.FBGEMM_FP16 if has_fbgemm else WeightFormat.DENSE
             return cls(device, torch.float32, torch.float16, form, fused)
         chosen = getattr(torch, dtype)
@@ -83,7 +100,14 @@ class Placement:
             chosen is torch.float32 or (chosen is torch.bfloat16 and fast_bf16)
         )
         form = WeightFormat.ONEDNN if packable else WeightFormat.DENSE
+        if twice and packable and has_fbgemm and chosen is torch.bfloat16:
+            form = WeightFormat.ONEDNN_AND_FP16
         return cls(device, chosen, chosen, form, fused)
+
+    def pass_dtype(self, num_tokens: int) -> torch.dtype:
+        """The activations' dtype in a pass over so many tokens. It chooses the linears' form."""
+        few = self.format is WeightFormat.ONEDNN_AND_FP16 and num_tokens <= FEW_ROWS
+        return torch.float32 if few else self.dtype
 
     def tensor(self, tensor: Tensor) -> Tensor:
         """A parameter other than a linear's weight, in the activations' dtype."""
@@ -91,41 +115,73 @@ class Placement:
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """A linear layer from a ``[out, in]`` weight of any float dtype."""
+        if self.format is WeightFormat.ONEDNN_AND_FP16:
+            return self._twice(lambda one: one.linear(weight, bias))
         weight = weight.to(self.device, self.weight_dtype)
-        bias = None if bias is None else self.tensor(bias)
+        bias = self._maybe(bias)
         if self.format is WeightFormat.FBGEMM_FP16:
             return Fp16Linear(weight, bias)
         if self.format is WeightFormat.ONEDNN:
             return OneDnnLinear(weight, bias)
         return DenseLinear(weight.to(self.dtype), bias)
 
+    def swiglu(
+        self,
+        gate: Tensor,
+        up: Tensor,
+        gate_bias: Tensor | None = None,
+        up_bias: Tensor | None = None,
+    ) -> Linear:
+        """``silu(gate(x)) * up(x)`` from the weights of two linears (SwiGLU; Shazeer, 2020)."""
+        if self.format is WeightFormat.ONEDNN_AND_FP16:
+            return self._twice(lambda one: one.swiglu(gate, up, gate_bias, up_bias))
+        if self.format is WeightFormat.ONEDNN:
+            gated = OneDnnLinear(gate.to(self.weight_dtype), self._maybe(gate_bias), "swish")
+            factor = OneDnnLinear(up.to(self.weight_dtype), self._maybe(up_bias))
+            return lambda x: factor.times(x, gated(x))
+        bias = None if gate_bias is None else torch.cat((gate_bias, up_bias))
+        both, silu_mul = self.linear(torch.cat((gate, up)), bias), self.silu_mul
+        return lambda x: silu_mul(both(x))
+
     def activated_linear(
         self, weight: Tensor, bias: Tensor | None, activation: Activation
     ) -> Linear:
-        """`linear`, then an activation. Fused, a ReLU is part of the matmul."""
+        """`linear`, then an activation. A ReLU is part of the matmul where that can do it."""
+        if self.format is WeightFormat.ONEDNN_AND_FP16:
+            return self._twice(lambda one: one.activated_linear(weight, bias, activation))
+        is_relu = activation is torch.relu_
+        if self.format is WeightFormat.ONEDNN and is_relu:
+            return OneDnnLinear(weight.to(self.weight_dtype), self._maybe(bias), "relu")
         linear = self.linear(weight, bias)
-        if (
-            self.fused
-            and activation is torch.relu_
-            and isinstance(linear, DenseLinear)
-            and linear.bias is not None
-        ):
+        if self.fused and is_relu and isinstance(linear, DenseLinear) and linear.bias is not None:
             return linear.relu
         return lambda x: activation(linear(x))
 
+    def _twice(self, make: Callable[[Placement], Linear]) -> Linear:
+        """A linear in both forms; the activations' dtype chooses (`pass_dtype`)."""
+        few = make(replace(self, format=WeightFormat.FBGEMM_FP16))
+        many = make(replace(self, format=WeightFormat.ONEDNN))
+        return lambda x: few(x) if x.dtype is torch.float32 else many(x)
+
+    def _maybe(self, tensor: Tensor | None) -> Tensor | None:
+        """`tensor` of one that may be absent."""
+        return None if tensor is None else self.tensor(tensor)
+
     def rms_norm(self, weight: Tensor, eps: float) -> Norm:
         """RMSNorm with a ``[hidden]`` weight of any float dtype."""
-        weight = self.tensor(weight)
         if not self.fused:
-            return RMSNorm(weight, eps)
+            return RMSNorm(weight.to(self.device, torch.float32), eps)
+        weight = self.tensor(weight)
         from minserve.models.fused_layers import fused_rms_norm
 
         return fused_rms_norm(weight, eps)
 
     def layer_norm(self, size: int, weight: Tensor | None, bias: Tensor | None) -> Norm:
         """LayerNorm over ``size``; weight and bias, of any float dtype, may be absent."""
-        weight = None if weight is None else self.tensor(weight)
-        bias = None if bias is None else self.tensor(bias)
+        if self.device.type == "cpu":  # whose layer norm takes them so beside any input
+            wide = replace(self, dtype=torch.float32)
+            return LayerNorm(size, wide._maybe(weight), wide._maybe(bias))
+        weight, bias = self._maybe(weight), self._maybe(bias)
         if not self.fused:
             return LayerNorm(size, weight, bias)
         from minserve.models.fused_layers import fused_layer_norm
@@ -162,14 +218,20 @@ class DenseLinear:
 class OneDnnLinear:
     """``x W^T + b`` on a weight prepacked for oneDNN."""
 
-    __slots__ = ("bias", "packed")
+    __slots__ = ("activation", "bias", "packed")
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none") -> None:
+        """``activation``: applied to the sums before they are rounded: none, relu, swish."""
         self.bias = bias
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
+        self.activation = activation
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return _onednn(x, self.packed, self.bias, self.activation, [], "")
+
+    def times(self, x: Tensor, factor: Tensor) -> Tensor:
+        """``(x W^T + b) * factor`` with one rounding; ``factor``: ``[rows, out]``."""
+        return _onednn_binary(x, factor, self.packed, self.bias, "mul")
 
 
 class Fp16Linear:
@@ -178,10 +240,11 @@ class Fp16Linear:
     __slots__ = ("packed",)
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        bias = None if bias is None else bias.float()
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float().contiguous(), bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+        return _fbgemm_fp16(x, self.packed)
 
 
 class Norm(ABC):
@@ -204,14 +267,15 @@ class Norm(ABC):
 
 
 class RMSNorm(Norm):
-    """``x / rms(x) * w`` over the last dimension, computed in float32.
+    """``x / rms(x) * w`` over the last dimension, computed in float32 and rounded once.
 
-    Four small operations, since torch's own `rms_norm` is composed of more on a CPU.
+    A few small operations, since torch's own `rms_norm` is composed of more on a CPU.
     """
 
     __slots__ = ("eps", "scale", "weight")
 
     def __init__(self, weight: Tensor, eps: float) -> None:
+        """``weight``: float32 ``[hidden]``."""
         self.weight = weight
         self.eps = torch.tensor([eps], device=weight.device)
         self.scale = 1.0 / weight.shape[0]
@@ -220,7 +284,9 @@ class RMSNorm(Norm):
         wide = x.float()
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = torch.addcmul(self.eps, norm, norm, value=self.scale).rsqrt_()
-        return (wide * inverse).to(x.dtype).mul_(self.weight)
+        scaled = wide * inverse
+        # Straight into the result's dtype, which spares a pass over it.
+        return torch.mul(scaled, self.weight, out=torch.empty_like(x))
 
 
 class LayerNorm(Norm):

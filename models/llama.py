@@ -66,19 +66,15 @@ class LlamaLayer:
             weight("post_attention_layernorm", hidden), config.rms_norm_eps
         )
         inner = config.intermediate_size
-        self.gate_up = placement.linear(
-            torch.cat(
-                [weight("mlp.gate_proj", inner, hidden), weight("mlp.up_proj", inner, hidden)]
-            ),
-            _cat(
-                bias("mlp.gate_proj", inner, config.mlp_bias),
-                bias("mlp.up_proj", inner, config.mlp_bias),
-            ),
+        self.mlp_in = placement.swiglu(
+            weight("mlp.gate_proj", inner, hidden),
+            weight("mlp.up_proj", inner, hidden),
+            bias("mlp.gate_proj", inner, config.mlp_bias),
+            bias("mlp.up_proj", inner, config.mlp_bias),
         )
         self.down = placement.linear(
             weight("mlp.down_proj", hidden, inner), bias("mlp.down_proj", hidden, config.mlp_bias)
         )
-        self.silu_mul = placement.silu_mul
 
     def __call__(
         self,
@@ -96,7 +92,7 @@ class LlamaLayer:
         backend.write_kv(qkv, kv, metadata, rotations)
         x = self.o_proj(backend.forward(qkv[:, :heads], kv, metadata))
         x, residual = self.mlp_norm.add(x, residual)
-        return self.down(self.silu_mul(self.gate_up(x))), residual
+        return self.down(self.mlp_in(x)), residual
 
 
 class Llama(CausalLM):
@@ -107,7 +103,7 @@ class Llama(CausalLM):
         shape = self.shape
         embed = checkpoint.get("model.embed_tokens.weight", (shape.vocab_size, shape.hidden_size))
         self.embed = embed.to(placement.device, placement.weight_dtype).contiguous()
-        self.dtype = placement.dtype
+        self.placement = placement
         self.layers = [
             LlamaLayer(checkpoint, i, config, shape, placement) for i in range(shape.num_layers)
         ]
@@ -131,7 +127,7 @@ class Llama(CausalLM):
         backend: AttentionBackend,
         metadata: AttentionMetadata,
     ) -> Tensor:
-        x = F.embedding(token_ids, self.embed).to(self.dtype)
+        x = F.embedding(token_ids, self.embed).to(self.placement.pass_dtype(len(token_ids)))
         residual = None
         rotations = self.rope.rotations(positions)
         for layer, layer_kv in zip(self.layers, kv, strict=True):
@@ -139,6 +135,7 @@ class Llama(CausalLM):
         return x.add_(residual)
 
     def logits(self, hidden: Tensor) -> Tensor:
+        hidden = hidden.to(self.placement.pass_dtype(len(hidden)))
         return self.head(self.norm(hidden)).float()
 
 

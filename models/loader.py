@@ -6,10 +6,11 @@ checkpoint: pickles are read with ``weights_only=True``.
 
 from __future__ import annotations
 
+import math
 import re
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -125,6 +126,14 @@ class Checkpoint(ABC):
         self._advance()
         return ids.long()
 
+    def num_parameters(self) -> int:
+        """Elements of all tensors together; reads none of them."""
+        return sum(self._num_elements(stored, file) for stored, file in self._files.items())
+
+    @abstractmethod
+    def _num_elements(self, stored: str, file: Path) -> int:
+        """Of one tensor."""
+
     @abstractmethod
     def _read(self, stored: str, file: Path) -> torch.Tensor:
         """Read a tensor by its stored name from its file."""
@@ -195,11 +204,20 @@ class SafetensorsCheckpoint(Checkpoint):
                 _fail(file, stored, error)
         return self._handles[file]
 
+    def _num_elements(self, stored: str, file: Path) -> int:
+        return math.prod(
+            self._ask(file, stored, lambda handle: handle.get_slice(stored).get_shape())
+        )
+
     def _read(self, stored: str, file: Path) -> torch.Tensor:
+        return self._ask(file, stored, lambda handle: handle.get_tensor(stored))
+
+    def _ask(self, file: Path, stored: str, ask: Callable[[Any], Any]) -> Any:
+        """What an open file says of a tensor."""
         from safetensors import SafetensorError
 
         try:
-            return self._open(file, stored).get_tensor(stored)
+            return ask(self._open(file, stored))
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             _fail(file, stored, error)
 
@@ -234,6 +252,9 @@ class BinCheckpoint(Checkpoint):
             self._loaded[file] = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
         return self._loaded[file]
 
+    def _num_elements(self, stored: str, file: Path) -> int:
+        return self._read(stored, file).numel()
+
     def _read(self, stored: str, file: Path) -> torch.Tensor:
         tensors = self._load(file, stored)
         if stored not in tensors:
@@ -264,6 +285,9 @@ class GGUFCheckpoint(Checkpoint):
             name: gguf for gguf in self._gguf.tensors if (name := _name_from_gguf(gguf))
         }
         super().__init__(file, dict.fromkeys(self._origin, file), progress=progress)
+
+    def _num_elements(self, stored: str, file: Path) -> int:
+        return math.prod(self._gguf.tensor(self._origin[stored]).shape)
 
     def _read(self, stored: str, file: Path) -> torch.Tensor:
         origin = self._origin[stored]

@@ -90,7 +90,7 @@ class OPT(CausalLM):
 
     def __init__(self, checkpoint: Checkpoint, config: OPTConfig, placement: Placement) -> None:
         self.shape = opt_shape(config)
-        self.dtype = placement.dtype
+        self.placement = placement
         hidden, width = config.hidden_size, config.word_embed_proj_dim
         embed = checkpoint.get("model.decoder.embed_tokens.weight", (config.vocab_size, width))
         self.embed = embed.to(placement.device, placement.weight_dtype).contiguous()
@@ -128,7 +128,8 @@ class OPT(CausalLM):
         backend: AttentionBackend,
         metadata: AttentionMetadata,
     ) -> Tensor:
-        x = F.embedding(token_ids, self.embed).to(self.dtype)
+        dtype = self.placement.pass_dtype(len(token_ids))
+        x = F.embedding(token_ids, self.embed).to(dtype)
         if self.project_in is not None:
             x = self.project_in(x)
         x = x + F.embedding(positions + POSITION_OFFSET, self.embed_positions)
@@ -138,6 +139,7 @@ class OPT(CausalLM):
         return x if residual is None else x.add_(residual)
 
     def logits(self, hidden: Tensor) -> Tensor:
+        hidden = hidden.to(self.placement.pass_dtype(len(hidden)))
         if self.norm is not None:
             hidden = self.norm(hidden)
         if self.project_out is not None:

@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 
 # Most tokens of an iteration, unless the settings say. A GPU needs thousands to be busy.
 TOKEN_BUDGETS = {"cuda": 8192, "cpu": 512}
+# Of the memory that is free on a CPU, for weights in a second form that is faster for few rows.
+SECOND_FORM_SHARE = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,10 +91,11 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         config = replace(config, token_budget=TOKEN_BUDGETS[device.type])
     source = find_model(config.model)
     attention = choose_attention_backend(config.attention_backend, device)
-    placement = Placement.choose(device, config.dtype, fused=attention != "torch")
-    dtype = dtype_words(placement.weight_dtype, placement.dtype)
     with open_checkpoint(source) as checkpoint:
+        twice = has_room_twice(checkpoint.num_parameters())
+        placement = Placement.choose(device, config.dtype, attention != "torch", twice)
         model = build_model(checkpoint, load_config(source), placement)
+    dtype = dtype_words(placement.weight_dtype, placement.dtype)
     tokenizer = Tokenizer.load(source, config.tokenizer)
     draft = _load_draft(config, model, tokenizer, placement)
     runner = ModelRunner(model, *_probe(attention, model.shape, config.block_size, placement))
@@ -284,6 +287,12 @@ def _device(name: str) -> torch.device:
             "device cuda was asked for, but torch sees no CUDA device; use --device cpu"
         )
     return torch.device(name)
+
+
+def has_room_twice(num_parameters: int) -> bool:
+    """Whether weights in half precision can be kept in two forms without much of the free memory."""
+    second_form = 2 * num_parameters
+    return second_form <= SECOND_FORM_SHARE * psutil.virtual_memory().available
 
 
 def physical_cores() -> int:
