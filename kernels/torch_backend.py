@@ -92,8 +92,8 @@ class _State:
 class TorchBackend(AttentionBackend):
     """The torch backend. Runs on any device and in any float dtype.
 
-    Computes in the cache's dtype, the softmax in float32 within torch's operation; queries of
-    another dtype are converted.
+    The matmuls of one sequence are in the queries' dtype, those of several in the cache's, and
+    every softmax is in float32 within torch's operation.
     """
 
     name = "torch"
@@ -141,17 +141,16 @@ class TorchBackend(AttentionBackend):
         kv.views.tokens.index_copy_(1, metadata.slot_mapping, new)
 
     def forward(self, query: Tensor, kv: LayerKV, metadata: AttentionMetadata) -> Tensor:
-        state, dtype = metadata.state, query.dtype
-        query = query.to(kv.key.dtype)
+        state = metadata.state
         if len(state.decodes) + len(state.singles) == 1:
             only = [self._decode(query, kv, one) for one in state.decodes]
             only += [self._single(query, kv, one) for one in state.singles]
-            return only[0].flatten(1).to(dtype)
-        out = torch.empty(query.shape, dtype=dtype, device=query.device)
+            return only[0].flatten(1)
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         for decodes in state.decodes:
-            out[decodes.tokens] = self._decode(query[decodes.tokens], kv, decodes).to(dtype)
+            out[decodes.tokens] = self._decode(query[decodes.tokens], kv, decodes)
         for single in state.singles:
-            out[single.tokens] = self._single(query[single.tokens], kv, single).to(dtype)
+            out[single.tokens] = self._single(query[single.tokens], kv, single)
         return out.flatten(1)
 
     def _decode(self, query: Tensor, kv: LayerKV, decodes: _Decodes) -> Tensor:
@@ -159,19 +158,21 @@ class TorchBackend(AttentionBackend):
         num_seqs, num_queries, _ = decodes.visible.shape
         if decodes.rows is None:
             decodes.rows = self._rows(decodes.tables, kv)
-            decodes.bias = self._bias(decodes.visible, query.dtype)
+            decodes.bias = self._bias(decodes.visible, kv.key.dtype)
         key, value = self._gather(kv, decodes.rows, num_seqs * self.num_kv_heads)
         group = self.num_heads // self.num_kv_heads
+        dtype = query.dtype
+        query = query.to(key.dtype)
         query = query.view(num_seqs, num_queries, self.num_kv_heads, group, self.head_dim)
         query = query.permute(0, 2, 3, 1, 4).reshape(key.shape[0], -1, self.head_dim)
         scores = torch.baddbmm(decodes.bias, query, key.transpose(1, 2), alpha=self.scale)
-        out = torch.bmm(torch.softmax(scores, dim=-1), value)
+        out = torch.bmm(torch.softmax(scores, dim=-1), value).to(dtype)
         out = out.view(num_seqs, self.num_kv_heads, group, num_queries, self.head_dim)
         return out.permute(0, 3, 1, 2, 4).reshape(-1, self.num_heads, self.head_dim)
 
     def _single(self, query: Tensor, kv: LayerKV, single: _Single) -> Tensor:
         """``[tokens, num_heads, head_dim]`` of one sequence."""
-        key, value = self._tokens_of(kv, single)
+        key, value = self._tokens_of(kv, single, query.dtype)
         num_queries = query.shape[0]
         if num_queries == 1:
             return self._query_block(query, key, value)
@@ -200,15 +201,17 @@ class TorchBackend(AttentionBackend):
         out = out.view(self.num_kv_heads, group, num_queries, self.head_dim)
         return out.permute(2, 0, 1, 3).reshape(num_queries, self.num_heads, self.head_dim)
 
-    def _tokens_of(self, kv: LayerKV, single: _Single) -> tuple[Tensor, Tensor]:
+    def _tokens_of(
+        self, kv: LayerKV, single: _Single, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         """A sequence's keys and values, each ``[num_kv_heads, seq_len, head_dim]``."""
         if single.first is not None:
-            own = kv.views.tokens.narrow(1, single.first, single.seq_len)
+            own = kv.views.tokens.narrow(1, single.first, single.seq_len).to(dtype)
             return own[: self.num_kv_heads], own[self.num_kv_heads :]
         if single.rows is None:
             single.rows = self._rows(single.table, kv)
         key, value = self._gather(kv, single.rows, self.num_kv_heads)
-        return key[:, : single.seq_len], value[:, : single.seq_len]
+        return key[:, : single.seq_len].to(dtype), value[:, : single.seq_len].to(dtype)
 
     def _gather(self, kv: LayerKV, rows: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
         """Keys and values, each ``[num_heads, tokens, head_dim]``, contiguous."""
