@@ -173,20 +173,20 @@ class TorchBackend(AttentionBackend):
     def _single(self, query: Tensor, kv: LayerKV, single: _Single) -> Tensor:
         """``[tokens, num_heads, head_dim]`` of one sequence."""
         key, value = self._tokens_of(kv, single, query.dtype)
-        num_queries = query.shape[0]
-        if num_queries == 1:
-            return self._query_block(query, key, value)
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        num_queries, group = query.shape[0], self.num_heads // self.num_kv_heads
+        if num_queries <= QUERY_BLOCK:
+            return self._query_block(query, key, value).reshape(query.shape)
+        out = query.new_empty(num_queries, self.num_kv_heads, group, self.head_dim)
         num_before = single.seq_len - num_queries
         for begin in range(0, num_queries, QUERY_BLOCK):
             end = min(begin + QUERY_BLOCK, num_queries)
             seen = num_before + end
             out[begin:end] = self._query_block(query[begin:end], key[:, :seen], value[:, :seen])
-        return out
+        return out.flatten(1, 2)
 
     def _query_block(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The last queries of a sequence over all of its keys, ``[num_kv_heads, tokens,
-        head_dim]``.
+        head_dim]``; gives ``[queries, num_kv_heads, group, head_dim]``, not contiguous.
         """
         num_queries, num_keys = query.shape[0], key.shape[1]
         group = self.num_heads // self.num_kv_heads
@@ -199,11 +199,9 @@ class TorchBackend(AttentionBackend):
             newest += self._future_of(scores)[:num_queries, :num_queries]
         out = torch.bmm(torch.softmax(scores, dim=-1), value)
         out = out.view(self.num_kv_heads, group, num_queries, self.head_dim)
-        return out.permute(2, 0, 1, 3).reshape(num_queries, self.num_heads, self.head_dim)
+        return out.permute(2, 0, 1, 3)
 
-    def _tokens_of(
-        self, kv: LayerKV, single: _Single, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    def _tokens_of(self, kv: LayerKV, single: _Single, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A sequence's keys and values, each ``[num_kv_heads, seq_len, head_dim]``."""
         if single.first is not None:
             own = kv.views.tokens.narrow(1, single.first, single.seq_len).to(dtype)

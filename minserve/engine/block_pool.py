@@ -152,7 +152,7 @@ class BlockPool:
                 f"{self.num_blocks} are free"
             )
         for _ in range(needed):
-            block = next(iter(self._free))
+            block = self._next_free(behind=seq.block_table[-1] if seq.block_table else None)
             self._forget(block)
             self._acquire(block)
             seq.block_table.append(block)
@@ -272,6 +272,15 @@ class BlockPool:
             self._free[block] = None
             if self._entry_of[block] is None:
                 self._free.move_to_end(block, last=False)
+
+    def _next_free(self, behind: int | None) -> int:
+        """The free block to hand out: the neighbour behind a block where that is blank, since a
+        sequence whose blocks lie side by side is read without being gathered.
+        """
+        neighbour = None if behind is None else behind + 1
+        if neighbour in self._free and self._entry_of[neighbour] is None:
+            return neighbour
+        return next(iter(self._free))
 
     def _acquire(self, block: int) -> None:
         self._free.pop(block, None)

@@ -40,7 +40,7 @@ INVALID = -1  # in place of a token id: this row has no distribution to choose f
 # The nucleus is looked for among tokens at least this likely (the most likely one being 1)
 # before the next bound is tried: sorting these few costs a tenth of sorting all.
 _NUCLEUS_FLOORS = (1e-3, 1e-6, 0.0)
-# Tokens per chunk of the two-level inverse CDF.
+# Tokens per chunk of the two-level argmax and inverse CDF.
 _CHUNK = 256
 
 
@@ -152,10 +152,28 @@ def column(values: list[float], like: Tensor, dtype: torch.dtype = torch.float32
 
 def argmax(logits: Tensor) -> Tensor:
     """The lowest id of the most likely token, ``[rows]``; `INVALID` for a row without one."""
-    ids = logits.argmax(dim=-1)
+    ids = _argmax(logits)
     # argmax takes NaN for the largest number, so the value found tells of any NaN.
     best = logits.gather(-1, ids.unsqueeze(1)).squeeze(1)
     return torch.where(best > -math.inf, ids, INVALID)
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    """`torch.argmax`, on a CPU in two levels: there amax is some twenty times as fast."""
+    vocab = logits.shape[1]
+    whole = vocab // _CHUNK * _CHUNK
+    if logits.device.type != "cpu" or not whole or not logits.is_contiguous():
+        return logits.argmax(dim=-1)
+    chunks = logits[:, :whole].unflatten(1, (-1, _CHUNK))
+    highest = chunks.amax(dim=-1)
+    if whole < vocab:
+        highest = torch.cat((highest, logits[:, whole:].amax(dim=-1, keepdim=True)), dim=1)
+    chunk = highest.argmax(dim=-1, keepdim=True)
+    # The last chunk is looked up so that it ends with the vocabulary; whatever of it lies in
+    # the one before is smaller.
+    first = (chunk * _CHUNK).clamp_(max=vocab - _CHUNK)
+    inner = logits.gather(1, first + torch.arange(_CHUNK))
+    return (first + inner.argmax(dim=-1, keepdim=True)).squeeze(1)
 
 
 def adjust(logits: Tensor, rows: SequenceOf[Row]) -> Tensor:

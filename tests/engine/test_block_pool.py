@@ -477,3 +477,29 @@ TestPoolMachine = PoolMachine.TestCase
 TestPoolMachine.settings = _STEPS
 TestCollidingPoolMachine = CollidingPoolMachine.TestCase
 TestCollidingPoolMachine.settings = _STEPS
+
+
+def test_a_sequence_grows_into_the_blank_block_behind_its_last_one():
+    pool = BlockPool(8, BLOCK)
+    first, second, third = (make_seq(range(100)) for _ in range(3))
+    pool.grow(first, BLOCK)
+    pool.grow(second, BLOCK)
+    pool.grow(third, 2 * BLOCK)
+    pool.release(second)
+    # Block 1 is the next to be handed out, but block 4 lies behind the third's.
+    compute(pool, third, 2 * BLOCK)
+    pool.grow(third, BLOCK)
+    assert third.block_table == [2, 3, 4]
+    pool.grow(first, 2 * BLOCK)
+    assert first.block_table == [0, 1]
+
+
+def test_a_cached_neighbour_is_left_to_those_who_may_hit_it():
+    pool = BlockPool(4, BLOCK)
+    old, new = make_seq(range(2 * BLOCK)), make_seq(range(50, 100))
+    start(pool, old)
+    stop(pool, old)
+    pool.grow(new, 2 * BLOCK)
+    assert new.block_table == [2, 3]
+    pool.grow(new, 3 * BLOCK)  # nothing else is left
+    assert new.block_table[2] in (0, 1)

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from minserve.engine.distribution import Row, philox, uniform, uniforms
+from minserve.engine.distribution import INVALID, Row, argmax, philox, uniform, uniforms
 from minserve.engine.sampler import Sampler
 from minserve.engine.verification import SampledToken
 from minserve.errors import GenerationError
@@ -467,3 +467,22 @@ def test_prompt_logprobs_of_nan_are_an_error():
     logits[1, 3] = math.nan
     with pytest.raises(GenerationError, match="prompt"):
         SAMPLER.prompt_logprobs(logits, [1, 2], 0)
+
+
+@pytest.mark.parametrize("vocab", [1, 255, 256, 257, 300, 511, 512, 1000])
+def test_argmax_is_the_first_of_the_most_likely_tokens(vocab: int) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    for num_levels in (2, 50, 10_000):  # few levels make ties
+        logits = torch.randint(num_levels, (64, vocab), generator=generator).float()
+        want = [row.index(max(row)) for row in logits.tolist()]
+        assert argmax(logits).tolist() == want
+        assert argmax(logits[:, : vocab // 2 + 1]).tolist() == [
+            row.index(max(row)) for row in logits[:, : vocab // 2 + 1].tolist()
+        ]
+
+
+@pytest.mark.parametrize("column", [0, 255, 256, 599])
+def test_argmax_finds_no_token_beside_a_nan(column: int) -> None:
+    logits = torch.randn(2, 600, generator=torch.Generator().manual_seed(0))
+    logits[0, column] = math.nan
+    assert argmax(logits).tolist() == [INVALID, logits[1].argmax().item()]
