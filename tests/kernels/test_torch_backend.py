@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import expected, make_metadata, poison
+from accuracy import assert_as_exact_as
+from attention_cases import LLAMA_3_8B, expected, make_metadata, poison
 
 from minserve.kernels.torch_backend import TorchBackend
 
@@ -16,6 +17,7 @@ BATCHES = {
     "verification": ([(3, 20), (1, 25), (3, 90), (5, 11)], 4),
     "fresh prefills": ([(5, 0), (123, 0), (1, 0)], 0),
     "later chunks": ([(16, 5), (123, 64), (1, 31)], 0),
+    "more queries than a block of them": ([(300, 0), (129, 70)], 0),
     "mixed": ([(1, 77), (1, 12), (40, 0), (17, 100)], 2),
 }
 HEADS = {"multi-head": (4, 4, 16), "grouped": (6, 2, 16), "one KV head": (4, 1, 80)}
@@ -45,8 +47,7 @@ def test_attention_is_right(batch: str, heads: str, dtype: torch.dtype, block_si
     flat = kv.key.reshape(-1, num_kv_heads, head_dim)
     assert torch.equal(flat[metadata.slot_mapping], new[0])
     want = expected(query, kv, metadata)
-    assert got.dtype is dtype
-    assert (got - want).abs().max() < (1e-5 if dtype is torch.float32 else 2e-2)
+    assert_as_exact_as(expected(query, kv, metadata, dtype), got, want)
 
 
 def test_padding_never_more_than_doubles_the_work() -> None:
@@ -69,3 +70,43 @@ def test_a_cache_costs_no_memory_before_it_is_written() -> None:
     assert kv.key.nelement() * 2 * 2 == 2**30
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
     assert kv.value[8191].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("lengths", [(1, 300), (1, 1), (7, 90), (200, 64)])
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16])
+def test_a_lone_sequence_is_computed_in_its_queries_dtype(
+    lengths: tuple[int, int], kv_dtype: torch.dtype
+) -> None:
+    num_heads, num_kv_heads, head_dim = LLAMA_3_8B
+    backend = TorchBackend(num_heads, num_kv_heads, head_dim, scale=head_dim**-0.5)
+    metadata, num_blocks = make_metadata([lengths], int(lengths[0] == 1), 16)
+    torch.manual_seed(0)
+    kv = backend.allocate(num_blocks, 16, kv_dtype, torch.device("cpu"))
+    for part in (kv.key, kv.value):
+        part.copy_(torch.randn(part.shape))
+    query = torch.randn(metadata.num_tokens, num_heads, head_dim)
+    backend.prepare(metadata)
+    got = backend.forward(query, kv, metadata)
+    want = expected(query, kv, metadata)
+    assert_as_exact_as(expected(query, kv, metadata, torch.float32), got, want)
+
+
+def test_blocks_side_by_side_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = TorchBackend(4, 2, 16, scale=0.25)
+    kv = backend.allocate(9, 4, torch.float32, torch.device("cpu"))
+    for part in (kv.key, kv.value):
+        part.copy_(torch.randn(part.shape))
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("gathered")
+
+    for table in ([3, 4, 5], [5, 3, 4]):
+        metadata, _ = make_metadata([(1, 10)], 1, 4)
+        metadata.block_tables = torch.tensor([table])
+        query = torch.randn(1, 4, 16)
+        backend.prepare(metadata)
+        with monkeypatch.context() as patch:
+            if table == [3, 4, 5]:
+                patch.setattr(backend, "_gather", refuse)
+            got = backend.forward(query, kv, metadata)
+        assert (got - expected(query, kv, metadata)).abs().max() < 1e-5
