@@ -97,7 +97,7 @@ def test_blocks_side_by_side_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> 
     for part in (kv.key, kv.value):
         part.copy_(torch.randn(part.shape))
 
-    def refuse(*args: object) -> None:
+    def refuse(*_: object) -> None:
         raise AssertionError("gathered")
 
     for table in ([3, 4, 5], [5, 3, 4]):
