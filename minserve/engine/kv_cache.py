@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import psutil
 import torch
 
 from minserve.config import EngineConfig
 from minserve.errors import ConfigError
 from minserve.kernels.attention import AttentionBackend, LayerKV
+from minserve.machine import GIB, Machine
 from minserve.models.base import ModelShape
 
-GIB = 2**30
 CPU_SHARE_OF_FREE = 0.25
 CPU_MOST_GIB = 4.0
+# What a pass needs besides, at its peak: copies of the logits while tokens are chosen (raw,
+# adjusted, sorted with their ids; 8 were measured), and tensors of the hidden size while a
+# layer runs.
+LOGITS_COPIES = 10
+HIDDEN_COPIES = 16
+# Of a cache on a CPU whose size nobody gave: less would hold no request worth serving.
+LEAST_TOKENS = 256
 # The rest is for sampling, and for what memory is lost to fragments.
 GPU_SHARE_OF_FREE = 0.9
 # Of what is free on a GPU, for CUDA graphs: their inputs, results and the kernels' arguments.
@@ -46,20 +52,25 @@ def choose_num_blocks(
         with_graphs: leave room for CUDA graphs.
 
     Raises:
-        ConfigError: where not a single block fits.
+        ConfigError: where not a single block fits, or on a CPU no useful number of them, or
+            less than the settings ask for.
     """
-    if config.num_blocks is not None:
-        return config.num_blocks
     per_block = sum(bytes_per_block(shape, config.block_size, dtype) for shape in shapes)
-    if config.kv_cache_gib is not None:
-        budget = config.kv_cache_gib * GIB
-    elif device.type == "cuda":
-        share = GPU_SHARE_OF_FREE - (CUDA_GRAPHS_SHARE_OF_FREE if with_graphs else 0.0)
-        budget = torch.cuda.mem_get_info(device)[0] * share
-    else:
-        budget = min(psutil.virtual_memory().available * CPU_SHARE_OF_FREE, CPU_MOST_GIB * GIB)
     longest = config.max_model_len or shapes[0].max_positions
     useful = config.max_num_seqs * -(-longest // config.block_size)
+    if device.type == "cpu":
+        return _choose_on_cpu(config, shapes[0], per_block, longest, useful)
+    if config.num_blocks is not None:
+        return config.num_blocks
+    if config.kv_cache_gib is not None:
+        budget = config.kv_cache_gib * GIB
+    else:
+        share = GPU_SHARE_OF_FREE - (CUDA_GRAPHS_SHARE_OF_FREE if with_graphs else 0.0)
+        budget = torch.cuda.mem_get_info(device)[0] * share
+    return _blocks_of(budget, per_block, useful, config)
+
+
+def _blocks_of(budget: float, per_block: int, useful: int, config: EngineConfig) -> int:
     num_blocks = min(int(budget // per_block), useful)
     if num_blocks < 1:
         raise ConfigError(
@@ -67,6 +78,48 @@ def choose_num_blocks(
             f"but only {budget / GIB:.3f} GiB are available; raise --kv-cache-gib or lower --block-size"
         )
     return num_blocks
+
+
+def _choose_on_cpu(
+    config: EngineConfig, shape: ModelShape, per_block: int, longest: int, useful: int
+) -> int:
+    """`choose_num_blocks` on a CPU, whose pages are taken only as they are written to: too many
+    would end the process much later, so all must fit now.
+    """
+    machine = Machine.look()
+    if config.num_blocks is None and config.kv_cache_gib is None:
+        beside = pass_bytes(config, shape)
+        share = min(machine.free_memory * CPU_SHARE_OF_FREE, CPU_MOST_GIB * GIB)
+        budget = min(share, machine.free_memory - beside)
+        num_blocks = min(int(budget // per_block), useful)
+        least = min(useful, -(-min(longest, LEAST_TOKENS) // config.block_size))
+        if num_blocks < least:
+            raise ConfigError(
+                f"there is too little memory for a KV cache of {least * config.block_size} tokens "
+                f"({least * per_block / GIB:.3f} GiB) and a pass over a full batch "
+                f"({beside / GIB:.2f} GiB): {machine.memory_words}; allow more, or lower "
+                "--max-num-seqs, or say with --kv-cache-gib what the cache may take"
+            )
+        return num_blocks
+    num_blocks = config.num_blocks
+    if num_blocks is None:
+        num_blocks = _blocks_of(config.kv_cache_gib * GIB, per_block, useful, config)
+    if num_blocks * per_block > machine.free_memory:
+        raise ConfigError(
+            f"a KV cache of {num_blocks} blocks takes {num_blocks * per_block / GIB:.2f} GiB, more "
+            f"than there is: {machine.memory_words}; allow more, or lower "
+            f"{'--num-blocks' if config.num_blocks else '--kv-cache-gib'}"
+        )
+    return num_blocks
+
+
+def pass_bytes(config: EngineConfig, shape: ModelShape) -> int:
+    """Most bytes that a pass of the model over a full batch takes for a moment, as a bound."""
+    num_tokens = config.token_budget
+    if not config.chunked_prefill:
+        num_tokens = max(num_tokens, config.max_model_len or shape.max_positions)
+    logits = LOGITS_COPIES * config.max_num_seqs * shape.vocab_size
+    return 4 * (logits + HIDDEN_COPIES * num_tokens * shape.hidden_size)
 
 
 def allocate_kv_cache(
