@@ -16,6 +16,10 @@ from typing import NamedTuple
 
 # v1 writes "no limit" as the largest number of bytes that is a multiple of the page size.
 V1_NO_LIMIT = 2**62
+# Of memory.stat, by version: file pages that are in memory, and those that processes have
+# mapped, such as their programs. v1's counts without `total_` leave out the groups below.
+V2_CACHE, V2_MAPPED = ("inactive_file", "active_file"), "file_mapped"
+V1_CACHE, V1_MAPPED = ("total_inactive_file", "total_active_file"), "total_mapped_file"
 # A v2 hierarchy has no controllers' names in its mount options or in /proc/self/cgroup.
 V2 = ""
 
@@ -140,16 +144,17 @@ def _cpus(group: Path) -> float | None:
 def _memory(group: Path) -> MemoryLimit | None:
     # Above `memory.high` nothing is killed, but all is slowed down until it is below again.
     limits = [_number(group / name) for name in ("memory.max", "memory.high")]
-    used, reclaimable = _number(group / "memory.current"), "inactive_file"
+    used, cache, mapped = _number(group / "memory.current"), V2_CACHE, V2_MAPPED
     if used is None:
         limits = [_number(group / "memory.limit_in_bytes")]
-        used, reclaimable = _number(group / "memory.usage_in_bytes"), "total_inactive_file"
+        used, cache, mapped = _number(group / "memory.usage_in_bytes"), V1_CACHE, V1_MAPPED
     limit = min((one for one in limits if one is not None), default=V1_NO_LIMIT)
     if used is None or limit >= V1_NO_LIMIT:
         return None
-    stat = re.search(rf"^{reclaimable} (\d+)$", _read(group / "memory.stat") or "", re.MULTILINE)
-    cache = min(int(stat[1]), used) if stat else 0
-    return MemoryLimit(limit, max(0, limit - used + cache))
+    stat = dict(line.split() for line in (_read(group / "memory.stat") or "").splitlines())
+    # Active pages too: a file of weights that is read again, by a second start, becomes active.
+    droppable = sum(int(stat.get(name, 0)) for name in cache) - int(stat.get(mapped, 0))
+    return MemoryLimit(limit, max(0, limit - used + min(max(0, droppable), used)))
 
 
 def _number(file: Path) -> int | None:

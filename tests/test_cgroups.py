@@ -33,12 +33,15 @@ def limits_of(
     return read_limits(root)
 
 
-def v2_memory(folder: str, limit: object, used: int, cache: int = 0) -> dict[str, object]:
+def v2_memory(
+    folder: str, limit: object, used: int, cache: int = 0, active: int = 0, mapped: int = 0
+) -> dict[str, object]:
     return {
         f"{folder}/memory.max": limit,
         f"{folder}/memory.high": "max",
         f"{folder}/memory.current": used,
-        f"{folder}/memory.stat": f"anon 5\nfile 7\ninactive_file {cache}\nactive_file 2",
+        f"{folder}/memory.stat": f"anon 5\nfile 7\nfile_mapped {mapped}\n"
+        f"inactive_file {cache}\nactive_file {active}",
     }
 
 
@@ -47,7 +50,8 @@ def v1_memory(folder: str, limit: int, used: int, cache: int = 0) -> dict[str, o
         f"{folder}/memory.limit_in_bytes": limit,
         f"{folder}/memory.usage_in_bytes": used,
         # Without `total_` it is of this group alone, not of those in it.
-        f"{folder}/memory.stat": f"inactive_file 1\ntotal_inactive_file {cache}",
+        f"{folder}/memory.stat": f"inactive_file 1\nactive_file 1\nmapped_file 9\n"
+        f"total_mapped_file 30\ntotal_inactive_file {cache}\ntotal_active_file 30",
     }
 
 
@@ -100,6 +104,16 @@ def test_what_neighbours_use_of_a_wide_limit_can_leave_less_than_a_tight_one(
     own = ["0::/pod/one"]
     found = limits_of(tmp_path, own, [("/", "/sys/fs/cgroup", V2)], files)
     assert found.memory == MemoryLimit(5000, 100)
+
+
+def test_cached_files_count_as_free_but_not_what_is_mapped(tmp_path: Path) -> None:
+    mounts = [("/", "/cg", V2)]
+    files = v2_memory("cg", 1000, 700, cache=100, active=200, mapped=50)
+    found = limits_of(tmp_path / "one", ["0::/"], mounts, files)
+    assert found.memory == MemoryLimit(1000, 550)
+    files = v2_memory("cg", 1000, 700, cache=10, active=20, mapped=50)
+    found = limits_of(tmp_path / "two", ["0::/"], mounts, files)
+    assert found.memory == MemoryLimit(1000, 300)
 
 
 def test_a_full_group_leaves_nothing_and_not_less(tmp_path: Path) -> None:

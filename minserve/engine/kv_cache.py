@@ -14,11 +14,12 @@ from minserve.models.base import ModelShape
 
 CPU_SHARE_OF_FREE = 0.25
 CPU_MOST_GIB = 4.0
-# What a pass needs besides, at its peak: copies of the logits while tokens are chosen (raw,
-# adjusted, sorted with their ids; 8 were measured), and tensors of the hidden size while a
-# layer runs.
-LOGITS_COPIES = 10
+# What a pass needs besides, at its peak: float32 copies of the logits while tokens are chosen (raw,
+# adjusted, sorted, summed; with top_p 15 were measured), and of the hidden state while a layer runs.
+LOGITS_COPIES = 16
 HIDDEN_COPIES = 16
+# And bytes that the allocator loses to fragments, and that libraries take when first used.
+OTHER_BYTES = 96 * 2**20
 # Of a cache on a CPU whose size nobody gave: less would hold no request worth serving.
 LEAST_TOKENS = 256
 # The rest is for sampling, and for what memory is lost to fragments.
@@ -88,17 +89,16 @@ def _choose_on_cpu(
     """
     machine = Machine.look()
     if config.num_blocks is None and config.kv_cache_gib is None:
-        beside = pass_bytes(config, shape)
         share = min(machine.free_memory * CPU_SHARE_OF_FREE, CPU_MOST_GIB * GIB)
-        budget = min(share, machine.free_memory - beside)
-        num_blocks = min(int(budget // per_block), useful)
+        fitting = _blocks_beside_a_pass(machine.free_memory, config, shape, per_block)
+        num_blocks = min(int(share // per_block), fitting, useful)
         least = min(useful, -(-min(longest, LEAST_TOKENS) // config.block_size))
         if num_blocks < least:
             raise ConfigError(
                 f"there is too little memory for a KV cache of {least * config.block_size} tokens "
-                f"({least * per_block / GIB:.3f} GiB) and a pass over a full batch "
-                f"({beside / GIB:.2f} GiB): {machine.memory_words}; allow more, or lower "
-                "--max-num-seqs, or say with --kv-cache-gib what the cache may take"
+                f"({least * per_block / GIB:.3f} GiB) and for using it: {machine.memory_words}, of "
+                f"which the cache may take a quarter; allow more, or say with --kv-cache-gib what "
+                "it may take"
             )
         return num_blocks
     num_blocks = config.num_blocks
@@ -113,13 +113,21 @@ def _choose_on_cpu(
     return num_blocks
 
 
-def pass_bytes(config: EngineConfig, shape: ModelShape) -> int:
-    """Most bytes that a pass of the model over a full batch takes for a moment, as a bound."""
+def _blocks_beside_a_pass(
+    num_bytes: int, config: EngineConfig, shape: ModelShape, per_block: int
+) -> int:
+    """How many blocks fit into memory, with room for a pass of the model over the largest batch
+    that they allow: each sequence has a block of its own.
+    """
     num_tokens = config.token_budget
     if not config.chunked_prefill:
         num_tokens = max(num_tokens, config.max_model_len or shape.max_positions)
-    logits = LOGITS_COPIES * config.max_num_seqs * shape.vocab_size
-    return 4 * (logits + HIDDEN_COPIES * num_tokens * shape.hidden_size)
+    per_seq = LOGITS_COPIES * 4 * shape.vocab_size
+    num_bytes -= HIDDEN_COPIES * 4 * num_tokens * shape.hidden_size + OTHER_BYTES
+    num_blocks = num_bytes // (per_block + per_seq)
+    if num_blocks > config.max_num_seqs:
+        num_blocks = (num_bytes - config.max_num_seqs * per_seq) // per_block
+    return num_blocks
 
 
 def allocate_kv_cache(

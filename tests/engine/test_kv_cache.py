@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minserve.config import EngineConfig
-from minserve.engine.kv_cache import bytes_per_block, choose_num_blocks, pass_bytes
+from minserve.engine.kv_cache import bytes_per_block, choose_num_blocks
 from minserve.errors import ConfigError
 from minserve.machine import GIB, Machine
 from minserve.models.base import ModelShape
@@ -83,17 +83,25 @@ def test_a_cpu_gives_a_quarter_of_what_is_free_and_no_more_than_four_gib(
     assert num_blocks_on_cpu(100.0, monkeypatch) == 4 * GIB // PER_BLOCK
 
 
-def test_where_little_is_free_a_pass_over_a_full_batch_comes_first(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("max_num_seqs", [4, 8, 32, 128])
+@pytest.mark.parametrize("free_gib", [0.3, 0.4, 0.6, 0.8, 1.5])
+def test_where_little_is_free_a_pass_over_all_that_have_a_block_has_room(
+    monkeypatch: pytest.MonkeyPatch, free_gib: float, max_num_seqs: int
 ) -> None:
-    config = EngineConfig(token_budget=512)
-    beside = pass_bytes(config, SHAPE) / GIB
-    # A quarter of this would be more than is left beside the pass.
-    free_gib = 1.2 * beside
-    blocks = num_blocks_on_cpu(free_gib, monkeypatch, max_model_len=64)
-    assert 0 < blocks * PER_BLOCK <= (free_gib - beside) * GIB < free_gib * GIB / 4
-    # A smaller batch leaves more.
-    assert num_blocks_on_cpu(free_gib, monkeypatch, max_model_len=64, max_num_seqs=8) > blocks
+    settings = {"max_model_len": 64, "max_num_seqs": max_num_seqs}
+    blocks = num_blocks_on_cpu(free_gib, monkeypatch, **settings)
+    logits, hidden = 16 * 4 * SHAPE.vocab_size, 16 * 4 * SHAPE.hidden_size
+
+    def needed(num: int) -> int:
+        return num * PER_BLOCK + min(num, max_num_seqs) * logits + 512 * hidden + 96 * 2**20
+
+    assert needed(blocks) <= free_gib * GIB
+    # Not one more: they are all that are of use, a quarter of the memory, or all that fit.
+    assert (
+        blocks == max_num_seqs * 64 // 16
+        or (blocks + 1) * PER_BLOCK > free_gib * GIB / 4
+        or needed(blocks + 1) > free_gib * GIB
+    )
 
 
 def test_too_little_for_a_useful_cache_is_refused_with_the_limit_and_what_to_do(
@@ -104,7 +112,7 @@ def test_too_little_for_a_useful_cache_is_refused_with_the_limit_and_what_to_do(
     said = str(error.value)
     assert "memory limited to 14.00 GiB by a cgroup, 0.30 GiB free" in said
     assert "KV cache of 256 tokens (0.125 GiB)" in said
-    assert "allow more, or lower --max-num-seqs" in said
+    assert "allow more, or say with --kv-cache-gib what it may take" in said
     # Who says what the cache may take is believed, as far as it can be.
     assert num_blocks_on_cpu(0.3, monkeypatch, limit_gib=14.0, kv_cache_gib=0.2) == 25
 
