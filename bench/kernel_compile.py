@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,8 @@ from synthetic_models import SHAPES
 from tqdm import tqdm
 from triton.compiler import CompiledKernel
 from triton_aot import ARCHS, KIB, MULTIPROCESSORS, Built, compiling_for, inspect
+
+from minserve.machine import Machine
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 GROUPS = (1, 4, 8)  # query heads per KV head
@@ -163,8 +164,8 @@ def precompile(makes: Sequence[Make], dtype: torch.dtype, arch: int, multiproces
     """Fill Triton's cache for a device, on all cores: compiling one kernel after the other
     would take longer than timing them. What fails here will say so when it runs.
     """
-    # Each imports torch anew, and a container may see all cores of a large host.
-    workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)) - 1)
+    # Each imports torch anew.
+    workers = min(MOST_WORKERS, Machine.look().num_processes - 1)
     with _pool(max(1, workers)) as pool:
         pending = [
             pool.submit(_precompile_one, make, dtype, arch, multiprocessors) for make in makes

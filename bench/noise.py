@@ -41,6 +41,7 @@ from reproduce_jobs import fingerprint
 from reproduce_run import Done, Store, run_all
 
 from minserve.errors import WorkloadError
+from minserve.machine import Machine
 from minserve.workload.plots import check_can_plot
 
 RESULTS = Path(__file__).resolve().parent / "results" / "noise.json"
@@ -114,7 +115,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="take noise-free capacities, and so all rates, from another run's results (default: "
         f"{RESULTS} where it is there; what it lacks is searched for)")  # fmt: skip
     rates.add_argument("--search", action="store_true", help="search for all of them")
-    add("--jobs", type=int, default=os.cpu_count(), help="worker processes")
+    add("--jobs", type=int, default=Machine.look().num_processes, help="worker processes")
     add("--out", type=Path, metavar="FILE.json",
         help=f"results with all cells (default: {RESULTS} where all is measured)")  # fmt: skip
     add("--plot", type=Path, metavar="FILE.png", help="regret and capacities as a picture")

@@ -33,6 +33,7 @@ from reproduce_plots import draw_all
 from reproduce_report import details, markdown, summary
 from reproduce_run import Done, Store, run_all
 
+from minserve.machine import Machine
 from minserve.workload.plots import GET_MATPLOTLIB
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -91,7 +92,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="OPT-6.7B alone, fewer requests")
     parser.add_argument("--only", type=_sections, help=f"some of {', '.join(SECTIONS)}")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="worker processes")
+    parser.add_argument(
+        "--jobs", type=int, default=Machine.look().num_processes, help="worker processes"
+    )
     parser.add_argument(
         "--results", type=Path, default=RESULTS / "reproduce", help="where finished jobs are kept"
     )

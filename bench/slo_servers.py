@@ -13,6 +13,7 @@ import psutil
 from slo_load import measure
 
 from minserve.errors import MinserveError
+from minserve.machine import Machine
 from minserve.planner.perf_model import PerfModel
 from minserve.planner.policies import PROMISING
 from minserve.workload.client import Load
@@ -124,7 +125,7 @@ class Fleet:
         """The variant's server, and whether it has just been started."""
         if variant in self._servers:
             return self._servers[variant], False
-        while self._servers and psutil.virtual_memory().available < SERVER_GIB * 2**30:
+        while self._servers and Machine.look().free_memory < SERVER_GIB * 2**30:
             self._servers.pop(next(iter(self._servers))).stop()
         self._servers[variant] = Server(variant, self._model, self._slo_classes)
         return self._servers[variant], True

@@ -149,10 +149,9 @@ def share_device(
     Raises:
         ConfigError: where there are more replicas than GPUs.
     """
-    import psutil
     import torch
 
-    from minserve.engine.build import physical_cores
+    from minserve.machine import GIB, Machine
 
     num = int(os.environ.get("LOCAL_WORLD_SIZE", len(indices)))
     first = int(os.environ.get(LOCAL_RANK, 0))
@@ -164,9 +163,11 @@ def share_device(
         gpus = visible.split(",") if visible else [str(i) for i in range(count)]
         return [({}, {"CUDA_VISIBLE_DEVICES": gpus[first + i]}) for i in range(len(indices))]
     own: dict[str, Any] = {}
-    threads = config.threads or max(1, physical_cores() // num)
+    machine = Machine.look()
+    threads = config.threads or max(1, machine.num_threads // num)
     own["threads"] = threads
+    if config.executor == "model":
+        machine.warn_of(threads * num, f"--replicas {num}")
     if config.kv_cache_gib is None and config.num_blocks is None:
-        free_gib = psutil.virtual_memory().available / 2**30
-        own["kv_cache_gib"] = min(free_gib * KV_SHARE, MOST_KV_GIB) / num
+        own["kv_cache_gib"] = min(machine.free_memory / GIB * KV_SHARE, MOST_KV_GIB) / num
     return [(own, {"OMP_NUM_THREADS": str(threads)}) for _ in indices]

@@ -61,7 +61,10 @@ class EngineConfig:
         None, "most tokens of prompt and output together; default: the model's own", group="model"
     )
     threads: int | None = option(
-        None, "threads of the forward pass on a CPU; default: the physical cores", group="model"
+        None,
+        "threads of the forward pass on a CPU; default: the physical cores that this process may "
+        "use, at most a container's CPU quota (OMP_NUM_THREADS does not change it)",
+        group="model",
     )
     attention_backend: str = option(
         "auto",
@@ -94,7 +97,8 @@ class EngineConfig:
     kv_cache_gib: float | None = option(
         None,
         "memory for the KV cache in GiB; default: 90%% of what is free on a GPU (85%% "
-        "with CUDA graphs), on a CPU a quarter of the free memory and at most 4 GiB",
+        "with CUDA graphs), on a CPU a quarter of the memory that is free, within a "
+        "container's limit, and at most 4 GiB",
         group="kv cache",
     )
     num_blocks: int | None = option(

@@ -11,6 +11,8 @@ import pytest
 import torch
 from example_scripts import load_example
 
+from minserve.machine import Machine
+
 if not torch.cuda.is_available():
     # Triton reads it when a kernel is defined: without a GPU its interpreter runs them.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -33,6 +35,13 @@ TRAINING_TEXT = [
     "Grüße aus Köln: naïve café, 東京の天気, Привет мир, ¿qué tal? 🙂 and 1 234 567.89 others.",
     "def add(a, b):\n    return a + b\n\nprint(add(1, 2))\n",
 ]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """As many workers as may run at once; xdist itself counts the host's cores."""
+    allowed = Machine.look().num_processes
+    return allowed if allowed < (os.cpu_count() or 1) else None
 
 
 @pytest.fixture(scope="session", autouse=True)

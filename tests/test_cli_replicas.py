@@ -16,6 +16,7 @@ import torch
 from minserve.cli_replicas import is_follower, share_device, under_torchrun
 from minserve.config import ControllerConfig, EngineConfig
 from minserve.errors import ConfigError
+from minserve.machine import GIB, Machine
 
 TORCHRUN = {"WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3",
             "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"}  # fmt: skip
@@ -170,6 +171,22 @@ def test_what_was_given_is_not_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     for given in ({"num_blocks": 10}, {"kv_cache_gib": 0.5}):
         config = EngineConfig(threads=3, **given)
         assert share_device(config, [0, 1]) == [({"threads": 3}, {"OMP_NUM_THREADS": "3"})] * 2
+
+
+def test_a_containers_cores_and_memory_are_divided(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    have_gpus(monkeypatch, 0)
+    machine = Machine(
+        processors=64, cores=32, cpu_quota=4.5, memory_limit=4 * GIB, free_memory=2 * GIB
+    )
+    monkeypatch.setattr(Machine, "look", lambda: machine)
+    for num, threads in ((1, 4), (2, 2), (4, 1)):
+        settings, _ = share_device(EngineConfig(), list(range(num)))[0]
+        assert settings == {"threads": threads, "kv_cache_gib": 0.5 / num}
+    assert not caplog.records
+    share_device(EngineConfig(), list(range(6)))
+    assert "--replicas 6: 6 threads, but a cgroup limits" in caplog.text
 
 
 # --- the command ---

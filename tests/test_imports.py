@@ -19,10 +19,12 @@ HOMES = {
 # A room may import itself, its neighbours named here, and the ground.
 GROUND = {
     "attainment",
+    "cgroups",
     "cpu_name",
     "errors",
     "devices",
     "exit_codes",
+    "machine",
     "config",
     "request",
     "sampling_params",

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-import psutil
 import torch
 
 from minserve.config import EngineConfig
@@ -25,6 +23,7 @@ from minserve.engine.speculator import NgramProposer, Proposer
 from minserve.engine.tokenizer import Tokenizer
 from minserve.errors import ConfigError
 from minserve.kernels.attention import choose_attention_backend, make_attention_backend
+from minserve.machine import Machine
 from minserve.models.base import CausalLM, ModelShape
 from minserve.models.draft import DraftModel, load_draft_model
 from minserve.models.layers import Placement
@@ -85,8 +84,7 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         )
     started = time.perf_counter()
     device = _device(config.device)
-    if device.type == "cpu":
-        torch.set_num_threads(config.threads or physical_cores())
+    _set_num_threads(config, device)
     if config.token_budget is None:
         config = replace(config, token_budget=TOKEN_BUDGETS[device.type])
     source = find_model(config.model)
@@ -167,6 +165,7 @@ def _make_ready(
     if drafter is not None:
         models[drafter] = MOST_DECODE_TOKENS
     num_blocks = _allocate_kv_cache(config, models, placement, longest, with_graphs)
+    _log_limits(models, placement.device)
     capacity = num_blocks * config.block_size
     if config.max_model_len is not None and config.max_model_len > capacity:
         raise ConfigError(
@@ -222,6 +221,15 @@ def _allocate_kv_cache(
             placement.device,
         )
     return num_blocks
+
+
+def _log_limits(models: Iterable[PagedModel], device: torch.device) -> None:
+    """Tell, in one line, how a container's limits were met; nothing where there are none."""
+    kv_bytes = None
+    if device.type == "cpu":
+        kv_bytes = sum(kv.key.nbytes + kv.value.nbytes for one in models for kv in one.kv)
+    if words := Machine.look().limit_words(torch.get_num_threads(), kv_bytes):
+        log.info("%s", words)
 
 
 def _probe(attention: str, shape: ModelShape, block_size: int, placement: Placement) -> tuple:
@@ -292,14 +300,20 @@ def _device(name: str) -> torch.device:
 def has_room_twice(num_parameters: int) -> bool:
     """Whether weights in half precision can be kept in two forms without much of the free memory."""
     second_form = 2 * num_parameters
-    return second_form <= SECOND_FORM_SHARE * psutil.virtual_memory().available
+    return second_form <= SECOND_FORM_SHARE * Machine.look().free_memory
 
 
-def physical_cores() -> int:
-    """Physical cores, at most those that this process may use."""
-    physical = psutil.cpu_count(logical=False) or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
-    return max(1, min(physical, allowed))
+def _set_num_threads(config: EngineConfig, device: torch.device) -> None:
+    """Give torch's operations on the CPU as many threads as this process may keep busy."""
+    machine = Machine.look()
+    if device.type != "cpu":
+        # Little runs on the CPU then, but torch does not know of quotas.
+        if machine.cpu_quota is not None:
+            torch.set_num_threads(min(torch.get_num_threads(), machine.num_threads))
+        return
+    if config.threads is not None:
+        machine.warn_of(config.threads, f"--threads {config.threads}")
+    torch.set_num_threads(config.threads or machine.num_threads)
 
 
 def _max_model_len(config: EngineConfig, max_positions: int) -> int:

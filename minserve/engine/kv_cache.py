@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import psutil
 import torch
 
 from minserve.config import EngineConfig
 from minserve.errors import ConfigError
 from minserve.kernels.attention import AttentionBackend, LayerKV
+from minserve.machine import GIB, Machine
 from minserve.models.base import ModelShape
 
-GIB = 2**30
 CPU_SHARE_OF_FREE = 0.25
 CPU_MOST_GIB = 4.0
+# What a pass needs besides, at its peak: float32 copies of the logits while tokens are chosen (raw,
+# adjusted, sorted, summed; with top_p 15 were measured), and of the hidden state while a layer runs.
+LOGITS_COPIES = 16
+HIDDEN_COPIES = 16
+# And bytes that the allocator loses to fragments, and that libraries take when first used.
+OTHER_BYTES = 96 * 2**20
+# Of a cache on a CPU whose size nobody gave: less would hold no request worth serving.
+LEAST_TOKENS = 256
 # The rest is for sampling, and for what memory is lost to fragments.
 GPU_SHARE_OF_FREE = 0.9
 # Of what is free on a GPU, for CUDA graphs: their inputs, results and the kernels' arguments.
@@ -46,26 +53,80 @@ def choose_num_blocks(
         with_graphs: leave room for CUDA graphs.
 
     Raises:
-        ConfigError: where not a single block fits.
+        ConfigError: where not a single block fits, or on a CPU no useful number of them, or
+            less than the settings ask for.
     """
-    if config.num_blocks is not None:
-        return config.num_blocks
     per_block = sum(bytes_per_block(shape, config.block_size, dtype) for shape in shapes)
-    if config.kv_cache_gib is not None:
-        budget = config.kv_cache_gib * GIB
-    elif device.type == "cuda":
-        share = GPU_SHARE_OF_FREE - (CUDA_GRAPHS_SHARE_OF_FREE if with_graphs else 0.0)
-        budget = torch.cuda.mem_get_info(device)[0] * share
-    else:
-        budget = min(psutil.virtual_memory().available * CPU_SHARE_OF_FREE, CPU_MOST_GIB * GIB)
     longest = config.max_model_len or shapes[0].max_positions
     useful = config.max_num_seqs * -(-longest // config.block_size)
+    if device.type == "cpu":
+        return _choose_on_cpu(config, shapes[0], per_block, longest, useful)
+    if config.num_blocks is not None:
+        return config.num_blocks
+    if config.kv_cache_gib is not None:
+        budget = config.kv_cache_gib * GIB
+    else:
+        share = GPU_SHARE_OF_FREE - (CUDA_GRAPHS_SHARE_OF_FREE if with_graphs else 0.0)
+        budget = torch.cuda.mem_get_info(device)[0] * share
+    return _blocks_of(budget, per_block, useful, config)
+
+
+def _blocks_of(budget: float, per_block: int, useful: int, config: EngineConfig) -> int:
     num_blocks = min(int(budget // per_block), useful)
     if num_blocks < 1:
         raise ConfigError(
             f"the KV cache needs {per_block / GIB:.3f} GiB per block of {config.block_size} tokens, "
             f"but only {budget / GIB:.3f} GiB are available; raise --kv-cache-gib or lower --block-size"
         )
+    return num_blocks
+
+
+def _choose_on_cpu(
+    config: EngineConfig, shape: ModelShape, per_block: int, longest: int, useful: int
+) -> int:
+    """`choose_num_blocks` on a CPU, whose pages are taken only as they are written to: too many
+    would end the process much later, so all must fit now.
+    """
+    machine = Machine.look()
+    if config.num_blocks is None and config.kv_cache_gib is None:
+        share = min(machine.free_memory * CPU_SHARE_OF_FREE, CPU_MOST_GIB * GIB)
+        fitting = _blocks_beside_a_pass(machine.free_memory, config, shape, per_block)
+        num_blocks = min(int(share // per_block), fitting, useful)
+        least = min(useful, -(-min(longest, LEAST_TOKENS) // config.block_size))
+        if num_blocks < least:
+            raise ConfigError(
+                f"there is too little memory for a KV cache of {least * config.block_size} tokens "
+                f"({least * per_block / GIB:.3f} GiB) and for using it: {machine.memory_words}, of "
+                f"which the cache may take a quarter; allow more, or say with --kv-cache-gib what "
+                "it may take"
+            )
+        return num_blocks
+    num_blocks = config.num_blocks
+    if num_blocks is None:
+        num_blocks = _blocks_of(config.kv_cache_gib * GIB, per_block, useful, config)
+    if num_blocks * per_block > machine.free_memory:
+        raise ConfigError(
+            f"a KV cache of {num_blocks} blocks takes {num_blocks * per_block / GIB:.2f} GiB, more "
+            f"than there is: {machine.memory_words}; allow more, or lower "
+            f"{'--num-blocks' if config.num_blocks else '--kv-cache-gib'}"
+        )
+    return num_blocks
+
+
+def _blocks_beside_a_pass(
+    num_bytes: int, config: EngineConfig, shape: ModelShape, per_block: int
+) -> int:
+    """How many blocks fit into memory, with room for a pass of the model over the largest batch
+    that they allow: each sequence has a block of its own.
+    """
+    num_tokens = config.token_budget
+    if not config.chunked_prefill:
+        num_tokens = max(num_tokens, config.max_model_len or shape.max_positions)
+    per_seq = LOGITS_COPIES * 4 * shape.vocab_size
+    num_bytes -= HIDDEN_COPIES * 4 * num_tokens * shape.hidden_size + OTHER_BYTES
+    num_blocks = num_bytes // (per_block + per_seq)
+    if num_blocks > config.max_num_seqs:
+        num_blocks = (num_bytes - config.max_num_seqs * per_seq) // per_block
     return num_blocks
 
 

@@ -17,6 +17,7 @@ import torch
 
 from minserve.cpu_name import cpu_name
 from minserve.engine.core import EngineCore
+from minserve.machine import Machine
 from minserve.planner.perf_fit import FitQuality, Sample
 from minserve.planner.perf_model import BatchShape, PerfModel
 
@@ -189,7 +190,10 @@ def save(profile: Profile) -> Path:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return cpu_name()
+    quota = Machine.look().cpu_quota
+    # Threads that a container does not let run all the time are slower than so many cores.
+    slowed = quota is not None and quota < torch.get_num_threads()
+    return f"{cpu_name()} limited to {quota:g} CPUs" if slowed else cpu_name()
 
 
 def dtype_words(weights: torch.dtype, arithmetic: torch.dtype) -> str:

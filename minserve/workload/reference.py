@@ -19,6 +19,7 @@ from typing import Any
 
 from minserve.cpu_name import cpu_name
 from minserve.errors import WorkloadError
+from minserve.machine import Machine
 from minserve.workload.zero_load import ZeroLoad
 
 FORMAT = "minserve zero load, 1"
@@ -140,4 +141,6 @@ def check_can_save(path: str | Path) -> None:
 
 def machine_words() -> str:
     """This machine, for people and to be compared."""
-    return f"{cpu_name()}, {os.cpu_count()} cores, {platform.system()}"
+    quota = Machine.look().cpu_quota
+    limited = "" if quota is None else f" limited to {quota:g}"
+    return f"{cpu_name()}, {os.cpu_count()} cores{limited}, {platform.system()}"

@@ -18,6 +18,7 @@ from minserve.engine.profile_cache import Profile, ProfileKey, profile_key
 from minserve.engine.profile_design import Batch, Limits, design
 from minserve.engine.profiler import profile_core, undisturbed
 from minserve.errors import ProfileError
+from minserve.machine import Machine
 from minserve.planner.perf_model import BatchShape
 from minserve.request import Request, Sequence
 
@@ -245,6 +246,17 @@ def test_the_key_tells_models_and_settings_apart(
         )
     }
     assert len(paths) == 4
+
+
+def test_a_core_that_a_container_stops_at_times_is_another_device(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = profile_key(engine._core, "model")
+    now = Machine.look()
+    for quota, device in ((None, whole.device), (1.5, whole.device),
+                          (0.5, f"{whole.device} limited to 0.5 CPUs")):  # fmt: skip
+        monkeypatch.setattr(Machine, "look", lambda quota=quota: replace(now, cpu_quota=quota))
+        assert profile_key(engine._core, "model") == replace(whole, device=device)
 
 
 def test_a_saved_profile_comes_back(profile: Profile, cache: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from minserve.errors import WorkloadError
+from minserve.machine import Machine
 from minserve.workload.reference import Reference, check_can_save, machine_words
 from minserve.workload.zero_load import ZeroLoad
 
@@ -30,6 +32,15 @@ def test_what_is_saved_is_read_again(tmp_path: Path) -> None:
     assert (found.model, found.server, found.machine) == ("smollm2", "somebody", machine_words())
     assert found.measured_at in str(found)
     assert Reference.load(file) == found
+
+
+def test_a_machine_with_a_quota_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = replace(Machine.look(), cpu_quota=None)
+    monkeypatch.setattr(Machine, "look", lambda: now)
+    whole = machine_words()
+    monkeypatch.setattr(Machine, "look", lambda: replace(now, cpu_quota=1.5))
+    assert machine_words() == whole.replace(" cores,", " cores limited to 1.5,")
+    assert machine_words() != whole
 
 
 def test_another_models_is_refused(tmp_path: Path) -> None:
