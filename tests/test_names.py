@@ -30,15 +30,20 @@ STRING_ARGUMENT = re.compile(rb"\([\"'](\w+)[\"'.]")
 
 
 def own_paths() -> list[Path]:
-    """All files and folders that can be imported by whoever has their folder first."""
-    paths = [path for folder in FOLDERS for path in folder.rglob("*")]
-    return [
+    """All files and folders that can be imported by whoever has their folder first. A folder
+    with nothing but compiled files is what an earlier version left behind.
+    """
+    files = {
         path
-        for path in paths
-        if (path.suffix == ".py" or path.is_dir())
-        and path.stem.isidentifier()
-        and path.stem not in ("__pycache__", OF_PYTEST)
-    ]
+        for folder in FOLDERS
+        for path in folder.rglob("*")
+        if path.is_file() and path.parent.name != "__pycache__"
+    }
+    modules = {path for path in files if path.suffix == ".py"}
+    folders = {parent for path in files for parent in path.parents}
+    folders -= {*FOLDERS, ROOT, *ROOT.parents}
+    named = sorted(path for path in modules | folders if path.stem.isidentifier())
+    return [path for path in named if path.stem != OF_PYTEST]
 
 
 def installed_modules() -> Iterator[Path]:
