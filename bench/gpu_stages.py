@@ -31,7 +31,7 @@ NEEDED = (
 )  # fmt: skip
 OPTIONAL = ("flash_attn", "gguf", "matplotlib", "xdist")
 GPU_TESTS = (
-    "tests/kernels",
+    "tests/minserve_kernels",
     "tests/models/test_fused_layers.py",
     "tests/engine/test_cuda_graphs.py",
     "tests/engine/test_launch.py",
@@ -62,7 +62,7 @@ def stages(dry: bool, scratch: Path) -> list[Stage]:
     """
     python, dry_flag = sys.executable, ["--dry"] if dry else []
     kernel_rows, engine_rows = scratch / "kernels.jsonl", scratch / "engine.jsonl"
-    tests = ["tests/kernels/test_attention.py"] if dry else list(GPU_TESTS)
+    tests = ["tests/minserve_kernels/test_attention.py"] if dry else list(GPU_TESTS)
     if not dry and importlib.util.find_spec("xdist"):
         tests += ["-n", str(TEST_WORKERS)]  # most of their time is compilation
     limits = (DRY_LIMIT_S,) * 3 if dry else (140, 140, 180)

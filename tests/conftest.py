@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,16 @@ from minserve.machine import Machine
 if not torch.cuda.is_available():
     # Triton reads it when a kernel is defined: without a GPU its interpreter runs them.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A GPU machine runs tests that do without it.
+with suppress(ImportError):
+    from hypothesis import HealthCheck, settings
+
+    # How long an example takes says more about the machine than about the code.
+    settings.register_profile(
+        "untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("untimed")
 
 EOS_TOKEN = "</s>"
 SPECIAL_TOKENS = ["<unk>", "<s>", EOS_TOKEN, "<|im_start|>", "<|im_end|>"]
@@ -50,6 +62,17 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own handler of SIGINT, here and in the processes that the test starts.
+
+    Where it was ignored from the start, as in a shell's background job, they would ignore it too.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
-
-from minserve.workload.zero_load import OUTPUT_TOKENS
+from waiting import PATIENCE_S
 
 # What it knows beyond these it refuses where it is strict.
 OPENAI_FIELDS = {"model", "prompt", "messages", "max_tokens", "temperature", "stream",
@@ -30,20 +30,19 @@ class ScriptedServer:
         usage: ``continuous``, ``final`` or ``none``.
         per_chunk: tokens in each chunk.
         gap_s: between chunks.
-        lone_s: before each chunk, and 50 times as long before the first, of requests that
-            measure the idle server's speed: SLOs that are slowdowns are then easily kept.
         strict: refuse fields that OpenAI's API does not have.
         thinks: accept a pace for thinking.
         key: ask for this key.
         bodies: of all requests that were not probes of one token.
         most_open: streams at once.
+        may_go_on: told how many tokens of a stream were sent, whether the next ones may be.
+        sent_s: when chunks were sent, on the clock of `time.perf_counter`.
     """
 
     owner: str = "somebody"
     usage: str = "continuous"
     per_chunk: int = 1
     gap_s: float = 0.0
-    lone_s: float = 0.0
     strict: bool = False
     thinks: bool = False
     key: str | None = None
@@ -53,6 +52,8 @@ class ScriptedServer:
     bodies: list[dict[str, Any]] = field(default_factory=list)
     most_open: int = 0
     num_open: int = 0
+    may_go_on: Callable[[int], bool] = lambda _: True
+    sent_s: list[float] = field(default_factory=list)
     hold_until: int = 0  # streams that must be open before any of them goes on
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -90,7 +91,7 @@ class ScriptedServer:
     ) -> None:
         chat, wanted = "messages" in body, body["max_tokens"]
         if word == "hangs":
-            await asyncio.sleep(60)
+            await asyncio.Event().wait()
         await response.prepare(request)
         if self.most_open >= self.hold_until:
             self.go_on.set()
@@ -103,13 +104,14 @@ class ScriptedServer:
         sent = 0
         while sent < total:
             await asyncio.sleep(self.gap_s if sent else 0.0)
-            if wanted == OUTPUT_TOKENS:
-                await asyncio.sleep(self.lone_s * (1 if sent else 50))
+            while not self.may_go_on(sent):
+                await asyncio.sleep(0.001)
             new = min(self.per_chunk, total - sent)
             sent += new
             text, last = "".join(f"<{sent - new + i}>" for i in range(new)), sent == total
             reason = ("stop" if word == "short" else "length") if last else None
             said = {"delta": {"content": text}} if chat else {"text": text}
+            self.sent_s.append(time.perf_counter())
             await _send(response, self._event([{**said, "finish_reason": reason}], body, sent))
             if sent >= 2 and word == "broken":
                 await _send(response, {"error": {"message": "out of luck"}})
@@ -165,11 +167,11 @@ def scripted_server(**settings: Any) -> Iterator[ScriptedServer]:
         server.url = f"http://{host}:{port}"
         return runner
 
-    runner = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
+    runner = asyncio.run_coroutine_threadsafe(start(), loop).result(PATIENCE_S)
     try:
         yield server
     finally:
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(PATIENCE_S)
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
+        thread.join(PATIENCE_S)
         loop.close()

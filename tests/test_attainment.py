@@ -228,7 +228,7 @@ def timelines(draw: st.DrawFn) -> Timeline:
     )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 @given(timelines())
 def test_attainment_is_the_papers_definition(line: Timeline) -> None:
     progress = judge(
@@ -250,7 +250,7 @@ def test_attainment_is_the_papers_definition(line: Timeline) -> None:
     assert final.attained == (final.outcome is Outcome.ATTAINED)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 @given(timelines())
 def test_deadlines_and_breaks_foretell_attainment(line: Timeline) -> None:
     """What is attained at the end is what was never broken when its tokens came."""

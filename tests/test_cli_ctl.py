@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
+from waiting import PATIENCE_S
 
 from minserve.cli import main
 from minserve.config import ControllerConfig, EngineConfig, ServerConfig
@@ -36,13 +37,13 @@ def served(runner: web.AppRunner) -> Iterator[str]:
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         return f"http://127.0.0.1:{runner.addresses[0][1]}"
 
-    url = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
+    url = asyncio.run_coroutine_threadsafe(start(), loop).result(PATIENCE_S)
     try:
         yield url
     finally:
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(PATIENCE_S)
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
+        thread.join(PATIENCE_S)
         loop.close()
 
 
@@ -201,7 +202,7 @@ def test_whoever_is_no_minserve_is_one_line(
         try:
             error_of(capsys, "status", "--url", f"http://127.0.0.1:{sock.getsockname()[1]}")
         finally:
-            thread.join(10)
+            thread.join(PATIENCE_S)
 
 
 def test_a_refusal_is_told_with_its_reason(url: str, capsys: pytest.CaptureFixture[str]) -> None:

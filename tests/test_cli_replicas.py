@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from waiting import PATIENCE_S
 
 from minserve.cli_replicas import is_follower, share_device, under_torchrun
 from minserve.config import ControllerConfig, EngineConfig
@@ -203,7 +204,7 @@ def test_a_taken_control_port_is_one_line() -> None:
             ],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE_S,
         )  # fmt: skip
     assert ended.returncode == 1
     assert ended.stdout == ""

@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -237,38 +236,51 @@ def test_a_flag_of_another_form_is_wrong_usage(
     assert f"error: argument {flag[0]}" in capsys.readouterr().err
 
 
-def start(*flags: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "minserve", *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+# Ctrl-C comes with the 250th request that was simulated.
+INTERRUPTED = """
+import os, signal, sys
+from itertools import count
+from minserve.cli import main
+from minserve.simulator import simulation
+
+simulate, numbers = simulation.simulate, count(1)
+
+def interrupted(workload, setup, progressed, **more):
+    def counted(load):
+        if next(numbers) == 250:
+            os.kill(os.getpid(), signal.SIGINT)
+        progressed(load)
+    return simulate(workload, setup, counted, **more)
+
+simulation.simulate = interrupted
+sys.exit(main(sys.argv[1:]))
+"""
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize(
-    "flags",
+    ("flags", "num_whole"),
     [
-        ["--rate", "1", "--num-requests", "12000"],
-        ["--rate", "1", "--num-requests", "100", "--capacity", "--repeats", "10000"],
+        (["--rate", "1", "--num-requests", "12000"], 0),
+        (["--rate", "1", "--num-requests", "100", "--capacity", "--repeats", "10000"], 2),
     ],
     ids=["a run", "a search"],
 )
-def test_ctrl_c_prints_what_was_simulated_so_far(flags: list[str]) -> None:
-    process = start("simulate", "--scenario", "coding", "--policy", "sarathi", "--json", *flags)
-    assert process.stderr.readline().startswith("simulating")
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    found = json.loads(out)
+def test_ctrl_c_prints_what_was_simulated_so_far(flags: list[str], num_whole: int) -> None:
+    command = ["simulate", "--scenario", "coding", "--policy", "sarathi", "--json", *flags]
+    ended = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, *command], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 130, ended.stderr
+    found = json.loads(ended.stdout)
     assert found["interrupted"]
-    assert found["runs"][0]["offered"] > 0
+    assert [run["offered"] for run in found["runs"]] == [250]
     if "--capacity" in flags:
         assert not found["capacity"]["complete"]
-        assert len(found["capacity"]["attainment"]["1"]) >= 1
+        assert len(found["capacity"]["attainment"]["1"]) == num_whole
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_in_a_finalizer_is_not_lost(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

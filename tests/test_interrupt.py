@@ -8,6 +8,8 @@ import pytest
 
 from minserve.interrupt import Interrupt
 
+pytestmark = pytest.mark.usefixtures("ctrl_c")
+
 
 def test_the_first_waits_for_the_check_and_the_second_does_not() -> None:
     with Interrupt() as interrupt:

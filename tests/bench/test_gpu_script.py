@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from gpu_stages import Stage, environment, last_line, link_packages, run_stage
+from waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,9 +67,19 @@ def test_a_failed_stage_is_reported(tmp_path: Path):
     assert (result["passed"], result["exit"], result["summary"]) == (False, 3, "words")
 
 
-def test_a_stage_that_never_ends_is_stopped_and_what_it_said_is_kept(tmp_path: Path):
+def test_a_stage_that_never_ends_is_stopped_and_what_it_said_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class Begun(subprocess.Popen):
+        """Its time starts when it has said something."""
+
+        def wait(self, timeout: float | None = None) -> int:
+            wait_until((tmp_path / "stage.out").read_text)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Begun)
     code = "import time; print('begun', flush=True); time.sleep(600)"
-    result = run_command(tmp_path, code, limit_s=1)
+    result = run_command(tmp_path, code, limit_s=0.1)
     assert (result["passed"], result["exit"], result["summary"]) == (False, "time limit", "begun")
 
 

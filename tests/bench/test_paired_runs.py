@@ -30,7 +30,7 @@ from minserve.workload.zero_load import ZeroLoad
 
 EFFORT = Effort(seconds=0.3, pairs=2, lengths=0.01, seed=0, rounds=1)
 # Of which twice and four times are kept by any server.
-REFERENCE = Reference.now(ZeroLoad(5.0, 0.1, 2.0), "scripted", "nobody")
+REFERENCE = Reference.now(ZeroLoad(500.0, 0.1, 200.0), "scripted", "nobody")
 CELLS = [
     Cell(scenario="chatbot", rate=10.0, tight=2.0, loose=4.0),
     Cell(scenario="chatbot", rate=20.0, tight=2.0, loose=4.0, busy=True),
@@ -86,7 +86,7 @@ def test_servers_get_the_same_requests_in_turns_and_reports_come_out(
     offered = sum(one.report["offered"] for one in store.results if one.system == "dp")
     assert offered == len(first & second) == 2 * (3 + 6)
     assert len(first - second) == len(second - first) == 1
-    assert all(one.lone_s >= 0.001 for one in store.results)
+    assert all(one.lone_s > 0 for one in store.results)
 
     pairs = Pairs(store.results)
     versus = json.loads(json.dumps(summary(pairs, CELLS, "dp", ["edf"]), allow_nan=False))

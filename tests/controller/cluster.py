@@ -8,12 +8,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from waiting import PATIENCE_S, wait_until
 
 READY = re.compile(r"on (http://\S+)")
 
@@ -27,7 +28,7 @@ class Cluster:
     log: Path
 
     def get(self, path: str) -> Any:
-        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+        with urllib.request.urlopen(self.url + path, timeout=PATIENCE_S) as answer:
             body = answer.read()
         return json.loads(body) if path != "/metrics" else body.decode()
 
@@ -37,7 +38,7 @@ class Cluster:
             data=json.dumps(body or {}).encode(),
             headers={"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
             return json.loads(answer.read())
 
     def replicas(self) -> list[dict[str, Any]]:
@@ -47,13 +48,12 @@ class Cluster:
         """The replica that runs something."""
         return next(replica for replica in self.replicas() if replica["requests"])
 
-    def wait_until_up(self, timeout_s: float = 60.0) -> list[dict[str, Any]]:
+    def wait_until_up(self) -> list[dict[str, Any]]:
         """All replicas, once all are up."""
-        return wait_for(
+        return wait_until(
             lambda: (
                 (found := self.replicas()) and all(one["state"] == "up" for one in found) and found
-            ),
-            timeout_s,
+            )
         )
 
     def stream(
@@ -72,7 +72,7 @@ class Cluster:
         texts = [""] * body.get("n", 1)
         tokens: list[list[str]] = [[] for _ in texts]
         num_chunks = 0
-        with urllib.request.urlopen(request, timeout=120) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
             for line in answer:
                 if not line.startswith(b"data: {"):
                     continue
@@ -85,15 +85,6 @@ class Cluster:
                 if num_chunks == after:
                     then()
         return list(zip(texts, tokens, strict=True))
-
-
-def wait_for(found: Callable[[], Any], timeout_s: float = 60.0) -> Any:
-    """What a function returns once that is true."""
-    deadline = time.monotonic() + timeout_s
-    while not (value := found()):
-        assert time.monotonic() < deadline, "it does not come about"
-        time.sleep(0.05)
-    return value
 
 
 def launch(log: Path, model: Path, *flags: str, torchrun: Sequence[str] = ()) -> subprocess.Popen:
@@ -132,7 +123,7 @@ def start_cluster(model: Path, folder: Path, *flags: str) -> Iterator[Cluster]:
     try:
         yield announced(process, log)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0, log.read_text()
+        assert process.wait(PATIENCE_S) == 0, log.read_text()
     finally:
         process.kill()
         process.wait()

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 from torch.distributed import TCPStore
+from waiting import PATIENCE_S
 
 from minserve.controller.channel import (
     CONTROLLER,
@@ -39,7 +40,13 @@ while True:
 
 
 @pytest.fixture
-def echo() -> Iterator[tuple[Channel, subprocess.Popen]]:
+def patience_s() -> float:
+    """Of this end."""
+    return PATIENCE_S
+
+
+@pytest.fixture
+def echo(patience_s: float) -> Iterator[tuple[Channel, subprocess.Popen]]:
     sock = socket.create_server(("127.0.0.1", 0))
     port = sock.getsockname()[1]
     store = TCPStore(
@@ -52,7 +59,7 @@ def echo() -> Iterator[tuple[Channel, subprocess.Popen]]:
                 pair_store(store, 0, 1),
                 CONTROLLER,
                 address="127.0.0.1",
-                patience_s=3.0,
+                patience_s=patience_s,
                 join_s=60,
             ),
             process,
@@ -84,6 +91,7 @@ def test_a_killed_peer_is_lost(echo) -> None:
         channel.receive()
 
 
+@pytest.mark.parametrize("patience_s", [3.0])
 def test_a_hung_peer_is_given_up_and_finds_the_door_closed_when_it_wakes(echo) -> None:
     channel, process = echo
     os.kill(process.pid, signal.SIGSTOP)
@@ -95,7 +103,7 @@ def test_a_hung_peer_is_given_up_and_finds_the_door_closed_when_it_wakes(echo) -
     with pytest.raises(ReplicaLostError, match="Timed out"):
         ask()
     os.kill(process.pid, signal.SIGCONT)
-    assert process.wait(20) != 0
+    assert process.wait(PATIENCE_S) != 0
     assert b"ReplicaLostError" in process.stderr.read()
 
 
@@ -115,10 +123,10 @@ def test_a_mailbox_tells_of_each_message_and_once_of_the_loss(echo) -> None:
     mailbox.start()
     for number in range(100):
         mailbox.post(str(number).encode())
-    assert all_there.wait(20)
+    assert all_there.wait(PATIENCE_S)
     assert came == [str(number).encode() for number in range(100)]
     process.kill()
-    assert gone.wait(20)
+    assert gone.wait(PATIENCE_S)
     mailbox.post(b"to nobody")
-    mailbox.join(20)
+    mailbox.join(PATIENCE_S)
     assert [type(error) for error in lost] == [ReplicaLostError]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+from waiting import PATIENCE_S
+
 from minserve.controller import messages as m
 from minserve.controller.flights import Flight, FlightHandle, ending
 from minserve.errors import GenerationError
@@ -124,7 +126,7 @@ def test_a_handle_yields_all_news_and_ends_with_the_last_output() -> None:
         assert [one async for one in handle] == []
         return found
 
-    assert asyncio.run(asyncio.wait_for(collect(), 10)) == news
+    assert asyncio.run(asyncio.wait_for(collect(), PATIENCE_S)) == news
 
 
 def test_a_handle_waits_for_outputs_that_have_not_ended() -> None:
@@ -146,7 +148,7 @@ def test_a_handle_waits_for_outputs_that_have_not_ended() -> None:
         await reading
         return found
 
-    assert asyncio.run(asyncio.wait_for(collect(), 10)) == [end(0), end(1)]
+    assert asyncio.run(asyncio.wait_for(collect(), PATIENCE_S)) == [end(0), end(1)]
 
 
 def test_whoever_aborts_a_handle_names_its_request() -> None:

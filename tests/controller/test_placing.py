@@ -5,14 +5,18 @@ what it would send is kept, and what they would say is said by the tests.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hellos import hello
+from waiting import PATIENCE_S
 
 from minserve.config import ControllerConfig, EngineConfig
+from minserve.controller import controller as controller_module
 from minserve.controller import messages as m
 from minserve.controller.controller import MOST_LOSSES, Controller
 from minserve.controller.flights import FlightHandle
@@ -84,7 +88,7 @@ def run(tiny_llama_dir: Path) -> Callable[..., None]:
             controller._accepting = True
             await test(controller, [join(controller, number) for number in range(3)])
 
-        asyncio.run(asyncio.wait_for(main(), 30))
+        asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
 
     return run
 
@@ -131,11 +135,14 @@ def test_a_report_from_before_a_request_came_does_not_hide_it(run: Callable, rou
     run(test, router=router)
 
 
-def test_a_request_that_is_declined_moves_on_with_its_arrival_kept(run: Callable) -> None:
+def test_a_request_that_is_declined_moves_on_with_its_arrival_kept(
+    run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def test(controller: Controller, outboxes: list[Outbox]) -> None:
         handle = submit(controller)
         first = where(controller, handle)
-        await asyncio.sleep(0.05)
+        later = SimpleNamespace(monotonic=lambda: time.monotonic() + 0.05)
+        monkeypatch.setattr(controller_module, "time", later)
         say(controller, first, m.News(declined=(handle.request_id,), load=FULL))
         assert outboxes[first].sent[-1] == m.Withdraw(handle.request_id)
         say(controller, first, m.Withdrawn(handle.request_id))

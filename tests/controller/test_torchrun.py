@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from cluster import Cluster, announced, launch
+from waiting import PATIENCE_S
 
 BODY = {
     "prompt": "The quick brown fox",
@@ -74,7 +75,7 @@ def test_replicas_of_two_machines_serve_one_endpoint_and_outlive_each_other(
 
     # What runs may end, although torchrun sends the signal to everyone.
     assert cluster.stream(BODY, after=20, then=stop) == undisturbed
-    assert not psutil.wait_procs(everyone, timeout=60)[1]
+    assert not psutil.wait_procs(everyone, timeout=PATIENCE_S)[1]
 
 
 def _family(pid: int) -> list[psutil.Process]:

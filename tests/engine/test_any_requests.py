@@ -201,7 +201,7 @@ class Play:
             assert len({seq.standing for seq in live}) <= 1, [seq.standing for seq in live]
 
 
-@settings(max_examples=400, derandomize=True, deadline=None, database=None)
+@settings(max_examples=400, derandomize=True, database=None)
 @given(house=HOUSES, script=st.lists(ASKED, min_size=1, max_size=10))
 def test_every_output_ends_once_and_promises_are_to_whole_requests(
     house: House, script: list[Asked]

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE_S
 
 from minserve import AsyncEngine, Engine, SamplingParams
 from minserve.engine import transfers
@@ -37,7 +38,7 @@ def run(tiny_llama_dir: Path) -> Callable[..., object]:
     def runner(test: Callable[[AsyncEngine], Coroutine], **settings: object) -> object:
         async def main() -> object:
             async with started(**settings) as engine:
-                return await asyncio.wait_for(test(engine), 60)
+                return await asyncio.wait_for(test(engine), PATIENCE_S)
 
         return asyncio.run(main())
 
@@ -119,7 +120,7 @@ def test_stop_drains_what_runs(run: Callable) -> None:
         await asyncio.sleep(0)
         while not engine.num_unfinished:
             await asyncio.sleep(0)
-        await engine.stop(timeout_s=30)
+        await engine.stop(timeout_s=PATIENCE_S)
         assert len(await task) == 20
         assert not engine.is_healthy
         with pytest.raises(EngineStoppedError):
@@ -131,7 +132,7 @@ def test_stop_drains_what_runs(run: Callable) -> None:
 def test_stop_ends_the_rest_with_an_error(run: Callable) -> None:
     async def test(engine: AsyncEngine) -> None:
         (handle,) = engine.submit([[5]], ENDLESS)
-        await engine.stop(timeout_s=0.01)
+        await engine.stop(timeout_s=0.0)
         deltas = [d async for d in handle]
         assert deltas[-1].finish_reason is FinishReason.ERROR
         assert isinstance(deltas[-1].error, EngineStoppedError)
@@ -181,7 +182,7 @@ def test_a_broken_core_ends_every_request_and_accepts_no_more(
             engine.submit([[5]], GREEDY)
         await engine.stop()
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
 
 
 def test_an_idle_engine_that_has_lost_a_block_accepts_no_more(tiny_llama_dir: Path) -> None:
@@ -194,7 +195,7 @@ def test_an_idle_engine_that_has_lost_a_block_accepts_no_more(tiny_llama_dir: Pa
             await asyncio.sleep(0.01)
         await engine.stop()
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
 
 
 def test_a_lost_device_ends_every_request_and_the_engine_accepts_no_more(

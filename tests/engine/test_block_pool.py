@@ -472,7 +472,7 @@ class CollidingPoolMachine(PoolMachine):
     tiny_digests = True
 
 
-_STEPS = settings(max_examples=60, stateful_step_count=60, derandomize=True, deadline=None)
+_STEPS = settings(max_examples=60, stateful_step_count=60, derandomize=True)
 TestPoolMachine = PoolMachine.TestCase
 TestPoolMachine.settings = _STEPS
 TestCollidingPoolMachine = CollidingPoolMachine.TestCase

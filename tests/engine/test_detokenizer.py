@@ -136,7 +136,7 @@ def test_special_tokens_are_left_out_on_request(tokenizer, skip):
     assert "".join(deltas) == ("Onetwo" if skip else "One<|im_end|>two")
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @given(text=st.text(max_size=60), step=st.integers(1, 4))
 @example(text="\ufffd\ufffd a\ufffd", step=1)
 def test_deltas_of_any_text_add_up_to_its_decode(tokenizer, text, step):
@@ -145,7 +145,7 @@ def test_deltas_of_any_text_add_up_to_its_decode(tokenizer, text, step):
     assert "".join(deltas) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @given(data=st.data())
 def test_deltas_of_random_tokens_add_up_to_their_decode(tokenizer, data):
     """Single bytes (the first tokens after the special ones) make broken characters likely."""
@@ -234,7 +234,7 @@ def test_matches_that_begin_before_min_tokens_do_not_stop(min_tokens, sent, stop
     assert hit == stop
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, derandomize=True)
 @given(
     text=st.text("abc", max_size=25),
     stops=st.lists(st.text("abc", min_size=1, max_size=5), min_size=1, max_size=3),

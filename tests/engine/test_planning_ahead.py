@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -222,12 +224,18 @@ def test_decodes_are_planned_while_the_iteration_before_runs(
 ) -> None:
     engine = engine_of(tiny_llama_dir, policy)
     events = recorded(engine, monkeypatch)
+    # A clock that goes on by a second whenever it is read.
+    reads = count(time.monotonic())
+    monkeypatch.setattr(engine._core, "clock", lambda: next(reads))
     engine.generate([5, 6, 7], replace(GREEDY, max_tokens=6))
     # The last token's iteration is known to be the last: nothing is left to plan for.
     assert events == ["plan", *["launch", "plan", "results"] * 5, "launch", "results"]
     assert ahead_counts(engine) == (5, 0)
     stats = engine._core.snapshot()
     assert sum(stats.planning_s.counts) == sum(stats.iteration_s.counts) == 6
+    # Planning lies within the iterations.
+    assert stats.planning_s.total == pytest.approx(6.0)
+    assert stats.planning_s.total < stats.iteration_s.total
 
 
 def test_without_planning_ahead_each_iteration_is_planned_first(

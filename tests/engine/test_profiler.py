@@ -46,7 +46,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # --- which batches ---
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.builds(
         Limits,
@@ -104,8 +104,9 @@ def test_a_profile_predicts_batches_and_says_how_well(profile: Profile, engine: 
     for one in profile.held_out:
         assert one.measured_s == measured[one.shape] > 0
         assert one.predicted_s > 0
-    assert 0 < profile.model.profiled(BatchShape.of([(0, 64)])) < 10
-    assert 0 < profile.seconds < 30
+    # What lies within what: one batch within all of them, and these within the whole.
+    assert 0 < profile.model.profiled(BatchShape.of([(0, 64)])) < sum(measured.values())
+    assert sum(measured.values()) < profile.seconds
 
 
 def test_every_batch_runs_as_the_design_says(

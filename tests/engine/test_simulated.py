@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 
 from minserve import Engine, SamplingParams
 from minserve.devices import find_device
+from minserve.engine import simulated
 from minserve.engine.tokenizer import Tokenizer
 from minserve.errors import ConfigError, GenerationError, WorkloadError
 from minserve.models.source import find_model
@@ -131,18 +131,34 @@ def test_log_probabilities_fail_their_request_alone(engine: Engine, what: str) -
     assert engine._core.pool.num_free_blocks == engine._core.pool.num_blocks
 
 
-def test_an_iteration_takes_no_less_than_the_device_would(tiny_llama_dir: Path) -> None:
+class Clock:
+    """Stands for `time`: only sleeping takes any."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_an_iteration_takes_as_long_as_on_the_device(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(simulated, "time", clock)
     engine = Engine(str(tiny_llama_dir), executor="simulated", profile=PUBLISHED)
     params = SamplingParams(max_tokens=8, ignore_eos=True)
     # The weights are read once for each token; by the published coefficients that takes so long.
-    decode_s = 6.878e-5 + 0.02480
-    started = time.monotonic()
-    engine.generate("The quick brown fox", params)
-    assert time.monotonic() - started >= 7 * decode_s
-    # A prompt of 1000 tokens takes the time of the steeper piece.
-    started = time.monotonic()
-    engine.generate([list(range(5, 405)) * 2 + [7] * 200], SamplingParams(max_tokens=1))
-    assert time.monotonic() - started >= 1000 * 7.523e-5 + 0.003033
+    started = clock.now
+    engine.generate([[5, 6, 7]], params)
+    assert clock.now - started == pytest.approx(8 * 0.02480 + (3 + 7) * 6.878e-5)
+    # Prompts of 4000 tokens together take the time of the steeper piece.
+    started = clock.now
+    engine.generate([[10 + i] * 1000 for i in range(4)], SamplingParams(max_tokens=1))
+    assert clock.now - started == pytest.approx(4000 * 7.523e-5 + 0.003033)
 
 
 @pytest.mark.parametrize(

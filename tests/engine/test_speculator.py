@@ -43,7 +43,7 @@ def propose(proposer: NgramProposer, seq: Sequence, num: int) -> tuple[int, ...]
     return None if proposal is None else proposal.token_ids
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(tokens=small_texts, num=st.integers(1, MOST))
 def test_a_proposal_is_what_a_search_through_the_text_finds(tokens: list[int], num: int) -> None:
     proposer, seq = NgramProposer(MOST), make_sequence(tokens)
@@ -53,7 +53,7 @@ def test_a_proposal_is_what_a_search_through_the_text_finds(tokens: list[int], n
     assert proposer.lag(seq) == 0
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(tokens=small_texts, cuts=st.sets(st.integers(1, 60)), num=st.integers(1, MOST))
 def test_reading_a_text_in_pieces_changes_nothing(
     tokens: list[int], cuts: set[int], num: int
@@ -68,7 +68,7 @@ def test_reading_a_text_in_pieces_changes_nothing(
             assert propose(in_pieces, jumping, num) == search(tokens[:end], num)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(tokens=small_texts, other=small_texts, num=st.integers(1, MOST))
 def test_a_forgotten_sequence_is_read_anew(tokens: list[int], other: list[int], num: int) -> None:
     proposer, seq = NgramProposer(MOST), make_sequence(tokens)
@@ -79,7 +79,7 @@ def test_a_forgotten_sequence_is_read_anew(tokens: list[int], other: list[int], 
     assert propose(proposer, newcomer, num) == search(other, num)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(texts=st.lists(small_texts, min_size=2, max_size=5), num=st.integers(1, MOST))
 def test_sequences_of_one_batch_do_not_see_each_other(texts: list[list[int]], num: int) -> None:
     proposer = NgramProposer(MOST)

@@ -66,7 +66,7 @@ def test_nobody_is_endangered_for_more_than_there_is_to_do() -> None:
     assert NOISY.risk(0.05 / found) < 0.01
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 @given(
     st.lists(st.tuples(st.floats(0.03, 0.5), st.floats(0.1, 5.0)), min_size=1, max_size=80),
     st.floats(0.1, 100.0),

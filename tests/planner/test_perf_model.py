@@ -43,7 +43,7 @@ def test_the_shape_of_a_batch_counts_every_pair_of_tokens() -> None:
     assert BatchShape.of(chunks) == BatchShape(9, 3, 5 + 10 + 101, pairs)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(pieces, batches, st.integers(0, 2000), st.floats(0, 2), st.floats(0.3, 3))
 def test_the_longest_chunk_that_fits_is_found_exactly(
     some: list[Piece], chunks: list[tuple[int, int]], start: int, seconds: float, drift: float

@@ -7,13 +7,13 @@ import http.client
 import json
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import openai
 from aiohttp import web
+from waiting import PATIENCE_S, wait_until
 
 from minserve import AsyncEngine
 from minserve.config import ServerConfig
@@ -48,20 +48,14 @@ class RunningServer:
         )
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE_S)
 
-    def wait_until_free(self, timeout_s: float = 5.0) -> None:
+    def wait_until_free(self) -> None:
         """Wait until nothing is waiting or running any more."""
-        deadline = time.monotonic() + timeout_s
-        while self.engine.num_unfinished:
-            assert time.monotonic() < deadline, f"{self.engine.num_unfinished} still unfinished"
-            time.sleep(0.01)
+        wait_until(lambda: not self.engine.num_unfinished, "some are still unfinished")
 
-    def wait_until_busy(self, timeout_s: float = 5.0) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not self.engine.num_unfinished:
-            assert time.monotonic() < deadline, "nothing runs"
-            time.sleep(0.005)
+    def wait_until_busy(self) -> None:
+        wait_until(lambda: self.engine.num_unfinished, "nothing runs")
 
 
 def run_server(engine: AsyncEngine, config: ServerConfig) -> Iterator[RunningServer]:
@@ -84,13 +78,13 @@ def run_server(engine: AsyncEngine, config: ServerConfig) -> Iterator[RunningSer
         await engine.stop()
         await runner.cleanup()
 
-    runner = asyncio.run_coroutine_threadsafe(start(), loop).result(30)
+    runner = asyncio.run_coroutine_threadsafe(start(), loop).result(PATIENCE_S)
     try:
         yield RunningServer(engine, loop, ports[0])
     finally:
-        asyncio.run_coroutine_threadsafe(stop(runner), loop).result(30)
+        asyncio.run_coroutine_threadsafe(stop(runner), loop).result(PATIENCE_S)
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
+        thread.join(PATIENCE_S)
         loop.close()
 
 
@@ -102,7 +96,7 @@ def post(
     method: str = "POST",
 ) -> tuple[int, dict[str, str], bytes]:
     """One request on a connection of its own; ``body`` is bytes or becomes JSON."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE_S)
     data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
     try:
         connection.request(method, path, data, headers or {})

@@ -18,9 +18,11 @@ import pytest
 import torch
 from live_server import RunningServer, post, request_bytes
 from transformers import LlamaForCausalLM
+from waiting import PATIENCE_S, wait_until
 
 from minserve.config import ServerConfig
 from minserve.outputs import OutputDelta
+from minserve.request import FinishReason
 
 PROMPT = "The quick brown fox"
 MESSAGES = [{"role": "user", "content": "The quick brown fox jumps over"}]
@@ -330,15 +332,22 @@ def test_a_client_that_leaves_frees_its_request(
     body = {**LONG_BODY, "stream": stream, "n": 8, "prompt": [PROMPT, "A server"]}
     sock.sendall(request_bytes("/v1/completions", body))
     server.wait_until_busy()
+    before = server.engine.stats().finished
     if stream:
         assert sock.recv(100).startswith(b"HTTP/1.1 200")
     if reset:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
-    server.wait_until_free(timeout_s=1.0)
+    server.wait_until_free()
+    after = server.engine.stats().finished
+    ended = {
+        reason: after[reason] - before[reason] for reason in after if after[reason] > before[reason]
+    }
+    assert ended == {FinishReason.ABORT: 16}
 
 
 def test_two_hundred_requests_opened_and_dropped(server: RunningServer) -> None:
+    before = server.engine.stats().num_generation_tokens
     socks = [server.connect() for _ in range(200)]
     for sock in socks:
         sock.sendall(request_bytes("/v1/completions", LONG_BODY))
@@ -348,6 +357,8 @@ def test_two_hundred_requests_opened_and_dropped(server: RunningServer) -> None:
     with server.client(max_retries=5) as client:
         assert client.completions.create(prompt=PROMPT, **GREEDY).choices[0].text
     server.wait_until_free()
+    made = server.engine.stats().num_generation_tokens - before
+    assert made < 200 * LONG_BODY["max_tokens"] / 2
 
 
 def test_a_slow_reader_blocks_nobody(server: RunningServer) -> None:
@@ -370,7 +381,7 @@ def test_a_failure_in_mid_stream_is_an_error_and_no_normal_end(
     body = {key: value for key, value in LONG_BODY.items() if key != "model"}
     sock.sendall(request_bytes("/v1/completions", {**body, "stream": True}))
     received = sock.recv(1000)
-    asyncio.run_coroutine_threadsafe(server.engine.stop(0.0), server.loop).result(10)
+    asyncio.run_coroutine_threadsafe(server.engine.stop(0.0), server.loop).result(PATIENCE_S)
     while part := sock.recv(65536):
         received += part
         if received.endswith(b"0\r\n\r\n"):
@@ -394,7 +405,7 @@ def test_health_fails_while_an_iteration_hangs(
     step = core.step
 
     def hanging_step() -> list[OutputDelta]:
-        hangs.wait(30)
+        hangs.wait(PATIENCE_S)
         return step()
 
     monkeypatch.setattr(core, "step", hanging_step)
@@ -409,7 +420,7 @@ def test_health_fails_while_an_iteration_hangs(
     finally:
         hangs.set()
     assert sock.recv(1000).startswith(b"HTTP/1.1 200")
-    assert post(server, "/health", None, method="GET")[0] == 200
+    wait_until(lambda: post(server, "/health", None, method="GET")[0] == 200)
 
 
 # --- the other endpoints ---

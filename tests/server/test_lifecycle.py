@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from waiting import PATIENCE_S
+
 SCRIPT = """
 import gc, os, signal, sys
 from minserve.cli import main
@@ -27,7 +29,10 @@ def test_ready_means_that_nothing_is_left_to_load_and_little_to_collect(
     arguments = ["serve", "--port", "0", "--model", str(tiny_llama_dir), "--num-blocks", "64",
                  "--threads", "1", "--device", "cpu", "--profile-seconds", "0.1"]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", SCRIPT, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr
     rendered, num_collected, num_frozen = done.stdout.split()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 from scripted_server import scripted_server
@@ -10,6 +12,7 @@ from scripted_server import scripted_server
 from minserve.errors import WorkloadError
 from minserve.planner.perf_model import PerfModel, Piece
 from minserve.slo import SLO, DecodeStage, Targets
+from minserve.workload import client
 from minserve.workload.conversation import Turn
 from minserve.workload.endpoint import Endpoint, find_endpoint
 from minserve.workload.targets import targets_of, typical_targets
@@ -44,17 +47,23 @@ def test_no_coefficient_is_negative(
     assert (speed.base_s, speed.per_token_s) == (pytest.approx(base), pytest.approx(slope))
 
 
-def test_lone_requests_are_timed_one_after_another_with_prompts_of_their_own() -> None:
+def test_lone_requests_are_timed_one_after_another_with_prompts_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A clock that goes on whenever it is read: when a request is sent, and when a token comes.
+    reads = count()
+    clock = SimpleNamespace(perf_counter=lambda: 0.002 * next(reads))
+    monkeypatch.setattr(client, "time", clock)
     told = []
-    with scripted_server(gap_s=0.002, max_model_len=600) as server:
+    with scripted_server(max_model_len=600) as server:
         endpoint = asyncio.run(find_endpoint(server.url))
         speed = asyncio.run(measure_speed(endpoint, on_progress=lambda *done: told.append(done)))
         prompts = [body["prompt"] for body in server.bodies]
         assert server.most_open == 1
     assert len({prompt[:20] for prompt in prompts}) == len(prompts) == 7
     assert max(map(len, prompts)) <= 4 * 600 - OUTPUT_TOKENS
-    assert speed.decode_s >= 0.002
-    assert min(speed.base_s, speed.per_token_s) >= 0
+    assert (speed.base_s, speed.decode_s) == (pytest.approx(0.002), pytest.approx(0.002))
+    assert speed.per_token_s == pytest.approx(0.0, abs=1e-9)
     assert speed.characters_per_token == pytest.approx(4, rel=0.1)
     assert told[-1] == (7, 7)
 

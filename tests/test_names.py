@@ -1,0 +1,121 @@
+"""No file or folder here bears the name of a package that something else imports.
+
+Whoever starts a script of `bench/` or `examples/`, and pytest for every folder with tests, has
+that folder first on `sys.path`: what lies there is found in place of a package of its name.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = [ROOT / name for name in ("bench", "examples", "tests")]
+# pytest looks for files of this name and keeps several of them apart.
+OF_PYTEST = "conftest"
+# Calls that take a package by its name: find_spec, import_module, _is_package_available, ...
+PROBES = re.compile(r"find_spec|import|available|version|distribution")
+# What may be an import. The line break and the bracket make it a quick search.
+STATEMENT = re.compile(rb"\n[ \t]*(?:import|from)[ \t]+([^\n#(]+)")
+STRING_ARGUMENT = re.compile(rb"\([\"'](\w+)[\"'.]")
+
+
+def own_paths() -> list[Path]:
+    """All files and folders that can be imported by whoever has their folder first. A folder
+    with nothing but compiled files is what an earlier version left behind.
+    """
+    files = {
+        path
+        for folder in FOLDERS
+        for path in folder.rglob("*")
+        if path.is_file() and path.parent.name != "__pycache__"
+    }
+    modules = {path for path in files if path.suffix == ".py"}
+    folders = {parent for path in files for parent in path.parents}
+    folders -= {*FOLDERS, ROOT, *ROOT.parents}
+    named = sorted(path for path in modules | folders if path.stem.isidentifier())
+    return [path for path in named if path.stem != OF_PYTEST]
+
+
+def installed_modules() -> Iterator[Path]:
+    for root in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        for folder, _, files in os.walk(root):
+            yield from (Path(folder, file) for file in files if file.endswith(".py"))
+
+
+def may_import(source: bytes) -> set[str]:
+    """Every top-level name that `imported` finds, and words of texts: it parses nothing."""
+    words = [word for found in STATEMENT.findall(b"\n" + source) for word in found.split(b",")]
+    words += STRING_ARGUMENT.findall(source)
+    return {re.split(rb"[\s.]", word.strip(), maxsplit=1)[0].decode() for word in words}
+
+
+def imported(source: bytes) -> set[str]:
+    """Top-level names that a module imports, or asks for with a call such as `find_spec`."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module or "")
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            value = node.args[0].value
+            if isinstance(value, str) and PROBES.search(ast.unparse(node.func)):
+                names.add(value)
+    return {name.split(".")[0] for name in names}
+
+
+def test_no_name_is_that_of_an_installed_package() -> None:
+    taken = set(packages_distributions()) | set(sys.stdlib_module_names)
+    assert [str(path) for path in own_paths() if path.stem in taken] == []
+
+
+def test_no_name_is_that_of_a_package_that_a_dependency_imports() -> None:
+    """Nor of one that is not installed: dependencies look for many, and take what they find."""
+    own = {path.stem for path in own_paths()}
+    found: dict[str, str] = {}
+    for path in installed_modules():
+        source = path.read_bytes()
+        if may_import(source) & own:
+            found.update(dict.fromkeys(imported(source) & own, str(path)))
+    assert found == {}, "rename them: these modules import something else by that name"
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("import a.b as c, d\nfrom e.f import g\nfrom . import h\nfrom .i import j", "ade"),
+        ("if x:\n    import a\n", "a"),
+        ("def f():\n    from a import (\n        b,\n    )", "a"),
+        ("find_spec('a')\nimportlib.import_module('b.c')\n_is_package_available('d', True)", "abd"),
+        ("print('a')\nopen('b')\nf(x, 'c')", ""),
+        ("'''\nimport a\nfrom b import c\n'''", ""),
+    ],
+)
+def test_imports_are_found_wherever_they_stand(source: str, names: str) -> None:
+    assert imported(source.encode()) == set(names) <= may_import(source.encode())
+
+
+@pytest.mark.parametrize("first", ["the root", "the other folders"])
+def test_transformers_is_imported_whatever_folder_is_first(first: str) -> None:
+    """It looks for a package `kernels`, and the root has a folder of that name."""
+    folders = {*FOLDERS, *(path.parent for path in own_paths())}
+    paths = [ROOT] if first == "the root" else sorted(folders)
+    code = (
+        f"import sys; sys.path[:0] = {[str(path) for path in paths]}\n"
+        "import transformers\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
