@@ -20,6 +20,7 @@ from minserve.engine.profile_cache import dtype_words
 from minserve.engine.runner import ModelRunner
 from minserve.engine.simulated import load_simulated_core
 from minserve.engine.speculator import NgramProposer, Proposer
+from minserve.engine.thread_count import ThreadCount
 from minserve.engine.tokenizer import Tokenizer
 from minserve.errors import ConfigError
 from minserve.kernels.attention import choose_attention_backend, make_attention_backend
@@ -84,7 +85,7 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         )
     started = time.perf_counter()
     device = _device(config.device)
-    _set_num_threads(config, device)
+    threads = _set_num_threads(config, device)
     if config.token_budget is None:
         config = replace(config, token_budget=TOKEN_BUDGETS[device.type])
     source = find_model(config.model)
@@ -97,6 +98,7 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     tokenizer = Tokenizer.load(source, config.tokenizer)
     draft = _load_draft(config, model, tokenizer, placement)
     runner = ModelRunner(model, *_probe(attention, model.shape, config.block_size, placement))
+    runner.threads = threads
     drafter = None
     if draft is not None:
         probe = _probe(attention, draft.model.shape, config.block_size, placement)
@@ -303,17 +305,20 @@ def has_room_twice(num_parameters: int) -> bool:
     return second_form <= SECOND_FORM_SHARE * Machine.look().free_memory
 
 
-def _set_num_threads(config: EngineConfig, device: torch.device) -> None:
-    """Give torch's operations on the CPU as many threads as this process may keep busy."""
+def _set_num_threads(config: EngineConfig, device: torch.device) -> ThreadCount | None:
+    """Give torch's operations on the CPU as many threads as this process may keep busy; on a
+    CPU, what keeps an eye on that.
+    """
     machine = Machine.look()
     if device.type != "cpu":
         # Little runs on the CPU then, but torch does not know of quotas.
         if machine.cpu_quota is not None:
             torch.set_num_threads(min(torch.get_num_threads(), machine.num_threads))
-        return
+        return None
     if config.threads is not None:
         machine.warn_of(config.threads, f"--threads {config.threads}")
     torch.set_num_threads(config.threads or machine.num_threads)
+    return ThreadCount(torch.get_num_threads(), machine.cores)
 
 
 def _max_model_len(config: EngineConfig, max_positions: int) -> int:

@@ -136,7 +136,7 @@ def profile_key(core: EngineCore, model_name: str) -> ProfileKey:
         model=f"{model_name} ({family} {numbers})",
         device=_device_name(runner.device),
         dtype=dtype_words(runner.model.embed.dtype, runner.kv[0].key.dtype),
-        threads=torch.get_num_threads(),
+        threads=torch.get_num_threads() if runner.threads is None else runner.threads.most,
         attention=runner.backend.name + (" with CUDA graphs" if runner.graphs else ""),
     )
 

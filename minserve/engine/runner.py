@@ -14,6 +14,7 @@ from torch import Tensor
 from minserve.engine.batch_tensors import Chunk
 from minserve.engine.paged_model import PagedModel
 from minserve.engine.sampler import Sampler
+from minserve.engine.thread_count import ThreadCount
 from minserve.engine.verification import PendingTokens, Proposal, Verified
 from minserve.errors import GenerationError
 from minserve.outputs import TokenLogprob
@@ -127,11 +128,16 @@ class Flight:
 
 
 class ModelRunner(PagedModel):
-    """Runs batches of the target model. Knows nothing of planning, text or requests' ends."""
+    """Runs batches of the target model. Knows nothing of planning, text or requests' ends.
+
+    Attributes:
+        threads: chooses those of a pass on a CPU; ``None`` leaves torch's as they are.
+    """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.sampler = Sampler()
+        self.threads: ThreadCount | None = None
 
     def run(self, batch: SequenceOf[Scheduled]) -> dict[str, RunResult]:
         """`launch`, and wait for the results."""
@@ -144,6 +150,8 @@ class ModelRunner(PagedModel):
         A GPU is not waited for. Writes KV for the scheduled tokens and changes no sequence,
         so that the same batch, or a part of it, can be run again.
         """
+        if self.threads is not None:
+            self.threads.before_pass()
         batch = sorted(batch, key=lambda s: not s.seq.is_decoding)
         chunks = [item.chunk for item in batch]
         hidden = self.forward(chunks, sum(item.seq.is_decoding for item in batch))

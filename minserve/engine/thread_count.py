@@ -1,0 +1,86 @@
+"""`ThreadCount`: how many threads share a pass on a CPU: at most as many as cores are idle.
+
+Threads that share a pass wait for each other behind every operation. One that has to share
+its core with somebody else's program holds up all of them, hundreds of times a pass: on two
+cores beside one busy program two threads take many times as long as one
+(bench/neighbours.py). So the machine is looked at now and then, and threads are left out
+while others are busy on their cores.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import psutil
+import torch
+
+# Seconds between two looks. The system counts in hundredths of a second.
+LOOK_S = 0.25
+# A core that others use for less than this share of the time is as good as idle.
+NEGLIGIBLE = 0.4
+
+
+class Usage(NamedTuple):
+    """Processor time up to a moment, in seconds.
+
+    Attributes:
+        at: of a monotonic clock.
+        busy: of all programs, over the processors that this process may run on.
+        own: of this process.
+    """
+
+    at: float
+    busy: float
+    own: float
+
+    @classmethod
+    def look(cls) -> Usage:
+        """As it is now."""
+        processors = psutil.cpu_times(percpu=True)
+        if hasattr(os, "sched_getaffinity"):
+            allowed = os.sched_getaffinity(0)
+            processors = [one for i, one in enumerate(processors) if i in allowed]
+        # A guest's time is a part of its user time.
+        idle = ("idle", "iowait", "guest", "guest_nice")
+        busy = sum(
+            value for one in processors for name, value in one._asdict().items() if name not in idle
+        )
+        return cls(time.monotonic(), busy, time.process_time())
+
+
+class ThreadCount:
+    """Chooses the threads of each pass; call it from the thread that runs them.
+
+    Args:
+        most: threads that a pass has alone on the machine.
+        cores: that this process may run on.
+        look: tells the machine's usage.
+
+    Attributes:
+        now: threads that passes have at the moment.
+    """
+
+    def __init__(self, most: int, cores: int, look: Callable[[], Usage] = Usage.look) -> None:
+        self.most = self.now = most
+        self.cores = cores
+        self._look = look
+        self._last = look()
+
+    def before_pass(self) -> None:
+        """Set torch's threads for the next pass. Costs a tenth of a millisecond at each look."""
+        if self.most > 1 and time.monotonic() - self._last.at >= LOOK_S:
+            usage = self._look()
+            self.now = min(self.most, num_idle(self.cores, self._last, usage))
+            self._last = usage
+        torch.set_num_threads(self.now)
+
+
+def num_idle(cores: int, before: Usage, after: Usage) -> int:
+    """Of so many cores, how many no other program needs; at least one."""
+    others = (after.busy - before.busy) - (after.own - before.own)
+    taken = others / (after.at - before.at)
+    return max(1, math.floor(cores - taken + NEGLIGIBLE))
