@@ -101,6 +101,10 @@ class Engine:
         self._events = events(self._process.stdout)
         self.hear()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def send(self, line: str) -> None:
         """Tell it what to do."""
         self._process.stdin.write(line + "\n")
