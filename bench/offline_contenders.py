@@ -15,11 +15,6 @@ from versus_servers import export_with_tokenizer, our_variant, vllm_variant
 
 ENGINES = "offline_engines.py"
 QUANTIZATIONS = ("int8", "int4")
-# Of vLLM's own, whose server is measured with what `versus_servers` gives it.
-VLLM_ENV = {
-    "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1",
-    "PYTHONPATH": "",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +56,7 @@ def _minserve(model: str, dtype: str, quantization: str | None, repeats: int) ->
     )  # fmt: skip
     return Contender(
         label=label,
-        weights=f"{model} in {quantization or dtype}",
+        weights=f"{model}, dtype {dtype}" if quantization is None else f"{model}, {quantization}",
         command=command,
         server=Variant(label, [*server.command, "--dtype", dtype, *flags], server.env),
         quantization=quantization,
@@ -83,15 +78,15 @@ def vllm_contenders(model: str, python: str | None, dtype: str, repeats: int) ->
     )  # fmt: skip
     found = []
     for name, threads in (("default", None), ("all cores", ",".join(map(str, cores())))):
-        bound = {} if threads is None else {"VLLM_CPU_OMP_THREADS_BIND": threads}
         label = f"vLLM {name}"
         server = vllm_variant(python, folder, dtype, None, threads)
         found.append(
             Contender(
                 label=label,
-                weights=f"{model} exported in {dtype}",
+                weights=f"{model}, exported in {dtype}",
                 command=command,
-                env=VLLM_ENV | bound,
+                # Engine and server run under the same conditions.
+                env=server.env,
                 server=Variant(label, server.command, server.env),
             )
         )
@@ -111,7 +106,7 @@ def llama_cpp_contender(model: str, repeats: int) -> Contender:
     )  # fmt: skip
     return Contender(
         label="llama.cpp",
-        weights=f"{model}'s GGUF file as it is ({tensor_types(file)})",
+        weights=f"{model}, the GGUF file as it is ({tensor_types(file)})",
         command=command,
         skipped={
             "mixed_step": "its scheduler is its server's, which is not measured",

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from typing import Any
 
 from offline_measure import BATCHES, OUTPUT, PREFILL, PROMPT, Driver, Prompt, measure, random_prompt
+from offline_peers import cores
 
 MAX_MODEL_LEN = 2048
 
@@ -143,7 +143,7 @@ class LlamaCpp:
         params.n_ctx = num_seqs * tokens_each
         params.n_batch = PREFILL
         params.n_seq_max = num_seqs
-        params.n_threads = params.n_threads_batch = len(os.sched_getaffinity(0))
+        params.n_threads = params.n_threads_batch = len(cores())
         context = self._cpp.llama_init_from_model(self._model, params)
         if not context:
             raise SystemExit(f"llama.cpp has no memory for {num_seqs} sequences")

@@ -25,6 +25,8 @@ from minserve.workload.zero_load import ZeroLoad
 
 STREAMS = 32
 WARM_UP_TOKENS = 16
+# A server that says nothing for so long hangs.
+SILENCE_S = 300.0
 NO_SLO = SLO(ttft=1e6)
 # Nothing is promised in multiples of it.
 NO_SPEED = ZeroLoad(0.0, 0.0, 0.0)
@@ -125,7 +127,9 @@ def _drive(server: Served, workload: Sequence[Conversation]) -> list[Answer]:
     Raises:
         SystemExit: where not all requests are answered in full.
     """
-    load = run_load(server.endpoint, workload, NO_SPEED, slo_field=lambda _: None)
+    load = run_load(
+        server.endpoint, workload, NO_SPEED, slo_field=lambda _: None, drain_s=SILENCE_S
+    )
     if not load.complete:
         raise KeyboardInterrupt
     if any(one.ending is not Ending.DONE or one.was_short for one in load.answers):
