@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from itertools import islice
 from typing import Any
 
 from offline_measure import BATCHES, OUTPUT, PREFILL, PROMPT, Driver, Prompt, measure, random_prompt
@@ -100,9 +101,11 @@ class Vllm:
             silent -= {output.request_id for output in engine.step()}
         waiting = iter(prompts)
         started = time.perf_counter()
-        self._add(next(waiting), 1)
+        # The engine has a process of its own, which is a step ahead: with one prompt more at the
+        # beginning none is left over at the end.
+        for prompt in islice(waiting, 2):
+            self._add(prompt, 1)
         while engine.has_unfinished_requests():
-            # The engine may run in a process of its own: a step is one when it brings news.
             if engine.step() and (prompt := next(waiting, None)) is not None:
                 self._add(prompt, 1)
         return time.perf_counter() - started

@@ -21,7 +21,7 @@ from machine import INSTRUCTIONS, instructions, machine
 from offline import Run, parse_args, summary
 from offline_children import child, events, run_child
 from offline_contenders import Contender, minserve_contenders, tensor_types
-from offline_engines import Minserve
+from offline_engines import Minserve, Vllm
 from offline_limits import PASSES, Limits, best, shares
 from offline_measure import BATCHES, MIXED_STEPS, PREFILL, Prompt, measure
 from offline_report import ROWS, best_of, medians, plot, ratios, share_table, table
@@ -126,6 +126,45 @@ def test_minserve_runs_a_prompt_with_all_decodes_in_each_mixed_step(
     monkeypatch.setattr(ModelRunner, "launch", watched)
     driver.mixed([[5] * 20] * 16, [[7] * 64] * 6)
     assert batches[16:] == [[1] * 16 + [64]] * 6
+
+
+class StepAhead:
+    """Stands in for vLLM's engine, whose next step begins before anybody hears of the last one.
+
+    Attributes:
+        steps: of each the requests that ran.
+    """
+
+    def __init__(self) -> None:
+        self._left: dict[str, int] = {}
+        self._running: list[str] = []
+        self._inbox: list[str] = []
+        self.steps: list[list[str]] = []
+
+    def add_request(self, name: str, prompt: Any, params: dict[str, Any]) -> None:
+        self._left[name] = params["max_tokens"]
+        self._inbox.append(name)
+
+    def step(self) -> list[Namespace]:
+        done = self._running
+        for name in done:
+            self._left[name] -= 1
+        if done:
+            self.steps.append(done)
+        self._running = [name for name in done if self._left[name]] + self._inbox
+        self._inbox = []
+        return [Namespace(request_id=name) for name in done]
+
+    def has_unfinished_requests(self) -> bool:
+        return any(self._left.values())
+
+
+def test_vllm_runs_a_prompt_with_all_decodes_in_as_many_steps_as_there_are_prompts() -> None:
+    driver, engine = Vllm.__new__(Vllm), StepAhead()
+    driver._llm, driver._params, driver._num_added = Namespace(llm_engine=engine), dict, 0
+    driver.mixed([[5] * 20] * 16, [[7] * 64] * 8)
+    sizes = [len(step) for step in engine.steps]
+    assert sizes == [16, 16, 18, *[17] * 6]
 
 
 def test_limits_count_all_linears_of_the_model(tiny_llama_dir: Path) -> None:
