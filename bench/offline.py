@@ -213,7 +213,7 @@ def show(result: dict[str, Any], labels: Sequence[str]) -> None:
     for label, peers in result["ratios"].items():
         if peers:
             print(f"\nhow many times better {label} is than")
-            print(table(peers))
+            print(table(peers, units=False))
     for label, found in result["shares"].items():
         limits = result["limits"][label]
         print(

@@ -89,14 +89,19 @@ def ratios(ours: Values, theirs: Values) -> dict[str, float]:
     return out
 
 
-def table(columns: Mapping[str, Values]) -> str:
-    """Engines side by side; a dash stands for what was not measured."""
+def table(columns: Mapping[str, Values], *, units: bool = True) -> str:
+    """Engines side by side; a dash stands for what was not measured.
+
+    Args:
+        units: False for ratios, which have none.
+    """
     width = max(12, *(len(name) + 2 for name in columns))
     lines = [f"{'':24}{'':14}" + "".join(f"{name:>{width}}" for name in columns)]
     for row, kind in ROWS.items():
         if any(row in values for values in columns.values()):
             cells = (str(values.get(row, "-")) for values in columns.values())
-            lines.append(f"{row:24}{kind.unit:14}" + "".join(f"{cell:>{width}}" for cell in cells))
+            unit = kind.unit if units else ""
+            lines.append(f"{row:24}{unit:14}" + "".join(f"{cell:>{width}}" for cell in cells))
     return "\n".join(lines)
 
 

@@ -460,6 +460,8 @@ def test_tables_and_pictures_show_engines_with_different_rows(tmp_path: Path) ->
     assert len(lines) == 1 + len(ROWS)
     assert lines[1].split()[-1] == "3.0"
     assert lines[2].split()[-1] == "-"
+    assert "tok/s" in lines[1]
+    assert "tok/s" not in table(columns, units=False)
     plot(columns, str(tmp_path / "bars.png"))
     assert (tmp_path / "bars.png").stat().st_size > 10_000
 
