@@ -10,41 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
+from cpu_ceilings import ceilings, fast_bf16, pass_milliseconds
 from tqdm import tqdm
 
 from minserve.models.layers import Placement, WeightFormat
 from minserve.models.source import find_model, load_config
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-
-
-def milliseconds(run: Callable[[], object], repeats: int) -> float:
-    """Median wall time of ``run`` after one warm-up."""
-    run()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - started) * 1e3)
-    return statistics.median(times)
-
-
-def ceilings() -> dict[str, float]:
-    """Copy bandwidth in GB/s (read + written), matmul rates in GFLOP/s."""
-    source = torch.ones(64 * 2**20)
-    target = torch.empty_like(source)
-    out = {"copy_gb_s": 2 * source.nbytes / milliseconds(lambda: target.copy_(source), 7) / 1e6}
-    for dtype in (torch.float32, torch.bfloat16):
-        size = 2048 if dtype is torch.float32 or _fast_bf16() else 256
-        a = torch.ones(size, size, dtype=dtype)
-        name = f"matmul_{str(dtype).removeprefix('torch.')}_gflop_s"
-        out[name] = 2 * size**3 / milliseconds(lambda a=a: a @ a, 5) / 1e6
-    return {name: round(value, 1) for name, value in out.items()}
 
 
 def forms() -> dict[str, Placement]:
@@ -55,16 +29,12 @@ def forms() -> dict[str, Placement]:
         "float32 onednn": Placement(cpu, torch.float32, torch.float32, WeightFormat.ONEDNN),
         "float16 fbgemm": Placement(cpu, torch.float32, torch.float16, WeightFormat.FBGEMM_FP16),
     }
-    if _fast_bf16():
+    if fast_bf16():
         found["bfloat16"] = Placement(cpu, torch.bfloat16, torch.bfloat16, WeightFormat.DENSE)
         found["bfloat16 onednn"] = Placement(
             cpu, torch.bfloat16, torch.bfloat16, WeightFormat.ONEDNN
         )
     return found
-
-
-def _fast_bf16() -> bool:
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def layer_shapes(model: str) -> tuple[int, list[tuple[int, int]]]:
@@ -80,7 +50,6 @@ def layer_shapes(model: str) -> tuple[int, list[tuple[int, int]]]:
     ]
 
 
-@torch.inference_mode()
 def sweep(placement: Placement, num_layers: int, shapes: list[tuple[int, int]]) -> dict[int, float]:
     """Milliseconds for all linears of all layers, by rows of input."""
     weights = [torch.randn(shape) * 0.02 for _ in range(num_layers) for shape in shapes]
@@ -88,12 +57,8 @@ def sweep(placement: Placement, num_layers: int, shapes: list[tuple[int, int]]) 
     times = {}
     for rows in ROWS:
         inputs = [torch.randn(rows, width).to(placement.dtype) for _, width in shapes]
-
-        def run(inputs: list[torch.Tensor] = inputs) -> None:
-            for i, linear in enumerate(linears):
-                linear(inputs[i % len(inputs)])
-
-        times[rows] = round(milliseconds(run, 7 if rows < 256 else 3), 1)
+        calls = [(linear, inputs[i % len(inputs)]) for i, linear in enumerate(linears)]
+        times[rows] = round(pass_milliseconds(calls, 7 if rows < 256 else 3), 1)
     return times
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offline import CACHE, machine
+from machine import machine
+from offline_peers import CACHE
 from paired_servers import Cores, Served, Watch, busy_process
 from paired_turns import Cell, Result, Slot, Store, schedule
 from prompt_texts import with_texts

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from offline import machine
+from machine import machine
 from prompt_texts import Counter
 from replicas_overhead import added_to_ttft, routing_us
 from replicas_runs import (

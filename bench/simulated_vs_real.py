@@ -46,7 +46,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
-from offline import machine
+from machine import machine
 from prometheus_client.parser import text_string_to_metric_families
 from simulated_report import ATTAINMENT_GOAL, MEDIAN_GOAL, Inputs, Row, plot, print_table
 from slo_servers import DISTURBED_CORES, await_quiet, cpu_seconds

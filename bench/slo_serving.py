@@ -34,7 +34,7 @@ from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
-from offline import machine
+from machine import machine
 from slo_load import (
     BURSTINESS,
     CLASSES,

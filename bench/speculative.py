@@ -39,7 +39,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from offline import machine
+from machine import machine
 from speculative_report import SYNTHETIC, CaseResult, plot, summary, table
 from speculative_runs import Case, Effort, Group, check_lossless, measure
 from speculative_synthetic import synthetic_loader

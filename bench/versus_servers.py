@@ -5,7 +5,7 @@ from __future__ import annotations
 from ctypes.util import find_library
 from pathlib import Path
 
-from offline import CACHE, VLLM_VERSION, export_for_peer
+from offline_peers import CACHE, VLLM_VERSION, export_for_peer
 from paired_servers import Variant, minserve_variant
 
 from minserve.engine.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ def our_variant(model: str, speculator: str | None = None) -> Variant:
 
 
 def vllm_variant(
-    python: str, model: str, dtype: str, token_budget: int | None, threads: str
+    python: str, model: str, dtype: str, token_budget: int | None, threads: str | None
 ) -> Variant:
     """vLLM's OpenAI server on the CPU, set up as its documentation advises.
 
@@ -42,7 +42,8 @@ def vllm_variant(
         python: interpreter of its environment.
         model: a Hugging Face folder with a tokenizer.
         token_budget: ``--max-num-batched-tokens``; default: its own.
-        threads: cores for OpenMP as ``VLLM_CPU_OMP_THREADS_BIND`` reads them.
+        threads: cores for OpenMP as ``VLLM_CPU_OMP_THREADS_BIND`` reads them; default: its own
+            choice, which leaves a core to its front end.
     """
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model,
                "--served-model-name", SERVED_NAME, "--max-model-len", str(MAX_MODEL_LEN),
@@ -52,11 +53,12 @@ def vllm_variant(
     env = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB),
-        "VLLM_CPU_OMP_THREADS_BIND": threads,
         "VLLM_NO_USAGE_STATS": "1",
         # Modules of this environment, or a bench/kernels.py, are not for that one.
         "PYTHONPATH": "",
     }
+    if threads is not None:
+        env["VLLM_CPU_OMP_THREADS_BIND"] = threads
     if found := preloaded(python):
         env["LD_PRELOAD"] = ":".join(found)
     label = "vLLM" if token_budget is None else f"vLLM, budget {token_budget}"

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -34,7 +33,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from offline import TORCH_VERSION, VLLM_VERSION
+from offline_peers import TORCH_VERSION, VLLM_VERSION, cores, peer_dtype
 from paired_runs import Bench, Effort, add_flags, caveats, open_store, say_estimate
 from paired_servers import Variant, started
 from paired_turns import Cell, Pairs
@@ -71,7 +70,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="interpreter of an environment with vLLM's CPU build")  # fmt: skip
     parser.add_argument("--vllm-budgets", type=budgets, default=[None], metavar="LIST",
                         help="token budgets, each a server of its own: default,512")  # fmt: skip
-    parser.add_argument("--vllm-threads", default=every_core(),
+    parser.add_argument("--vllm-threads", default=",".join(map(str, cores())),
                         help="its VLLM_CPU_OMP_THREADS_BIND; default: every core")  # fmt: skip
     parser.add_argument("--dtype", choices=["bfloat16", "float32"],
                         help="vLLM's; default: bfloat16 where the CPU multiplies it in hardware")  # fmt: skip
@@ -120,16 +119,6 @@ def cells_of(args: argparse.Namespace) -> list[Cell]:
         if not args.scenarios or scenario in args.scenarios
         for rate in rates
     ]
-
-
-def every_core() -> str:
-    return ",".join(map(str, sorted(os.sched_getaffinity(0))))
-
-
-def peer_dtype() -> str:
-    import torch
-
-    return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 
 def check_vllm(python: str) -> None:

@@ -1,0 +1,181 @@
+"""Physical limits of the rows of `offline.py`: no engine can be faster on this machine.
+
+A forward pass takes at least as long as its matmuls alone, with the weights in the form that
+minserve keeps them in, and at least as long as reading all weights and all keys and values once;
+the slower of both is the limit. Run as a script it loads minserve's engine, measures its linears
+and the memory, and prints them as an event.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from offline_measure import BATCHES, CONTEXT, DECODES, NEW_PROMPT, OUTPUT, PREFILL, PROMPT
+
+BITS = {"int8": 8, "int4": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A forward pass that a row is made of.
+
+    Attributes:
+        rows: tokens that go through the layers.
+        head_rows: of these, those whose logits are wanted.
+        kv_tokens: whose keys and values are read.
+        worth: what one pass adds to the row: tokens, or one step.
+    """
+
+    rows: int
+    head_rows: int
+    kv_tokens: float
+    worth: float
+
+
+# Decodes of n tokens behind their prompt see its KV and on average half of the others'.
+PASSES: Mapping[str, Pass] = {
+    **{
+        f"decode_b{batch}": Pass(batch, batch, batch * (PROMPT + OUTPUT / 2), batch)
+        for batch in BATCHES
+    },
+    "prefill_1024": Pass(PREFILL, 1, PREFILL, PREFILL),
+    "mixed_step": Pass(
+        DECODES + NEW_PROMPT, DECODES + 1, DECODES * CONTEXT + NEW_PROMPT, 1
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What was measured of the machine and the model.
+
+    Attributes:
+        copy_gb_s, read_gb_s: of memory; a copy counts what is read and what is written.
+        weight_bytes: of all linears, without the scales of quantized ones.
+        kv_bytes: of one token.
+        linears_ms: all linears once, by row.
+    """
+
+    copy_gb_s: float
+    read_gb_s: float
+    weight_bytes: float
+    kv_bytes: float
+    linears_ms: Mapping[str, float]
+
+    def streaming_ms(self, row: str) -> float:
+        """To read all weights and the row's keys and values once."""
+        read = self.weight_bytes + self.kv_bytes * PASSES[row].kv_tokens
+        return read / self.read_gb_s / 1e6
+
+    def bound_by(self, row: str) -> str:
+        """What limits a row."""
+        return "linears" if self.linears_ms[row] >= self.streaming_ms(row) else "streaming"
+
+    def rate(self, row: str) -> float:
+        """The limit of a row, in its unit."""
+        slower = max(self.linears_ms[row], self.streaming_ms(row))
+        return 1e3 * PASSES[row].worth / slower
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON, with the limit of each row."""
+        return {
+            "copy_gb_s": round(self.copy_gb_s, 1),
+            "read_gb_s": round(self.read_gb_s, 1),
+            "weight_mb": round(self.weight_bytes / 1e6, 1),
+            "kv_bytes_per_token": self.kv_bytes,
+            "rows": {
+                row: {
+                    "linears_ms": round(self.linears_ms[row], 2),
+                    "streaming_ms": round(self.streaming_ms(row), 2),
+                    "kv_mb": round(self.kv_bytes * PASSES[row].kv_tokens / 1e6, 1),
+                    "bound_by": self.bound_by(row),
+                    "limit": round(self.rate(row), 1),
+                }
+                for row in PASSES
+            },
+        }
+
+
+def best(measured: Sequence[Mapping[str, Any]]) -> Limits:
+    """The limits of several measurements: what was the fastest in any of them."""
+    first = measured[0]
+    return Limits(
+        copy_gb_s=max(one["copy_gb_s"] for one in measured),
+        read_gb_s=max(one["read_gb_s"] for one in measured),
+        weight_bytes=first["weight_bytes"],
+        kv_bytes=first["kv_bytes"],
+        linears_ms={row: min(one["linears_ms"][row] for one in measured) for row in PASSES},
+    )
+
+
+def shares(rates: Mapping[str, float], limits: Limits) -> dict[str, float]:
+    """Of the limits of the rows that were measured."""
+    return {row: round(rates[row] / limits.rate(row), 3) for row in PASSES if row in rates}
+
+
+def measured(model: str, dtype: str, quantization: str | None) -> dict[str, Any]:
+    """Load minserve's engine; measure its linears and the memory."""
+    from unittest.mock import patch
+
+    import torch
+    from cpu_ceilings import memory_rates, pass_milliseconds
+
+    from minserve import Engine
+    from minserve.models.layers import Linear, Placement
+
+    found: list[tuple[Linear, int, int]] = []
+    make = Placement.linear
+
+    def recorded(placement: Placement, weight: torch.Tensor, *rest: Any, **more: Any) -> Linear:
+        linear = make(placement, weight, *rest, **more)
+        found.append((linear, *weight.shape))
+        return linear
+
+    settings = {} if quantization is None else {"quantization": quantization}
+    with patch.object(Placement, "linear", recorded):
+        engine = Engine(model, dtype=dtype, kv_cache_gib=0.1, **settings)
+    runner = engine._loaded.core.runner
+    shape, activations = runner.model.shape, runner.model.dtype
+    bits = (
+        BITS.get(quantization)
+        or 8 * Placement.choose(torch.device("cpu"), dtype).weight_dtype.itemsize
+    )
+
+    def calls(one: Pass) -> list[tuple[Linear, torch.Tensor]]:
+        # The vocabulary's linear is the head's.
+        rows = [one.head_rows if out == shape.vocab_size else one.rows for _, out, _ in found]
+        inputs = {
+            (n, width): torch.randn(n, width).to(activations)
+            for n, (_, _, width) in zip(rows, found, strict=True)
+        }
+        return [
+            (linear, inputs[n, width]) for n, (linear, _, width) in zip(rows, found, strict=True)
+        ]
+
+    return {
+        **memory_rates(),
+        "weight_bytes": sum(out * width for _, out, width in found) * bits / 8,
+        "kv_bytes": 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * activations.itemsize,
+        "linears_ms": {
+            row: pass_milliseconds(calls(one), 7 if one.rows < 256 else 3)
+            for row, one in PASSES.items()
+        },
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantization")
+    args = parser.parse_args()
+    limits = measured(args.model, args.dtype, args.quantization)
+    print(json.dumps({"event": "limits", "limits": limits}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Medians, ratios, table and picture of `offline.py`: arithmetic on what was measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Values = Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One thing that is measured.
+
+    Attributes:
+        title: above its panel in a picture.
+        more_is_better: False for times and memory.
+    """
+
+    unit: str
+    title: str
+    more_is_better: bool = True
+
+
+ROWS: Mapping[str, Row] = {
+    "decode_b1": Row("tok/s", "decode, batch 1"),
+    "decode_b8": Row("tok/s", "decode, batch 8"),
+    "decode_b32": Row("tok/s", "decode, batch 32"),
+    "prefill_1024": Row("tok/s", "prefill of 1024 tokens"),
+    "mixed_step": Row("steps/s", "16 decodes + 64 of a prompt"),
+    "server_b32": Row("tok/s", "server, 32 streams"),
+    "server_b32_share": Row("of decode_b32", "server, share of its engine"),
+    "server_mixed": Row("tok/s", "server, random load"),
+    "server_mixed_ttft_p50": Row("ms", "random load, TTFT p50", more_is_better=False),
+    "server_mixed_ttft_mean": Row("ms", "random load, TTFT mean", more_is_better=False),
+    "server_mixed_tpot_p50": Row("ms", "random load, TPOT p50", more_is_better=False),
+    "server_mixed_tpot_mean": Row("ms", "random load, TPOT mean", more_is_better=False),
+    "cold_first_token_s": Row("s", "cold start to first token", more_is_better=False),
+    "peak_memory_gib": Row("GiB", "peak memory", more_is_better=False),
+}
+PANELS_PER_LINE = 5
+OURS, GREYS = ("#1f6feb", "#54aeff", "#b6e3ff"), ("#b6bcc4", "#7d8590", "#424a53")
+
+
+def medians(turns: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The values of one engine.
+
+    Args:
+        turns: each with ``rates``, by row a value for each repeat, and, where its engine ran,
+            ``cold_first_token_s`` and ``peak_memory_gib``.
+
+    Returns:
+        by row the median over the repeats of all turns; the best cold start, which is the one
+        with files in memory; the highest memory. Rows that were not measured are missing.
+    """
+    pooled: dict[str, list[float]] = {}
+    for turn in turns:
+        for row, values in turn["rates"].items():
+            pooled.setdefault(row, []).extend(values)
+    out = {row: statistics.median(values) for row, values in pooled.items()}
+    if "server_b32" in out and "decode_b32" in out:
+        out["server_b32_share"] = out["server_b32"] / out["decode_b32"]
+    for row, choose in (("cold_first_token_s", min), ("peak_memory_gib", max)):
+        if found := [turn[row] for turn in turns if row in turn]:
+            out[row] = choose(found)
+    return {row: _rounded(out[row]) for row in ROWS if row in out}
+
+
+def best_of(variants: Sequence[Values]) -> dict[str, float]:
+    """Of each row the best value among several variants of an engine."""
+    out = {}
+    for row, kind in ROWS.items():
+        if found := [values[row] for values in variants if row in values]:
+            out[row] = max(found) if kind.more_is_better else min(found)
+    return out
+
+
+def ratios(ours: Values, theirs: Values) -> dict[str, float]:
+    """By row how many times better the first is; below 1 it is worse. Only of rows that both
+    have, and that are not zero.
+    """
+    out = {}
+    for row, kind in ROWS.items():
+        if ours.get(row) and theirs.get(row):
+            ratio = ours[row] / theirs[row]
+            out[row] = round(ratio if kind.more_is_better else 1 / ratio, 2)
+    return out
+
+
+def table(columns: Mapping[str, Values], *, units: bool = True) -> str:
+    """Engines side by side; a dash stands for what was not measured.
+
+    Args:
+        units: False for ratios, which have none.
+    """
+    width = max(12, *(len(name) + 2 for name in columns))
+    lines = [f"{'':24}{'':14}" + "".join(f"{name:>{width}}" for name in columns)]
+    for row, kind in ROWS.items():
+        if any(row in values for values in columns.values()):
+            cells = (str(values.get(row, "-")) for values in columns.values())
+            unit = kind.unit if units else ""
+            lines.append(f"{row:24}{unit:14}" + "".join(f"{cell:>{width}}" for cell in cells))
+    return "\n".join(lines)
+
+
+def share_table(limits: Mapping[str, Any], shares: Values) -> str:
+    """Rows with what limits them, and how much of that was reached.
+
+    Args:
+        limits: as `Limits.to_dict` gives them.
+    """
+    lines = [f"{'':24}{'limit':>10}{'reached':>10}{'linears ms':>13}{'streaming ms':>15}"]
+    for row, share in shares.items():
+        one = limits["rows"][row]
+        lines.append(
+            f"{row:24}{one['limit']:>10}{share:>10.0%}{one['linears_ms']:>13}{one['streaming_ms']:>15}"
+        )
+    return "\n".join(lines)
+
+
+def plot(columns: Mapping[str, Values], file: str) -> None:
+    """Save bars, a panel for each row that was measured.
+
+    Args:
+        columns: by engine; those of minserve are blue.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in ROWS if any(row in values for values in columns.values())]
+    num_lines = -(-len(rows) // PANELS_PER_LINE)
+    num_columns = min(len(rows), PANELS_PER_LINE)
+    figure, panels = pyplot.subplots(
+        num_lines, num_columns, figsize=(3.4 * num_columns, 3.2 * num_lines), squeeze=False
+    )
+    for panel in panels.flat[len(rows) :]:
+        panel.remove()
+    ours, greys = iter(OURS * len(columns)), iter(GREYS * len(columns))
+    colours = {
+        name: next(ours if name.startswith("minserve") else greys) for name in columns
+    }  # fmt: skip
+    for panel, row in zip(panels.flat, rows, strict=False):
+        shown = {name: values[row] for name, values in columns.items() if row in values}
+        bars = panel.bar(range(len(shown)), shown.values(), color=[colours[n] for n in shown])
+        panel.bar_label(bars, fmt="%.3g", padding=2)
+        panel.set_title(ROWS[row].title, fontsize=10)
+        panel.set_ylabel(ROWS[row].unit)
+        names = [name.replace(", ", "\n").replace(" ", "\n") for name in shown]
+        panel.set_xticks(range(len(shown)), names, fontsize=7)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.margins(y=0.15)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
+def _rounded(value: float) -> float:
+    """To what a reader can use: whole hundreds keep one digit behind the point, shares three."""
+    return round(value, 1 if value >= 10 else 3)
