@@ -284,9 +284,8 @@ class RMSNorm(Norm):
         wide = x.float()
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = torch.addcmul(self.eps, norm, norm, value=self.scale).rsqrt_()
-        scaled = wide * inverse
-        # Straight into the result's dtype, which spares a pass over it.
-        return torch.mul(scaled, self.weight, out=torch.empty_like(x))
+        scaled = wide * inverse if wide is x else wide.mul_(inverse)
+        return scaled.mul_(self.weight).to(x.dtype)
 
 
 class LayerNorm(Norm):
