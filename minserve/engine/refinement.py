@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 # Before that the next request of a conversation or a benchmark may be on its way.
 FIRST_IDLE_S = 2.0
-# A batch may take this share of the time for which the engine has been idle.
+# A batch may take this share of the time for which the engine has been idle, or a decode step.
 IDLE_SHARE = 1 / 200
 # And no more than this, or than so many decode steps of a slow device, for which everybody waits
 # anyhow: longer ones are left to `profile_core`.
@@ -70,6 +70,8 @@ class Refinement:
         self._profile = profile
         self._fresh: Times = {}
         self._fresh_s = 0.0
+        # Of the newest run over what was expected: a profile may be of a much busier hour.
+        self._pace = 1.0
 
     @property
     def profile(self) -> Profile:
@@ -101,15 +103,15 @@ class Refinement:
         """
         if idle_s < FIRST_IDLE_S:
             return FIRST_IDLE_S - idle_s
-        if self._fresh_s >= SAVE_S:
+        batches = [batch for batch in self._unfinished() if self._finds_room(batch)]
+        if self._fresh_s >= SAVE_S or (self._fresh and not batches):
             self.save(is_wanted)
             return 0.0
-        batches = [batch for batch in self._unfinished() if self._finds_room(batch)]
         if not batches:
-            self.save(is_wanted)
             return None
-        usual_s = {batch: self._core.planner.model.predict(batch.shape) for batch in batches}
-        allowed = [batch for batch in batches if usual_s[batch] <= IDLE_SHARE * idle_s]
+        usual_s = {batch: self._usual_s(batch) for batch in batches}
+        longest_s = max(IDLE_SHARE * idle_s, self._usual_s(self._survey.batches[0]))
+        allowed = [batch for batch in batches if usual_s[batch] <= longest_s]
         if not allowed:
             return min(usual_s.values()) / IDLE_SHARE - idle_s
         with profile_cache.alone_with(self._profile.key, 0.0) as alone:
@@ -141,7 +143,7 @@ class Refinement:
                 # Long batches that were measured in a busy hour will not be repeated here.
                 profile = self._survey.profile(kept.allowed_s, poll, only_steady=True)
             self._profile = profile
-            self._fresh, self._fresh_s = {}, 0.0
+            self._fresh, self._fresh_s, self._pace = {}, 0.0, 1.0
             try:
                 profile_cache.save(self._profile)
             except OSError as error:
@@ -160,6 +162,10 @@ class Refinement:
 
     def _unfinished(self) -> list[Batch]:
         return [one for one in self._batches_in_reach() if self._survey.wants(one, self._least)]
+
+    def _usual_s(self, batch: Batch) -> float:
+        """Seconds that a batch should take now."""
+        return self._pace * self._core.planner.model.predict(batch.shape)
 
     def _finds_room(self, batch: Batch) -> bool:
         """True where no cached prefix has to go for it."""
@@ -182,3 +188,4 @@ class Refinement:
         self._survey.add({batch.shape: runs}, first_s + second_s)
         self._fresh.setdefault(batch.shape, []).extend(runs)
         self._fresh_s += first_s + second_s
+        self._pace *= second_s / self._usual_s(batch)

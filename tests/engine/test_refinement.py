@@ -17,6 +17,7 @@ from minserve.engine.profile_cache import Profile
 from minserve.engine.profile_design import Batch, Limits
 from minserve.engine.profiler import MOST_REPEATS, REPEATS, Survey
 from minserve.engine.refinement import IDLE_SHARE, LONGEST_S, Refinement
+from minserve.planner.perf_model import BatchShape
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 LONG_IDLE_S = 1000.0
@@ -71,7 +72,8 @@ def test_the_longer_nobody_came_the_longer_a_batch_may_take(
         rest_s = one.step(idle_s, never)
     predict = one.profile.model.profiled
     longest_s = max((predict(batch.shape) for batch in device.runs), default=0.0)
-    assert longest_s <= min(IDLE_SHARE * idle_s, LONGEST_S)
+    step_s = predict(BatchShape.of([(16, 1)]))
+    assert step_s <= longest_s <= min(max(IDLE_SHARE * idle_s, 1.001 * step_s), LONGEST_S)
     if rest_s is not None:  # and asks to be called when the next one may run
         later = len(device.runs)
         one.step(idle_s + rest_s + 1e-6, never)
@@ -87,6 +89,20 @@ def test_a_slow_device_is_measured_by_its_own_steps(engine: Engine, device: Devi
     assert one.completeness == 1.0
     repeated = [100.0 * truth(b) for b in survey.batches if len(survey.runs(b)) > 1]
     assert LONGEST_S < max(repeated) <= reach_s
+
+
+def test_a_profile_of_a_very_busy_hour_is_soon_put_right(engine: Engine, device: Device) -> None:
+    """Its batches seem too long for short idle moments, and are not."""
+    device.slowdown = lambda _: 100.0
+    profile = rough(engine)
+    device.slowdown = lambda _: 1.0
+    one, _ = refine(engine, profile)
+    for _ in range(150):
+        one.step(20.0, never)
+    one.save()
+    for batch in (Batch(decodes=(100,) * 4), Batch(chunks=((0, 16),))):
+        assert one.profile.model.profiled(batch.shape) == pytest.approx(truth(batch), rel=0.1)
+    assert max(map(truth, device.runs[12:])) <= IDLE_SHARE * 20.0 * 1.01
 
 
 def test_who_comes_waits_for_one_run_at_most(engine: Engine, device: Device) -> None:
