@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 import psutil
-from slo_servers import cpu_seconds
+from slo_servers import PROFILE_S, cpu_seconds
 
 from minserve.workload.endpoint import Endpoint, find_endpoint
 from minserve.workload.server_process import end
@@ -60,12 +60,14 @@ class Served(Protocol):
 
 
 def minserve_variant(label: str, *flags: str) -> Variant:
-    """A ``minserve serve`` of this environment.
+    """A ``minserve serve`` of this environment, with a full profile of the device from its first
+    start on, so that none is refined between two runs.
 
     Args:
         flags: of it, but for the port.
     """
-    return Variant(label, [sys.executable, "-m", "minserve", "serve", *flags])
+    profile = ["--profile-seconds", str(PROFILE_S)]
+    return Variant(label, [sys.executable, "-m", "minserve", "serve", *profile, *flags])
 
 
 class Server:

@@ -49,10 +49,9 @@ import psutil
 from machine import machine
 from prometheus_client.parser import text_string_to_metric_families
 from simulated_report import ATTAINMENT_GOAL, MEDIAN_GOAL, Inputs, Row, plot, print_table
-from slo_servers import DISTURBED_CORES, await_quiet, cpu_seconds
+from slo_servers import DISTURBED_CORES, PROFILE_S, await_quiet, cpu_seconds
 from tqdm import tqdm
 
-from minserve.config import ServerConfig
 from minserve.devices import Device, find_device
 from minserve.errors import MinserveError
 from minserve.planner.policies import PROMISING
@@ -102,7 +101,7 @@ def child_profile(model: str, threads: int | None) -> None:
     from minserve.engine.profile_cache import profile_path
 
     engine = Engine(model, threads=threads)
-    profile = engine.profile(ServerConfig().profile_seconds, progress=True)
+    profile = engine.profile(PROFILE_S, progress=True)
     print(json.dumps({"file": str(profile_path(profile.key)), "r2": profile.quality.r2}))
 
 

@@ -26,6 +26,8 @@ KV_GIB = 2.0
 SERVER_GIB = 2.0
 # A run beside other work says little: two threads wait for each other when one is held up.
 DISTURBED_CORES = 0.15
+# Seconds for a full profile of the device, before any server starts.
+PROFILE_S = 40.0
 QUIET_S = 60.0
 # What policies that do not choose the length themselves draft: longer pays less often.
 FIXED_SPECULATION = 3

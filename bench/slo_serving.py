@@ -53,10 +53,10 @@ from slo_report import (
     print_table,
     summary,
 )
-from slo_servers import DISTURBED_CORES, Fleet, Server, Variant, await_quiet
+from slo_servers import DISTURBED_CORES, PROFILE_S, Fleet, Server, Variant, await_quiet
 from tqdm import tqdm
 
-from minserve.config import POLICIES, SPECULATORS, ServerConfig
+from minserve.config import POLICIES, SPECULATORS
 from minserve.planner.perf_model import PerfModel
 from minserve.slo import SLO
 from minserve.workload.conversation import Conversation
@@ -81,7 +81,7 @@ def child_profile(model: str) -> None:
     from minserve import Engine
 
     engine = Engine(model, prefix_caching=False)
-    profile = engine.profile(ServerConfig().profile_seconds, progress=True)
+    profile = engine.profile(PROFILE_S, progress=True)
     tokens = {
         work.name: [len(engine.tokenizer.encode(text)) for text in read_prompts(work.prompts_file)]
         for work in CLASSES

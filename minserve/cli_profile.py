@@ -24,6 +24,8 @@ SECONDS = 45.0
 # The lengths for which the zero-load figures are printed.
 PREFILL_TOKENS = DECODE_CONTEXT = 512
 NUM_ROWS = 8
+# How long to wait for a server that measures the same just now.
+PATIENCE_S = 10.0
 # On an idle machine single iterations scatter by 10 to 30%.
 BUSY_MARGIN = 1.5
 GET_PICTURE = "pip install minserve[plot]"
@@ -97,7 +99,9 @@ def _profile(args: argparse.Namespace) -> int:
         raise ConfigError(f"--plot needs matplotlib; run: {GET_PICTURE}")
     logging.getLogger().setLevel(logging.WARNING)
     loaded = load_engine(config)
-    profile = profile_core(loaded.core, loaded.source.name, seconds=args.seconds, progress=True)
+    key = profile_cache.profile_key(loaded.core, loaded.source.name)
+    with profile_cache.alone_with(key, PATIENCE_S):
+        profile = profile_core(loaded.core, loaded.source.name, seconds=args.seconds, progress=True)
     saved, picture, problem = None, args.plot, None
     try:
         if not args.no_save:

@@ -259,7 +259,10 @@ class ServerConfig:
         30.0, "seconds that running requests may still take after SIGTERM", group="server"
     )
     profile_seconds: float = option(
-        40.0, "time to measure this device at the first start; the result is kept", group="server"
+        3.0,
+        "time to measure this device at the first start; the result is kept, and refined while "
+        "nothing runs",
+        group="server",
     )
     watchdog_s: float = option(
         60.0,

@@ -58,8 +58,11 @@ def pytest_xdist_auto_num_workers() -> int | None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Profiles of tiny models stay out of the user's cache."""
+    """Profiles of tiny models stay out of the user's cache, and no idle engine measures beside a
+    test that does not ask for it.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minserve.engine.refinement.FIRST_IDLE_S", 3600.0)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 

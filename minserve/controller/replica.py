@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -142,11 +143,17 @@ class ReplicaLoop:
         return None
 
     def _next_wish(self) -> tuple[float, m.Message | Exception]:
-        """Wait for it; the pool's books are checked in the meantime."""
+        """Wait for it. In the meantime the pool's books are checked, and a rough profile is
+        refined.
+        """
+        since = time.monotonic()
         with suppress(queue.Empty):
             return self._inbox.get(timeout=IDLE_S)
         self._engine.check_integrity()
-        return self._inbox.get()
+        while True:
+            rest_s = self._engine.refine(time.monotonic() - since, lambda: not self._inbox.empty())
+            with suppress(queue.Empty):
+                return self._inbox.get(timeout=rest_s)
 
     def _carry_out(self, asked: m.Message, came_s: float) -> None:
         match asked:
@@ -291,6 +298,7 @@ def main(argument: str) -> int:
         return EXIT_ERROR
     try:
         stop = ReplicaLoop(engine, channel, spec.watchdog_s).run()
+        engine.keep_profile()
     except MinserveError as error:
         log.error("%s", error)
         return EXIT_LOST

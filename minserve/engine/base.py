@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -16,6 +16,7 @@ from minserve.engine.intake import Intake, Prompt
 from minserve.engine.live_output import History
 from minserve.engine.profile_cache import Profile
 from minserve.engine.profiler import measure_drafting, profile_core
+from minserve.engine.refinement import Refinement
 from minserve.engine.speculator import SpeculationStats
 from minserve.errors import (
     ConfigError,
@@ -35,7 +36,8 @@ log = logging.getLogger(__name__)
 
 # A rough profile, for engines that were not profiled when an SLO first asks for it.
 PROBE_S = 3.0
-POOR_R2 = 0.8
+# So many times its own time to measure, an engine waits for another process that measures.
+PATIENCE = 2.0
 
 
 class Submission:
@@ -77,6 +79,7 @@ class EngineBase:
         self.config = EngineConfig.create(model, **settings)
         self._loaded: LoadedEngine = load_engine(self.config)
         self._core = self._loaded.core
+        self._refinement: Refinement | None = None
         self._step_began: float | None = None
         self._step_ended = time.monotonic()
         self._intake = Intake(
@@ -137,14 +140,16 @@ class EngineBase:
                 self.tokenizer.render_chat([{"role": "user", "content": "Hello"}])
 
     def profile(self, seconds: float, *, progress: bool = False) -> Profile:
-        """Take this device's speed from the cache, or measure it.
+        """Take this device's speed from the cache, or measure it, and keep what was measured.
 
         Call it before the first request; engines call it by themselves with a few seconds
-        where SLOs need it.
+        where SLOs need it. A profile that came of a few seconds is rough, and one that was
+        measured on a busy machine is poor: their margin for noise is wider. Engines that run in
+        a loop of their own refine either while nothing runs.
 
         Args:
-            seconds: at most, for measuring. A cached profile that was allowed less is
-                measured again.
+            seconds: at most, for measuring. A cached profile that was allowed less, and is not
+                complete, is gone on with.
             progress: show a progress bar.
 
         Raises:
@@ -153,20 +158,79 @@ class EngineBase:
         if self.config.executor == "simulated":
             raise ConfigError("a simulated device has its profile already")
         key = profile_cache.profile_key(self._core, self.model_name)
-        profile = profile_cache.load(key)
-        if profile is None or profile.allowed_s < seconds:
-            profile = profile_core(self._core, self.model_name, seconds=seconds, progress=progress)
-            if seconds > PROBE_S and profile.quality.r2 < POOR_R2:
-                log.warning(
-                    "the measured times are hard to predict (R2 %.2f): was the machine busy? "
-                    "They are used now, but not kept; try 'minserve profile' when it is idle",
-                    profile.quality.r2,
-                )
-            else:
-                profile_cache.save(profile)
+        # Another process that starts here will have measured by then.
+        with profile_cache.alone_with(key, PATIENCE * seconds):
+            profile = profile_cache.load(key)
+            if profile is None or (
+                profile.allowed_s < seconds and self._refine(profile).completeness < 1.0
+            ):
+                profile = self._measure(seconds, progress, profile)
         model = profile.new_model()
         self._core.planner.model = model.with_draft_costs(*measure_drafting(self._core))
+        self._refinement = self._refine(profile)
+        self._core.stats.profile_completeness = self._refinement.completeness
         return profile
+
+    def _measure(self, seconds: float, progress: bool, kept: Profile | None) -> Profile:
+        """Measure, going on from what is kept, and keep it."""
+        profile = profile_core(
+            self._core, self.model_name, seconds=seconds, progress=progress, kept=kept
+        )
+        if profile.is_poor:
+            log.warning(
+                "the measured times are hard to predict (R2 %.2f): was the machine busy? They are "
+                "kept, with a margin of %.2f, and refined while the engine is idle",
+                profile.quality.r2,
+                profile.model.margin,
+            )
+        try:
+            profile_cache.save(profile)
+        except OSError as error:
+            log.warning("the profile could not be kept: %s", error)
+        return profile
+
+    def _refine(self, profile: Profile) -> Refinement:
+        return Refinement(self._core, self.model_name, profile, self._publish_profile)
+
+    def _publish_profile(self, profile: Profile) -> None:
+        """Plan by a better profile from now on."""
+        self._core.planner.model = self._core.planner.model.refined(profile.new_model())
+        if self._refinement.completeness == 1.0:
+            log.info(
+                "the device's profile is full now: %d batches, R2 %.3f, mean error %.1f%%, "
+                "margin %.2f",
+                len(profile.runs),
+                profile.quality.r2,
+                100 * profile.quality.mape,
+                profile.model.margin,
+            )
+
+    def refine(self, idle_s: float, is_wanted: Callable[[], bool]) -> float | None:
+        """Use an idle moment to refine the profile, for at most one batch.
+
+        Args:
+            idle_s: for how long there has been no work.
+            is_wanted: whether there is some now.
+
+        Returns:
+            seconds after which to call again, if there is still no work; ``None`` where nothing
+            is left to refine.
+        """
+        if self._refinement is None:
+            return None
+        try:
+            rest_s = self._refinement.step(idle_s, is_wanted)
+            self._core.stats.profile_completeness = self._refinement.completeness
+        except Exception:
+            # Nobody's request depends on it.
+            log.exception("refining the profile failed; it stays as it is")
+            self._refinement = rest_s = None
+        return rest_s
+
+    def keep_profile(self) -> None:
+        """Keep what was refined so far, for the next start; at an engine's end."""
+        if self._refinement is not None:
+            self._refinement.save()
 
     def _prepare(
         self,

@@ -20,7 +20,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import dropwhile
+from itertools import dropwhile, takewhile
 
 from minserve.errors import OutOfBlocksError, PoolCorruptedError
 from minserve.planner.plan import CachedPrefix
@@ -93,6 +93,11 @@ class BlockPool:
     def num_free_blocks(self) -> int:
         """Blocks that can be handed out now (evictable cached ones included)."""
         return len(self._free)
+
+    @property
+    def num_blank_blocks(self) -> int:
+        """Blocks that can be handed out without evicting a cached prefix."""
+        return sum(1 for _ in takewhile(lambda block: self._entry_of[block] is None, self._free))
 
     def num_releasable_blocks(self, seq: Sequence) -> int:
         """Blocks that become free when ``seq`` is released (those nobody shares)."""

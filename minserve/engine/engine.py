@@ -234,6 +234,7 @@ class AsyncEngine(EngineBase):
             return
         if self.perf_model is None:
             await asyncio.to_thread(self.profile, PROBE_S)
+        self._stats = self._core.snapshot()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="minserve-core", daemon=True)
         self._thread.start()
@@ -322,6 +323,7 @@ class AsyncEngine(EngineBase):
         """The core's thread. Should the core itself break, every request hears of it."""
         try:
             self._serve()
+            self.keep_profile()
         except Exception as error:
             log.exception("the engine core is broken; restart the process")
             self._loop.call_soon_threadsafe(self._fail_all, self._core.take_untold(), error)
@@ -342,13 +344,23 @@ class AsyncEngine(EngineBase):
                     self._loop.call_soon_threadsafe(self._publish, deltas)
 
     def _wait(self) -> None:
-        """Until there is something to do; the pool's books are checked in the meantime."""
-        with self._wake:
-            if self._wake.wait_for(self._has_business, IDLE_S):
-                return
+        """Until there is something to do. In the meantime the pool's books are checked, and a
+        rough profile is refined.
+        """
+        since = time.monotonic()
+        if self._sleep(IDLE_S):
+            return
         self._core.check_integrity()
+        while True:
+            rest_s = self.refine(time.monotonic() - since, self._has_business)
+            self._stats = self._core.snapshot()
+            if self._sleep(rest_s):
+                return
+
+    def _sleep(self, seconds: float | None) -> bool:
+        """At most so long, or for ever; True once there is something to do."""
         with self._wake:
-            self._wake.wait_for(self._has_business)
+            return self._wake.wait_for(self._has_business, seconds)
 
     def _has_business(self) -> bool:
         return bool(self._inbox) or self._core.has_work

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +21,18 @@ import torch
 from minserve.cpu_name import cpu_name
 from minserve.engine.core import EngineCore
 from minserve.machine import Machine
-from minserve.planner.perf_fit import FitQuality, Sample
+from minserve.planner.perf_fit import FitQuality, Sample, undisturbed
 from minserve.planner.perf_model import BatchShape, PerfModel
 
 log = logging.getLogger(__name__)
 
+# Below this R2 on held-out shapes a profile is poor; fewer shapes than that cannot tell.
+POOR_R2 = 0.8
+LEAST_HELD_OUT = 5
+# How often somebody who waits for a profile looks.
+POLL_S = 0.05
 # Files of another format are measured anew.
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +72,10 @@ class Profile:
         model: fitted to all samples.
         quality: on the held-out shapes, by a fit to the others.
         held_out: these shapes.
-        samples: every shape with the mean of its undisturbed repeats.
-        measured_at: ISO 8601, UTC.
-        seconds: that the measurement took.
-        allowed_s: that it was allowed; a rough profile was allowed little.
+        runs: seconds of every repeat of every shape.
+        measured_at: when the last of them was, ISO 8601, UTC.
+        seconds: that measuring all of them took.
+        allowed_s: that it was allowed at a start; a rough profile was allowed little.
     """
 
     key: ProfileKey
@@ -75,10 +83,20 @@ class Profile:
     model: PerfModel
     quality: FitQuality
     held_out: tuple[Prediction, ...]
-    samples: tuple[Sample, ...]
+    runs: Mapping[BatchShape, tuple[float, ...]]
     measured_at: str
     seconds: float
     allowed_s: float
+
+    @property
+    def samples(self) -> list[Sample]:
+        """Every shape with the mean of its undisturbed repeats."""
+        return [Sample(shape, undisturbed(runs)) for shape, runs in self.runs.items()]
+
+    @property
+    def is_poor(self) -> bool:
+        """True where the times are hard to predict, as on a machine that was busy."""
+        return self.quality.r2 < POOR_R2 and self.quality.num_samples >= LEAST_HELD_OUT
 
     def new_model(self) -> PerfModel:
         """A copy of the model, for one planner to correct online."""
@@ -93,7 +111,7 @@ class Profile:
             "model": self.model.to_dict(),
             "quality": asdict(self.quality),
             "held_out": [[*astuple(p.shape), p.measured_s, p.predicted_s] for p in self.held_out],
-            "samples": [[*astuple(s.shape), s.seconds] for s in self.samples],
+            "runs": [[*astuple(shape), list(runs)] for shape, runs in self.runs.items()],
             "measured_at": self.measured_at,
             "seconds": self.seconds,
             "allowed_s": self.allowed_s,
@@ -114,7 +132,7 @@ class Profile:
             model=PerfModel.from_dict(values["model"]),
             quality=FitQuality(**values["quality"]),
             held_out=tuple(Prediction(BatchShape(*s), m, p) for *s, m, p in values["held_out"]),
-            samples=tuple(Sample(BatchShape(*shape), s) for *shape, s in values["samples"]),
+            runs={BatchShape(*shape): _seconds(runs) for *shape, runs in values["runs"]},
             measured_at=str(values["measured_at"]),
             seconds=float(values["seconds"]),
             allowed_s=float(values["allowed_s"]),
@@ -185,6 +203,55 @@ def save(profile: Profile) -> Path:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+@contextmanager
+def alone_with(key: ProfileKey, wait_s: float) -> Iterator[bool]:
+    """Keep other processes from measuring for the same key, which would disturb both.
+
+    Args:
+        wait_s: how long to wait for the end of what another one measures.
+
+    Yields:
+        whether the caller is alone; where no lock can be taken in the folder, it is.
+    """
+    path = profile_path(key).with_suffix(".lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError:
+        yield True
+        return
+    try:
+        yield _lock(file, time.monotonic() + wait_s)
+    finally:
+        os.close(file)  # which lets go
+
+
+def _lock(file: int, deadline: float) -> bool:
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(POLL_S)
+        except OSError:  # a file system without locks
+            return True
+        else:
+            return True
+
+
+def _seconds(runs: Any) -> tuple[float, ...]:
+    """The runs of a file.
+
+    Raises:
+        ValueError, TypeError: where they are none.
+    """
+    seconds = tuple(map(float, runs))
+    if not seconds or not all(0.0 < each < float("inf") for each in seconds):
+        raise ValueError(f"{runs!r} are no seconds of runs")
+    return seconds
 
 
 def _device_name(device: torch.device) -> str:

@@ -22,6 +22,8 @@ SEVERAL_PROMPTS = 0.15
 CONTEXT_SPREAD = 0.5
 KINDS = ("decodes", "chunks", "mix")
 NUM_DIMENSIONS = 5
+# Tokens before those that a draft model is timed with.
+DRAFT_CONTEXT = 48
 
 
 @dataclass(frozen=True, slots=True)

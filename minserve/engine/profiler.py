@@ -1,19 +1,16 @@
 """`profile_core`: measures batches on an idle core and fits the device's performance model.
 
-Sequences are synthetic, but their blocks are the pool's and the KV that they read was
-written, so that memory costs what it does in service.
+What is measured adds up: a `Survey` goes on from the runs of a kept profile, whether in one go
+(here) or a batch now and then (`minserve.engine.refinement`).
 """
 
 from __future__ import annotations
 
 import random
-import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
 from datetime import UTC, datetime
-from itertools import count
 
 import numpy as np
 import torch
@@ -22,14 +19,23 @@ from tqdm import tqdm
 from minserve.engine.core import EngineCore
 from minserve.engine.draft_model import DraftModelProposer
 from minserve.engine.profile_cache import Prediction, Profile, profile_key
-from minserve.engine.profile_design import Batch, Limits, design
-from minserve.engine.runner import Scheduled
-from minserve.engine.speculator import Wanted
+from minserve.engine.profile_design import DRAFT_CONTEXT, Batch, Limits, design
+from minserve.engine.workbench import Workbench
 from minserve.errors import ProfileError
-from minserve.planner.perf_fit import Sample, evaluate, fit
-from minserve.planner.perf_model import MARGIN_QUANTILE, PerfModel, residual_quantile
-from minserve.request import Request, Sequence
-from minserve.sampling_params import SamplingParams
+from minserve.planner.perf_fit import (
+    SAMPLES_PER_PIECE,
+    Sample,
+    agree,
+    evaluate,
+    fit,
+    undisturbed,
+)
+from minserve.planner.perf_model import (
+    MARGIN_QUANTILE,
+    BatchShape,
+    PerfModel,
+    residual_quantile,
+)
 
 NUM_BATCHES = 96
 # These are measured however long they take: fewer cannot be fitted and checked.
@@ -37,8 +43,6 @@ LEAST_BATCHES = 10
 REPEATS = 3
 # Where repeats disagree, more of them are made, up to this many.
 MOST_REPEATS = 6
-# Repeats this much slower than the fastest count as undisturbed.
-AGREEMENT = 1.15
 # So many new batches are measured between two rounds of repeats.
 BLOCK = 10
 # The last share of the time has repeats alone.
@@ -46,12 +50,13 @@ RESERVE = 0.3
 # A batch that should take more than this share of the time is left out.
 BATCH_SHARE = 0.04
 HELD_OUT_SHARE = 0.25
+# A quarter of fewer samples than that says little of what a fit misses.
+FEW = 2 * SAMPLES_PER_PIECE
 # Sizes at which the draft model is measured.
 DRAFT_SEQS = (1, 4, 16)
 DRAFT_STEPS = (1, 4)
-DRAFT_CONTEXT = 48
 
-Times = dict[Batch, list[float]]
+Times = dict[BatchShape, list[float]]
 
 
 def profile_core(
@@ -61,6 +66,7 @@ def profile_core(
     seconds: float = 50.0,
     progress: bool = False,
     seed: int = 0,
+    kept: Profile | None = None,
 ) -> Profile:
     """Measure batches on an idle core and fit its performance model.
 
@@ -72,49 +78,144 @@ def profile_core(
         seconds: to measure for; two are enough for a rough model of a small one.
         progress: show a bar on stderr.
         seed: of the choice of batches.
+        kept: what was measured before, to go on from.
 
     Raises:
         ProfileError: where the core is at work, or can run too few different batches.
     """
     if core.has_work:
         raise ProfileError("only an idle engine can be profiled; wait until its requests ended")
-    started = time.perf_counter()
-    batches = design(Limits.of(core), NUM_BATCHES, seed)
+    survey = Survey(core, model_name, seed=seed, kept=kept)
     with tqdm(
         total=seconds,
         desc="Profiling",
         bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s",
         disable=not progress,
     ) as bar:
-        times = _measure(Workbench(core, seed), batches, seconds, random.Random(seed), bar)
+        _measure(survey, seconds, random.Random(seed), bar)
     core.check_integrity()
-    samples = [Sample(batch.shape, undisturbed(runs)) for batch, runs in times.items()]
-    unseen, seen = _split(samples, random.Random(seed))
-    judged, model = fit(seen), fit(samples)
-    # Single iterations scatter more than the samples do.
-    ratios = [t / model.profiled(batch.shape) for batch, runs in times.items() for t in runs]
-    margin = max(1.0, residual_quantile(ratios, MARGIN_QUANTILE))
-    return Profile(
-        key=profile_key(core, model_name),
-        torch=torch.__version__,
-        model=PerfModel(model.pieces, margin=margin),
-        quality=evaluate(judged, unseen),
-        held_out=tuple(Prediction(s.shape, s.seconds, judged.profiled(s.shape)) for s in unseen),
-        samples=tuple(samples),
-        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        seconds=time.perf_counter() - started,
-        allowed_s=seconds,
-    )
+    allowed_s = seconds if kept is None else max(seconds, kept.allowed_s)
+    return survey.profile(allowed_s)
 
 
-def undisturbed(runs: SequenceOf[float]) -> float:
-    """The mean of those repeats that are about as fast as the fastest.
+class Survey:
+    """The batches of a core's design, and how long they took.
 
-    Whatever else the machine does only ever adds time, and often to most of a few repeats
-    of a batch, so that their median would hold it.
+    Args:
+        seed: of the choice of batches.
+        kept: an older profile; its runs count as if they had been measured here.
+
+    Attributes:
+        batches: of the design, the simplest first.
+        times: seconds of every run, by shape; also of shapes that other settings measured.
     """
-    fastest = min(runs)
-    return statistics.mean(run for run in runs if run <= AGREEMENT * fastest)
+
+    def __init__(
+        self, core: EngineCore, model_name: str, *, seed: int = 0, kept: Profile | None = None
+    ) -> None:
+        self.batches = design(Limits.of(core), NUM_BATCHES, seed)
+        self.times: Times = {}
+        self.bench = Workbench(core, seed)
+        self._key = profile_key(core, model_name)
+        self._seed, self._seconds = seed, 0.0
+        if kept is not None:
+            self.take(kept)
+
+    def take(self, kept: Profile) -> None:
+        """Go on from this profile alone."""
+        self.times, self._seconds = {}, 0.0
+        self.add(kept.runs, kept.seconds)
+
+    def add(self, runs: Mapping[BatchShape, SequenceOf[float]], seconds: float) -> None:
+        """Count runs in that were measured elsewhere.
+
+        Args:
+            seconds: that measuring them took.
+        """
+        for shape, more in runs.items():
+            self.times.setdefault(shape, []).extend(more)
+        self._seconds += seconds
+
+    def measure(self, batch: Batch) -> float:
+        """Run a batch once more; its seconds."""
+        started = time.perf_counter()
+        found = self.bench.time(batch)
+        self.add({batch.shape: [found]}, time.perf_counter() - started)
+        return found
+
+    @property
+    def num_steady(self) -> int:
+        """Shapes of which two repeats took about as long."""
+        return sum(map(agree, self.times.values()))
+
+    def runs(self, batch: Batch) -> list[float]:
+        """Seconds of the batch's runs so far."""
+        return self.times.get(batch.shape, [])
+
+    def wants(self, batch: Batch, least: int) -> bool:
+        """True where there are fewer runs of a batch than that, or they disagree."""
+        runs = self.runs(batch)
+        return len(runs) < least or (not agree(runs) and len(runs) < MOST_REPEATS)
+
+    def guess(self, batch: Batch) -> float:
+        """Seconds of a batch by those measured so far."""
+        return fit(self._samples(), max_pieces=1).profiled(batch.shape)
+
+    def profile(
+        self,
+        allowed_s: float,
+        poll: Callable[[], None] = lambda: None,
+        *,
+        only_steady: bool = False,
+    ) -> Profile:
+        """What the runs so far say. Takes up to a second or two.
+
+        Args:
+            allowed_s: what measuring was allowed to take.
+            poll: called every few milliseconds; whatever it raises ends this.
+            only_steady: leave out what was not repeated, or never twice in about the same time.
+
+        Raises:
+            ProfileError: where the runs are too few.
+        """
+        samples = self._samples(only_steady)
+        unseen, seen = _split(samples, random.Random(self._seed))
+        judged, model = fit(seen, poll=poll), fit(samples, poll=poll)
+        held_out = tuple(Prediction(s.shape, s.seconds, judged.profiled(s.shape)) for s in unseen)
+        # Single iterations scatter more than the samples do; and a fit to few samples, or to
+        # disturbed ones, is further off where it was not fitted.
+        ratios = [t / model.profiled(s.shape) for s in samples for t in self.times[s.shape]]
+        missed = [one.measured_s / one.predicted_s for one in held_out]
+        if len(samples) < FEW:
+            missed = _missed(samples)
+        margin = max(1.0, *(residual_quantile(each, MARGIN_QUANTILE) for each in (ratios, missed)))
+        return Profile(
+            key=self._key,
+            torch=torch.__version__,
+            model=PerfModel(model.pieces, margin=margin),
+            quality=evaluate(judged, unseen),
+            held_out=held_out,
+            runs={shape: tuple(runs) for shape, runs in self.times.items()},
+            measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=self._seconds,
+            allowed_s=allowed_s,
+        )
+
+    def _samples(self, only_steady: bool = False) -> list[Sample]:
+        return [
+            Sample(shape, undisturbed(runs))
+            for shape, runs in self.times.items()
+            if agree(runs) or not only_steady
+        ]
+
+
+def _missed(samples: list[Sample]) -> list[float]:
+    """Of each sample, measured over predicted seconds by a fit to all others."""
+    others = [[*samples[:i], *samples[i + 1 :]] for i in range(len(samples))]
+    return [
+        one.seconds / fit(rest, max_pieces=1).profiled(one.shape)
+        for one, rest in zip(samples, others, strict=True)
+    ]
 
 
 def _split(samples: list[Sample], rng: random.Random) -> tuple[list[Sample], list[Sample]]:
@@ -124,40 +225,34 @@ def _split(samples: list[Sample], rng: random.Random) -> tuple[list[Sample], lis
     return shuffled[:num_unseen], shuffled[num_unseen:]
 
 
-def _measure(
-    bench: Workbench, batches: SequenceOf[Batch], seconds: float, rng: random.Random, bar: tqdm
-) -> Times:
-    """Seconds of every repeat of the batches that there was time for.
+def _measure(survey: Survey, seconds: float, rng: random.Random, bar: tqdm) -> None:
+    """Measure what there is time for.
 
     New batches take turns with repeats of old ones, so that a disturbance of some seconds
     hits many batches once and none always. Slow drift of the machine needs no more than that.
     """
     started = time.perf_counter()
-    times: Times = {}
 
     def left() -> float:
         return seconds - (time.perf_counter() - started)
 
     def measure(batch: Batch) -> None:
-        times.setdefault(batch, []).append(bench.time(batch))
+        survey.measure(batch)
         bar.update(seconds - max(0.0, left()) - bar.n)
 
     def repeat(least: int) -> None:
-        again = [
-            batch
-            for batch, runs in times.items()
-            if len(runs) < least or (not _agree(runs) and len(runs) < MOST_REPEATS)
-        ]
+        again = [b for b in survey.batches if survey.runs(b) and survey.wants(b, least)]
         rng.shuffle(again)
-        for batch in sorted(again, key=lambda b: _agree(times[b])):
-            if min(times[batch]) < left():
+        for batch in sorted(again, key=lambda b: agree(survey.runs(b))):
+            if min(survey.runs(batch)) < left():
                 measure(batch)
 
-    bench.time(batches[0])  # the first batch of a process is slow
-    for first in range(0, len(batches), BLOCK):
-        for batch in batches[first : first + BLOCK]:
-            if len(times) < LEAST_BATCHES or (
-                left() > RESERVE * seconds and _guess(times, batch) <= BATCH_SHARE * seconds
+    survey.bench.time(survey.batches[0])  # the first batch of a process is slow
+    for first in range(0, len(survey.batches), BLOCK):
+        for batch in survey.batches[first : first + BLOCK]:
+            if not survey.runs(batch) and (
+                len(survey.times) < LEAST_BATCHES
+                or (left() > RESERVE * seconds and survey.guess(batch) <= BATCH_SHARE * seconds)
             ):
                 measure(batch)
         if left() <= RESERVE * seconds:
@@ -165,18 +260,6 @@ def _measure(
         repeat(least=2)
     for _ in range(MOST_REPEATS):
         repeat(REPEATS)
-    return times
-
-
-def _guess(times: Times, batch: Batch) -> float:
-    """Seconds of a batch by those measured so far."""
-    samples = [Sample(other.shape, undisturbed(runs)) for other, runs in times.items()]
-    return fit(samples, max_pieces=1).profiled(batch.shape)
-
-
-def _agree(runs: SequenceOf[float]) -> bool:
-    """True where the two fastest repeats took about as long."""
-    return len(runs) > 1 and sorted(runs)[1] <= AGREEMENT * min(runs)
 
 
 def measure_drafting(core: EngineCore) -> tuple[float, float]:
@@ -205,104 +288,3 @@ def measure_drafting(core: EngineCore) -> tuple[float, float]:
     weighted = np.array(rows, dtype=np.float64) / np.array(times)[:, None]
     (step_s, token_s), *_ = np.linalg.lstsq(weighted, np.ones(len(rows)), rcond=None)
     return max(0.0, float(step_s)), max(0.0, float(token_s))
-
-
-class Workbench:
-    """Runs batches of synthetic sequences on a core and leaves nothing behind.
-
-    Args:
-        params: of the sequences. The default draws from the whole vocabulary.
-    """
-
-    def __init__(self, core: EngineCore, seed: int, params: SamplingParams | None = None) -> None:
-        self._core = core
-        self._params = params or SamplingParams()
-        self._rng = random.Random(seed)
-        self._vocab = range(core.runner.model.shape.vocab_size)
-        self._ids = count()
-        self._written: set[int] = set()
-
-    def time(self, batch: Batch) -> float:
-        """Seconds that the runner takes for the batch."""
-        with self._scheduled(batch) as scheduled:
-            self._write_kv(scheduled)
-            self._synchronize()
-            started = time.perf_counter()
-            self._core.runner.run(scheduled)
-            self._synchronize()
-            return time.perf_counter() - started
-
-    def time_drafts(self, num_seqs: int, num_steps: int) -> dict[tuple[int, int], list[float]]:
-        """Seconds of drafting, by forward passes and tokens run: behind contexts whose draft KV
-        is missing, and then behind the same with it.
-        """
-        proposer, times = self._core.proposer, {}
-        for _ in range(REPEATS + 1):  # the first of a process is slow
-            with self._scheduled(Batch(decodes=(DRAFT_CONTEXT,) * num_seqs)) as scheduled:
-                wanted = [Wanted(item.seq, num_steps) for item in scheduled]
-                for one in wanted:
-                    self._core.pool.grow(one.seq, 1 + num_steps)
-                for _ in range(2):
-                    tokens = sum(proposer.lag(one.seq) + num_steps for one in wanted)
-                    self._synchronize()
-                    started = time.perf_counter()
-                    proposer.propose(wanted)
-                    self._synchronize()
-                    seconds = time.perf_counter() - started
-                    times.setdefault((num_steps, tokens), []).append(seconds)
-                    for one in wanted:
-                        proposer.roll_back(one.seq)
-                for one in wanted:
-                    proposer.forget(one.seq)
-        return times
-
-    @contextmanager
-    def _scheduled(self, batch: Batch) -> Iterator[list[Scheduled]]:
-        """The batch's sequences, holding blocks for as long as the context lasts.
-
-        Nothing is committed, so that the prefix index never hears of them.
-        """
-        scheduled: list[Scheduled] = []
-        try:
-            for start in batch.decodes:
-                seq = self._sequence(start, start)
-                seq.token_ids.append(self._rng.choice(self._vocab))
-                scheduled.append(Scheduled(seq, 1))
-            for start, num_tokens in batch.chunks:
-                seq = self._sequence(start + num_tokens, start)
-                scheduled.append(Scheduled(seq, num_tokens))
-            for item in scheduled:
-                self._core.pool.grow(item.seq, item.num_tokens)
-            yield scheduled
-        finally:
-            for item in scheduled:
-                self._core.pool.release(item.seq)
-
-    def _sequence(self, num_prompt_tokens: int, num_computed_tokens: int) -> Sequence:
-        request = Request(
-            request_id=f"profile-{next(self._ids)}",
-            prompt_token_ids=tuple(self._rng.choices(self._vocab, k=num_prompt_tokens)),
-            params=self._params,
-            seed=0,
-            arrival_s=0.0,
-        )
-        seq = Sequence(request)
-        seq.num_computed_tokens = num_computed_tokens
-        return seq
-
-    def _write_kv(self, scheduled: SequenceOf[Scheduled]) -> None:
-        """Fill blocks seen for the first time: memory never written reads faster."""
-        blocks = {block for item in scheduled for block in item.seq.block_table} - self._written
-        if not blocks:
-            return
-        self._written |= blocks
-        for kv in self._core.runner.kv:
-            for part in (kv.key, kv.value):
-                part[sorted(blocks)] = torch.randn(part.shape[1:], device=part.device).to(
-                    part.dtype
-                )
-
-    def _synchronize(self) -> None:
-        device = self._core.runner.device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)

@@ -130,6 +130,7 @@ def load_simulated_core(
         max_num_seqs=config.max_num_seqs,
         clock=time.monotonic,
     )
+    core.stats.profile_completeness = 1.0
     longest = min(device.max_model_len, num_blocks * config.block_size)
     if config.max_model_len is not None and config.max_model_len > longest:
         raise ConfigError(

@@ -101,6 +101,8 @@ class EngineStats:
             ended or were ``discarded``.
         prefill_tokens, decode_tokens, draft_tokens: that one iteration ran.
         speculation: what was drafted and accepted.
+        profile_completeness: share of the measurements of a full profile of the device that were
+            made, 0 to 1: the profile is rough until all were, and there is none at 0.
     """
 
     num_running: int = 0
@@ -131,6 +133,7 @@ class EngineStats:
     decode_tokens: Histogram = field(default_factory=_of_batches)
     draft_tokens: Histogram = field(default_factory=_of_batches)
     speculation: SpeculationStats = field(default_factory=SpeculationStats)
+    profile_completeness: float = 0.0
 
     def add_classes(self, names: Iterable[str]) -> None:
         """Count these SLO classes by name."""

@@ -10,9 +10,11 @@ residuals, so that small batches count as much as large ones and outliers little
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import astuple, dataclass
 from functools import cache
+from statistics import mean
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +45,8 @@ MAD_TO_SIGMA = 1.4826
 # Keeps the normal equations solvable where features are collinear.
 RIDGE = 1e-9
 TINY = 1e-9
+# Repeats this much slower than the fastest count as undisturbed.
+AGREEMENT = 1.15
 # A model must grow with the tokens to be inverted; no device is faster than this.
 LEAST_TOKEN_S = 1e-9
 
@@ -73,10 +77,34 @@ class FitQuality:
     num_samples: int
 
 
-def fit(samples: SequenceOf[Sample], *, max_pieces: int = 2) -> PerfModel:
+def undisturbed(runs: SequenceOf[float]) -> float:
+    """The mean of those repeats of a batch that are about as fast as the fastest.
+
+    Whatever else the machine does only ever adds time, and often to most of a few repeats
+    of a batch, so that their median would hold it.
+    """
+    fastest = min(runs)
+    return mean(run for run in runs if run <= AGREEMENT * fastest)
+
+
+def agree(runs: SequenceOf[float]) -> bool:
+    """True where the two fastest repeats of a batch took about as long."""
+    return len(runs) > 1 and sorted(runs)[1] <= AGREEMENT * min(runs)
+
+
+def fit(
+    samples: SequenceOf[Sample],
+    *,
+    max_pieces: int = 2,
+    poll: Callable[[], None] = lambda: None,
+) -> PerfModel:
     """The model with the fewest pieces that predicts held-out samples as well as any.
 
     Its ``margin`` covers the `MARGIN_QUANTILE` of the samples. Deterministic.
+
+    Args:
+        poll: called every few milliseconds; whatever it raises ends the fit, which takes up to a
+            second for two pieces.
 
     Raises:
         ProfileError: for fewer than `MIN_SAMPLES` samples, or seconds that are not above 0.
@@ -94,7 +122,7 @@ def fit(samples: SequenceOf[Sample], *, max_pieces: int = 2) -> PerfModel:
     scale = rows.max(axis=0)
     rows /= scale
     most = max(1, min(max_pieces, len(samples) // SAMPLES_PER_PIECE))
-    found = _fit_pieces(rows, _choose_num_pieces(rows, most)) / scale
+    found = _fit_pieces(rows, _choose_num_pieces(rows, most, poll), poll) / scale
     coefficients = np.zeros((len(found), NUM_FEATURES))
     coefficients[:, used] = found
     if not (coefficients[:, 0] > 0).any():
@@ -135,7 +163,7 @@ def _arrays(samples: SequenceOf[Sample]) -> tuple[Floats, Floats]:
     return features, np.array([s.seconds for s in samples], dtype=np.float64)
 
 
-def _choose_num_pieces(rows: Floats, max_pieces: int) -> int:
+def _choose_num_pieces(rows: Floats, max_pieces: int, poll: Callable[[], None]) -> int:
     """By cross-validation: the fewest pieces that are no worse than the best, within noise.
 
     As in Breiman et al., "Classification and Regression Trees" (1984), noise is measured in
@@ -148,14 +176,14 @@ def _choose_num_pieces(rows: Floats, max_pieces: int) -> int:
     for k in range(1, max_pieces + 1):
         for fold in range(FOLDS):
             out = folds == fold
-            coefficients = _fit_pieces(rows[~out], k)
+            coefficients = _fit_pieces(rows[~out], k, poll)
             errors[k - 1, out] = _errors(rows[out], coefficients)
     worse = errors - errors[errors.mean(axis=1).argmin()]
     noise = worse.std(axis=1) / np.sqrt(len(rows))
     return 1 + int(np.argmax(worse.mean(axis=1) <= SIGNIFICANT * noise))
 
 
-def _fit_pieces(rows: Floats, num_pieces: int) -> Floats:
+def _fit_pieces(rows: Floats, num_pieces: int, poll: Callable[[], None]) -> Floats:
     """Least-squares partition: coefficients ``[at most num_pieces, features]``."""
     whole = _fit_piece(rows)[None]
     best, least = whole, _errors(rows, whole).mean()
@@ -166,6 +194,7 @@ def _fit_pieces(rows: Floats, num_pieces: int) -> Floats:
         centres = rows[rng.choice(len(rows), num_pieces, replace=False)]
         part = np.square(rows[:, None] - centres).sum(axis=2).argmin(axis=1)
         for _ in range(PARTITION_ROUNDS):
+            poll()
             pieces = np.stack([_fit_piece(rows[part == p]) for p in np.unique(part)])
             error = _errors(rows, pieces).mean()
             if error < least:

@@ -116,6 +116,7 @@ class PerfModel:
         self.speculation_drift = 1.0
         self.next_factor: float | None = None
         self._scatter = Scatter(margin, 1.0 - MARGIN_QUANTILE)
+        self._newest: BatchShape | None = None
 
     @property
     def drift(self) -> float:
@@ -189,6 +190,7 @@ class PerfModel:
         profiled = self.profiled(shape)
         if not (seconds > 0 and profiled > 0):
             return
+        self._newest = shape
         ratio = seconds / (self.drift * profiled)
         if shape.draft_steps:
             ratio /= self.speculation_drift
@@ -211,6 +213,22 @@ class PerfModel:
         """
         pieces = [replace(p, draft_steps=step_s, draft_tokens=token_s) for p in self.pieces]
         return PerfModel(pieces, margin=self.margin)
+
+    def refined(self, profiled: PerfModel) -> PerfModel:
+        """A better profile of the same device, made while this model followed it.
+
+        How the times scatter is known as before, and so are the costs of drafts. What was learned
+        of the speed is relative to a profile: a batch like the newest one is expected to take
+        what it was, until the next iterations show what of that was the old profile's error.
+        """
+        step_s, token_s = self.pieces[0].draft_steps, self.pieces[0].draft_tokens
+        model = profiled.with_draft_costs(step_s, token_s)
+        if self._newest is None:
+            return model
+        model._newest, model.speculation_drift = self._newest, self.speculation_drift
+        factor = self.profiled(self._newest) / model.profiled(self._newest)
+        model._scatter = self._scatter.rescaled(factor)
+        return model
 
     def to_dict(self) -> dict[str, Any]:
         """The profile, ready for JSON; the online correction is left out."""

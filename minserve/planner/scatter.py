@@ -13,6 +13,7 @@ iterations, while between two steps the estimate is calm.
 from __future__ import annotations
 
 import math
+from copy import copy
 from functools import lru_cache
 from statistics import NormalDist
 
@@ -84,6 +85,17 @@ class Scatter:
         self._since_change += 1
         weight = max(DRIFT_RATE, 1.0 / (self._since_change + FIRST_WEIGHT))
         self.drift *= 1.0 + rate * weight * (min(ratio, MOST_RATIO) - 1.0)
+
+    def rescaled(self, factor: float) -> Scatter:
+        """The same seconds against another profile, whose own seconds are smaller by ``factor``.
+
+        The drift is believed no more than a first guess, since it holds for some batches alone.
+        """
+        other = copy(self)
+        other.drift = factor * self.drift
+        other._since_change = 0
+        other._up, other._down = _Run(), _Run()
+        return other
 
     def risk(self, factor: float) -> float:
         """Chance that one iteration takes more than so many times its expected seconds."""

@@ -125,6 +125,12 @@ def _gauges(stats: EngineStats) -> Iterator[Metric]:
         ("num_requests_running", "Outputs that hold KV blocks.", stats.num_running),
         ("num_requests_waiting", "Outputs that wait for admission.", stats.num_waiting),
         ("kv_cache_usage_perc", "KV blocks in use; 1 is all of them.", stats.kv_usage),
+        (
+            "profile_completeness",
+            "Measurements of the device made, of those of a full profile; below 1 it is rough, "
+            "and refined while nothing runs.",
+            stats.profile_completeness,
+        ),
     ):
         yield GaugeMetricFamily(PREFIX + name, text, value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ from cluster import Cluster, start_cluster
 from waiting import PATIENCE_S, wait_until
 
 from minserve.controller.replica import ReplicaSpec
+from minserve.engine.profile_cache import Profile
 from minserve.exit_codes import EXIT_REFUSED
 
 # About as many as the model can take: streams that are to be hit must not be over by then.
@@ -195,3 +197,25 @@ def test_unknown_replicas_and_verbs_are_refused(cluster: Cluster) -> None:
         with pytest.raises(urllib.error.HTTPError) as error:
             cluster.post(path)
         assert error.value.code == 404
+
+
+def test_idle_replicas_refine_one_profile_together(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flags = ("--replicas", "2", "--profile-seconds", "0.05")
+
+    def completeness() -> list[float]:
+        told = re.findall(r"minserve:profile_completeness\{.*\} (\S+)", own.get("/metrics"))
+        return list(map(float, told))
+
+    for own in start_cluster(tiny_llama_dir, tmp_path, *flags):
+        own.wait_until_up()
+        first = wait_for(lambda: all(known := completeness()) and known)
+        assert len(first) == 2
+        assert max(first) < 1.0
+        wait_for(lambda first=first: min(completeness()) > max(first))
+    # Once they have ended, what both measured is kept.
+    (kept,) = (tmp_path / "minserve" / "profiles").glob("*.json")
+    profile = Profile.from_dict(json.loads(kept.read_text()))
+    assert sum(map(len, profile.runs.values())) > len(profile.runs)

@@ -53,6 +53,20 @@ def stop(pool: BlockPool, seq: Sequence) -> None:
     seq.num_computed_tokens = 0
 
 
+def test_blank_blocks_are_those_that_hold_no_prefix():
+    pool = BlockPool(8, BLOCK)
+    cached, running = make_seq(range(9)), make_seq(range(50, 55))
+    start(pool, cached)
+    stop(pool, cached)
+    assert (pool.num_free_blocks, pool.num_blank_blocks) == (8, 6)
+    start(pool, running)
+    assert (pool.num_free_blocks, pool.num_blank_blocks) == (6, 4)
+    other = make_seq(range(100, 100 + BLOCK * pool.num_blank_blocks))
+    start(pool, other)
+    assert pool.cached_prefix(make_seq(range(9))).num_tokens == 8
+    assert pool.num_blank_blocks == 0
+
+
 def test_grow_takes_whole_blocks_and_release_gives_them_back():
     pool = BlockPool(8, BLOCK)
     seq = make_seq(range(9))

@@ -176,6 +176,7 @@ def test_what_a_device_cannot_hold_is_refused(
 def test_its_speed_is_known_without_measuring(tiny_llama_dir: Path) -> None:
     engine = Engine(str(tiny_llama_dir), executor="simulated", profile=PUBLISHED)
     assert engine.perf_model.pieces == find_device(PUBLISHED).pieces
+    assert engine._core.snapshot().profile_completeness == 1.0
     assert engine.max_model_len == 2048
 
 

@@ -178,3 +178,27 @@ def test_batches_with_drafts_that_are_slower_than_profiled_are_learned_apart() -
     for _ in range(3000):
         model.observe(plain, model.profiled(plain))
     assert model.speculation_drift < 1.1  # worth another try
+
+
+def test_a_refined_profile_expects_of_the_newest_batch_what_was_expected() -> None:
+    """The old profile is wrong by half for long contexts, and the device slower by a fifth."""
+    rough = PerfModel([Piece(1e-3, base=0.02)]).with_draft_costs(2e-3, 1e-5)
+    better = PerfModel([Piece(1e-3, context_tokens=5e-5, base=0.02)], margin=1.3)
+    rng = random.Random(0)
+    for _ in range(300):
+        rough.observe(SHAPE, 1.2 * better.profiled(SHAPE) * rng.uniform(0.95, 1.05))
+    refined = rough.refined(better)
+    assert refined.predict(SHAPE) == pytest.approx(rough.predict(SHAPE))
+    assert refined.drift == pytest.approx(1.2, rel=0.03)
+    assert refined.bound(1, 0.1) == pytest.approx(rough.bound(1, 0.1))
+    other = BatchShape.of([(3000, 1)] * 4)
+    assert refined.profiled(other) == better.profiled(other)
+    drafted = replace(SHAPE, draft_steps=3, draft_tokens=40)
+    assert refined.profiled(drafted) - refined.profiled(SHAPE) == pytest.approx(6e-3 + 4e-4)
+
+
+def test_a_refined_profile_of_an_engine_that_never_ran_stands_for_itself() -> None:
+    better = PerfModel(MODEL, margin=1.3)
+    refined = PerfModel([Piece(1e-3)]).refined(better)
+    assert (refined.drift, refined.bound(1, 0.1)) == (1.0, better.bound(1, 0.1))
+    assert refined.to_dict() == better.to_dict()

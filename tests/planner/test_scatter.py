@@ -146,3 +146,16 @@ def test_a_large_step_is_not_overshot(factor: float) -> None:
     scatter, rng = settled(lognormal(0.05)), random.Random(0)
     feed(scatter, (factor * lognormal(0.05)(rng) for _ in range(60)))
     assert scatter.drift == pytest.approx(factor, rel=0.1)
+
+
+def test_another_profile_changes_what_is_believed_of_the_speed_and_not_of_the_scatter() -> None:
+    learned = settled(lambda rng: 1.4 * math.exp(rng.gauss(0.0, 0.1)))
+    other = learned.rescaled(0.5)
+    assert other.drift == pytest.approx(learned.drift / 2)
+    assert other.variance == learned.variance
+    assert other.bound(1, 0.1) == learned.bound(1, 0.1)
+    # It is a first guess: where it was wrong, a few iterations put it right, and nothing else.
+    drift = learned.drift
+    feed(other, iter([1.0] * 8))
+    assert other.drift == pytest.approx(1.0, abs=0.1)
+    assert learned.drift == drift

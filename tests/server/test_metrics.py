@@ -25,6 +25,7 @@ CONTRACT = {
     "num_requests_waiting": "gauge",
     "num_requests_unfinished": "gauge",
     "kv_cache_usage_perc": "gauge",
+    "profile_completeness": "gauge",
     "slo_attainment": "gauge",
     "prefix_cache_queries": "counter",
     "prefix_cache_hits": "counter",
