@@ -54,6 +54,7 @@ def forms() -> dict[str, Placement]:
         "float32": Placement(cpu, torch.float32, torch.float32, WeightFormat.DENSE),
         "float32 onednn": Placement(cpu, torch.float32, torch.float32, WeightFormat.ONEDNN),
         "float16 fbgemm": Placement(cpu, torch.float32, torch.float16, WeightFormat.FBGEMM_FP16),
+        "int8 fbgemm": Placement.choose(cpu, "auto", quantization="int8"),
     }
     if _fast_bf16():
         found["bfloat16"] = Placement(cpu, torch.bfloat16, torch.bfloat16, WeightFormat.DENSE)

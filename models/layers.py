@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minserve.errors import UnsupportedModelError
+from minserve.errors import ConfigError, UnsupportedModelError
+from minserve.models.quantized_layers import Int8Linear, int8_is_supported
 
 Linear = Callable[[Tensor], Tensor]
 Activation = Callable[[Tensor], Tensor]
@@ -34,11 +35,13 @@ class WeightFormat(Enum):
     ONEDNN: prepacked for oneDNN in the activations' dtype.
     FBGEMM_FP16: packed in float16 for FBGEMM, which multiplies in float32: half the
         memory traffic of float32, for CPUs without bfloat16 arithmetic.
+    FBGEMM_INT8: quantized to int8 and packed for FBGEMM (quantized_layers.py).
     """
 
     DENSE = "dense"
     ONEDNN = "onednn"
     FBGEMM_FP16 = "fbgemm-fp16"
+    FBGEMM_INT8 = "fbgemm-int8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ class Placement:
     Attributes:
         device: of weights and activations.
         dtype: of activations, embeddings, norms and KV.
-        weight_dtype: to which linear weights are rounded.
+        weight_dtype: to which embeddings and, unless quantized, linear weights are rounded.
         format: how linear weights are kept.
         fused: whether norms and activations take the form of fused kernels, for which
             Triton must run on the device.
@@ -61,11 +64,27 @@ class Placement:
     fused: bool = False
 
     @classmethod
-    def choose(cls, device: torch.device, dtype: str, fused: bool = False) -> Placement:
+    def choose(
+        cls, device: torch.device, dtype: str, fused: bool = False, quantization: str = "none"
+    ) -> Placement:
         """The fastest placement for a dtype name (``auto`` included) on a device.
 
         ``float16`` on a CPU means weights in float16 and arithmetic in float32.
+
+        Args:
+            quantization: of linear weights, ``none`` or ``int8``.
+
+        Raises:
+            ConfigError: where the device cannot run quantized weights.
         """
+        if quantization == "int8":
+            if device.type != "cpu" or not int8_is_supported():
+                raise ConfigError(
+                    "quantization int8 runs on x86 CPUs with AVX2 or newer alone: add --device "
+                    "cpu, or leave --quantization out"
+                )
+            plain = cls.choose(device, dtype, fused)
+            return replace(plain, format=WeightFormat.FBGEMM_INT8)
         if device.type != "cpu":
             if dtype == "auto":
                 dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
@@ -85,14 +104,21 @@ class Placement:
         form = WeightFormat.ONEDNN if packable else WeightFormat.DENSE
         return cls(device, chosen, chosen, form, fused)
 
+    @property
+    def linear_dtype(self) -> torch.dtype:
+        """Of linear weights."""
+        return torch.int8 if self.format is WeightFormat.FBGEMM_INT8 else self.weight_dtype
+
     def tensor(self, tensor: Tensor) -> Tensor:
         """A parameter other than a linear's weight, in the activations' dtype."""
         return tensor.to(self.device, self.dtype).contiguous()
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """A linear layer from a ``[out, in]`` weight of any float dtype."""
-        weight = weight.to(self.device, self.weight_dtype)
         bias = None if bias is None else self.tensor(bias)
+        if self.format is WeightFormat.FBGEMM_INT8:
+            return Int8Linear(weight, bias)
+        weight = weight.to(self.device, self.weight_dtype)
         if self.format is WeightFormat.FBGEMM_FP16:
             return Fp16Linear(weight, bias)
         if self.format is WeightFormat.ONEDNN:

@@ -89,8 +89,10 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         config = replace(config, token_budget=TOKEN_BUDGETS[device.type])
     source = find_model(config.model)
     attention = choose_attention_backend(config.attention_backend, device)
-    placement = Placement.choose(device, config.dtype, fused=attention != "torch")
-    dtype = dtype_words(placement.weight_dtype, placement.dtype)
+    placement = Placement.choose(
+        device, config.dtype, fused=attention != "torch", quantization=config.quantization
+    )
+    dtype = dtype_words(placement.linear_dtype, placement.dtype)
     with open_checkpoint(source) as checkpoint:
         model = build_model(checkpoint, load_config(source), placement)
     tokenizer = Tokenizer.load(source, config.tokenizer)
