@@ -111,7 +111,10 @@ def main() -> None:
     for name, settings in tqdm(forms.items(), desc="Measuring", unit="form"):
         engine = Engine(args.model, prefix_caching=False, threads=args.threads, **settings)
         texts = windows(engine, args.windows)
-        logprobs, outputs = text_logprobs(engine, texts), greedy(engine, [t[:PROMPT] for t in texts])
+        logprobs, outputs = (
+            text_logprobs(engine, texts),
+            greedy(engine, [t[:PROMPT] for t in texts]),
+        )
         reference = reference or (logprobs, outputs)
         same = [same_prefix(a, b) for a, b in zip(outputs, reference[1], strict=True)]
         quality = Quality(
