@@ -2,11 +2,14 @@
 
 Weights are quantized symmetrically per output channel at load. Activations are quantized per
 token at each call, to 8 bits as well, within FBGEMM's kernel, which multiplies integers and
-sums them in int32. docs/quantization.md has its speed and quality beside other forms.
+sums them in int32. Both are rotated first, which the product does not notice, so that no
+channel stands out and takes the precision of the others (QuaRot, Ashkboos et al., 2024).
+docs/quantization.md has the speed and quality beside other forms.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
@@ -14,6 +17,8 @@ from torch import Tensor
 
 # Rows that are quantized at once: a head of many rows must not stand in memory in float32.
 _CHUNK_ROWS = 8192
+# Channels that are rotated together, at most. More cost time and bring no quality.
+_MOST_ROTATED = 32
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -22,8 +27,9 @@ def int8_is_supported() -> bool:
     return "fbgemm" in torch.backends.quantized.supported_engines
 
 
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Int8 values and float32 scales of a ``[out, in]`` weight: ``values * scales[:, None]``.
+def quantize_rows(weight: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+    """Int8 values and float32 scales of a ``[out, in]`` weight whose groups of columns are
+    rotated: ``values * scales[:, None]``.
 
     Symmetric, the largest of each row at 127, so that no value is further off than half of
     its row's scale.
@@ -32,11 +38,29 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     scales = torch.empty(weight.shape[0])
     for start in range(0, weight.shape[0], _CHUNK_ROWS):
         rows = slice(start, start + _CHUNK_ROWS)
-        wide = weight[rows].float()
+        wide = rotate(weight[rows], rotation)
         scale = wide.abs().amax(1).div_(127).clamp_min_(_TINY)
         scales[rows] = scale
         values[rows] = (wide / scale[:, None]).round_()
     return values, scales
+
+
+def rotation(width: int) -> Tensor:
+    """A float32 Hadamard matrix for groups of neighbouring channels, ``[group, group]``.
+
+    Symmetric and its own inverse. The group is the largest power of two, up to 32, that
+    divides ``width``.
+    """
+    group = math.gcd(width, _MOST_ROTATED)
+    matrix = torch.ones(1, 1)
+    while len(matrix) < group:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / group**0.5
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """``[rows, width]`` in float32, each group of neighbouring channels rotated."""
+    return (x.float().reshape(-1, len(rotation)) @ rotation).view(x.shape)
 
 
 class Int8Linear:
@@ -47,11 +71,12 @@ class Int8Linear:
     own largest magnitude first, and the product multiplied by it.
     """
 
-    __slots__ = ("bias", "packed", "reduce_range")
+    __slots__ = ("bias", "packed", "reduce_range", "rotation")
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.bias = None if bias is None else bias.float()
-        values, scales = quantize_rows(weight)
+        self.rotation = rotation(weight.shape[1])
+        values, scales = quantize_rows(weight, self.rotation)
         with warnings.catch_warnings():
             # Of tensors of quantized dtype; FBGEMM's packing takes no other form.
             warnings.filterwarnings("ignore", message=".*deprecated", category=UserWarning)
@@ -63,13 +88,14 @@ class Int8Linear:
         self.reduce_range = not torch.cpu._is_vnni_supported()
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.numel() == x.shape[-1]:  # a lone token is the whole batch
-            out = self._multiply(x.float())
+        rotated = rotate(x, self.rotation)
+        if len(x) == 1:  # a lone token is the whole batch
+            out = self._multiply(rotated)
             if self.bias is not None:
                 out.add_(self.bias)
             return out.to(x.dtype)
-        largest = x.abs().amax(-1, keepdim=True).float().clamp_min_(_TINY)
-        out = self._multiply(x / largest)
+        largest = rotated.abs().amax(-1, keepdim=True).clamp_min_(_TINY)
+        out = self._multiply(rotated.div_(largest))
         if self.bias is None:
             out.mul_(largest)
         else:
@@ -77,4 +103,5 @@ class Int8Linear:
         return out.to(x.dtype)
 
     def _multiply(self, x: Tensor) -> Tensor:
+        """``[rows, in]`` to ``[rows, out]`` in float32."""
         return torch.ops.quantized.linear_dynamic(x, self.packed, self.reduce_range)
