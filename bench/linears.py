@@ -1,7 +1,8 @@
 """Which form of a linear's weight is fastest at how many rows, on this CPU.
 
 Runs all linears of the model's layers once per measurement, so that no weight stays in a
-cache, after measuring what the machine can do at all. The last line is JSON.
+cache, after measuring what the machine can do at all; then the language model's head. The
+last line is JSON.
 
     python bench/linears.py
 """
@@ -19,6 +20,8 @@ from minserve.models.layers import Placement, WeightFormat
 from minserve.models.source import find_model, load_config
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+# A head sees the last token of each sequence alone.
+HEAD_ROWS = tuple(rows for rows in ROWS if rows <= 128)
 
 
 def forms() -> dict[str, Placement]:
@@ -28,6 +31,7 @@ def forms() -> dict[str, Placement]:
         "float32": Placement(cpu, torch.float32, torch.float32, WeightFormat.DENSE),
         "float32 onednn": Placement(cpu, torch.float32, torch.float32, WeightFormat.ONEDNN),
         "float16 fbgemm": Placement(cpu, torch.float32, torch.float16, WeightFormat.FBGEMM_FP16),
+        "int8 fbgemm": Placement.choose(cpu, "auto", quantization="int8"),
     }
     if fast_bf16():
         found["bfloat16"] = Placement(cpu, torch.bfloat16, torch.bfloat16, WeightFormat.DENSE)
@@ -37,29 +41,45 @@ def forms() -> dict[str, Placement]:
     return found
 
 
-def layer_shapes(model: str) -> tuple[int, list[tuple[int, int]]]:
-    """Layers of a Llama, and ``[out, in]`` of the four linears in each."""
+def linear_shapes(model: str) -> tuple[int, list[tuple[int, int]], tuple[int, int]]:
+    """Layers of a Llama, ``[out, in]`` of the four linears in each, and that of the head."""
     config = load_config(find_model(model))
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
     hidden, inner = config.hidden_size, config.intermediate_size
-    return config.num_hidden_layers, [
+    shapes = [
         (heads * config.head_dim, hidden),
         (hidden, config.num_attention_heads * config.head_dim),
         (2 * inner, hidden),
         (hidden, inner),
     ]
+    return config.num_hidden_layers, shapes, (config.vocab_size, hidden)
 
 
-def sweep(placement: Placement, num_layers: int, shapes: list[tuple[int, int]]) -> dict[int, float]:
+def sweep(
+    placement: Placement,
+    num_layers: int,
+    shapes: list[tuple[int, int]],
+    all_rows: tuple[int, ...] = ROWS,
+) -> dict[int, float]:
     """Milliseconds for all linears of all layers, by rows of input."""
     weights = [torch.randn(shape) * 0.02 for _ in range(num_layers) for shape in shapes]
     linears = [placement.linear(weight) for weight in weights]
     times = {}
-    for rows in ROWS:
+    for rows in all_rows:
         inputs = [torch.randn(rows, width).to(placement.dtype) for _, width in shapes]
         calls = [(linear, inputs[i % len(inputs)]) for i, linear in enumerate(linears)]
         times[rows] = round(pass_milliseconds(calls, 7 if rows < 256 else 3), 1)
     return times
+
+
+def print_table(title: str, table: dict[str, dict[int, float]]) -> None:
+    """A line for each number of rows, a column for each form."""
+    print(title)
+    print(f"{'rows':>6}" + "".join(f"{name:>18}" for name in table))
+    for rows in next(iter(table.values())):
+        best = min(table, key=lambda name: table[name][rows])
+        cells = (f"{table[n][rows]}{'*' if n == best else ' '}" for n in table)
+        print(f"{rows:>6}" + "".join(f"{cell:>18}" for cell in cells))
 
 
 def main() -> None:
@@ -72,17 +92,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     limits = ceilings()
     print(f"{args.threads} threads; ceilings: {limits}")
-    print("milliseconds for all linears of all layers; * is the fastest")
-    num_layers, shapes = layer_shapes(args.model)
-    table = {}
+    num_layers, shapes, head = linear_shapes(args.model)
+    table, head_table = {}, {}
     for name, placement in tqdm(forms().items(), desc="Measuring", unit="form"):
         table[name] = sweep(placement, num_layers, shapes)
-    print(f"{'rows':>6}" + "".join(f"{name:>18}" for name in table))
-    for rows in ROWS:
-        best = min(table, key=lambda name: table[name][rows])
-        cells = (f"{table[n][rows]}{'*' if n == best else ' '}" for n in table)
-        print(f"{rows:>6}" + "".join(f"{cell:>18}" for cell in cells))
-    print(json.dumps({"ceilings": limits, "ms": table}))
+        head_table[name] = sweep(placement, 1, [head], HEAD_ROWS)
+    print_table("milliseconds for all linears of all layers; * is the fastest", table)
+    print_table("milliseconds for the head", head_table)
+    print(json.dumps({"ceilings": limits, "ms": table, "head_ms": head_table}))
 
 
 if __name__ == "__main__":

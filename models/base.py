@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
@@ -32,9 +33,14 @@ class ModelShape:
 
 
 class CausalLM(ABC):
-    """A decoder over a flat batch of tokens; each layer reads and writes its paged KV."""
+    """A decoder over a flat batch of tokens; each layer reads and writes its paged KV.
+
+    Attributes:
+        linear_dtype: of linear weights; set by `build_model`.
+    """
 
     shape: ModelShape
+    linear_dtype: torch.dtype
 
     @abstractmethod
     def forward(

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minserve.errors import UnsupportedModelError
+from minserve.errors import ConfigError, UnsupportedModelError
+from minserve.models.quantized_layers import Int8Linear, int8_is_supported
 
 Linear = Callable[[Tensor], Tensor]
 Activation = Callable[[Tensor], Tensor]
@@ -40,16 +41,20 @@ class WeightFormat(Enum):
         memory traffic of float32, for CPUs without bfloat16 arithmetic.
     ONEDNN_AND_FP16: both of these. For a few rows FBGEMM streams its weights about twice as
         fast as oneDNN, for many oneDNN's bfloat16 arithmetic wins (bench/linears.py).
+    FBGEMM_INT8: quantized to int8 and packed for FBGEMM (quantized_layers.py).
     """
 
     DENSE = "dense"
     ONEDNN = "onednn"
     FBGEMM_FP16 = "fbgemm-fp16"
     ONEDNN_AND_FP16 = "onednn-and-fp16"
+    FBGEMM_INT8 = "fbgemm-int8"
 
 
-# With both forms, passes over at most so many tokens take the one for few rows.
+# In these forms passes over at most so many tokens have float32 activations, which is what
+# FBGEMM takes, while for more tokens all else is faster in bfloat16.
 FEW_ROWS = 3
+FEW_IN_FLOAT32 = (WeightFormat.ONEDNN_AND_FP16, WeightFormat.FBGEMM_INT8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +64,7 @@ class Placement:
     Attributes:
         device: of weights and activations.
         dtype: of activations and KV.
-        weight_dtype: to which linear weights are rounded.
+        weight_dtype: to which embeddings and, unless quantized, linear weights are rounded.
         format: how linear weights are kept.
         fused: whether norms and activations take the form of fused kernels, for which
             Triton must run on the device.
@@ -73,7 +78,13 @@ class Placement:
 
     @classmethod
     def choose(
-        cls, device: torch.device, dtype: str, fused: bool = False, twice: bool = False
+        cls,
+        device: torch.device,
+        dtype: str,
+        fused: bool = False,
+        *,
+        twice: bool = False,
+        quantization: str = "none",
     ) -> Placement:
         """The fastest placement for a dtype name (``auto`` included) on a device.
 
@@ -82,7 +93,19 @@ class Placement:
         Args:
             fused: as in the attributes.
             twice: whether there is memory for two forms of the weights, should that be faster.
+            quantization: of linear weights, ``none`` or ``int8``.
+
+        Raises:
+            ConfigError: where the device cannot run quantized weights.
         """
+        if quantization == "int8":
+            if device.type != "cpu" or not int8_is_supported():
+                raise ConfigError(
+                    "quantization int8 runs on x86 CPUs with AVX2 or newer alone: add --device "
+                    "cpu, or leave --quantization out"
+                )
+            plain = cls.choose(device, dtype, fused)
+            return replace(plain, format=WeightFormat.FBGEMM_INT8)
         if device.type != "cpu":
             if dtype == "auto":
                 dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
@@ -106,8 +129,13 @@ class Placement:
 
     def pass_dtype(self, num_tokens: int) -> torch.dtype:
         """The activations' dtype in a pass over so many tokens. It chooses the linears' form."""
-        few = self.format is WeightFormat.ONEDNN_AND_FP16 and num_tokens <= FEW_ROWS
+        few = self.format in FEW_IN_FLOAT32 and num_tokens <= FEW_ROWS
         return torch.float32 if few else self.dtype
+
+    @property
+    def linear_dtype(self) -> torch.dtype:
+        """Of linear weights."""
+        return torch.int8 if self.format is WeightFormat.FBGEMM_INT8 else self.weight_dtype
 
     def tensor(self, tensor: Tensor) -> Tensor:
         """A parameter other than a linear's weight, in the activations' dtype."""
@@ -117,8 +145,10 @@ class Placement:
         """A linear layer from a ``[out, in]`` weight of any float dtype."""
         if self.format is WeightFormat.ONEDNN_AND_FP16:
             return self._twice(lambda one: one.linear(weight, bias))
-        weight = weight.to(self.device, self.weight_dtype)
         bias = self._maybe(bias)
+        if self.format is WeightFormat.FBGEMM_INT8:
+            return Int8Linear(weight, bias)
+        weight = weight.to(self.device, self.weight_dtype)
         if self.format is WeightFormat.FBGEMM_FP16:
             return Fp16Linear(weight, bias)
         if self.format is WeightFormat.ONEDNN:

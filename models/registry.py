@@ -20,6 +20,7 @@ def build_model(checkpoint: Checkpoint, config: ModelConfig, placement: Placemen
     Raises:
         ModelLoadError: where a tensor is missing or wrong.
     """
-    if isinstance(config, LlamaConfig):
-        return Llama(checkpoint, config, placement)
-    return OPT(checkpoint, config, placement)
+    family = Llama if isinstance(config, LlamaConfig) else OPT
+    model = family(checkpoint, config, placement)
+    model.linear_dtype = placement.linear_dtype
+    return model

@@ -92,9 +92,15 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     attention = choose_attention_backend(config.attention_backend, device)
     with open_checkpoint(source) as checkpoint:
         twice = has_room_twice(checkpoint.num_parameters())
-        placement = Placement.choose(device, config.dtype, attention != "torch", twice)
+        placement = Placement.choose(
+            device,
+            config.dtype,
+            fused=attention != "torch",
+            twice=twice,
+            quantization=config.quantization,
+        )
         model = build_model(checkpoint, load_config(source), placement)
-    dtype = dtype_words(placement.weight_dtype, placement.dtype)
+    dtype = dtype_words(placement.linear_dtype, placement.dtype)
     tokenizer = Tokenizer.load(source, config.tokenizer)
     draft = _load_draft(config, model, tokenizer, placement)
     runner = ModelRunner(model, *_probe(attention, model.shape, config.block_size, placement))

@@ -42,7 +42,7 @@ class ProfileKey:
     Attributes:
         model: name, family and shape.
         device: the CPU's or GPU's product name.
-        dtype: of weights, and of activations where they differ.
+        dtype: of linear weights, and of activations where they differ.
         threads: of the CPU.
         attention: the backend, and whether passes over decodes are CUDA graphs.
     """
@@ -153,7 +153,7 @@ def profile_key(core: EngineCore, model_name: str) -> ProfileKey:
     return ProfileKey(
         model=f"{model_name} ({family} {numbers})",
         device=_device_name(runner.device),
-        dtype=dtype_words(runner.model.embed.dtype, runner.kv[0].key.dtype),
+        dtype=dtype_words(runner.model.linear_dtype, runner.kv[0].key.dtype),
         threads=torch.get_num_threads() if runner.threads is None else runner.threads.most,
         attention=runner.backend.name + (" with CUDA graphs" if runner.graphs else ""),
     )

@@ -211,10 +211,10 @@ def test_idle_replicas_refine_one_profile_together(
 
     for own in start_cluster(tiny_llama_dir, tmp_path, *flags):
         own.wait_until_up()
-        first = wait_for(lambda: all(known := completeness()) and known)
+        first = wait_until(lambda: all(known := completeness()) and known)
         assert len(first) == 2
         assert max(first) < 1.0
-        wait_for(lambda first=first: min(completeness()) > max(first))
+        wait_until(lambda first=first: min(completeness()) > max(first))
     # Once they have ended, what both measured is kept.
     (kept,) = (tmp_path / "minserve" / "profiles").glob("*.json")
     profile = Profile.from_dict(json.loads(kept.read_text()))

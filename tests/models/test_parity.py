@@ -16,8 +16,10 @@ def test_logits_and_greedy_tokens_agree_with_transformers(case: parity.Case) -> 
 
 @pytest.mark.parametrize("rows", [1, 7, 300, 700])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("form", list(WeightFormat))
-def test_every_weight_format_multiplies_alike(form: WeightFormat, bias: bool, rows: int) -> None:
+@pytest.mark.parametrize("form", [f for f in WeightFormat if f is not WeightFormat.FBGEMM_INT8])
+def test_every_unquantized_weight_format_multiplies_alike(
+    form: WeightFormat, bias: bool, rows: int
+) -> None:
     generator = torch.Generator().manual_seed(0)
     # Values that float16 holds exactly, so that only the order of sums can differ.
     weight = torch.randn(48, 96, generator=generator).half().float()

@@ -1,0 +1,137 @@
+"""Quantized weights beside plain ones: how much quality they cost, how much speed they bring.
+
+The text is that of Python's own language reference, which comes with it. Quality is measured
+against float32: the perplexity of the text, and how far greedy outputs are the same. The last
+line is JSON.
+
+    python bench/quantization.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pydoc_data.topics import topics
+
+import torch
+from tqdm import tqdm
+
+from minserve import Engine, SamplingParams
+from minserve.config import QUANTIZATIONS
+from minserve.cpu_name import cpu_name
+
+WINDOW = 256
+PROMPT, OUTPUT = 32, 64
+BATCHES = (1, 8, 32)
+PREFILL, REPEATS = 1024, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """Of one form of the weights.
+
+    Attributes:
+        perplexity: of the text's windows.
+        logprob_error: mean distance of the text's tokens' log probabilities from the
+            reference's, in nats.
+        same_prefix: share of greedy tokens before the first one that is not the reference's.
+        same_outputs: share of outputs that are the reference's from end to end.
+    """
+
+    perplexity: float
+    logprob_error: float
+    same_prefix: float
+    same_outputs: float
+
+
+def windows(engine: Engine, count: int) -> list[list[int]]:
+    """Disjoint windows of the text, in tokens."""
+    text = "\n".join(topics[name] for name in sorted(topics))
+    ids = engine.tokenizer.encode(text)
+    step = max(WINDOW, len(ids) // count)
+    return [ids[start : start + WINDOW] for start in range(0, step * count, step)][:count]
+
+
+def text_logprobs(engine: Engine, texts: list[list[int]]) -> torch.Tensor:
+    """Log probability of each token of the texts but their first ones."""
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    outputs = engine.generate(texts, params)
+    return torch.tensor([one.logprob for out in outputs for one in out.prompt_logprobs[1:]])
+
+
+def greedy(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
+    """Greedy outputs of `OUTPUT` tokens, all prompts in one batch."""
+    params = SamplingParams(temperature=0.0, max_tokens=OUTPUT, ignore_eos=True)
+    return [list(out.outputs[0].token_ids) for out in engine.generate(prompts, params)]
+
+
+def same_prefix(one: list[int], other: list[int]) -> int:
+    """Tokens before the first difference."""
+    pairs = zip(one, other, strict=True)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(one))
+
+
+def speed(engine: Engine) -> dict[str, float]:
+    """Tokens per second of decodes by batch, and of a prefill; medians."""
+
+    def seconds(batch: int, prompt: int, output: int) -> float:
+        prompts = [[100 + i] * prompt for i in range(batch)]
+        params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
+        started = time.perf_counter()
+        engine.generate(prompts, params)
+        return time.perf_counter() - started
+
+    rates: dict[str, list[float]] = {}
+    for _ in range(REPEATS):
+        for batch in BATCHES:
+            decoding = seconds(batch, PROMPT, 1 + OUTPUT) - seconds(batch, PROMPT, 1)
+            rates.setdefault(f"decode_b{batch}", []).append(batch * OUTPUT / decoding)
+        rates.setdefault(f"prefill_{PREFILL}", []).append(PREFILL / seconds(1, PREFILL, 1))
+    return {name: round(statistics.median(values), 1) for name, values in rates.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--dtype", default="auto", help="of what is compared to float32")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--windows", type=int, default=20, help=f"of {WINDOW} tokens")
+    parser.add_argument("--no-speed", action="store_true", help="measure the quality alone")
+    args = parser.parse_args()
+    forms = {"float32": {"dtype": "float32"}}
+    forms |= {name: {"dtype": args.dtype, "quantization": name} for name in QUANTIZATIONS}
+    rows: dict[str, dict[str, float]] = {}
+    reference: tuple[torch.Tensor, list[list[int]]] | None = None
+    for name, settings in tqdm(forms.items(), desc="Measuring", unit="form"):
+        engine = Engine(args.model, prefix_caching=False, threads=args.threads, **settings)
+        texts = windows(engine, args.windows)
+        logprobs, outputs = (
+            text_logprobs(engine, texts),
+            greedy(engine, [t[:PROMPT] for t in texts]),
+        )
+        reference = reference or (logprobs, outputs)
+        same = [same_prefix(a, b) for a, b in zip(outputs, reference[1], strict=True)]
+        quality = Quality(
+            perplexity=math.exp(-logprobs.mean().item()),
+            logprob_error=(logprobs - reference[0]).abs().mean().item(),
+            same_prefix=statistics.mean(same) / OUTPUT,
+            same_outputs=statistics.mean(n == OUTPUT for n in same),
+        )
+        rows[name] = {key: round(value, 4) for key, value in asdict(quality).items()}
+        if not args.no_speed:
+            rows[name] |= speed(engine)
+    print(" " * 16 + "".join(f"{name:>12}" for name in rows))
+    for key in next(iter(rows.values())):
+        print(f"{key:>16}" + "".join(f"{row[key]:>12}" for row in rows.values()))
+    threads = torch.get_num_threads()
+    print(json.dumps({"device": cpu_name(), "threads": threads, "forms": rows}))
+
+
+if __name__ == "__main__":
+    main()
