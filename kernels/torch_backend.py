@@ -35,10 +35,27 @@ class _Views(NamedTuple):
     Attributes:
         blocks: ``[2 * num_kv_heads * num_blocks, block_size * head_dim]``.
         tokens: ``[2 * num_kv_heads, num_blocks * block_size, head_dim]``.
+        pairs: ``[2, num_kv_heads, num_blocks * block_size, head_dim]``.
     """
 
     blocks: Tensor
     tokens: Tensor
+    pairs: Tensor
+
+
+class _Gathered(NamedTuple):
+    """Where blocks are gathered, the same place for all layers.
+
+    Attributes:
+        rows: int64 ``[2 * sequences * kv heads * blocks]``: which of `_Views.blocks`, keys first.
+        buffer: ``[len(rows), block_size * head_dim]``.
+        key, value: the buffer as ``[sequences * kv heads, tokens, head_dim]``.
+    """
+
+    rows: Tensor
+    buffer: Tensor
+    key: Tensor
+    value: Tensor
 
 
 @dataclass(slots=True)
@@ -49,16 +66,15 @@ class _Decodes:
         tokens: their rows of the batch: a slice where adjacent, else int64 indices.
         tables: int64 ``[sequences, blocks]``.
         visible: bool ``[sequences, queries, padded length]``: who may look where.
-        rows: int64 ``[2 * sequences * kv heads * blocks]``: which of `_Views.blocks` to
-            gather, keys first. Made by the first layer, like the next.
+        gathered: made by the first layer.
         bias: 0 where visible, else -inf, ``[sequences * kv heads, group * queries or 1,
-            padded length]``.
+            padded length]``; made by the first layer.
     """
 
     tokens: slice | Tensor
     tables: Tensor
     visible: Tensor
-    rows: Tensor | None = None
+    gathered: _Gathered | None = None
     bias: Tensor | None = None
 
 
@@ -71,20 +87,25 @@ class _Single:
         table: int64 ``[1, blocks]``.
         seq_len: tokens that it sees, its own included.
         first: slot of its first token where its blocks lie side by side, else ``None``.
-        rows: as in `_Decodes`, where its blocks have to be gathered.
+        gathered: made by the first layer where its blocks do not lie so.
     """
 
     tokens: slice
     table: Tensor
     seq_len: int
     first: int | None
-    rows: Tensor | None = None
+    gathered: _Gathered | None = None
 
 
 @dataclass(slots=True)
 class _State:
-    """What `prepare` computes once for all layers."""
+    """What `prepare` computes once for all layers.
 
+    Attributes:
+        slot: of the only new token, ``None`` where there are more.
+    """
+
+    slot: int | None
     decodes: list[_Decodes] = field(default_factory=list)
     singles: list[_Single] = field(default_factory=list)
 
@@ -113,12 +134,15 @@ class TorchBackend(AttentionBackend):
         views = _Views(
             memory.view(-1, block_size * self.head_dim),
             memory.view(2 * self.num_kv_heads, -1, self.head_dim),
+            memory.flatten(2, 3),
         )
         key, value = memory.permute(0, 2, 3, 1, 4).unbind(0)
         return LayerKV(key, value, views)
 
     def prepare(self, metadata: AttentionMetadata) -> None:
-        state = _State()
+        slots = metadata.slot_mapping
+        lone = len(slots) == 1 and slots.device.type == "cpu"  # elsewhere it would be waited for
+        state = _State(int(slots[0]) if lone else None)
         for sequences in _similar_decodes(metadata):
             if len(sequences) > 1:
                 state.decodes.append(_prepare_decodes(sequences, metadata))
@@ -136,53 +160,63 @@ class TorchBackend(AttentionBackend):
         rotations: Tensor | None = None,
     ) -> None:
         if rotations is not None:
-            _rotate_(qkv[:, : self.num_heads + self.num_kv_heads], rotations)
-        new = qkv[:, self.num_heads :].transpose(0, 1).to(kv.key.dtype)
+            _rotate_(qkv.narrow(1, 0, self.num_heads + self.num_kv_heads), rotations)
+        new = qkv.narrow(1, self.num_heads, 2 * self.num_kv_heads)
+        slot = metadata.state.slot
+        if slot is not None:  # cheaper, and it converts
+            kv.views.tokens.select(1, slot).copy_(new.squeeze(0))
+            return
+        new = new.transpose(0, 1).to(kv.key.dtype)
         kv.views.tokens.index_copy_(1, metadata.slot_mapping, new)
 
     def forward(self, query: Tensor, kv: LayerKV, metadata: AttentionMetadata) -> Tensor:
         state = metadata.state
-        if len(state.decodes) + len(state.singles) == 1:
-            only = [self._decode(query, kv, one) for one in state.decodes]
-            only += [self._single(query, kv, one) for one in state.singles]
-            return only[0].flatten(1)
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        if not state.singles and len(state.decodes) == 1:
+            return self._decode(query, kv, state.decodes[0])
+        if not state.decodes and len(state.singles) == 1:
+            return self._single(query, kv, state.singles[0])
+        out = query.new_empty(query.shape[0], self.num_heads * self.head_dim)
         for decodes in state.decodes:
             out[decodes.tokens] = self._decode(query[decodes.tokens], kv, decodes)
         for single in state.singles:
             out[single.tokens] = self._single(query[single.tokens], kv, single)
-        return out.flatten(1)
+        return out
 
     def _decode(self, query: Tensor, kv: LayerKV, decodes: _Decodes) -> Tensor:
-        """``[tokens, num_heads, head_dim]`` of decodes together."""
+        """``[tokens, num_heads * head_dim]`` of decodes together."""
         num_seqs, num_queries, _ = decodes.visible.shape
-        if decodes.rows is None:
-            decodes.rows = self._rows(decodes.tables, kv)
+        if decodes.gathered is None:
+            decodes.gathered = self._place(decodes.tables, kv)
             decodes.bias = self._bias(decodes.visible, kv.key.dtype)
-        key, value = self._gather(kv, decodes.rows, num_seqs * self.num_kv_heads)
-        group = self.num_heads // self.num_kv_heads
-        dtype = query.dtype
-        query = query.to(key.dtype)
-        query = query.view(num_seqs, num_queries, self.num_kv_heads, group, self.head_dim)
-        query = query.permute(0, 2, 3, 1, 4).reshape(key.shape[0], -1, self.head_dim)
-        scores = torch.baddbmm(decodes.bias, query, key.transpose(1, 2), alpha=self.scale)
+        rows, buffer, key, value = decodes.gathered
+        torch.index_select(kv.views.blocks, 0, rows, out=buffer)
+        dtype, group = query.dtype, self.num_heads // self.num_kv_heads
+        if num_queries > 1:
+            query = query.view(num_seqs, num_queries, self.num_kv_heads, group, self.head_dim)
+            query = query.permute(0, 2, 3, 1, 4)
+        query = query.reshape(key.shape[0], -1, self.head_dim).to(key.dtype)
+        scores = torch.baddbmm(decodes.bias, query, key.mT, alpha=self.scale)
         out = torch.bmm(torch.softmax(scores, dim=-1), value).to(dtype)
-        out = out.view(num_seqs, self.num_kv_heads, group, num_queries, self.head_dim)
-        return out.permute(0, 3, 1, 2, 4).reshape(-1, self.num_heads, self.head_dim)
+        if num_queries > 1:
+            out = out.view(num_seqs, self.num_kv_heads, group, num_queries, self.head_dim)
+            out = out.permute(0, 3, 1, 2, 4)
+        return out.reshape(num_seqs * num_queries, -1)
 
     def _single(self, query: Tensor, kv: LayerKV, single: _Single) -> Tensor:
-        """``[tokens, num_heads, head_dim]`` of one sequence."""
+        """``[tokens, num_heads * head_dim]`` of one sequence."""
         key, value = self._tokens_of(kv, single, query.dtype)
         num_queries, group = query.shape[0], self.num_heads // self.num_kv_heads
-        if num_queries <= QUERY_BLOCK:
-            return self._query_block(query, key, value).reshape(query.shape)
+        if num_queries == 1:
+            query = query.view(self.num_kv_heads, group, self.head_dim)
+            scores = torch.bmm(query, key.mT).mul_(self.scale)
+            return torch.bmm(torch.softmax(scores, dim=-1), value).view(1, -1)
         out = query.new_empty(num_queries, self.num_kv_heads, group, self.head_dim)
         num_before = single.seq_len - num_queries
         for begin in range(0, num_queries, QUERY_BLOCK):
             end = min(begin + QUERY_BLOCK, num_queries)
             seen = num_before + end
             out[begin:end] = self._query_block(query[begin:end], key[:, :seen], value[:, :seen])
-        return out.flatten(1, 2)
+        return out.flatten(1)
 
     def _query_block(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The last queries of a sequence over all of its keys, ``[num_kv_heads, tokens,
@@ -193,10 +227,9 @@ class TorchBackend(AttentionBackend):
         query = query.view(num_queries, self.num_kv_heads, group, self.head_dim)
         query = query.permute(1, 2, 0, 3).reshape(self.num_kv_heads, -1, self.head_dim)
         scores = query.new_empty(self.num_kv_heads, query.shape[1], num_keys)
-        torch.baddbmm(scores, query, key.transpose(1, 2), beta=0, alpha=self.scale, out=scores)
-        if num_queries > 1:
-            newest = scores.view(-1, num_queries, num_keys)[:, :, num_keys - num_queries :]
-            newest += self._future_of(scores)[:num_queries, :num_queries]
+        torch.baddbmm(scores, query, key.mT, beta=0, alpha=self.scale, out=scores)
+        newest = scores.view(-1, num_queries, num_keys)[:, :, num_keys - num_queries :]
+        newest += self._future_of(scores)[:num_queries, :num_queries]
         out = torch.bmm(torch.softmax(scores, dim=-1), value)
         out = out.view(self.num_kv_heads, group, num_queries, self.head_dim)
         return out.permute(2, 0, 1, 3)
@@ -204,24 +237,28 @@ class TorchBackend(AttentionBackend):
     def _tokens_of(self, kv: LayerKV, single: _Single, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A sequence's keys and values, each ``[num_kv_heads, seq_len, head_dim]``."""
         if single.first is not None:
-            own = kv.views.tokens.narrow(1, single.first, single.seq_len).to(dtype)
-            return own[: self.num_kv_heads], own[self.num_kv_heads :]
-        if single.rows is None:
-            single.rows = self._rows(single.table, kv)
-        key, value = self._gather(kv, single.rows, self.num_kv_heads)
+            own = kv.views.pairs.narrow(2, single.first, single.seq_len).to(dtype)
+            return own.unbind(0)
+        if single.gathered is None:
+            single.gathered = self._place(single.table, kv)
+        rows, buffer, key, value = single.gathered
+        torch.index_select(kv.views.blocks, 0, rows, out=buffer)
         return key[:, : single.seq_len].to(dtype), value[:, : single.seq_len].to(dtype)
 
-    def _gather(self, kv: LayerKV, rows: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-        """Keys and values, each ``[num_heads, tokens, head_dim]``, contiguous."""
-        width = kv.views.blocks.shape[1]
+    def _place(self, tables: Tensor, kv: LayerKV) -> _Gathered:
+        """Where the blocks of sequences are gathered, given ``[sequences, blocks]`` of ids.
+
+        One buffer serves all layers and groups: fresh memory of this size is mapped page by
+        page each time, which took longer than the copy (32 sequences of 1200 tokens: 2 to 3
+        times).
+        """
+        rows, width = self._rows(tables, kv), kv.views.blocks.shape[1]
         size = len(rows) * width
-        # One buffer for all layers: fresh memory of this size is mapped page by page each
-        # time, which took longer than the copy (32 sequences of 1200 tokens: 2 to 3 times).
         if self._scratch is None or self._scratch.numel() < size:
             self._scratch = torch.empty(size, dtype=kv.key.dtype, device=kv.key.device)
-        gathered = self._scratch[:size].view(-1, width)
-        torch.index_select(kv.views.blocks, 0, rows, out=gathered)
-        return gathered.view(2, num_heads, -1, self.head_dim).unbind(0)
+        buffer = self._scratch[:size].view(-1, width)
+        key, value = buffer.view(2, len(tables) * self.num_kv_heads, -1, self.head_dim).unbind(0)
+        return _Gathered(rows, buffer, key, value)
 
     def _rows(self, tables: Tensor, kv: LayerKV) -> Tensor:
         """``[sequences, blocks]`` block ids to the rows of `_Views.blocks` that hold them, in
@@ -290,10 +327,11 @@ def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 def _rotate_(heads: Tensor, rotations: Tensor) -> None:
     """Rotate ``[num_tokens, num_heads, head_dim]`` in place (RoPE; Su et al., 2021)."""
-    wide = heads.float()
-    pairs = torch.view_as_complex(wide.view(*heads.shape[:-1], -1, 2))
-    pairs.mul_(rotations)
-    if wide is not heads:
+    is_wide = heads.dtype is torch.float32
+    wide = heads if is_wide else heads.float()
+    num_tokens, num_heads, _ = heads.shape
+    torch.view_as_complex(wide.view(num_tokens, num_heads, -1, 2)).mul_(rotations)
+    if not is_wide:
         heads.copy_(wide)
 
 

@@ -107,6 +107,6 @@ def test_blocks_side_by_side_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> 
         backend.prepare(metadata)
         with monkeypatch.context() as patch:
             if table == [3, 4, 5]:
-                patch.setattr(backend, "_gather", refuse)
+                patch.setattr(backend, "_place", refuse)
             got = backend.forward(query, kv, metadata)
         assert (got - expected(query, kv, metadata)).abs().max() < 1e-5
