@@ -54,7 +54,7 @@ class WeightFormat(Enum):
 
 # In these forms passes over at most so many tokens have float32 activations, which is what
 # FBGEMM takes, while for more tokens all else is faster in bfloat16.
-FEW_ROWS = 3
+FEW_ROWS = 4
 FEW_IN_FLOAT32 = (WeightFormat.ONEDNN_AND_FP16, WeightFormat.FBGEMM_INT8)
 
 
