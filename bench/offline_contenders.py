@@ -14,7 +14,7 @@ from paired_servers import Variant
 from versus_servers import export_with_tokenizer, our_variant, vllm_variant
 
 ENGINES = "offline_engines.py"
-QUANTIZATIONS = ("int8", "int4")
+QUANTIZATIONS = ("int8",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,11 +12,16 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from offline_measure import BATCHES, CONTEXT, DECODES, NEW_PROMPT, OUTPUT, PREFILL, PROMPT
 
-BITS = {"int8": 8, "int4": 4}
+if TYPE_CHECKING:
+    import torch
+
+    from minserve.models.layers import Linear
+
+BITS = {"int8": 8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +60,9 @@ class Limits:
 
     Attributes:
         copy_gb_s, read_gb_s: of memory; a copy counts what is read and what is written.
-        weight_bytes: of all linears, without the scales of quantized ones.
+        weight_bytes: of all that a pass reads, without the scales of quantized ones.
         kv_bytes: of one token.
-        linears_ms: all linears once, by row.
+        linears_ms: all linears once, with the activations that ride in them, by row.
     """
 
     copy_gb_s: float
@@ -119,52 +124,44 @@ def shares(rates: Mapping[str, float], limits: Limits) -> dict[str, float]:
 
 def measured(model: str, dtype: str, quantization: str | None) -> dict[str, Any]:
     """Load minserve's engine; measure its linears and the memory."""
-    from unittest.mock import patch
-
     import torch
     from cpu_ceilings import memory_rates, pass_milliseconds
 
     from minserve import Engine
-    from minserve.models.layers import Linear, Placement
-
-    found: list[tuple[Linear, int, int]] = []
-    make = Placement.linear
-
-    def recorded(placement: Placement, weight: torch.Tensor, *rest: Any, **more: Any) -> Linear:
-        linear = make(placement, weight, *rest, **more)
-        found.append((linear, *weight.shape))
-        return linear
+    from minserve.models.loader import open_checkpoint
+    from minserve.models.source import find_model
 
     settings = {} if quantization is None else {"quantization": quantization}
-    with patch.object(Placement, "linear", recorded):
-        engine = Engine(model, dtype=dtype, kv_cache_gib=0.1, **settings)
+    engine = Engine(model, dtype=dtype, kv_cache_gib=0.1, **settings)
     runner = engine._loaded.core.runner
-    shape, activations = runner.model.shape, runner.model.dtype
-    bits = (
-        BITS.get(quantization)
-        or 8 * Placement.choose(torch.device("cpu"), dtype).weight_dtype.itemsize
-    )
+    own, shape = runner.model, runner.model.shape
+    with open_checkpoint(find_model(model), progress=False) as checkpoint:
+        num_weights = checkpoint.num_parameters()
+        if "lm_head.weight" in checkpoint.names():  # a row of the embedding is all that is read
+            num_weights -= shape.vocab_size * shape.hidden_size
+    bits = BITS.get(quantization) or 8 * own.placement.weight_dtype.itemsize
 
     def calls(one: Pass) -> list[tuple[Linear, torch.Tensor]]:
-        # The vocabulary's linear is the head's.
-        rows = [one.head_rows if out == shape.vocab_size else one.rows for _, out, _ in found]
-        inputs = {
-            (n, width): torch.randn(n, width).to(activations)
-            for n, (_, _, width) in zip(rows, found, strict=True)
-        }
-        return [
-            (linear, inputs[n, width]) for n, (linear, _, width) in zip(rows, found, strict=True)
-        ]
+        def rows(num: int, width: int) -> torch.Tensor:
+            return torch.randn(num, width).to(own.placement.pass_dtype(num))
 
+        narrow = rows(one.rows, shape.hidden_size)
+        heads = rows(one.rows, shape.num_heads * shape.head_dim)
+        inner = own.layers[0].linears[2](narrow)
+        inputs = (narrow, heads, narrow, inner)
+        pairs = [pair for layer in own.layers for pair in zip(layer.linears, inputs, strict=True)]
+        return [*pairs, (own.head, rows(one.head_rows, shape.hidden_size))]
+
+    kv_itemsize = runner.kv[0].key.dtype.itemsize
     return {
         **memory_rates(),
-        "weight_bytes": sum(out * width for _, out, width in found) * bits / 8,
-        "kv_bytes": 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * activations.itemsize,
+        "weight_bytes": num_weights * bits / 8,
+        "kv_bytes": 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * kv_itemsize,
         "linears_ms": {
             row: pass_milliseconds(calls(one), 7 if one.rows < 256 else 3)
             for row, one in PASSES.items()
         },
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

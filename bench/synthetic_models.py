@@ -81,6 +81,10 @@ class RandomCheckpoint:
         """None: nothing is borrowed from another model by its absence here."""
         return {"model.embed_tokens.weight", "lm_head.weight"}
 
+    def num_parameters(self) -> int:
+        """More than any machine holds twice: none is known before it is asked for."""
+        return 2**60
+
     def get(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
         """Float32, normal with the standard deviation of untrained models; norms are 1."""
         if "norm" in name and name.endswith("weight"):

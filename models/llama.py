@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
 from minserve.models.base import CausalLM, ModelShape
-from minserve.models.layers import Placement, RotaryEmbedding
+from minserve.models.layers import Linear, Placement, RotaryEmbedding
 
 if TYPE_CHECKING:
     from minserve.models.config import LlamaConfig
@@ -75,6 +75,11 @@ class LlamaLayer:
         self.down = placement.linear(
             weight("mlp.down_proj", hidden, inner), bias("mlp.down_proj", hidden, config.mlp_bias)
         )
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """In the order of a pass; the third holds the MLP's activation."""
+        return self.qkv, self.o_proj, self.mlp_in, self.down
 
     def __call__(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
 from minserve.models.base import CausalLM, ModelShape
-from minserve.models.layers import Activation, Norm, Placement
+from minserve.models.layers import Activation, Linear, Norm, Placement
 
 if TYPE_CHECKING:
     from minserve.models.config import OPTConfig
@@ -57,6 +57,11 @@ class OPTLayer:
         self.fc2 = placement.linear(weight("fc2", hidden, config.ffn_dim), bias("fc2", hidden))
         self.attention_norm = _norm(checkpoint, f"{prefix}self_attn_layer_norm", config, placement)
         self.mlp_norm = _norm(checkpoint, f"{prefix}final_layer_norm", config, placement)
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """In the order of a pass; the third holds the MLP's activation."""
+        return self.qkv, self.out, self.fc1, self.fc2
 
     def __call__(
         self,

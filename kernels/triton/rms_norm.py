@@ -25,9 +25,8 @@ def _rms_norm_kernel(
     dtype = x.dtype.element_ty
     row = load_sum(x, residual, start + columns, mask)
     inverse = tl.rsqrt(tl.sum(row * row, axis=0) / SIZE + EPS)
-    normed = (row * inverse).to(dtype).to(tl.float32)
     scale = tl.load(weight + columns, mask, other=0.0).to(tl.float32)
-    tl.store(out + start + columns, (normed * scale).to(dtype), mask)
+    tl.store(out + start + columns, (row * inverse * scale).to(dtype), mask)
 
 
 def rms_norm(
@@ -35,8 +34,7 @@ def rms_norm(
 ) -> torch.Tensor:
     """``x / rms(x) * weight`` of each row, or the same of ``residual + x``.
 
-    Computed in float32 and rounded where the torch form rounds: the sum, the normed value
-    and its product with the weight.
+    Computed in float32 and rounded where the torch form rounds: the sum and the result.
 
     Args:
         x: ``[tokens, size]``, contiguous, float16, bfloat16 or float32; ``size`` at most 16384.

@@ -91,7 +91,7 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     source = find_model(config.model)
     attention = choose_attention_backend(config.attention_backend, device)
     with open_checkpoint(source) as checkpoint:
-        twice = has_room_twice(checkpoint.num_parameters())
+        twice = device.type == "cpu" and has_room_twice(checkpoint.num_parameters())
         placement = Placement.choose(
             device,
             config.dtype,
