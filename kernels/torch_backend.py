@@ -44,18 +44,22 @@ class _Views(NamedTuple):
 
 
 class _Gathered(NamedTuple):
-    """Where blocks are gathered, the same place for all layers.
+    """Where the keys, or the values, of some sequences are gathered: one place for all layers.
 
     Attributes:
-        rows: int64 ``[2 * sequences * kv heads * blocks]``: which of `_Views.blocks`, keys first.
+        rows: int64 ``[sequences * kv heads * blocks]``: which of `_Views.blocks`.
         buffer: ``[len(rows), block_size * head_dim]``.
-        key, value: the buffer as ``[sequences * kv heads, tokens, head_dim]``.
+        tokens: the buffer as ``[sequences * kv heads, tokens, head_dim]``.
     """
 
     rows: Tensor
     buffer: Tensor
-    key: Tensor
-    value: Tensor
+    tokens: Tensor
+
+    def read(self, kv: LayerKV) -> Tensor:
+        """`tokens`, of a layer."""
+        torch.index_select(kv.views.blocks, 0, self.rows, out=self.buffer)
+        return self.tokens
 
 
 @dataclass(slots=True)
@@ -66,7 +70,7 @@ class _Decodes:
         tokens: their rows of the batch: a slice where adjacent, else int64 indices.
         tables: int64 ``[sequences, blocks]``.
         visible: bool ``[sequences, queries, padded length]``: who may look where.
-        gathered: made by the first layer.
+        gathered: keys and values; made by the first layer.
         bias: 0 where visible, else -inf, ``[sequences * kv heads, group * queries or 1,
             padded length]``; made by the first layer.
     """
@@ -74,7 +78,7 @@ class _Decodes:
     tokens: slice | Tensor
     tables: Tensor
     visible: Tensor
-    gathered: _Gathered | None = None
+    gathered: tuple[_Gathered, _Gathered] | None = None
     bias: Tensor | None = None
 
 
@@ -87,14 +91,14 @@ class _Single:
         table: int64 ``[1, blocks]``.
         seq_len: tokens that it sees, its own included.
         first: slot of its first token where its blocks lie side by side, else ``None``.
-        gathered: made by the first layer where its blocks do not lie so.
+        gathered: as in `_Decodes`, where its blocks do not lie so.
     """
 
     tokens: slice
     table: Tensor
     seq_len: int
     first: int | None
-    gathered: _Gathered | None = None
+    gathered: tuple[_Gathered, _Gathered] | None = None
 
 
 @dataclass(slots=True)
@@ -188,15 +192,17 @@ class TorchBackend(AttentionBackend):
         if decodes.gathered is None:
             decodes.gathered = self._place(decodes.tables, kv)
             decodes.bias = self._bias(decodes.visible, kv.key.dtype)
-        rows, buffer, key, value = decodes.gathered
-        torch.index_select(kv.views.blocks, 0, rows, out=buffer)
+        # Values are gathered behind the softmax, not with the keys: so a core multiplies by what
+        # it has gathered itself, and has in its own cache.
+        keys, values = decodes.gathered
+        key = keys.read(kv)
         dtype, group = query.dtype, self.num_heads // self.num_kv_heads
         if num_queries > 1:
             query = query.view(num_seqs, num_queries, self.num_kv_heads, group, self.head_dim)
             query = query.permute(0, 2, 3, 1, 4)
         query = query.reshape(key.shape[0], -1, self.head_dim).to(key.dtype)
         scores = torch.baddbmm(decodes.bias, query, key.mT, alpha=self.scale)
-        out = torch.bmm(torch.softmax(scores, dim=-1), value).to(dtype)
+        out = torch.bmm(torch.softmax(scores, dim=-1), values.read(kv)).to(dtype)
         if num_queries > 1:
             out = out.view(num_seqs, self.num_kv_heads, group, num_queries, self.head_dim)
             out = out.permute(0, 3, 1, 2, 4)
@@ -241,33 +247,33 @@ class TorchBackend(AttentionBackend):
             return own.unbind(0)
         if single.gathered is None:
             single.gathered = self._place(single.table, kv)
-        rows, buffer, key, value = single.gathered
-        torch.index_select(kv.views.blocks, 0, rows, out=buffer)
-        return key[:, : single.seq_len].to(dtype), value[:, : single.seq_len].to(dtype)
+        key, value = (one.read(kv)[:, : single.seq_len].to(dtype) for one in single.gathered)
+        return key, value
 
-    def _place(self, tables: Tensor, kv: LayerKV) -> _Gathered:
-        """Where the blocks of sequences are gathered, given ``[sequences, blocks]`` of ids.
+    def _place(self, tables: Tensor, kv: LayerKV) -> tuple[_Gathered, _Gathered]:
+        """Where keys and values of sequences are gathered, given ``[sequences, blocks]`` of ids.
 
         One buffer serves all layers and groups: fresh memory of this size is mapped page by
         page each time, which took longer than the copy (32 sequences of 1200 tokens: 2 to 3
         times).
         """
         rows, width = self._rows(tables, kv), kv.views.blocks.shape[1]
-        size = len(rows) * width
+        size = rows.numel() * width
         if self._scratch is None or self._scratch.numel() < size:
             self._scratch = torch.empty(size, dtype=kv.key.dtype, device=kv.key.device)
-        buffer = self._scratch[:size].view(-1, width)
-        key, value = buffer.view(2, len(tables) * self.num_kv_heads, -1, self.head_dim).unbind(0)
-        return _Gathered(rows, buffer, key, value)
+        buffers = self._scratch[:size].view(2, -1, width)
+        tokens = buffers.view(2, len(tables) * self.num_kv_heads, -1, self.head_dim)
+        key, value = map(_Gathered, rows, buffers, tokens)
+        return key, value
 
     def _rows(self, tables: Tensor, kv: LayerKV) -> Tensor:
         """``[sequences, blocks]`` block ids to the rows of `_Views.blocks` that hold them, in
-        the order ``[2, sequences, kv heads, blocks]``.
+        the order ``[2 (key, value), sequences * kv heads * blocks]``.
         """
         num_blocks = kv.key.shape[0]
         head = torch.arange(2 * self.num_kv_heads, device=tables.device)
         head = head.view(2, 1, self.num_kv_heads, 1)
-        return (head * num_blocks + tables.unsqueeze(1)).flatten()
+        return (head * num_blocks + tables.unsqueeze(1)).flatten(1)
 
     def _bias(self, visible: Tensor, dtype: torch.dtype) -> Tensor:
         bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
