@@ -146,7 +146,9 @@ def plot(columns: Mapping[str, Values], file: str) -> None:
     for panel, row in zip(panels.flat, rows, strict=False):
         shown = {name: values[row] for name, values in columns.items() if row in values}
         bars = panel.bar(range(len(shown)), shown.values(), color=[colours[n] for n in shown])
-        panel.bar_label(bars, fmt="%.3g", padding=2)
+        panel.bar_label(
+            bars, fmt=lambda value: f"{value:.0f}" if value >= 100 else f"{value:.3g}", padding=2
+        )
         panel.set_title(ROWS[row].title, fontsize=10)
         panel.set_ylabel(ROWS[row].unit)
         names = [name.replace(", ", "\n").replace(" ", "\n") for name in shown]
