@@ -1,7 +1,7 @@
 """Which form of attention is fastest on this CPU, for decodes and prefill chunks, and how exact.
 
 Every form reads the paged cache of a layer as the engine keeps it; several layers take turns,
-so that no cache lies. The error is the largest deviation from float64 over that of the plain
+so that no cache lies. Measure on an idle machine; half a minute. The error is the largest deviation from float64 over that of the plain
 computation (matmul, softmax, matmul) in the same dtype: at most 2 is asked of a backend. The
 last line is JSON.
 
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from linears import milliseconds
+from cpu_ceilings import milliseconds
 from torch import Tensor
 from tqdm import tqdm
 

@@ -115,6 +115,8 @@ class _Mount(NamedTuple):
 def _mounts(root: Path) -> Iterator[_Mount]:
     for line in (_read(root / "proc/self/mountinfo") or "").splitlines():
         mount, _, kind = line.partition(" - ")
+        if len(mount.split()) < 5 or len(kind.split()) < 2:
+            continue  # not as proc(5) has it
         top, point = (_unescape(word) for word in mount.split()[3:5])
         filesystem, *_, options = kind.split()
         if filesystem == "cgroup2":
@@ -135,10 +137,10 @@ def _unescape(word: str) -> str:
 def _cpus(group: Path) -> float | None:
     quota, period = _read(group / "cpu.cfs_quota_us"), _read(group / "cpu.cfs_period_us")
     if (both := _read(group / "cpu.max")) is not None:
-        quota, period = both.split()
-    if quota is None or period is None or quota in ("max", "-1"):
-        return None
-    return int(quota) / int(period)
+        quota, _, period = both.partition(" ")
+    # "max" and -1 are no limit.
+    known = quota is not None and quota.isdecimal() and period is not None and period.isdecimal()
+    return int(quota) / int(period) if known and int(period) else None
 
 
 def _memory(group: Path) -> MemoryLimit | None:
@@ -158,9 +160,9 @@ def _memory(group: Path) -> MemoryLimit | None:
 
 
 def _number(file: Path) -> int | None:
-    """The bytes that a file tells, ``None`` where it is missing or says ``max``."""
+    """The bytes that a file tells, ``None`` where it is missing or tells none (``max``)."""
     text = _read(file)
-    return None if text is None or text == "max" else int(text)
+    return int(text) if text is not None and text.isdecimal() else None
 
 
 def _read(file: Path) -> str | None:

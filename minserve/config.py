@@ -57,8 +57,8 @@ class EngineConfig:
     )
     quantization: str = option(
         "none",
-        "int8: weights of linear layers in 8 bits, of the draft model too, multiplied in int8; "
-        "faster on a CPU, slightly less exact, and not for GPUs",
+        "int8: weights of linear layers in 8 bits, of the draft model too, multiplied in int8: half "
+        "the weights' memory at about the same speed, slightly less exact; x86 CPUs alone",
         group="model",
         choices=QUANTIZATIONS,
     )

@@ -48,7 +48,7 @@ class Machine:
             limit = limits.memory.limit
         return cls(
             processors=processors,
-            cores=max(1, min(psutil.cpu_count(logical=False) or 1, processors)),
+            cores=min(psutil.cpu_count(logical=False) or processors, processors),
             cpu_quota=quota if quota is not None and quota < processors else None,
             memory_limit=limit if limit is not None and limit < memory.total else None,
             free_memory=free,
@@ -73,7 +73,7 @@ class Machine:
         return number if self.cpu_quota is None else max(1, min(number, math.floor(self.cpu_quota)))
 
     def warn_of(self, threads: int, setting: str) -> None:
-        """Log that threads, as a setting asks for them, are more than the CPU quota runs."""
+        """Log that threads, as a setting asks for them, are more than run at once."""
         if self.cpu_quota is not None and threads > max(1, self.cpu_quota):
             log.warning(
                 "%s: %d threads, but a cgroup limits this process to %g CPUs; they will be stopped "
@@ -81,6 +81,15 @@ class Machine:
                 setting,
                 threads,
                 self.cpu_quota,
+                self.num_threads,
+            )
+        elif threads > self.processors:
+            log.warning(
+                "%s: %d threads, but this process may run on %d processors; threads that wait for "
+                "one hold up all others: use %d",
+                setting,
+                threads,
+                self.processors,
                 self.num_threads,
             )
 

@@ -26,6 +26,7 @@ Linear = Callable[[Tensor], Tensor]
 Activation = Callable[[Tensor], Tensor]
 
 LAYER_NORM_EPS = 1e-5
+FLOAT16_MAX = torch.finfo(torch.float16).max
 
 _onednn = torch.ops.mkldnn._linear_pointwise.default
 _onednn_binary = torch.ops.mkldnn._linear_pointwise.binary
@@ -145,7 +146,7 @@ class Placement:
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """A linear layer from a ``[out, in]`` weight of any float dtype."""
         if self.format is WeightFormat.ONEDNN_AND_FP16:
-            return self._twice(lambda one: one.linear(weight, bias))
+            return self._twice(lambda one: one.linear(weight, bias), weight)
         bias = self._maybe(bias)
         if self.format is WeightFormat.FBGEMM_INT8:
             return Int8Linear(weight, bias)
@@ -165,7 +166,7 @@ class Placement:
     ) -> Linear:
         """``silu(gate(x)) * up(x)`` from the weights of two linears (SwiGLU; Shazeer, 2020)."""
         if self.format is WeightFormat.ONEDNN_AND_FP16:
-            return self._twice(lambda one: one.swiglu(gate, up, gate_bias, up_bias))
+            return self._twice(lambda one: one.swiglu(gate, up, gate_bias, up_bias), gate, up)
         if self.format is WeightFormat.ONEDNN:
             gated = OneDnnLinear(gate.to(self.weight_dtype), self._maybe(gate_bias), "swish")
             factor = OneDnnLinear(up.to(self.weight_dtype), self._maybe(up_bias))
@@ -179,7 +180,7 @@ class Placement:
     ) -> Linear:
         """`linear`, then an activation. A ReLU is part of the matmul where that can do it."""
         if self.format is WeightFormat.ONEDNN_AND_FP16:
-            return self._twice(lambda one: one.activated_linear(weight, bias, activation))
+            return self._twice(lambda one: one.activated_linear(weight, bias, activation), weight)
         is_relu = activation is torch.relu_
         if self.format is WeightFormat.ONEDNN and is_relu:
             return OneDnnLinear(weight.to(self.weight_dtype), self._maybe(bias), "relu")
@@ -188,10 +189,12 @@ class Placement:
             return linear.relu
         return lambda x: activation(linear(x))
 
-    def _twice(self, make: Callable[[Placement], Linear]) -> Linear:
+    def _twice(self, make: Callable[[Placement], Linear], *weights: Tensor) -> Linear:
         """A linear in both forms; the activations' dtype chooses (`pass_dtype`)."""
-        few = make(replace(self, format=WeightFormat.FBGEMM_FP16))
         many = make(replace(self, format=WeightFormat.ONEDNN))
+        if any(weight.abs().max() > FLOAT16_MAX for weight in weights):
+            return lambda x: many(x.to(self.dtype)).to(x.dtype)
+        few = make(replace(self, format=WeightFormat.FBGEMM_FP16))
         return lambda x: few(x) if x.dtype is torch.float32 else many(x)
 
     def _maybe(self, tensor: Tensor | None) -> Tensor | None:

@@ -82,7 +82,7 @@ def test_limits_are_told_in_a_line_and_only_where_there_are_some(look_at: LookAt
 def test_threads_beyond_the_quota_are_warned_of(
     look_at: LookAt, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for quota, threads in ((None, 64), (0.5, 1), (1.0, 1), (3.0, 3), (2.5, 2)):
+    for quota, threads in ((None, 8), (0.5, 1), (1.0, 1), (3.0, 3), (2.5, 2)):
         look_at(CgroupLimits(cpus=quota)).warn_of(threads, "--threads")
     assert not caplog.records
     look_at(CgroupLimits(cpus=1.5)).warn_of(2, "--threads 2")
@@ -90,3 +90,11 @@ def test_threads_beyond_the_quota_are_warned_of(
     assert record.levelno == logging.WARNING
     assert "--threads 2: 2 threads, but a cgroup limits this process to 1.5 CPUs" in record.message
     assert record.message.endswith("or use 1")
+
+
+def test_threads_beyond_the_processors_are_warned_of(
+    look_at: LookAt, caplog: pytest.LogCaptureFixture
+) -> None:
+    look_at(CgroupLimits()).warn_of(64, "--threads 64")
+    (record,) = caplog.records
+    assert "--threads 64: 64 threads, but this process may run on 8 processors" in record.message

@@ -229,8 +229,12 @@ class EngineBase:
 
     def keep_profile(self) -> None:
         """Keep what was refined so far, for the next start; at an engine's end."""
-        if self._refinement is not None:
+        if self._refinement is None:
+            return
+        try:
             self._refinement.save()
+        except Exception:
+            log.exception("what was refined of the profile could not be kept")
 
     def _prepare(
         self,

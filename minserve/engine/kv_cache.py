@@ -106,9 +106,9 @@ def _choose_on_cpu(
         num_blocks = _blocks_of(config.kv_cache_gib * GIB, per_block, useful, config)
     if num_blocks * per_block > machine.free_memory:
         raise ConfigError(
-            f"a KV cache of {num_blocks} blocks takes {num_blocks * per_block / GIB:.2f} GiB, more "
-            f"than there is: {machine.memory_words}; allow more, or lower "
-            f"{'--num-blocks' if config.num_blocks else '--kv-cache-gib'}"
+            f"{'--num-blocks' if config.num_blocks else '--kv-cache-gib'} asks for a KV cache of "
+            f"{num_blocks} blocks, {num_blocks * per_block / GIB:.2f} GiB, more than there is: "
+            f"{machine.memory_words}; lower it, or allow more"
         )
     return num_blocks
 

@@ -20,6 +20,7 @@ import torch
 
 from minserve.cpu_name import cpu_name
 from minserve.engine.core import EngineCore
+from minserve.engine.runner import ModelRunner
 from minserve.machine import Machine
 from minserve.planner.perf_fit import FitQuality, Sample, undisturbed
 from minserve.planner.perf_model import BatchShape, PerfModel
@@ -153,7 +154,7 @@ def profile_key(core: EngineCore, model_name: str) -> ProfileKey:
     return ProfileKey(
         model=f"{model_name} ({family} {numbers})",
         device=_device_name(runner.device),
-        dtype=dtype_words(runner.model.linear_dtype, runner.kv[0].key.dtype),
+        dtype=_dtypes(runner),
         threads=torch.get_num_threads() if runner.threads is None else runner.threads.most,
         attention=runner.backend.name + (" with CUDA graphs" if runner.graphs else ""),
     )
@@ -263,7 +264,20 @@ def _device_name(device: torch.device) -> str:
     return f"{cpu_name()} limited to {quota:g} CPUs" if slowed else cpu_name()
 
 
+def _dtypes(runner: ModelRunner) -> str:
+    """Of weights and arithmetic, and of what passes over few tokens have instead: for a second
+    form of the weights there may be room at one start and not at another.
+    """
+    words = dtype_words(runner.model.linear_dtype, runner.kv[0].key.dtype)
+    few = runner.model.placement.pass_dtype(1)
+    return words if few is runner.kv[0].key.dtype else f"{words}, few tokens in {_name(few)}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def dtype_words(weights: torch.dtype, arithmetic: torch.dtype) -> str:
     """As in ``bfloat16``, or in ``bfloat16 in float32``."""
-    stored, computed = (str(one).removeprefix("torch.") for one in (weights, arithmetic))
+    stored, computed = _name(weights), _name(arithmetic)
     return stored if stored == computed else f"{stored} in {computed}"

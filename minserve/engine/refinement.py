@@ -69,6 +69,7 @@ class Refinement:
         self._survey = Survey(core, model_name, kept=profile)
         self._profile = profile
         self._fresh: Times = {}
+        self._unwritable = False
         self._fresh_s = 0.0
         # Of the newest run over what was expected: a profile may be of a much busier hour.
         self._pace = 1.0
@@ -103,7 +104,8 @@ class Refinement:
         """
         if idle_s < FIRST_IDLE_S:
             return FIRST_IDLE_S - idle_s
-        batches = [batch for batch in self._unfinished() if self._finds_room(batch)]
+        num_blank = self._core.pool.num_blank_blocks
+        batches = [batch for batch in self._unfinished() if self._finds_room(batch, num_blank)]
         if self._fresh_s >= SAVE_S or (self._fresh and not batches):
             self.save(is_wanted)
             return 0.0
@@ -135,7 +137,10 @@ class Refinement:
         if not self._fresh:
             return
         with suppress(_Wanted), profile_cache.alone_with(self._profile.key, TURN_S):
-            kept = profile_cache.load(self._profile.key) or self._profile
+            # What could not be written is in this process's profile alone.
+            kept = self._profile
+            if not self._unwritable:
+                kept = profile_cache.load(self._profile.key) or kept
             self._survey.take(kept)
             self._survey.add(self._fresh, self._fresh_s)
             profile = self._survey.profile(kept.allowed_s, poll)
@@ -147,7 +152,9 @@ class Refinement:
             try:
                 profile_cache.save(self._profile)
             except OSError as error:
-                log.warning("the refined profile could not be kept: %s", error)
+                if not self._unwritable:
+                    log.warning("the refined profile could not be kept: %s", error)
+                self._unwritable = True
             self._publish(self._profile)
 
     @property
@@ -167,10 +174,10 @@ class Refinement:
         """Seconds that a batch should take now."""
         return self._pace * self._core.planner.model.predict(batch.shape)
 
-    def _finds_room(self, batch: Batch) -> bool:
-        """True where no cached prefix has to go for it."""
+    def _finds_room(self, batch: Batch, num_blank: int) -> bool:
+        """True where no cached prefix has to go for it, with so many blocks that hold none."""
         needed = sum(self._limits.blocks(start + num_tokens) for start, num_tokens in batch.runs)
-        return needed <= self._core.pool.num_blank_blocks
+        return needed <= num_blank
 
     def _measure(self, batch: Batch, is_wanted: Callable[[], bool]) -> None:
         """Run a batch twice, as batches in service follow each other. The first run, on a device

@@ -9,6 +9,7 @@ while others are busy on their cores.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -17,6 +18,8 @@ from typing import NamedTuple
 
 import psutil
 import torch
+
+log = logging.getLogger(__name__)
 
 # Seconds between two looks. The system counts in hundredths of a second.
 LOOK_S = 0.25
@@ -60,27 +63,48 @@ class ThreadCount:
         cores: that this process may run on.
         look: tells the machine's usage.
 
+    The number is torch's for the thread that calls, and stays so behind the pass.
+
     Attributes:
         now: threads that passes have at the moment.
     """
 
     def __init__(self, most: int, cores: int, look: Callable[[], Usage] = Usage.look) -> None:
-        self.most = self.now = most
+        self.most = self.now = self._fitting = most
         self.cores = cores
         self._look = look
-        self._last = look()
+        self._last = self._usage()
 
     def before_pass(self) -> None:
         """Set torch's threads for the next pass. Costs a tenth of a millisecond at each look."""
-        if self.most > 1 and time.monotonic() - self._last.at >= LOOK_S:
-            usage = self._look()
-            self.now = min(self.most, num_idle(self.cores, self._last, usage))
-            self._last = usage
+        last = self._last
+        if self.most > 1 and last is not None and time.monotonic() - last.at >= LOOK_S:
+            self._last = self._usage()
+            if self._last is not None:
+                fitting = num_fitting(self.most, self.cores, last, self._last)
+                # Fewer at once, more when two looks agree: at the border it would swing.
+                self.now = min(fitting, max(self.now, self._fitting))
+                self._fitting = fitting
         torch.set_num_threads(self.now)
 
+    def _usage(self) -> Usage | None:
+        """The machine's usage; ``None``, and never again, where the system does not tell."""
+        try:
+            return self._look()
+        except (OSError, psutil.Error) as error:
+            log.warning(
+                "passes keep %d threads whatever else runs: processor times cannot be read (%s)",
+                self.now,
+                error,
+            )
+            return None
 
-def num_idle(cores: int, before: Usage, after: Usage) -> int:
-    """Of so many cores, how many no other program needs; at least one."""
+
+def num_fitting(most: int, cores: int, before: Usage, after: Usage) -> int:
+    """Of so many threads, for how many other programs leave a core; at least one.
+
+    Threads beyond the cores were asked for by whoever knows why, and stay.
+    """
     others = (after.busy - before.busy) - (after.own - before.own)
-    taken = others / (after.at - before.at)
-    return max(1, math.floor(cores - taken + NEGLIGIBLE))
+    taken = others / (after.at - before.at) - max(0, cores - most)
+    return min(most, max(1, most - max(0, math.ceil(taken - NEGLIGIBLE))))

@@ -165,7 +165,8 @@ def _first_signal() -> asyncio.Future[int]:
         for one in SIGNALS:
             loop.remove_signal_handler(one)
             signal.signal(one, signal.SIG_DFL)
-        ended.set_result(number)
+        if not ended.done():  # two may come before the loop looks
+            ended.set_result(number)
 
     for one in SIGNALS:
         loop.add_signal_handler(one, on_signal, int(one))

@@ -127,7 +127,7 @@ def _gauges(stats: EngineStats) -> Iterator[Metric]:
         ("kv_cache_usage_perc", "KV blocks in use; 1 is all of them.", stats.kv_usage),
         (
             "profile_completeness",
-            "Measurements of the device made, of those of a full profile; below 1 it is rough, "
+            "Measurements of the device made, of those of a full profile; below 1 it is refined while nothing runs, "
             "and refined while nothing runs.",
             stats.profile_completeness,
         ),

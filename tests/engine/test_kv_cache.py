@@ -123,5 +123,5 @@ def test_a_cache_that_would_not_fit_once_it_is_full_is_refused(
 ) -> None:
     (flag,) = (f"--{name.replace('_', '-')}" for name in settings)
     assert num_blocks_on_cpu(1.6, monkeypatch, limit_gib=2.0, **settings) == 192
-    with pytest.raises(ConfigError, match=rf"takes 1\.50 GiB, .* 2\.00 GiB .* lower {flag}$"):
+    with pytest.raises(ConfigError, match=rf"^{flag} asks for .* 1\.50 GiB, .* 2\.00 GiB"):
         num_blocks_on_cpu(1.4, monkeypatch, limit_gib=2.0, **settings)

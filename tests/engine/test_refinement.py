@@ -317,3 +317,21 @@ def test_processes_that_save_at_once_lose_nothing(engine: Engine) -> None:
     kept = profile_cache.load(profile.key)
     shape = next(iter(profile.runs))
     assert kept.runs[shape] == (*profile.runs[shape], *[1.0] * 50)
+
+
+@pytest.mark.usefixtures("device")
+def test_a_folder_that_cannot_be_written_costs_the_next_start_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    start = rough(engine)
+    profile_cache.save(start)
+
+    def refuse(_: Profile) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(profile_cache, "save", refuse)
+    one, published = refine(engine, start)
+    finish(one)
+    assert one.completeness == 1.0
+    assert sum(map(len, published[-1].runs.values())) > sum(map(len, start.runs.values()))
+    assert sum("could not be kept" in record.message for record in caplog.records) == 1

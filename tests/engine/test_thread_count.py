@@ -7,7 +7,7 @@ import torch
 
 from minserve import Engine, SamplingParams
 from minserve.engine import thread_count
-from minserve.engine.thread_count import ThreadCount, Usage, num_idle
+from minserve.engine.thread_count import ThreadCount, Usage, num_fitting
 
 
 @pytest.fixture(autouse=True)
@@ -18,24 +18,28 @@ def _threads_as_before():
 
 
 @pytest.mark.parametrize(
-    ("cores", "busy", "own", "idle"),
+    ("most", "cores", "busy", "own", "fitting"),
     [
-        (2, 0.0, 0.0, 2),
-        (2, 2.0, 2.0, 2),  # all of it is ours
-        (2, 2.0, 1.0, 1),  # a program keeps a core busy
-        (2, 2.0, 1.7, 2),  # a client that does a little
-        (2, 4.0, 0.5, 1),  # at least one thread, however busy the others are
-        (16, 9.0, 2.0, 9),
-        (1, 1.0, 0.5, 1),
+        (2, 2, 0.0, 0.0, 2),
+        (2, 2, 2.0, 2.0, 2),  # all of it is ours
+        (2, 2, 2.0, 1.0, 1),  # a program keeps a core busy
+        (2, 2, 2.0, 1.7, 2),  # a client that does a little
+        (2, 2, 4.0, 0.5, 1),  # at least one thread, however busy the others are
+        (16, 16, 9.0, 2.0, 9),
+        (2, 16, 9.0, 2.0, 2),  # there are cores enough for all
+        (2, 16, 17.0, 2.0, 1),
+        (1, 1, 1.0, 0.5, 1),
+        (4, 2, 2.0, 2.0, 4),  # as asked for
+        (4, 2, 3.0, 2.0, 3),
     ],
 )
 def test_cores_that_others_keep_busy_are_left_to_them(
-    cores: int, busy: float, own: float, idle: int
+    most: int, cores: int, busy: float, own: float, fitting: int
 ) -> None:
     before = Usage(at=10.0, busy=100.0, own=50.0)
     for seconds in (0.25, 1.0, 60.0):
         after = Usage(10.0 + seconds, 100.0 + busy * seconds, 50.0 + own * seconds)
-        assert num_idle(cores, before, after) == idle
+        assert num_fitting(most, cores, before, after) == fitting
 
 
 def test_passes_give_way_to_a_neighbour_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,11 +57,11 @@ def test_passes_give_way_to_a_neighbour_and_come_back(monkeypatch: pytest.Monkey
     monkeypatch.setattr(thread_count.time, "monotonic", lambda: now[0])
     threads = ThreadCount(2, cores=2, look=look)
     seen = []
-    for step, busy in enumerate((0.0, 1.0, 1.0, 0.0, 0.0)):
+    for step, busy in enumerate((0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0)):
         now[0], others[0] = float(step + 1), busy
         threads.before_pass()
         seen.append(torch.get_num_threads())
-    assert seen == [2, 1, 1, 2, 2]
+    assert seen == [2, 1, 1, 1, 1, 1, 2]  # back when two looks in a row agree
 
 
 def test_the_machine_is_looked_at_now_and_then_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,8 +101,22 @@ def test_an_engine_keeps_its_output_whatever_the_threads(tiny_llama_dir, monkeyp
     runner = engine._core.runner
     monkeypatch.setattr(thread_count, "LOOK_S", 0.0)
     monkeypatch.setattr(
-        thread_count, "num_idle", lambda *_: counts.append(1) or 1 + len(counts) % 2
+        thread_count, "num_fitting", lambda *_: counts.append(1) or 1 + len(counts) // 3 % 2
     )
     assert engine.generate([3, 4, 5, 6], params)[0].outputs[0].token_ids == want
     assert len(counts) >= 12
     assert runner.threads.most == 2
+
+
+def test_where_processor_times_cannot_be_read_all_threads_stay(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look() -> Usage:
+        raise PermissionError("/proc/stat")
+
+    threads = ThreadCount(2, cores=2, look=look)
+    monkeypatch.setattr(thread_count.time, "monotonic", lambda: 1e9)
+    for _ in range(3):
+        threads.before_pass()
+        assert torch.get_num_threads() == 2
+    assert len(caplog.records) == 1

@@ -112,5 +112,6 @@ def test_a_cache_beyond_the_containers_limit_is_refused_in_one_line(
         assert server.wait(timeout=60) == 1
     last = log.read_text().splitlines()[-1]
     assert re.search(
-        r"takes 2\.00 GiB, more than there is: memory limited to 1\.20 GiB .* --kv-cache-gib$", last
+        r"--kv-cache-gib asks for .* 2\.00 GiB, more than there is: memory limited to 1\.20 GiB",
+        last,
     )
