@@ -24,9 +24,10 @@ from minserve.kernels.attention import AttentionBackend, AttentionMetadata, Laye
 
 # A group of decodes ends where the next sequence is shorter than this share of the longest.
 GROUP_MIN_FILL = 0.5
-# Queries of one sequence that share a matmul: their scores stay in a core's own cache, and
-# half of the last block of keys is computed in vain.
-QUERY_BLOCK = 128
+# Queries of one sequence that share a matmul, in bytes of one score each: 128 of them in half
+# precision, 64 in float32. Their scores stay in a core's own cache, and half of the last block of
+# keys is computed in vain.
+QUERY_BLOCK_BYTES = 256
 
 
 class _Views(NamedTuple):
@@ -218,8 +219,9 @@ class TorchBackend(AttentionBackend):
             return torch.bmm(torch.softmax(scores, dim=-1), value).view(1, -1)
         out = query.new_empty(num_queries, self.num_kv_heads, group, self.head_dim)
         num_before = single.seq_len - num_queries
-        for begin in range(0, num_queries, QUERY_BLOCK):
-            end = min(begin + QUERY_BLOCK, num_queries)
+        block = QUERY_BLOCK_BYTES // query.element_size()
+        for begin in range(0, num_queries, block):
+            end = min(begin + block, num_queries)
             seen = num_before + end
             out[begin:end] = self._query_block(query[begin:end], key[:, :seen], value[:, :seen])
         return out.flatten(1)
@@ -283,11 +285,12 @@ class TorchBackend(AttentionBackend):
         return bias.repeat_interleave(self.num_kv_heads, dim=0)
 
     def _future_of(self, scores: Tensor) -> Tensor:
-        """-inf above the diagonal, ``[QUERY_BLOCK, QUERY_BLOCK]``: what a query may not see."""
+        """-inf above the diagonal, a block of queries wide: what a query may not see."""
         future = self._future
         if future is None or future.dtype != scores.dtype or future.device != scores.device:
-            future = torch.full((QUERY_BLOCK, QUERY_BLOCK), -torch.inf, device=scores.device)
-            self._future = future = future.triu_(1).to(scores.dtype)
+            block = QUERY_BLOCK_BYTES // scores.element_size()
+            future = torch.full((block, block), -torch.inf, device=scores.device).triu_(1)
+            self._future = future = future.to(scores.dtype)
         return future
 
 
