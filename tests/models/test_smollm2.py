@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict
+from pydoc_data.topics import topics
 
 import parity
 import pytest
@@ -50,14 +51,17 @@ def reference_logprobs(model: torch.nn.Module, token_ids: list[int]) -> torch.Te
     return torch.stack(rows).log_softmax(-1)
 
 
-def our_logprobs(dtype: str, token_ids: list[int]) -> torch.Tensor:
+def our_logprobs(
+    dtype: str, token_ids: list[int], chunk: int = 1, twice: bool = False
+) -> torch.Tensor:
+    """Computed so many tokens at a time, with weights in two forms where asked for."""
     source = find_model("smollm2")
-    placement = Placement.choose(torch.device("cpu"), dtype)
+    placement = Placement.choose(torch.device("cpu"), dtype, twice=twice)
     with open_checkpoint(source, progress=False) as checkpoint:
         model = build_model(checkpoint, load_config(source), placement)
     runner = parity.make_runner(model, placement)
-    (logits,) = parity.chunked_logits(runner, [token_ids], chunk=1)
-    return logits.log_softmax(-1)
+    (logits,) = parity.chunked_logits(runner, [token_ids], chunk)
+    return logits.float().log_softmax(-1)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-3), ("float16", 5e-2)])
@@ -71,12 +75,17 @@ def test_logprobs_are_those_of_transformers(
 
 
 def test_bfloat16_is_no_further_from_float32_than_transformers_own(
-    reference: torch.nn.Module, token_ids: list[int]
+    reference: torch.nn.Module,
 ) -> None:
+    # Errors of a few tokens are mostly chance.
+    token_ids = Tokenizer.load(find_model("smollm2")).encode(topics["class"])[:160]
     exact = reference_logprobs(reference, token_ids)
-    got = our_logprobs("bfloat16", token_ids)
     theirs = reference_logprobs(copy.deepcopy(reference).bfloat16(), token_ids)
     likely = exact > -12
-    our_error, their_error = ((x - exact)[likely].abs() for x in (got, theirs))
-    assert our_error.mean() < 1.5 * their_error.mean()
-    assert our_error.max() < 2 * their_error.max()
+    their_error = (theirs - exact)[likely].abs()
+    for chunk, twice in ((1, False), (1, True), (len(token_ids), True)):
+        got = our_logprobs("bfloat16", token_ids, chunk, twice)
+        our_error = (got - exact)[likely].abs()
+        # A tenth more for the order of sums, which is each CPU's own.
+        assert our_error.mean() < 1.1 * their_error.mean(), (chunk, twice)
+        assert our_error.max() < 2 * their_error.max(), (chunk, twice)
