@@ -135,6 +135,11 @@ class Placement:
         return torch.float32 if few else self.dtype
 
     @property
+    def has_two_forms(self) -> bool:
+        """Whether linear weights are kept twice."""
+        return self.format is WeightFormat.ONEDNN_AND_FP16
+
+    @property
     def linear_dtype(self) -> torch.dtype:
         """Of linear weights."""
         return torch.int8 if self.format is WeightFormat.FBGEMM_INT8 else self.weight_dtype
@@ -145,7 +150,7 @@ class Placement:
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """A linear layer from a ``[out, in]`` weight of any float dtype."""
-        if self.format is WeightFormat.ONEDNN_AND_FP16:
+        if self.has_two_forms:
             return self._twice(lambda one: one.linear(weight, bias), weight)
         bias = self._maybe(bias)
         if self.format is WeightFormat.FBGEMM_INT8:
@@ -165,7 +170,7 @@ class Placement:
         up_bias: Tensor | None = None,
     ) -> Linear:
         """``silu(gate(x)) * up(x)`` from the weights of two linears (SwiGLU; Shazeer, 2020)."""
-        if self.format is WeightFormat.ONEDNN_AND_FP16:
+        if self.has_two_forms:
             return self._twice(lambda one: one.swiglu(gate, up, gate_bias, up_bias), gate, up)
         if self.format is WeightFormat.ONEDNN:
             gated = OneDnnLinear(gate.to(self.weight_dtype), self._maybe(gate_bias), "swish")
@@ -179,7 +184,7 @@ class Placement:
         self, weight: Tensor, bias: Tensor | None, activation: Activation
     ) -> Linear:
         """`linear`, then an activation. A ReLU is part of the matmul where that can do it."""
-        if self.format is WeightFormat.ONEDNN_AND_FP16:
+        if self.has_two_forms:
             return self._twice(lambda one: one.activated_linear(weight, bias, activation), weight)
         is_relu = activation is torch.relu_
         if self.format is WeightFormat.ONEDNN and is_relu:

@@ -265,12 +265,11 @@ def _device_name(device: torch.device) -> str:
 
 
 def _dtypes(runner: ModelRunner) -> str:
-    """Of weights and arithmetic, and of what passes over few tokens have instead: for a second
-    form of the weights there may be room at one start and not at another.
+    """Of weights and arithmetic, and of a second form of the weights, for which there may be room
+    at one start and not at another.
     """
     words = dtype_words(runner.model.linear_dtype, runner.kv[0].key.dtype)
-    few = runner.model.placement.pass_dtype(1)
-    return words if few is runner.kv[0].key.dtype else f"{words}, few tokens in {_name(few)}"
+    return f"{words} and float16" if runner.model.placement.has_two_forms else words
 
 
 def _name(dtype: torch.dtype) -> str:

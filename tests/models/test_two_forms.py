@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from minserve import Engine
 from minserve.engine import build
+from minserve.engine.profile_cache import profile_key
 from minserve.models.layers import FEW_ROWS, Placement, WeightFormat
 
 CPU = torch.device("cpu")
@@ -78,3 +82,15 @@ def test_two_forms_are_kept_where_the_second_is_small_beside_free_memory() -> No
     assert build.has_room_twice(1000)
     assert build.has_room_twice(int(0.04 * free))
     assert not build.has_room_twice(int(0.06 * free))
+
+
+@needs_bf16
+def test_profiles_of_one_and_two_forms_are_kept_apart(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = []
+    for twice in (True, False):
+        monkeypatch.setattr(build, "has_room_twice", lambda _, twice=twice: twice)
+        core = Engine(str(tiny_llama_dir), dtype="bfloat16")._core
+        words.append(profile_key(core, "tiny").dtype)
+    assert words == ["bfloat16 and float16", "bfloat16"]
