@@ -1,9 +1,9 @@
 """Attention in plain torch operations: the reference, and the CPU path.
 
 Each is two batched matmuls around a softmax, the heads of a GQA group sharing one matmul
-over their keys: on CPUs faster than torch's fused attention at every size that
-bench/cpu_attention.py tries, since that one packs keys anew for every head and computes
-what causality hides. Decodes are batched: the blocks of all decoding sequences are gathered
+over their keys: on CPUs faster than torch's fused attention for decodes, and in half
+precision for prompts too (bench/cpu_attention.py), since that one packs keys anew for every
+head and computes what causality hides. Decodes are batched: the blocks of all decoding sequences are gathered
 by one `index_select`. Sequences of similar length are grouped, so that padding at most
 doubles the work. A prefill chunk, or a lone decode, runs by itself, its queries in blocks
 that see no key behind them; where its blocks lie side by side nothing is copied.

@@ -127,7 +127,7 @@ class Checkpoint(ABC):
         return ids.long()
 
     def num_parameters(self) -> int:
-        """Elements of all tensors together; reads none of them."""
+        """Elements of all tensors together, from headers; pytorch_model.bin has none and is loaded."""
         return sum(self._num_elements(stored, file) for stored, file in self._files.items())
 
     @abstractmethod
