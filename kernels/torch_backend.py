@@ -3,10 +3,10 @@
 Each is two batched matmuls around a softmax, the heads of a GQA group sharing one matmul
 over their keys: on CPUs faster than torch's fused attention for decodes, and in half
 precision for prompts too (bench/cpu_attention.py), since that one packs keys anew for every
-head and computes what causality hides. Decodes are batched: the blocks of all decoding sequences are gathered
-by one `index_select`. Sequences of similar length are grouped, so that padding at most
-doubles the work. A prefill chunk, or a lone decode, runs by itself, its queries in blocks
-that see no key behind them; where its blocks lie side by side nothing is copied.
+head and computes what causality hides. Decodes and short prefill chunks are batched: the blocks
+of sequences with similarly many queries and keys are gathered by one `index_select` and padded.
+Any other chunk, or a lone decode, runs by itself, its queries in blocks that see no key behind
+them; where its blocks lie side by side nothing is copied.
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ from torch import Tensor
 
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
 
-# A group of decodes ends where the next sequence is shorter than this share of the longest.
-GROUP_MIN_FILL = 0.5
+# The sequences of a group have more than this share of each other's queries, and of each other's
+# tokens: padding does not double either.
+GROUP_MIN_FILL = 0.51
+# With more scores a head a prefill chunk is computed by itself: then padding, and keys that no
+# query of a block sees, cost more than the operations of one more sequence.
+MOST_GROUPED_SCORES = 128 * 256
 # Queries of one sequence that share a matmul, in bytes of one score each: 128 of them in half
 # precision, 64 in float32. Their scores stay in a core's own cache, and half of the last block of
 # keys is computed in vain.
@@ -64,8 +68,9 @@ class _Gathered(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Decodes:
-    """Several decoding sequences of similar length, with equally many query tokens each.
+class _Group:
+    """Several sequences of similar length, with similarly many query tokens: each padded to as
+    many as any of them has, with its last one.
 
     Attributes:
         tokens: their rows of the batch: a slice where adjacent, else int64 indices.
@@ -85,14 +90,14 @@ class _Decodes:
 
 @dataclass(slots=True)
 class _Single:
-    """One sequence: a prefill chunk, or a decode that has no other like it.
+    """One sequence that has no other like it.
 
     Attributes:
         tokens: its rows of the batch.
         table: int64 ``[1, blocks]``.
         seq_len: tokens that it sees, its own included.
         first: slot of its first token where its blocks lie side by side, else ``None``.
-        gathered: as in `_Decodes`, where its blocks do not lie so.
+        gathered: as in `_Group`, where its blocks do not lie so.
     """
 
     tokens: slice
@@ -111,7 +116,7 @@ class _State:
     """
 
     slot: int | None
-    decodes: list[_Decodes] = field(default_factory=list)
+    groups: list[_Group] = field(default_factory=list)
     singles: list[_Single] = field(default_factory=list)
 
 
@@ -148,13 +153,11 @@ class TorchBackend(AttentionBackend):
         slots = metadata.slot_mapping
         lone = len(slots) == 1 and slots.device.type == "cpu"  # elsewhere it would be waited for
         state = _State(int(slots[0]) if lone else None)
-        for sequences in _similar_decodes(metadata):
+        for sequences in _similar(metadata):
             if len(sequences) > 1:
-                state.decodes.append(_prepare_decodes(sequences, metadata))
+                state.groups.append(_prepare_group(sequences, metadata))
             else:
                 state.singles.append(_prepare_single(sequences[0], metadata))
-        for i in range(metadata.num_decodes, metadata.num_seqs):
-            state.singles.append(_prepare_single(i, metadata))
         metadata.state = state
 
     def write_kv(
@@ -176,36 +179,38 @@ class TorchBackend(AttentionBackend):
 
     def forward(self, query: Tensor, kv: LayerKV, metadata: AttentionMetadata) -> Tensor:
         state = metadata.state
-        if not state.singles and len(state.decodes) == 1:
-            return self._decode(query, kv, state.decodes[0])
-        if not state.decodes and len(state.singles) == 1:
+        if not state.singles and len(state.groups) == 1:
+            [group] = state.groups
+            if isinstance(group.tokens, slice):
+                return self._grouped(query, kv, group)
+        elif not state.groups and len(state.singles) == 1:
             return self._single(query, kv, state.singles[0])
         out = query.new_empty(query.shape[0], self.num_heads * self.head_dim)
-        for decodes in state.decodes:
-            out[decodes.tokens] = self._decode(query[decodes.tokens], kv, decodes)
+        for group in state.groups:
+            out[group.tokens] = self._grouped(query[group.tokens], kv, group)
         for single in state.singles:
             out[single.tokens] = self._single(query[single.tokens], kv, single)
         return out
 
-    def _decode(self, query: Tensor, kv: LayerKV, decodes: _Decodes) -> Tensor:
-        """``[tokens, num_heads * head_dim]`` of decodes together."""
-        num_seqs, num_queries, _ = decodes.visible.shape
-        if decodes.gathered is None:
-            decodes.gathered = self._place(decodes.tables, kv)
-            decodes.bias = self._bias(decodes.visible, kv.key.dtype)
+    def _grouped(self, query: Tensor, kv: LayerKV, group: _Group) -> Tensor:
+        """``[tokens, num_heads * head_dim]`` of similar sequences together."""
+        num_seqs, num_queries, _ = group.visible.shape
+        if group.gathered is None:
+            group.gathered = self._place(group.tables, kv)
+            group.bias = self._bias(group.visible, kv.key.dtype)
         # Values are gathered behind the softmax, not with the keys: so a core multiplies by what
         # it has gathered itself, and has in its own cache.
-        keys, values = decodes.gathered
+        keys, values = group.gathered
         key = keys.read(kv)
-        dtype, group = query.dtype, self.num_heads // self.num_kv_heads
+        dtype, per_kv_head = query.dtype, self.num_heads // self.num_kv_heads
         if num_queries > 1:
-            query = query.view(num_seqs, num_queries, self.num_kv_heads, group, self.head_dim)
+            query = query.view(num_seqs, num_queries, self.num_kv_heads, per_kv_head, self.head_dim)
             query = query.permute(0, 2, 3, 1, 4)
         query = query.reshape(key.shape[0], -1, self.head_dim).to(key.dtype)
-        scores = torch.baddbmm(decodes.bias, query, key.mT, alpha=self.scale)
+        scores = torch.baddbmm(group.bias, query, key.mT, alpha=self.scale)
         out = torch.bmm(torch.softmax(scores, dim=-1), values.read(kv)).to(dtype)
         if num_queries > 1:
-            out = out.view(num_seqs, self.num_kv_heads, group, num_queries, self.head_dim)
+            out = out.view(num_seqs, self.num_kv_heads, per_kv_head, num_queries, self.head_dim)
             out = out.permute(0, 3, 1, 2, 4)
         return out.reshape(num_seqs * num_queries, -1)
 
@@ -294,23 +299,29 @@ class TorchBackend(AttentionBackend):
         return future
 
 
-def _prepare_decodes(sequences: list[int], metadata: AttentionMetadata) -> _Decodes:
+def _prepare_group(sequences: list[int], metadata: AttentionMetadata) -> _Group:
     starts, device = metadata.query_start_loc, metadata.slot_mapping.device
-    num_queries = starts[sequences[0] + 1] - starts[sequences[0]]
-    lengths = torch.tensor([metadata.seq_lens[i] for i in sequences], device=device)
-    if sequences == list(range(sequences[0], sequences[-1] + 1)):
-        tables = metadata.block_tables[sequences[0] : sequences[-1] + 1]
-        tokens = slice(starts[sequences[0]], starts[sequences[-1] + 1])
-    else:
+    counts = [starts[i + 1] - starts[i] for i in sequences]
+    most, first, last = max(counts), sequences[0], sequences[-1]
+    lengths, queries, firsts = torch.tensor(
+        [[metadata.seq_lens[i] for i in sequences], counts, [starts[i] for i in sequences]],
+        device=device,
+    ).unsqueeze(2)
+    # Query j of a sequence stands at position length - queries + j; behind its last one that one
+    # stands again.
+    nth = torch.minimum(torch.arange(most, device=device), queries - 1)
+    adjacent = last - first + 1 == len(sequences)
+    tables = metadata.block_tables[first : last + 1]
+    if not adjacent:
         tables = metadata.block_tables[torch.tensor(sequences, device=device)]
-        firsts = torch.tensor([starts[i] for i in sequences], device=device)
-        tokens = (firsts.unsqueeze(1) + torch.arange(num_queries, device=device)).flatten()
+    if adjacent and min(counts) == most:
+        tokens = slice(starts[first], starts[last + 1])
+    else:
+        tokens = (firsts + nth).flatten()
     num_blocks = -(-max(metadata.seq_lens[i] for i in sequences) // metadata.block_size)
-    # Query j of a sequence stands at position length - num_queries + j.
-    last = lengths.unsqueeze(1) - num_queries + torch.arange(num_queries, device=device)
     position = torch.arange(num_blocks * metadata.block_size, device=device)
-    visible = position <= last.unsqueeze(2)
-    return _Decodes(tokens, tables[:, :num_blocks], visible)
+    visible = position <= (lengths - queries + nth).unsqueeze(2)
+    return _Group(tokens, tables[:, :num_blocks], visible)
 
 
 def _prepare_single(i: int, metadata: AttentionMetadata) -> _Single:
@@ -344,20 +355,28 @@ def _rotate_(heads: Tensor, rotations: Tensor) -> None:
         heads.copy_(wide)
 
 
-def _similar_decodes(metadata: AttentionMetadata) -> list[list[int]]:
-    """Groups of decodes with equally many queries and lengths within `GROUP_MIN_FILL`."""
+def _similar(metadata: AttentionMetadata) -> list[list[int]]:
+    """Groups of sequences with queries and lengths within `GROUP_MIN_FILL`; those that are better
+    off alone are groups of one.
+    """
     starts, lengths = metadata.query_start_loc, metadata.seq_lens
-    by_queries: dict[int, list[int]] = {}
-    for i in range(metadata.num_decodes):
-        by_queries.setdefault(starts[i + 1] - starts[i], []).append(i)
-    groups: list[list[int]] = []
-    for sequences in by_queries.values():
-        group: list[int] = []
-        for i in sorted(sequences, key=lambda i: lengths[i], reverse=True):
-            if group and lengths[i] < GROUP_MIN_FILL * lengths[group[0]]:
-                groups.append(sorted(group))
-                group = []
-            group.append(i)
-        if group:
-            groups.append(sorted(group))
+    queries = [end - start for start, end in pairwise(starts)]
+    small, groups = [], []
+    for i, (count, length) in enumerate(zip(queries, lengths, strict=True)):
+        if i >= metadata.num_decodes and count * length > MOST_GROUPED_SCORES:
+            groups.append([i])
+        else:
+            small.append(i)
+    for alike in _parts(small, queries):
+        groups += [sorted(group) for group in _parts(alike, lengths)]
     return groups
+
+
+def _parts(sequences: list[int], sizes: list[int]) -> list[list[int]]:
+    """The sequences in parts, the largest first, none below `GROUP_MIN_FILL` of its part's first."""
+    parts: list[list[int]] = []
+    for i in sorted(sequences, key=lambda i: sizes[i], reverse=True):
+        if not parts or sizes[i] < GROUP_MIN_FILL * sizes[parts[-1][0]]:
+            parts.append([])
+        parts[-1].append(i)
+    return parts

@@ -17,6 +17,10 @@ BATCHES = {
     "verification": ([(3, 20), (1, 25), (3, 90), (5, 11)], 4),
     "fresh prefills": ([(5, 0), (123, 0), (1, 0)], 0),
     "later chunks": ([(16, 5), (123, 64), (1, 31)], 0),
+    "chunks of like size": ([(1, 30), (30, 0), (1, 33), (25, 7), (29, 1), (17, 20)], 1),
+    "chunks of like size, adjacent": ([(30, 0), (25, 7), (29, 1)], 0),
+    "chunks of one size": ([(9, 0), (9, 3), (9, 2)], 0),
+    "chunks beside large ones": ([(1, 40), (20, 0), (128, 300), (128, 290), (21, 0)], 1),
     "more queries than a block of them": ([(300, 0), (129, 70)], 0),
     "mixed": ([(1, 77), (1, 12), (40, 0), (17, 100)], 2),
 }
@@ -50,15 +54,23 @@ def test_attention_is_right(batch: str, heads: str, dtype: torch.dtype, block_si
     assert_as_exact_as(expected(query, kv, metadata, dtype), got, want)
 
 
-def test_padding_never_more_than_doubles_the_work() -> None:
+def test_padding_never_doubles_the_work() -> None:
     backend = TorchBackend(2, 2, 8, scale=1.0)
-    metadata, _ = make_metadata([(1, n) for n in (1, 2, 500, 3, 260, 240, 60, 510)], 8, 4)
+    decodes = [(1, n) for n in (1, 2, 500, 3, 260, 240, 60, 510)] + [(2, 500), (4, 500), (3, 490)]
+    chunks = [(20, 0), (60, 0), (31, 300), (64, 0), (39, 0), (40, 3), (128, 200), (128, 200)]
+    metadata, _ = make_metadata([*decodes, *chunks], len(decodes), 4)
     backend.prepare(metadata)
-    for decodes in metadata.state.decodes:
-        lengths = decodes.visible.sum(-1).flatten().tolist()
+    groups = metadata.state.groups
+    for group in groups:
+        lengths = group.visible[:, -1].sum(-1).tolist()
         assert min(lengths) >= 0.5 * max(lengths)
-    together = sum(d.visible.shape[0] for d in metadata.state.decodes)
-    assert together + len(metadata.state.singles) == 8
+        rows = group.tokens
+        num_tokens = rows.stop - rows.start if isinstance(rows, slice) else len(rows.unique())
+        assert num_tokens > 0.5 * group.visible.shape[0] * group.visible.shape[1]
+    assert sum(group.visible.shape[0] for group in groups) + len(metadata.state.singles) == 19
+    # Large chunks run alone, whatever they have in common.
+    assert {one.tokens.stop - one.tokens.start for one in metadata.state.singles} >= {128}
+    assert all(group.visible.shape[1] < 128 for group in groups)
 
 
 def test_a_cache_costs_no_memory_before_it_is_written() -> None:

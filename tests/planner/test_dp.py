@@ -20,6 +20,7 @@ from minserve.planner.lengths import BoundLengths
 from minserve.planner.perf_model import PerfModel, Piece
 from minserve.planner.policies import make_planner
 from minserve.planner.policies.dp import GUARD_S
+from minserve.request import Sequence
 from minserve.slo import SLO, DecodeStage, OnUnattainable, Standing
 
 
@@ -337,6 +338,39 @@ def test_best_effort_that_runs_in_every_batch_is_owed_nothing() -> None:
         replay.step()
     assert len(replay.running) == 2
     assert replay.planner._owed_now() == 0.0
+
+
+def _prefill_beside_best_effort(*beside: Sequence) -> float:
+    """Predicted seconds of an iteration in which a long prompt without an SLO prefills beside 30
+    such decodes, which take 110 ms, and others that came at once with the prompt.
+    """
+    replay = replay_of(max_num_seqs=64)
+    replay.waiting = [request(f"d{i}", 4, 150, 0.0, None) for i in range(30)]
+    while not all(seq.is_decoding for seq in replay.running) or replay.waiting:
+        replay.step()
+    replay.waiting = [request("long", 1000, 5, replay.now, None), *beside]
+    plan = replay.step()
+    assert all(f"d{i}" in plan.num_scheduled_tokens for i in range(30))
+    return plan.predicted_s
+
+
+def test_prefills_of_best_effort_stretch_its_decodes_fourfold() -> None:
+    assert 0.38 < _prefill_beside_best_effort() < 4 * 0.12
+
+
+def test_nothing_is_stretched_while_somebody_to_whom_more_is_owed_waits() -> None:
+    assert _prefill_beside_best_effort(request("p", 9, 5, 0.0, SLO(ttft=9.0, tpot=1.0))) < 0.15
+
+
+def test_nothing_is_stretched_further_than_those_like_recent_arrivals_can_wait() -> None:
+    hasty = request("hasty", 9, 1, 0.0, SLO(ttft=0.25, tpot=1.0))
+    replay = replay_of(max_num_seqs=64)
+    replay.run([hasty])
+    replay.waiting = [request(f"d{i}", 4, 150, replay.now, None) for i in range(30)]
+    while not all(seq.is_decoding for seq in replay.running) or replay.waiting:
+        replay.step()
+    replay.waiting = [request("long", 1000, 5, replay.now, None)]
+    assert 0.15 < replay.step().predicted_s < 0.25
 
 
 def _decodes_far_ahead() -> Replay:
