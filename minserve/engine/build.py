@@ -123,6 +123,7 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         ),
         token_budget=config.token_budget,
         max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
         clock=time.monotonic,
         proposer=proposer,
         plans_ahead=device.type == "cuda",

@@ -312,7 +312,7 @@ class DpPlanner(Planner):
         """
         if any(seq.is_decoding for seq in view.running):
             return 0.0
-        whole_s = self.model.predict(BatchShape.of([(0, view.token_budget)]))
+        whole_s = self.model.predict(BatchShape.of([(0, view.token_budget)], eager=True))
         return min(whole_s, self._arrivals.least_s / self.model.bound(1, USUAL_RISK))
 
 
