@@ -22,7 +22,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -223,13 +223,15 @@ def measure_model(
             "margin": round(profile.model.margin, 3),
             "batches": len(profile.samples),
             "seconds": round(profile.seconds, 1),
-            # Tokens, sequences, context tokens, attention pairs; milliseconds.
+            "pieces": [asdict(piece) for piece in profile.model.pieces],
+            # Tokens, sequences, context tokens, attention pairs, whether eager; milliseconds.
             "samples": [
                 [
                     s.shape.tokens,
                     s.shape.seqs,
                     s.shape.context_tokens,
                     s.shape.attention_pairs,
+                    s.shape.eager,
                     round(s.seconds * 1e3, 3),
                 ]
                 for s in profile.samples

@@ -209,7 +209,7 @@ def greedy(runner: ModelRunner, token_lists: list[list[int]], num_tokens: int) -
     """Greedy continuations from the engine core, all prompts in one batch."""
     pool = BlockPool(runner.kv[0].key.shape[0], BLOCK_SIZE)
     core = EngineCore(runner, pool, make_planner("sarathi"), token_budget=50, max_num_seqs=8,
-                      clock=time.monotonic)  # fmt: skip
+                      max_model_len=pool.num_blocks * pool.block_size, clock=time.monotonic)  # fmt: skip
     params = SamplingParams(temperature=0.0, max_tokens=num_tokens)
     sequences = [
         Sequence(Request(request_id=str(i), prompt_token_ids=tuple(t), params=params, seed=0, arrival_s=float(i)))

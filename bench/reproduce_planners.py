@@ -86,7 +86,7 @@ class FixedBatchPlanner(DpPlanner):
     token_budget: int
 
     def _longest_s(self) -> float:
-        return self.model.predict(BatchShape.of([(0, self.token_budget)]))
+        return self.model.predict(BatchShape.of([(0, self.token_budget)], eager=True))
 
     def _sort(self, view: PlannerView, now: float, verdict: Verdict) -> Work:
         work = super()._sort(view, now, verdict)

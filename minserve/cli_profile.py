@@ -48,6 +48,7 @@ _COLUMNS = (
     ("attention_pairs", "/1M attention pairs", 1e9),
     ("draft_steps", "per draft step", 1e3),
     ("draft_tokens", "per draft token", 1e3),
+    ("eager", "without a graph", 1e3),
     ("base", "constant", 1e3),
 )
 

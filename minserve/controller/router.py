@@ -188,7 +188,8 @@ class SloRouter(Router):
         for replica, num_tokens in ask.cached_tokens.items():
             work[replica] -= num_tokens
         window = np.minimum(np.minimum(self._tightest, ask.tpot_s), self._longest_s)
-        tokens_per_s = (1.0 - self._steep.base / window) / self._steep.tokens
+        constant_s = self._steep.base + self._steep.eager  # of a batch with a prefill
+        tokens_per_s = (1.0 - constant_s / window) / self._steep.tokens
         left = tokens_per_s - self._decode_rate - 1.0 / ask.tpot_s
         budget = left * min(ask.deadline_s - now, FAR_S) - self._prefill - work
         has_room = self._free >= work + ask.output_tokens

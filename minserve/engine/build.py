@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import time
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -43,6 +47,8 @@ log = logging.getLogger(__name__)
 
 # Most tokens of an iteration, unless the settings say. A GPU needs thousands to be busy.
 TOKEN_BUDGETS = {"cuda": 8192, "cpu": 512}
+# There where a GPU can be used, and what tells its driver's version.
+NVIDIA_DEVICE, NVIDIA_DRIVER = Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version")
 # Of the memory that is free on a CPU, for weights in a second form that is faster for few rows.
 SECOND_FORM_SHARE = 0.1
 
@@ -84,7 +90,7 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
             vocab_size=tokenizer.vocab_size,
         )
     started = time.perf_counter()
-    device = _device(config.device)
+    device = choose_device(config.device)
     threads = _set_num_threads(config, device)
     if config.token_budget is None:
         config = replace(config, token_budget=TOKEN_BUDGETS[device.type])
@@ -123,6 +129,7 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         ),
         token_budget=config.token_budget,
         max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
         clock=time.monotonic,
         proposer=proposer,
         plans_ahead=device.type == "cuda",
@@ -295,14 +302,47 @@ def _record_graphs(
         one.graphs = DecodeGraphs(one, recorder, limits)
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
+def choose_device(name: str) -> torch.device:
+    """The device of a setting. ``auto`` takes a GPU where torch can use one; that there is one
+    which it cannot use is said in one line.
+
+    Raises:
+        ConfigError: where a GPU is asked for and there is none that torch can use.
+    """
+    if name == "cpu":
+        return torch.device("cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own words, of several lines
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+    problem = _why_no_gpu()
+    if name == "cuda":
         raise ConfigError(
-            "device cuda was asked for, but torch sees no CUDA device; use --device cpu"
+            f"device cuda was asked for, but {problem or 'torch sees no CUDA device'}; "
+            "or use --device cpu"
         )
-    return torch.device(name)
+    if problem is not None:
+        log.warning("%s; running on the CPU", problem)
+    return torch.device("cpu")
+
+
+def _why_no_gpu() -> str | None:
+    """Why torch cannot use the NVIDIA GPU of this machine; ``None`` where there is none, or it
+    is hidden on purpose.
+    """
+    if not NVIDIA_DEVICE.exists() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return None
+    try:
+        found = re.search(r"Kernel Module.*?\s(\d[\d.]+)", NVIDIA_DRIVER.read_text())
+    except OSError:
+        found = None
+    driver = f"the NVIDIA driver {found[1]}" if found else "the NVIDIA driver"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA in it; install one built for CUDA"
+    return (
+        f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, cannot use {driver}; "
+        "update the driver, or install a torch built for an older CUDA"
+    )
 
 
 def has_room_twice(num_parameters: int) -> bool:

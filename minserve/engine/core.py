@@ -53,6 +53,7 @@ class EngineCore:
 
     Args:
         runner: carries out batches; must not change sequences.
+        max_model_len: most tokens of a sequence; whoever adds one sees to it.
         clock: monotonic seconds.
         proposer: drafts tokens where the planner asks for it; ``None`` never does.
         plans_ahead: plan each iteration while the one before it runs. Worth it where the
@@ -74,6 +75,7 @@ class EngineCore:
         *,
         token_budget: int,
         max_num_seqs: int,
+        max_model_len: int,
         clock: Callable[[], float],
         proposer: Proposer | None = None,
         plans_ahead: bool = False,
@@ -83,6 +85,7 @@ class EngineCore:
         self.planner = planner
         self.token_budget = token_budget
         self.max_num_seqs = max_num_seqs
+        self.max_model_len = max_model_len
         self.clock = clock
         self.proposer = proposer
         self.plans_ahead = plans_ahead

@@ -13,6 +13,7 @@ from minserve.engine.batch_tensors import BatchLayout, BatchTensors, Chunk, plac
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
 from minserve.kernels.upload import to_device
 from minserve.models.base import CausalLM
+from minserve.planner.eager import is_eager
 
 
 class RecordedPasses(Protocol):
@@ -64,7 +65,7 @@ class PagedModel:
             num_decodes: how many of the first chunks are decodes: one token, or a few that
                 were drafted behind it.
         """
-        if self.graphs is not None and num_decodes == len(chunks):
+        if self.graphs is not None and not is_eager(len(chunks), num_decodes):
             hidden = self.graphs.forward(chunks)
             if hidden is not None:
                 return hidden

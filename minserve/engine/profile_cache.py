@@ -45,7 +45,7 @@ class ProfileKey:
         device: the CPU's or GPU's product name.
         dtype: of linear weights, and of activations where they differ.
         threads: of the CPU.
-        attention: the backend, and whether passes over decodes are CUDA graphs.
+        attention: the backend, and whether passes over decodes alone are CUDA graphs.
     """
 
     model: str
@@ -156,7 +156,7 @@ def profile_key(core: EngineCore, model_name: str) -> ProfileKey:
         device=_device_name(runner.device),
         dtype=_dtypes(runner),
         threads=torch.get_num_threads() if runner.threads is None else runner.threads.most,
-        attention=runner.backend.name + (" with CUDA graphs" if runner.graphs else ""),
+        attention=runner.backend.name + (", CUDA graphs of decodes" if runner.graphs else ""),
     )
 
 

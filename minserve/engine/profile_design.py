@@ -6,10 +6,11 @@ Batches are those that a server runs: decodes, prefill chunks and mixes of both.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, product
 
 from minserve.engine.core import EngineCore
+from minserve.planner.eager import is_eager
 from minserve.planner.perf_model import BatchShape
 
 SHORTEST_CONTEXT = 16
@@ -33,10 +34,12 @@ class Batch:
     Attributes:
         decodes: per decoding sequence, the tokens computed already.
         chunks: per prefill chunk, the tokens computed already and those to run.
+        graphs: whether the device has CUDA graphs of passes over decodes.
     """
 
     decodes: tuple[int, ...] = ()
     chunks: tuple[tuple[int, int], ...] = ()
+    graphs: bool = False
 
     @property
     def runs(self) -> list[tuple[int, int]]:
@@ -45,7 +48,9 @@ class Batch:
 
     @property
     def shape(self) -> BatchShape:
-        return BatchShape.of(self.runs)
+        """``eager`` is 0 without graphs: no batch differs from another in that then."""
+        eager = self.graphs and is_eager(len(self.decodes) + len(self.chunks), len(self.decodes))
+        return BatchShape.of(self.runs, eager=eager)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,7 @@ class Limits:
         token_budget, max_num_seqs: of one batch.
         longest: tokens of a sequence.
         num_blocks, block_size: of the pool.
+        graphs: whether passes over decodes are CUDA graphs.
     """
 
     token_budget: int
@@ -63,12 +69,19 @@ class Limits:
     longest: int
     num_blocks: int
     block_size: int
+    graphs: bool = False
 
     @classmethod
     def of(cls, core: EngineCore) -> Limits:
         pool = core.pool
-        longest = min(core.runner.model.shape.max_positions, pool.num_blocks * pool.block_size)
-        return cls(core.token_budget, core.max_num_seqs, longest, pool.num_blocks, pool.block_size)
+        return cls(
+            core.token_budget,
+            core.max_num_seqs,
+            min(core.max_model_len, pool.num_blocks * pool.block_size),
+            pool.num_blocks,
+            pool.block_size,
+            graphs=core.runner.graphs is not None,
+        )
 
     def blocks(self, num_tokens: int) -> int:
         """Blocks for so many tokens of one sequence."""
@@ -102,6 +115,7 @@ def design(limits: Limits, num_batches: int, seed: int) -> list[Batch]:
     for i, kind in product(range(num_batches), KINDS):
         u = [(offset + i * ratio ** -(d + 1)) % 1.0 for d, offset in enumerate(offsets[kind])]
         batches.append(_batch(limits, u, kind, rng))
+    batches = [replace(batch, graphs=limits.graphs) for batch in batches]
     different = dict.fromkeys(batch for batch in batches if limits.allow(batch))
     return list(islice(different, num_batches))
 

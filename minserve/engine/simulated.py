@@ -24,6 +24,7 @@ from minserve.engine.tokenizer import Tokenizer
 from minserve.engine.verification import SampledToken, Verified
 from minserve.errors import ConfigError, GenerationError
 from minserve.models.source import ModelSource
+from minserve.planner.eager import is_eager
 from minserve.planner.lengths import make_length_estimator
 from minserve.planner.perf_model import BatchShape, PerfModel
 from minserve.planner.policies import make_planner
@@ -75,7 +76,8 @@ class SimulatedRunner:
 
     def launch(self, batch: SequenceOf[Scheduled]) -> SimulatedFlight:
         """The batch begins now."""
-        shape = BatchShape.of((item.start, item.num_tokens) for item in batch)
+        eager = is_eager(len(batch), sum(item.seq.is_decoding for item in batch))
+        shape = BatchShape.of(((item.start, item.num_tokens) for item in batch), eager=eager)
         ends_at = time.monotonic() + self._model.profiled(shape)
         return SimulatedFlight(batch, ends_at, self._words)
 
@@ -122,22 +124,24 @@ def load_simulated_core(
         lengths=make_length_estimator(config.length_estimator),
         best_effort_share=config.best_effort_share,
     )
-    core = EngineCore(
-        SimulatedRunner(device.perf_model(), find_words(tokenizer)),
-        BlockPool(num_blocks, config.block_size, prefix_caching=config.prefix_caching),
-        planner,
-        token_budget=config.token_budget,
-        max_num_seqs=config.max_num_seqs,
-        clock=time.monotonic,
-    )
-    core.stats.profile_completeness = 1.0
     longest = min(device.max_model_len, num_blocks * config.block_size)
     if config.max_model_len is not None and config.max_model_len > longest:
         raise ConfigError(
             f"max_model_len {config.max_model_len} is beyond the {longest} tokens that "
             f"{device.name} can hold"
         )
-    return core, tokenizer, config.max_model_len or longest
+    max_model_len = config.max_model_len or longest
+    core = EngineCore(
+        SimulatedRunner(device.perf_model(), find_words(tokenizer)),
+        BlockPool(num_blocks, config.block_size, prefix_caching=config.prefix_caching),
+        planner,
+        token_budget=config.token_budget,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+        clock=time.monotonic,
+    )
+    core.stats.profile_completeness = 1.0
+    return core, tokenizer, max_model_len
 
 
 def _num_blocks(config: EngineConfig, device: Device) -> int:

@@ -40,6 +40,7 @@ def allowed_s(
     *,
     gain_per_s: float = 0.0,
     least_s: float = 0.0,
+    start_s: float = 0.0,
     most_s: float = float("inf"),
 ) -> float:
     """Expected seconds that a batch may take.
@@ -49,6 +50,7 @@ def allowed_s(
         gain_per_s: what a second more of prefills is worth; where it is 0, the soonest stake
             is in the least danger of all: it is there again in every iteration.
         least_s: what the decodes alone take.
+        start_s: what the batch takes beyond that before the first token of a prefill.
         most_s: beyond this, more seconds are worth nothing.
     """
     soonest, stakes = stakes[0][0], _merged(stakes)
@@ -57,7 +59,8 @@ def allowed_s(
         return best
     for risk in RISKS:
         seconds = max(soonest / model.bound(1, risk), least_s)
-        worth = gain_per_s * (min(seconds, most_s) - least_s) - _loss(stakes, seconds, model)
+        prefills_s = max(0.0, min(seconds, most_s) - least_s - start_s)
+        worth = gain_per_s * prefills_s - _loss(stakes, seconds, model)
         if worth > most:
             best, most = seconds, worth
         if seconds == least_s:

@@ -159,10 +159,8 @@ class _FixedLengths:
         self._share = share
         drift, steps = model.drift, max(lengths, default=0)
         # Per piece: seconds of the constant (and of a chunk as a sequence of the batch), of
-        # one decode of each tier, of a prefill token.
-        self._base = np.array(
-            [drift * (p.base + p.seqs + p.draft_steps * steps) + guard_s for p in model.pieces]
-        )
+        # what prefills make it take beyond that, of one decode of each tier, of a prefill token.
+        bases = [drift * (p.base + p.seqs + p.draft_steps * steps) + guard_s for p in model.pieces]
         self._decode = drift * np.array(
             [
                 [
@@ -176,10 +174,10 @@ class _FixedLengths:
                 for p in model.pieces
             ]
         ).reshape(len(model.pieces), len(tiers))
-        self._token = np.array([drift * p.tokens for p in model.pieces])
-        self._pieces = list(
-            zip(self._base.tolist(), self._token.tolist(), self._decode.tolist(), strict=True)
-        )
+        self._pieces = [
+            (base, drift * p.eager, drift * p.tokens, decodes)
+            for base, p, decodes in zip(bases, model.pieces, self._decode.tolist(), strict=True)
+        ]
 
     def one(self, counts: SequenceOf[int]) -> float:
         window = self._window_s
@@ -187,13 +185,16 @@ class _FixedLengths:
             if count > 0 and tpot < window:
                 window = tpot
         rate = math.inf
-        for base, token, decodes in self._pieces:
+        for base, eager, token, decodes in self._pieces:
             left = self._share * window - base
             for count, tpot, decode in zip(counts, self._tpots, decodes, strict=True):
                 left -= count * window / tpot * decode
             if left < 0:
                 return INFEASIBLE
-            if token > 0:
+            left -= eager
+            if left < 0:
+                rate = 0.0
+            elif token > 0:
                 rate = min(rate, left / token / window)
         return rate
 
@@ -217,9 +218,15 @@ class _FixedLengths:
     def _rate(self, pace: NDArray[np.float64], load: NDArray[np.float64]) -> NDArray[np.float64]:
         """Tokens per second from what decodes take; overwrites ``load``, since memory is slow."""
         rate = np.full(pace.shape, np.inf)
-        for (base, token, _), left in zip(self._pieces, load, strict=True):
+        for (base, eager, token, _), left in zip(self._pieces, load, strict=True):
             left += base * pace
             np.subtract(self._share, left, out=left)
+            if eager > 0:
+                rate[left < 0] = INFEASIBLE
+                left -= eager * pace
+                # Decodes keep their TPOT by themselves, and leave nothing.
+                np.minimum(rate, 0.0, out=rate, where=left < 0)
+                np.maximum(left, 0.0, out=left)
             if token > 0:
                 left /= token
                 np.minimum(rate, left, out=rate)

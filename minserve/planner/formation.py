@@ -227,14 +227,16 @@ def _allowed_s(
         return stakes[0][0]
     if not waiting:
         return allowed_s(stakes, batch.model)
-    work_s = batch.model.drift * batch.model.steepest.tokens
-    work_s *= sum(seq.num_uncomputed_tokens for seq in waiting)
+    drift, steep = batch.model.drift, batch.model.steepest
+    work_s = drift * steep.tokens * sum(seq.num_uncomputed_tokens for seq in waiting)
+    start_s = drift * steep.eager
     return allowed_s(
         stakes,
         batch.model,
         gain_per_s=share * sum(map(_value, waiting)) / work_s,
         least_s=least_s,
-        most_s=min(limits.longest_s, least_s + work_s),
+        start_s=start_s,
+        most_s=min(limits.longest_s, least_s + start_s + work_s),
     )
 
 

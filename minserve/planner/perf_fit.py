@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from functools import cache
 from statistics import mean
 
@@ -30,10 +30,11 @@ from minserve.planner.perf_model import (
 
 Floats = NDArray[np.float64]
 
-NUM_FEATURES = 7  # the fields of `BatchShape`, and 1
-MIN_SAMPLES = NUM_FEATURES
+NUM_FEATURES = len(fields(Piece))  # the fields of `BatchShape`, and 1
+# At least as many as the features that vary in a profile: those of drafts are measured apart.
+MIN_SAMPLES = 7
 # More pieces are only looked for where each would have twice as many samples as coefficients.
-SAMPLES_PER_PIECE = 2 * NUM_FEATURES
+SAMPLES_PER_PIECE = 2 * MIN_SAMPLES
 FOLDS = 4
 SIGNIFICANT = 2.0  # standard errors
 RESTARTS = 6

@@ -2,9 +2,10 @@
 
 The form is that of SLOs-Serve (arXiv 2504.08784), with the terms that it lacks: the maximum
 of linear pieces over (tokens, sequences, context tokens, attention pairs, draft steps, draft
-tokens, 1),
-all coefficients at least 0. A GPU has a flat piece (weights are read whatever the batch) and
-a steep one (arithmetic); a CPU often needs one piece only.
+tokens, eager, 1), all coefficients at least 0. A GPU has a flat piece (weights are read whatever
+the batch) and a steep one (arithmetic); a CPU often needs one piece only. ``eager`` is 1 for
+batches that are no CUDA graphs where decodes are (`minserve.planner.eager`), which cost a
+constant more; on a device without graphs its coefficient is 0.
 
 The profile gives the coefficients once (`minserve.planner.perf_fit`). Online, `observe`
 follows the device's drifting speed and its scatter (`minserve.planner.scatter`): `predict` is
@@ -40,6 +41,8 @@ class BatchShape:
         attention_pairs: over all tokens run, the tokens that each attends to.
         draft_steps: forward passes of the draft model.
         draft_tokens: tokens that these run.
+        eager: 1 for a batch that `minserve.planner.eager.is_eager`, else 0; also 0 throughout
+            the profile of a device without graphs, where it makes no difference.
     """
 
     tokens: int = 0
@@ -48,9 +51,10 @@ class BatchShape:
     attention_pairs: int = 0
     draft_steps: int = 0
     draft_tokens: int = 0
+    eager: int = 0
 
     @classmethod
-    def of(cls, chunks: Iterable[tuple[int, int]]) -> BatchShape:
+    def of(cls, chunks: Iterable[tuple[int, int]], *, eager: bool = False) -> BatchShape:
         """The shape of a batch of ``(tokens already computed, tokens to run)``, one per sequence."""
         tokens = seqs = context = pairs = 0
         for start, num_tokens in chunks:
@@ -58,7 +62,7 @@ class BatchShape:
             seqs += 1
             context += start + num_tokens
             pairs += num_tokens * start + num_tokens * (num_tokens + 1) // 2
-        return cls(tokens, seqs, context, pairs)
+        return cls(tokens, seqs, context, pairs, eager=int(eager))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,7 @@ class Piece:
     attention_pairs: float = 0.0
     draft_steps: float = 0.0
     draft_tokens: float = 0.0
+    eager: float = 0.0
     base: float = 0.0
 
     def seconds(self, shape: BatchShape) -> float:
@@ -81,6 +86,7 @@ class Piece:
             + self.attention_pairs * shape.attention_pairs
             + self.draft_steps * shape.draft_steps
             + self.draft_tokens * shape.draft_tokens
+            + self.eager * shape.eager
             + self.base
         )
 
@@ -165,7 +171,7 @@ class PerfModel:
 
     def zero_load_prefill_s(self, num_tokens: int) -> float:
         """T(prompt) of the idle device, for ``ttft_slowdown``."""
-        return self.profiled(BatchShape.of([(0, num_tokens)]))
+        return self.profiled(BatchShape.of([(0, num_tokens)], eager=True))
 
     def zero_load_decode_s(self, context_tokens: int) -> float:
         """Seconds per token of a lone request, for ``tpot_slowdown``."""
@@ -176,13 +182,13 @@ class PerfModel:
 
         Args:
             seconds: for the whole batch, by `predict`.
-            shape: the batch without the chunk.
+            shape: the batch without the chunk, which makes it an eager one.
             start: tokens of the chunk's sequence that are computed already.
 
         Returns:
             0 where not one token fits.
         """
-        limit = seconds / self.pace
+        limit, shape = seconds / self.pace, replace(shape, eager=1)
         return max(0, min(_longest_chunk(piece, limit, shape, start) for piece in self.pieces))
 
     def observe(self, shape: BatchShape, seconds: float) -> None:

@@ -249,8 +249,8 @@ def most_left_to_prefills(
 
     Drafts take time of this batch. For each token that they bring, a decode need not come
     round another time; and where they bring one to every decode, a batch less is run, with
-    its constant cost. Decodes that draft alone, in batches which the others cut short, thus
-    draft little or not at all.
+    its constant cost, which is that of an eager one. Decodes that draft alone, in batches which
+    the others cut short, thus draft little or not at all.
 
     Args:
         shape: of the batch without drafts.
@@ -263,7 +263,7 @@ def most_left_to_prefills(
         return none
     steep, drift = model.steepest, model.drift
     plain_s = drift * steep.seconds(shape)
-    constant_s = (drift * steep.base + guard_s) / num_decodes
+    constant_s = (drift * (steep.base + steep.eager) + guard_s) / num_decodes
     worth_s = [
         drift * (steep.seconds(BatchShape.of([(one.seq.num_tokens - 1, 1)])) - steep.base)
         + constant_s

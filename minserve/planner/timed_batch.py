@@ -6,6 +6,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
 from minserve.planner.batch import BatchDraft
+from minserve.planner.eager import is_eager
 from minserve.planner.perf_model import BatchShape, PerfModel
 from minserve.planner.speculation import Speculator, with_drafts
 from minserve.request import Sequence, SequenceState
@@ -20,6 +21,7 @@ class TimedBatch:
         self.num_prefills = 0
         self._tokens = self._seqs = self._context = self._pairs = 0
         self._draft_steps = self._draft_tokens = 0
+        self._num_decodes = 0
         pace = 1.0 if model is None else model.pace
         pieces = () if model is None else model.pieces
         # Per piece: seconds of one decode, and of each token of its context.
@@ -56,7 +58,7 @@ class TimedBatch:
         if self.model is None:
             return 0.0
         rest = (seq.num_computed_tokens, seq.num_uncomputed_tokens)
-        return self.model.predict(BatchShape.of([rest]))
+        return self.model.predict(BatchShape.of([rest], eager=True))
 
     def decode(self, seq: Sequence, limit: float) -> bool:
         """Run one token, where the batch then still ends within the limit."""
@@ -73,6 +75,7 @@ class TimedBatch:
         self._sums = sums
         self._tokens += 1
         self._seqs += 1
+        self._num_decodes += 1
         self._context += context
         self._pairs += context
         return True
@@ -110,6 +113,7 @@ class TimedBatch:
         else:
             num_tokens = self.draft.schedule(seq, most, whole=whole)
         if num_tokens:
+            self._num_decodes += seq.is_decoding_behind(start)
             self._add_chunk(start, num_tokens)
         return num_tokens
 
@@ -123,6 +127,7 @@ class TimedBatch:
             self._pairs,
             self._draft_steps,
             self._draft_tokens,
+            int(is_eager(self._seqs, self._num_decodes)),
         )
 
     def speculate(
@@ -174,6 +179,7 @@ class TimedBatch:
                 seqs=shape.seqs + 1,
                 context_tokens=shape.context_tokens + chunk.context_tokens,
                 attention_pairs=shape.attention_pairs + chunk.attention_pairs,
+                eager=int(is_eager(shape.seqs + 1, self._num_decodes)),
             )
         )
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from minserve.engine.block_pool import BlockPool
 from minserve.errors import SimulationError
+from minserve.planner.eager import is_eager
 from minserve.planner.perf_model import BatchShape, PerfModel
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.policies import Planner
@@ -308,9 +309,11 @@ class SimulatedReplica:
     def _usual_s(self, plan: IterationPlan) -> float:
         """Usual seconds of the batch, draft model included, by the device."""
         by_id, speculation, drafter = self._by_id, plan.speculation, self.drafter
+        seqs = [by_id[seq_id] for seq_id in plan.num_scheduled_tokens]
+        starts = (seq.num_computed_tokens for seq in seqs)
         shape = BatchShape.of(
-            (by_id[seq_id].num_computed_tokens, num_tokens)
-            for seq_id, num_tokens in plan.num_scheduled_tokens.items()
+            zip(starts, plan.num_scheduled_tokens.values(), strict=True),
+            eager=is_eager(len(seqs), sum(seq.is_decoding for seq in seqs)),
         )
         if speculation or plan.catch_up:
             lags = 0

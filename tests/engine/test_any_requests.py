@@ -143,6 +143,7 @@ class Play:
             planner,
             token_budget=house.token_budget,
             max_num_seqs=house.max_num_seqs,
+            max_model_len=house.num_blocks * BLOCK_SIZE,
             clock=self.clock,
             proposer=NgramProposer(house.max_speculation) if house.max_speculation else None,
             plans_ahead=house.plans_ahead,

@@ -116,7 +116,10 @@ class DraftingReplay(Replay):
             self.drafter.computed[seq_id] = self.drafter.computed.get(seq_id, 0) + num
         if self.device is None or not chunks:
             return 0.0
-        shape = replace(BatchShape.of(chunks), draft_steps=steps, draft_tokens=tokens)
+        eager = not all(by_id[seq_id].is_decoding for seq_id in plan.num_scheduled_tokens)
+        shape = BatchShape.of(chunks, eager=eager)
+        shape = replace(shape, draft_steps=steps, draft_tokens=tokens)
+        assert plan.shape == shape
         return self.device.profiled(shape)
 
     def _run(self, seq: Sequence, count: int, num_drafted: int) -> None:

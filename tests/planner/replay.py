@@ -104,11 +104,16 @@ class Replay:
         self.launched(plan, by_id)
         seconds = 0.0
         if self.device is not None and plan.num_scheduled_tokens:
-            chunks = [
-                (by_id[seq_id].num_computed_tokens, count)
-                for seq_id, count in plan.num_scheduled_tokens.items()
-            ]
-            seconds = self.device.profiled(BatchShape.of(chunks)) * self.noise()
+            seqs = [by_id[seq_id] for seq_id in plan.num_scheduled_tokens]
+            shape = BatchShape.of(
+                (
+                    (by_id[seq_id].num_computed_tokens, count)
+                    for seq_id, count in plan.num_scheduled_tokens.items()
+                ),
+                eager=not all(seq.is_decoding for seq in seqs),
+            )
+            assert plan.shape in (shape, BatchShape())  # no model, no shape
+            seconds = self.device.profiled(shape) * self.noise()
             self.now += seconds
         for seq_id, count in plan.num_scheduled_tokens.items():
             self.advance(by_id[seq_id], count)

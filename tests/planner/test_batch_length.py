@@ -58,6 +58,14 @@ def test_with_nothing_to_gain_there_is_hardly_a_risk() -> None:
     assert NOISY.risk(0.05 / found) < 0.001
 
 
+def test_nobody_is_endangered_where_no_prefill_would_begin_in_time() -> None:
+    """Before the first token of a prefill the batch takes 30 ms more, and 25 are left."""
+    found = allowed_s(
+        [(0.05, 1.0)], NOISY, gain_per_s=1000.0, least_s=LEAST_S, start_s=0.03, most_s=1.0
+    )
+    assert NOISY.risk(0.05 / found) < 0.01
+
+
 def test_nobody_is_endangered_for_more_than_there_is_to_do() -> None:
     """Ten tokens are waiting: they fit beside the decodes, and nothing longer is worth a risk."""
     found = allowed_s(
@@ -70,9 +78,10 @@ def test_nobody_is_endangered_for_more_than_there_is_to_do() -> None:
 @given(
     st.lists(st.tuples(st.floats(0.03, 0.5), st.floats(0.1, 5.0)), min_size=1, max_size=80),
     st.floats(0.1, 100.0),
+    st.sampled_from([0.0, 0.01, 0.1]),
 )
 def test_the_length_is_worth_as_much_as_the_best_of_a_fine_grid(
-    stakes: list[tuple[float, float]], gain: float
+    stakes: list[tuple[float, float]], gain: float, start_s: float
 ) -> None:
     """Against brute force: expected value over thousands of lengths."""
     stakes = sorted(stakes)
@@ -80,9 +89,9 @@ def test_the_length_is_worth_as_much_as_the_best_of_a_fine_grid(
 
     def worth(seconds: float) -> float:
         loss = sum(value * NOISY.risk(left / seconds) for left, value in stakes)
-        return gain * (seconds - least_s) - loss
+        return gain * max(0.0, seconds - least_s - start_s) - loss
 
-    found = allowed_s(stakes, NOISY, gain_per_s=gain, least_s=least_s, most_s=10.0)
+    found = allowed_s(stakes, NOISY, gain_per_s=gain, least_s=least_s, start_s=start_s, most_s=10.0)
     shortest = max(least_s, soonest / NOISY.bound(1, 0.0005))
     longest = soonest / NOISY.bound(1, 0.3)
     if longest <= shortest:

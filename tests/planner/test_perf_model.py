@@ -29,11 +29,13 @@ pieces = st.lists(
         context_tokens=coefficient,
         attention_pairs=st.one_of(st.just(0.0), st.floats(1e-9, 1e-5)),
         draft_steps=coefficient,
+        eager=coefficient,
         base=st.floats(0, 0.1),
     ),
     min_size=1,
     max_size=3,
 )
+# Decodes are graphs, and any chunk more makes a batch an eager one.
 batches = st.lists(st.tuples(st.integers(0, 500), st.integers(1, 50)), max_size=5)
 
 
@@ -44,17 +46,22 @@ def test_the_shape_of_a_batch_counts_every_pair_of_tokens() -> None:
 
 
 @settings(max_examples=150)
-@given(pieces, batches, st.integers(0, 2000), st.floats(0, 2), st.floats(0.3, 3))
+@given(pieces, batches, st.booleans(), st.integers(0, 2000), st.floats(0, 2), st.floats(0.3, 3))
 def test_the_longest_chunk_that_fits_is_found_exactly(
-    some: list[Piece], chunks: list[tuple[int, int]], start: int, seconds: float, drift: float
+    some: list[Piece],
+    chunks: list[tuple[int, int]],
+    eager: bool,
+    start: int,
+    seconds: float,
+    drift: float,
 ) -> None:
     model = PerfModel(some)
     model.drift = drift
 
     def taken(n: int) -> float:
-        return model.predict(BatchShape.of([*chunks, (start, n)]))
+        return model.predict(BatchShape.of([*chunks, (start, n)], eager=n > 0 or eager))
 
-    found = model.max_tokens_within(seconds, BatchShape.of(chunks), start)
+    found = model.max_tokens_within(seconds, BatchShape.of(chunks, eager=eager), start)
     # Doubling, then halving: the largest n that fits, by prediction alone.
     low, high = 0, 1
     while taken(high) <= seconds:
@@ -78,6 +85,19 @@ def test_every_short_time_against_brute_force() -> None:
             if model.predict(BatchShape.of([*[(50, 1)] * 4, (20, n)])) <= seconds
         ]
         assert model.max_tokens_within(seconds, beside, start=20) == max(fitting, default=0)
+
+
+def test_what_an_eager_batch_costs_more_leaves_fewer_tokens_or_none() -> None:
+    graphs = PerfModel([Piece(1e-3, eager=0.02, base=0.01)])
+    decodes = BatchShape.of([(50, 1)] * 4)
+    beside_a_chunk = replace(decodes, tokens=14, eager=1)
+    assert graphs.profiled(decodes) == pytest.approx(0.014)
+    assert graphs.max_tokens_within(0.0339, decodes) == 0
+    assert graphs.max_tokens_within(0.0361, decodes) == 2
+    # It is paid once, whatever the number of chunks.
+    assert graphs.max_tokens_within(0.0461, beside_a_chunk) == 2
+    assert graphs.zero_load_prefill_s(10) == pytest.approx(0.04)
+    assert graphs.zero_load_decode_s(500) == pytest.approx(0.011)
 
 
 def test_the_drift_follows_a_device_that_slows_down() -> None:
@@ -125,6 +145,14 @@ def test_a_model_survives_json_without_its_online_correction() -> None:
     copy = PerfModel.from_dict(json.loads(json.dumps(model.to_dict())))
     assert copy.pieces == model.pieces
     assert (copy.margin, copy.drift) == (1.2, 1.0)
+
+
+def test_a_model_from_before_there_were_graphs_costs_no_eager_batch_more() -> None:
+    kept = {"tokens": 2e-3, "seqs": 1e-3, "context_tokens": 1e-5, "attention_pairs": 8e-7,
+            "draft_steps": 0.0, "draft_tokens": 0.0, "base": 0.03}  # fmt: skip
+    model = PerfModel.from_dict({"pieces": [kept], "margin": 1.2})
+    assert model.pieces == MODEL[:1]
+    assert model.profiled(replace(SHAPE, eager=1)) == model.profiled(SHAPE)
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,8 @@ def random_device(rng: random.Random) -> PerfModel:
     """A flat piece, a steep one, and a draft model; none, one or all of them matter."""
     draft = {"draft_steps": rng.choice([0.0, 3e-4, 2e-3]), "draft_tokens": rng.choice([0.0, 5e-5])}
     flat = Piece(rng.choice([0.0, 1e-5]), rng.choice([0.0, 2e-4]), 1e-8, base=0.02, **draft)
-    steep = Piece(rng.uniform(1e-5, 4e-3), 1e-5, 1e-8, 1e-9, base=0.003, **draft)
+    eager = rng.choice([0.0, 0.005])
+    steep = Piece(rng.uniform(1e-5, 4e-3), 1e-5, 1e-8, 1e-9, eager=eager, base=0.003, **draft)
     model = PerfModel([flat, steep])
     model.drift = rng.uniform(0.8, 1.3)
     return model
@@ -192,12 +193,13 @@ def left_by_hand(
     steep = PerfModel([max(model.pieces, key=lambda piece: piece.tokens)])
     steep.drift = model.drift
     empty_s = steep.predict(BatchShape())
+    batch_s = steep.predict(BatchShape(eager=1))  # with prefills, which wait
     now_s = steep.predict(shape_by_hand(ones, lengths, others))
     left_s = steep.predict(shape_by_hand(ones, [0] * len(ones), others)) - now_s
     for one, length in zip(ones, lengths, strict=True):
         extra = tokens_by_hand([one], [length], 0) - 1
         again_s = steep.predict(BatchShape.of([(one.seq.num_tokens - 1, 1)])) - empty_s
-        left_s += extra * (again_s + (empty_s + guard_s) / decodes)
+        left_s += extra * (again_s + (batch_s + guard_s) / decodes)
     return left_s
 
 

@@ -23,6 +23,7 @@ SETTINGS = {"window_s": WINDOW_S, "guard_s": GUARD_S, "share": SHARE}
 
 def random_device(rng: random.Random) -> PerfModel:
     draft = {"draft_steps": rng.choice([0.0, 1e-3]), "draft_tokens": rng.choice([0.0, 2e-5])}
+    draft["eager"] = rng.choice([0.0, 0.004])
     flat = Piece(rng.choice([0.0, 1e-5]), rng.choice([0.0, 1e-4]), 1e-8, base=0.025, **draft)
     steep = Piece(rng.uniform(1e-5, 1e-3), 1e-5, 1e-8, 1e-9, base=0.003, **draft)
     return PerfModel([flat, steep])
@@ -57,7 +58,10 @@ def plain_formula(
             left -= count * window / tpot * own
         if left < 0:
             return INFEASIBLE
-        if p.tokens > 0:
+        left = max(0.0, left - p.eager)  # decodes alone are a graph
+        if left == 0.0:
+            rate = 0.0
+        elif p.tokens > 0:
             rate = min(rate, left / p.tokens / window)
     return rate
 

@@ -101,6 +101,7 @@ class RealEngine:
             planner_of(policy),
             token_budget=budget,
             max_num_seqs=16,
+            max_model_len=TOY.max_model_len,
             clock=self.clock,
         )
         self._due: list[tuple[float, int, Callable[[], None]]] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import replace
 
+from minserve.planner.eager import is_eager
 from minserve.planner.perf_model import BatchShape, PerfModel
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.request import Sequence
@@ -82,18 +83,20 @@ class Planner(ABC):
 
 def _shape(view: PlannerView, plan: IterationPlan) -> BatchShape:
     """The batch's shape. A sequence that starts begins behind its cached prefix."""
-    scheduled, chunks = plan.num_scheduled_tokens, []
+    scheduled, chunks, num_decodes = plan.num_scheduled_tokens, [], 0
     for seq in view.running:
         num_tokens = scheduled.get(seq.seq_id)
         if num_tokens is not None:
             chunks.append((seq.num_computed_tokens, num_tokens))
+            num_decodes += seq.is_decoding
     if plan.admit:
         starting = set(plan.admit)
         for seq in view.waiting:
             if seq.seq_id in starting:
                 cached = view.memory.cached_prefix(seq).num_tokens
                 chunks.append((cached, scheduled[seq.seq_id]))
-    shape = BatchShape.of(chunks)
+                num_decodes += seq.is_decoding_behind(cached)
+    shape = BatchShape.of(chunks, eager=is_eager(len(chunks), num_decodes))
     if not (plan.speculation or plan.catch_up):
         return shape
     lags = (view.speculation.lag(s) for s in view.running if s.seq_id in plan.speculation)

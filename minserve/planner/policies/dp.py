@@ -316,7 +316,7 @@ class DpPlanner(Planner):
         """
         decodes = [seq for seq in view.running if seq.is_decoding]
         if not decodes:
-            whole_s = self.model.predict(BatchShape.of([(0, view.token_budget)]))
+            whole_s = self.model.predict(BatchShape.of([(0, view.token_budget)], eager=True))
         elif work.decodes or work.prefills or work.unpromised:
             return 0.0
         else:
