@@ -103,7 +103,7 @@ def _replace_rows(
     x: Tensor, rows: list[int], keep: Callable[[Tensor, list], Tensor], values: list
 ) -> None:
     """``x[rows] = keep(x[rows], values)``, where ``keep`` may change what it is given."""
-    if len(rows) == len(x):
+    if rows and len(rows) == len(x):
         keep(x, values)
     elif rows:
         index = to_device(rows, torch.long, x.device)

@@ -49,7 +49,7 @@ def test_a_dry_run_launches_what_draws_would_compile(
     sizes = []
     monkeypatch.setattr(
         "minserve.kernels.triton.truncation.truncate",
-        lambda weights, limits: sizes.append(weights.shape[1]),
+        lambda weights, _: sizes.append(weights.shape[1]),
     )
     engine._core.runner.dry_run(num_tokens=2, longest=2)
     # What the kernel is compiled for changes with the size of 1 alone, and with multiples of 16.

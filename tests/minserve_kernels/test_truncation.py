@@ -72,6 +72,11 @@ def test_a_row_of_nan_stays_and_harms_no_other(may_look: bool, device: torch.dev
     assert torch.equal(left[::3], expected)
 
 
+def test_no_rows_are_none_afterwards(may_look: bool, device: torch.device) -> None:
+    none = torch.ones(0, 7, device=device)
+    assert truncate(none, Limits([], [], []), may_look=may_look).shape == (0, 7)
+
+
 def test_limits_that_keep_all_are_told() -> None:
     assert Limits([], [], []).keep_all
     assert Limits([0.0, -0.0], [0, 0], [1.0, 1.0]).keep_all
