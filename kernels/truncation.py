@@ -34,9 +34,10 @@ KEY_OF_ONE = 0x3F800000
 _DIGIT_BITS = 10
 _DIGITS = 1 << _DIGIT_BITS
 _SHIFTS = (20, 10, 0)
-# On a CPU the border is looked for among tokens at least this likely first: where it is, which is
-# the rule, sorting these few takes half the time of the sums by digits.
+# On a CPU the border is looked for among tokens at least this likely first, where these are few:
+# there it mostly is, and sorting them takes half the time of the sums by digits.
 _LIKELY = 1e-3
+_FEW = 1024
 
 
 class Limits(NamedTuple):
@@ -119,7 +120,9 @@ def _keep_top_k(weights: Tensor, top_k: list[int]) -> Tensor:
 
 def _keep_top_p(weights: Tensor, top_p: list[float], may_look: bool) -> Tensor:
     """Keep the smallest set of largest weights with a share of their sum; changes ``weights``."""
-    total = _in_units(weights).sum(-1, keepdim=True)
+    # Row by row, on a CPU, what it takes stays in a core's own cache.
+    parts = weights.split(1) if may_look else [weights]
+    total = torch.cat([_in_units(part).sum(-1, keepdim=True) for part in parts])
     wanted = (total.double() * _column(top_p, torch.float64, weights)).ceil_().long()
     wanted = wanted.minimum(total)  # which float64 may have rounded up
     border = (_look_for_border if may_look else _border_by_digits)(weights, wanted)
@@ -139,8 +142,10 @@ def _in_units(weights: Tensor) -> Tensor:
 
 
 def _look_for_border(weights: Tensor, wanted: Tensor) -> _Border:
-    """Among the likely tokens; for rows where it is not there, by digits."""
-    best = _sorted_from(weights, _LIKELY)
+    """Among the likely tokens; for rows where it is not there, or these are many, by digits."""
+    is_likely = weights >= _LIKELY
+    is_likely &= is_likely.sum(-1, keepdim=True) <= _FEW
+    best = _sorted(weights, is_likely)
     masses = _in_units(best)
     sums = masses.cumsum(-1)
     last = (sums < wanted).sum(-1, keepdim=True)
@@ -148,7 +153,6 @@ def _look_for_border(weights: Tensor, wanted: Tensor) -> _Border:
     weight = best.gather(-1, last.clamp_(max=best.shape[1] - 1))
     first = (best > weight).sum(-1, keepdim=True)  # of equal ones
     above = (sums - masses).gather(-1, first)
-    # One by one, so that what it takes stays in a core's own cache.
     for row in is_elsewhere.nonzero().flatten().tolist():
         weight[row], above[row] = map(
             Tensor.squeeze, _border_by_digits(weights[row : row + 1], wanted[row : row + 1])
@@ -156,9 +160,9 @@ def _look_for_border(weights: Tensor, wanted: Tensor) -> _Border:
     return _Border(weight, above)
 
 
-def _sorted_from(weights: Tensor, floor: float) -> Tensor:
-    """Each row's weights of at least ``floor``, descending, filled up with zeros."""
-    rows, columns = (weights >= floor).nonzero(as_tuple=True)
+def _sorted(weights: Tensor, chosen: Tensor) -> Tensor:
+    """Each row's chosen weights, descending, filled up with zeros."""
+    rows, columns = chosen.nonzero(as_tuple=True)
     counts = torch.bincount(rows, minlength=len(weights))
     firsts = counts.cumsum(0) - counts
     packed = weights.new_zeros(len(weights), max(1, int(counts.max())))
