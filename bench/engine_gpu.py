@@ -44,6 +44,8 @@ from minserve.sampling_params import SamplingParams
 GOAL_MODEL, GOAL_BATCH, GOAL_RATIO = "opt-6.7b", 64, 1.15
 GOAL_R2 = 0.95
 GREEDY = SamplingParams(temperature=0.0)
+# With random weights, whose logits are near each other, the nucleus is most of the vocabulary.
+NUCLEUS = SamplingParams(top_p=0.95)
 
 
 class Effort(NamedTuple):
@@ -122,7 +124,7 @@ def batch_ms(bench: Workbench, batch: Batch, repeats: int) -> float:
 def measure_runner(
     core: EngineCore, model: str, effort: Effort, copy_gb_s: float | None
 ) -> dict[str, Any]:
-    """Decode steps beside their floor, a mixed batch, lone chunks."""
+    """Decode steps beside their floor, the same drawn with top_p, a mixed batch, lone chunks."""
     bench = Workbench(core, 0, GREEDY)
     decodes = []
     for size in effort.batches:
@@ -133,6 +135,17 @@ def measure_runner(
             row |= {"floor_ms": round(floor, 3), "ratio": round(ms / floor, 3)}
         decodes.append(row)
     num_decodes, chunk = effort.mixed
+    drawn = {
+        name: round(
+            batch_ms(
+                Workbench(core, 0, params),
+                Batch(decodes=(effort.context,) * num_decodes),
+                effort.repeats,
+            ),
+            3,
+        )
+        for name, params in (("greedy_ms", GREEDY), ("top_p_ms", NUCLEUS))
+    }
     mixed = Batch(decodes=(effort.context,) * num_decodes, chunks=((0, chunk),))
     prefills = []
     for size in effort.chunks:
@@ -140,6 +153,7 @@ def measure_runner(
         prefills.append({"tokens": size, "ms": round(ms, 3), "tokens_s": round(size / ms * 1e3)})
     return {
         "decode": decodes,
+        "drawn": {"batch": num_decodes, **drawn},
         "mixed": {
             "decodes": num_decodes,
             "chunk": chunk,
@@ -247,6 +261,11 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
     for row in result["decode"]:
         floor = f", floor {row['floor_ms']:.2f}, x{row['ratio']:.2f}" if "ratio" in row else ""
         yield f"  decode of {row['batch']:>3}: {row['ms']:8.2f} ms{floor}"
+    drawn = result["drawn"]
+    yield (
+        f"  decode of {drawn['batch']:>3}, greedy {drawn['greedy_ms']:.2f} ms, with top_p "
+        f"{drawn['top_p_ms']:.2f}"
+    )
     mixed = result["mixed"]
     yield f"  {mixed['decodes']} decodes and {mixed['chunk']} tokens of prefill: {mixed['ms']:.2f} ms"
     for row in result["prefill"]:

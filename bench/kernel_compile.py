@@ -21,6 +21,8 @@ import torch
 from kernel_attention import BLOCK_SIZE, Batch, attention_problem
 from kernel_cases import OURS, Heads, Make, Setting
 from kernel_rows import kv_problem, norm_problem, silu_mul_problem
+from kernel_truncation import KERNEL as TRUNCATION_KERNEL
+from kernel_truncation import truncation_problem
 from synthetic_models import SHAPES
 from tqdm import tqdm
 from triton.compiler import CompiledKernel
@@ -100,6 +102,8 @@ def cases(quick: bool) -> Iterator[Case]:
         if "intermediate_size" in SHAPES[model]:
             make = partial(silu_mul_problem, model, TOKENS)
             yield Case("silu_mul", f"bfloat16 {model}", torch.bfloat16, make)
+    make = partial(truncation_problem, "llama-3.1-8b", TOKENS, "wide")
+    yield Case(TRUNCATION_KERNEL, "float32 llama-3.1-8b", torch.float32, make)
 
 
 def _attention_shapes(quick: bool) -> Iterator[tuple[Heads, int, torch.dtype]]:

@@ -12,10 +12,12 @@ from kernel_cases import OURS, Contestant, Make, Problem, Scale, Setting
 from kernel_rows import KERNELS as ROW_KERNELS
 from kernel_rows import row_problems
 from kernel_timing import Ceilings, Timing, checked, measure, one_call
+from kernel_truncation import KERNEL as TRUNCATION_KERNEL
+from kernel_truncation import truncation_problems
 from torch import Tensor
 from tqdm import tqdm
 
-KERNELS = ("decode", "prefill", *ROW_KERNELS)
+KERNELS = ("decode", "prefill", *ROW_KERNELS, TRUNCATION_KERNEL)
 FREE_SHARE = 0.8  # of the device's memory, that a problem may take
 
 
@@ -24,10 +26,15 @@ def problems(kernels: Sequence[str], scale: Scale) -> list[tuple[str, Make]]:
     found: dict[object, tuple[str, Make]] = {}
     for size in (Scale.QUICK, Scale.FULL) if scale is Scale.FULL else (scale,):
         for kernel in kernels:
-            make_all = row_problems if kernel in ROW_KERNELS else attention_problems
-            for make in make_all(kernel, size):
+            for make in _problems_of(kernel, size):
                 found.setdefault((make.func, make.args, *make.keywords.items()), (kernel, make))
     return list(found.values())
+
+
+def _problems_of(kernel: str, scale: Scale) -> Sequence[Make]:
+    if kernel == TRUNCATION_KERNEL:
+        return truncation_problems(scale)
+    return (row_problems if kernel in ROW_KERNELS else attention_problems)(kernel, scale)
 
 
 @torch.inference_mode()

@@ -24,7 +24,8 @@ class SyntheticSampler(Sampler):
     seed and the output position, and thus the same whatever else is in the batch.
     """
 
-    def __init__(self, rate: float) -> None:
+    def __init__(self, rate: float, *, fused: bool = False) -> None:
+        super().__init__(fused=fused)
         self._rate = rate
 
     def verify(
@@ -58,7 +59,8 @@ def synthetic_loader(rate: float, device: str) -> Callable[..., Engine]:
         with random_weights(device):
             engine = Engine(target, **settings)
         if isinstance(engine._core.proposer, DraftModelProposer):
-            engine._core.runner.sampler = SyntheticSampler(rate)
+            runner = engine._core.runner
+            runner.sampler = SyntheticSampler(rate, fused=runner.backend.in_triton)
         return engine
 
     return load

@@ -99,11 +99,14 @@ class AttentionBackend(ABC):
             upper bounds: every sequence may have fewer query tokens and be shorter. Tokens
             with slot -1 keep no KV, sequences of length 0 have no query tokens, and block
             ids behind a sequence's length mean nothing.
+        in_triton: true where Triton runs on the device, so that more than attention may be its
+            kernels.
         chunk_sizes: tokens of a chunk from which on another kernel runs than for a shorter one.
     """
 
     name: str
     supports_graphs: bool = False
+    in_triton: bool = False
     chunk_sizes: tuple[int, ...] = (1,)
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float) -> None:

@@ -67,6 +67,7 @@ class TritonBackend(AttentionBackend):
 
     name = "triton"
     supports_graphs = True
+    in_triton = True
     chunk_sizes = CHUNK_SIZES
     # Of the cache, as allocated; the tiles depend on it.
     _dtype = torch.float16

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from minserve.engine import transfers
+from minserve.kernels.truncation import Limits, truncate
 from minserve.kernels.upload import to_device
 from minserve.request import Sequence
 from minserve.sampling_params import SamplingParams
@@ -37,9 +37,6 @@ _FLOAT_MAX = torch.finfo(torch.float32).max
 _FLOAT_TINY = torch.finfo(torch.float32).tiny
 INVALID = -1  # in place of a token id: this row has no distribution to choose from
 
-# The nucleus is looked for among tokens at least this likely (the most likely one being 1)
-# before the next bound is tried: sorting these few costs a tenth of sorting all.
-_NUCLEUS_FLOORS = (1e-3, 1e-6, 0.0)
 # Tokens per chunk of the two-level argmax and inverse CDF.
 _CHUNK = 256
 
@@ -225,23 +222,27 @@ def _cells(
     return (index_of(rows, like), index_of(tokens, like)), column(values, like).squeeze(1)
 
 
-def draw(logits: Tensor, rows: SequenceOf[Row], stream: int = CHOICE) -> Tensor:
+def draw(
+    logits: Tensor, rows: SequenceOf[Row], stream: int = CHOICE, *, fused: bool = False
+) -> Tensor:
     """One token id per row, ``[rows]``, sampled by inverse CDF; `INVALID` where none can be.
 
     Args:
         logits: float32 ``[rows, vocab]`` from `adjust`.
+        fused: as of `weigh`.
     """
-    weights, is_valid = weigh(logits, rows)
+    weights, is_valid = weigh(logits, rows, fused=fused)
     draws = uniforms(rows, [stream] * len(rows))
     ids = inverse_cdf(weights, column(draws, weights, torch.float64))
     return torch.where(is_valid, ids, INVALID)
 
 
-def weigh(logits: Tensor, rows: SequenceOf[Row]) -> tuple[Tensor, Tensor]:
+def weigh(logits: Tensor, rows: SequenceOf[Row], *, fused: bool = False) -> tuple[Tensor, Tensor]:
     """The distribution of each row, after temperature and truncation.
 
     Args:
         logits: float32 ``[rows, vocab]`` from `adjust`.
+        fused: whether to truncate in one Triton kernel; it keeps what plain torch keeps.
 
     Returns:
         weights, float32 ``[rows, >= vocab]``, not normalized and filled up with zeros to
@@ -253,7 +254,8 @@ def weigh(logits: Tensor, rows: SequenceOf[Row]) -> tuple[Tensor, Tensor]:
     x = logits.clamp(max=_FLOAT_MAX)
     best = x.amax(dim=-1, keepdim=True)
     x.sub_(best).div_(column([max(row.params.temperature, _FLOAT_TINY) for row in rows], x))
-    weights = _truncate(_padded_exp(x), [row.params for row in rows], logits.shape[1])
+    weights = _padded_exp(x)
+    _truncate(weights, [row.params for row in rows], logits.shape[1], fused)
     return weights, best.squeeze(1) > -math.inf
 
 
@@ -265,92 +267,27 @@ def _padded_exp(x: Tensor) -> Tensor:
     return weights
 
 
-def _truncate(weights: Tensor, params: SequenceOf[SamplingParams], vocab: int) -> Tensor:
-    """Set to 0 what min_p, then top_k, then top_p leave out.
-
-    Each of them sees what the one before it left, as in vLLM and transformers. Only the
-    rows that ask for a truncation pay for it.
-
-    Args:
-        weights: ``[rows, >= vocab]``, probabilities over the largest one of their row
-            (which is thus 1); changed in place.
-    """
-    if any(p.min_p > 0.0 for p in params):
-        weights.masked_fill_(weights < column([p.min_p for p in params], weights), 0.0)
-    rows = [row for row, p in enumerate(params) if 0 < p.top_k < vocab]
-    weights = _replace_rows(weights, rows, _keep_top_k, [params[row].top_k for row in rows])
-    rows = [row for row, p in enumerate(params) if p.top_p < 1.0]
-    return _replace_rows(weights, rows, _keep_top_p, [params[row].top_p for row in rows])
+def warm_up(device: torch.device) -> None:
+    """Compile what `weigh` launches where it is fused."""
+    weights = torch.ones(1, _CHUNK, device=device)
+    _truncate(weights, [SamplingParams(top_p=0.5)], _CHUNK, fused=True)
 
 
-def _replace_rows(
-    x: Tensor, rows: list[int], keep: Callable[[Tensor, list], Tensor], values: list
-) -> Tensor:
-    """``x`` with ``keep(x[rows], values)`` in place of ``x[rows]``; changes ``x``."""
-    if not rows:
-        return x
-    if len(rows) == len(x):
-        return keep(x, values)
-    index = index_of(rows, x)
-    return x.index_copy_(0, index, keep(x[index], values))
+def _truncate(weights: Tensor, params: SequenceOf[SamplingParams], vocab: int, fused: bool) -> None:
+    """Set to 0 what min_p, then top_k, then top_p leave out."""
+    limits = Limits(
+        [p.min_p for p in params],
+        [p.top_k if p.top_k < vocab else 0 for p in params],
+        [p.top_p for p in params],
+    )
+    if limits.keep_all:
+        return
+    if fused:
+        from minserve.kernels.triton.truncation import truncate as fused_truncate
 
-
-def _keep_top_k(weights: Tensor, top_k: list[int]) -> Tensor:
-    """Keep what is at least as likely as the k-th token (ties are kept, as in transformers)."""
-    best = weights.topk(max(top_k), dim=-1).values
-    kth = best.gather(-1, index_of(top_k, weights).unsqueeze(1) - 1)
-    return weights.masked_fill_(weights < kth, 0.0)
-
-
-def _keep_top_p(weights: Tensor, top_p: list[float]) -> Tensor:
-    """Keep the smallest set of most likely tokens with at least ``top_p`` of the mass.
-
-    Nucleus sampling of Holtzman et al. (2020). Among equally likely tokens at the border
-    those with lower ids are kept, which makes the set independent of any sorting order.
-    """
-    wanted = _chunk_sums(weights).sum(-1, keepdim=True)
-    wanted *= column(top_p, weights, torch.float64)
-    best, mass = _likeliest(weights, wanted)
-    last = (mass < wanted).sum(-1, keepdim=True).clamp_(max=best.shape[1] - 1)
-    border = best.gather(-1, last)
-    num_surplus = (weights >= border).sum(-1, keepdim=True) - (last + 1)
-    # Seldom are there any; where that can be seen at no cost, the scan for them is spared.
-    if transfers.runs_behind(weights.device) or bool((num_surplus > 0).any()):
-        tied = weights == border
-        num_kept = tied.sum(-1, keepdim=True) - num_surplus
-        weights.masked_fill_(tied & (tied.cumsum(-1) > num_kept), 0.0)
-    return weights.masked_fill_(weights < border, 0.0)
-
-
-def _likeliest(weights: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's largest weights, descending, as many as sum up to ``wanted`` or more of them.
-
-    Returns:
-        float32 weights, filled up with zeros, and their running sums, float64.
-    """
-    # How many are needed is known only after looking.
-    floors = (0.0,) if transfers.runs_behind(weights.device) else _NUCLEUS_FLOORS
-    for floor in floors:
-        best = _sorted_from(weights, floor)
-        mass = best.cumsum(-1, dtype=torch.float64)
-        # A NaN row (an error of its own) compares false and does not lower the floor.
-        if floor == 0.0 or not bool((mass[:, -1:] < wanted).any()):
-            break
-    return best, mass
-
-
-def _sorted_from(weights: Tensor, floor: float) -> Tensor:
-    """Each row's weights of at least ``floor``, descending, filled up with zeros."""
-    if floor == 0.0:
-        return weights.sort(dim=-1, descending=True).values
-    rows, columns = (weights >= floor).nonzero(as_tuple=True)
-    counts = torch.bincount(rows, minlength=len(weights))
-    firsts = counts.cumsum(0) - counts
-    packed = weights.new_zeros(len(weights), max(1, int(counts.max())))
-    packed[rows, torch.arange(len(rows), device=rows.device) - firsts[rows]] = weights[
-        rows, columns
-    ]
-    return packed.sort(dim=-1, descending=True).values
+        fused_truncate(weights, limits)
+    else:
+        truncate(weights, limits, may_look=not transfers.runs_behind(weights.device))
 
 
 def _chunk_sums(weights: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class DraftModelProposer(Proposer):
         self._head = head_token_ids
         # The same where the chosen tokens are, on the host.
         self._head_ids = None if head_token_ids is None else head_token_ids.tolist()
-        self._sampler = Sampler()
+        self._sampler = Sampler(fused=model.backend.in_triton)
         # Per sequence, tokens whose draft KV was written.
         self._num_written: dict[str, int] = {}
         # Per block, the digest of the tokens whose draft KV fills it.

@@ -136,8 +136,13 @@ class ModelRunner(PagedModel):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.sampler = Sampler()
+        self.sampler = Sampler(fused=self.backend.in_triton)
         self.threads: ThreadCount | None = None
+
+    def dry_run(self, *args: int, **kwargs: int) -> None:
+        """As of `PagedModel`, and what draws compile."""
+        super().dry_run(*args, **kwargs)
+        self.sampler.warm_up(self.device)
 
     def run(self, batch: SequenceOf[Scheduled]) -> dict[str, RunResult]:
         """`launch`, and wait for the results."""

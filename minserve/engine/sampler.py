@@ -25,6 +25,7 @@ from minserve.engine.distribution import (
     index_of,
     inverse_cdf,
     uniforms,
+    warm_up,
     weigh,
 )
 from minserve.engine.token_logprobs import logprob_tensors, token_logprobs
@@ -57,7 +58,13 @@ class Sampler:
     Order per row: raw log probabilities, penalties, ``min_tokens``, then argmax, or
     temperature, ``min_p``, ``top_k``, ``top_p`` and the draw. A row that needs none of
     this costs one argmax, whatever the other rows ask for.
+
+    Args:
+        fused: whether Triton's kernels run on the device of the logits; the tokens are the same.
     """
+
+    def __init__(self, *, fused: bool = False) -> None:
+        self._fused = fused
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, seqs: list[Sequence]) -> list[SampledToken | GenerationError]:
@@ -119,9 +126,9 @@ class Sampler:
         if order != sorted(order):
             logits = logits[index_of(_rows_before(spans), logits)]
         split = spans[-len(drawn)].first if drawn else len(rows)
-        ids, nums_accepted = _choose(logits[:split], rows[:split]), None
+        ids, nums_accepted = _choose(logits[:split], rows[:split], self._fused), None
         if drawn:
-            others, nums_accepted = reject(logits[split:], rows[split:], drawn)
+            others, nums_accepted = reject(logits[split:], rows[split:], drawn, fused=self._fused)
             ids = torch.cat((ids, others))
         return PendingTokens(logits, spans, ids, nums_accepted)
 
@@ -142,7 +149,7 @@ class Sampler:
         drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
         if drawn:
             own = [rows[i] for i in drawn]
-            weights, is_valid = weigh(logits[index_of(drawn, logits)], own)
+            weights, is_valid = weigh(logits[index_of(drawn, logits)], own, fused=self._fused)
             draws = uniforms(own, [CHOICE if row.is_seeded else DRAFT for row in own])
             chosen = inverse_cdf(weights, column(draws, weights, torch.float64))
             ids[index_of(drawn, logits)] = torch.where(is_valid, chosen, INVALID)
@@ -151,6 +158,12 @@ class Sampler:
                 i: shares[place] for place, i in enumerate(drawn) if not rows[i].is_seeded
             }
         return [Drafted(token, probabilities.get(i)) for i, token in enumerate(ids.tolist())]
+
+    @torch.inference_mode()
+    def warm_up(self, device: torch.device) -> None:
+        """Compile the kernels of draws, for which no request should wait."""
+        if self._fused:
+            warm_up(device)
 
     @torch.inference_mode()
     def prompt_logprobs(
@@ -183,21 +196,21 @@ def _rows_before(spans: SequenceOf[Span]) -> list[int]:
     return [firsts[span.place] + num for span in spans for num in range(len(span.rows))]
 
 
-def _choose(logits: Tensor, rows: SequenceOf[Row]) -> Tensor:
+def _choose(logits: Tensor, rows: SequenceOf[Row], fused: bool) -> Tensor:
     """The target's own choice for each row, ``[rows]``."""
     special = [i for i, row in enumerate(rows) if not row.is_plain]
     if not special:
         return argmax(logits)
     if len(special) < len(rows):
         chosen, index = argmax(logits), index_of(special, logits)
-        chosen[index] = _choose(logits[index], [rows[i] for i in special])
+        chosen[index] = _choose(logits[index], [rows[i] for i in special], fused)
         return chosen
     logits = adjust(logits.float(), rows)
     drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
     if len(drawn) == len(rows):
-        return draw(logits, rows)
+        return draw(logits, rows, fused=fused)
     chosen = argmax(logits)
     if drawn:
         index = index_of(drawn, logits)
-        chosen[index] = draw(logits[index], [rows[i] for i in drawn])
+        chosen[index] = draw(logits[index], [rows[i] for i in drawn], fused=fused)
     return chosen

@@ -198,19 +198,24 @@ def _verified(
 
 
 def reject(
-    logits: Tensor, rows: SequenceOf[Row], proposals: SequenceOf[Proposal]
+    logits: Tensor,
+    rows: SequenceOf[Row],
+    proposals: SequenceOf[Proposal],
+    *,
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Rejection sampling of drafts that were drawn from distributions.
 
     Args:
         logits: ``[rows, vocab]``, not changed; for each proposal a row per token, and one.
+        fused: as of `weigh`.
 
     Returns:
         int64 ``[rows]``: the drafts, and behind the accepted ones of each proposal what the
         target has there, `INVALID` where it has nothing; and int64 ``[proposals]``: how
         many are accepted.
     """
-    weights, is_valid = weigh(adjust(logits.float(), rows), rows)
+    weights, is_valid = weigh(adjust(logits.float(), rows), rows, fused=fused)
     p = normalized(weights)
     starts, start = [], 0
     for proposal in proposals:

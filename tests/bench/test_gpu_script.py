@@ -42,6 +42,7 @@ def test_every_kernel_was_checked_beside_its_competitors(dry_run: tuple[dict, di
     rows = dry_run[1]["stages"]["kernels"]["rows"]
     assert {row["kernel"] for row in rows} == {
         "decode", "prefill", "rms_norm", "layer_norm", "silu_mul", "write_kv", "bias_relu",
+        "truncation",
     }  # fmt: skip
     for row in rows:
         assert row["error"]["minserve"] < 1e-3
@@ -60,6 +61,12 @@ def test_a_dry_run_pretends_to_no_measurement(dry_run: tuple[dict, dict, str]):
     assert kernels["summary"]["goals_met"] is None
     assert engine["summary"]["copy_gb_s"] is None
     assert all(row["dry"] and "ratio" not in row["decode"][0] for row in engine["rows"])
+
+
+def test_draws_with_top_p_are_timed_beside_greedy_ones(dry_run: tuple[dict, dict, str]):
+    for row in dry_run[1]["stages"]["engine"]["rows"]:
+        assert row["drawn"]["greedy_ms"] > 0
+        assert row["drawn"]["top_p_ms"] > 0
 
 
 def test_a_failed_stage_is_reported(tmp_path: Path):

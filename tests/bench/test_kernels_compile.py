@@ -13,7 +13,7 @@ import torch
 from triton_aot import KIB, Built, compiling_for
 
 ROOT = Path(__file__).parents[2]
-KERNELS = {"decode", "prefill", "rms_norm", "layer_norm", "silu_mul", "write_kv"}
+KERNELS = {"decode", "prefill", "rms_norm", "layer_norm", "silu_mul", "write_kv", "truncation"}
 
 # A tile whose stages no GPU's shared memory holds.
 TOO_LARGE = """

@@ -89,9 +89,9 @@ def as_on_a_device() -> Iterator[None]:
         yield
 
 
-def on_meta(proposals: list[Proposal | None]) -> list[Proposal | None]:
+def moved(proposals: list[Proposal | None], device: torch.device) -> list[Proposal | None]:
     return [
-        Proposal(one.token_ids, tuple(q.to(META) for q in one.probabilities))
+        Proposal(one.token_ids, tuple(q.to(device) for q in one.probabilities))
         if one is not None and one.probabilities
         else one
         for one in proposals
@@ -133,14 +133,14 @@ def test_sampling_is_launched_without_waiting(settings: dict, logprobs: int | No
 @pytest.mark.parametrize("kind", ["plain", "drawn", "by chance"])
 def test_verification_is_launched_without_waiting(kind: str) -> None:
     _, seqs, proposals = batch_of_three(kind)
-    proposals = on_meta(proposals)
+    proposals = moved(proposals, META)
     with nothing_waits():
         SAMPLER.launch(torch.empty(12, VOCAB, device=META), seqs, proposals)
 
 
 def test_a_mixed_batch_is_launched_without_waiting() -> None:
     logits, seqs, proposals = mixed_batch()
-    whole, proposals = torch.cat(logits).to(META), on_meta(proposals)
+    whole, proposals = torch.cat(logits).to(META), moved(proposals, META)
     with nothing_waits():
         SAMPLER.launch(whole, seqs, proposals)
 
@@ -278,22 +278,30 @@ def test_a_host_copy_keeps_shapes_types_and_values() -> None:
         assert copy.data_ptr() != tensor.data_ptr() or not len(tensor)
 
 
+def test_tokens_are_the_same_where_truncation_is_a_kernel() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    logits, seqs, proposals = mixed_batch()
+    whole, proposals = torch.cat(logits).to(device), moved(proposals, device)
+    expected = SAMPLER.verify(whole, seqs, proposals)
+    assert Sampler(fused=True).verify(whole, seqs, proposals) == expected
+    rows = [Row(seq_with([7], seed=i, **settings), (8,)) for i, settings in enumerate(SETTINGS)]
+    logits = random_logits(len(rows), seed=4).to(device)
+    drafts = zip(SAMPLER.draft(logits, rows), Sampler(fused=True).draft(logits, rows), strict=True)
+    assert all(one.token_id == other.token_id for one, other in drafts)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_finds_nothing_that_waits_either() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_cuda_finds_nothing_that_waits_either(fused: bool) -> None:
+    sampler = Sampler(fused=fused)
+    sampler.warm_up(torch.device("cuda"))
     logits, seqs, proposals = mixed_batch()
     whole = torch.cat(logits)
     expected = SAMPLER.verify(whole, seqs, proposals)
-    whole = whole.cuda()
-    proposals = [
-        one
-        and Proposal(
-            one.token_ids, one.probabilities and tuple(map(Tensor.cuda, one.probabilities))
-        )
-        for one in proposals
-    ]
+    whole, proposals = whole.cuda(), moved(proposals, torch.device("cuda"))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        pending = SAMPLER.launch(whole, seqs, proposals)
+        pending = sampler.launch(whole, seqs, proposals)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     chosen = [[token.token_id for token in one.tokens] for one in pending.results()]

@@ -34,3 +34,25 @@ def test_a_dry_run_is_as_large_as_the_largest_batch_and_leaves_no_trace(
     # Chunks of every kind that fits, first ones and last ones.
     assert batches[7:] == [([0, size], [length], 0) for size in (1, 9) for length in (size, 20)]
     assert not any(kv.key.any() or kv.value.any() for kv in runner.kv)
+
+
+def test_a_dry_run_launches_what_draws_would_compile(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(
+        str(tiny_llama_dir),
+        dtype="float32",
+        num_blocks=9,
+        block_size=16,
+        attention_backend="triton",
+    )
+    sizes = []
+    monkeypatch.setattr(
+        "minserve.kernels.triton.truncation.truncate",
+        lambda weights, _: sizes.append(weights.shape[1]),
+    )
+    engine._core.runner.dry_run(num_tokens=2, longest=2)
+    # What the kernel is compiled for changes with the size of 1 alone, and with multiples of 16.
+    assert len(sizes) == 1
+    assert sizes[0] > 1
+    assert sizes[0] % 16 == 0

@@ -39,7 +39,7 @@ def as_on_a_gpu(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     ("family", "how", "policy", "params"),
     [
         ("llama", "draft", "sarathi", replace(GREEDY, max_tokens=8)),
-        ("llama", "ngram", "dp", replace(SEEDED, max_tokens=6, logprobs=2)),
+        ("llama", "ngram", "dp", replace(SEEDED, max_tokens=6, logprobs=2, top_p=0.8)),
         ("opt", "off", "dp", replace(SEEDED, max_tokens=6)),
     ],
 )

@@ -1,0 +1,191 @@
+"""Which tokens are left to draw from: what min_p, then top_k, then top_p keep of a distribution.
+
+Each of them sees what the one before it left, as in vLLM and transformers:
+
+- min_p keeps the weights of at least so much, the largest of a row being 1;
+- top_k keeps what is at least as large as the k-th largest weight, ties with it included;
+- top_p, nucleus sampling of Holtzman et al. (2020), keeps the smallest set of largest weights with
+  at least that share of their sum. Of equal weights at its border those with lower ids are kept.
+
+Sums are of weights in whole units of ``1 / UNITS``, rounded down. Whole numbers have the same sum
+in any order, so that every form of this, on whatever device, keeps the same set to the last token.
+
+This file has the form in plain torch, without a sort of the vocabulary: the border of top_p lies
+among the few likely tokens, or is found digit by digit (a radix select) by sums over the tokens of
+each digit. `minserve.kernels.triton.truncation` has the form for GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minserve.kernels.upload import to_device
+
+# Of a weight of 1. What rounding loses over 2**18 tokens is at most 2**-22 of it, and their sum
+# is far from overflowing 64 bits.
+UNITS = 2.0**40
+# As whole numbers the bits of floats from 0 on have the order of the floats; these are of 1.
+KEY_OF_ONE = 0x3F800000
+# The 30 bits of a key are looked at in three digits.
+_DIGIT_BITS = 10
+_DIGITS = 1 << _DIGIT_BITS
+_SHIFTS = (20, 10, 0)
+# On a CPU the border is looked for among tokens at least this likely first, where these are few:
+# there it mostly is, and sorting them takes half the time of the sums by digits.
+_LIKELY = 1e-3
+_FEW = 1024
+
+
+class Limits(NamedTuple):
+    """The truncations of each row.
+
+    Attributes:
+        min_p: from 0 (keeps all) to 1.
+        top_k: 0 keeps all.
+        top_p: above 0; 1 keeps all.
+    """
+
+    min_p: list[float]
+    top_k: list[int]
+    top_p: list[float]
+
+    @property
+    def keep_all(self) -> bool:
+        """True where no row asks for a truncation."""
+        return not any(self.min_p) and not any(self.top_k) and min(self.top_p, default=1.0) >= 1.0
+
+
+class _Border(NamedTuple):
+    """Where the sum over the largest weights reaches what is wanted, each ``[rows, 1]``.
+
+    Attributes:
+        weight: float32, of the last weight that is needed.
+        above: int64, the sum over all larger ones.
+    """
+
+    weight: Tensor
+    above: Tensor
+
+
+def truncate(weights: Tensor, limits: Limits, *, may_look: bool) -> Tensor:
+    """Set to 0 what the limits leave out. Only the rows that ask for a truncation pay for it.
+
+    Args:
+        weights: float32 ``[rows, size]``, contiguous, from 0 to 1; the largest of each row is 1.
+            A row that is NaN throughout stays so. Changed in place.
+        may_look: whether values of tensors are at hand; else nothing waits for them.
+
+    Returns:
+        ``weights``.
+    """
+    if any(limits.min_p):
+        weights.masked_fill_(weights < _column(limits.min_p, torch.float32, weights), 0.0)
+    rows = [row for row, k in enumerate(limits.top_k) if k]
+    _replace_rows(weights, rows, _keep_top_k, [limits.top_k[row] for row in rows])
+    rows = [row for row, p in enumerate(limits.top_p) if p < 1.0]
+
+    def keep_top_p(some: Tensor, top_p: list[float]) -> Tensor:
+        return _keep_top_p(some, top_p, may_look)
+
+    _replace_rows(weights, rows, keep_top_p, [limits.top_p[row] for row in rows])
+    return weights
+
+
+def _column(values: list, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """One number per row, ``[rows, 1]``."""
+    return to_device(values, dtype, like.device).unsqueeze(1)
+
+
+def _replace_rows(
+    x: Tensor, rows: list[int], keep: Callable[[Tensor, list], Tensor], values: list
+) -> None:
+    """``x[rows] = keep(x[rows], values)``, where ``keep`` may change what it is given."""
+    if rows and len(rows) == len(x):
+        keep(x, values)
+    elif rows:
+        index = to_device(rows, torch.long, x.device)
+        x.index_copy_(0, index, keep(x[index], values))
+
+
+def _keep_top_k(weights: Tensor, top_k: list[int]) -> Tensor:
+    """Keep what is at least the k-th largest weight; changes ``weights``."""
+    best = weights.topk(min(max(top_k), weights.shape[1]), dim=-1).values
+    place = _column(top_k, torch.long, weights).clamp_(max=best.shape[1]) - 1
+    return weights.masked_fill_(weights < best.gather(-1, place), 0.0)
+
+
+def _keep_top_p(weights: Tensor, top_p: list[float], may_look: bool) -> Tensor:
+    """Keep the smallest set of largest weights with a share of their sum; changes ``weights``."""
+    # Row by row, on a CPU, what it takes stays in a core's own cache.
+    parts = weights.split(1) if may_look else [weights]
+    total = torch.cat([_in_units(part).sum(-1, keepdim=True) for part in parts])
+    wanted = (total.double() * _column(top_p, torch.float64, weights)).ceil_().long()
+    wanted = wanted.minimum(total)  # which float64 may have rounded up
+    border = (_look_for_border if may_look else _border_by_digits)(weights, wanted)
+    tied = weights == border.weight
+    # At least 1, for rows of NaN.
+    unit = _in_units(border.weight).clamp_(min=1)
+    num_kept = (wanted - border.above + unit - 1) // unit
+    # Seldom are there more; where that can be seen at no cost, the scan for them is spared.
+    if not may_look or bool((tied.sum(-1, keepdim=True) > num_kept).any()):
+        weights.masked_fill_(tied & (tied.cumsum(-1) > num_kept), 0.0)
+    return weights.masked_fill_(weights < border.weight, 0.0)
+
+
+def _in_units(weights: Tensor) -> Tensor:
+    """int64, as many."""
+    return weights.mul(UNITS).long()
+
+
+def _look_for_border(weights: Tensor, wanted: Tensor) -> _Border:
+    """Among the likely tokens; for rows where it is not there, or these are many, by digits."""
+    is_likely = weights >= _LIKELY
+    is_likely &= is_likely.sum(-1, keepdim=True) <= _FEW
+    best = _sorted(weights, is_likely)
+    masses = _in_units(best)
+    sums = masses.cumsum(-1)
+    last = (sums < wanted).sum(-1, keepdim=True)
+    is_elsewhere = (last == best.shape[1]).flatten()
+    weight = best.gather(-1, last.clamp_(max=best.shape[1] - 1))
+    first = (best > weight).sum(-1, keepdim=True)  # of equal ones
+    above = (sums - masses).gather(-1, first)
+    for row in is_elsewhere.nonzero().flatten().tolist():
+        weight[row], above[row] = map(
+            Tensor.squeeze, _border_by_digits(weights[row : row + 1], wanted[row : row + 1])
+        )
+    return _Border(weight, above)
+
+
+def _sorted(weights: Tensor, chosen: Tensor) -> Tensor:
+    """Each row's chosen weights, descending, filled up with zeros."""
+    rows, columns = chosen.nonzero(as_tuple=True)
+    counts = torch.bincount(rows, minlength=len(weights))
+    firsts = counts.cumsum(0) - counts
+    packed = weights.new_zeros(len(weights), max(1, int(counts.max())))
+    packed[rows, torch.arange(len(rows)) - firsts[rows]] = weights[rows, columns]
+    return packed.sort(dim=-1, descending=True).values
+
+
+def _border_by_digits(weights: Tensor, wanted: Tensor) -> _Border:
+    """The largest weight such that those of at least as much reach what is wanted."""
+    # A NaN, which may have any sign, must be no index out of range.
+    keys = weights.view(torch.int32).clamp(0, KEY_OF_ONE)
+    masses = _in_units(weights)
+    above = torch.zeros_like(wanted)
+    found = torch.zeros_like(wanted, dtype=torch.int32)
+    for shift in _SHIFTS:
+        digits = keys >> shift
+        if shift != _SHIFTS[0]:
+            masses = torch.where(digits >> _DIGIT_BITS == found, masses, 0)
+            digits &= _DIGITS - 1
+        sums = masses.new_zeros(len(weights), _DIGITS).scatter_add_(1, digits.long(), masses)
+        sums = sums.flip(-1)  # the largest digit first
+        reached = sums.cumsum(-1).add_(above)
+        place = (reached < wanted).sum(-1, keepdim=True).clamp_(max=_DIGITS - 1)
+        above = (reached - sums).gather(1, place)
+        found = found * _DIGITS + (_DIGITS - 1 - place).int()
+    return _Border(found.view(torch.float32), above)
