@@ -166,7 +166,8 @@ def _sorted(weights: Tensor, chosen: Tensor) -> Tensor:
     counts = torch.bincount(rows, minlength=len(weights))
     firsts = counts.cumsum(0) - counts
     packed = weights.new_zeros(len(weights), max(1, int(counts.max())))
-    packed[rows, torch.arange(len(rows)) - firsts[rows]] = weights[rows, columns]
+    places = torch.arange(len(rows), device=rows.device) - firsts[rows]
+    packed[rows, places] = weights[rows, columns]
     return packed.sort(dim=-1, descending=True).values
 
 
