@@ -1,4 +1,4 @@
-"""``minserve simulate``: a workload through the real planner on a virtual clock, without a device."""
+"""``minserve simulate``: runs a workload through the real planner on a virtual clock, no device."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from minserve.workload.draws import Draw
     from minserve.workload.report import Report
 
-# Profiles for scenarios whose requests are longer than others can serve.
+# Profiles for scenarios whose requests are longer than the default profile can serve.
 PROFILES = {"tools": "toolllama-7b-a100", "reasoning": "qwen2.5-7b-a100"}
 PROFILE = "opt-6.7b-a100"
-# Seconds of arrivals, at least, from which a number of replicas is judged.
+# A number of replicas is judged from at least so many seconds of arrivals.
 SIZING_S = 60.0
 
 _EXAMPLES = """\
@@ -80,7 +80,7 @@ def add_simulate(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_device_flags(group: argparse._ArgumentGroup) -> None:
-    # What is not given is absent: the defaults are those of `Setup`.
+    # A flag that is not given is absent: the defaults are those of `Setup`.
     add = partial(group.add_argument, default=argparse.SUPPRESS)
     add(
         "--profile", default=None, metavar="NAME",
@@ -174,8 +174,8 @@ class _Run:
     """One simulation.
 
     Attributes:
-        rate: that was wanted; ``None`` for a trace's own.
-        seconds: over which the requests arrived.
+        rate: requests per second that were wanted; ``None`` for a trace's own rate.
+        seconds: time over which the requests arrived.
     """
 
     rate: float | None
@@ -186,7 +186,7 @@ class _Run:
 
 @dataclass(slots=True)
 class _Simulations:
-    """Runs of one workload, kept for the report; also one that was cut short."""
+    """The runs of one workload, kept for the report; also a run that was cut short."""
 
     setup: Setup
     draw: Draw
@@ -194,11 +194,11 @@ class _Simulations:
     runs: list[_Run] = field(default_factory=list)
 
     def attainment(self, rate: float | None, repeat: int, replicas: int | None = None) -> float:
-        """Run the workload at a rate.
+        """Simulate the workload at a rate, keep the run, and return its attainment.
 
         Args:
-            repeat: counts up the seed.
-            replicas: other than the setup's.
+            repeat: is added to the seed.
+            replicas: number of replicas instead of the setup's.
         """
         from tqdm import tqdm
 
@@ -233,14 +233,14 @@ class _Simulations:
 
 
 def _span_s(workload: Sequence[Conversation], rate: float | None) -> float:
-    """Seconds over which a workload arrives."""
+    """Return the seconds over which a workload arrives."""
     from minserve.workload.conversation import num_turns
 
     return workload[-1].arrival_s if rate is None else num_turns(workload) / rate
 
 
 def _simulate(args: argparse.Namespace) -> int:
-    """Simulate, print, draw."""
+    """Simulate a workload, print the results and draw them."""
     _check(args)
 
     from minserve.devices import find_device
@@ -269,7 +269,7 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other.
 
     Raises:
-        WorkloadError: saying what is wrong.
+        WorkloadError: with a text that says what is wrong.
     """
     check_workload(args)
     apart = getattr(args, "policy", "dp") == "distserve"
@@ -292,8 +292,9 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _settle_number(args: argparse.Namespace, setup: Setup) -> None:
-    """How many requests are drawn where the flags do not say: a scenario's own number for each
-    replica, or enough for a minute.
+    """Set the number of requests of a scenario, if the flags do not give it.
+
+    It is the scenario's own number for each replica, or enough requests for a minute.
     """
     from minserve.workload.scenarios import find_scenario
 
@@ -307,8 +308,9 @@ def _settle_number(args: argparse.Namespace, setup: Setup) -> None:
 
 
 def _own_rate(args: argparse.Namespace) -> float | None:
-    """Requests per second where the flags name none: those of a scenario's recordings, or 1;
-    ``None`` keeps a trace's own times.
+    """Return the requests per second to use if the flags give no rate.
+
+    For a scenario it is the rate of its recordings, or 1; ``None`` keeps a trace's own times.
     """
     from minserve.workload.scenarios import find_scenario
 
@@ -320,10 +322,10 @@ def _own_rate(args: argparse.Namespace) -> float | None:
 def _measure(
     args: argparse.Namespace, simulations: _Simulations
 ) -> tuple[Capacity | None, Sizing | None, bool]:
-    """All runs.
+    """Run all simulations.
 
     Returns:
-        what the searches found, where there was one, and whether Ctrl-C cut in.
+        the results of the searches, if there were any, and whether Ctrl-C cut them short.
     """
     from minserve.simulator.sizing import Sizing, find_replicas
     from minserve.workload.capacity import Capacity, find_capacity
@@ -361,7 +363,7 @@ def _measure(
 
 
 def _least_replicas(rate: float, simulations: _Simulations) -> tuple[int, int]:
-    """Where to begin: with as many as the tokens alone would take; and the most there may be."""
+    """Return the number to start the search with, from tokens per second alone, and the largest."""
     from minserve.simulator.simulation import MOST_REPLICAS
 
     workload = simulations.draw(rate, simulations.setup.seed)
@@ -378,7 +380,7 @@ def _print(
     sizing: Sizing | None,
     interrupted: bool,
 ) -> None:
-    """Table or JSON, and the picture."""
+    """Print a table or JSON, and draw the picture."""
     pooled = _pooled(simulations.runs)
     if args.json:
         print(json.dumps(_as_json(args, simulations, pooled, capacity, sizing, interrupted)))
@@ -402,7 +404,10 @@ def _title(run: _Run, sizing: bool) -> str:
 
 
 def _pooled(runs: Sequence[_Run]) -> list[tuple[_Run, Report]]:
-    """A report per rate and number of replicas, ascending, of all its repeats; with one of these."""
+    """Return a report for each rate and number of replicas, with one of the runs that it covers.
+
+    The reports cover all repeats and are in ascending order.
+    """
     from minserve.workload.report import Report
 
     by_key: dict[tuple[float, int], list[_Run]] = {}
@@ -473,7 +478,7 @@ def _plot(
     simulations: _Simulations,
     pooled: Sequence[tuple[_Run, Report]],
 ) -> None:
-    """Attainment against rate, or where there is one rate, that run."""
+    """Draw attainment against rate; with a single rate, draw the last run."""
     from minserve.workload.plots import plot_attainment, plot_run
 
     setup = simulations.setup

@@ -1,4 +1,4 @@
-"""What ``bench`` and ``simulate`` share: the flags of a workload, and words for what was found."""
+"""Code for ``bench`` and ``simulate``: the flags of a workload, and the result in words."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ def add_report_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def check_workload(args: argparse.Namespace) -> None:
-    """Refuse what cannot be run before anything slow.
+    """Refuse flags that contradict each other, before anything slow begins.
 
     Raises:
-        WorkloadError: saying what is wrong.
+        WorkloadError: with a text that says what is wrong.
     """
     if (args.scenario is None) == (args.trace is None):
         raise WorkloadError("give a --scenario or a --trace, one of them")
@@ -90,13 +90,13 @@ def check_workload(args: argparse.Namespace) -> None:
 
 
 def make_draw(args: argparse.Namespace, longest: int | None = None) -> Draw:
-    """The workload that the flags name, tried once.
+    """Return the source of workloads that the flags name, after drawing from it once.
 
     Args:
-        longest: tokens of prompt and output together, beyond which rows of a trace are dropped.
+        longest: rows of a trace with more tokens of prompt and output together are dropped.
 
     Raises:
-        WorkloadError: where it cannot be drawn.
+        WorkloadError: if the workload cannot be drawn.
     """
     from minserve.workload import draws
     from minserve.workload.scenarios import find_scenario
@@ -130,7 +130,7 @@ def make_draw(args: argparse.Namespace, longest: int | None = None) -> Draw:
 
 
 def in_words(capacity: Capacity) -> str:
-    """What a search found, in a line."""
+    """Return one line with the result of a search for a capacity."""
     if not capacity.attainment:
         return "capacity: the search was cut short before any rate was measured"
     low, high = capacity.interval()
@@ -147,7 +147,7 @@ def in_words(capacity: Capacity) -> str:
 
 
 def say(text: str) -> None:
-    """Tell whoever watches; stdout is for results."""
+    """Print a message for people on stderr; stdout is for results."""
     print(text, file=sys.stderr)
 
 

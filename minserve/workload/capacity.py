@@ -90,7 +90,7 @@ def find_capacity(
     step: float = 2.0,
     into: Capacity | None = None,
 ) -> Capacity:
-    """Search the capacity: bracket it by doubling and halving the rate, then bisect.
+    """Search for the capacity: bracket it by doubling and halving the rate, then bisect.
 
     Args:
         measure: returns the attainment at (rate, repeat); the repeat serves as a seed.
