@@ -26,8 +26,7 @@ from torch import Tensor
 from minserve.kernels.upload import to_device
 
 # Units in a weight of 1. Rounding over 2**18 tokens loses at most 2**-22 of it, and their sum is
-# far
-# from overflowing 64 bits.
+# far from overflowing 64 bits.
 UNITS = 2.0**40
 # The bits of non-negative floats, read as whole numbers, have the order of the floats; this is 1.
 KEY_OF_ONE = 0x3F800000

@@ -54,8 +54,7 @@ def rotation(width: int) -> Tensor:
     """Return a float32 Hadamard matrix for groups of neighbouring channels, ``[group, group]``.
 
     The matrix is symmetric and its own inverse. The group is the largest power of two, up to 32,
-    that
-    divides ``width``.
+    that divides ``width``.
     """
     group = math.gcd(width, _MOST_ROTATED)
     matrix = torch.ones(1, 1)

@@ -76,13 +76,10 @@ class DecodePlan:
         num_splits: upper bound on the splits of the longest sequence.
         most_queries: most query tokens of a sequence.
         partial: float32 ``[num_tokens, num_heads, num_splits, head_dim]``: the splits' outputs;
-                empty if there is one split.
-            lse: float32 ``[num_tokens, num_heads, num_splits]``: log2 of their sums of
-                exponentials.
-            arrived: int32 ``[num_seqs * tiles of a sequence * num_kv_heads]``: number of splits
-                that
-                have ended; 0 between launches.
-            through; 0 between launches.
+            empty if there is one split.
+        lse: float32 ``[num_tokens, num_heads, num_splits]``: log2 of their sums of exponentials.
+        arrived: int32 ``[num_seqs * tiles of a sequence * num_kv_heads]``: number of splits that
+            have ended; 0 between launches.
     """
 
     starts: Tensor
@@ -241,8 +238,7 @@ def _plan_kernel(
     """Store the tokens per split, a multiple of any tile's ``block_n``.
 
     All of ``num_programs`` programs get about the same number of tokens, unless the longest
-    sequence
-    would then have more than ``num_splits`` splits.
+    sequence would then have more than ``num_splits`` splits.
     """
     total = tl.zeros([BLOCK], dtype=tl.int64)
     longest = tl.zeros([BLOCK], dtype=tl.int64)

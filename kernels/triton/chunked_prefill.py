@@ -71,7 +71,7 @@ class PrefillPlan:
         split_len: tokens of context per split, a multiple of the tile's ``block_n``.
         num_splits: number of splits of the tile with the most context.
         partial: float32 ``[num_tiles, num_heads, num_splits, block_m, head_dim]``: the splits'
-                outputs; empty if there is one split.
+            outputs; empty if there is one split.
         lse: float32 ``[num_tiles, num_heads, num_splits, block_m]``: log2 of their sums of
             exponentials.
         arrived: int32 ``[num_tiles, num_heads]``: number of splits that have ended; 0 between

@@ -71,10 +71,10 @@ def write_kv(
 
     Args:
         qkv: ``[num_tokens, num_heads + 2 * num_kv_heads, head_dim]``: the heads of queries,
-                keys, values; float16, bfloat16 or float32; heads are adjacent, rows need not be.
-                ``head_dim`` is even, at most 256.
+            keys, values; float16, bfloat16 or float32; heads are adjacent, rows need not be.
+            ``head_dim`` is even, at most 256.
         key_cache, value_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]``, of the
-                dtype of ``qkv``; blocks need not be adjacent, the contents of one block are.
+            dtype of ``qkv``; blocks need not be adjacent, the contents of one block are.
         slot_mapping: int64 ``[num_tokens]``: ``block_id * block_size + offset``. A negative
             slot means a row of padding, of which nothing is written.
         rotations: complex64 ``[num_tokens, 1, head_dim / 2]``, contiguous: queries are rotated

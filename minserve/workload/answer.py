@@ -76,8 +76,7 @@ class Answer:
         """Take one event of a stream into account.
 
         A chunk whose usage is given stands for the tokens by which the count in the usage has
-        grown.
-        If chunks carry no usage, each chunk stands for one token.
+        grown. If chunks carry no usage, each chunk stands for one token.
 
         Args:
             payload: the text after ``data:``.
