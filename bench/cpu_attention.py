@@ -40,7 +40,7 @@ OURS = "two matmuls"
 
 
 class Case(NamedTuple):
-    """A batch, the layers' caches that it reads, and its queries."""
+    """A batch, with the layers' caches that it reads, and its queries."""
 
     backend: TorchBackend
     metadata: AttentionMetadata

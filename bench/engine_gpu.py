@@ -238,7 +238,7 @@ def measure_model(
             "batches": len(profile.samples),
             "seconds": round(profile.seconds, 1),
             "pieces": [asdict(piece) for piece in profile.model.pieces],
-            # Tokens, sequences, context tokens, attention pairs, whether eager; milliseconds.
+            # Each: tokens, sequences, context tokens, attention pairs, eager or not, milliseconds.
             "samples": [
                 [
                     s.shape.tokens,

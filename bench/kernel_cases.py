@@ -50,7 +50,7 @@ class Heads(NamedTuple):
 
 
 class Contestant(NamedTuple):
-    """One way to solve a problem, with its memory allocated.
+    """A way to solve a problem, with its memory allocated.
 
     Attributes:
         runs: for each set of inputs, a function that solves it.
@@ -87,7 +87,7 @@ class Problem:
 
     @property
     def label(self) -> str:
-        """The case in a few words."""
+        """The case as a few words, for tables."""
         return " ".join(str(v) if k == "model" else f"{k} {v}" for k, v in self.case.items())
 
 

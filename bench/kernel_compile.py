@@ -47,7 +47,7 @@ WORKERS, MOST_WORKERS = 2, 15
 
 
 class Case(NamedTuple):
-    """Something to compile.
+    """A problem to compile.
 
     Attributes:
         kernel: the kernel's name in the table.

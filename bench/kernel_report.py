@@ -13,7 +13,7 @@ from kernel_timing import Ceilings
 
 Row = dict[str, Any]
 
-DECODE_GOAL, LONE_GOAL = 0.9, 0.6  # of the copy bandwidth: for many decodes, and for a lone one
+DECODE_GOAL, LONE_GOAL = 0.9, 0.6  # of the copy bandwidth: for many decodes, and for a lone decode
 PREFILL_GOAL = 1.0  # of the speed of torch's flash attention
 # The fields of a row that do not describe its case.
 RESULTS = (

@@ -1,10 +1,10 @@
 """Measures how long a lone request takes beside other work on the same cores.
 
 An engine in its own process decodes 40 tokens at batch 1: alone, beside a loop that keeps one core
-busy, and beside another minserve that decodes all the time. Turns alternate, with one alone before
-each one beside a neighbour; figures are medians of seconds. The last line is JSON: ``alone_s``,
-``busy_loop_s``, ``other_minserve_s``, and ``worst_ratio``, the time beside the worse neighbour over
-the time alone.
+busy, and beside another minserve that decodes all the time. Turns alternate, with a turn alone
+before each one beside a neighbour; figures are medians of seconds. The last line is JSON:
+``alone_s``, ``busy_loop_s``, ``other_minserve_s``, and ``worst_ratio``, the time beside the worse
+neighbour over the time alone.
 
     python bench/neighbours.py                          # as minserve comes; 2 minutes
     python bench/neighbours.py --variants OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=2000

@@ -159,7 +159,7 @@ class Base(Job):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run(Job):
-    """A policy's attainment in one run.
+    """The attainment of a policy in a single run.
 
     Attributes:
         rate: requests per second.

@@ -74,7 +74,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """Everything that is measured.
+    """The settings of all measurements.
 
     Attributes:
         quick: half the settings, one seed.

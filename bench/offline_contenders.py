@@ -24,7 +24,7 @@ class Contender:
     Attributes:
         label: name of the column.
         weights: words that describe its weights.
-        command, env: of the process that measures it.
+        command, env: command and environment of the process that measures it.
         server: the same engine as a server; ``None`` if that is not measured.
         skipped: rows for which it has no value, with the reason.
         quantization: quantization of a minserve's weights.

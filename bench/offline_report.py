@@ -1,4 +1,4 @@
-"""Medians, ratios, table and picture of `offline.py`: arithmetic on what was measured."""
+"""Medians, ratios, table and picture of `offline.py`, computed from its measurements."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Values = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One quantity that is measured.
+    """A quantity that is measured.
 
     Attributes:
         title: title of its panel in a picture.

@@ -71,7 +71,7 @@ def measure_server(
         count: returns the tokens of a text.
 
     Returns:
-        values of the rows whose names begin with ``server``.
+        the values of rows whose names begin with ``server``.
     """
     with tempfile.TemporaryDirectory() as logs, started([variant], Path(logs)) as servers:
         [server] = servers.values()

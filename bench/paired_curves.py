@@ -52,7 +52,7 @@ class Difference:
 
     @property
     def is_below(self) -> bool:
-        """Whether ours is less, beyond what the spread explains."""
+        """True if ours is less, beyond what the spread explains."""
         return self.mean + self.half < 0
 
     @property

@@ -39,7 +39,7 @@ RULE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One load under which servers are compared.
+    """A load under which servers are compared.
 
     Attributes:
         rate: requests per second.
@@ -66,7 +66,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One turn to be run."""
+    """A turn that is to be run."""
 
     cell: Cell
     pair: int

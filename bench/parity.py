@@ -43,7 +43,7 @@ BLOCK_SIZE = 16
 
 @dataclass(frozen=True)
 class Case:
-    """One model variant: family, settings of transformers' config class, and file format."""
+    """A model variant: family, settings of transformers' config class, and file format."""
 
     name: str
     family: str

@@ -2,7 +2,7 @@
 
 It times whole `DpPlanner.plan` calls on real sequences and a real block pool: with a round of
 admission (as after every arrival and finish) and without (batch formation alone), at several
-numbers of waiting sequences beside 64 running ones. The device is the published profile of
+numbers of waiting sequences beside 64 running sequences. The device is the published profile of
 OPT-6.7B on an A100 (arXiv 2504.08784). Its load is such that some waiting sequences fit and some do
 not, because then the dynamic program has most work. Then it compares admission with brute force
 over all subsets of small random instances. The last line is JSON.

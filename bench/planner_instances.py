@@ -22,7 +22,7 @@ from minserve.planner.timeline import Candidate
 
 @dataclass(frozen=True)
 class Instance:
-    """One problem of admission."""
+    """A problem of admission."""
 
     candidates: list[Candidate]
     outlook: Outlook

@@ -146,7 +146,7 @@ def measure(case: Case, results: Results, args: argparse.Namespace, count: Count
 
 
 def wait_until_up(url: str, replicas: int) -> None:
-    """Wait until all replicas are up: a server answers as soon as one is.
+    """Wait until all replicas are up: a server answers as soon as one replica is.
 
     Raises:
         EngineStoppedError: if they are not up in time.

@@ -2,13 +2,12 @@
 
 Capacity is the most requests per second and GPU at which at least 90% of all offered requests
 attain their SLO (deadline form). `dp` and `edf` are minserve's planners; the baselines are as
-strong as the real systems: vLLM (decodes first, the better of two budgets), Sarathi-Serve (the
-best of its token budgets, among them those that just fit the promised paces), prefills first with
+strong as the real systems: vLLM (decodes first, the better of two budgets), Sarathi-Serve (the best
+of its token budgets, among them the budgets that just fit the promised paces), prefills first with
 whole prompts, DistServe (the best of three ratios). Each baseline but DistServe is tried with and
 without drafts of the best fixed length. Performance models are the published ones. For reasoning
 that is Qwen2.5-7B, which has the same architecture as DeepSeek-R1-Distill-Qwen-7B: the paper used
 the distilled 1.5B model, for which none is published.
-
 Results are kept as they come, and an interrupted run continues when it is started again. Tables go
 to ``bench/results/reproduce.md``, figures to ``reproduce.json``, pictures beside them.
 

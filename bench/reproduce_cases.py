@@ -27,7 +27,7 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One workload on one setup.
+    """A workload on a setup.
 
     Attributes:
         planner: an ablation's name; empty for the policy's own planner.
@@ -144,7 +144,7 @@ class Size:
 
 
 class _OutOfReach(Exception):
-    """So many requests missed their SLO that the rest of the run cannot change the decision."""
+    """Ends a run: too many requests missed their SLO for the rest to change the decision."""
 
 
 def cut_below(repeats: int, *, decides: bool = False) -> float:

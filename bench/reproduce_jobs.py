@@ -43,7 +43,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job(ABC):
-    """One measurement. A job with the same key has the same result.
+    """A measurement. A job with the same key has the same result.
 
     Attributes:
         cost: rough number of seconds that it takes; not part of the key.
@@ -139,7 +139,7 @@ class Point(Job):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series(Job):
-    """One run over time, in bins of `BIN_S`."""
+    """A run over time, in bins of `BIN_S` seconds."""
 
     case: Case
     rate: float
@@ -184,7 +184,7 @@ class Series(Job):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planning(Job):
-    """Real milliseconds per plan, by the number of sequences that are waiting or running."""
+    """The real milliseconds per plan, by the number of sequences that wait or run."""
 
     case: Case
     rate: float

@@ -72,7 +72,7 @@ OVERLOAD = 1.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """How much of the evaluation is run.
+    """The extent of the evaluation.
 
     Attributes:
         quick: only OPT-6.7B on one A100, with fewer requests, variants and repeats.
@@ -82,7 +82,7 @@ class Plan:
 
     @property
     def combinations(self) -> tuple[tuple[str, str], ...]:
-        """Scenarios and devices whose capacity is measured."""
+        """The pairs of scenario and device of which the capacity is measured."""
         return HEADLINE[:4] if self.quick else (*HEADLINE, *LARGER)
 
     def size(self, scenario: str, device: str = SMALL) -> Size:
@@ -265,7 +265,7 @@ def scaling_searches(
 ) -> dict[tuple[str, str, int], Search]:
     """Return searches by (policy, router, replicas).
 
-    While those of one replica are unmeasured, only they are returned.
+    While the searches for one replica are unmeasured, only these are returned.
     """
     one = promise(plan, scenario, device, "dp", WITH)
     ones = {("dp", "slo", 1): one}
@@ -401,7 +401,7 @@ ERRORS: Mapping[str, Sequence[float | str]] = {
 def slo_searches(
     plan: Plan, found: Measured, scenario: str
 ) -> dict[tuple[str, str, float], Search]:
-    """Return searches by (policy, change, value). The cases are those that were best unchanged."""
+    """Return searches by (policy, change, value). Each uses the case that was best unchanged."""
     best = best_cases(plan, found, scenario, SMALL, SENSITIVE_POLICIES)
     if best is None:
         return {}

@@ -74,7 +74,7 @@ class Store:
             file.write(json.dumps(row) + "\n")
 
     def seconds_of(self, jobs: Sequence[Job]) -> float:
-        """Return the seconds that workers took for those of these jobs that are done."""
+        """Return the seconds that workers took for these jobs, as far as they are done."""
         return sum(self._seconds.get(job.key, 0.0) for job in jobs)
 
 

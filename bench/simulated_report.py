@@ -39,7 +39,7 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One workload on one server, real and simulated.
+    """A workload on a server, real and simulated.
 
     Attributes:
         real, simulated, blind: verdicts on the same requests, simulated once for each seed of the

@@ -38,7 +38,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkClass:
-    """One kind of request.
+    """A kind of request.
 
     Attributes:
         prompts_file: name of a set in minserve/workload/data.
@@ -146,8 +146,8 @@ def measure(
         slo_field: by class, the value that its requests send as ``slo``.
 
     Returns:
-        the answers, and the seconds per token of a lone request, the slower of one before and one
-        after the workload, which measures the machine's speed at the time.
+        the answers, and the seconds per token of a lone request: the slower of two, sent before and
+        after the workload, which shows the machine's speed at the time.
     """
     return asyncio.run(_measure(url, workload, model, slo_field))
 

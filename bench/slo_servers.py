@@ -24,7 +24,7 @@ MOST_SEQS = 128
 KV_GIB = 2.0
 # Resident memory of a server with the embedded model, with some reserve.
 SERVER_GIB = 2.0
-# A run beside other work says little: with two threads, one waits whenever the other is delayed.
+# A run beside other work says little: of two threads, each waits whenever the other is delayed.
 DISTURBED_CORES = 0.15
 # Seconds for a full profile of the device, before any server starts.
 PROFILE_S = 40.0
@@ -61,7 +61,7 @@ class Variant:
 
 
 class Server:
-    """A `minserve serve` process."""
+    """A `minserve serve` process for one variant."""
 
     def __init__(self, variant: Variant, model: str, slo_classes: Path) -> None:
         try:

@@ -84,7 +84,7 @@ class Counts:
 
     @property
     def by_position(self) -> list[float]:
-        """For each place of a proposal, the share of the tokens drafted there that was accepted."""
+        """The share of drafted tokens that was accepted, at each place of a proposal."""
         pairs = zip_longest(self.accepted, self.drafted, fillvalue=0)
         return [accepted / drafted for accepted, drafted in pairs if drafted]
 
@@ -101,7 +101,7 @@ class Counts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One case at one batch size.
+    """The results of a case at one batch size.
 
     Attributes:
         lengths: ``adaptive``, or ``fixed K``.
@@ -117,12 +117,12 @@ class Cell:
 
     @property
     def ratios(self) -> list[float]:
-        """For each round, tokens per second with speculation divided by those without."""
+        """Tokens per second with speculation divided by those without, in each round."""
         return [with_.rate / without.rate for with_, without in self.pairs if without.rate > 0]
 
     @property
     def speedup(self) -> float:
-        """The median ratio."""
+        """The median of the rounds' ratios."""
         return statistics.median(self.ratios)
 
     @property

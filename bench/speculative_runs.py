@@ -23,7 +23,7 @@ CHECK_LENGTH, CHECK_TEMPERATURE = 4, 0.8
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One line of the table.
+    """A line of the table.
 
     Attributes:
         group: the cases of a group share their engines.

@@ -39,7 +39,7 @@ TENSOR_CORE = re.compile(r"wgmma\.mma_async|mma\.sync")
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """One kernel as compiled for one architecture.
+    """A kernel as compiled for an architecture.
 
     Attributes:
         digest: Triton's hash of source, specialization, options and target.

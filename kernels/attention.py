@@ -20,7 +20,7 @@ from minserve.kernels.upload import to_device
 
 @dataclass(frozen=True, slots=True)
 class LayerKV:
-    """One layer's KV cache, allocated by `AttentionBackend.allocate`.
+    """The KV cache of a layer, allocated by `AttentionBackend.allocate`.
 
     Attributes:
         key, value: ``[num_blocks, block_size, num_kv_heads, head_dim]``; the backend chooses
@@ -35,7 +35,7 @@ class LayerKV:
 
 @dataclass(slots=True, kw_only=True)
 class AttentionMetadata:
-    """One iteration's batch, shared by every layer. Decodes come first, prefill chunks after them.
+    """The batch of an iteration, shared by every layer. Decodes come first, then prefill chunks.
 
     Attributes:
         query_start_loc: first token of each sequence in the batch, then the total number of

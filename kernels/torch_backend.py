@@ -30,7 +30,7 @@ GROUP_MIN_FILL = 0.51
 MOST_GROUPED_SCORES = 128 * 256
 # Queries of one sequence that share a matmul, in bytes of one score each: 128 of them in half
 # precision, 64 in float32. Their scores stay in a core's own cache, and half of the last block of
-# keys is computed in vain.
+# scores is computed for nothing.
 QUERY_BLOCK_BYTES = 256
 
 
@@ -92,7 +92,7 @@ class _Group:
 
 @dataclass(slots=True)
 class _Single:
-    """One sequence that is computed by itself.
+    """A sequence that is computed by itself.
 
     Attributes:
         tokens: the sequence's rows of the batch.
@@ -123,9 +123,9 @@ class _State:
 
 
 class TorchBackend(AttentionBackend):
-    """The torch backend. Runs on any device and in any float dtype.
+    """The torch backend. It runs on any device and in any float dtype.
 
-    The matmuls of one sequence are in the queries' dtype, those of several in the cache's, and
+    Matmuls of a single sequence are in the queries' dtype, matmuls of a group in the cache's, and
     every softmax is in float32 within torch's operation.
     """
 

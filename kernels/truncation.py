@@ -1,6 +1,6 @@
 """Truncation of a distribution by min_p, then top_k, then top_p, before a token is drawn.
 
-Each truncation sees what the one before it left, as in vLLM and transformers:
+Each truncation works on the tokens that the previous one left, as in vLLM and transformers:
 
 - min_p keeps the weights of at least that value, where the largest of a row is 1;
 - top_k keeps the weights that are at least the k-th largest weight, ties with it included;

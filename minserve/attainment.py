@@ -26,7 +26,7 @@ ROUNDING_S = 1e-9
 
 
 class Outcome(Enum):
-    """How a request with an SLO ended, for reports and metrics."""
+    """The outcome of a request with an SLO, for reports and metrics."""
 
     ATTAINED = "attained"
     LATE_TTFT = "late_ttft"
@@ -38,7 +38,7 @@ class Outcome(Enum):
 
 @dataclass(slots=True)
 class _StageTimes:
-    """When a stage's first and newest token came, and how many followed the first."""
+    """The times of a stage's first and newest token, and the number of tokens after the first."""
 
     first_s: float
     last_s: float
@@ -46,7 +46,7 @@ class _StageTimes:
 
 
 class Progress:
-    """How one output stands against its targets, token by token.
+    """Compares one output with its targets, token by token.
 
     Attributes:
         arrival_s: time at which the request arrived.
@@ -171,12 +171,12 @@ class Progress:
 
     @property
     def attained(self) -> bool:
-        """Whether the tokens so far attain the SLO in the deadline form; final at the end."""
+        """True if the tokens so far attain the SLO in the deadline form; final at the end."""
         return self.first_token_s is not None and not self.late_ttft and not self.late_tpot
 
     @property
     def attained_mean(self) -> bool:
-        """Whether the tokens so far attain the SLO in the mean form; final at the end."""
+        """True if the tokens so far attain the SLO in the mean form; final at the end."""
         if self.first_token_s is None or self.late_ttft:
             return False
         return all(
@@ -206,7 +206,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SLOReport:
-    """What was promised to an output and what was kept; for ``n`` outputs, that of the worst.
+    """The promise to a request and how it was kept; for ``n`` outputs, by the worst of them.
 
     Attributes:
         name: name of the class.

@@ -171,7 +171,7 @@ def _ratio(text: str) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """One simulation.
+    """A simulation at one rate, with its results.
 
     Attributes:
         rate: requests per second that were wanted; ``None`` for a trace's own rate.

@@ -24,7 +24,7 @@ CUSTOM = "custom"
 
 
 class OnUnattainable(Enum):
-    """What happens to a request whose SLO cannot be met."""
+    """The treatment of a request whose SLO cannot be met."""
 
     BEST_EFFORT = "best_effort"
     REJECT = "reject"
@@ -46,7 +46,7 @@ class Standing(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeStage:
-    """One part of an output with its own pace.
+    """A part of an output with its own pace.
 
     Attributes:
         tpot: seconds per output token; or

@@ -93,7 +93,7 @@ class Placement:
         ``float16`` on a CPU means weights in float16 and arithmetic in float32.
 
         Args:
-            fused: as in the attributes.
+            fused: as in the class's attributes.
             twice: true if memory suffices for two forms of the weights, in case that is faster.
             quantization: quantization of linear weights, ``none`` or ``int8``.
 
@@ -138,7 +138,7 @@ class Placement:
 
     @property
     def has_two_forms(self) -> bool:
-        """Whether linear weights are kept in two forms."""
+        """True if linear weights are kept in two forms."""
         return self.format is WeightFormat.ONEDNN_AND_FP16
 
     @property
@@ -310,7 +310,7 @@ class Norm(ABC):
 class RMSNorm(Norm):
     """``x / rms(x) * w`` over the last dimension, computed in float32 and rounded once.
 
-    A few small operations, since torch's own `rms_norm` is composed of more on a CPU.
+    It is a few small operations, since torch's own `rms_norm` consists of more on a CPU.
     """
 
     __slots__ = ("eps", "scale", "weight")

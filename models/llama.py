@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class LlamaLayer:
-    """One decoder layer. Query, key and value share one matmul, and so do gate and up."""
+    """A decoder layer. Query, key and value share one matmul, and so do gate and up."""
 
     def __init__(
         self,

@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Activation] = {"relu": torch.relu_, "gelu": F.gelu}
 
 
 class OPTLayer:
-    """One decoder layer. ``pre_norm`` is false only for OPT-350m."""
+    """A decoder layer. ``pre_norm`` is false only for OPT-350m."""
 
     def __init__(
         self, checkpoint: Checkpoint, index: int, config: OPTConfig, placement: Placement

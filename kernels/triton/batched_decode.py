@@ -65,7 +65,7 @@ def decode_tile(
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
-    """One iteration's decodes, planned for every layer's `batched_decode`.
+    """The decodes of an iteration, planned for every layer's `batched_decode`.
 
     Attributes:
         starts: int64 ``[num_seqs + 1]``: first query token of each sequence, then the end.
@@ -289,7 +289,7 @@ def _decode_kernel(
     BLOCK_D: tl.constexpr,
     MOST_SPLITS: tl.constexpr,
 ):
-    """One split of one sequence's context, for one KV head and a tile of its queries.
+    """Compute one split of a sequence's context, for one KV head and a tile of its queries.
 
     Row r of a sequence's queries is head ``r % group`` of query token ``r // group``.
     """

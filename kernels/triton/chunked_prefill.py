@@ -64,7 +64,7 @@ def prefill_tile(longest: int, head_dim: int, dtype: torch.dtype, capability: in
 
 @dataclass(frozen=True, slots=True)
 class PrefillPlan:
-    """One iteration's prefill chunks, planned for every layer's `chunked_prefill`.
+    """The prefill chunks of an iteration, planned for every layer's `chunked_prefill`.
 
     Attributes:
         tiles: int64 ``[num_tiles, 2]``: the result of `prefill_tiles`.
@@ -134,7 +134,7 @@ def prefill_tiles(
 ) -> list[tuple[int, int]]:
     """Return the tiles, as pairs (sequence, its first query token of the tile).
 
-    Tiles with the most context come first, so that no long one is left over at the end.
+    Tiles with the most context come first, so that no long tile is left over at the end.
 
     Args:
         query_start_loc, seq_lens: as in `AttentionMetadata`.

@@ -61,7 +61,7 @@ def _bisect(row, size, low, reached, wanted, COUNTS: tl.constexpr, BLOCK: tl.con
     """Return the largest key, from ``low`` on, for which all keys at least as large reach
     ``wanted``.
 
-    Without such a key it is ``low``.
+    If no key reaches it, the result is for ``low``.
 
     Args:
         reached: sum or count of the keys from ``low`` on.

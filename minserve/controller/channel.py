@@ -1,4 +1,4 @@
-"""`Channel`: bytes both ways between the controller and one replica, over torch.distributed.
+"""`Channel`: sends bytes between the controller and one replica, over torch.distributed.
 
 Each pair has its own gloo group of two ranks, so that one dead replica breaks no other
 replica's group, and a new process joins under the next epoch. A killed peer is noticed within
@@ -35,7 +35,7 @@ _NEVER = timedelta(days=30)
 
 
 class Channel:
-    """One end of the connection. Opening it blocks until the other end has joined.
+    """An end of the connection. Opening it blocks until the other end has joined.
 
     Args:
         store: the store in which the two ends meet; of this pair and epoch alone.

@@ -56,7 +56,7 @@ _SUSPECT = (
 
 @dataclass(slots=True)
 class RoutingStats:
-    """How often requests moved between replicas since the start.
+    """The numbers of moves of requests between replicas since the start.
 
     Attributes:
         num_hops: times that a request moved on because its replica could not promise its SLO.

@@ -18,7 +18,7 @@ from minserve.request import FinishReason, Request, Sequence
 
 @dataclass(slots=True)
 class OutputSoFar:
-    """What was delivered of one output.
+    """The part of an output that was delivered.
 
     Attributes:
         times_s: when each token was delivered, in seconds on the controller's clock.
@@ -33,11 +33,11 @@ class OutputSoFar:
 
 @dataclass(slots=True, kw_only=True)
 class Flight:
-    """One request with its state in the controller.
+    """A request with its state in the controller.
 
     Attributes:
         request: its arrival is in seconds on the controller's clock.
-        outputs: what was delivered, by the index of the output.
+        outputs: the delivered part of each output, by its index.
         sequence: the request in the form that estimators of output lengths take.
         chunks: hashes of its prompt, as `PrefixMap` takes them.
         replica: number of the replica that runs it; ``None`` while none does.

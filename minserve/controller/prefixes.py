@@ -1,4 +1,4 @@
-"""`PrefixMap`: which replica likely holds the KV of which prompt's beginning.
+"""`PrefixMap`: remembers which replica likely holds the KV of a prompt's beginning.
 
 It is a guess from the prompts that were sent to each replica: replicas evict blocks and do not
 report it. A wrong guess costs a prefill, never a wrong answer, so plain hashes are enough.

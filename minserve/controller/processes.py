@@ -29,7 +29,7 @@ STOP_S = 10.0
 
 
 class Watcher:
-    """Watches over one replica's process.
+    """Keeps the process of one replica running.
 
     Args:
         environment: variables of the process in addition to this process's own.

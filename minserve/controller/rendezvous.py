@@ -34,7 +34,7 @@ class Rendezvous:
     """The controller's side of the rendezvous.
 
     Args:
-        host: address to listen on, and on no other.
+        host: the only address to listen on.
         port: 0 takes a free port.
         num_replicas: number of replicas that may register.
 
@@ -58,7 +58,7 @@ class Rendezvous:
                 f"the controller cannot listen on {host}:{port}: {why}; does another one run there?"
             ) from None
         self.host, self.port = host, self._socket.getsockname()[1]
-        # Left to itself, the store would listen on every interface.
+        # Without a socket of ours, the store would listen on every interface.
         self.store = TCPStore(
             host,
             self.port,

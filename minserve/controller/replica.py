@@ -92,7 +92,7 @@ def identity_of(engine: RelayEngine) -> m.Identity:
 
 
 class ReplicaLoop:
-    """Serves one connection.
+    """Serves one connection to the controller.
 
     Args:
         engine: loaded and profiled.
@@ -189,7 +189,7 @@ class ReplicaLoop:
             self._tell_news(_failed(asked.request.request_id, asked.outputs, error), ())
 
     def _stand(self, load: ReplicaLoad) -> None:
-        # One object in place of the last: the beat reads it from another thread.
+        # One new object replaces the old one, because the beat reads it from another thread.
         self._standing = (load, self._num_taken)
 
     def _tell_news(self, deltas: list[OutputDelta], declined: tuple[str, ...]) -> None:

@@ -47,7 +47,7 @@ class ReplicaState(Enum):
 
 @dataclass(slots=True)
 class Replica:
-    """One replica as the controller knows it.
+    """A replica as the controller knows it.
 
     Attributes:
         epoch: of the process that is connected, or was connected last.

@@ -32,7 +32,7 @@ NOBODY: AbstractSet[int] = frozenset()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """What a request needs from a replica.
+    """The needs of a request, on which its replica depends.
 
     Attributes:
         prompt_tokens: tokens of the prompt and of the output so far.

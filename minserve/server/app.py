@@ -91,7 +91,7 @@ class Server:
             self.create_app(),
             # A client that leaves cancels its handler, whose finally frees the KV.
             handler_cancellation=True,
-            # Compressed bodies are refused, so none may be unpacked before that.
+            # Compressed bodies are refused, so aiohttp must not unpack them first.
             auto_decompress=False,
             access_log=None,
             shutdown_timeout=FLUSH_TIMEOUT_S,

@@ -29,7 +29,7 @@ async def whole_response(reply: Reply, handles: Sequence[RequestHandle]) -> web.
     """Wait for every output and return one response with all of them.
 
     Raises:
-        MinserveError: where one of the outputs failed.
+        MinserveError: if one of the outputs failed.
     """
     deltas = []
     async with aclosing(merged(handles)) as stream:

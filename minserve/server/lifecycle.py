@@ -2,8 +2,8 @@
 
 The socket is bound before the model loads, so that a busy port costs a second and not
 a minute. While the model loads, every answer is 503. The first SIGTERM or SIGINT stops
-admission, lets running requests finish within a time, and fails the rest; a second one
-ends the process at once.
+admission, lets running requests finish within a time, and fails the rest; a second
+signal ends the process at once.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def bind_socket(host: str, port: int) -> socket.socket:
         port: 0 takes a free port.
 
     Raises:
-        ConfigError: where the address is taken, unknown or not allowed.
+        ConfigError: if the address is taken, unknown or not allowed.
     """
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
@@ -88,8 +88,8 @@ async def serve(
         The number of the signal that ended it.
 
     Raises:
-        MinserveError: where the model cannot be loaded.
-        LoadInterrupted: where a signal came before the model was loaded.
+        MinserveError: if the model cannot be loaded.
+        LoadInterrupted: if a signal came before the model was loaded.
     """
     server = Server(config)
     runner = server.create_runner()

@@ -18,7 +18,7 @@ class LogprobWriter:
     """Writes log probabilities with the text of their tokens.
 
     tokenizer: gives the text of the tokens; without it they are called ``token_id:17``.
-        tokenizer: names the tokens; without one they are called ``token_id:17``.
+        tokenizer: gives the text of tokens; without it a token is called ``token_id:17``.
     """
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:

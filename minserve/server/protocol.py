@@ -60,7 +60,7 @@ _NUMBERS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationCall:
-    """One completions or chat body, checked.
+    """A checked body of a completions or chat request.
 
     Attributes:
         model: the name that the client asked for; ``None`` takes the model that is served.

@@ -141,7 +141,7 @@ class Reply:
             return None
         choice: dict[str, Any] = {"index": prompt * self._call.params.n + delta.index}
         if self._call.chat:
-            # The role rides on the first chunk that has something to say.
+            # The role is sent with the first chunk that has content.
             choice["delta"] = {} if state.begun else {"role": "assistant", "content": text}
             if text or logprobs:
                 choice["delta"]["content"] = text

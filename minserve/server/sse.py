@@ -1,4 +1,4 @@
-"""Server-sent events: JSON out, one ``data:`` line per event, nothing else on the wire."""
+"""Server-sent events: JSON in one ``data:`` line per event, and nothing else on the wire."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def dump_json(value: Any) -> bytes:
 
 
 class EventStream:
-    """One streamed response.
+    """A streamed response.
 
     The headers are sent with the first event, so that a failure before it can still be answered
     with its HTTP status.
@@ -40,14 +40,14 @@ class EventStream:
 
     @property
     def started(self) -> bool:
-        """Whether the status line has been sent and can no longer be changed."""
+        """True once the status line has been sent and can no longer be changed."""
         return self.response.prepared
 
     async def send(self, event: Any) -> None:
         """Write one event; waits while the client reads slowly.
 
         Raises:
-            ConnectionResetError: where the client has gone.
+            ConnectionResetError: if the client has closed the connection.
         """
         await self._write(dump_json(event))
 

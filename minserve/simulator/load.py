@@ -21,7 +21,7 @@ Progressed = Callable[["OfferedLoad"], None]
 
 @dataclass(slots=True)
 class _Place:
-    """One turn: its place in the workload, its due time, and the number of unfinished outputs."""
+    """A turn: its place in the workload, its due time, and the number of unfinished outputs."""
 
     conversation: int
     number: int

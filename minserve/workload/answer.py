@@ -37,7 +37,7 @@ _CAUSES = {
 
 @dataclass(slots=True, eq=False)
 class Answer:
-    """One request and its answer so far. All times are in seconds on the client's clock.
+    """A request and its answer so far. All times are in seconds on the client's clock.
 
     targets: the request's SLO in seconds.
     due_s: time at which it was to be sent; latencies count from here.

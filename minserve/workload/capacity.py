@@ -1,8 +1,8 @@
 """Capacity: the most requests per second at which enough of them keep their SLO.
 
-A binary search on the rate. Attainment at one rate is a sample (arrivals and lengths are
-drawn), so each rate is tried with several seeds, and the interval around the answer comes
-from resampling these (Efron, "Bootstrap methods", Annals of Statistics 7, 1979).
+It is found by binary search on the rate. Attainment at one rate is a sample (arrivals and lengths
+are drawn), so each rate is tried with several seeds, and the interval around the answer comes from
+resampling these (Efron, "Bootstrap methods", Annals of Statistics 7, 1979).
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ def run_load(
 
 
 class _Driver:
-    """One run: a task that starts conversations, a task for each, and the loop that watches."""
+    """A run: a task that starts conversations, a task for each of them, and a loop that watches."""
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ from minserve.slo import SLO
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """One request to the server.
+    """A request to the server.
 
     Attributes:
         slo: the promise; its ``name`` is the class in reports.

@@ -20,7 +20,7 @@ from minserve.workload.zero_load import ZeroLoad
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One load test at one rate.
+    """A load test at one rate.
 
     Attributes:
         rate: requests per second that were wanted; ``None`` for a trace's own rate.

@@ -11,7 +11,7 @@ from minserve.workload.conversation import Turn
 
 
 class Speed(Protocol):
-    """How fast an idle device serves a lone request. `PerfModel` and `ZeroLoad` have this form."""
+    """The speed of an idle device for a lone request. `PerfModel` and `ZeroLoad` have this form."""
 
     def zero_load_prefill_s(self, num_tokens: int) -> float:
         """Return the seconds from the start of a prompt's prefill to the first token."""

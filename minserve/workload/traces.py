@@ -32,7 +32,7 @@ MOST_SHOWN = 60
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One request of a trace.
+    """A request of a trace.
 
     Attributes:
         name: name of its class; empty if the trace gives none.

@@ -13,7 +13,7 @@ from minserve.attainment import Progress
 
 
 class Cause(Enum):
-    """Why a request missed its SLO."""
+    """The cause for which a request missed its SLO."""
 
     LATE_TTFT = "late first token"
     LATE_TPOT = "late token"

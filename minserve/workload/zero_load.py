@@ -31,7 +31,7 @@ _NO_SLO = SLO(ttft=1e6)
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One lone request: the tokens of its prompt, and its times in seconds."""
+    """A lone request: the tokens of its prompt, and its times in seconds."""
 
     prompt_tokens: int
     ttft_s: float
