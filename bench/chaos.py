@@ -252,7 +252,7 @@ async def run(url: str, args: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     """Run the check; returns 1 if something was wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=120.0, help="of chaos")
+    parser.add_argument("--seconds", type=float, default=120.0, help="time of chaos in seconds")
     parser.add_argument("--rate", type=float, default=1.0, help="requests per second")
     parser.add_argument("--replicas", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)

@@ -43,7 +43,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer models and sizes")
     parser.add_argument("--only", action="append", choices=KERNELS, help="may be repeated")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--rep-ms", type=float, default=40.0, help="to measure each contestant")
+    parser.add_argument("--rep-ms", type=float, default=40.0, help="for each contestant")
     parser.add_argument("--seconds", type=float, help="begin no case after so many", default=1e9)
     parser.add_argument("--out", type=Path, metavar="FILE", help="append the rows, as JSON lines")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="needs matplotlib")

@@ -51,10 +51,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--turns", type=positive, default=5, help="beside each neighbour")
+    parser.add_argument("--turns", type=positive, default=5, help="turns beside each neighbour")
     parser.add_argument("--tokens", type=positive, default=TOKENS)
     parser.add_argument("--variants", type=environment, nargs="+", default=[], metavar="NAME=VALUE",
-                        help="environments to try beside the one that is")  # fmt: skip
+                        help="environments to try in addition to the present one")  # fmt: skip
     parser.add_argument("--child", choices=CHILDREN, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 

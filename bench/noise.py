@@ -105,7 +105,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--quick", action="store_true", help="fewer settings, loads and noises, one seed")
     add("--only", type=_filters, default={}, metavar="NAME=VALUE[,NAME=VALUE]",
-        help=f"names are {', '.join(FILTERS)}; one that is given twice means either value; kinds "
+        help=f"names are {', '.join(FILTERS)}; a name given twice means either value; kinds "
         "are steady, drifting, slower, faster; parts are grid, capacity")  # fmt: skip
     add("--policies", type=_policies, default=POLICIES, metavar="NAME[,NAME]",
         help=f"some of {', '.join(POLICIES)}")  # fmt: skip
@@ -113,8 +113,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     rates = parser.add_mutually_exclusive_group()
     rates.add_argument("--rates-of", type=Path, metavar="FILE.json",
         help="take noise-free capacities, and so all rates, from another run's results (default: "
-        f"{RESULTS} where it is there; what it lacks is searched for)")  # fmt: skip
-    rates.add_argument("--search", action="store_true", help="search for all of them")
+        f"{RESULTS} if it exists; rates that it lacks are searched for)")  # fmt: skip
+    rates.add_argument("--search", action="store_true", help="search for all noise-free capacities")
     add("--jobs", type=int, default=Machine.look().num_processes, help="worker processes")
     add("--out", type=Path, metavar="FILE.json",
         help=f"results with all cells (default: {RESULTS} where all is measured)")  # fmt: skip

@@ -64,9 +64,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="auto", help="minserve's dtype")
     parser.add_argument("--quantization", action="append", default=[], choices=QUANTIZATIONS,
-                        help="also minserve with weights in so few bits; may be given twice")  # fmt: skip
+                        help="quantized weights to measure too; may be given twice")  # fmt: skip
     parser.add_argument("--repeats", type=positive, default=2,
-                        help="of every measurement, per process")  # fmt: skip
+                        help="repeats of every measurement, per process")  # fmt: skip
     parser.add_argument("--peer", action="append", default=[], choices=PEERS,
                         help="measured beside minserve; may be given twice")  # fmt: skip
     parser.add_argument("--vllm-python", metavar="PATH",
@@ -75,11 +75,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peer-dtype", choices=["bfloat16", "float32", "float16"],
                         help="vLLM's; default: bfloat16 where the CPU multiplies it in hardware, else float32")  # fmt: skip
     parser.add_argument("--parts", type=parts, default=list(PARTS), metavar="LIST",
-                        help=f"of {','.join(PARTS)}; default: all")  # fmt: skip
+                        help=f"parts to measure, of {','.join(PARTS)}; default: all")  # fmt: skip
     parser.add_argument("--rate", type=float, default=USUAL_LOAD.rate,
                         help="requests per second of the random load; default: %(default)g")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=USUAL_LOAD.seconds,
-                        help="of its arrivals; default: %(default)g")  # fmt: skip
+                        help="time of its arrivals in seconds; default: %(default)g")  # fmt: skip
     parser.add_argument("--json-only", action="store_true",
                         help="print nothing but the JSON on standard output")  # fmt: skip
     parser.add_argument("--plot", metavar="FILE.png", help="also save a picture (needs matplotlib)")

@@ -201,9 +201,9 @@ DRIVERS = {"minserve": Minserve, "vllm": Vllm, "llama.cpp": LlamaCpp}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engine", choices=DRIVERS, required=True)
-    parser.add_argument("--model", required=True, help="as that engine reads it")
+    parser.add_argument("--model", required=True, help="in the form that the engine reads")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--quantization", help="minserve's")
+    parser.add_argument("--quantization", help="quantization of minserve's weights")
     parser.add_argument("--repeats", type=int, default=1)
     args = parser.parse_args()
     driver: Driver = DRIVERS[args.engine](args)

@@ -268,8 +268,8 @@ def add_flags(parser: argparse.ArgumentParser, name: str) -> None:
     """
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--lengths", type=float, default=0.1, help="factor on all lengths")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of arrivals, per turn")
-    parser.add_argument("--pairs", type=int, default=6, help="of each cell, each with its seed")
+    parser.add_argument("--seconds", type=float, default=20.0, help="time of arrivals per turn")
+    parser.add_argument("--pairs", type=int, default=6, help="per cell, each with its own seed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--zero-load", type=Path, metavar="FILE.json",
                         help="the idle speed that SLOs are multiples of, as written by minserve "
@@ -280,7 +280,7 @@ def add_flags(parser: argparse.ArgumentParser, name: str) -> None:
                       help=f"keep every turn in this new file (default: {name}-TIME.json in "
                       f"{CACHE.parent / 'bench'})")  # fmt: skip
     kept.add_argument("--resume", type=Path, metavar="FILE.json",
-                      help="go on with an interrupted run; pairs that are not whole come again")  # fmt: skip
+                      help="continue an interrupted run; incomplete pairs come again")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
 
 

@@ -153,9 +153,9 @@ def main() -> None:
         "--samples",
         type=int,
         default=60,
-        help="situations of the headline's size; a quarter of it for the others",
+        help="situations of the headline's size; a quarter of them for other sizes",
     )
-    parser.add_argument("--instances", type=int, default=2000, help="for brute force")
+    parser.add_argument("--instances", type=int, default=2000, help="compared with brute force")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the last line alone")
     args = parser.parse_args()

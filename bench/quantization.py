@@ -99,9 +99,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--dtype", default="auto", help="of what is compared to float32")
+    parser.add_argument("--dtype", default="auto", help="of the quantized forms")
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--windows", type=int, default=20, help=f"of {WINDOW} tokens")
+    parser.add_argument("--windows", type=int, default=20, help=f"each of {WINDOW} tokens")
     parser.add_argument("--no-speed", action="store_true", help="measure the quality alone")
     args = parser.parse_args()
     forms = {"float32": {"dtype": "float32"}}

@@ -225,10 +225,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--routers", type=names, default=list(ROUTERS), metavar="LIST")
     parser.add_argument("--replicas", default=[1, 2, 4, 8], metavar="LIST",
                         type=lambda text: [int(part) for part in text.split(",")])  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=30.0, help="of arrivals, per run")
-    parser.add_argument("--repeats", type=int, default=1, help="of each rate, with other seeds")
+    parser.add_argument("--seconds", type=float, default=30.0, help="time of arrivals per run")
+    parser.add_argument("--repeats", type=int, default=1, help="runs per rate, with other seeds")
     parser.add_argument("--slow", type=float, default=1.0, metavar="X",
-                        help="devices and promises in slow motion, where cores are few")  # fmt: skip
+                        help="slows devices and promises down, if cores are few")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="does it run? 3 minutes")
     parser.add_argument("--results", type=Path, metavar="FILE.json")

@@ -402,21 +402,21 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--threads", type=int, help="of the servers' forward passes")
+    parser.add_argument("--threads", type=int, help="threads of the servers' forward passes")
     parser.add_argument("--policies", type=names, default=["dp", "sarathi"])
     parser.add_argument("--scenarios", type=names, default=["chatbot", "mixed"])
     parser.add_argument("--shares", type=numbers, default=list(SHARES),
-                        help="of the simulated capacity of dp: the rates")  # fmt: skip
-    parser.add_argument("--rates", type=numbers, help="requests per second instead")
-    parser.add_argument("--seconds", type=float, default=35.0, help="of arrivals that count")
+                        help="rates, as shares of the simulated capacity of dp")  # fmt: skip
+    parser.add_argument("--rates", type=numbers, help="requests per second, instead of --shares")
+    parser.add_argument("--seconds", type=float, default=35.0, help="time of arrivals that count")
     parser.add_argument("--length-scale", type=float, default=0.1)
-    parser.add_argument("--tight", type=float, default=2.5, help="pace, as a slowdown")
-    parser.add_argument("--loose", type=float, default=5.0, help="pace, as a slowdown")
+    parser.add_argument("--tight", type=float, default=2.5, help="tight pace, as a slowdown")
+    parser.add_argument("--loose", type=float, default=5.0, help="loose pace, as a slowdown")
     parser.add_argument("--token-budget", type=int, default=128)
     parser.add_argument("--max-num-seqs", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--attempts", type=int, default=3,
-                        help="disturbed runs are repeated, whatever came out")  # fmt: skip
+                        help="disturbed runs are repeated, whatever their result")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="chatbot near capacity only")
     parser.add_argument("--plot", metavar="FILE.png", help="also save a picture (needs matplotlib)")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)

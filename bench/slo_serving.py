@@ -206,16 +206,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sarathi-budgets", type=numbers, default=list(SARATHI_BUDGETS),
                         help="token budgets; the best one at each rate counts")  # fmt: skip
     parser.add_argument("--speculator", choices=SPECULATORS[1:], default="off",
-                        help="also serve with drafts from there, beside without")  # fmt: skip
+                        help="serve with drafts of this speculator too")  # fmt: skip
     parser.add_argument("--rates", type=numbers, help="requests per second")
-    parser.add_argument("--seconds", type=float, default=40.0, help="of arrivals, per run")
+    parser.add_argument("--seconds", type=float, default=40.0, help="time of arrivals per run")
     parser.add_argument("--arrivals", type=names, default=["poisson"], help="poisson,bursty")
     parser.add_argument("--weights", type=lambda text: [float(x) for x in text.split(",")],
                         default=[1.0] * len(CLASSES),
-                        help="of coding, chat and summarization in the mix: 1,1,1")  # fmt: skip
+                        help="shares of coding, chat and summarization: 1,1,1")  # fmt: skip
     parser.add_argument("--tight", type=float, default=2.5,
                         help="coding's time per token, over that of a lone request")  # fmt: skip
-    parser.add_argument("--loose", type=float, default=5.0, help="the other classes'")
+    parser.add_argument("--loose", type=float, default=5.0, help="the same for the other classes")
     parser.add_argument("--slo-form", choices=["class", "object"], default="class",
                         help="send SLOs as names of classes, or as objects")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)

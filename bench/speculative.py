@@ -272,12 +272,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-sizes", type=int, nargs="+", metavar="B", help="default: 1 4 16")
     parser.add_argument("--fixed", type=int, metavar="K",
                         help="also always draft K tokens (policy sarathi)")  # fmt: skip
-    parser.add_argument("--dtype", default="auto", help="of the engines that are measured")
+    parser.add_argument("--dtype", default="auto", help="dtype of the engines that are measured")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--synthetic-acceptance", type=float, metavar="RATE",
                         help="random weights; drafts are accepted with this probability")  # fmt: skip
-    parser.add_argument("--target-shape", choices=SHAPES, default="opt-6.7b", help="synthetic")
-    parser.add_argument("--draft-shape", choices=SHAPES, default="opt-125m", help="synthetic")
+    parser.add_argument("--target-shape", choices=SHAPES, default="opt-6.7b", help="if synthetic")
+    parser.add_argument("--draft-shape", choices=SHAPES, default="opt-125m", help="if synthetic")
     parser.add_argument("--plot", metavar="FILE.png", help="also save a picture (needs matplotlib)")
     args = parser.parse_args(argv)
     unknown = set(args.only or ()) - {case.name for case in CASES}

@@ -72,13 +72,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vllm-budgets", type=budgets, default=[None], metavar="LIST",
                         help="token budgets, each a server of its own: default,512")  # fmt: skip
     parser.add_argument("--vllm-threads", default=",".join(map(str, cores())),
-                        help="its VLLM_CPU_OMP_THREADS_BIND; default: every core")  # fmt: skip
+                        help="vLLM's VLLM_CPU_OMP_THREADS_BIND; default: every core")  # fmt: skip
     parser.add_argument("--dtype", choices=["bfloat16", "float32"],
                         help="vLLM's; default: bfloat16 where the CPU multiplies it in hardware")  # fmt: skip
     parser.add_argument("--speculator", choices=["ngram", "draft"],
-                        help="minserve with drafts from there; default: its own choice")  # fmt: skip
+                        help="minserve's speculator; default: its own choice")  # fmt: skip
     parser.add_argument("--scenarios", type=lambda text: text.split(","), metavar="LIST",
-                        help=f"of the rates' ones; default: {','.join(RATES)}")  # fmt: skip
+                        help=f"some of those with rates; default: {','.join(RATES)}")  # fmt: skip
     parser.add_argument("--rates", type=named_rates, nargs="+", metavar="SCENARIO=LIST",
                         help="requests per second, as in mixed=3,6,12")  # fmt: skip
     parser.add_argument("--tight", type=float, default=2.0,

@@ -56,7 +56,7 @@ reports what was measured.
 def add_bench(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "bench",
-        help="try how many requests keep their SLOs on a server",
+        help="measure how many requests keep their SLOs on a server",
         description="Send a workload to any OpenAI-compatible server, in open loop, and report "
         "how many requests keep their SLOs.",
         epilog=_EXAMPLES,
@@ -71,13 +71,13 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_server_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--url", help="of a running server; default: start one of minserve's")
+    group.add_argument("--url", help="URL of a running server; default: start a minserve")
     group.add_argument(
         "--model", metavar="NAME",
-        help="to ask for (default: the server's first), or without --url the model to serve",
+        help="model in requests (default: the server's first); without --url, the model to serve",
     )  # fmt: skip
     group.add_argument(
-        "--policy", choices=POLICIES, help="of the server that is started (default: its own)"
+        "--policy", choices=POLICIES, help="policy of the started server (default: its own)"
     )
     group.add_argument(
         "--serve-args", default="", metavar="FLAGS",
@@ -85,7 +85,7 @@ def _add_server_flags(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     group.add_argument(
         "--endpoint", choices=("completions", "chat"), default="completions",
-        help="of OpenAI's API (default: completions)",
+        help="which endpoint of OpenAI's API to use (default: completions)",
     )  # fmt: skip
 
 
@@ -93,11 +93,11 @@ def _add_speed_flags(group: argparse._ArgumentGroup) -> None:
     either = group.add_mutually_exclusive_group()
     either.add_argument(
         "--zero-load", type=Path, metavar="FILE.json",
-        help="take it from this file instead of measuring it: the same SLOs for every server",
+        help="read it from this file instead of measuring it, for the same SLOs on every server",
     )  # fmt: skip
     either.add_argument(
         "--save-zero-load", type=Path, metavar="FILE.json",
-        help="keep what is measured in this new file, for --zero-load",
+        help="write the measured speed to this new file, for --zero-load",
     )  # fmt: skip
 
 

@@ -38,9 +38,9 @@ def add_ctl(commands: argparse._SubParsersAction) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("verb", choices=VERBS)
-    parser.add_argument("replica", nargs="?", type=int, help="number, for all but status")
+    parser.add_argument("replica", nargs="?", type=int, help="its number; not for status")
     parser.add_argument(
-        "--url", default=DEFAULT_URL, help=f"of the server (default: {DEFAULT_URL})"
+        "--url", default=DEFAULT_URL, help=f"URL of the server (default: {DEFAULT_URL})"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(command=lambda args: _ctl(parser, args))
@@ -48,7 +48,7 @@ def add_ctl(commands: argparse._SubParsersAction) -> None:
 
 def _ctl(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     if (args.replica is None) != (args.verb == "status"):
-        parser.error("status takes no replica, the others take one")
+        parser.error("status takes no replica number, the other verbs need one")
     path = "/replicas" if args.verb == "status" else f"/replicas/{args.replica}/{args.verb}"
     answer = _ask(args.url.rstrip("/") + path, post=args.verb != "status")
     print(json.dumps(answer) if args.json else _table(answer["replicas"]))

@@ -68,7 +68,7 @@ def add_profile(commands: argparse._SubParsersAction) -> None:
         type=float,
         default=SECONDS,
         metavar="X",
-        help=f"time to measure for, at most (default: {SECONDS:g})",
+        help=f"longest time for measuring, in seconds (default: {SECONDS:g})",
     )
     parser.add_argument(
         "--plot",

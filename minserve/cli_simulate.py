@@ -60,7 +60,7 @@ the simulation and reports what it has so far.
 def add_simulate(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "simulate",
-        help="try how many requests would keep their SLOs, without a device",
+        help="simulate how many requests would keep their SLOs, without a device",
         description="Run a workload through the planner on a virtual clock, with a performance "
         "model in place of the device, and report how many requests keep their SLOs.",
         epilog=_EXAMPLES,
@@ -71,7 +71,7 @@ def add_simulate(commands: argparse._SubParsersAction) -> None:
     add_workload_flags(workload)
     workload.add_argument(
         "--drop-longer", action="store_true", default=False,
-        help="leave requests of a trace out that are longer than the model can serve",
+        help="leave out requests of a trace that are longer than the model can serve",
     )  # fmt: skip
     _add_device_flags(parser.add_argument_group("device and planner"))
     _add_replica_flags(parser.add_argument_group("replicas"))
@@ -84,7 +84,7 @@ def _add_device_flags(group: argparse._ArgumentGroup) -> None:
     add = partial(group.add_argument, default=argparse.SUPPRESS)
     add(
         "--profile", default=None, metavar="NAME",
-        help="of the device: a published one, or a file of 'minserve profile' (default: "
+        help="profile of the device: a published one, or a file of 'minserve profile' (default: "
         f"{PROFILE}; tools and reasoning: one with a longer context)",
     )  # fmt: skip
     add(
@@ -92,8 +92,8 @@ def _add_device_flags(group: argparse._ArgumentGroup) -> None:
         help="dp, edf, vllm, sarathi, fcfs or distserve (default: dp)",
     )  # fmt: skip
     add("--token-budget", type=int, metavar="N", help="most tokens in an iteration")
-    add("--max-num-seqs", type=int, metavar="N", help="most sequences in one (default: 256)")
-    add("--kv-tokens", type=int, metavar="N", help="of KV that fit in a replica")
+    add("--max-num-seqs", type=int, metavar="N", help="most sequences per batch (default: 256)")
+    add("--kv-tokens", type=int, metavar="N", help="tokens of KV that fit in a replica")
     add(
         "--speculation", type=int, dest="max_speculation", metavar="N",
         help="most tokens drafted for a sequence (default: 0)",
@@ -104,14 +104,14 @@ def _add_device_flags(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     add(
         "--lengths", metavar="HOW",
-        help="how output lengths are known: quantile learns them, told has max_tokens that equal "
-        "them beside, oracle knows them (default: quantile)",
+        help="how the planner knows output lengths: quantile: it learns them; told: it also sees a "
+        "max_tokens that equals them; oracle: it knows them (default: quantile)",
     )  # fmt: skip
-    add("--length-error", type=float, metavar="X", help="of an oracle: log-standard deviation")
-    add("--noise", type=float, metavar="X", help="of iterations: log-standard deviation of times")
+    add("--length-error", type=float, metavar="X", help="an oracle's log-standard deviation")
+    add("--noise", type=float, metavar="X", help="log-standard deviation of iterations' times")
     add(
         "--speed-steps", type=float, metavar="X",
-        help="of devices: every 10 to 60 s another factor on times, between 1/X and X (default: 1)",
+        help="every 10 to 60 s a device's times get another factor, between 1/X and X (default: 1)",
     )  # fmt: skip
     add(
         "--stall-every", type=float, dest="stall_every_s", metavar="X",
@@ -119,38 +119,38 @@ def _add_device_flags(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     add(
         "--clairvoyant", action="store_true",
-        help="tell dp or edf before each iteration what factor noise and speed steps will have on "
-        "its time: a bound of what forecasts could gain",
+        help="tell dp or edf before each iteration the factor that noise and speed steps will have "
+        "on its time: an upper bound on the gain from forecasts",
     )  # fmt: skip
     add(
         "--slowness", type=float, metavar="X",
-        help="of the device over its profile, which the planner starts from (default: 1)",
+        help="factor on the times of the device's profile, which the planner knows (default: 1)",
     )  # fmt: skip
     add(
         "--overhead-ms", type=_milliseconds, dest="overhead_s", metavar="X",
-        help="of each iteration, for planning and other work of the host (default: 0)",
+        help="milliseconds of each iteration for planning and other host work (default: 0)",
     )  # fmt: skip
     add(
         "--request-ms", type=_milliseconds, dest="request_s", metavar="X",
-        help="of each request, for the network, HTTP and tokenization (default: 0)",
+        help="milliseconds of each request for the network, HTTP and tokenization (default: 0)",
     )  # fmt: skip
 
 
 def _add_replica_flags(group: argparse._ArgumentGroup) -> None:
     add = partial(group.add_argument, default=argparse.SUPPRESS)
-    add("--replicas", type=int, metavar="N", help="with distserve, groups of them (default: 1)")
+    add("--replicas", type=int, metavar="N", help="number; with distserve, of groups (default: 1)")
     add(
         "--replicas-for", type=float, default=None, metavar="R",
-        help="search for the smallest number that serves so many requests per second",
+        help="search for the smallest number of replicas that serves so many requests per second",
     )  # fmt: skip
     add("--router", metavar="NAME", help="slo, least-loaded or round-robin (default: slo)")
     add(
         "--hop-limit", type=int, metavar="N",
-        help="replicas that a request may be moved on to (default: 2)",
+        help="how often a request may be moved on to another replica (default: 2)",
     )  # fmt: skip
     add(
         "--ratio", type=_ratio, metavar="P:D",
-        help="prefill to decode replicas in a group of distserve (default: 1:1)",
+        help="numbers of prefill and decode replicas in a group of distserve (default: 1:1)",
     )  # fmt: skip
 
 

@@ -127,8 +127,8 @@ def _gauges(stats: EngineStats) -> Iterator[Metric]:
         ("kv_cache_usage_perc", "KV blocks in use; 1 is all of them.", stats.kv_usage),
         (
             "profile_completeness",
-            "Measurements of the device made, of those of a full profile; below 1 it is refined while nothing runs, "
-            "and refined while nothing runs.",
+            "Share of a full profile's measurements that were made; below 1 the profile is refined "
+            "while nothing runs.",
             stats.profile_completeness,
         ),
     ):
