@@ -72,7 +72,9 @@ class _Border(NamedTuple):
 
 
 def truncate(weights: Tensor, limits: Limits, *, may_look: bool) -> Tensor:
-    """Set to 0 the weights that the limits leave out; rows without a truncation cost nothing.
+    """Set to 0 the weights that the limits leave out.
+
+    top_k and top_p are computed only for the rows that ask for them.
 
     Args:
         weights: float32 ``[rows, size]``, contiguous, from 0 to 1; the largest of each row is 1.

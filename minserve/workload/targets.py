@@ -14,7 +14,7 @@ class Speed(Protocol):
     """The speed of an idle device for a lone request. `PerfModel` and `ZeroLoad` have this form."""
 
     def zero_load_prefill_s(self, num_tokens: int) -> float:
-        """Return the seconds from the start of a prompt's prefill to the first token."""
+        """Return the seconds to the first token of a lone prompt of ``num_tokens`` tokens."""
 
     def zero_load_decode_s(self, context_tokens: int) -> float:
         """Return the seconds per output token with ``context_tokens`` tokens before it."""
