@@ -16,7 +16,7 @@ Chunks = tuple[int, ...]
 
 
 class PrefixMap:
-    """Remembers prefixes in chunks of `CHUNK` tokens, and forgets the chunk noted longest ago first.
+    """Remembers prefixes in chunks of `CHUNK` tokens, and forgets those noted longest ago first.
 
     Args:
         most: number of chunks that are remembered.
