@@ -19,7 +19,8 @@ measured in the same run, and given to the simulator (`simulated_report.Inputs`,
 
 None of these values is fitted to the results that are compared. The simulation is repeated with
 other seeds of the scatter, and all repeats count: near capacity, one iteration more or less decides
-who is admitted. The second table has the errors of a simulation without any of these values.
+which requests are admitted. The second table has the errors of a simulation without any of these
+values.
 
     python bench/simulated_vs_real.py                     # about 8 minutes
     python bench/simulated_vs_real.py --quick             # 3 minutes

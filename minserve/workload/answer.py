@@ -172,7 +172,7 @@ class Answer:
         left, seconds = self.turn.output_tokens, 0.0
         for stage in self.targets.stages:
             count = left if stage.tokens is None else min(left, stage.tokens)
-            # Only a first token has no gap, whatever the pace: 0 x inf is not a number.
+            # A stage of one token has no gap, so its pace adds nothing: 0 x inf is not a number.
             seconds += (count - 1) * stage.tpot_s if count > 1 else 0.0
             left -= count
         return seconds + STAGE_PATIENCE_S * (len(self.targets.stages) - 1)
