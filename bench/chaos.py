@@ -1,15 +1,15 @@
-"""Does anything get lost when replicas are killed, hang and are restarted under load?
+"""Checks that nothing is lost while replicas are killed, hang and are restarted under load.
 
-Starts `minserve serve --replicas 4` with the embedded model in float32 and sends it a mixed
+It starts `minserve serve --replicas 4` with the embedded model in float32 and sends it a mixed
 load: greedy and sampled, one output and two, with and without an SLO, streamed. The same
-requests are answered twice: first undisturbed, then at random times while replicas are killed
-(SIGKILL), stopped (SIGSTOP) and restarted (`minserve ctl restart`), each at random times. Every
-stream has to bring exactly the tokens of the first time.
+requests are answered twice: first undisturbed, then while replicas are killed (SIGKILL), stopped
+(SIGSTOP) and restarted (`minserve ctl restart`), all at random times. Every stream must bring
+exactly the tokens of the undisturbed run.
 
     python bench/chaos.py                 # two minutes of chaos
     python bench/chaos.py --seconds 60
 
-The last line is JSON; the exit code is 0 only where nothing was lost, doubled or changed.
+The last line is JSON; the exit code is 0 only if nothing was lost, doubled or changed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from minserve.workload.server_process import ServerProcess
 
 MODEL = "smollm2"
 REPLICA_TIMEOUT_S = 3.0
-# Requests at once while the true answers are found.
+# Requests that run at once while the true answers are found.
 AT_ONCE = 24
 DRAIN_S = 300.0
 HITS = ("kill", "kill", "stop", "restart")
@@ -41,11 +41,11 @@ HITS = ("kill", "kill", "stop", "restart")
 
 @dataclass(slots=True)
 class Answer:
-    """What a stream brought.
+    """The answer of a stream.
 
     Attributes:
-        tokens: of each output.
-        error: why it is not whole; empty where it is.
+        tokens: the tokens of each output.
+        error: why the answer is not whole; empty if it is.
     """
 
     tokens: list[list[str]] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Answer:
 
 @dataclass(slots=True)
 class Hits:
-    """What was done to replicas."""
+    """Counts of what was done to replicas."""
 
     kills: int = 0
     stops: int = 0
@@ -62,7 +62,7 @@ class Hits:
 
 
 def make_requests(num: int, rng: random.Random) -> list[dict[str, Any]]:
-    """Bodies of completions, of every kind."""
+    """Return bodies of completions, of every kind."""
     prompts = list(read_prompts("self_instruct_user"))
     bodies = []
     for number in range(num):
@@ -84,7 +84,7 @@ def make_requests(num: int, rng: random.Random) -> list[dict[str, Any]]:
 
 
 async def ask(session: aiohttp.ClientSession, body: dict[str, Any]) -> Answer:
-    """Send one request and read its whole stream; one that is turned away (503) tries again."""
+    """Send one request and read its whole stream; a refusal with 503 is tried again."""
     while True:
         answer = Answer([[] for _ in range(body["n"])])
         try:
@@ -118,13 +118,13 @@ async def _read(response: aiohttp.ClientResponse, answer: Answer) -> None:
 
 
 async def replicas(session: aiohttp.ClientSession) -> list[dict[str, Any]]:
-    """How the controller says they are."""
+    """Return the state of each replica as the controller reports it."""
     async with session.get("/replicas") as response:
         return (await response.json())["replicas"]
 
 
 async def all_up(session: aiohttp.ClientSession, timeout_s: float = DRAIN_S) -> bool:
-    """Wait until every replica is up."""
+    """Wait until every replica is up; returns False if the time runs out."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if all(one["state"] == "up" for one in await replicas(session)):
@@ -149,7 +149,7 @@ async def hit_at_random(
         there = [one for one in await replicas(session) if one["pid"] is not None]
         if not there:
             continue
-        # The busiest one has most to lose.
+        # The busiest replica has most to lose.
         one = max(there, key=lambda one: (one["requests"], rng.random()))
         how = rng.choice(HITS)
         if how == "restart":
@@ -165,7 +165,7 @@ async def hit_at_random(
 async def true_answers(
     session: aiohttp.ClientSession, bodies: list[dict[str, Any]]
 ) -> list[Answer]:
-    """Without any disturbance."""
+    """Return the answers without any disturbance."""
     gate, bar = asyncio.Semaphore(AT_ONCE), tqdm(total=len(bodies), desc="undisturbed", unit="req")
 
     async def one(body: dict[str, Any]) -> Answer:
@@ -185,7 +185,7 @@ async def answers_in_chaos(
     rng: random.Random,
     hits: Hits,
 ) -> list[Answer]:
-    """The same requests, at random times."""
+    """Return the answers to the same requests, sent at random times while replicas are hit."""
     due = sorted(rng.uniform(0.0, seconds) for _ in bodies)
     bar = tqdm(total=len(bodies), desc="in chaos", unit="req")
 
@@ -203,9 +203,7 @@ async def answers_in_chaos(
 
 
 def judge(truth: list[Answer], found: list[Answer]) -> dict[str, int]:
-    """How many answers are not what they should be, by what is wrong: tokens are missing, there
-    are too many, or they are others.
-    """
+    """Return the number of wrong answers, by kind: tokens missing, too many, or other tokens."""
     lost = doubled = mismatched = 0
     for right, answer in zip(truth, found, strict=True):
         pairs = list(zip(right.tokens, answer.tokens, strict=True))
@@ -219,7 +217,7 @@ def judge(truth: list[Answer], found: list[Answer]) -> dict[str, int]:
 
 
 async def run(url: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Both times, and what the pools say at the end."""
+    """Run both passes and return the results, with the state of the block pools at the end."""
     rng, hits = random.Random(args.seed), Hits()
     bodies = make_requests(round(args.rate * args.seconds), rng)
     timeout = aiohttp.ClientTimeout(total=None, sock_read=DRAIN_S)
@@ -232,8 +230,8 @@ async def run(url: str, args: argparse.Namespace) -> dict[str, Any]:
         before = sum(one["lost"] for one in await replicas(session))
         found = await answers_in_chaos(session, bodies, args.seconds, rng, hits)
         back = await all_up(session)
-        # A replica that goes idle checks its pool's books, and ends where they do not add up:
-        # that would be one loss more than were made here.
+        # A replica that goes idle checks its pool's books, and ends if they are wrong: that would
+        # be one loss more than were caused here.
         await asyncio.sleep(2.0)
         now = await replicas(session)
         lost = sum(one["lost"] for one in now) - before
@@ -252,9 +250,9 @@ async def run(url: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Run it; 1 where something went wrong that must not."""
+    """Run the check; returns 1 if something was wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=120.0, help="of chaos")
+    parser.add_argument("--seconds", type=float, default=120.0, help="time of chaos in seconds")
     parser.add_argument("--rate", type=float, default=1.0, help="requests per second")
     parser.add_argument("--replicas", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,9 +1,9 @@
-"""Which form of attention is fastest on this CPU, for decodes and prefill chunks, and how exact.
+"""Compares forms of attention on this CPU, for decodes and prefill chunks: speed and exactness.
 
-Every form reads the paged cache of a layer as the engine keeps it; several layers take turns,
-so that no cache lies. Measure on an idle machine; half a minute. The error is the largest deviation from float64 over that of the plain
-computation (matmul, softmax, matmul) in the same dtype: at most 2 is asked of a backend. The
-last line is JSON.
+Every form reads the paged cache of a layer as the engine keeps it; several layers take turns, so
+that no CPU cache makes a form look faster than it is. Measure on an idle machine; it takes half a
+minute. The error is the largest deviation from float64, divided by that of the plain computation
+(matmul, softmax, matmul) in the same dtype; a backend must not exceed 2. The last line is JSON.
 
     python bench/cpu_attention.py
     python bench/cpu_attention.py --heads 32 8 64 --dtype float32
@@ -28,8 +28,8 @@ from minserve.kernels.torch_backend import TorchBackend
 
 BLOCK_SIZE = 32
 NUM_LAYERS = 6
-# Sequences, tokens computed before, tokens to run of each; the context of many is cut so that
-# a run takes no minute.
+# Sequences, tokens computed before, and tokens to run of each. Batches of many sequences have a
+# short context, so that a run takes less than a minute.
 CASES = (
     *((num, context, 1) for num in (1, 8, 32) for context in (192, 1024)),
     *((1, 0, num) for num in (64, 256, 1024)),
@@ -40,7 +40,7 @@ OURS = "two matmuls"
 
 
 class Case(NamedTuple):
-    """A batch, the layers' caches that it reads, and its queries."""
+    """A batch, with the layers' caches that it reads, and its queries."""
 
     backend: TorchBackend
     metadata: AttentionMetadata
@@ -53,7 +53,7 @@ class Case(NamedTuple):
         return self.metadata.num_seqs
 
     def gathered(self, kv: LayerKV) -> tuple[Tensor, Tensor]:
-        """Keys and values, each ``[sequences, kv heads, tokens, head_dim]``."""
+        """Return keys and values, each ``[sequences, kv heads, tokens, head_dim]``."""
         return tuple(
             part[self.metadata.block_tables].flatten(1, 2)[:, : self.metadata.seq_lens[0]]
             .transpose(1, 2).contiguous()
@@ -61,13 +61,13 @@ class Case(NamedTuple):
         )  # fmt: skip
 
     def queries(self) -> Tensor:
-        """``[sequences, heads, queries, head_dim]``."""
+        """Return the queries as ``[sequences, heads, queries, head_dim]``."""
         heads, dim = self.query.shape[1:]
         return self.query.view(self.num_seqs, -1, heads, dim).transpose(1, 2)
 
 
 def make_case(heads: tuple[int, int, int], dtype: torch.dtype, size: tuple[int, int, int]) -> Case:
-    """Random keys, values and queries; a lone sequence has its blocks side by side."""
+    """Return a case with random keys, values and queries; a lone sequence has adjacent blocks."""
     num_heads, num_kv_heads, head_dim = heads
     num_seqs, context, num_queries = size
     length = context + num_queries
@@ -103,13 +103,13 @@ def ours(case: Case, kv: LayerKV) -> Tensor:
 
 
 def ours_in_float32(case: Case, kv: LayerKV) -> Tensor:
-    """The same on queries in float32, as passes over a few tokens have them."""
+    """Run `ours` on queries in float32, as in passes over a few tokens."""
     out = case.backend.forward(case.query.float(), kv, case.metadata)
     return out.view(case.query.shape).to(case.query.dtype)
 
 
 def sdpa(case: Case, kv: LayerKV) -> Tensor:
-    """torch's fused attention, which knows of GQA."""
+    """Run torch's fused attention, which supports GQA."""
     query = case.queries()
     num_queries, length = query.shape[2], case.metadata.seq_lens[0]
     causal = num_queries == length
@@ -124,14 +124,14 @@ def sdpa(case: Case, kv: LayerKV) -> Tensor:
 
 
 def sdpa_packed(case: Case, kv: LayerKV) -> Tensor:
-    """The same, a group's heads packed as queries of one head; decodes only."""
+    """Run torch's fused attention with a group's heads as queries of one head; decodes only."""
     key, value = case.gathered(kv)
     query = case.query.view(case.num_seqs, -1, case.group, case.query.shape[2])
     return F.scaled_dot_product_attention(query, key, value).reshape(case.query.shape)
 
 
 def plain(case: Case, kv: LayerKV, dtype: torch.dtype) -> Tensor:
-    """Matmul, softmax, matmul in a dtype, written out."""
+    """Run matmul, softmax and matmul in a dtype, written out."""
     key, value = (part.to(dtype).repeat_interleave(case.group, 1) for part in case.gathered(kv))
     query = case.queries().to(dtype)
     position = torch.arange(key.shape[2])
@@ -151,7 +151,7 @@ FORMS: dict[str, Callable[[Case, LayerKV], Tensor]] = {
 
 @torch.inference_mode()
 def measure(case: Case, repeats: int) -> dict[str, dict[str, float]]:
-    """Per form, microseconds for one layer and the error, as described above."""
+    """Return for each form the microseconds per layer and the error, as described above."""
     first = case.layers[0]
     exact = plain(case, first, torch.float64)
     allowed = (plain(case, first, case.query.dtype).double() - exact).abs().max()

@@ -1,4 +1,4 @@
-"""What a CPU can do at all: rates of memory and matmuls, and a model's linears alone."""
+"""The limits of a CPU: its rates of memory and matmuls, and the time of a model's linears alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LARGE = 64 * 2**20
 
 
 def milliseconds(run: Callable[[], object], repeats: int) -> float:
-    """Median wall time of ``run`` after one warm-up."""
+    """Return the median wall time of ``run`` in milliseconds, after one warm-up."""
     run()
     times = []
     for _ in range(repeats):
@@ -27,7 +27,7 @@ def milliseconds(run: Callable[[], object], repeats: int) -> float:
 
 
 def memory_rates() -> dict[str, float]:
-    """Bytes per nanosecond: of a copy (read + written), and of reading alone."""
+    """Return bytes per nanosecond: of a copy (read + written), and of reading alone."""
     source = torch.ones(LARGE)
     target = torch.empty_like(source)
     return {
@@ -37,7 +37,7 @@ def memory_rates() -> dict[str, float]:
 
 
 def ceilings() -> dict[str, float]:
-    """`memory_rates`, and what square matmuls reach in GFLOP/s."""
+    """Return `memory_rates`, and the GFLOP/s of square matmuls."""
     out = memory_rates()
     for dtype in (torch.float32, torch.bfloat16):
         size = 2048 if dtype is torch.float32 or fast_bf16() else 256
@@ -48,14 +48,15 @@ def ceilings() -> dict[str, float]:
 
 
 def fast_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware."""
+    """Return whether this CPU multiplies bfloat16 in hardware."""
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @torch.inference_mode()
 def pass_milliseconds(calls: Sequence[tuple[Linear, Tensor]], repeats: int) -> float:
-    """Median wall time of all linears once, one after another, so that no weight stays in a
-    cache from one pass to the next.
+    """Return the median milliseconds of one pass over all linears.
+
+    The linears run one after another, so that no weight stays in a cache from one pass to the next.
 
     Args:
         calls: linears with their ``[rows, in]`` inputs.

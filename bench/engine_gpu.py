@@ -1,9 +1,9 @@
-"""The engine against the machine's ceiling, on models of real shape with random weights.
+"""Compares the engine with the machine's ceiling, on models of real shape with random weights.
 
-A decode step reads all weights and the KV of its sequences once: bytes over the measured
-copy bandwidth is its floor. Then mixed batches, prefill, iterations of the whole engine
-beside the runner's alone (does planning hide behind the device?), and how well the planner
-predicts it all. The last line is JSON.
+A decode step reads all weights and the KV of its sequences once; its floor is these bytes over the
+measured copy bandwidth. Then it measures mixed batches, prefill, and iterations of the whole engine
+beside the runner's alone (is planning hidden behind the device's work?), and compares all of them
+with the planner's predictions. The last line is JSON.
 
     python bench/engine_gpu.py --out engine.jsonl           # on an NVIDIA GPU
     python bench/engine_gpu.py --model opt-6.7b --profile-seconds 0
@@ -44,22 +44,22 @@ from minserve.sampling_params import SamplingParams
 GOAL_MODEL, GOAL_BATCH, GOAL_RATIO = "opt-6.7b", 64, 1.15
 GOAL_R2 = 0.95
 GREEDY = SamplingParams(temperature=0.0)
-# With random weights, whose logits are near each other, the nucleus is most of the vocabulary.
+# With random weights the logits are near each other, so the nucleus is most of the vocabulary.
 NUCLEUS = SamplingParams(top_p=0.95)
 
 
 class Effort(NamedTuple):
-    """How much is measured.
+    """The amount of measurement.
 
     Attributes:
-        models: by default.
-        batches: decoding sequences of a step.
+        models: models that are measured by default.
+        batches: numbers of decoding sequences in a step.
         context: tokens before each of them.
-        mixed: decodes and the chunk's tokens of a mixed batch.
+        mixed: number of decodes, and tokens of the chunk, in a mixed batch.
         chunks: tokens of lone prefill chunks.
-        repeats: of each batch.
+        repeats: measurements of each batch.
         engine: sequences and iterations of the whole engine.
-        settings: of the engine.
+        settings: the engine's settings.
     """
 
     models: tuple[str, ...]
@@ -98,7 +98,7 @@ DRY = Effort(
 
 
 def load(model: str, settings: dict[str, Any]) -> EngineCore:
-    """An idle core with random weights, in the memory that the last one left."""
+    """Return an idle core with random weights, after the memory of the last core is freed."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -109,14 +109,14 @@ def load(model: str, settings: dict[str, Any]) -> EngineCore:
 
 
 def step_bytes(core: EngineCore, model: str, context: int, batch: int) -> int:
-    """What a decode step must read: weights, and the KV of its sequences."""
+    """Return the bytes that a decode step must read: all weights, and the KV of its sequences."""
     kv = core.runner.kv[0].key
     block = bytes_per_block(core.runner.model.shape, 1, kv.dtype)
     return linear_weights(model) * kv.dtype.itemsize + batch * (context + 1) * block
 
 
 def batch_ms(bench: Workbench, batch: Batch, repeats: int) -> float:
-    """Median of the runner alone, sampling included."""
+    """Return the median milliseconds of the runner alone, sampling included."""
     bench.time(batch)  # kernels are compiled, libraries choose their algorithms
     return statistics.median(bench.time(batch) for _ in range(repeats)) * 1e3
 
@@ -124,7 +124,7 @@ def batch_ms(bench: Workbench, batch: Batch, repeats: int) -> float:
 def measure_runner(
     core: EngineCore, model: str, effort: Effort, copy_gb_s: float | None
 ) -> dict[str, Any]:
-    """Decode steps beside their floor, the same drawn with top_p, a mixed batch, lone chunks."""
+    """Measure decode steps beside their floor, drawing with top_p, a mixed batch and chunks."""
     bench = Workbench(core, 0, GREEDY)
     decodes = []
     for size in effort.batches:
@@ -164,10 +164,10 @@ def measure_runner(
 
 
 def measure_engine(core: EngineCore, effort: Effort) -> dict[str, Any]:
-    """Iterations of the whole engine, beside the same batches of the runner alone.
+    """Measure iterations of the whole engine, beside the same batches of the runner alone.
 
-    ``overhead_ms`` is what an iteration takes beyond the runner's batch; planning is hidden
-    where that is less than a plan takes.
+    ``overhead_ms`` is the time of an iteration beyond the runner's batch. Planning is hidden
+    if that is less than the time of a plan.
     """
     num_seqs, num_steps = effort.engine
     rng, vocab = random.Random(0), core.runner.model.shape.vocab_size
@@ -175,7 +175,7 @@ def measure_engine(core: EngineCore, effort: Effort) -> dict[str, Any]:
         request = Request(
             request_id=f"bench-{i}",
             prompt_token_ids=tuple(rng.choices(range(vocab), k=effort.context)),
-            # Those whose prompt runs first decode until the last one has run.
+            # A sequence whose prompt runs early decodes until the last prompt has run.
             params=replace(GREEDY, max_tokens=num_steps + num_seqs + 1),
             seed=0,
             arrival_s=core.clock(),
@@ -214,10 +214,10 @@ def measure_engine(core: EngineCore, effort: Effort) -> dict[str, Any]:
 def measure_model(
     model: str, effort: Effort, copy_gb_s: float | None, profile_s: float, graphs: bool
 ) -> dict[str, Any]:
-    """One result, of an engine with or without CUDA graphs.
+    """Measure one model on an engine with or without CUDA graphs.
 
     Args:
-        profile_s: how long to profile; 0 for no profile.
+        profile_s: seconds for profiling; 0 for no profile.
     """
     core = load(model, {**effort.settings, "cuda_graphs": graphs})
     result = {
@@ -238,7 +238,7 @@ def measure_model(
             "batches": len(profile.samples),
             "seconds": round(profile.seconds, 1),
             "pieces": [asdict(piece) for piece in profile.model.pieces],
-            # Tokens, sequences, context tokens, attention pairs, whether eager; milliseconds.
+            # Each: tokens, sequences, context tokens, attention pairs, eager or not, milliseconds.
             "samples": [
                 [
                     s.shape.tokens,
@@ -255,7 +255,7 @@ def measure_model(
 
 
 def lines(result: dict[str, Any]) -> Iterator[str]:
-    """One model's results in words."""
+    """Yield one model's results as lines of text."""
     graphs = "CUDA graphs" if result["cuda_graphs"] else "no CUDA graphs"
     yield f"{result['model']} ({result['backend']}, {graphs})"
     for row in result["decode"]:
@@ -281,7 +281,7 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
 
 
 def summary(results: list[dict[str, Any]], copy_gb_s: float | None) -> dict[str, Any]:
-    """The last line. Figures that were not measured are null."""
+    """Return the last line. Figures that were not measured are null."""
     ratios = [
         row["ratio"]
         for result in results
@@ -318,14 +318,14 @@ def main() -> int:
     copy_gb_s = None if args.dry else round(measure_ceilings(rep_ms=200.0).copy_gb_s, 1)
     results: list[dict[str, Any]] = []
     failures: list[str] = []
-    # With graphs is how it serves, and what is profiled; a CPU has none.
+    # With graphs: this is how minserve serves, and it is what is profiled; a CPU has no graphs.
     variants = [False] if args.dry else [True, False]
     runs = [(model, graphs) for graphs in variants for model in args.model or effort.models]
     for model, graphs in tqdm(runs, unit="engine", desc="Measuring"):
         seconds = args.profile_seconds if graphs == variants[0] else 0.0
         try:
             result = measure_model(model, effort, copy_gb_s, seconds, graphs)
-        except Exception as error:  # one that does not fit, say, must not hide the others
+        except Exception as error:  # a model that does not fit must not hide the others
             traceback.print_exc()
             failures.append(f"{model}: {type(error).__name__}: {error}")
             continue

@@ -1,4 +1,4 @@
-"""The machine that benches run on: its name and versions, and whether Triton interprets."""
+"""The machine that benches run on: name and versions, and the choice of Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from triton import knobs
 
 
 def machine() -> dict[str, str]:
-    """The device and the versions that results hold for."""
+    """Return the device and the versions for which results hold."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
@@ -20,7 +20,7 @@ def machine() -> dict[str, str]:
 
 
 def choose_interpreter(wanted: bool) -> None:
-    """Start anew where Triton's interpreter is not as wanted: Triton asks when it is imported."""
+    """Start this program anew if Triton's interpreter, set at import, is not as wanted."""
     if wanted != knobs.runtime.interpret:
         os.environ.pop("TRITON_INTERPRET", None)
         if wanted:

@@ -1,7 +1,7 @@
 """The stages of `gpu.sh`, each with its time limit; a stage that fails does not stop the others.
 
-Writes one JSON file with all figures and one log, both named after the device. The last
-line is JSON; the exit status is 0 where every stage passed.
+It writes one JSON file with all figures and one log, both named after the device. The last
+line is JSON; the exit status is 0 if every stage passed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
-# Import names of what the stages cannot do without, and of what they can.
+# Import names of packages that the stages need, and of packages that they can do without.
 NEEDED = (
     "torch", "triton", "numpy", "transformers", "tokenizers", "safetensors", "psutil", "tqdm",
     "jinja2", "pytest", "pytest_timeout",
@@ -47,7 +47,7 @@ class Stage:
     """A command and its limit in seconds.
 
     Attributes:
-        rows: the file of JSON lines that it writes beside its last line; ``None`` without.
+        rows: the file of JSON lines that it writes beside its last line; ``None`` if it has none.
     """
 
     name: str
@@ -57,8 +57,10 @@ class Stage:
 
 
 def stages(dry: bool, scratch: Path) -> list[Stage]:
-    """What runs. On a GPU all limits together leave a part of the 8 minutes for starting; on a
-    CPU, which may be a busy one, they are there for what hangs.
+    """Return the stages.
+
+    On a GPU all limits together leave a part of the 8 minutes for starting. On a CPU, which may be
+    busy, they only end stages that hang.
     """
     python, dry_flag = sys.executable, ["--dry"] if dry else []
     kernel_rows, engine_rows = scratch / "kernels.jsonl", scratch / "engine.jsonl"
@@ -95,7 +97,7 @@ def stages(dry: bool, scratch: Path) -> list[Stage]:
 
 
 def link_packages(folder: Path) -> None:
-    """Make the checkout importable from a folder, laid out as an installation would be."""
+    """Make the checkout importable from a folder, with the layout of an installation."""
     package = folder / "minserve"
     package.mkdir()
     for path in (*(ROOT / "minserve").iterdir(), ROOT / "kernels", ROOT / "models"):
@@ -104,23 +106,24 @@ def link_packages(folder: Path) -> None:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """For the stages: imports from that folder, no network, output as it comes."""
+    """Return the stages' environment: imports from that folder, no network, unbuffered output."""
     paths = [str(folder), str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        # Else the current folder would come first, where minserve has no kernels and models.
+        # Without this the current folder would come first, where minserve has no kernels and
+        # models.
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
         "XDG_CACHE_HOME": str(folder / "cache"),
-        # Test workers share the cores, and the work on a CPU beside a GPU's is small.
+        # Test workers share the cores, and the CPU's work beside a GPU's is small.
         "OMP_NUM_THREADS": "2",
     }
 
 
 def run_stage(stage: Stage, env: dict[str, str], scratch: Path, log: IO[str]) -> dict[str, Any]:
-    """Run one stage to its end or its limit. Its standard output is shown, all goes to the log."""
+    """Run one stage to its end or its limit. Its stdout is shown; all output goes to the log."""
     print(f"== {stage.name} (at most {stage.limit_s:.0f} s)", flush=True)
     # Results name no machine's folders.
     words = (Path(word).name if Path(word).is_absolute() else word for word in stage.command)
@@ -154,14 +157,14 @@ def run_stage(stage: Stage, env: dict[str, str], scratch: Path, log: IO[str]) ->
 
 
 def whole_rows(text: str) -> Iterator[Any]:
-    """The lines of JSON that were written to their end."""
+    """Yield the parsed lines of JSON that were written to their end."""
     for line in text.splitlines():
         with suppress(ValueError):
             yield json.loads(line)
 
 
 def stop(process: subprocess.Popen) -> None:
-    """End a stage and whatever it started."""
+    """End a stage and all processes that it started."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -170,7 +173,7 @@ def stop(process: subprocess.Popen) -> None:
 
 
 def last_line(text: str) -> Any:
-    """What a stage says last: an object where it is JSON, else the words; ``None`` for nothing."""
+    """Return a stage's last line: parsed if it is JSON, else as text; ``None`` without output."""
     lines = text.strip().splitlines()
     if not lines:
         return None
@@ -181,7 +184,7 @@ def last_line(text: str) -> Any:
 
 
 def machine(env: dict[str, str]) -> dict[str, str]:
-    """Device and versions, asked in a process of its own: this one leaves the device alone."""
+    """Return device and versions. Another process finds them, so that this one needs no GPU."""
     code = "import json, gpu_machine; print(json.dumps(gpu_machine.machine()))"
     words = subprocess.run(
         [sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True
@@ -190,7 +193,7 @@ def machine(env: dict[str, str]) -> dict[str, str]:
 
 
 def missing(names: tuple[str, ...]) -> list[str]:
-    """Those that cannot be imported."""
+    """Return the names that cannot be imported."""
     return [name for name in names if importlib.util.find_spec(name) is None]
 
 
@@ -220,7 +223,7 @@ def main() -> int:
         with log_file.open("w", encoding="utf-8") as log:
             for stage in stages(args.dry, scratch):
                 results[stage.name] = run_stage(stage, env, scratch, log)
-                # After each stage, lest the machine be gone before the last.
+                # Written after each stage, in case the machine is lost before the last one.
                 report = {
                     **words,
                     "dry": args.dry,

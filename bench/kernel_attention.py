@@ -1,4 +1,4 @@
-"""Attention problems of `kernel_bench.py`: batches of decodes and prefill chunks, and who runs them."""
+"""Attention problems of `kernel_bench.py`: decodes and prefill chunks, with their contestants."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from minserve.kernels.attention import (
 )
 
 BLOCK_SIZE = 32  # the engine's default
-FLASH_ATTN_BLOCK_SIZE = 256  # that library takes no other
+FLASH_ATTN_BLOCK_SIZE = 256  # the only size that flash-attn takes
 
-# Models whose heads differ (Llama-2-7B and -13B have those of OPT-6.7B and -13B), with the
-# longest context: the model's own, of Llama that of its 3.1.
+# Models whose heads differ (Llama-2-7B and -13B have the heads of OPT-6.7B and -13B), with the
+# longest context: the model's own, and for Llama that of Llama 3.1.
 LONGEST = {
     "opt-125m": 2048,
     "opt-6.7b": 2048,
@@ -44,8 +44,8 @@ DECODES = {
     Scale.QUICK: [(1, 512), (8, 512), (64, 512), GOAL_DECODE, GOAL_LONE, (256, 512)],
     Scale.DRY: [(2, 40)],
 }
-VERIFIED = 5  # a token and four drafted ones
-GOAL_CHUNK = 512  # and longer ones
+VERIFIED = 5  # query tokens of a verification: one token and four drafted ones
+GOAL_CHUNK = 512  # tokens of the shortest chunk for which the goal counts
 CHUNKS = {  # tokens, and tokens before them
     Scale.FULL: [(n, past) for past in (0, 4096) for n in (128, 512, 2048, 8192)],
     Scale.QUICK: [(512, 0), (2048, 0), (512, 4096), (2048, 4096)],
@@ -55,14 +55,14 @@ CHUNKS = {  # tokens, and tokens before them
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Sequences that all run alike.
+    """Sequences that all have the same sizes.
 
     Attributes:
-        model: its name in a table.
-        seqs: how many sequences.
-        queries: tokens that each runs.
-        past: tokens that each has KV of already.
-        decode: whether they go in as decodes, else as prefill chunks.
+        model: the model's name in a table.
+        seqs: number of sequences.
+        queries: tokens of each that are run.
+        past: tokens of each that have KV already.
+        decode: true if they are run as decodes, false for prefill chunks.
     """
 
     model: str
@@ -75,29 +75,29 @@ class Batch:
 
     @property
     def context(self) -> int:
-        """Tokens of each sequence that have KV afterwards."""
+        """The tokens of each sequence that have KV afterwards."""
         return self.past + self.queries
 
     def kv_bytes(self, dtype: torch.dtype) -> int:
-        """Of one layer's keys and values."""
+        """Return the bytes of one layer's keys and values."""
         _, num_kv_heads, head_dim = self.heads
         return 2 * self.seqs * self.context * num_kv_heads * head_dim * dtype.itemsize
 
     def least_bytes(self, dtype: torch.dtype) -> int:
-        """Keys, values and queries read once, the output written once."""
+        """Return the bytes that must move: keys, values and queries in, the output out."""
         num_heads, _, head_dim = self.heads
         query = self.seqs * self.queries * num_heads * head_dim * dtype.itemsize
         return self.kv_bytes(dtype) + 2 * query
 
     @property
     def flops(self) -> int:
-        """Of both matrix products, over what causal masking leaves."""
+        """The operations of both matrix products, without those that causal masking removes."""
         num_heads, _, head_dim = self.heads
         pairs = self.queries * self.past + self.queries * (self.queries + 1) // 2
         return 4 * self.seqs * num_heads * head_dim * pairs
 
     def metadata(self, tables: Tensor, block_size: int) -> AttentionMetadata:
-        """For KV in the blocks that int64 ``tables [seqs, blocks]`` name."""
+        """Return metadata for KV in the blocks of int64 ``tables [seqs, blocks]``."""
         device = tables.device
         positions = torch.arange(self.past, self.context, device=device)
         slots = tables[:, positions // block_size] * block_size + positions % block_size
@@ -116,7 +116,7 @@ class Batch:
 
 
 class AttentionInputs:
-    """Queries, keys and values for some sets of one batch.
+    """Queries, keys and values of one batch, in one or more sets of inputs.
 
     Attributes:
         query: ``[seqs * queries, num_heads, head_dim]``, for all sets.
@@ -148,7 +148,7 @@ class AttentionInputs:
         )
 
     def expected(self) -> Tensor:
-        """Attention written out in float32 for the first set: ``[tokens, heads * head_dim]``."""
+        """Return the first set's attention in plain float32: ``[tokens, heads * head_dim]``."""
         batch, out = self.batch, torch.empty(self.query.shape, device=self.query.device)
         num_heads, num_kv_heads, head_dim = batch.heads
         group = num_heads // num_kv_heads
@@ -174,13 +174,14 @@ class AttentionInputs:
     def paged(
         self, backend: AttentionBackend, block_size: int
     ) -> tuple[LayerKV, list[AttentionMetadata]]:
-        """All sets in one cache, their blocks scattered over it as in service, and the
-        prepared metadata of each.
+        """Return one cache with all sets, and the prepared metadata of each set.
+
+        The blocks of a set are scattered over the cache, as they are when minserve serves.
         """
         batch, device = self.batch, self.setting.device
         per_seq = -(-batch.context // block_size)
         num_blocks = self.num_sets * batch.seqs * per_seq
-        # What is only compiled touches no block.
+        # Without values the kernels are only compiled, and no block is touched.
         allocated = num_blocks if self.setting.filled else 1
         kv = backend.allocate(allocated, block_size, self.setting.dtype, device)
         tables = torch.randperm(num_blocks, device=device).view(-1, batch.seqs, per_seq)
@@ -196,7 +197,7 @@ class AttentionInputs:
 
 
 def attention_problem(batch: Batch, setting: Setting) -> Problem:
-    """The problem of a batch."""
+    """Return the problem of a batch."""
     kv_bytes = batch.kv_bytes(setting.dtype)
     num_sets = setting.num_sets(kv_bytes)
     inputs = AttentionInputs(batch, setting, num_sets)
@@ -228,7 +229,7 @@ def attention_problem(batch: Batch, setting: Setting) -> Problem:
 
 
 def _paged(inputs: AttentionInputs, name: str, block_size: int) -> Contestant:
-    """One of minserve's backends over its own cache."""
+    """Return a contestant that runs one of minserve's backends over its own cache."""
     heads = inputs.batch.heads
     backend = make_attention_backend(name, *heads, heads.scale)
     kv, planned = inputs.paged(backend, block_size)
@@ -237,7 +238,7 @@ def _paged(inputs: AttentionInputs, name: str, block_size: int) -> Contestant:
 
 
 def _sdpa(inputs: AttentionInputs) -> Contestant:
-    """torch's flash attention over contiguous keys and values of the same lengths."""
+    """Return a contestant that runs torch's flash attention over contiguous keys and values."""
     batch = inputs.batch
     num_heads, num_kv_heads, head_dim = batch.heads
     size = (batch.seqs, batch.queries, num_heads, head_dim)
@@ -246,7 +247,7 @@ def _sdpa(inputs: AttentionInputs) -> Contestant:
     keys, values = inputs.key.transpose(2, 3), inputs.value.transpose(2, 3)
     if batch.queries > 1:
         mask = causal_lower_right(batch.queries, batch.context)
-        # That mask knows nothing of grouped heads.
+        # That mask does not support grouped heads.
         group = num_heads // num_kv_heads
         keys, values = keys.repeat_interleave(group, 2), values.repeat_interleave(group, 2)
     keys, values = keys.contiguous(), values.contiguous()
@@ -266,13 +267,13 @@ def _sdpa(inputs: AttentionInputs) -> Contestant:
 
 
 def attention_problems(kernel: str, scale: Scale) -> list[partial[Problem]]:
-    """Batches of real models, for ``decode`` or ``prefill``."""
+    """Return problems with batches of real models, for ``decode`` or ``prefill``."""
     batches = _decode_batches(scale) if kernel == "decode" else _prefill_batches(scale)
     return [partial(attention_problem, batch) for batch in batches]
 
 
 def _decode_batches(scale: Scale) -> Iterator[Batch]:
-    """Decodes, and verifications of drafts by the last model."""
+    """Yield batches of decodes, and of draft verifications by the last model."""
     for model in MODELS[scale]:
         for seqs, context in DECODES[scale]:
             if context <= LONGEST.get(model, context):
@@ -283,7 +284,7 @@ def _decode_batches(scale: Scale) -> Iterator[Batch]:
 
 
 def _prefill_batches(scale: Scale) -> Iterator[Batch]:
-    """First chunks and later ones, and four prompts together."""
+    """Yield first chunks and later chunks, and one batch of four prompts."""
     for model in MODELS[scale]:
         for chunk, past in CHUNKS[scale]:
             yield _batch(model, 1, chunk, past, decode=False)

@@ -1,4 +1,4 @@
-"""The kernels against the machine's own ceilings and against torch; or compiled without a GPU.
+"""Compares kernels with the machine's ceilings and with torch; or compiles them without a GPU.
 
 Every case is first compared with float32 arithmetic; a wrong kernel is never timed. Times
 are medians of replays from a CUDA graph, over up to 64 sets of inputs in turn, to keep them
@@ -28,7 +28,7 @@ from kernel_rows import CUBLAS_KERNEL
 from kernel_sweep import KERNELS, problems, sweep
 from kernel_timing import Ceilings, measure_ceilings
 
-# By flag, those that it would leave without effect.
+# For each flag, the flags that have no effect beside it.
 NO_EFFECT = {
     "compile_only": ("dtype", "rep_ms", "seconds", "out", "plot", "dry"),
     "tune": ("out", "plot"),
@@ -43,7 +43,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer models and sizes")
     parser.add_argument("--only", action="append", choices=KERNELS, help="may be repeated")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--rep-ms", type=float, default=40.0, help="to measure each contestant")
+    parser.add_argument("--rep-ms", type=float, default=40.0, help="for each contestant")
     parser.add_argument("--seconds", type=float, help="begin no case after so many", default=1e9)
     parser.add_argument("--out", type=Path, metavar="FILE", help="append the rows, as JSON lines")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="needs matplotlib")
@@ -61,7 +61,7 @@ def parse() -> argparse.Namespace:
 
 
 def setting(args: argparse.Namespace) -> Setting:
-    """Where the sweep runs."""
+    """Return the device and dtype of the sweep."""
     if args.dry:
         return Setting(torch.device("cpu"), torch.float32, cache_bytes=0)
     cache = torch.cuda.get_device_properties(0).L2_cache_size
@@ -69,7 +69,7 @@ def setting(args: argparse.Namespace) -> Setting:
 
 
 def run_sweep(args: argparse.Namespace, scale: Scale) -> int:
-    """Ceilings, rows, table, goals."""
+    """Measure the ceilings, run the sweep, and print the table and the goals."""
     machine_words, ceilings, started = machine(), None, time.perf_counter()
     if not args.dry:
         ceilings = Ceilings(*(round(x, 1) for x in measure_ceilings(rep_ms=200.0)))

@@ -1,7 +1,6 @@
-"""What is compiled and timed by `kernel_bench.py`: problems, and those who solve them.
+"""The problems that `kernel_bench.py` compiles and times, and the contestants that solve them.
 
-Nothing here or in the files of problems imports Triton before a contestant is built, so
-that `kernel_bench.py` can still choose its interpreter.
+Neither this file nor the files of problems import Triton before a contestant is built, so
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ OURS = "minserve"
 
 
 class Scale(Enum):
-    """How much of a sweep: all, what CI or a few minutes allow, or the code without a GPU."""
+    """The size of a sweep: all, a few minutes' worth (as in CI), or only the code without a GPU."""
 
     FULL = "full"
     QUICK = "quick"
@@ -31,7 +30,7 @@ class Scale(Enum):
 
 
 class Heads(NamedTuple):
-    """The part of a model's shape that attention sees."""
+    """The part of a model's shape that attention depends on."""
 
     num_heads: int
     num_kv_heads: int
@@ -43,7 +42,7 @@ class Heads(NamedTuple):
 
     @classmethod
     def of(cls, model: str) -> Heads:
-        """Of one of `SHAPES`."""
+        """Return the heads of one of `SHAPES`."""
         shape = SHAPES[model]
         num_heads = shape["num_attention_heads"]
         num_kv_heads = shape.get("num_key_value_heads", num_heads)
@@ -51,11 +50,11 @@ class Heads(NamedTuple):
 
 
 class Contestant(NamedTuple):
-    """One way to solve a problem, its memory allocated.
+    """A way to solve a problem, with its memory allocated.
 
     Attributes:
-        runs: solves it for each set of inputs.
-        result: solves it for the first set; float tensor to compare with what is expected.
+        runs: for each set of inputs, a function that solves it.
+        result: solves the first set; returns a float tensor to compare with the expected one.
     """
 
     runs: list[Callable[[], Any]]
@@ -64,17 +63,17 @@ class Contestant(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Something to compute, with fresh random inputs.
+    """Something to compute, with new random inputs.
 
     Attributes:
-        kernel: what `--only` calls it.
-        case: what tells it from other problems of the kernel, for its row.
-        dtype: of the inputs and of what is computed.
-        least_bytes: what must be moved: inputs read once, outputs written once.
-        flops: of matrix products; 0 where memory alone counts.
+        kernel: the kernel's name for `--only`.
+        case: the values that distinguish it from other problems of the kernel, for its row.
+        dtype: dtype of the inputs and of the result.
+        least_bytes: bytes that must be moved: inputs read once, outputs written once.
+        flops: operations of matrix products; 0 if only memory counts.
         memory: bytes that the inputs and one contestant take on the device.
-        expected: the right result in float32, for the first set.
-        contestants: by name; each builds a `Contestant`, and raises where it cannot serve.
+        expected: returns the right result in float32, for the first set.
+        contestants: by name; each builds a `Contestant`, and raises if it cannot serve.
     """
 
     kernel: str
@@ -88,16 +87,16 @@ class Problem:
 
     @property
     def label(self) -> str:
-        """The case in a few words."""
+        """The case as a few words, for tables."""
         return " ".join(str(v) if k == "model" else f"{k} {v}" for k, v in self.case.items())
 
 
 class Setting(NamedTuple):
-    """Where and in what problems are made.
+    """The device and dtype for which problems are made.
 
     Attributes:
-        cache_bytes: of the device's L2 cache.
-        filled: whether the inputs get values; what is only compiled needs none.
+        cache_bytes: size of the device's L2 cache.
+        filled: true if the inputs get values; problems that are only compiled need none.
     """
 
     device: torch.device
@@ -106,11 +105,11 @@ class Setting(NamedTuple):
     filled: bool = True
 
     def num_sets(self, set_bytes: int) -> int:
-        """Sets of inputs of so many bytes that no cache can hold together."""
+        """Return how many sets of inputs of so many bytes no cache can hold together."""
         return max(1, min(MOST_SETS, -(-CACHES_FILLED * self.cache_bytes // set_bytes)))
 
     def randn(self, *size: int) -> Tensor:
-        """Normal values, or memory as it comes."""
+        """Return normal values, or uninitialized memory if the setting is not filled."""
         make = torch.randn if self.filled else torch.empty
         return make(size, dtype=self.dtype, device=self.device)
 

@@ -1,7 +1,7 @@
-"""`kernel_bench.py --compile-only`: what the wrappers would launch, compiled for GPUs not there.
+"""`kernel_bench.py --compile-only`: compiles what the wrappers launch, for GPUs that are absent.
 
-The problems are those of the sweep, over more shapes of heads; their contestant
-``minserve`` runs as it is, but for the launches (`triton_aot`).
+The problems are those of the sweep, with more shapes of heads. Their contestant ``minserve`` runs
+as it is, except for the launches (`triton_aot`).
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ from minserve.machine import Machine
 HEAD_DIMS = (64, 80, 96, 128, 256)
 GROUPS = (1, 4, 8)  # query heads per KV head
 NUM_KV_HEADS = 8
-# These change the arithmetic of addresses, and that alike for all groups.
+# Block sizes change the arithmetic of addresses, in the same way for all groups.
 OTHER_BLOCK_SIZES, OTHERS_GROUP = (16, 128), 4
 # Query tokens and context of a decode: one split, several, and with four drafted tokens.
 DECODES = ((1, 48), (1, 4096), (5, 4096))
 CHUNKS = (64, 512, 8192)
 PAST = 4096
 TOKENS = 64
-# What fp16 adds to bfloat16 is another type name in the same code: a part is enough.
+# For fp16 the same code has another type name than for bfloat16: a part of the cases is enough.
 FP16_HEAD_DIMS = (64, 128)
 NORM_MODELS = ("opt-125m", "opt-6.7b", "opt-30b", "llama-3.1-8b", "llama-3.1-70b")
 WORKERS, MOST_WORKERS = 2, 15
 
 
 class Case(NamedTuple):
-    """Something to compile.
+    """A problem to compile.
 
     Attributes:
-        kernel: what the table calls it.
+        kernel: the kernel's name in the table.
         label: the rest of its row.
-        make: the problem.
-        needs_wgmma: whether sm_90 must multiply with its own instructions.
+        make: makes the problem.
+        needs_wgmma: true if on sm_90 it must multiply with that architecture's instructions.
     """
 
     kernel: str
@@ -64,7 +64,7 @@ class Case(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What one case came to on one architecture; ``failure`` says why it came to nothing."""
+    """The kernels of one case on one architecture; ``failures`` says what went wrong."""
 
     kernel: str
     label: str
@@ -74,8 +74,10 @@ class Compiled(NamedTuple):
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """What the server launches for heads of usual sizes, in bfloat16 and a part of it in float16; with ``quick`` each kernel at every head dimension, with
-    one kind of groups and blocks.
+    """Yield the cases that the server launches for heads of usual sizes.
+
+    They are in bfloat16, and a part of them in float16 too. With ``quick`` there is each kernel at
+    every head dimension, with one kind of groups and blocks.
     """
     for heads, block_size, dtype in _attention_shapes(quick):
         where = f"{_name(dtype)} D{heads.head_dim} G{heads[0] // heads[1]} B{block_size}"
@@ -107,7 +109,7 @@ def cases(quick: bool) -> Iterator[Case]:
 
 
 def _attention_shapes(quick: bool) -> Iterator[tuple[Heads, int, torch.dtype]]:
-    """Heads, block size and dtype."""
+    """Yield heads, block size and dtype."""
     for head_dim in HEAD_DIMS:
         for group in (OTHERS_GROUP,) if quick else GROUPS:
             heads = Heads(group * NUM_KV_HEADS, NUM_KV_HEADS, head_dim)
@@ -135,11 +137,11 @@ def _attention(heads: Heads, queries: int, past: int, block_size: int, *, decode
 def launched_kernels(
     make: Make, dtype: torch.dtype, arch: int, multiprocessors: int
 ) -> list[CompiledKernel]:
-    """Compile what minserve launches for a problem, each kernel once. Runs nothing."""
+    """Compile what minserve launches for a problem, each kernel once. Nothing is run."""
     from minserve.kernels import triton_backend
 
     setting = Setting(torch.device("cpu"), dtype, cache_bytes=0, filled=False)
-    # The backend asks the device, which is a CPU here, for what tiles and splits depend on.
+    # Tiles and splits depend on the device, which is a CPU here, so its traits are replaced.
     device = triton_backend.Device(multiprocessors, arch)
     described = mock.patch.object(triton_backend, "describe", return_value=device)
     with torch.inference_mode(), described, compiling_for(arch) as launched:
@@ -148,7 +150,7 @@ def launched_kernels(
 
 
 def compile_case(case: Case, arch: int) -> Compiled:
-    """Compile all that one case launches on one architecture."""
+    """Compile all kernels that one case launches on one architecture."""
     failures, kernels = [], []
     try:
         compiled = launched_kernels(case.make, case.dtype, arch, MULTIPROCESSORS[arch])
@@ -165,10 +167,12 @@ def compile_case(case: Case, arch: int) -> Compiled:
 
 
 def precompile(makes: Sequence[Make], dtype: torch.dtype, arch: int, multiprocessors: int) -> None:
-    """Fill Triton's cache for a device, on all cores: compiling one kernel after the other
-    would take longer than timing them. What fails here will say so when it runs.
+    """Fill Triton's cache for a device, on all cores.
+
+    To compile one kernel after the other would take longer than to time them. A failure is not
+    reported here, since it shows again when the kernel runs.
     """
-    # Each imports torch anew.
+    # Each worker imports torch anew.
     workers = min(MOST_WORKERS, Machine.look().num_processes - 1)
     with _pool(max(1, workers)) as pool:
         pending = [
@@ -184,7 +188,7 @@ def _precompile_one(make: Make, dtype: torch.dtype, arch: int, multiprocessors: 
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    """Fresh processes, in which nothing has chosen Triton's driver yet; a core for each."""
+    """Return new processes with one core each, in which Triton's driver is not chosen yet."""
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(
         workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
@@ -192,7 +196,7 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 
 def run_compile(only: Sequence[str] | None, *, quick: bool) -> int:
-    """Compile everything, print the table and the line of JSON. Returns the exit status.
+    """Compile everything, print the table and the line of JSON, and return the exit status.
 
     Args:
         only: names of kernels; ``None`` for all.

@@ -1,4 +1,4 @@
-"""What `kernel_bench.py` says of a sweep: the table, the goals, the picture."""
+"""The report of `kernel_bench.py` on a sweep: the table, the goals, the picture."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from kernel_timing import Ceilings
 
 Row = dict[str, Any]
 
-DECODE_GOAL, LONE_GOAL = 0.9, 0.6  # of the copy bandwidth: many decodes, and one alone
+DECODE_GOAL, LONE_GOAL = 0.9, 0.6  # of the copy bandwidth: for many decodes, and for a lone decode
 PREFILL_GOAL = 1.0  # of the speed of torch's flash attention
-# What a row has beside the case that it is of.
+# The fields of a row that do not describe its case.
 RESULTS = (
     "kernel", "dtype", "bytes", "flops", "ms", "error", "failed", "launched", "dry", "gb_s",
     "tflop_s", "bound", "share",
@@ -23,7 +23,7 @@ RESULTS = (
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
-    """Lines: a row per case; milliseconds are medians; x is a competitor's over ours."""
+    """Yield a line per case; milliseconds are medians; x is a competitor's time over minserve's."""
     names = list(dict.fromkeys(n for row in rows for n in (*row["ms"], *row["failed"])))
     others = [name for name in names if name != OURS]
     yield (
@@ -55,7 +55,7 @@ def _ratio(row: Row, name: str) -> str:
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
-    """Where minserve's own kernels failed or were wrong."""
+    """Return the cases in which minserve's own kernels failed or were wrong, with the reason."""
     return [
         f"{row['kernel']} {_case(row)}: {row['failed'][OURS]}"
         for row in rows
@@ -64,7 +64,7 @@ def failures(rows: Sequence[Row]) -> list[str]:
 
 
 def absent(rows: Sequence[Row]) -> dict[str, str]:
-    """Competitors that failed somewhere, with the first reason."""
+    """Return the competitors that failed in some case, each with the first reason."""
     found: dict[str, str] = {}
     for row in rows:
         for name, reason in row["failed"].items():
@@ -74,7 +74,7 @@ def absent(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def summary(rows: Sequence[Row], ceilings: Ceilings | None) -> dict[str, Any]:
-    """The last line: ceilings, goals, failures. Figures that were not measured are null."""
+    """Return the last line: ceilings, goals, failures. Figures that were not measured are null."""
     goals: dict[str, Any] = {
         "decode_share_b64_c2048": None,
         "decode_share_b1_c2048": None,
@@ -108,13 +108,13 @@ def summary(rows: Sequence[Row], ceilings: Ceilings | None) -> dict[str, Any]:
 
 
 def _is_decode(row: Row, batch: int, context: int) -> bool:
-    """Of plain decodes of that size."""
+    """Return whether a row is of plain decodes of that size."""
     size = (row.get("batch"), row.get("context"))
     return row["kernel"] == "decode" and size == (batch, context) and "queries" not in row
 
 
 def plot(rows: Sequence[Row], file: Path, title: str) -> None:
-    """Shares of the ceilings, a panel per kernel, a line per model."""
+    """Draw the shares of the ceilings, with a panel per kernel and a line per model."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Row-wise problems of `kernel_bench.py`: norms, gate, KV writes, and OPT's linear with its ReLU."""
+"""Row-wise problems of `kernel_bench.py`: norms, gate, KV writes, OPT's linear with its ReLU."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from torch import Tensor
 from minserve.kernels.attention import make_attention_backend
 from minserve.models.layers import LAYER_NORM_EPS, DenseLinear, LayerNorm, Norm, RMSNorm, silu_mul
 
-EPS = LAYER_NORM_EPS  # Llama 3 has the same
+EPS = LAYER_NORM_EPS  # Llama 3 has the same value
 MODELS = {
     Scale.FULL: ("opt-125m", "opt-6.7b", "opt-13b", "opt-30b", "llama-3.1-8b", "llama-3.1-70b"),
     Scale.QUICK: ("opt-6.7b", "llama-3.1-8b"),
     Scale.DRY: ("tiny", "tiny-llama"),
 }
 TOKENS = {Scale.FULL: (1, 64, 512, 4096), Scale.QUICK: (64, 4096), Scale.DRY: (3,)}
-CUBLAS_KERNEL = "bias_relu"  # not by Triton
+CUBLAS_KERNEL = "bias_relu"  # not written in Triton
 KERNELS = ("rms_norm", "layer_norm", "silu_mul", "write_kv", CUBLAS_KERNEL)
 
 
 def row_problems(kernel: str, scale: Scale) -> list[partial[Problem]]:
-    """One of `KERNELS` at the sizes of the models that have it."""
+    """Return the problems of one of `KERNELS`, at the sizes of the models that use it."""
     build, family = {
         "rms_norm": (norm_problem, "llama"),
         "layer_norm": (norm_problem, "opt"),
@@ -46,7 +46,7 @@ def row_problems(kernel: str, scale: Scale) -> list[partial[Problem]]:
 
 
 def norm_problem(model: str, tokens: int, setting: Setting, *, residual: bool) -> Problem:
-    """The norm of a model's family, with or without the residual addition before it."""
+    """Return the norm of a model's family, with or without the residual addition before it."""
     hidden, is_rms = SHAPES[model]["hidden_size"], SHAPES[model]["model_type"] == "llama"
     weight, bias = 1 + 0.1 * setting.randn(hidden), setting.randn(hidden)
     plain = RMSNorm(weight, EPS) if is_rms else LayerNorm(hidden, weight, bias)
@@ -72,7 +72,7 @@ def norm_problem(model: str, tokens: int, setting: Setting, *, residual: bool) -
         {"model": model, "tokens": tokens, "residual": residual},
         setting,
         [(tokens, hidden)] * num_inputs,
-        # The input and the output; the residual is read and written besides.
+        # The input is read and the output written; a residual is read and written in addition.
         2 * num_inputs * tokens * hidden * setting.dtype.itemsize,
         {OURS: ours, "torch": partial(run, plain)},
         exact,
@@ -80,7 +80,7 @@ def norm_problem(model: str, tokens: int, setting: Setting, *, residual: bool) -
 
 
 def silu_mul_problem(model: str, tokens: int, setting: Setting) -> Problem:
-    """The gate of a Llama's MLP."""
+    """Return the problem of the gate in a Llama's MLP."""
     width = SHAPES[model]["intermediate_size"]
 
     def ours(x: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def silu_mul_problem(model: str, tokens: int, setting: Setting) -> Problem:
 
 
 def bias_relu_problem(model: str, tokens: int, setting: Setting) -> Problem:
-    """OPT's first MLP linear: ReLU in the product's epilogue, or behind it."""
+    """Return OPT's first MLP linear: with ReLU within the matmul, or after it."""
     hidden, width = SHAPES[model]["hidden_size"], SHAPES[model]["ffn_dim"]
     weight, bias = 0.02 * setting.randn(width, hidden), setting.randn(width)
     rows = tokens * (hidden + width) * setting.dtype.itemsize
@@ -116,8 +116,8 @@ def bias_relu_problem(model: str, tokens: int, setting: Setting) -> Problem:
         },
         lambda x: F.linear(x.float(), weight.float(), bias.float()).relu_(),
         flops=2 * tokens * hidden * width,
-        # The weight is the same in all sets: nothing but what happens between two of them
-        # would keep it out of the cache.
+        # The weight is the same in all sets. Only work between two runs would keep it out of the
+        # cache.
         num_sets=1,
     )
 
@@ -133,7 +133,10 @@ def _row_problem(
     flops: int = 0,
     num_sets: int | None = None,
 ) -> Problem:
-    """A problem whose contestants are functions of tensors of ``sizes``, which they may change."""
+    """Return a problem whose contestants are functions of tensors of ``sizes``.
+
+    The functions may change their arguments.
+    """
     num_sets = num_sets or setting.num_sets(least_bytes)
     sets = [[setting.randn(*size) for size in sizes] for _ in range(num_sets)]
 
@@ -154,7 +157,7 @@ def _row_problem(
 
 
 def write_kv_problem(model: str, tokens: int, setting: Setting) -> Problem:
-    """Keys and values of a model's heads, with RoPE where it has that."""
+    """Return the write of keys and values of a model's heads, with RoPE if the model has it."""
     rope = SHAPES[model]["model_type"] == "llama"
     return kv_problem(model, Heads.of(model), tokens, BLOCK_SIZE, rope, setting)
 
@@ -162,7 +165,7 @@ def write_kv_problem(model: str, tokens: int, setting: Setting) -> Problem:
 def kv_problem(
     model: str, heads: Heads, tokens: int, block_size: int, rope: bool, setting: Setting
 ) -> Problem:
-    """A chunk of tokens, through the backends. Blocks are scattered over the cache."""
+    """Return the write of a chunk of tokens through the backends, into scattered blocks."""
     num_heads, num_kv_heads, head_dim = heads
     num_rows, num_rotated = num_heads + 2 * num_kv_heads, num_heads + num_kv_heads
     # Keys and values are read and written; RoPE reads and writes the queries too.
@@ -218,6 +221,6 @@ def kv_problem(
 
 
 def _rotations(tokens: int, head_dim: int, device: torch.device) -> Tensor:
-    """complex64 ``[tokens, 1, head_dim / 2]``."""
+    """Return random rotations, complex64 ``[tokens, 1, head_dim / 2]``."""
     angles = torch.rand(tokens, 1, head_dim // 2, device=device) * 6.3
     return torch.polar(torch.ones_like(angles), angles)

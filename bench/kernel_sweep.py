@@ -1,4 +1,4 @@
-"""The sweep of `kernel_bench.py`: every problem checked, then timed, beside its competitors."""
+"""The sweep of `kernel_bench.py`: every problem is checked, then timed, beside its competitors."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 KERNELS = ("decode", "prefill", *ROW_KERNELS, TRUNCATION_KERNEL)
-FREE_SHARE = 0.8  # of the device's memory, that a problem may take
+FREE_SHARE = 0.8  # of the device's free memory: the most that a problem may take
 
 
 def problems(kernels: Sequence[str], scale: Scale) -> list[tuple[str, Make]]:
-    """Kernel and problem, not yet made; those of a quick sweep first, in case time runs out."""
+    """Return kernels and problems, not yet made, with the quick sweep's first in case time is
+    short.
+    """
     found: dict[object, tuple[str, Make]] = {}
     for size in (Scale.QUICK, Scale.FULL) if scale is Scale.FULL else (scale,):
         for kernel in kernels:
@@ -44,15 +46,15 @@ def sweep(
     ceilings: Ceilings | None,
     rep_ms: float,
 ) -> Iterator[dict[str, Any]]:
-    """A row for every problem that fits the device's memory.
+    """Yield a row for every problem that fits into the device's memory.
 
     Args:
-        cases: of `problems`.
+        cases: from `problems`.
         ceilings: ``None`` in a dry run, whose times mean nothing.
-        rep_ms: how long to measure each contestant.
+        rep_ms: milliseconds for measuring each contestant.
 
     Raises:
-        RuntimeError: where the device no longer works, after an illegal access for instance.
+        RuntimeError: if the device no longer works, for instance after an illegal access.
     """
     bar = tqdm(cases, unit="case", mininterval=1.0)
     for kernel, make in bar:
@@ -68,10 +70,11 @@ def sweep(
 
 
 def _row(problem: Problem, ceilings: Ceilings | None, rep_ms: float) -> dict[str, Any]:
-    """One line of results.
+    """Return one line of results.
 
-    ``ms`` has p20, p50 and p80 by contestant, ``error`` its relative error, ``failed`` why
-    it has no time, ``launched`` who could not run from a CUDA graph.
+    By contestant, ``ms`` holds p20, p50 and p80, ``error`` the relative error, and ``failed``
+    the reason why it has no time. ``launched`` lists contestants that could not run from a
+    CUDA graph.
     """
     expected = problem.expected()
     row: dict[str, Any] = {
@@ -88,7 +91,7 @@ def _row(problem: Problem, ceilings: Ceilings | None, rep_ms: float) -> dict[str
     for name, build in problem.contestants.items():
         try:
             row["error"][name], timing = _solve(build, expected, problem.dtype, ceilings, rep_ms)
-        except Exception as reason:  # whatever one kernel meets, the others are worth timing
+        except Exception as reason:  # if one kernel fails, the others are still worth timing
             row["failed"][name] = f"{type(reason).__name__}: {reason}".partition("\n")[0][:200]
             if expected.is_cuda:
                 torch.cuda.synchronize()
@@ -113,10 +116,10 @@ def _solve(
     """Check a contestant, then time it. Its memory is free again afterwards.
 
     Returns:
-        its relative error, and its time.
+        the contestant's relative error, and its time.
 
     Raises:
-        RuntimeError: where it is wrong.
+        RuntimeError: if the contestant's result is wrong.
     """
     contestant = build()
     error = checked(contestant, expected, dtype)
@@ -124,7 +127,7 @@ def _solve(
 
 
 def _rates(problem: Problem, ms: float, ceilings: Ceilings) -> dict[str, float | str]:
-    """What was reached. ``share``: the time that no kernel could beat, over the measured one."""
+    """Return the rates reached; ``share`` is the machine's shortest time over the measured time."""
     memory_ms = problem.least_bytes / ceilings.copy_gb_s / 1e6
     matmul_ms = problem.flops / ceilings.matmul_tflop_s / 1e9
     return {

@@ -1,4 +1,4 @@
-"""Timing and checking on a GPU: its own ceilings, medians over rotated inputs, errors."""
+"""Timing and checking on a GPU: its ceilings, medians over rotated inputs, errors."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor
 QUANTILES = [0.2, 0.5, 0.8]
 COPY_BYTES = 2**30
 MATMUL_SIZE = 8192
-# Of ``|out - expected| / |expected|``. What is right lies well below (bfloat16 near 3e-3).
+# Largest ``|out - expected| / |expected|``. Right results lie well below (bfloat16 near 3e-3).
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-3}
 
 
 class Ceilings(NamedTuple):
-    """What the machine can do at all.
+    """The limits of the machine.
 
     Attributes:
-        copy_gb_s: device to device, bytes read and written.
-        matmul_tflop_s: bfloat16, random operands.
+        copy_gb_s: GB/s of copies on the device, bytes read and written.
+        matmul_tflop_s: TFLOP/s of bfloat16 matmuls with random operands.
     """
 
     copy_gb_s: float
@@ -30,10 +30,10 @@ class Ceilings(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Milliseconds of one run.
+    """The milliseconds of one run.
 
     Attributes:
-        in_graph: replayed from a CUDA graph, so that launching costs nothing.
+        in_graph: true if it was replayed from a CUDA graph, so that launches cost nothing.
     """
 
     p20: float
@@ -43,7 +43,7 @@ class Timing(NamedTuple):
 
 
 def measure_ceilings(rep_ms: float) -> Ceilings:
-    """On the current CUDA device."""
+    """Measure the limits of the current CUDA device."""
     source = torch.randint(0, 255, (COPY_BYTES,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     copy = _bench(lambda: target.copy_(source), rep_ms)[1]
@@ -55,12 +55,12 @@ def measure_ceilings(rep_ms: float) -> Ceilings:
 
 
 def measure(contestant: Contestant, rep_ms: float) -> Timing:
-    """Quantiles of a run's time, all sets of inputs in turn.
+    """Return quantiles of a run's time, with all sets of inputs in turn.
 
-    The round is captured in a CUDA graph where that works; else it is launched each time.
+    The round is captured in a CUDA graph if that works; else it is launched each time.
 
     Args:
-        rep_ms: how long to measure.
+        rep_ms: milliseconds for measuring.
     """
     runs = contestant.runs
     graph = _capture(runs)
@@ -69,7 +69,7 @@ def measure(contestant: Contestant, rep_ms: float) -> Timing:
 
 
 def one_call(contestant: Contestant) -> Timing:
-    """The time of one call by the wall clock: for dry runs, where it means nothing."""
+    """Return the wall time of one call, for dry runs, where the time means nothing."""
     started = time.perf_counter()
     contestant.runs[0]()
     ms = (time.perf_counter() - started) * 1e3
@@ -77,13 +77,13 @@ def one_call(contestant: Contestant) -> Timing:
 
 
 def checked(contestant: Contestant, expected: Tensor, dtype: torch.dtype) -> float:
-    """``|out - expected| / |expected|`` of the first set.
+    """Return ``|out - expected| / |expected|`` of the first set.
 
-    Memory that the output will likely come from is filled with NaN before, so that what is
-    never written shows.
+    Memory that the output will likely use is filled with NaN before, so that elements that are
+    never written show.
 
     Raises:
-        RuntimeError: where it is beyond `TOLERANCE`.
+        RuntimeError: if the error exceeds `TOLERANCE`.
     """
     expected = expected.flatten()
     torch.full_like(expected, torch.nan, dtype=dtype)
@@ -106,7 +106,7 @@ def _round(runs: list[Callable[[], Any]]) -> None:
 
 
 def _capture(runs: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph | None:
-    """All runs, one after the other; ``None`` where one of them cannot be captured."""
+    """Capture all runs, one after the other; ``None`` if one of them cannot be captured."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

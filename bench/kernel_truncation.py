@@ -1,4 +1,4 @@
-"""Problems of `kernel_bench.py`: nucleus sampling's truncation, which others sort for."""
+"""Problems of `kernel_bench.py`: nucleus sampling's truncation, for which others sort."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SPREADS = {"wide": 2.0, "narrow": 8.0}
 
 
 def truncation_problems(scale: Scale) -> list[partial[Problem]]:
-    """By the vocabularies of models."""
+    """Return problems with the vocabularies of models."""
     return [
         partial(truncation_problem, model, rows, nucleus)
         for model in MODELS[scale]
@@ -35,7 +35,10 @@ def truncation_problems(scale: Scale) -> list[partial[Problem]]:
 
 
 def truncation_problem(model: str, rows: int, nucleus: str, setting: Setting) -> Problem:
-    """Cut rows to ``top_p``. A copy of the weights, which are cut in place, is part of it all."""
+    """Return the truncation of rows to ``top_p``.
+
+    The time includes a copy of the weights, because they are truncated in place.
+    """
     setting = setting._replace(dtype=torch.float32)
     vocab = SHAPES[model]["vocab_size"]
     least_bytes = 2 * rows * vocab * setting.dtype.itemsize
@@ -72,7 +75,7 @@ def _weights(logits: Tensor) -> Tensor:
 
 
 def by_sort(weights: Tensor) -> Tensor:
-    """The usual way, which keeps all that is tied at the border; changes ``weights``."""
+    """Truncate by a sort, and keep all weights that are tied at the border; changes ``weights``."""
     best = weights.sort(dim=-1, descending=True).values
     sums = best.cumsum(-1, dtype=torch.float64)
     last = (sums < TOP_P * sums[:, -1:]).sum(-1, keepdim=True)

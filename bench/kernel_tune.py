@@ -1,4 +1,4 @@
-"""`kernel_bench.py --tune`: other tiles for the attention kernels, the fastest of each case first."""
+"""`kernel_bench.py --tune`: tries other tiles for the attention kernels, and ranks them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from kernel_cases import OURS, Problem, Scale, Setting
 from kernel_timing import checked, measure, one_call
 from tqdm import tqdm
 
-# Where the wrappers choose their tile, and what is tried in it. Rows of a decode's tile
-# follow from the batch.
+# The functions with which the wrappers choose their tile, and the values that are tried. The rows
+# of a decode's tile follow from the batch.
 CHOICES = {
     "prefill": "minserve.kernels.triton_backend.prefill_tile",
     "decode": "minserve.kernels.triton.batched_decode.decode_tile",
@@ -36,7 +36,7 @@ Change = dict[str, int]
 
 
 def changes(kernel: str, scale: Scale) -> list[Change]:
-    """No change, then every combination of `TRIED`."""
+    """Return no change, then every combination of `TRIED`."""
     tried = TRIED[kernel]
     every = [dict(zip(tried, values, strict=True)) for values in product(*tried.values())]
     return [{}, *(every[:1] if scale is Scale.DRY else every)]
@@ -44,7 +44,7 @@ def changes(kernel: str, scale: Scale) -> list[Change]:
 
 @torch.inference_mode()
 def tune(problem: Problem, scale: Scale, rep_ms: float) -> Iterator[tuple[float, Change]]:
-    """Milliseconds of every tile that compiles, fits and is right."""
+    """Yield the milliseconds of every tile that compiles, fits and gives right results."""
     module, _, name = CHOICES[problem.kernel].rpartition(".")
     chosen = getattr(__import__(module, fromlist=[name]), name)
     expected = problem.expected()
@@ -58,7 +58,7 @@ def tune(problem: Problem, scale: Scale, rep_ms: float) -> Iterator[tuple[float,
                 contestant = problem.contestants[OURS]()
                 checked(contestant, expected, problem.dtype)
                 timing = one_call(contestant) if scale is Scale.DRY else measure(contestant, rep_ms)
-        except Exception as error:  # too large for the device, most often
+        except Exception as error:  # most often, the tile is too large for the device
             tqdm.write(f"{problem.label} {change}: {type(error).__name__}: {error}"[:160])
             continue
         yield timing.p50, change
@@ -67,10 +67,10 @@ def tune(problem: Problem, scale: Scale, rep_ms: float) -> Iterator[tuple[float,
 def run_tune(
     setting: Setting, scale: Scale, only: list[str] | None, rep_ms: float, seconds: float
 ) -> int:
-    """Try tiles on every attention case; the table, then one line of JSON.
+    """Try tiles on every attention case, and print the table, then one line of JSON.
 
     Args:
-        seconds: after so many no case is begun.
+        seconds: after so many seconds no further case is begun.
     """
     if only and not set(only) & set(CHOICES):
         print(f"nothing of {', '.join(only)} has tiles to tune", file=sys.stderr)

@@ -1,8 +1,8 @@
-"""Which form of a linear's weight is fastest at how many rows, on this CPU.
+"""Compares the forms of a linear's weight on this CPU, by the number of rows.
 
-Runs all linears of the model's layers once per measurement, so that no weight stays in a
-cache, after measuring what the machine can do at all; then the language model's head. The
-last line is JSON.
+First it measures the machine's limits. Then it runs all linears of the model's layers once per
+measurement, so that no weight stays in a cache, and then the language model's head. The last
+line is JSON.
 
     python bench/linears.py
 """
@@ -20,12 +20,12 @@ from minserve.models.layers import Placement, WeightFormat
 from minserve.models.source import find_model, load_config
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-# A head sees the last token of each sequence alone.
+# A head is run only for the last token of each sequence.
 HEAD_ROWS = tuple(rows for rows in ROWS if rows <= 128)
 
 
 def forms() -> dict[str, Placement]:
-    """The ways to keep a weight that make sense on this CPU."""
+    """Return the forms of a weight that make sense on this CPU."""
     cpu = torch.device("cpu")
     found = {
         "float32": Placement(cpu, torch.float32, torch.float32, WeightFormat.DENSE),
@@ -42,7 +42,7 @@ def forms() -> dict[str, Placement]:
 
 
 def linear_shapes(model: str) -> tuple[int, list[tuple[int, int]], tuple[int, int]]:
-    """Layers of a Llama, ``[out, in]`` of the four linears in each, and that of the head."""
+    """Return a Llama's layers, ``[out, in]`` of a layer's four linears, and that of the head."""
     config = load_config(find_model(model))
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
     hidden, inner = config.hidden_size, config.intermediate_size
@@ -61,7 +61,7 @@ def sweep(
     shapes: list[tuple[int, int]],
     all_rows: tuple[int, ...] = ROWS,
 ) -> dict[int, float]:
-    """Milliseconds for all linears of all layers, by rows of input."""
+    """Return the milliseconds for all linears of all layers, by rows of input."""
     weights = [torch.randn(shape) * 0.02 for _ in range(num_layers) for shape in shapes]
     linears = [placement.linear(weight) for weight in weights]
     times = {}
@@ -73,7 +73,7 @@ def sweep(
 
 
 def print_table(title: str, table: dict[str, dict[int, float]]) -> None:
-    """A line for each number of rows, a column for each form."""
+    """Print a line for each number of rows, with a column for each form."""
     print(title)
     print(f"{'rows':>6}" + "".join(f"{name:>18}" for name in table))
     for rows in next(iter(table.values())):

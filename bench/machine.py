@@ -1,4 +1,4 @@
-"""`machine`: what a benchmark's figures were measured on."""
+"""`machine`: the machine on which a benchmark's figures were measured."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 from minserve.cpu_name import CPUINFO, cpu_name
 
-# What a processor needs to multiply low precision fast, by the names in /proc/cpuinfo.
+# Instruction sets that multiply low precision fast, by their names in /proc/cpuinfo.
 INSTRUCTIONS = ("avx2", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
 
 
 def machine() -> dict[str, Any]:
-    """The processor, its cores and what it multiplies in hardware, and the version of torch."""
+    """Return the processor, its cores, its fast instruction sets, and the version of torch."""
     return {
         "cpu": cpu_name(),
         "instructions": instructions(_cpuinfo()),
@@ -25,7 +25,7 @@ def machine() -> dict[str, Any]:
 
 
 def instructions(cpuinfo: str) -> list[str]:
-    """Those of `INSTRUCTIONS` that the first processor of a /proc/cpuinfo has."""
+    """Return the `INSTRUCTIONS` that the first processor of a /proc/cpuinfo has."""
     for line in cpuinfo.splitlines():
         name, _, values = line.partition(":")
         if name.strip() == "flags":

@@ -1,15 +1,16 @@
-"""How long a lone request takes beside other work on the same cores.
+"""Measures how long a lone request takes beside other work on the same cores.
 
-An engine in a process of its own decodes 40 tokens at batch 1: alone, beside a loop that keeps one
-core busy, and beside another minserve that decodes all the time. Turns alternate, alone before each
-beside; figures are medians of seconds. The last line is JSON: ``alone_s``, ``busy_loop_s``,
-``other_minserve_s``, and ``worst_ratio``, that of the slower of both neighbours to alone.
+An engine in its own process decodes 40 tokens at batch 1: alone, beside a loop that keeps one core
+busy, and beside another minserve that decodes all the time. Turns alternate, with a turn alone
+before each one beside a neighbour; figures are medians of seconds. The last line is JSON:
+``alone_s``, ``busy_loop_s``, ``other_minserve_s``, and ``worst_ratio``, the time beside the worse
+neighbour over the time alone.
 
     python bench/neighbours.py                          # as minserve comes; 2 minutes
     python bench/neighbours.py --variants OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=2000
 
-A variant is an environment for both engines, NAME=VALUE or several with commas in between; each has
-figures of its own under ``variants``.
+A variant is an environment for both engines, NAME=VALUE or several of these separated by commas;
+each has its own figures under ``variants``.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ from minserve.exit_codes import EXIT_INTERRUPTED
 
 TOKENS = 40
 PROMPT = "Once upon a time"
-# For a neighbour to begin or end its work.
+# Seconds for a neighbour to begin or end its work.
 SETTLE_S = 0.5
 ALONE, BUSY_LOOP, OTHER = "alone_s", "busy_loop_s", "other_minserve_s"
-# The other's text, before it begins anew.
+# Tokens of the other engine's text, before it begins again.
 OTHER_TOKENS = 1000
 
 Seconds = dict[str, list[float]]
@@ -50,19 +51,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--turns", type=positive, default=5, help="beside each neighbour")
+    parser.add_argument("--turns", type=positive, default=5, help="turns beside each neighbour")
     parser.add_argument("--tokens", type=positive, default=TOKENS)
     parser.add_argument("--variants", type=environment, nargs="+", default=[], metavar="NAME=VALUE",
-                        help="environments to try beside the one that is")  # fmt: skip
+                        help="environments to try in addition to the present one")  # fmt: skip
     parser.add_argument("--child", choices=CHILDREN, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def environment(text: str) -> dict[str, str]:
-    """Variables as in ``OMP_WAIT_POLICY=passive,GOMP_SPINCOUNT=2000``.
+    """Return variables from text like ``OMP_WAIT_POLICY=passive,GOMP_SPINCOUNT=2000``.
 
     Raises:
-        argparse.ArgumentTypeError: for anything else.
+        argparse.ArgumentTypeError: for any other text.
     """
     found = {}
     for part in text.split(","):
@@ -74,10 +75,10 @@ def environment(text: str) -> dict[str, str]:
 
 
 def summary(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Medians in seconds, and the ratio of the slower neighbour's to that of the lone engine.
+    """Return medians in seconds, and the ratio of the slower neighbour's median to the lone one's.
 
     Args:
-        seconds: of every turn, by ``alone_s``, ``busy_loop_s`` and ``other_minserve_s``.
+        seconds: of every turn, in lists ``alone_s``, ``busy_loop_s`` and ``other_minserve_s``.
     """
     out = {name: statistics.median(seconds[name]) for name in (ALONE, BUSY_LOOP, OTHER)}
     worst = max(out[BUSY_LOOP], out[OTHER]) / out[ALONE]
@@ -85,11 +86,11 @@ def summary(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 class Engine:
-    """An engine's process that does one thing for each line that it is sent.
+    """An engine in another process, which runs one task for each line that it is sent.
 
     Args:
-        kind: of `CHILDREN`.
-        env: beside this process's own.
+        kind: one of `CHILDREN`.
+        env: variables in addition to this process's own.
     """
 
     def __init__(
@@ -106,15 +107,15 @@ class Engine:
         return self._process.pid
 
     def send(self, line: str) -> None:
-        """Tell it what to do."""
+        """Send the process its next task."""
         self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
 
     def hear(self) -> Mapping[str, Any]:
-        """Its next event.
+        """Return the next event of the process.
 
         Raises:
-            SystemExit: where it has ended instead.
+            SystemExit: if the process has ended instead.
         """
         event = next(self._events, None)
         if event is None:
@@ -123,14 +124,14 @@ class Engine:
         return event
 
     def seconds(self) -> float:
-        """That its tokens take now."""
+        """Return the seconds that its tokens take now."""
         self.send("go")
         return self.hear()["seconds"]
 
 
 @contextmanager
 def busy_engine(other: Engine) -> Iterator[None]:
-    """The other engine decodes meanwhile."""
+    """Let the other engine decode while the context lasts."""
     other.send("on")
     try:
         yield
@@ -139,7 +140,7 @@ def busy_engine(other: Engine) -> Iterator[None]:
 
 
 def measure(args: argparse.Namespace, env: Mapping[str, str], bar: tqdm) -> Seconds:
-    """All turns in one environment."""
+    """Measure all turns in one environment."""
     found: Seconds = {ALONE: [], BUSY_LOOP: [], OTHER: []}
     with ExitStack() as stack:
         lone, other = (Engine(kind, args, env, stack) for kind in CHILDREN)
@@ -157,7 +158,7 @@ def measure(args: argparse.Namespace, env: Mapping[str, str], bar: tqdm) -> Seco
 
 
 def child_timed(args: argparse.Namespace) -> None:
-    """Decode once for every line of standard input, and print how long it took."""
+    """Decode once for every line of standard input, and print the seconds that it took."""
     from minserve import Engine, SamplingParams
 
     engine = Engine(args.model, prefix_caching=False)
@@ -171,7 +172,7 @@ def child_timed(args: argparse.Namespace) -> None:
 
 
 def child_busy(args: argparse.Namespace) -> None:
-    """Decode all the time between the lines ``on`` and ``off``; end with standard input."""
+    """Decode all the time between the lines ``on`` and ``off``, until standard input ends."""
     from minserve import Engine, SamplingParams
 
     engine = Engine(args.model, prefix_caching=False)
@@ -192,7 +193,7 @@ def _obey(wanted: threading.Event) -> None:
             wanted.set()
         else:
             wanted.clear()
-    # Whoever started this process has ended.
+    # The parent process has ended.
     os._exit(0)
 
 
@@ -208,7 +209,7 @@ def main() -> None:
     if args.child:
         CHILDREN[args.child](args)
         return
-    # So that processes are ended by this signal too.
+    # So that SIGTERM ends the child processes too.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     found = []
     try:

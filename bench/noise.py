@@ -1,23 +1,23 @@
-"""How the planner `dp` does where iterations' times scatter and devices drift, in the simulator.
+"""Measures in the simulator how `dp` does when iterations' times scatter and devices drift.
 
-A cell of the grid is a scenario on a device, a way in which its times scatter, and a rate, as
-a multiple of what `dp` serves there without noise. In it all policies meet the same requests on
-the same device. Its regret is what the best of the other policies attains (the share of all
-requests offered that keep their SLO) less what `dp` does.
+A cell of the grid is a scenario on a device, a way in which its times scatter, and a rate, given as
+a multiple of what `dp` serves there without noise. In a cell all policies meet the same requests on
+the same device. The regret of `dp` is the attainment (the share of all offered requests that keep
+their SLO) of the best other policy minus that of `dp`.
 
-Devices are OPT-6.7B on an A100 with the evaluation's paces (tools and reasoning: the models
-that `reproduce.py` has for them), and SmolLM2 on 2 cores of a Xeon, with a tenth of the lengths,
-the tight pace at several slowdowns of a lone request's and the loose one at twice that.
-Reasoning is cut to a twentieth of its lengths, on the Xeon to a fiftieth. Output lengths are learned (`quantile`). Times scatter by
-log-standard deviations of 0 to 0.4, on steady devices, on drifting ones (every 10 to 60 s
-another speed, between half and double; stalls of 0.1 to 1 s every 30 s), and on devices that
-are 30% slower or faster than their profile.
+Devices are OPT-6.7B on an A100 with the evaluation's paces (for tools and reasoning: the models
+that `reproduce.py` has for them), and SmolLM2 on 2 cores of a Xeon. There lengths are a tenth, the
+tight pace is one of several multiples of a lone request's time per token, and the loose pace is
+twice the tight one. Reasoning is cut to a twentieth of its lengths, on the Xeon to a fiftieth.
+Output lengths are learned (`quantile`). Times scatter by log-standard deviations of 0 to 0.4, on
+steady devices, on drifting ones (every 10 to 60 s another speed, between half and double; stalls of
+0.1 to 1 s every 30 s), and on devices that are 30% slower or faster than their profile.
 
-Then capacities of `dp` over noise, and with ``--bound`` those of a planner that is told each
-iteration's noise in advance. All is drawn by seeds: two runs of the same code say the same.
+Then it measures capacities of `dp` by noise, and with ``--bound`` those of a planner that is told
+each iteration's noise in advance. All draws have seeds: two runs of the same code agree.
 
-The noise-free capacities are those that the last full run found, so that another version of
-the planner meets the same requests; ``--search`` finds them anew.
+The noise-free capacities are those of the last full run, so that another version of the planner
+meets the same requests; ``--search`` finds them anew.
 
     python bench/noise.py                          # under 10 minutes on 2 cores
     python bench/noise.py --quick                  # a minute
@@ -48,7 +48,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "noise.json"
 
 
 def measure(grid: Grid, num_workers: int) -> tuple[Done, dict[str, Any]]:
-    """Run everything. Returns how that ended, and the results, ready for JSON."""
+    """Run everything; return how that ended, and the results as JSON values."""
     store, began = Store(None), time.monotonic()
     done = run_all(lambda: grid.jobs(store), store, num_workers)
     rows = rows_of(grid, store)
@@ -67,7 +67,7 @@ def measure(grid: Grid, num_workers: int) -> tuple[Done, dict[str, Any]]:
 
 
 def _filters(text: str) -> dict[str, list[str]]:
-    """``name=value,name=value``; a name that is there twice means either value."""
+    """Parse ``name=value,name=value``; for a name that is given twice, either value may hold."""
     found: dict[str, list[str]] = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
@@ -88,10 +88,10 @@ def _policies(text: str) -> tuple[str, ...]:
 
 
 def _rates(file: Path) -> Mapping[str, float]:
-    """Noise-free capacities, by the name of a setting.
+    """Return noise-free capacities by the name of a setting.
 
     Raises:
-        ValueError: where the file has none.
+        ValueError: if the file holds none.
     """
     try:
         rates = json.loads(file.read_text(encoding="utf-8"))["noise_free_capacity"]
@@ -105,7 +105,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--quick", action="store_true", help="fewer settings, loads and noises, one seed")
     add("--only", type=_filters, default={}, metavar="NAME=VALUE[,NAME=VALUE]",
-        help=f"names are {', '.join(FILTERS)}; one that is given twice means either value; kinds "
+        help=f"names are {', '.join(FILTERS)}; a name given twice means either value; kinds "
         "are steady, drifting, slower, faster; parts are grid, capacity")  # fmt: skip
     add("--policies", type=_policies, default=POLICIES, metavar="NAME[,NAME]",
         help=f"some of {', '.join(POLICIES)}")  # fmt: skip
@@ -113,8 +113,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     rates = parser.add_mutually_exclusive_group()
     rates.add_argument("--rates-of", type=Path, metavar="FILE.json",
         help="take noise-free capacities, and so all rates, from another run's results (default: "
-        f"{RESULTS} where it is there; what it lacks is searched for)")  # fmt: skip
-    rates.add_argument("--search", action="store_true", help="search for all of them")
+        f"{RESULTS} if it exists; rates that it lacks are searched for)")  # fmt: skip
+    rates.add_argument("--search", action="store_true", help="search for all noise-free capacities")
     add("--jobs", type=int, default=Machine.look().num_processes, help="worker processes")
     add("--out", type=Path, metavar="FILE.json",
         help=f"results with all cells (default: {RESULTS} where all is measured)")  # fmt: skip
@@ -159,10 +159,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{num_capacities} capacities: about {minutes:.1f} minutes on {args.jobs} free cores",
         file=sys.stderr,
     )
-    # Simulations are pure Python: more threads only get into each other's way.
+    # Simulations are pure Python: more threads would only disturb each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     done, results = measure(grid, args.jobs)
-    # Half a run does not replace the rates that later runs go by.
+    # A run that was cut short must not replace the rates that later runs use.
     if args.out is not None and (results["complete"] or args.out != RESULTS):
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(_compact(results), encoding="utf-8")
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _compact(results: Mapping[str, Any]) -> str:
-    """JSON with a line for each value at the top, and for each row."""
+    """Return JSON with a line for each value at the top, and for each row."""
     lines = [f" {json.dumps(k)}: {json.dumps(v)}" for k, v in results.items() if k != "rows"]
     rows = ",\n  ".join(json.dumps(row) for row in results["rows"])
     return "{\n" + ",\n".join([*lines, f' "rows": [\n  {rows}\n ]']) + "\n}\n"

@@ -1,4 +1,4 @@
-"""What `noise.py` simulates: settings, how their devices scatter, and the jobs that measure them."""
+"""The simulations of `noise.py`: settings, how their devices scatter, and jobs to measure them."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ GPU, CPU = "opt-6.7b-a100", "xeon-amx"
 CPU_PROFILE = Path(__file__).resolve().parent / "profiles" / "xeon-amx.json"
 CPU_KV_TOKENS = 186_000
 CPU_OVERHEAD_S = 0.002
-# The loose pace over the tight one.
+# The loose pace divided by the tight one.
 LOOSE = 2.0
-# Factors on lengths: the CPU is about so much slower.
+# Factors on lengths: the CPU is slower by about this factor.
 LENGTHS = MappingProxyType({GPU: 1.0, CPU: 0.1})
-# Reasoning's answers would take minutes: a window has to be longer, and 5,000 iterations for each
-# of them take too long to simulate.
+# Full answers of reasoning would take minutes. A window would have to be even longer, and 5,000
+# iterations for each answer take too long to simulate.
 REASONING_LENGTHS = MappingProxyType({GPU: 0.05, CPU: 0.02})
-# Profiles of scenarios whose requests are longer than OPT can serve.
+# Profiles for scenarios whose requests are longer than OPT can serve.
 LONGER = MappingProxyType({"tools": "toolllama-7b-a100", "reasoning": "qwen2.5-7b-a100"})
 
-# How a device behaves over time, as values of a simulation's setup.
+# The behaviour of a device over time, as values of a simulation's setup.
 KINDS = MappingProxyType(
     {
         "steady": {},
@@ -42,9 +42,9 @@ KINDS = MappingProxyType(
 )
 
 WINDOW_S = 120.0
-# Of a run, at the least and at the most.
+# The number of requests of a run, at the least and at the most.
 LEAST_REQUESTS, MOST_REQUESTS = 150, 600
-# Of the search for a setting's noise-free capacity, which needs to be no more than roughly true.
+# For the search for a setting's noise-free capacity, which need only be roughly right.
 COARSE, COARSE_STEP, COARSE_CUT = 0.1, 1.25, 0.75
 SEARCH_REQUESTS = 1500
 
@@ -57,8 +57,8 @@ class Setting:
     """A scenario on a device.
 
     Attributes:
-        device: `GPU`, where scenarios have their own lengths and paces, or `CPU`.
-        tight: of the CPU, the tight pace as a slowdown of a lone request's; 0 on the GPU.
+        device: `GPU`, on which scenarios have their own lengths and paces, or `CPU`.
+        tight: on the CPU, the tight pace as a multiple of a lone request's; 0 on the GPU.
     """
 
     device: str
@@ -67,7 +67,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """Readable, for tables."""
+        """A readable name, for tables."""
         return " ".join(
             part for part in (self.device, f"tight {self.tight:g}" * bool(self.tight), self.scenario)
             if part
@@ -75,7 +75,7 @@ class Setting:
 
     @property
     def draws(self) -> Scenario:
-        """Where its workloads come from."""
+        """The scenario from which its workloads are drawn."""
         lengths = LENGTHS[self.device]
         if self.scenario == "reasoning":
             lengths = REASONING_LENGTHS[self.device]
@@ -85,7 +85,7 @@ class Setting:
     def setup(
         self, policy: str, weather: Weather, seed: int, *, clairvoyant: bool = False
     ) -> Setup:
-        """For the simulator. Output lengths are learned, as a server without hints learns them."""
+        """Return a setup for the simulator, in which output lengths are learned, without hints."""
         on_cpu = {"kv_tokens": CPU_KV_TOKENS, "overhead_s": CPU_OVERHEAD_S}
         return Setup(
             device=_device(self.device, self.scenario),
@@ -100,15 +100,16 @@ class Setting:
     def workload(
         self, rate: float, seconds: float, seed: int, *, most: int = MOST_REQUESTS
     ) -> list[Conversation]:
-        """What arrives in so many seconds, but no fewer than `LEAST_REQUESTS`, and no more than
-        the most.
+        """Return the workload of so many seconds, within limits on the number of requests.
+
+        It has at least `LEAST_REQUESTS` and at most ``most`` requests.
         """
         return self.draws.draw(rate, seed=seed, num_requests=_number(rate, seconds, most))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Weather:
-    """How a device's times scatter.
+    """The way in which a device's times scatter.
 
     Attributes:
         kind: one of `KINDS`.
@@ -120,7 +121,7 @@ class Weather:
 
     @property
     def changes(self) -> dict[str, float]:
-        """Of a simulation's setup."""
+        """The values of a simulation's setup that it changes."""
         return {"noise": self.noise, **KINDS[self.kind]}
 
 
@@ -129,11 +130,11 @@ QUIET = Weather()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Base(Job):
-    """A setting's capacity with `dp` and without noise, coarsely: rates are multiples of it.
+    """A setting's capacity with `dp` and without noise, roughly: rates are multiples of it.
 
     Attributes:
-        seconds: of each run.
-        start: a rate to begin with.
+        seconds: time in which a run's requests arrive.
+        start: the rate with which the search begins.
     """
 
     setting: Setting
@@ -158,11 +159,11 @@ class Base(Job):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run(Job):
-    """A policy's attainment in one run.
+    """The attainment of a policy in a single run.
 
     Attributes:
         rate: requests per second.
-        seconds: in which requests arrive.
+        seconds: time in which requests arrive.
     """
 
     setting: Setting
@@ -188,7 +189,7 @@ class Noisy(Job):
     """The capacity of `dp` in windows of `WINDOW_S`.
 
     Attributes:
-        clairvoyant: of a planner that is told the noise of each iteration in advance.
+        clairvoyant: true for a planner that is told the noise of each iteration in advance.
     """
 
     setting: Setting
@@ -220,11 +221,11 @@ def _number(rate: float, seconds: float, most: int) -> int:
 
 
 def _run_s(setting: Setting, policy: str, num_requests: int) -> float:
-    """Seconds that a run takes, roughly: estimates and the order of jobs go by it."""
+    """Return the rough seconds of a run, for estimates and for the order of jobs."""
     tokens = {"coding": 40, "tools": 140, "mixed": 200, "reasoning": 250}
     each = tokens.get(setting.scenario, 250)
     if setting.device == CPU:
-        # The fewer run at a time, the more iterations it takes.
+        # The fewer requests run at a time, the more iterations a run takes.
         each = 100 if setting.scenario == "reasoning" else 0.1 * each + 20
         each *= 4.0 / setting.tight
     return num_requests * each * COSTS_S.get(policy, COSTS_S["others"])

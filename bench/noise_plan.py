@@ -1,4 +1,4 @@
-"""What `noise.py` measures: the grid of cells, and capacities over noise, as jobs."""
+"""The plan of `noise.py`: the grid of cells, and capacities by noise, as jobs."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ WEATHERS = (
     *(Weather(kind="drifting", noise=noise) for noise in (0.05, 0.2)),
     *(Weather(kind=kind, noise=0.1) for kind in ("slower", "faster")),
 )
-# Of arrivals, on steady devices and on drifting ones. A window is several times as long as a
-# request's life, which on the CPU, with its short answers, is a second or two; on drifting
-# devices it sees several speeds.
+# Seconds of arrivals, on steady devices and on drifting ones. A window is several times as long as
+# a request's life, which on the CPU, with its short answers, is a second or two; on drifting
+# devices a window contains several speeds.
 WINDOWS_S = MappingProxyType({GPU: (60.0, WINDOW_S), CPU: (20.0, 60.0)})
-# Of capacities over noise.
+# The scenarios and noises of the capacities.
 CAPACITY_SCENARIOS = SCENARIOS[:4]
 CAPACITY_NOISES = (0.0, 0.05, 0.1, 0.2)
 
-# Where the searches for noise-free capacities begin, by device and tight pace, in the order of
-# `SCENARIOS`. Nothing but time depends on it.
+# The rates with which the searches for noise-free capacities begin, by device and tight pace, in
+# the order of `SCENARIOS`. Only the search's time depends on them.
 STARTS: Mapping[tuple[str, float], tuple[float, ...]] = MappingProxyType(
     {
         (GPU, 0.0): (4.4, 1.9, 3.4, 4.4, 11.0, 9.0),
@@ -42,7 +42,7 @@ FILTERS = ("part", "device", "scenario", "tight", "kind", "noise", "load")
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Cell:
-    """A setting under a load while its times scatter: here all policies meet the same requests.
+    """A setting under a load while its times scatter; all policies meet the same requests in it.
 
     Attributes:
         load: the rate as a multiple of the setting's noise-free capacity.
@@ -54,13 +54,13 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Readable, for tables."""
+        """A readable name, for tables."""
         weather = self.weather
         return f"{self.setting.name} {weather.kind} noise {weather.noise:g} load {self.load:g}"
 
     @property
     def values(self) -> dict[str, str | float]:
-        """What filters go by."""
+        """The values that filters compare."""
         return {
             "part": "grid",
             "device": self.setting.device,
@@ -74,14 +74,14 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """What is measured.
+    """The settings of all measurements.
 
     Attributes:
         quick: half the settings, one seed.
-        policies: that are compared.
-        only: by the name of a filter, the values that are measured; all where there is none.
-            Where there is one, no combination is left out.
-        rates: noise-free capacities by the name of a setting, that are taken as given.
+        policies: the policies that are compared.
+        only: by the name of a filter, the values that are measured; all values for a name that is
+            missing. With any filter, no combination of the remaining values is left out.
+        rates: noise-free capacities that are taken as given, by the name of a setting.
         bound: True to measure capacities of a clairvoyant planner too.
     """
 
@@ -96,8 +96,9 @@ class Grid:
         return range(1 if self.quick else 2)
 
     def cells(self) -> Iterator[Cell]:
-        """One load for each setting and weather: such that any two values of two axes meet, as in
-        a Latin square.
+        """Yield one load for each setting and weather.
+
+        Loads are chosen so that any two values of two axes meet, as in a Latin square.
         """
         loads = (0.5, 1.0) if self.quick else LOADS
         weathers = tuple(one for one in WEATHERS if not self.quick or _is_quick(one))
@@ -109,7 +110,7 @@ class Grid:
                         yield cell
 
     def capacities(self) -> Iterator[tuple[str, float, bool, Noisy]]:
-        """(scenario, noise, clairvoyant, job) of capacities over noise, on the GPU."""
+        """Yield (scenario, noise, clairvoyant, job) of the capacities by noise, on the GPU."""
         for scenario in ("coding", "mixed") if self.quick else CAPACITY_SCENARIOS:
             setting = Setting(device=GPU, tight=0.0, scenario=scenario)
             for noise in (0.0, 0.1) if self.quick else CAPACITY_NOISES:
@@ -121,13 +122,13 @@ class Grid:
                         yield scenario, noise, told, job
 
     def capacity_of(self, setting: Setting, found: Measured) -> float | None:
-        """A setting's noise-free capacity; ``None`` where it is not known (yet)."""
+        """Return a setting's noise-free capacity; ``None`` while it is unknown."""
         if setting.name in self.rates:
             return self.rates[setting.name]
         return (found(self.base(setting)) or {}).get("capacity")
 
     def base(self, setting: Setting) -> Base:
-        """Measures that capacity."""
+        """Return the job that measures a setting's noise-free capacity."""
         starts = STARTS[setting.device, setting.tight]
         return Base(
             setting=setting,
@@ -136,14 +137,14 @@ class Grid:
         )
 
     def runs(self, cell: Cell, found: Measured) -> dict[str, list[Run]]:
-        """By policy, a run for each seed; nothing while the rate is not known."""
+        """Return for each policy a run for each seed; nothing while the rate is unknown."""
         capacity = self.capacity_of(cell.setting, found)
         if capacity is None:
             return {}
         return {policy: self._runs(cell, capacity, policy) for policy in self.policies}
 
     def jobs(self, found: Measured) -> list[Job]:
-        """All that are known to be needed by now."""
+        """Return all jobs that are known to be needed by now."""
         jobs: dict[Job, None] = dict.fromkeys(job for *_, job in self.capacities())
         for cell in self.cells():
             if cell.setting.name not in self.rates:
@@ -153,7 +154,7 @@ class Grid:
         return list(jobs)
 
     def core_seconds(self) -> float:
-        """That everything takes, roughly."""
+        """Return the rough seconds of one core that everything takes."""
         seconds = sum(job.cost for job in self.jobs(lambda _: None))
         for cell in self.cells():
             rate = self.rates.get(cell.setting.name, self.base(cell.setting).start)
@@ -175,7 +176,7 @@ class Grid:
         ]
 
     def _settings(self) -> Iterator[tuple[int, Setting]]:
-        """With what their places on the axes of devices and scenarios add up to."""
+        """Yield settings, each with the sum of its places on the axes of devices and scenarios."""
         for i, (device, tight) in enumerate(STARTS):
             for j, scenario in enumerate(SCENARIOS):
                 one = Setting(device=device, tight=tight, scenario=scenario)
@@ -183,7 +184,7 @@ class Grid:
                     yield i + j, one
 
     def _wants(self, values: Mapping[str, str | float]) -> bool:
-        """True for what no filter excludes."""
+        """Return True if no filter excludes these values."""
         for name, wanted in self.only.items():
             value = values.get(name)
             text = f"{value:g}" if isinstance(value, float) else value

@@ -1,4 +1,4 @@
-"""The picture of `noise.py`: regret over the grid, and capacity over noise."""
+"""The picture of `noise.py`: regret over the grid, and capacity by noise."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ INCHES = (15.0, 9.0)
 
 
 def draw(results: Mapping[str, Any], file: Path) -> None:
-    """Draw what is there.
+    """Draw the results that there are.
 
     Args:
-        results: as they are written to JSON.
+        results: as in the file of JSON.
 
     Raises:
-        WorkloadError: where the file cannot be written.
+        WorkloadError: if the file cannot be written.
     """
     rows = [row for row in results["rows"] if "regret" in row]
     capacities = results.get("capacity_at_noise")
@@ -42,7 +42,7 @@ def draw(results: Mapping[str, Any], file: Path) -> None:
 
 
 def _heat_map(panel: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The largest regret over all loads, by setting and weather."""
+    """Draw the largest regret over all loads, by setting and weather."""
     worst: dict[tuple[str, str], float] = {}
     for row in rows:
         key = (_setting(row), f"{row['kind']} {row['noise']:g}")
@@ -68,7 +68,7 @@ def _setting(row: Mapping[str, Any]) -> str:
 
 
 def _weathers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Weathers, steady ones first, by noise."""
+    """Return the names of the weathers, by kind, then by noise."""
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     found = {(kinds.index(row["kind"]), row["noise"]) for row in rows}
     return [f"{kinds[kind]} {noise:g}" for kind, noise in sorted(found)]

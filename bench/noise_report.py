@@ -1,4 +1,4 @@
-"""Tables and figures of `noise.py`: regret over the grid, and capacity over noise."""
+"""Tables and figures of `noise.py`: regret over the grid, and capacity by noise."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from reproduce_jobs import Measured
 from minserve.planner.policies import PROMISING
 from minserve.workload.report import percentile
 
-# Whose regret it is.
+# The policy whose regret is measured.
 JUDGED = "dp"
-# Cells that tables and the last line name.
+# Number of cells that tables and the last line name.
 MOST_NAMED = 10
 NAME_WIDTH = 62
 
 
 def rows_of(grid: Grid, found: Measured) -> list[dict[str, Any]]:
-    """A row for each cell that was measured: attainment by policy, and the regret.
+    """Return a row for each cell that was measured: attainment by policy, and the regret.
 
-    ``regret`` is what the best of the other policies attains less what `JUDGED` does,
-    ``spread`` the standard error of that difference: the larger one of what the seeds say and
-    what independent requests would have. ``simple_regret`` leaves out the others that promise
-    too, who have most of their planning in common with `JUDGED`.
+    ``regret`` is the attainment of the best other policy minus that of `JUDGED`. ``spread`` is
+    the standard error of that difference: the larger of the seeds' own and that of independent
+    requests. ``simple_regret`` leaves out the other policies that promise SLOs, which have
+    most of their planning in common with `JUDGED`.
     """
     rows = []
     for cell in grid.cells():
@@ -65,11 +65,11 @@ def _row(
 
 
 def spread(one: Sequence[float], other: Sequence[float], offered: int) -> float:
-    """The standard error of the difference of two mean attainments.
+    """Return the standard error of the difference of two mean attainments.
 
     Args:
-        one, other: by seed, the same for both.
-        offered: requests over all seeds.
+        one, other: attainments by seed, with the same seeds in both.
+        offered: number of requests over all seeds.
     """
     variances = (mean * (1 - mean) for mean in (statistics.fmean(one), statistics.fmean(other)))
     binomial = math.sqrt(sum(variances) / offered)
@@ -80,7 +80,7 @@ def spread(one: Sequence[float], other: Sequence[float], offered: int) -> float:
 
 
 def summary(grid: Grid, found: Measured, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the last line says."""
+    """Return the figures of the last line."""
     judged = [row for row in rows if "regret" in row]
     figures: dict[str, Any] = {"cells": len(rows)}
     if judged:
@@ -93,7 +93,7 @@ def summary(grid: Grid, found: Measured, rows: Sequence[dict[str, Any]]) -> dict
         simple = [row["simple_regret"] for row in judged if "simple_regret" in row]
         figures["mean_simple_regret"] = round(statistics.fmean(simple), 4) if simple else None
         figures["p90_regret"] = round(percentile(regrets, 0.9), 4)
-        # Beyond two standard errors.
+        # Cells in which the regret exceeds two standard errors.
         figures["behind"] = sum(row["regret"] > 2 * row["spread"] for row in judged)
         figures["mean_regret_by"] = {
             axis: _means_by(sorted(judged, key=lambda row, axis=axis: row[axis]), axis)
@@ -127,7 +127,7 @@ def _mean(rows: Sequence[dict[str, Any]]) -> float:
 
 
 def _capacities(grid: Grid, found: Measured) -> dict[str, Any]:
-    """Capacities by scenario and noise, and what is left of the noise-free one."""
+    """Return capacities by scenario and noise, and as shares of the noise-free capacity."""
     figures: dict[str, dict[str, dict[str, float | None]]] = {}
     for scenario, noise, told, job in grid.capacities():
         result = found(job)
@@ -150,7 +150,7 @@ def _signed(value: float | None) -> str:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The same in words."""
+    """Return the figures as lines of text."""
     lines = []
     if "worst_regret" in figures:
         lines += [

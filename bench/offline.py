@@ -1,19 +1,19 @@
-"""How fast one model runs on this CPU: minserve, its peers on the same model, and what is possible.
+"""Measures how fast a model runs on this CPU: minserve, its peers, and the machine's limits.
 
-Each engine runs in a process of its own: cold start to the first token; decode at batch 1, 8 and
-32 (128 tokens in, 128 out); a prefill of 1024 tokens; and a mixed step, an iteration over 16
-decodes and 64 tokens of a prompt. Prefix caches are off. Then its server over HTTP, driven by one
-client: 32 streams at once, beside what the engine itself does with a batch of 32, and requests of
-76 tokens in and 25 out that come at random.
+Each engine runs in its own process. It is measured from cold start to the first token; in decode at
+batch 1, 8 and 32 (128 tokens in, 128 out); in a prefill of 1024 tokens; and in a mixed step, an
+iteration over 16 decodes and 64 tokens of a prompt. Prefix caches are off. Then one client measures
+its server over HTTP: with 32 streams at once, to compare with the engine's batch of 32, and with
+requests of 76 tokens in and 25 out that come at random.
 
 minserve is measured first and last, each peer in between; figures are medians over all repeats.
-vLLM reads the model exported in bfloat16 (float32 where the CPU does not multiply bfloat16 in
-hardware), both as it comes and with every core bound; ratios are to the better of both in each
-row. llama.cpp reads the GGUF file as it is. A ratio above 1 says that minserve is better.
+vLLM reads the model exported in bfloat16 (float32 if the CPU does not multiply bfloat16 in
+hardware), both with its defaults and with every core bound; ratios are to the better of the two in
+each row. llama.cpp reads the GGUF file as it is. A ratio above 1 says that minserve is better.
 
-In the same run minserve's linears alone and the memory's rates are measured: no forward pass takes
-less than its matmuls, nor than reading weights and KV once. Each row says which share of that limit
-it reaches.
+The same run measures minserve's linears alone and the memory's rates: no forward pass takes less
+time than its matmuls, or than reading weights and KV once. Each row gives the share of that limit
+that it reaches.
 
     python bench/offline.py                                    # minserve alone, 5 minutes
     python bench/offline.py --peer vllm --peer llama.cpp       # beside both; 25 minutes
@@ -64,9 +64,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="auto", help="minserve's dtype")
     parser.add_argument("--quantization", action="append", default=[], choices=QUANTIZATIONS,
-                        help="also minserve with weights in so few bits; may be given twice")  # fmt: skip
+                        help="quantized weights to measure too; may be given twice")  # fmt: skip
     parser.add_argument("--repeats", type=positive, default=2,
-                        help="of every measurement, per process")  # fmt: skip
+                        help="repeats of every measurement, per process")  # fmt: skip
     parser.add_argument("--peer", action="append", default=[], choices=PEERS,
                         help="measured beside minserve; may be given twice")  # fmt: skip
     parser.add_argument("--vllm-python", metavar="PATH",
@@ -75,11 +75,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peer-dtype", choices=["bfloat16", "float32", "float16"],
                         help="vLLM's; default: bfloat16 where the CPU multiplies it in hardware, else float32")  # fmt: skip
     parser.add_argument("--parts", type=parts, default=list(PARTS), metavar="LIST",
-                        help=f"of {','.join(PARTS)}; default: all")  # fmt: skip
+                        help=f"parts to measure, of {','.join(PARTS)}; default: all")  # fmt: skip
     parser.add_argument("--rate", type=float, default=USUAL_LOAD.rate,
                         help="requests per second of the random load; default: %(default)g")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=USUAL_LOAD.seconds,
-                        help="of its arrivals; default: %(default)g")  # fmt: skip
+                        help="time of its arrivals in seconds; default: %(default)g")  # fmt: skip
     parser.add_argument("--json-only", action="store_true",
                         help="print nothing but the JSON on standard output")  # fmt: skip
     parser.add_argument("--plot", metavar="FILE.png", help="also save a picture (needs matplotlib)")
@@ -91,9 +91,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def positive(text: str) -> int:
-    """
+    """Return a whole number of at least 1.
+
     Raises:
-        argparse.ArgumentTypeError: for anything but a number from 1.
+        argparse.ArgumentTypeError: for any other text.
     """
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a number from 1, not {text!r}")
@@ -101,7 +102,8 @@ def positive(text: str) -> int:
 
 
 def parts(text: str) -> list[str]:
-    """
+    """Return the parts that a list names, each once.
+
     Raises:
         argparse.ArgumentTypeError: for unknown parts.
     """
@@ -112,12 +114,12 @@ def parts(text: str) -> list[str]:
 
 
 def unique(names: Sequence[str]) -> list[str]:
-    """Each once, in order."""
+    """Return each name once, in order."""
     return list(dict.fromkeys(names))
 
 
 def peers_of(args: argparse.Namespace) -> list[Contender]:
-    """Each peer in each of its variants."""
+    """Return each peer in each of its variants."""
     found = []
     if "vllm" in args.peer:
         dtype = args.peer_dtype or peer_dtype()
@@ -128,12 +130,12 @@ def peers_of(args: argparse.Namespace) -> list[Contender]:
 
 
 class Run:
-    """All turns of one invocation.
+    """All turns of one run of this program.
 
     Attributes:
-        turns: of each contender's label, what `offline_report.medians` takes.
-        limits: of each minserve's label, what was measured in each turn.
-        versions: of the engines.
+        turns: for each contender's label, the turns that `offline_report.medians` takes.
+        limits: for each minserve's label, the limits measured in each turn.
+        versions: versions of the engines.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -145,7 +147,7 @@ class Run:
         self.versions: dict[str, str] = {}
 
     def all(self, ours: Sequence[Contender], peers: Sequence[Contender]) -> None:
-        """minserve's own, the peers, and minserve's own again, where there are peers."""
+        """Measure minserve, then the peers, and then minserve again if there are peers."""
         order = [*ours, *peers, *(ours if peers else ())]
         with tqdm(order, unit="engine", file=sys.stderr) as bar:
             for contender in bar:
@@ -179,7 +181,7 @@ class Run:
 
 
 def summary(run: Run, ours: Sequence[Contender], peers: Sequence[Contender]) -> dict[str, Any]:
-    """Everything that was measured, ready for JSON.
+    """Return everything that was measured, as JSON values.
 
     ``ratios``: of each minserve to each peer, and to ``vLLM``, the better of its variants.
     """
@@ -203,7 +205,7 @@ def summary(run: Run, ours: Sequence[Contender], peers: Sequence[Contender]) -> 
 
 
 def show(result: dict[str, Any], labels: Sequence[str]) -> None:
-    """Print tables."""
+    """Print the tables."""
     print(table({label: result["columns"][label] for label in labels}))
     for label, words in result["weights"].items():
         print(f"{label}: {words}")
@@ -230,7 +232,7 @@ def main() -> None:
             check_can_plot(args.plot)
         except WorkloadError as error:
             sys.exit(str(error))
-    # So that processes are ended by this signal too.
+    # So that SIGTERM ends the child processes too.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     ours = minserve_contenders(args.model, args.dtype, args.quantization, args.repeats)
     peers = peers_of(args)

@@ -1,4 +1,4 @@
-"""Processes that measure something and print events, each a line of JSON; their memory too."""
+"""Processes that measure something and print events as lines of JSON; their memory is measured."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 HERE = Path(__file__).parent
-# Of what a process said last, where it fails.
+# Lines of a failed process's stderr that are shown.
 LAST_LINES = 30
 MEMORY_POLL_S = 1.0
 
@@ -25,7 +25,7 @@ Event = Mapping[str, Any]
 
 
 def script(python: str, name: str, *flags: str) -> list[str]:
-    """The command of a script in this folder."""
+    """Return the command that runs a script of this folder."""
     return [python, str(HERE / name), *flags]
 
 
@@ -35,19 +35,19 @@ def run_child(
     env: Mapping[str, str],
     on_event: Callable[[Event], None] | None = None,
 ) -> dict[str, Any]:
-    """Run a process to its end.
+    """Run a process to its end and return its events.
 
     Args:
-        label: in messages.
-        env: beside this process's own.
+        label: the process's name in messages.
+        env: variables in addition to this process's own.
         on_event: called with each event when it comes.
 
     Returns:
-        ``events``: the last of each name; ``cold_first_token_s``: when the event "first token"
-        came, if it did; ``peak_memory_gib``: of it and its children.
+        ``events``: the last event of each name; ``cold_first_token_s``: seconds until the event
+        "first token", if it came; ``peak_memory_gib``: of the process and its children.
 
     Raises:
-        SystemExit: where it fails or tells nothing, with what it said last.
+        SystemExit: if it fails or prints no event; the message has the end of its stderr.
     """
     started = time.perf_counter()
     result: dict[str, Any] = {"events": {}}
@@ -69,10 +69,11 @@ def run_child(
 def child(
     command: Sequence[str], env: Mapping[str, str]
 ) -> Iterator[tuple[subprocess.Popen, Sequence[str]]]:
-    """A process with pipes and the last lines of its stderr; ended with all its own processes
-    when the context ends.
+    """Start a process, and yield it with the last lines of its stderr.
+
+    The process and all processes that it started are killed when the context ends.
     """
-    # A session of its own, so that Ctrl-C reaches it through this context alone.
+    # A session of its own, so that Ctrl-C reaches it only through this context.
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | env, start_new_session=True,
@@ -91,14 +92,14 @@ def child(
 
 
 def events(lines: Iterable[str]) -> Iterator[Event]:
-    """The events among the lines that a process prints."""
+    """Yield the events among the lines that a process prints."""
     for line in lines:
         if line.startswith('{"event"'):
             yield json.loads(line)
 
 
 def family(pid: int) -> list[psutil.Process]:
-    """A process and all that come from it; none where it has ended."""
+    """Return a process and all its descendants; none if it has ended."""
     try:
         root = psutil.Process(pid)
         return [root, *root.children(recursive=True)]
@@ -107,7 +108,7 @@ def family(pid: int) -> list[psutil.Process]:
 
 
 def _watch_memory(pid: int, peak: list[float]) -> None:
-    """Highest resident memory of a process and its children, in GiB, until it ends."""
+    """Keep the highest resident memory of a process and its children, in GiB, until it ends."""
     while processes := family(pid):
         peak[0] = max(peak[0], sum(map(_memory, processes)) / 2**30)
         time.sleep(MEMORY_POLL_S)
@@ -121,5 +122,5 @@ def _memory(process: psutil.Process) -> int:
 
 
 def say(text: str) -> None:
-    """Progress goes to stderr: standard output is for results."""
+    """Print progress on stderr: standard output is for results."""
     print(text, file=sys.stderr, flush=True)

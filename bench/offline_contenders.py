@@ -1,4 +1,4 @@
-"""Who `offline.py` measures: minserve and its variants, and each peer as it is set up."""
+"""The contenders of `offline.py`: minserve with its variants, and each peer with its setup."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ QUANTIZATIONS = ("int8",)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contender:
-    """An engine with its settings: a column of the table.
+    """An engine with its settings, which is a column of the table.
 
     Attributes:
-        label: of the column.
-        weights: what it computes with, in words.
-        command, env: of the process that measures it.
-        server: the same as a server; ``None`` where that is not measured.
-        skipped: rows that it has no value for, with the reason.
-        quantization: of a minserve's weights.
+        label: name of the column.
+        weights: words that describe its weights.
+        command, env: command and environment of the process that measures it.
+        server: the same engine as a server; ``None`` if that is not measured.
+        skipped: rows for which it has no value, with the reason.
+        quantization: quantization of a minserve's weights.
     """
 
     label: str
@@ -42,7 +42,7 @@ class Contender:
 def minserve_contenders(
     model: str, dtype: str, quantizations: Sequence[str], repeats: int
 ) -> list[Contender]:
-    """minserve as it comes, then with quantized weights."""
+    """Return minserve with its defaults, then with each quantization of its weights."""
     return [_minserve(model, dtype, one, repeats) for one in (None, *quantizations)]
 
 
@@ -64,11 +64,11 @@ def _minserve(model: str, dtype: str, quantization: str | None, repeats: int) ->
 
 
 def vllm_contenders(model: str, python: str | None, dtype: str, repeats: int) -> list[Contender]:
-    """vLLM as it comes (it leaves a core to its own front end) and with every core bound.
+    """Return vLLM with its defaults (it leaves a core to its front end), and with every core bound.
 
     Args:
-        python: of its environment; default: one that is made on first use.
-        dtype: of its weights.
+        python: the interpreter of vLLM's environment; default: one that is made on first use.
+        dtype: dtype of its weights.
     """
     python = python or vllm_python()
     folder = str(export_with_tokenizer(model, dtype))
@@ -94,10 +94,10 @@ def vllm_contenders(model: str, python: str | None, dtype: str, repeats: int) ->
 
 
 def llama_cpp_contender(model: str, repeats: int) -> Contender:
-    """llama.cpp on the GGUF file as it is.
+    """Return llama.cpp on the GGUF file as it is.
 
     Raises:
-        SystemExit: where the model is none, or llama.cpp cannot be built.
+        SystemExit: if the model is no GGUF file, or if llama.cpp cannot be built.
     """
     file, no_server = gguf_of(model), "only its library is measured, not its server"
     command = script(
@@ -117,7 +117,7 @@ def llama_cpp_contender(model: str, repeats: int) -> Contender:
 
 
 def tensor_types(file: str) -> str:
-    """The types of a GGUF file's matrices, the commonest first."""
+    """Return the types of a GGUF file's matrices, the most common first."""
     found = Counter(
         tensor.tensor_type.name for tensor in GGUFReader(file).tensors if len(tensor.shape) > 1
     )

@@ -1,7 +1,7 @@
-"""An engine in a process of its own: loads a model, makes a first token, and is measured.
+"""An engine in its own process: loads a model, makes a first token, and is measured.
 
-`offline.py` starts it with the interpreter of the engine's environment, so that nothing here
-but the class of that engine needs its packages. It prints events, each a line of JSON.
+`offline.py` starts it with the interpreter of the engine's environment, so that only the class of
+that engine needs its packages. It prints events, each as a line of JSON.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Minserve:
         self._engine.generate(prompts, self._greedy(tokens_out))
 
     def mixed(self, decodes: list[Prompt], prompts: list[Prompt]) -> float:
-        # Each prompt's first token takes a step, in which those before it decode: so many
-        # tokens more make all of them end together.
+        # Each prompt's first token takes a step, in which the prompts before it decode. Prompts
+        # that come earlier ask for so many tokens more, so that all of them end together.
         running = []
         for number, prompt in enumerate(decodes):
             ahead = len(decodes) - number
@@ -101,8 +101,8 @@ class Vllm:
             silent -= {output.request_id for output in engine.step()}
         waiting = iter(prompts)
         started = time.perf_counter()
-        # The engine has a process of its own, which is a step ahead: with one prompt more at the
-        # beginning none is left over at the end.
+        # The engine runs in another process, which is a step ahead. With one prompt more at the
+        # beginning, no prompt is left over at the end.
         for prompt in islice(waiting, 2):
             self._add(prompt, 1)
         while engine.has_unfinished_requests():
@@ -114,7 +114,7 @@ class Vllm:
 class LlamaCpp:
     """llama.cpp's `llama_decode` on batches of sequences, with every core.
 
-    Its own scheduling is its server's, which the Python package does not hold.
+    Its own scheduling belongs to its server, which the Python package does not hold.
     """
 
     runs_mixed = False
@@ -135,7 +135,7 @@ class LlamaCpp:
             llama_cpp.llama_model_get_vocab(self._model)
         )
         self._batch = llama_cpp.llama_batch_init(PREFILL, 0, 1)
-        # Each sequence gets its share of a context.
+        # Each sequence gets an equal share of a context.
         self._contexts = {
             batch: self._new_context(batch, PREFILL + OUTPUT if batch == 1 else PROMPT + OUTPUT)
             for batch in BATCHES
@@ -163,7 +163,7 @@ class LlamaCpp:
             newest = self._run(context, entries)
 
     def _prefill(self, context: Any, prompts: list[Prompt]) -> list[int]:
-        """The first token behind each prompt; as many prompts run together as a batch holds."""
+        """Return the first token after each prompt; prompts run together while a batch has room."""
         newest, entries = [], []
         for number, prompt in enumerate(prompts):
             entries += [
@@ -176,10 +176,10 @@ class LlamaCpp:
         return newest
 
     def _run(self, context: Any, entries: list[tuple[int, int, int, bool]]) -> list[int]:
-        """One forward pass.
+        """Run one forward pass, and return the next tokens that are wanted.
 
         Args:
-            entries: token, position, sequence, and whether a next token is wanted.
+            entries: token, position, sequence, and whether the next token is wanted.
         """
         batch = self._batch
         batch.n_tokens = len(entries)
@@ -201,9 +201,9 @@ DRIVERS = {"minserve": Minserve, "vllm": Vllm, "llama.cpp": LlamaCpp}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engine", choices=DRIVERS, required=True)
-    parser.add_argument("--model", required=True, help="as that engine reads it")
+    parser.add_argument("--model", required=True, help="in the form that the engine reads")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--quantization", help="minserve's")
+    parser.add_argument("--quantization", help="quantization of minserve's weights")
     parser.add_argument("--repeats", type=int, default=1)
     args = parser.parse_args()
     driver: Driver = DRIVERS[args.engine](args)
@@ -213,7 +213,7 @@ def main() -> None:
 
 
 def tell(event: str, **more: Any) -> None:
-    """Print an event for whoever started this process."""
+    """Print an event for the parent process."""
     print(json.dumps({"event": event, **more}), flush=True)
 
 

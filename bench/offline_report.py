@@ -1,4 +1,4 @@
-"""Medians, ratios, table and picture of `offline.py`: arithmetic on what was measured."""
+"""Medians, ratios, table and picture of `offline.py`, computed from its measurements."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Values = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One thing that is measured.
+    """A quantity that is measured.
 
     Attributes:
-        title: above its panel in a picture.
+        title: title of its panel in a picture.
         more_is_better: False for times and memory.
     """
 
@@ -45,15 +45,15 @@ OURS, GREYS = ("#1f6feb", "#54aeff", "#b6e3ff"), ("#b6bcc4", "#7d8590", "#424a53
 
 
 def medians(turns: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The values of one engine.
+    """Return the values of one engine.
 
     Args:
         turns: each with ``rates``, by row a value for each repeat, and, where its engine ran,
             ``cold_first_token_s`` and ``peak_memory_gib``.
 
     Returns:
-        by row the median over the repeats of all turns; the best cold start, which is the one
-        with files in memory; the highest memory. Rows that were not measured are missing.
+        by row, the median over the repeats of all turns; for the cold start the best value, which
+        has the files in memory; for memory the highest. Rows that were not measured are missing.
     """
     pooled: dict[str, list[float]] = {}
     for turn in turns:
@@ -69,7 +69,7 @@ def medians(turns: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def best_of(variants: Sequence[Values]) -> dict[str, float]:
-    """Of each row the best value among several variants of an engine."""
+    """Return for each row the best value among several variants of an engine."""
     out = {}
     for row, kind in ROWS.items():
         if found := [values[row] for values in variants if row in values]:
@@ -78,8 +78,9 @@ def best_of(variants: Sequence[Values]) -> dict[str, float]:
 
 
 def ratios(ours: Values, theirs: Values) -> dict[str, float]:
-    """By row how many times better the first is; below 1 it is worse. Only of rows that both
-    have, and that are not zero.
+    """Return for each row how many times better the first engine is; below 1 it is worse.
+
+    The rows are those that both engines have and that are not zero.
     """
     out = {}
     for row, kind in ROWS.items():
@@ -90,7 +91,7 @@ def ratios(ours: Values, theirs: Values) -> dict[str, float]:
 
 
 def table(columns: Mapping[str, Values], *, units: bool = True) -> str:
-    """Engines side by side; a dash stands for what was not measured.
+    """Return engines side by side; a dash stands for a value that was not measured.
 
     Args:
         units: False for ratios, which have none.
@@ -106,10 +107,10 @@ def table(columns: Mapping[str, Values], *, units: bool = True) -> str:
 
 
 def share_table(limits: Mapping[str, Any], shares: Values) -> str:
-    """Rows with what limits them, and how much of that was reached.
+    """Return rows with their limits, and the share of the limit that was reached.
 
     Args:
-        limits: as `Limits.to_dict` gives them.
+        limits: as returned by `Limits.to_dict`.
     """
     lines = [f"{'':24}{'limit':>10}{'reached':>10}{'linears ms':>13}{'streaming ms':>15}"]
     for row, share in shares.items():
@@ -121,10 +122,10 @@ def share_table(limits: Mapping[str, Any], shares: Values) -> str:
 
 
 def plot(columns: Mapping[str, Values], file: str) -> None:
-    """Save bars, a panel for each row that was measured.
+    """Save a bar chart with a panel for each row that was measured.
 
     Args:
-        columns: by engine; those of minserve are blue.
+        columns: values by engine; the bars of minserve are blue.
     """
     import matplotlib
 
@@ -161,5 +162,5 @@ def plot(columns: Mapping[str, Values], file: str) -> None:
 
 
 def _rounded(value: float) -> float:
-    """To what a reader can use: whole hundreds keep one digit behind the point, shares three."""
+    """Return a value with as many digits as are useful: 1 decimal from 10 on, else 3."""
     return round(value, 1 if value >= 10 else 3)

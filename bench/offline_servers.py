@@ -25,10 +25,10 @@ from minserve.workload.zero_load import ZeroLoad
 
 STREAMS = 32
 WARM_UP_TOKENS = 16
-# A server that says nothing for so long hangs.
+# A server that sends nothing for so many seconds hangs.
 SILENCE_S = 300.0
 NO_SLO = SLO(ttft=1e6)
-# Nothing is promised in multiples of it.
+# No SLO is a multiple of this speed, so it has no effect.
 NO_SPEED = ZeroLoad(0.0, 0.0, 0.0)
 
 Count = Callable[[str], int]
@@ -39,9 +39,9 @@ class RandomLoad:
     """Requests that come at random (Poisson).
 
     Attributes:
-        rate: per second.
-        seconds: of arrivals.
-        tokens_in, tokens_out: of each request.
+        rate: requests per second.
+        seconds: time of arrivals.
+        tokens_in, tokens_out: prompt and output tokens of each request.
     """
 
     rate: float = 12.0
@@ -51,10 +51,10 @@ class RandomLoad:
     seed: int = 0
 
     def draw(self, count: Count) -> list[Conversation]:
-        """The requests, the same in every call.
+        """Return the requests, the same in every call.
 
         Args:
-            count: tokens of a text.
+            count: returns the tokens of a text.
         """
         number = max(1, round(self.rate * self.seconds))
         arrivals = gamma_arrivals(number, self.seconds, random.Random(self.seed))
@@ -67,11 +67,11 @@ def measure_server(
     """Start a server, measure it and stop it.
 
     Args:
-        repeats: of the full batch; the random load is sent once.
-        count: tokens of a text.
+        repeats: repeats of the full batch; the random load is sent once.
+        count: returns the tokens of a text.
 
     Returns:
-        values of the rows whose names begin with ``server``.
+        the values of rows whose names begin with ``server``.
     """
     with tempfile.TemporaryDirectory() as logs, started([variant], Path(logs)) as servers:
         [server] = servers.values()
@@ -90,14 +90,15 @@ def _full_batch(server: Served, count: Count, salt: str) -> float:
 
 
 def steady_rate(streams: Sequence[Sequence[float]]) -> float:
-    """Tokens per second of all streams together while all of them decode: from the last one's
-    first token until the first one's last token.
+    """Return the tokens per second of all streams together while all of them decode.
+
+    This is the time from the last first token of a stream to the earliest last token.
 
     Args:
-        streams: of each the times of its tokens, in seconds.
+        streams: for each stream the times of its tokens, in seconds.
 
     Raises:
-        ValueError: where they never decode all at once.
+        ValueError: if there is no moment at which all of them decode.
     """
     start, end = max(times[0] for times in streams), min(times[-1] for times in streams)
     if end <= start:
@@ -106,8 +107,10 @@ def steady_rate(streams: Sequence[Sequence[float]]) -> float:
 
 
 def mixed_rows(answers: Sequence[Answer]) -> dict[str, float]:
-    """The rows of a random load: output tokens per second from the first arrival to the last
-    token, latencies in milliseconds.
+    """Return the rows of a random load.
+
+    They are output tokens per second from the first arrival to the last token, and latencies in
+    milliseconds.
     """
     start, end = min(one.due_s for one in answers), max(one.last_heard_s for one in answers)
     progress = [one.progress() for one in answers]
@@ -123,9 +126,10 @@ def mixed_rows(answers: Sequence[Answer]) -> dict[str, float]:
 
 
 def _drive(server: Served, workload: Sequence[Conversation]) -> list[Answer]:
-    """
+    """Send a workload and return the answers.
+
     Raises:
-        SystemExit: where not all requests are answered in full.
+        SystemExit: if not all requests are answered in full.
     """
     load = run_load(
         server.endpoint, workload, NO_SPEED, slo_field=lambda _: None, drain_s=SILENCE_S
@@ -138,7 +142,7 @@ def _drive(server: Served, workload: Sequence[Conversation]) -> list[Answer]:
 
 
 def _streams(tokens_out: int, count: Count, salt: str) -> list[Conversation]:
-    """A full batch, all at once."""
+    """Return a full batch of requests that all come at once."""
     return _requests([0.0] * STREAMS, PROMPT, tokens_out, count, salt)
 
 

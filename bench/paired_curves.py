@@ -1,4 +1,4 @@
-"""What pairs of turns say: differences with their spread, and capacities with their intervals."""
+"""Statistics of pairs of turns: differences with their spread, capacities with their intervals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from paired_turns import RULE, Cell, Pairs
 
 from minserve.workload.capacity import CONFIDENCE, LEVEL, RESAMPLES, crossing
 
-# 97.5% quantiles of Student's t by degrees of freedom from 1; beyond them the normal's is near.
+# 97.5% quantiles of Student's t by degrees of freedom, from 1; for more the normal's is close.
 T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16,
                2.14, 2.13, 2.12, 2.11, 2.10, 2.09, 2.09)  # fmt: skip
 NORMAL_QUANTILE = 1.96
@@ -22,12 +22,12 @@ NORMAL_QUANTILE = 1.96
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Of attainments within pairs.
+    """The difference of two servers' attainments within pairs.
 
     Attributes:
-        mean: ours less theirs; NaN of no pairs.
-        spread: standard deviation over pairs; NaN of fewer than two.
-        half: half the width of the 95% interval around the mean, by Student's t; NaN likewise.
+        mean: attainment of ours minus theirs; NaN without pairs.
+        spread: standard deviation over pairs; NaN for fewer than two pairs.
+        half: half the width of the mean's 95% interval, by Student's t; NaN for fewer than two.
     """
 
     mean: float
@@ -37,9 +37,10 @@ class Difference:
 
     @classmethod
     def of(cls, pairs: Sequence[tuple[float, float]]) -> Difference:
-        """
+        """Return the difference over pairs.
+
         Args:
-            pairs: ours and theirs.
+            pairs: attainments of ours and theirs.
         """
         each = [ours - theirs for ours, theirs in pairs]
         count = len(each)
@@ -51,7 +52,7 @@ class Difference:
 
     @property
     def is_below(self) -> bool:
-        """Ours is less, beyond what the spread explains."""
+        """True if ours is less, beyond what the spread explains."""
         return self.mean + self.half < 0
 
     @property
@@ -59,7 +60,7 @@ class Difference:
         return self.mean - self.half > 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """Return the difference as JSON values."""
         return {
             "mean": rounded(self.mean),
             "spread": rounded(self.spread),
@@ -73,7 +74,7 @@ class Point:
     """A capacity, or a ratio of two: a number, and whether it is only a bound.
 
     Attributes:
-        bound: ``at least`` or ``at most`` where rates were not tried beyond it, else "".
+        bound: ``at least`` or ``at most`` if rates beyond the value were not tried, else "".
     """
 
     value: float
@@ -88,13 +89,13 @@ Curve = Mapping[float, Sequence[tuple[float, float]]]
 
 @dataclass(frozen=True, slots=True)
 class Capacities:
-    """Of two servers, from the pairs of all rates.
+    """The capacities of two servers, from the pairs of all rates.
 
     Attributes:
         ours, theirs: requests per second at which attainment falls below the level.
-        ratio: ``None`` where both are bounds that say nothing of it.
-        intervals: 95%, by resampling pairs, of ``ours``, ``theirs`` and ``ratio``; rates beyond
-            those tried count as the nearest one.
+        ratio: ours over theirs; ``None`` if both are bounds that do not bound their ratio.
+        intervals: 95% intervals of ``ours``, ``theirs`` and ``ratio``, by resampling pairs; rates
+            beyond the tried ones count as the nearest tried rate.
     """
 
     ours: Point
@@ -104,13 +105,14 @@ class Capacities:
 
     @classmethod
     def of(cls, curve: Curve, *, level: float = LEVEL, seed: int = 0) -> Capacities | None:
-        """
+        """Return the capacities of two servers.
+
         Args:
-            curve: by rate, the attainments of both in each pair.
-            seed: of the resampling.
+            curve: by rate, the attainments of both servers in each pair.
+            seed: seed of the resampling.
 
         Returns:
-            ``None`` without any pair.
+            the capacities; ``None`` without any pair.
         """
         curve = {rate: list(pairs) for rate, pairs in sorted(curve.items()) if pairs}
         if not curve:
@@ -129,7 +131,7 @@ class Capacities:
         return cls(ours, theirs, _ratio(ours, theirs), intervals)
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """Return the capacities as JSON values."""
         return {
             name: None
             if point is None
@@ -143,10 +145,10 @@ class Capacities:
 
 
 def curve_of(pairs: Pairs, cells: Sequence[Cell], one: str, other: str) -> Curve:
-    """By rate, the attainments of two servers in the pairs that may be compared.
+    """Return by rate the attainments of two servers in the pairs that may be compared.
 
     Args:
-        cells: of one group.
+        cells: cells of one group.
     """
     return {
         cell.rate: [(a.attainment, b.attainment) for a, b in pairs.kept(cell, one, other)]
@@ -155,7 +157,7 @@ def curve_of(pairs: Pairs, cells: Sequence[Cell], one: str, other: str) -> Curve
 
 
 def by_group(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
-    """Cells that differ by their rate alone, in the order they first came."""
+    """Return groups of cells that differ only by their rate, in the order they first came."""
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(cell.group, []).append(cell)
@@ -163,21 +165,21 @@ def by_group(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
 
 
 def rounded(one: float) -> float | None:
-    """For JSON, which knows no NaN."""
+    """Return a number for JSON, which has no NaN or infinity; ``None`` for these."""
     return round(one, 4) if math.isfinite(one) else None
 
 
 def mean(values: Iterable[float]) -> float | None:
-    """For JSON; ``None`` of none."""
+    """Return the mean for JSON; ``None`` without values."""
     each = list(values)
     return rounded(statistics.fmean(each)) if each else None
 
 
 def left_out_words(each: Iterable[Mapping[str, int]]) -> str:
-    """The rule by which pairs are left out, and what it took.
+    """Return the rule by which pairs are left out, and how many were left out.
 
     Args:
-        each: numbers of pairs by what was wrong with them.
+        each: numbers of pairs by their fault.
     """
     total = sum((Counter(one) for one in each), Counter[str]())
     counts = ", ".join(f"{count} ({fault})" for fault, count in total.items())
@@ -185,12 +187,12 @@ def left_out_words(each: Iterable[Mapping[str, int]]) -> str:
 
 
 def percent(share: float | None) -> str:
-    """For tables."""
+    """Return a share in percent, for tables."""
     return "-" if share is None else f"{100 * share:.1f}"
 
 
 def in_percent(difference: Mapping[str, Any]) -> str:
-    """A difference, as `Difference.to_dict` gives it, and its interval."""
+    """Return a difference, as `Difference.to_dict` returns it, in percent with its interval."""
     if difference["mean"] is None:
         return "-"
     low, high = difference["interval"]
@@ -199,7 +201,7 @@ def in_percent(difference: Mapping[str, Any]) -> str:
 
 
 def _points(curve: Curve, level: float) -> tuple[Point, Point]:
-    """Capacities of both, on straight lines between the means at each rate."""
+    """Return the capacities of both servers, linearly between the means at each rate."""
     lowest, highest = min(curve), max(curve)
     found = []
     for side in (0, 1):
@@ -215,7 +217,7 @@ def _points(curve: Curve, level: float) -> tuple[Point, Point]:
 
 
 def _ratio(ours: Point, theirs: Point) -> Point | None:
-    """Where theirs is a bound, their ratio is one from the other side."""
+    """Return the ratio; if theirs is a bound, the ratio is bounded from the other side."""
     opposite = {"": "", "at least": "at most", "at most": "at least"}
     bounds = {ours.bound, opposite[theirs.bound]} - {""}
     if len(bounds) > 1:

@@ -1,4 +1,4 @@
-"""The turns of a comparison (`paired_turns`): servers are driven, one at a time, and judged."""
+"""The turns of a comparison (`paired_turns`): runs servers one at a time and judges them."""
 
 from __future__ import annotations
 
@@ -30,29 +30,28 @@ from minserve.workload.scenarios import SCENARIOS
 from minserve.workload.zero_load import ZeroLoad, measure_speed
 
 WARM_UP_S = 8.0
-# Before a turn: vLLM's worker spins for a second after its last work.
+# Seconds before a turn: vLLM's worker spins for a second after its last work.
 SETTLE_S = 2.0
 LONE_TOKENS = 24
-# The fastest counts: a hiccup is no change of the machine's speed.
+# The fastest of them counts: one slow request does not mean that the machine is slower.
 LONE_REQUESTS = 2
 NO_SLO = SLO(ttft=1e6)
-# A turn's pause, last answers and lone requests; a reference of one server.
+# Seconds for a turn's pause, last answers and lone requests; for a reference of one server.
 TURN_EXTRA_S, REFERENCE_S = 10.0, 20.0
-# Of the idle speed, which server counts as faster is decided by a prompt of so many tokens.
+# The server with the faster idle speed is the one that is faster for a prompt of so many tokens.
 TYPICAL_PROMPT = 100
-# An idle server that takes more would slow the measured one down.
+# An idle server that takes more cores than this would slow the measured server down.
 IDLE_CORES = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """How much is measured.
+    """The amount of measurement.
 
-    Attributes:
-        seconds: of arrivals, per turn.
-        pairs: of each cell.
-        lengths: factor on all lengths.
-        rounds: of the idle speed, forth and back over all servers.
+    seconds: time of arrivals in each turn.
+    pairs: number of pairs in each cell.
+    lengths: factor on all lengths.
+    rounds: measurements of the idle speed, forth and back over all servers.
     """
 
     seconds: float
@@ -63,11 +62,11 @@ class Effort:
 
 
 class Bench:
-    """All turns of one invocation.
+    """All turns of one run of this program.
 
     Args:
-        servers: by label, running.
-        count: tokens of a text.
+        servers: running servers by label.
+        count: returns the tokens of a text.
     """
 
     def __init__(
@@ -78,7 +77,7 @@ class Bench:
         self._workload: tuple[Cell, int, list[Conversation]] | None = None
 
     def run(self, cells: Sequence[Cell]) -> bool:
-        """Everything that the store has not yet. Ctrl-C ends it; what was measured is kept.
+        """Run every turn that the store lacks. Ctrl-C ends it; what was measured is kept.
 
         Returns:
             whether it came to its end.
@@ -95,7 +94,7 @@ class Bench:
         return True
 
     def _warm_up(self, cell: Cell) -> None:
-        """Some load for each server, before it counts."""
+        """Put some load on each server before measurements count."""
         for label, server in self._servers.items():
             workload = self._draw(cell, -1, WARM_UP_S, f"warm up {label} {time.time()}")
             self._drive(server, workload, lambda _: None)
@@ -118,7 +117,7 @@ class Bench:
             )
 
         time.sleep(SETTLE_S)
-        # Without the busy process: it is the machine's own speed that is asked for.
+        # Without the busy process, because this measures the machine's own speed.
         before = self._lone_s(server)
         with busy_process() if cell.busy else nullcontext() as beside:
             watch = Watch(self._servers, slot.system, beside)
@@ -153,9 +152,10 @@ class Bench:
     def _drive(
         self, server: Served, workload: Sequence[Conversation], show: Callable[[Tally], None]
     ) -> Load:
-        """
+        """Send a workload to a server.
+
         Raises:
-            KeyboardInterrupt: where Ctrl-C cut it short.
+            KeyboardInterrupt: if Ctrl-C cut it short.
         """
         assert self._store.reference is not None
         speed = self._store.reference.speed
@@ -165,7 +165,7 @@ class Bench:
         return load
 
     def _same_for_all(self, cell: Cell, pair: int) -> list[Conversation]:
-        """The requests of a pair, other ones in each pair."""
+        """Return the requests of a pair, the same for all servers; each pair has other requests."""
         if self._workload is None or self._workload[:2] != (cell, pair):
             salt = f"{self._effort.seed} {cell.name} {pair}"
             self._workload = (cell, pair, self._draw(cell, pair, self._effort.seconds, salt))
@@ -180,10 +180,10 @@ class Bench:
         return with_texts(drawn, self._count, seed=seed, salt=salt)
 
     def _lone_s(self, server: Served) -> float:
-        """Seconds per token of a request to the idle server, which promises it nothing.
+        """Return the seconds per token of a request to the idle server, without an SLO.
 
         Raises:
-            SystemExit: where it gives no answer.
+            SystemExit: if the server does not answer it.
         """
         return min(self._lone_request_s(server) for _ in range(LONE_REQUESTS))
 
@@ -202,11 +202,13 @@ class Bench:
 
 
 def best_reference(servers: Mapping[str, Served], rounds: int) -> Reference:
-    """The speed of the better of the servers, each alone and idle: prompts of the one that is
-    fastest with them, time per token of the one that is fastest in it.
+    """Return the best idle speed of all servers, each measured alone.
+
+    The prompts' speed is that of the fastest server with prompts, the time per token that of the
+    fastest server in decoding.
 
     Args:
-        rounds: forth and back over all servers; of each the best counts.
+        rounds: measurements, forth and back over all servers; the best of each counts.
     """
     forth = list(servers)
     order = [label for i in range(rounds) for label in (forth if i % 2 == 0 else forth[::-1])]
@@ -218,9 +220,11 @@ def best_reference(servers: Mapping[str, Served], rounds: int) -> Reference:
 
 
 def best_of(found: Sequence[tuple[str, ZeroLoad]], model: str) -> Reference:
-    """
+    """Return the best speed as a reference.
+
     Args:
         found: labels of servers and their speeds.
+        model: the model's name on the servers.
     """
     prompts = min(found, key=lambda one: one[1].zero_load_prefill_s(TYPICAL_PROMPT))
     tokens = min(found, key=lambda one: one[1].decode_s)
@@ -232,10 +236,10 @@ def best_of(found: Sequence[tuple[str, ZeroLoad]], model: str) -> Reference:
 
 
 def estimate_s(num_turns: int, effort: Effort, num_servers: int, start_s: float) -> float:
-    """About how long it takes, in seconds.
+    """Return about how many seconds it will take.
 
     Args:
-        start_s: that all servers take to start.
+        start_s: seconds that all servers take to start.
     """
     once = start_s + num_servers * (effort.rounds * REFERENCE_S + WARM_UP_S + TURN_EXTRA_S)
     return once + num_turns * (effort.seconds + TURN_EXTRA_S)
@@ -244,7 +248,7 @@ def estimate_s(num_turns: int, effort: Effort, num_servers: int, start_s: float)
 def say_estimate(
     cells: Sequence[Cell], effort: Effort, systems: Sequence[str], start_s: float, store: Store
 ) -> None:
-    """Tell how much is to come, and where it is kept."""
+    """Print how much is still to be measured, and where results are kept."""
     slots = store.missing(schedule(cells, systems, effort.pairs))
     minutes = estimate_s(len(slots), effort, len(systems), start_s) / 60
     print(
@@ -257,15 +261,15 @@ def say_estimate(
 
 
 def add_flags(parser: argparse.ArgumentParser, name: str) -> None:
-    """What the comparisons have in common.
+    """Add the flags that the comparisons have in common.
 
     Args:
-        name: of files of results.
+        name: name of the files of results.
     """
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--lengths", type=float, default=0.1, help="factor on all lengths")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of arrivals, per turn")
-    parser.add_argument("--pairs", type=int, default=6, help="of each cell, each with its seed")
+    parser.add_argument("--seconds", type=float, default=20.0, help="time of arrivals per turn")
+    parser.add_argument("--pairs", type=int, default=6, help="per cell, each with its own seed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--zero-load", type=Path, metavar="FILE.json",
                         help="the idle speed that SLOs are multiples of, as written by minserve "
@@ -276,7 +280,7 @@ def add_flags(parser: argparse.ArgumentParser, name: str) -> None:
                       help=f"keep every turn in this new file (default: {name}-TIME.json in "
                       f"{CACHE.parent / 'bench'})")  # fmt: skip
     kept.add_argument("--resume", type=Path, metavar="FILE.json",
-                      help="go on with an interrupted run; pairs that are not whole come again")  # fmt: skip
+                      help="continue an interrupted run; incomplete pairs come again")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
 
 
@@ -284,14 +288,14 @@ def open_store(
     args: argparse.Namespace, name: str, settings: Mapping[str, Any], systems: Sequence[str],
     model: str,
 ) -> Store:  # fmt: skip
-    """The store that the flags ask for.
+    """Return the store that the flags ask for.
 
     Args:
-        settings: what results depend on, beside the flags that all comparisons have.
-        model: its name on the servers.
+        settings: values on which results depend, beside the flags that all comparisons have.
+        model: the model's name on the servers.
 
     Raises:
-        SystemExit: where it cannot be written, or gone on with.
+        SystemExit: if it cannot be written, or cannot be continued.
     """
     common = ("model", "lengths", "seconds", "seed")
     settings = {k: v for k, v in vars(args).items() if k in common} | settings
@@ -316,7 +320,7 @@ def open_store(
 
 
 def caveats(store: Store) -> str:
-    """What of the machine's state a reader should know, in one line."""
+    """Return one line about the machine's state that a reader should know."""
     if not store.results:
         return "nothing was measured"
     lone = [1e3 * one.lone_s for one in store.results]

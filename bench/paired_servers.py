@@ -1,4 +1,4 @@
-"""Server processes that are compared side by side, and how busy the machine is beside them."""
+"""Server processes that are compared side by side, and the load of the machine beside them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from minserve.workload.server_process import end
 
 START_S = 600.0
 POLL_S = 0.5
-# It ends with whoever started it, killed or not.
+# It ends when its parent process ends, also if the parent is killed.
 BUSY_LOOP = """
 import os
 parent = os.getppid()
@@ -38,8 +38,8 @@ class Variant:
     """A server and its settings.
 
     Attributes:
-        label: in tables and pictures.
-        command: without the port.
+        label: name in tables and pictures.
+        command: its command, without the port.
     """
 
     label: str
@@ -48,37 +48,39 @@ class Variant:
 
 
 class Served(Protocol):
-    """A server that answers, wherever it runs."""
+    """A server that answers, in this machine or elsewhere."""
 
     endpoint: Endpoint
 
     def cpu_seconds(self) -> float:
-        """Processor time of all its processes."""
+        """Return the processor time of all its processes, in seconds."""
 
     def failed(self, problem: str) -> SystemExit:
-        """The end of the benchmark, with what the server said last."""
+        """Return the error that ends the benchmark, with the end of the server's log."""
 
 
 def minserve_variant(label: str, *flags: str) -> Variant:
-    """A ``minserve serve`` of this environment, with a full profile of the device from its first
-    start on, so that none is refined between two runs.
+    """Return a ``minserve serve`` of this environment.
+
+    It makes a full profile of the device at its first start, so that no profile is refined
+    between two runs.
 
     Args:
-        flags: of it, but for the port.
+        flags: its flags, without the port.
     """
     profile = ["--profile-seconds", str(PROFILE_S)]
     return Variant(label, [sys.executable, "-m", "minserve", "serve", *profile, *flags])
 
 
 class Server:
-    """A server process on a free port, ready when made.
+    """A server process on a free port, ready once the object exists.
 
     Attributes:
-        variant: what runs.
+        variant: the server's settings.
         start_s: seconds from its start until it was healthy.
 
     Raises:
-        SystemExit: where it does not start, with what it said last.
+        SystemExit: if it does not start; the message has the end of its log.
     """
 
     def __init__(self, variant: Variant, folder: Path) -> None:
@@ -88,7 +90,7 @@ class Server:
         command = [*variant.command, "--host", "127.0.0.1", "--port", str(port)]
         started = time.perf_counter()
         with self._log.open("w") as log:
-            # A session of its own, so that Ctrl-C reaches servers through `stop` alone.
+            # A session of its own, so that Ctrl-C reaches servers only through `stop`.
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=log, env=os.environ | variant.env, cwd=folder,
                 start_new_session=True,
@@ -116,11 +118,11 @@ class Server:
         raise self.failed(f"was not ready within {START_S:g} s")
 
     def cpu_seconds(self) -> float:
-        """Processor time of all its processes."""
+        """Return the processor time of all its processes, in seconds."""
         return sum(_cpu_seconds(process) for process in self._processes())
 
     def failed(self, problem: str) -> SystemExit:
-        """The end of the benchmark, with what the server said last."""
+        """Return the error that ends the benchmark, with the end of the server's log."""
         return SystemExit(f"{self.variant.label} {problem}\n{self._log.read_text()[-3000:]}")
 
     def _processes(self) -> list[psutil.Process]:
@@ -131,7 +133,7 @@ class Server:
             return []
 
     def stop(self) -> None:
-        """End it with all its processes."""
+        """End the server with all its processes."""
         processes = self._processes()
         end(self._process)
         _, left = psutil.wait_procs(processes, timeout=5.0)
@@ -141,10 +143,10 @@ class Server:
 
 @contextmanager
 def started(variants: Iterable[Variant], logs: Path) -> Iterator[dict[str, Server]]:
-    """Servers by label, one after another; all are stopped when the context ends.
+    """Start servers one after another, and yield them by label; stop all at the context's end.
 
     Args:
-        logs: a folder for what they say.
+        logs: a folder for their logs.
     """
     with ExitStack() as stack:
         servers = {}
@@ -158,7 +160,7 @@ def started(variants: Iterable[Variant], logs: Path) -> Iterator[dict[str, Serve
 
 @contextmanager
 def busy_process() -> Iterator[psutil.Process]:
-    """A process that keeps a core busy meanwhile."""
+    """Run a process that keeps a core busy while the context lasts."""
     loop = subprocess.Popen([sys.executable, "-c", BUSY_LOOP], start_new_session=True)
     try:
         yield psutil.Process(loop.pid)
@@ -169,8 +171,13 @@ def busy_process() -> Iterator[psutil.Process]:
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """Cores kept busy, on average: by the server that is measured, by this process, by the other
-    servers, and by all others (what a virtual machine's host gave away counts too).
+    """Cores kept busy, on average.
+
+    Attributes:
+        server: by the server that is measured.
+        client: by this process.
+        idle: by the other servers.
+        elsewhere: by all other processes; time that a virtual machine's host took counts too.
     """
 
     server: float
@@ -180,12 +187,12 @@ class Cores:
 
 
 class Watch:
-    """Processor time since it was made.
+    """Measures the processor time since it was made.
 
     Args:
-        servers: all that run, by label.
-        label: of the one that is measured.
-        beside: a process whose work is expected, and not counted.
+        servers: all running servers by label.
+        label: label of the server that is measured.
+        beside: a process whose work is expected and not counted.
     """
 
     def __init__(

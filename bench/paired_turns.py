@@ -1,17 +1,17 @@
-"""Comparing servers on a machine whose speed changes: short turns in pairs, and what they say.
+"""Comparison of servers on a machine whose speed changes: short turns in pairs, and their results.
 
-All servers are up side by side, all idle but one. A pair is one turn of each with the same
-requests; two pairs of a cell follow each other in palindromic order, and the next round begins
-with another server, so that a steady drift weighs on all alike::
+All servers are up side by side, and all but one are idle. A pair is one turn of each server with
+the same requests. Two pairs of a cell follow each other in palindromic order, and the next round
+begins with another server, so that a steady drift affects all servers alike::
 
     round 0   A B B A      pairs 0 and 1 of each cell
     round 1   B A A B      pairs 2 and 3
 
-Lone requests before and after each turn tell the machine's speed. Pairs whose turns were at
-speeds too different are left out; what is compared are differences within pairs.
+Lone requests before and after each turn measure the machine's speed. Pairs whose turns were at
+too different speeds are left out; differences are compared within pairs only.
 
-Here is what is to be run, what came out, and which of it may be compared. `paired_runs` makes
-the turns, `paired_curves` sums them up.
+This file defines the turns, their results, and which results may be compared. `paired_runs` makes
+the turns, `paired_curves` computes their statistics.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from typing import Any
 
 from minserve.workload.reference import Reference
 
-# Of a pair, the slower turn's speed may be so much below the faster one's.
+# In a pair, the slower turn's speed may be this share below the faster one's.
 SPEED_TOLERANCE = 0.15
-# And other work may have taken so many more cores beside one turn than beside the other.
+# Other work may have taken at most so many more cores beside one turn than beside the other.
 CORES_TOLERANCE = 0.15
 RULE = (
     f"left out: pairs whose speeds differ by over {SPEED_TOLERANCE:.0%}, or beside whose turns "
@@ -39,12 +39,12 @@ RULE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One load to be compared under.
+    """A load under which servers are compared.
 
     Attributes:
         rate: requests per second.
         tight, loose: paces, as multiples of a lone request's time per token.
-        busy: another process takes a core meanwhile.
+        busy: true if another process takes a core at the same time.
     """
 
     scenario: str
@@ -55,7 +55,7 @@ class Cell:
 
     @property
     def group(self) -> str:
-        """What cells have in common that differ by their rate alone."""
+        """The name of the group of cells that differ only by their rate."""
         beside = ", beside a busy process" if self.busy else ""
         return f"{self.scenario}, paces {self.tight:g} and {self.loose:g}{beside}"
 
@@ -66,7 +66,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One turn that is to come."""
+    """A turn that is to be run."""
 
     cell: Cell
     pair: int
@@ -75,16 +75,16 @@ class Slot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What came out of one turn.
+    """The result of one turn.
 
     Attributes:
-        cell: its name.
-        attainment, attainment_mean: of all offered, in the deadline and in the mean form.
-        lone_before_s, lone_after_s: a lone request's time per token.
-        cores_server, cores_client: kept busy by these, on average.
-        cores_idle: by the other servers, which should be idle.
-        cores_elsewhere: by all others but the busy process that belongs to the cell.
-        send_lag_p99_s: how late the client itself was.
+        cell: the cell's name.
+        attainment, attainment_mean: of all offered requests, in the deadline and in the mean form.
+        lone_before_s, lone_after_s: seconds per token of a lone request, before and after.
+        cores_server, cores_client: cores kept busy by the server and the client, on average.
+        cores_idle: cores kept busy by the other servers, which should be idle.
+        cores_elsewhere: cores kept busy by all other processes, without the cell's busy process.
+        send_lag_p99_s: how late the client itself sent.
         report: all numbers of the turn.
     """
 
@@ -104,16 +104,17 @@ class Result:
 
     @property
     def lone_s(self) -> float:
-        """How fast the machine was, by this server: seconds per token."""
+        """The machine's speed in this turn, by this server: a lone request's seconds per token."""
         return (self.lone_before_s + self.lone_after_s) / 2
 
 
 def schedule(cells: Sequence[Cell], systems: Sequence[str], pairs: int) -> list[Slot]:
-    """All turns in their order. Every round goes through all cells, so that an interrupted run
-    knows something of each.
+    """Return all turns in their order.
+
+    Every round goes through all cells, so that an interrupted run has results of each cell.
 
     Args:
-        pairs: of each cell.
+        pairs: number of pairs of each cell.
     """
     slots = []
     for turn in range(math.ceil(pairs / 2)):
@@ -129,11 +130,11 @@ def schedule(cells: Sequence[Cell], systems: Sequence[str], pairs: int) -> list[
 
 @dataclass(slots=True)
 class Store:
-    """All that was measured, kept in a file so that an interrupted benchmark goes on.
+    """All results, kept in a file so that an interrupted benchmark can continue.
 
     Attributes:
-        settings: what results depend on; a file with others is not taken.
-        reference: the idle speed that all SLOs are meant by, once it is known.
+        settings: values on which results depend; a file with other settings is refused.
+        reference: the idle speed of which all SLOs are multiples, once it is known.
     """
 
     settings: Mapping[str, Any]
@@ -143,11 +144,12 @@ class Store:
 
     @classmethod
     def resume(cls, file: Path, settings: Mapping[str, Any], systems: Sequence[str]) -> Store:
-        """What a file has, less the turns of pairs that are not whole: their other turns would
-        be made at another time.
+        """Return the store that a file holds, without the turns of incomplete pairs.
+
+        The other turns of such a pair would be run at another time.
 
         Raises:
-            SystemExit: where it cannot be read, or was made with other settings.
+            SystemExit: if the file cannot be read, or has other settings.
         """
         try:
             kept = json.loads(file.read_text(encoding="utf-8"))
@@ -155,7 +157,7 @@ class Store:
             results = [Result(**row) for row in rows]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SystemExit(f"cannot go on from {file}: {error!r}") from None
-        # Through JSON, which knows no tuples.
+        # Through JSON, which has no tuples.
         ours = json.loads(json.dumps(settings))
         if theirs != ours:
             differ = [k for k in ours | theirs if ours.get(k) != theirs.get(k)]
@@ -173,7 +175,7 @@ class Store:
             "reference": None if self.reference is None else self.reference.to_dict(),
             "results": [asdict(one) for one in self.results],
         }
-        # Written beside and renamed: an interruption leaves the old file whole.
+        # Written to another file and renamed: an interruption leaves the old file whole.
         beside = self.file.with_suffix(".part")
         beside.write_text(json.dumps(content), encoding="utf-8")
         beside.replace(self.file)
@@ -183,39 +185,39 @@ class Store:
         self.save()
 
     def missing(self, slots: Iterable[Slot]) -> list[Slot]:
-        """Turns without a result."""
+        """Return the turns without a result."""
         done = {(one.cell, one.pair, one.system) for one in self.results}
         return [one for one in slots if (one.cell.name, one.pair, one.system) not in done]
 
 
 class Pairs:
-    """Results by cell and pair, and which pairs may be compared."""
+    """Results by cell and pair, and the decision which pairs may be compared."""
 
     def __init__(self, results: Iterable[Result]) -> None:
         self._results = {(one.cell, one.pair, one.system): one for one in results}
         lone: dict[str, list[float]] = {}
         for one in self._results.values():
             lone.setdefault(one.system, []).append(one.lone_s)
-        # Servers differ in their own speed: each turn's counts relative to its server's usual.
+        # Servers differ in their own speed: each turn's speed is relative to its server's median.
         self._usual_s = {system: statistics.median(each) for system, each in lone.items()}
 
     def slowness(self, result: Result) -> float:
-        """A lone request's time around a turn, over the usual one on the same server."""
+        """Return a lone request's time around a turn, over the median on the same server."""
         return result.lone_s / self._usual_s[result.system]
 
     def of(self, cell: Cell, system: str) -> list[Result]:
-        """All turns of a server in a cell, by pair."""
+        """Return all turns of a server in a cell, by pair."""
         own = [
             one for one in self._results.values() if (one.cell, one.system) == (cell.name, system)
         ]
         return sorted(own, key=lambda one: one.pair)
 
     def kept(self, cell: Cell, one: str, other: str) -> list[tuple[Result, Result]]:
-        """The pairs of two servers that may be compared."""
+        """Return the pairs of two servers that may be compared."""
         return [pair for pair in self._both(cell, one, other) if self._fault(*pair) is None]
 
     def left_out(self, cell: Cell, one: str, other: str) -> Counter[str]:
-        """The other pairs, by what was wrong with them."""
+        """Return the number of the other pairs by their fault."""
         faults = [self._fault(*pair) for pair in self._both(cell, one, other)]
         return Counter(fault for fault in faults if fault is not None)
 
@@ -224,7 +226,7 @@ class Pairs:
         return [(ours, others[ours.pair]) for ours in self.of(cell, one) if ours.pair in others]
 
     def _fault(self, one: Result, other: Result) -> str | None:
-        """Why two turns cannot be compared, if so."""
+        """Return why two turns cannot be compared; ``None`` if they can."""
         low, high = sorted((self.slowness(one), self.slowness(other)))
         if high > low * (1 + SPEED_TOLERANCE):
             return "speed changed"

@@ -1,8 +1,8 @@
 """Compare every Llama and OPT variant with transformers: logits and greedy tokens.
 
-For each case a random model is saved in Hugging Face form, loaded by both, and run on
-prompts of odd lengths: by transformers whole, by minserve in mixed batches of prefill
-chunks and decodes over a paged cache with scattered blocks. The last line is JSON.
+For each case a random model is saved in Hugging Face form, loaded by both, and run on prompts of
+odd lengths: transformers runs each prompt whole, minserve runs mixed batches of prefill chunks and
+decodes over a paged cache with scattered blocks. The last line is JSON.
 
     python bench/parity.py
 """
@@ -43,7 +43,7 @@ BLOCK_SIZE = 16
 
 @dataclass(frozen=True)
 class Case:
-    """One model variant: a transformers config class by family, and how it is saved."""
+    """A model variant: family, settings of transformers' config class, and file format."""
 
     name: str
     family: str
@@ -90,7 +90,7 @@ CASES = [
 
 
 def reference_model(case: Case, seed: int = 0) -> torch.nn.Module:
-    """A random transformers model, its weights large enough for lively logits."""
+    """Return a random transformers model whose weights are large enough for varied logits."""
     from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -109,7 +109,7 @@ def reference_model(case: Case, seed: int = 0) -> torch.nn.Module:
         if settings["word_embed_proj_dim"] is None:
             settings["word_embed_proj_dim"] = settings["hidden_size"]
         model = OPTForCausalLM(OPTConfig(**settings))
-    with torch.no_grad():  # biases and norms start at 0 and 1: stir them, or they are not tested
+    with torch.no_grad():  # biases and norms start at 0 and 1, which would leave them untested
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -125,7 +125,7 @@ def save(model: torch.nn.Module, folder: Path, form: str) -> None:
 
 
 def load(folder: Path, dtype: str = "float32") -> tuple[CausalLM, Placement]:
-    """The same model in minserve, on the CPU."""
+    """Load the saved model in minserve, on the CPU."""
     source = find_model(str(folder))
     placement = Placement.choose(torch.device("cpu"), dtype)
     with open_checkpoint(source) as checkpoint:
@@ -133,7 +133,7 @@ def load(folder: Path, dtype: str = "float32") -> tuple[CausalLM, Placement]:
 
 
 def make_runner(model: CausalLM, placement: Placement, num_blocks: int = 64) -> ModelRunner:
-    """A runner with the torch backend and a small cache."""
+    """Return a runner with the torch backend and a small cache."""
     s = model.shape
     backend = make_attention_backend("torch", s.num_heads, s.num_kv_heads, s.head_dim, s.scale)
     kv = allocate_kv_cache(
@@ -143,7 +143,7 @@ def make_runner(model: CausalLM, placement: Placement, num_blocks: int = 64) -> 
 
 
 def prompts(seed: int = 1) -> list[list[int]]:
-    """One random prompt per length."""
+    """Return one random prompt per length."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
 
@@ -152,7 +152,7 @@ def prompts(seed: int = 1) -> list[list[int]]:
 def chunked_logits(
     runner: ModelRunner, token_lists: list[list[int]], chunk: int
 ) -> list[torch.Tensor]:
-    """Logits of every position, computed in mixed batches of chunks over scattered blocks."""
+    """Return the logits of every position, from mixed batches of chunks over scattered blocks."""
     num_blocks = runner.kv[0].key.shape[0]
     order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(2)).tolist()
     tables = []
@@ -206,7 +206,7 @@ def _forward(
 
 
 def greedy(runner: ModelRunner, token_lists: list[list[int]], num_tokens: int) -> list[list[int]]:
-    """Greedy continuations from the engine core, all prompts in one batch."""
+    """Return greedy continuations from the engine core, with all prompts in one batch."""
     pool = BlockPool(runner.kv[0].key.shape[0], BLOCK_SIZE)
     core = EngineCore(runner, pool, make_planner("sarathi"), token_budget=50, max_num_seqs=8,
                       max_model_len=pool.num_blocks * pool.block_size, clock=time.monotonic)  # fmt: skip
@@ -224,7 +224,7 @@ def greedy(runner: ModelRunner, token_lists: list[list[int]], num_tokens: int) -
 
 @torch.inference_mode()
 def reference_greedy(model: torch.nn.Module, tokens: list[int], num_tokens: int) -> list[int]:
-    """The same by transformers, without its `generate` and whatever that adds."""
+    """Return transformers' greedy continuation, without its `generate` and what that adds."""
     cache, step, out = None, torch.tensor([tokens]), []
     for _ in range(num_tokens):
         result = model(step, past_key_values=cache, use_cache=True)
@@ -235,7 +235,7 @@ def reference_greedy(model: torch.nn.Module, tokens: list[int], num_tokens: int)
 
 
 def check(case: Case) -> Iterator[str]:
-    """Run one case; yields a line for every mismatch."""
+    """Run one case, and yield a line for every mismatch."""
     reference = reference_model(case)
     with tempfile.TemporaryDirectory() as folder:
         save(reference, Path(folder), case.form)

@@ -1,10 +1,10 @@
-"""What planning costs, and whether admission is exact.
+"""Measures the time of planning, and checks that admission is exact.
 
-Times whole `DpPlanner.plan` calls on real sequences and a real block pool: with a round of
+It times whole `DpPlanner.plan` calls on real sequences and a real block pool: with a round of
 admission (as after every arrival and finish) and without (batch formation alone), at several
-numbers of waiting sequences beside 64 running ones. The device is the published profile of
-OPT-6.7B on an A100 (arXiv 2504.08784), loaded so that some of the waiting fit and some do
-not, which is when the dynamic program has to work. Then compares admission with brute force
+numbers of waiting sequences beside 64 running sequences. The device is the published profile of
+OPT-6.7B on an A100 (arXiv 2504.08784). Its load is such that some waiting sequences fit and some do
+not, because then the dynamic program has most work. Then it compares admission with brute force
 over all subsets of small random instances. The last line is JSON.
 
     python bench/planner.py          # a table
@@ -44,7 +44,7 @@ BLOCK_SIZE, NUM_BLOCKS = 16, 30_000
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of `plan`: with a round of admission, and without."""
+    """Milliseconds of `plan`, with a round of admission and without, and sequences admitted."""
 
     review_p50: float
     review_p99: float
@@ -54,7 +54,7 @@ class Timing:
 
 
 def make_view(rng: random.Random, running: int, waiting: int, tiers: int) -> PlannerView:
-    """Sequences in the middle of their lives, at time 0."""
+    """Return a view with sequences in the middle of their lives, at time 0."""
     pool = BlockPool(NUM_BLOCKS, BLOCK_SIZE, prefix_caching=True)
     decoding = []
     for i in range(running):
@@ -64,7 +64,7 @@ def make_view(rng: random.Random, running: int, waiting: int, tiers: int) -> Pla
         seq.num_computed_tokens = seq.num_tokens + done - 1
         seq.token_ids += [0] * done
         seq.state, seq.standing = SequenceState.RUNNING, Standing.ADMITTED
-        # On schedule, or up to two tokens ahead of it.
+        # Each sequence is on schedule, or up to two tokens ahead of it.
         tpot = seq.progress.tpot_s
         begun = -(done - 1) * tpot + rng.uniform(0.0, 2.0) * tpot
         seq.progress.arrival_s = begun
@@ -100,7 +100,7 @@ def make_sequence(rng: random.Random, name: str, tiers: int, arrival: float) -> 
 
 
 def time_planning(running: int, waiting: int, tiers: int, samples: int, seed: int) -> Timing:
-    """Plan at several moments of several situations; only the first call hashes prompts."""
+    """Time plans at several moments of several situations; only the first call hashes prompts."""
     rng, review, form, admitted = random.Random(seed), [], [], []
     for _ in range(samples):
         view = make_view(rng, running, waiting, tiers)
@@ -109,7 +109,7 @@ def time_planning(running: int, waiting: int, tiers: int, samples: int, seed: in
         for moment in range(1, 4):
             now = 0.11 * moment
             started = time.perf_counter()
-            planner.plan(view, now)  # 0.1 s are over: a round of admission
+            planner.plan(view, now)  # 0.1 s have passed, so this call includes a round of admission
             between = time.perf_counter()
             planner.plan(view, now + 0.001)
             review.append(between - started)
@@ -122,14 +122,14 @@ def time_planning(running: int, waiting: int, tiers: int, samples: int, seed: in
 
 
 def agreement(instances: int, seed: int, progress: bool) -> float:
-    """Share of small random instances on which admission equals brute force over subsets.
+    """Return the share of small random instances on which admission equals brute force.
 
-    Equal: the same value, and a set that the event simulation finds feasible. Instances
-    whose forced candidates never fit for good are left out: there is nothing to compare.
+    Equal means the same value, and a set that the event simulation finds feasible. Instances
+    whose forced candidates never fit for good are left out, because no result can be compared.
     """
     agreed = compared = 0
     for number in tqdm(range(instances), desc="brute force", disable=not progress):
-        # In turns: requests of one output each, and of up to so many.
+        # Some instances have requests of one output each, some of up to so many outputs.
         most_seqs = (1, 3, 12)[number % 3]
         instance = random_instance(
             random.Random(seed + number), num_candidates=7, most_seqs=most_seqs
@@ -141,7 +141,8 @@ def agreement(instances: int, seed: int, progress: bool) -> float:
         got = admit(instance.candidates, instance.outlook, instance.rates)
         chosen = [instance.candidates[i] for i in got.accepted]
         feasible = simulate(chosen, instance.outlook, instance.rates).feasible
-        # Released at its predicted end, a set may hold more than the program counts on.
+        # Requests are released at their predicted ends, so a set may hold more than the program
+        # counts on.
         agreed += got.feasible and feasible and got.value >= best[0] - 1e-9
     return agreed / compared
 
@@ -152,9 +153,9 @@ def main() -> None:
         "--samples",
         type=int,
         default=60,
-        help="situations of the headline's size; a quarter of it for the others",
+        help="situations of the headline's size; a quarter of them for other sizes",
     )
-    parser.add_argument("--instances", type=int, default=2000, help="for brute force")
+    parser.add_argument("--instances", type=int, default=2000, help="compared with brute force")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the last line alone")
     args = parser.parse_args()

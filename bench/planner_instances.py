@@ -1,7 +1,7 @@
-"""Small random admission instances, and a slow twin of the program: every subset, in scalars.
+"""Small random admission instances, and a slow twin of the program, which tries every subset.
 
-The twin is written from the definition, not from the program: nothing of
-`minserve.planner.admission` or `minserve.planner.timeline` but their data types is used.
+The twin is written from the definition, not from the program: of `minserve.planner.admission` and
+`minserve.planner.timeline` it uses only the data types.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from minserve.planner.timeline import Candidate
 
 @dataclass(frozen=True)
 class Instance:
-    """One admission to decide."""
+    """A problem of admission."""
 
     candidates: list[Candidate]
     outlook: Outlook
@@ -40,14 +40,14 @@ def random_instance(
     roomy: bool | None = None,
     most_seqs: int = 1,
 ) -> Instance:
-    """An instance near the edge of what fits.
+    """Return an instance near the edge of what fits.
 
     Args:
-        num_candidates: at most.
-        num_tiers: default: 1 to 3.
-        alike: all values equal; default: half of the time.
-        roomy: memory is no matter; default: half of the time.
-        most_seqs: outputs that a candidate may have.
+        num_candidates: largest number of candidates.
+        num_tiers: number of tiers; default: 1 to 3.
+        alike: true if all values are equal; default: half of the time.
+        roomy: true if memory never limits; default: half of the time.
+        most_seqs: largest number of outputs of a candidate.
     """
     num_tiers = num_tiers or rng.randint(1, 3)
     pieces = [Piece(0.002, 0.001, 1e-6, rng.choice([0.0, 1e-7]), base=0.02)]
@@ -89,7 +89,7 @@ def random_instance(
 
 
 def all_done_s(instance: Instance, chosen: Sequence[int]) -> float | None:
-    """When the chosen are all prefilled if none is ever released; ``None`` if one is late."""
+    """Return when all chosen are prefilled if none is ever released; ``None`` if one is late."""
     outlook, rates = instance.outlook, instance.rates
     starts = [float(t) for t in outlook.starts]
     now, blocks, joined = starts[0], 0, np.zeros(outlook.counts.shape[1], dtype=np.int64)
@@ -101,7 +101,7 @@ def all_done_s(instance: Instance, chosen: Sequence[int]) -> float | None:
         return max(j for j, start in enumerate(starts) if start <= time)
 
     def from_when(holds: list[bool]) -> float:
-        """Earliest time from which it holds in every segment."""
+        """Return the earliest time from which the condition holds in every segment."""
         broken = [j for j, one in enumerate(holds) if not one]
         if not broken:
             return -math.inf
@@ -134,7 +134,7 @@ def all_done_s(instance: Instance, chosen: Sequence[int]) -> float | None:
 
 
 def best_by_brute_force(instance: Instance) -> tuple[float, float] | None:
-    """Value and end time of the best feasible set; ``None`` where the forced alone are not."""
+    """Return value and end time of the best feasible set; ``None`` if the forced do not fit."""
     every = range(len(instance.candidates))
     forced = [i for i in every if instance.candidates[i].forced]
     optional = [i for i in every if not instance.candidates[i].forced]

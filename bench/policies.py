@@ -1,17 +1,17 @@
-"""The planner's policies on the real engine: where does dp keep more SLOs than the simple ones?
+"""Compares the planner's policies on the real engine: where does dp keep more SLOs than others?
 
-A minserve server per policy, all up at once and idle but one; an open-loop client drives them in
-short alternating turns with the same requests (`paired_turns`), at paces from easy to tight and
-rates from idle to overload, alone on the machine and beside a process that takes a core. The
-idle speed that SLOs are multiples of is one for all: the best of the servers', or --zero-load.
-The machine's own speed is told by lone requests before and after each turn, without the busy
-process; pairs whose turns were at different speeds are left out. Client and servers share the
-machine. Turns beside the busy process come after all others of their round, so that what a
-planner has learned there weighs on few of these.
+One minserve server runs per policy; all are up at once and idle but one. An open-loop client sends
+them the same requests in short alternating turns (`paired_turns`), at paces from easy to tight and
+rates from idle to overload, alone on the machine and beside a process that takes a core. The idle
+speed of which SLOs are multiples is the same for all: the best of the servers', or --zero-load.
+Lone requests before and after each turn, without the busy process, measure the machine's own speed;
+pairs whose turns were at different speeds are left out. Client and servers share the machine. Turns
+beside the busy process come after all other turns of their round, so that what a planner learned
+there affects few of the others.
 
-dp is compared with the best simple policy of each cell: the one to which it has the smallest
-lead, chosen with hindsight. A cell counts as below (or above) where the 95% interval of the
-difference over pairs, by Student's t, leaves out 0: so do 5% of the cells by chance alone.
+dp is compared with the best simple policy of each cell: the policy over which it has the smallest
+lead, chosen with hindsight. A cell counts as below (or above) if the 95% interval of the difference
+over pairs, by Student's t, does not contain 0: this holds for 5% of the cells by chance alone.
 
     python bench/policies.py --json                       # all cells: about 10 hours
     python bench/policies.py --tight 1.7 --json           # a third of them: 3.2 hours
@@ -43,7 +43,7 @@ from minserve.workload.scenarios import SCENARIOS
 RATES, QUICK_RATES = (0.8, 1.5, 3.0, 6.0), (1.5, 6.0)
 SCENARIO_NAMES = ("mixed", "coding")
 TIGHT, QUICK_TIGHT = (1.4, 1.7, 2.0), 1.7
-# The loose pace, over the tight one.
+# The loose pace divided by the tight pace.
 LOOSE_FACTOR = 2.0
 BESIDE = ("nothing", "busy")
 KV_GIB = 2
@@ -89,7 +89,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def cells_of(args: argparse.Namespace) -> list[Cell]:
-    """Those beside the busy process last."""
+    """Return the cells; those beside the busy process come last."""
     return [
         Cell(scenario=scenario, rate=rate, tight=tight, loose=LOOSE_FACTOR * tight,
              busy=beside == "busy")
@@ -101,7 +101,7 @@ def cells_of(args: argparse.Namespace) -> list[Cell]:
 
 
 def make_variants(args: argparse.Namespace, served_name: str) -> list[Variant]:
-    """A server for each policy, alike else. Without drafts: their lengths are another policy."""
+    """Return a server for each policy, without drafts, whose lengths are another policy."""
     return [
         minserve_variant(
             policy, "--model", args.model, "--served-model-name", served_name, "--policy", policy,
@@ -113,7 +113,7 @@ def make_variants(args: argparse.Namespace, served_name: str) -> list[Variant]:
 
 def main() -> None:
     args = parse_args()
-    # So that servers are stopped by this signal too.
+    # So that SIGTERM stops the servers too.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     cells, name = cells_of(args), Path(args.model).name
     variants = make_variants(args, name)

@@ -1,4 +1,4 @@
-"""What `policies.py` found: arithmetic on paired turns, and its table."""
+"""The results of `policies.py`: statistics of paired turns, and their table."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ OURS = "dp"
 
 
 def summary(pairs: Pairs, cells: Sequence[Cell], policies: Sequence[str]) -> dict[str, Any]:
-    """Ready for JSON.
+    """Return the results as JSON values.
 
     Args:
-        policies: dp among them.
+        policies: all policies, dp among them.
     """
     simple = [policy for policy in policies if policy != OURS]
     found = {cell.name: _cell(pairs, cell, policies, simple) for cell in cells}
@@ -64,7 +64,7 @@ def _cell(
 
 
 def _policy(pairs: Pairs, cell: Cell, policy: str) -> dict[str, Any]:
-    """All turns of a policy, also those whose pair is left out."""
+    """Return the results of all turns of a policy, also of turns whose pair is left out."""
     turns = pairs.of(cell, policy)
     each = [one.attainment for one in turns]
     return {
@@ -76,7 +76,7 @@ def _policy(pairs: Pairs, cell: Cell, policy: str) -> dict[str, Any]:
 
 
 def _best(pairs: Pairs, cell: Cell, simple: Sequence[str]) -> tuple[str | None, Difference]:
-    """The simple policy to which dp has the smallest lead, and the lead."""
+    """Return the simple policy over which dp has the smallest lead, and the lead."""
     leads = {policy: _lead(pairs, cell, policy) for policy in simple}
     known = {policy: lead for policy, lead in leads.items() if lead.num_pairs}
     if not known:
@@ -96,7 +96,7 @@ def _capacity(pairs: Pairs, cells: Sequence[Cell], policy: str) -> dict[str, Any
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Lines for the terminal: a row per cell."""
+    """Return lines for the terminal: a row per cell."""
     cells = result["cells"]
     policies = list(next(iter(cells.values()))["policies"])
     width = max(map(len, cells)) + 2

@@ -1,4 +1,4 @@
-"""Workloads with real texts, of as many tokens as they should have, that no prefix cache knows."""
+"""Workloads whose texts have the wanted number of tokens and are in no prefix cache."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from minserve.engine.intake import load_tokenizer
 from minserve.workload.conversation import Conversation, Turn
 from minserve.workload.texts import fill
 
-# The number that every prompt begins with, in tokens.
+# Tokens of the number with which every prompt begins.
 MARK_TOKENS = 7
 
 
 class Counter:
-    """Counts tokens of texts, and keeps what it counted.
+    """Counts the tokens of texts, and remembers the counts.
 
     Args:
-        model: whose tokenizer counts.
+        model: the model whose tokenizer counts.
     """
 
     def __init__(self, model: str) -> None:
@@ -35,22 +35,22 @@ class Counter:
 def with_texts(
     drawn: Sequence[Conversation], count: Callable[[str], int], *, seed: int, salt: str
 ) -> list[Conversation]:
-    """A workload with texts.
+    """Return a workload with texts.
 
     Args:
-        count: tokens of a text.
-        salt: other marks for the same workload.
+        count: returns the tokens of a text.
+        salt: another salt gives other marks for the same workload.
     """
     return marked(fill(drawn, lambda text: MARK_TOKENS + count(text), seed=seed), salt)
 
 
 def marked(workload: Sequence[Conversation], salt: str) -> list[Conversation]:
-    """The same workload with a number before the first prompt of every conversation.
+    """Return the same workload with a number before the first prompt of every conversation.
 
-    Texts come again from run to run; a prefix cache must not find them.
+    The same texts come again in other runs; a prefix cache must not find them.
 
     Args:
-        salt: other numbers for the same workload.
+        salt: another salt gives other numbers for the same workload.
     """
     rng = random.Random(salt)
     return [

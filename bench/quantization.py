@@ -1,7 +1,7 @@
-"""Quantized weights beside plain ones: how much quality they cost, how much speed they bring.
+"""Compares quantized weights with plain ones: the loss of quality and the gain in speed.
 
-The text is that of Python's own language reference, which comes with it. Quality is measured
-against float32: the perplexity of the text, and how far greedy outputs are the same. The last
+The text is Python's own language reference, which comes with Python. Quality is measured against
+float32: the perplexity of the text, and how far greedy outputs stay the same. The last
 line is JSON.
 
     python bench/quantization.py
@@ -32,14 +32,14 @@ PREFILL, REPEATS = 1024, 3
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """Of one form of the weights.
+    """The quality of one form of the weights.
 
     Attributes:
-        perplexity: of the text's windows.
-        logprob_error: mean distance of the text's tokens' log probabilities from the
+        perplexity: perplexity of the text's windows.
+        logprob_error: mean distance of the log probabilities of the text's tokens from the
             reference's, in nats.
-        same_prefix: share of greedy tokens before the first one that is not the reference's.
-        same_outputs: share of outputs that are the reference's from end to end.
+        same_prefix: share of greedy tokens before the first that differs from the reference's.
+        same_outputs: share of outputs that equal the reference's from end to end.
     """
 
     perplexity: float
@@ -49,7 +49,7 @@ class Quality:
 
 
 def windows(engine: Engine, count: int) -> list[list[int]]:
-    """Disjoint windows of the text, in tokens."""
+    """Return disjoint windows of the text, in tokens."""
     text = "\n".join(topics[name] for name in sorted(topics))
     ids = engine.tokenizer.encode(text)
     step = max(WINDOW, len(ids) // count)
@@ -57,26 +57,26 @@ def windows(engine: Engine, count: int) -> list[list[int]]:
 
 
 def text_logprobs(engine: Engine, texts: list[list[int]]) -> torch.Tensor:
-    """Log probability of each token of the texts but their first ones."""
+    """Return the log probability of each token of the texts, without each text's first token."""
     params = SamplingParams(max_tokens=1, prompt_logprobs=0)
     outputs = engine.generate(texts, params)
     return torch.tensor([one.logprob for out in outputs for one in out.prompt_logprobs[1:]])
 
 
 def greedy(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
-    """Greedy outputs of `OUTPUT` tokens, all prompts in one batch."""
+    """Return greedy outputs of `OUTPUT` tokens, with all prompts in one batch."""
     params = SamplingParams(temperature=0.0, max_tokens=OUTPUT, ignore_eos=True)
     return [list(out.outputs[0].token_ids) for out in engine.generate(prompts, params)]
 
 
 def same_prefix(one: list[int], other: list[int]) -> int:
-    """Tokens before the first difference."""
+    """Return the number of tokens before the first difference."""
     pairs = zip(one, other, strict=True)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), len(one))
 
 
 def speed(engine: Engine) -> dict[str, float]:
-    """Tokens per second of decodes by batch, and of a prefill; medians."""
+    """Return median tokens per second of decodes, by batch, and of a prefill."""
 
     def seconds(batch: int, prompt: int, output: int) -> float:
         prompts = [[100 + i] * prompt for i in range(batch)]
@@ -99,9 +99,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--dtype", default="auto", help="of what is compared to float32")
+    parser.add_argument("--dtype", default="auto", help="of the quantized forms")
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--windows", type=int, default=20, help=f"of {WINDOW} tokens")
+    parser.add_argument("--windows", type=int, default=20, help=f"each of {WINDOW} tokens")
     parser.add_argument("--no-speed", action="store_true", help="measure the quality alone")
     args = parser.parse_args()
     forms = {"float32": {"dtype": "float32"}}

@@ -1,13 +1,13 @@
-"""Do N replicas serve N times as much, and which router gets most out of them?
+"""Measures whether N replicas serve N times as much, and which router gets most out of them.
 
-Real processes and sockets: an open-loop client, `minserve serve --replicas N`, a process for
-each replica with the real planner and block pool. Only the forward passes are simulated: they
-take as long as a published performance model says (`--executor simulated`), so that many
-replicas fit on few cores. Capacity is the most requests per second at which at least 90% of
-all requests attain their SLO by the client's clock; the simulator is asked for the same.
+It uses real processes and sockets: an open-loop client, `minserve serve --replicas N`, and a
+process for each replica with the real planner and block pool. Only the forward passes are
+simulated: they take as long as a published performance model says (`--executor simulated`), so that
+many replicas fit on few cores. Capacity is the most requests per second at which at least 90% of
+all requests attain their SLO by the client's clock; the simulator's capacity is computed too.
 
-Beside it: what the controller adds to the time to a first token at 100 requests per second,
-and how long a routing decision takes between 64 replicas.
+It also measures how much time the controller adds to the first token at 100 requests per second,
+and how long a routing decision between 64 replicas takes.
 
     python bench/replicas.py              # about 70 minutes
     python bench/replicas.py --quick      # chat on 1 and 2 replicas, 3 minutes
@@ -50,7 +50,8 @@ from minserve.workload.client import Tally
 from minserve.workload.endpoint import Endpoint, find_endpoint
 from minserve.workload.plots import check_can_plot, figure_of, save
 
-# A search takes steps of this size from what the simulator says, and ends in a bracket so wide.
+# A search starts at the simulator's result, takes steps of this size, and ends in a bracket so
+# wide.
 STEP, TOLERANCE = 1.15, 0.16
 UP_S = 120.0
 SETTINGS = ("seconds", "repeats", "slow", "seed")
@@ -58,11 +59,11 @@ SETTINGS = ("seconds", "repeats", "slow", "seed")
 
 @dataclass(slots=True)
 class Results:
-    """What was measured, kept in a file from run to run.
+    """All measurements, kept in a file from run to run.
 
     Attributes:
-        runs: by case and rate, of each repeat.
-        expected: capacities by the simulator.
+        runs: by case and rate, the figures of each repeat.
+        expected: capacities according to the simulator.
     """
 
     path: Path | None
@@ -74,10 +75,10 @@ class Results:
 
     @classmethod
     def open(cls, path: Path | None, settings: dict[str, Any]) -> Results:
-        """Those of a file, where there is one.
+        """Return the results of a file, or new ones if it does not exist.
 
         Raises:
-            WorkloadError: where they were measured with other settings.
+            WorkloadError: if they were measured with other settings.
         """
         results = cls(path, settings)
         if path is not None and path.exists():
@@ -89,7 +90,7 @@ class Results:
         return results
 
     def save(self) -> None:
-        """Write the file."""
+        """Write the results to the file."""
         if self.path is not None:
             self.path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
 
@@ -99,7 +100,7 @@ class Results:
 
 
 def measure(case: Case, results: Results, args: argparse.Namespace, count: Counter) -> None:
-    """Search one capacity, as far as it is not known yet."""
+    """Search for one capacity; runs that are known already are not repeated."""
     slowed = Slowed.of(case.scenario, args.slow)
     if case.name not in results.expected:
         results.expected[case.name] = expected_capacity(slowed, case, args.seconds, TOLERANCE)
@@ -145,10 +146,10 @@ def measure(case: Case, results: Results, args: argparse.Namespace, count: Count
 
 
 def wait_until_up(url: str, replicas: int) -> None:
-    """A server answers as soon as one replica is up; wait for all.
+    """Wait until all replicas are up: a server answers as soon as one replica is.
 
     Raises:
-        EngineStoppedError: where they do not come.
+        EngineStoppedError: if they are not up in time.
     """
     deadline = time.monotonic() + UP_S
     while replicas > 1 and time.monotonic() < deadline:
@@ -162,7 +163,7 @@ def wait_until_up(url: str, replicas: int) -> None:
 
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
-    """All that is measured; one replica needs no router."""
+    """Return all cases to measure; one replica needs no router."""
     return [
         Case(scenario, replicas, router)
         for router in args.routers
@@ -173,7 +174,7 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
 
 
 def by_scenario(values: dict[str, float | None], cases: list[Case]) -> dict[str, Any]:
-    """{scenario: {router: {replicas: rate}}}; one replica counts for every router."""
+    """Return {scenario: {router: {replicas: rate}}}; one replica counts for every router."""
     found: dict[str, Any] = {}
     for case in cases:
         rate = values.get(case.name)
@@ -184,7 +185,7 @@ def by_scenario(values: dict[str, float | None], cases: list[Case]) -> dict[str,
 
 
 def table(results: Results, cases: list[Case]) -> str:
-    """Capacities in words."""
+    """Return the capacities as a table."""
     lines = [f"{'':32}{'measured':>10}{'simulated':>11}{'per replica':>13}"]
     for case in cases:
         rate, expected = results.capacity.get(case.name), results.expected.get(case.name)
@@ -196,7 +197,7 @@ def table(results: Results, cases: list[Case]) -> str:
 
 
 def plot(results: Results, cases: list[Case], file: Path) -> None:
-    """Capacity by number of replicas, a panel for each scenario."""
+    """Draw capacity by number of replicas, with a panel for each scenario."""
     found = by_scenario(results.capacity, cases)
     figure, panels = figure_of(len(found))
     for panel, (scenario, routers) in zip(panels, found.items(), strict=True):
@@ -224,10 +225,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--routers", type=names, default=list(ROUTERS), metavar="LIST")
     parser.add_argument("--replicas", default=[1, 2, 4, 8], metavar="LIST",
                         type=lambda text: [int(part) for part in text.split(",")])  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=30.0, help="of arrivals, per run")
-    parser.add_argument("--repeats", type=int, default=1, help="of each rate, with other seeds")
+    parser.add_argument("--seconds", type=float, default=30.0, help="time of arrivals per run")
+    parser.add_argument("--repeats", type=int, default=1, help="runs per rate, with other seeds")
     parser.add_argument("--slow", type=float, default=1.0, metavar="X",
-                        help="devices and promises in slow motion, where cores are few")  # fmt: skip
+                        help="slows devices and promises down, if cores are few")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="does it run? 3 minutes")
     parser.add_argument("--results", type=Path, metavar="FILE.json")

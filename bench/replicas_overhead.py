@@ -1,4 +1,4 @@
-"""What a controller in front of replicas costs: time added to first tokens, and routing itself."""
+"""The costs of a controller in front of replicas: delay of first tokens, and routing itself."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from minserve.workload.endpoint import find_endpoint
 from minserve.workload.report import Report
 from minserve.workload.server_process import ServerProcess
 
-# A small model on a fast GPU. It waits for nobody: what is added to it is the software's.
+# A small model on a fast GPU. It delays no request: the time added to it is the software's.
 FAST = PerfModel((Piece(tokens=1e-7, base=5e-3),), margin=1.02)
 RATE = 100.0
 PROMPT_TOKENS, OUTPUT_TOKENS = 64, 16
@@ -38,14 +38,14 @@ CHAT_TOKENS = 1024
 
 
 def added_to_ttft(seconds: float, pairs: int, seed: int) -> dict[str, Any]:
-    """Median time to a first token with and without a controller, in turns.
+    """Return the median time to a first token with and without a controller, in turns.
 
     Args:
-        seconds: of each run.
-        pairs: runs of each server.
+        seconds: time of arrivals in each run.
+        pairs: number of runs of each server.
 
     Returns:
-        milliseconds: of either, and what was added, the median over pairs.
+        milliseconds: of either server, and the added time, which is the median over pairs.
     """
     count, found = Counter(MODEL), {"direct": [], "controller": []}
     with ExitStack() as stack:
@@ -86,8 +86,9 @@ def _short_requests(seconds: float, seed: int, salt: str, count: Counter) -> lis
 
 
 def routing_us(name: str, seed: int) -> dict[str, float]:
-    """Microseconds of one decision between `NUM_REPLICAS` busy replicas, its lookup of a chat's
-    prefix included.
+    """Return the microseconds of one decision between `NUM_REPLICAS` busy replicas.
+
+    The lookup of a chat's prefix is included.
     """
     rng = random.Random(seed)
     router = make_router(name, NUM_REPLICAS, find_device("opt-6.7b-a100").perf_model())

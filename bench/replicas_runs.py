@@ -24,7 +24,7 @@ from minserve.workload.server_process import ServerProcess
 
 PROFILES = {"chatbot": "opt-6.7b-a100", "coding": "opt-6.7b-a100", "tools": "toolllama-7b-a100"}
 ROUTERS = ("slo", "least-loaded", "round-robin")
-MODEL = "smollm2"  # whose tokenizer counts
+MODEL = "smollm2"  # its tokenizer counts tokens
 MAX_NUM_SEQS = 256
 # Paces of the scenarios, in seconds.
 TIGHT_S, LOOSE_S = 0.050, 0.100
@@ -32,7 +32,7 @@ TIGHT_S, LOOSE_S = 0.050, 0.100
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What a capacity is measured of."""
+    """The setting of one capacity."""
 
     scenario: str
     replicas: int
@@ -47,11 +47,11 @@ class Case:
 class Slowed:
     """A device and a scenario in slow motion: every time is a multiple of the real one.
 
-    The host's own work (planning, routing, HTTP, and the client on the same cores) weighs less
-    then, as it would where each replica has cores of its own.
+    The host's own work (planning, routing, HTTP, and the client on the same cores) then weighs
+    less, as it would if each replica had its own cores.
 
     Args:
-        factor: that times are multiplied by, and rates divided.
+        factor: times are multiplied by it, and rates are divided by it.
     """
 
     scenario: Scenario
@@ -74,7 +74,7 @@ class Slowed:
         )
 
     def setup(self, case: Case) -> Setup:
-        """The same for the simulator."""
+        """Return the same setting for the simulator."""
         return Setup(
             device=self.device,
             replicas=case.replicas,
@@ -84,7 +84,7 @@ class Slowed:
         )
 
     def flags(self, case: Case, profile: Path) -> list[str]:
-        """Of ``minserve serve``."""
+        """Return the flags of ``minserve serve``."""
         device = self.device
         assert device.kv_tokens is not None
         return [
@@ -98,7 +98,7 @@ class Slowed:
 
 @contextmanager
 def profile_file(model: PerfModel, name: str) -> Iterator[Path]:
-    """A performance model as a file that ``--profile`` takes."""
+    """Yield a performance model as a file that ``--profile`` takes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "profile.json"
         path.write_text(json.dumps({"key": {"model": name}, "model": model.to_dict()}))
@@ -106,7 +106,7 @@ def profile_file(model: PerfModel, name: str) -> Iterator[Path]:
 
 
 def expected_capacity(slowed: Slowed, case: Case, seconds: float, tolerance: float) -> float:
-    """What the simulator says, for a search to begin at, and to be compared with."""
+    """Return the simulator's capacity, with which a search begins and the result is compared."""
 
     def attainment(rate: float, repeat: int) -> float:
         workload = slowed.scenario.draw(rate, seed=repeat, seconds=seconds)
@@ -120,7 +120,7 @@ def expected_capacity(slowed: Slowed, case: Case, seconds: float, tolerance: flo
 def texts_of(
     slowed: Slowed, count: Callable[[str], int], rate: float, seconds: float, seed: int, salt: str
 ) -> list[Conversation]:
-    """A workload of texts that no cache has seen."""
+    """Return a workload of texts that are in no cache."""
     drawn = slowed.scenario.draw(rate, seed=seed, seconds=seconds)
     return with_texts(drawn, count, seed=seed, salt=salt)
 
@@ -131,10 +131,10 @@ def drive(
     workload: list[Conversation],
     show: Callable[[Tally], None],
 ) -> Load:
-    """Send it.
+    """Send a workload and return its load.
 
     Raises:
-        KeyboardInterrupt: where Ctrl-C cut it short.
+        KeyboardInterrupt: if Ctrl-C cut it short.
     """
     load = run_load(endpoint, workload, slowed.device.perf_model(), on_progress=show)
     if not load.complete:
@@ -144,7 +144,7 @@ def drive(
 
 @contextmanager
 def served(slowed: Slowed, case: Case) -> Iterator[ServerProcess]:
-    """A server of its own."""
+    """Run a server for this case while the context lasts."""
     with (
         profile_file(slowed.device.perf_model(), slowed.device.name) as profile,
         ServerProcess(slowed.flags(case, profile)) as server,
@@ -153,7 +153,7 @@ def served(slowed: Slowed, case: Case) -> Iterator[ServerProcess]:
 
 
 def figures(load: Load, seconds: float) -> Mapping[str, float]:
-    """Of one run."""
+    """Return the figures of one run."""
     report = Report.of(load.verdicts(), seconds)
     return {
         "attainment": report.attainment,

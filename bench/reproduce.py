@@ -1,16 +1,15 @@
-"""The evaluation of SLOs-Serve (arXiv 2504.08784), made again with minserve's own simulator.
+"""Repeats the evaluation of SLOs-Serve (arXiv 2504.08784) with minserve's own simulator.
 
-Capacity is the most requests per second and GPU at which at least 90% of all requests offered
+Capacity is the most requests per second and GPU at which at least 90% of all offered requests
 attain their SLO (deadline form). `dp` and `edf` are minserve's planners; the baselines are as
-strong as the real systems: vLLM (decodes first, the better of two budgets), Sarathi-Serve (the
-best of its token budgets, those that just fit the paces promised among them), prefills
-first with whole prompts, DistServe (the best of three ratios), each but the last with and
-without drafts of the best fixed length. Performance models are the published ones. For
-reasoning that is Qwen2.5-7B, with the same architecture as DeepSeek-R1-Distill-Qwen-7B: the
-paper had the distilled 1.5B, of which none is published.
-
-Results are kept as they come, and a run goes on where it was broken off. Tables go to
-``bench/results/reproduce.md``, figures to ``reproduce.json``, pictures beside them.
+strong as the real systems: vLLM (decodes first, the better of two budgets), Sarathi-Serve (the best
+of its token budgets, among them the budgets that just fit the promised paces), prefills first with
+whole prompts, DistServe (the best of three ratios). Each baseline but DistServe is tried with and
+without drafts of the best fixed length. Performance models are the published ones. For reasoning
+that is Qwen2.5-7B, which has the same architecture as DeepSeek-R1-Distill-Qwen-7B: the paper used
+the distilled 1.5B model, for which none is published.
+Results are kept as they come, and an interrupted run continues when it is started again. Tables go
+to ``bench/results/reproduce.md``, figures to ``reproduce.json``, pictures beside them.
 
     python bench/reproduce.py                    # everything, 40 minutes on 2 cores
     python bench/reproduce.py --quick            # OPT-6.7B alone, under 5 minutes
@@ -42,7 +41,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def evaluate(
     plan: Plan, sections: list[str], store: Store, num_workers: int, folder: Path, command: str
 ) -> tuple[Done, dict]:
-    """Measure sections, then write what is known of all of them. Returns the summary too."""
+    """Measure sections, then write the results of all sections so far; returns the summary too."""
     done = run_all(lambda: jobs_of(plan, sections, store), store, num_workers)
     # All sections that were measured, by this run or by one before it.
     known = [job for job in jobs_of(plan, list(SECTIONS), store) if job in store]
@@ -103,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.jobs < 1:
         parser.error("--jobs must be at least 1")
     sections = args.only or [one for one in SECTIONS if not (args.quick and one in NOT_QUICK)]
-    # Simulations are pure Python: more threads only get into each other's way.
+    # Simulations are pure Python: more threads would only disturb each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     command = " ".join(["python bench/reproduce.py", *(argv if argv is not None else sys.argv[1:])])
     store = Store(args.results)

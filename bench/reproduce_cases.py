@@ -1,4 +1,4 @@
-"""What `reproduce.py` simulates: a `Case` is one workload on one setup, in plain values."""
+"""The simulations of `reproduce.py`: a `Case` is one workload on one setup, in plain values."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from minserve.workload.capacity import LEVEL, Measure
 from minserve.workload.conversation import Conversation, num_turns
 from minserve.workload.scenarios import find_scenario
 
-# Beyond so many replicas the number of requests does not grow with theirs: it only makes the
-# window shorter than that of one replica.
+# With more replicas than this, the number of requests stays the same. The window then becomes
+# shorter than that of one replica.
 MOST_COPIES = 4
 # A run is cut short once less than this share can still attain: by then it is overloaded.
 HOPELESS = 0.75
-# What the cut leaves between a mean of repeats and the level, at least.
+# The least distance that the cut leaves between a mean of repeats and the level.
 CLEARANCE = 0.05
 ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One workload on one setup.
+    """A workload on a setup.
 
     Attributes:
         planner: an ablation's name; empty for the policy's own planner.
-        ttft_slowdown: of all requests; ``None`` leaves their own.
-        tpot_scale: on the paces of all requests.
-        The others are those of `Setup`.
+        ttft_slowdown: TTFT of all requests as a slowdown; ``None`` leaves their own.
+        tpot_scale: factor on the paces of all requests.
+        The other attributes are those of `Setup`.
     """
 
     scenario: str
@@ -54,7 +54,7 @@ class Case:
     tpot_scale: float = 1.0
 
     def setup(self, seed: int) -> Setup:
-        """For the simulator."""
+        """Return a setup for the simulator."""
         return Setup(
             device=PUBLISHED[self.device],
             policy=self.policy,
@@ -73,22 +73,22 @@ class Case:
 
     @property
     def num_gpus(self) -> int:
-        """Capacities are per GPU."""
+        """The number of GPUs; capacities are per GPU."""
         return self.setup(0).num_gpus
 
     @property
     def copies(self) -> int:
-        """Models that share the load."""
+        """The number of models that share the load."""
         return self.replicas * (sum(self.ratio) if self.policy == "distserve" else 1)
 
     @property
     def make(self) -> MakePlanner:
-        """Of the planner of each replica."""
+        """The function that makes the planner of each replica."""
         return ABLATIONS[self.planner] if self.planner else planner_of
 
     @property
     def variant(self) -> str:
-        """In words, what sets it apart from others of its policy."""
+        """Words that distinguish it from other cases of its policy."""
         parts = [self.planner] if self.planner else []
         if self.policy == "distserve":
             parts.append(f"{self.ratio[0]}:{self.ratio[1]}")
@@ -100,10 +100,11 @@ class Case:
         return ", ".join(parts) or "default"
 
     def workload(self, rate: float, num_requests: int, seed: int) -> list[Conversation]:
-        """
+        """Return a workload.
+
         Args:
             rate: requests per second and GPU.
-            num_requests: for each of the models that share the load.
+            num_requests: requests for each of the models that share the load.
         """
         drawn = find_scenario(self.scenario).draw(
             rate * self.num_gpus,
@@ -127,13 +128,13 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """How much is simulated.
+    """The amount of simulation.
 
     Attributes:
-        requests: of each simulation, for each model that shares the load.
-        repeats: seeds at each rate.
-        tolerance: of a capacity, relative.
-        coarse: requests where the best of several variants is looked for.
+        requests: requests of each simulation, for each model that shares the load.
+        repeats: number of seeds at each rate.
+        tolerance: relative tolerance of a capacity.
+        coarse: requests in the search for the best of several variants.
     """
 
     requests: int
@@ -143,20 +144,20 @@ class Size:
 
 
 class _OutOfReach(Exception):
-    """So many requests have missed their SLO that the rest of the run decides nothing."""
+    """Ends a run: too many requests missed their SLO for the rest to change the decision."""
 
 
 def cut_below(repeats: int, *, decides: bool = False) -> float:
-    """The share below which a run may be cut short.
+    """Return the share below which a run may be cut short.
 
-    Even if all other repeats attained everything, their mean with this run would lie
-    below the level: what is cut short cannot change the search's next step.
+    Even if all other repeats attained everything, their mean with this run would lie below the
+    level: a run that is cut short cannot change the search's next step.
 
     Args:
-        decides: True where nothing counts but whether the mean is below the level; otherwise
-            it lies clearly below, since capacities are read between two rates.
+        decides: True if only it counts whether the mean is below the level; otherwise the share
+            lies clearly below, since capacities are interpolated between two rates.
     """
-    # Whoever has exactly the level attains it, and rounding must not take that away.
+    # A mean of exactly the level attains it, and rounding must not change that.
     least = repeats * LEVEL - (repeats - 1) - ROUNDING
     return max(0.0, least if decides else min(HOPELESS, least - CLEARANCE))
 
@@ -164,11 +165,11 @@ def cut_below(repeats: int, *, decides: bool = False) -> float:
 def attainment(
     workload: list[Conversation], setup: Setup, make: MakePlanner = planner_of, *, cut: float = 0.0
 ) -> float:
-    """The share of all offered requests that attain their SLO (deadline form).
+    """Return the share of all offered requests that attain their SLO (deadline form).
 
     Args:
-        cut: the simulation ends as soon as less than this share can still attain; then what
-            is returned is that share, an upper bound.
+        cut: the simulation ends as soon as less than this share can still attain; the result
+            is then the share that still could, an upper bound.
     """
     offered, outcome = num_turns(workload), Outcome()
     num_misses = 0
@@ -185,7 +186,10 @@ def attainment(
 
 
 def measures_of(case: Case, num_requests: int, repeats: int) -> tuple[Measure, Measure]:
-    """Attainment at a rate per GPU, by seed: for a search, and where it only decides."""
+    """Return two functions for attainment at a rate per GPU, by seed.
+
+    The first serves a search. The second may cut runs earlier, where only the decision counts.
+    """
 
     def measure(rate: float, seed: int, decides: bool) -> float:
         workload = case.workload(rate, num_requests, seed)

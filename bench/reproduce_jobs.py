@@ -1,4 +1,4 @@
-"""Jobs of `reproduce.py`: what one worker measures at a time, and what it found as plain JSON."""
+"""Jobs of `reproduce.py`: one measurement of one worker, with its result as plain JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from minserve.workload.conversation import num_turns
 from minserve.workload.report import percentile, share
 
 PACKAGE = Path(__file__).resolve().parents[1] / "minserve"
-# What a simulation runs of the package, and what measures it here.
+# The parts of the package that a simulation runs, and the files here that measure it.
 SOURCES = (
     "planner",
     "simulator",
@@ -35,7 +35,7 @@ SOURCES = (
 MEASURING = ("reproduce_cases.py", "reproduce_planners.py", "reproduce_search.py")
 
 BIN_S = 5.0
-# Numbers of sequences by which planning times are sorted.
+# Planning times are grouped by these numbers of sequences.
 CROWDS = (0, 8, 16, 32, 64, 128)
 
 Result = dict[str, Any]
@@ -43,21 +43,21 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job(ABC):
-    """One thing to measure. A job with the same key has the same result.
+    """A measurement. A job with the same key has the same result.
 
     Attributes:
-        cost: roughly the seconds that it takes; no part of the key.
-        alone: True where nothing else may run beside it.
+        cost: rough number of seconds that it takes; not part of the key.
+        alone: True if nothing else may run beside it.
     """
 
     @property
     def key(self) -> str:
-        """Of all settings, and of the code that they meet."""
+        """A hash of all settings, and of the code that they are run with."""
         return hashlib.sha256(self.text.encode()).hexdigest()[:20]
 
     @property
     def text(self) -> str:
-        """All settings, readable."""
+        """All settings, as readable text."""
         fields = {"kind": type(self).__name__, "source": fingerprint(), **asdict(self)}
         return json.dumps(fields, sort_keys=True)
 
@@ -71,7 +71,7 @@ class Job(ABC):
 
     @abstractmethod
     def run(self) -> Result:
-        """Measure it."""
+        """Measure it and return the result."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +79,8 @@ class Search(Job):
     """The capacity of the best of some cases, in requests per second and GPU.
 
     Attributes:
-        start: a rate to begin with.
-        near: True where that is near, and one case is all there is.
+        start: the rate with which the search begins.
+        near: True if the start is near, and there is only one case.
     """
 
     cases: tuple[Case, ...]
@@ -116,7 +116,7 @@ class Search(Job):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point(Job):
-    """Attainment at one rate per GPU, over all repeats."""
+    """The attainment at one rate per GPU, over all repeats."""
 
     case: Case
     rate: float
@@ -139,7 +139,7 @@ class Point(Job):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series(Job):
-    """One run over time, in bins of `BIN_S`."""
+    """A run over time, in bins of `BIN_S` seconds."""
 
     case: Case
     rate: float
@@ -152,7 +152,8 @@ class Series(Job):
     def run(self) -> Result:
         case, outcome = self.case, Outcome()
         workload = case.workload(self.rate, self.size.requests, 0)
-        # By bin: how many ran under a promise (all, where nobody promises) and without.
+        # By bin: sequences that run under a promise (all, if the policy makes none), without,
+        # waiting.
         running: dict[int, list[tuple[int, int, int]]] = {}
 
         def watch(view: PlannerView, now: float, _: float) -> None:
@@ -183,7 +184,7 @@ class Series(Job):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planning(Job):
-    """Real milliseconds per plan, by the number of sequences that are waiting or running."""
+    """The real milliseconds per plan, by the number of sequences that wait or run."""
 
     case: Case
     rate: float
@@ -212,13 +213,13 @@ class Planning(Job):
 
 
 def case_of(fields: Mapping[str, Any]) -> Case:
-    """The case that a result tells of."""
+    """Return the case that a result belongs to."""
     return Case(**{**fields, "ratio": tuple(fields["ratio"])})
 
 
 @cache
 def fingerprint() -> str:
-    """Of the code that decides results: another one makes other keys."""
+    """Return a hash of the code that decides results: other code makes other keys."""
     files = [Path(__file__).with_name(name) for name in MEASURING]
     for name in SOURCES:
         path = PACKAGE / name
@@ -230,7 +231,7 @@ def fingerprint() -> str:
 
 
 def _simulation_s(case: Case, num_requests: int) -> float:
-    """What one simulation takes, roughly: only the order of jobs goes by it."""
+    """Return the rough seconds of one simulation; only the order of jobs depends on it."""
     tokens = {"coding": 60, "tools": 90, "reasoning": 5500, "mixed": 220}.get(case.scenario, 240)
     cost = 4e-6 if case.policy not in ("dp", "edf") else 2.2e-5 if case.max_speculation else 1.1e-5
     return num_requests * min(case.copies, 4) * tokens * cost
@@ -250,7 +251,7 @@ def _percentiles(values: list[float]) -> dict[str, float]:
 
 
 def at(case: Case, **changes: Any) -> Case:
-    """The same but for some values."""
+    """Return the same case with some values changed."""
     return replace(case, **changes)
 
 

@@ -1,8 +1,8 @@
-"""What `reproduce.py` measures: the sections of the evaluation, as jobs.
+"""The measurements of `reproduce.py`: the sections of the evaluation, as jobs.
 
-A section is a function from what has been measured to the jobs that it needs; where some
-depend on results of others (a rate, the best variant), it first asks for those only. It is
-asked again until it asks for nothing new.
+A section is a function from the results so far to the jobs that it needs. If some jobs depend on
+results of others (a rate, the best variant), it first asks only for those others. It is called
+again until it asks for nothing new.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from minserve.planner.perf_model import BatchShape
 
 SMALL, MEDIUM, LARGE = "opt-6.7b-a100", "opt-13b-2xa100", "opt-30b-4xa100"
 OPT_SCENARIOS = ("chatbot", "coding", "summarization", "mixed")
-# The paper has a distilled 1.5B for reasoning, of which no coefficients are published.
+# The paper uses a distilled 1.5B model for reasoning, of which no coefficients are published.
 OTHERS = (("tools", "toolllama-7b-a100"), ("reasoning", "qwen2.5-7b-a100"))
 HEADLINE = (*((scenario, SMALL) for scenario in OPT_SCENARIOS), *OTHERS)
 LARGER = tuple((scenario, device) for device in (MEDIUM, LARGE) for scenario in OPT_SCENARIOS)
 
 PROMISES = ("dp", "edf")
 BASELINES = ("vllm", "sarathi", "fcfs", "distserve")
-# Of one prompt a batch, as the authors' simulator runs vLLM; no part of the best.
+# With one prompt in a batch, as the authors' simulator runs vLLM; the best baseline leaves it out.
 WEAK = "one prompt a batch"
 WITH, WITHOUT = "with speculation", "without speculation"
 MOST_DRAFTED = 8
-# Tried first are those that are often best.
+# The order is that of the search: lengths that are often best come first.
 DRAFTED = (0, 3, 4, 2, 6)
 VLLM_BUDGETS = (2048, 8192)
 CHUNKS = (512, 1024, 768, 256, 1536, 2048, 128)
-# Sarathi-Serve is tuned by its users to the paces promised: the most tokens, in steps of 16,
-# that a batch may have to end within these.
+# Users of Sarathi-Serve tune it to the promised paces: the largest budget, in steps of 16, with
+# which a batch ends within them.
 PACES_S = (0.05, 0.1)
 RATIOS = ((1, 1), (2, 1), (1, 2))
 # So many tokens hold any set of decodes, and one prompt.
 ONE_PROMPT = 256
 
-# Where searches begin, in requests per second and GPU: of `dp`, and of the others. Nothing
-# but time depends on it.
+# The rates with which searches begin, in requests per second and GPU: of `dp`, and of the others.
+# Only the search's time depends on them.
 STARTS: Mapping[tuple[str, str], tuple[float, float]] = {
     ("chatbot", SMALL): (6.2, 3.5),
     ("coding", SMALL): (2.1, 0.4),
@@ -50,8 +50,8 @@ STARTS: Mapping[tuple[str, str], tuple[float, float]] = {
     ("tools", "toolllama-7b-a100"): (10.0, 6.0),
     ("reasoning", "qwen2.5-7b-a100"): (0.34, 0.27),
 }
-# A handed-over request waits for a decode iteration under way and for its own, which together
-# are longer than the tight pace: its second token is late by the deadline form.
+# A handed-over request waits for the running decode iteration and for its own, which together
+# take longer than the tight pace: its second token is late by the deadline form.
 DISTSERVE_TOOLS = 0.25
 SLOWER = {SMALL: 1.0, MEDIUM: 0.4, LARGE: 0.15}
 
@@ -64,7 +64,7 @@ TPOT_SCALES = (0.5, 0.75, 2.0)
 SLOWNESSES = (0.8, 0.9, 1.1, 1.2, 1.3)
 NOISES = (0.1, 0.2, 0.3)
 LENGTH_ERRORS = (0.25, 0.5, 1.0)
-# Of a policy's own capacity: where errors are looked at, and the rates of curves.
+# Multiples of a policy's own capacity: for the rate where errors are examined, and of curves.
 JUST_BELOW = 0.9
 CURVE = (0.6, 0.8, 1.0, 1.2, 1.5)
 OVERLOAD = 1.5
@@ -72,21 +72,23 @@ OVERLOAD = 1.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """How much of the evaluation is made.
+    """The extent of the evaluation.
 
     Attributes:
-        quick: OPT-6.7B on one A100 alone, with fewer requests, variants and repeats.
+        quick: only OPT-6.7B on one A100, with fewer requests, variants and repeats.
     """
 
     quick: bool = False
 
     @property
     def combinations(self) -> tuple[tuple[str, str], ...]:
-        """Scenarios and devices whose capacity is measured."""
+        """The pairs of scenario and device of which the capacity is measured."""
         return HEADLINE[:4] if self.quick else (*HEADLINE, *LARGER)
 
     def size(self, scenario: str, device: str = SMALL) -> Size:
-        """Windows are long against a request's life. Larger models, which are no part of the
+        """Return the size of a scenario's simulations.
+
+        Windows are long compared with a request's life. Larger models, which are not part of the
         headline, are measured once at each rate.
         """
         if self.quick:
@@ -100,23 +102,23 @@ class Plan:
         return Size(requests=600, repeats=2, tolerance=0.05, coarse=300)
 
     def drafted(self, device: str, mode: str) -> tuple[int, ...]:
-        """Fixed speculation lengths that baselines try."""
+        """Return the fixed speculation lengths that baselines try."""
         if mode == WITHOUT or not drafts(device):
             return (0,)
         return (0, 3) if self.quick else DRAFTED
 
     def modes(self, device: str) -> tuple[str, ...]:
-        """With and without speculation, where the device has a draft model."""
+        """Return the modes: with and without speculation, if the device has a draft model."""
         return (WITH, WITHOUT) if drafts(device) else (WITHOUT,)
 
 
 def drafts(device: str) -> bool:
-    """True for the models that have a draft model."""
+    """Return True for models that have a draft model."""
     return device in SLOWER
 
 
 def promise(plan: Plan, scenario: str, device: str, policy: str, mode: str, **more) -> Search:
-    """Capacity of `dp` or `edf`; ``more`` are other values of the case."""
+    """Return the search for the capacity of `dp` or `edf`; ``more``: other values of the case."""
     most = MOST_DRAFTED if mode == WITH and drafts(device) else 0
     case = Case(scenario=scenario, device=device, policy=policy, max_speculation=most, **more)
     start, size = _start(scenario, device)[0], plan.size(scenario, device)
@@ -124,7 +126,7 @@ def promise(plan: Plan, scenario: str, device: str, policy: str, mode: str, **mo
 
 
 def baseline(plan: Plan, scenario: str, device: str, policy: str, mode: str) -> Search:
-    """Capacity of a baseline's best variant."""
+    """Return the search for the capacity of a baseline's best variant."""
     quick, lengths = plan.quick, plan.drafted(device, mode)
     one = Case(scenario=scenario, device=device, policy=policy)
     if policy == "distserve":
@@ -152,7 +154,7 @@ def baseline(plan: Plan, scenario: str, device: str, policy: str, mode: str) -> 
 
 
 def chunks(device: str, tpot_scale: float = 1.0) -> tuple[int, ...]:
-    """Token budgets that sarathi tries: those that fit the paces, then common ones."""
+    """Return the token budgets that sarathi tries: those that fit the paces, then common ones."""
     model = PUBLISHED[device].perf_model()
     most = (model.max_tokens_within(tpot_scale * pace, BatchShape()) for pace in PACES_S)
     fitting = (tokens // 16 * 16 for tokens in most if tokens >= 16)
@@ -166,21 +168,20 @@ def _start(scenario: str, device: str) -> tuple[float, float]:
 
 
 def search_of(plan: Plan, scenario: str, device: str, policy: str, mode: str) -> Search:
-    """The search behind one figure of the capacity tables."""
+    """Return the search behind one figure of the capacity tables."""
     kind = promise if policy in PROMISES else baseline
     return kind(plan, scenario, device, policy, mode)
 
 
 def capacities(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
-    """(scenario, device, policy, mode) of all figures of the capacity tables."""
+    """Yield (scenario, device, policy, mode) of all figures of the capacity tables."""
     for scenario, device in plan.combinations:
         for mode in plan.modes(device):
             yield scenario, device, "dp", mode
             if (scenario, device) in HEADLINE:
                 yield scenario, device, "edf", mode
             for policy in BASELINES:
-                # DistServe drafts nothing.
-                # Larger models are compared with speculation alone.
+                # DistServe drafts nothing. Larger models are compared only with speculation.
                 wanted = mode == WITH or (scenario, device) in HEADLINE
                 if mode == WITHOUT if policy == "distserve" else wanted:
                     yield scenario, device, policy, mode
@@ -197,7 +198,7 @@ def lengths_jobs(plan: Plan, _: Measured) -> list[Job]:
 
 
 def lengths_searches(plan: Plan) -> Iterator[tuple[str, str, str, Search]]:
-    """(scenario, device, policy, search) where output lengths are not known but learned."""
+    """Yield (scenario, device, policy, search) where output lengths are learned, not known."""
     for scenario, device in plan.combinations:
         if (scenario, device) in HEADLINE:
             # Greedy admission guesses the same lengths.
@@ -207,12 +208,12 @@ def lengths_searches(plan: Plan) -> Iterator[tuple[str, str, str, Search]]:
 
 
 def ablation_searches(plan: Plan, scenario: str) -> dict[str, Search]:
-    """By name; ``full`` is the whole planner. Routing is part of the scaling section."""
+    """Return searches by name; ``full`` is the whole planner. Routing is in the scaling section."""
 
     def ablated(name: str) -> Search:
         return promise(plan, scenario, SMALL, "dp", WITH, planner=name)
 
-    # As sarathi's, budgets are tuned to the paces, and the best for the scenario is taken.
+    # As for sarathi, budgets are tuned to the paces, and the best for the scenario is taken.
     fixed, budgets = ablated("fixed batches"), chunks(SMALL)[:2]
     return {
         "full": promise(plan, scenario, SMALL, "dp", WITH),
@@ -235,7 +236,7 @@ def ablation_jobs(plan: Plan, found: Measured) -> list[Job]:
 
 
 def routing_searches(plan: Plan, found: Measured, scenario: str) -> list[Search]:
-    """4 replicas with routing and without (round robin, nobody is moved on)."""
+    """Return searches of 4 replicas, with routing and without (round robin, no hops)."""
     one = promise(plan, scenario, SMALL, "dp", WITH)
     if found(one) is None:
         return []
@@ -243,10 +244,10 @@ def routing_searches(plan: Plan, found: Measured, scenario: str) -> list[Search]
 
 
 def scaled(found: Measured, one: Search, replicas: int, router: str, hop_limit: int = 2) -> Search:
-    """The capacity of several replicas, begun near that of one.
+    """Return the search for the capacity of several replicas, begun near that of one replica.
 
     Args:
-        one: of one replica; measured already.
+        one: the search for one replica, measured already.
     """
     case = case_of(found(one)["best"])
     start = (found(one)["capacity"] or one.start) * (1.1 if replicas > 1 else 1.0)
@@ -262,7 +263,10 @@ def scaled(found: Measured, one: Search, replicas: int, router: str, hop_limit: 
 def scaling_searches(
     plan: Plan, found: Measured, scenario: str, device: str
 ) -> dict[tuple[str, str, int], Search]:
-    """By (policy, router, replicas); those of one replica first, alone while unmeasured."""
+    """Return searches by (policy, router, replicas).
+
+    While the searches for one replica are unmeasured, only these are returned.
+    """
     one = promise(plan, scenario, device, "dp", WITH)
     ones = {("dp", "slo", 1): one}
     best = None
@@ -282,7 +286,7 @@ def scaling_searches(
 
 
 def routable_best(plan: Plan, found: Measured, scenario: str, device: str) -> Search | None:
-    """The best baseline that runs on replicas behind a router; ``None`` while unmeasured."""
+    """Return the best baseline that runs on replicas behind a router; ``None`` while unmeasured."""
     searches = [
         baseline(plan, scenario, device, policy, plan.modes(device)[0])
         for policy in ("vllm", "sarathi", "fcfs")
@@ -308,7 +312,7 @@ def scaling_jobs(plan: Plan, found: Measured) -> list[Job]:
 def best_cases(
     plan: Plan, found: Measured, scenario: str, device: str, policies: Sequence[str]
 ) -> dict[str, tuple[Case, float]] | None:
-    """Each policy's best case and its capacity per GPU; ``None`` while unmeasured."""
+    """Return each policy's best case and its capacity per GPU; ``None`` while unmeasured."""
     best = {}
     for policy in policies:
         mode = WITHOUT if policy == "distserve" else plan.modes(device)[0]
@@ -320,7 +324,7 @@ def best_cases(
 
 
 def prerequisites(plan: Plan, scenario: str, device: str, policies: Sequence[str]) -> list[Job]:
-    """Searches that `best_cases` looks at."""
+    """Return the searches that `best_cases` uses."""
     mode = plan.modes(device)[0]
     return [
         search_of(plan, scenario, device, p, WITHOUT if p == "distserve" else mode)
@@ -332,7 +336,7 @@ BURSTING = ("dp", "edf", "sarathi", "vllm")
 
 
 def burst_points(plan: Plan, found: Measured) -> dict[tuple[str, str], Series]:
-    """By (which load, policy): the coding window beyond the baseline's capacity, and at dp's."""
+    """Return series by (load, policy): the coding window beyond sarathi's capacity, and at dp's."""
     best = best_cases(plan, found, "coding", SMALL, BURSTING)
     if best is None:
         return {}
@@ -360,7 +364,7 @@ CURVED = ("dp", "sarathi", "vllm", "fcfs", "distserve")
 def curve_points(
     plan: Plan, found: Measured, scenario: str, device: str
 ) -> dict[tuple[str, float], Point]:
-    """By (policy, rate per GPU), around each policy's own capacity."""
+    """Return points by (policy, rate per GPU), around each policy's own capacity."""
     best = best_cases(plan, found, scenario, device, CURVED)
     if best is None:
         return {}
@@ -397,7 +401,7 @@ ERRORS: Mapping[str, Sequence[float | str]] = {
 def slo_searches(
     plan: Plan, found: Measured, scenario: str
 ) -> dict[tuple[str, str, float], Search]:
-    """By (policy, what is changed, to what). The cases are those that were best unchanged."""
+    """Return searches by (policy, change, value). Each uses the case that was best unchanged."""
     best = best_cases(plan, found, scenario, SMALL, SENSITIVE_POLICIES)
     if best is None:
         return {}
@@ -416,7 +420,7 @@ def slo_searches(
 
 
 def _sensitive_cases(case: Case, changes: Mapping[str, float]) -> tuple[Case, ...]:
-    """Sarathi's token budget is tuned again where the promises change."""
+    """Return the case with its changes; sarathi's token budget is tuned again for them."""
     if case.policy != "sarathi":
         return (at(case, **changes),)
     tuned = chunks(case.device, changes.get("tpot_scale", 1.0))
@@ -427,7 +431,7 @@ def _sensitive_cases(case: Case, changes: Mapping[str, float]) -> tuple[Case, ..
 def error_points(
     plan: Plan, found: Measured, scenario: str
 ) -> dict[tuple[str, str, float | str], Point]:
-    """By (policy, what errs, by how much), at `JUST_BELOW` of the policy's own capacity."""
+    """Return points by (policy, error, size), at `JUST_BELOW` of the policy's own capacity."""
     best = best_cases(plan, found, scenario, SMALL, SENSITIVE_POLICIES)
     if best is None:
         return {}
@@ -437,7 +441,7 @@ def error_points(
         rate = round(JUST_BELOW * max(capacity, 0.01), 4)
         points[policy, "", 0.0] = Point(case=case, rate=rate, size=size)
         for name, values in ERRORS.items():
-            # A policy that does not look at lengths cannot err in them.
+            # A policy that does not use lengths cannot suffer from wrong lengths.
             if policy in PROMISES or name in ("slowness", "noise"):
                 for value in values:
                     changed = at(case, **{name: value})
@@ -455,7 +459,7 @@ def sensitivity_jobs(plan: Plan, found: Measured) -> list[Job]:
 
 
 def planning_points(plan: Plan, found: Measured) -> dict[tuple[str, str], Planning]:
-    """By (scenario, policy), at the policy's capacity."""
+    """Return jobs by (scenario, policy), at the policy's capacity."""
     points = {}
     for scenario in SENSITIVE:
         best = best_cases(plan, found, scenario, SMALL, PROMISES)
@@ -482,11 +486,11 @@ SECTIONS: Mapping[str, Section] = {
     "sensitivity": sensitivity_jobs,
     "planning": planning_jobs,
 }
-# Too long for a quick look.
+# Sections that take too long for a quick run.
 NOT_QUICK = ("lengths", "curves", "sensitivity")
 
 
 def jobs_of(plan: Plan, sections: Sequence[str], found: Measured) -> list[Job]:
-    """All jobs that these sections ask for now, each once."""
+    """Return all jobs that these sections ask for now, each once."""
     jobs = {job.key: job for name in sections for job in SECTIONS[name](plan, found)}
     return list(jobs.values())

@@ -1,4 +1,4 @@
-"""Planners for `reproduce.py`: `dp` with something taken away, and planners that are watched."""
+"""Planners for `reproduce.py`: `dp` with something taken away, and planners that are observed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from minserve.slo import Standing
 
 
 class NoPendingPlanner(DpPlanner):
-    """Who is not chosen in a round of admission is declined, and for good: it is best effort."""
+    """Declines for good every request that a round of admission does not choose: best effort."""
 
     name = "dp"
 
@@ -46,7 +46,7 @@ class NoPendingPlanner(DpPlanner):
         return verdict
 
     def _shown(self, seq: Sequence) -> Sequence:
-        """As admission sees it: the declined have no SLO, so that they are not promoted."""
+        """Return the sequence as admission sees it: without an SLO once it was declined."""
         if seq.seq_id not in self._declined:
             return seq
         twin = copy.copy(seq)
@@ -55,9 +55,9 @@ class NoPendingPlanner(DpPlanner):
 
 
 class NoBestEffortPlanner(DpPlanner):
-    """Who has not begun when its SLO is given up is refused instead of served late.
+    """Refuses a request whose SLO is given up before it has begun, instead of serving it late.
 
-    Of the others, whose promise was broken on the way, what has begun is still finished.
+    A request that has begun is finished, even if its promise was broken on the way.
     """
 
     name = "dp"
@@ -76,10 +76,10 @@ def _untouched(seq: Sequence) -> bool:
 
 
 class FixedBatchPlanner(DpPlanner):
-    """Every iteration may take as long as one of `token_budget` tokens takes, whatever is due.
+    """Lets every iteration take as long as one of `token_budget` tokens, whatever is due.
 
-    Decodes run first, all of them in every iteration. Admission knows it: where nobody
-    decodes, its iterations are as long.
+    Decodes run first, all of them in every iteration. Admission takes this into account: while
+    no sequence decodes, it counts on iterations of the same length.
     """
 
     name = "dp"
@@ -119,10 +119,10 @@ Watch = Callable[[PlannerView, float, float], None]
 
 
 def watched(make: MakePlanner, watch: Watch) -> MakePlanner:
-    """Planners whose plans are noted.
+    """Return a maker of planners whose calls of `plan` are reported.
 
     Args:
-        watch: told what was planned from, when, and the real seconds that it took.
+        watch: called with the view, the virtual time, and the real seconds that planning took.
     """
 
     def make_watched(setup: Setup, lengths: LengthEstimator) -> Planner:

@@ -1,4 +1,4 @@
-"""Pictures of `reproduce.py`, as far as there is something to draw."""
+"""Pictures of `reproduce.py`, drawn from the results that there are."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COLOURS = {
 
 
 def draw_all(plan: Plan, found: Measured, folder: Path, stem: str) -> list[Path]:
-    """Draw what is there. Returns the files."""
+    """Draw the results that there are, and return the files."""
     files = []
     for name, drawn in (
         ("capacity", _capacity(plan, found)),
@@ -46,7 +46,7 @@ def draw_all(plan: Plan, found: Measured, folder: Path, stem: str) -> list[Path]
 
 
 def _capacity(plan: Plan, found: Measured):
-    """Bars of each policy, relative to the best baseline, and the ratio of dp over it."""
+    """Draw each policy relative to the best baseline, and the ratio of dp over it."""
     table = capacity_table(plan, found)
     ready = [one for one in HEADLINE if first_mode(table.get(one, {})).get("best")]
     if not ready:
@@ -146,7 +146,7 @@ def _shares(result: dict) -> Iterator[tuple[float, float]]:
 
 def _sensitivity(plan: Plan, found: Measured):
     names = {"ttft_slowdown": "TTFT slowdown", "tpot_scale": "factor on TPOT"}
-    # What the unchanged promises are, on the axis of each change.
+    # The values of the unchanged promises, on the axis of each change.
     unchanged = {"ttft_slowdown": 5.0, "tpot_scale": 1.0}
     lines: dict[tuple[str, str], dict[str, dict[float, float]]] = {}
     for scenario in SENSITIVE:

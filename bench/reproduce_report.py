@@ -1,4 +1,4 @@
-"""Figures and tables of `reproduce.py`: arithmetic on what was measured, as far as it was."""
+"""Figures and tables of `reproduce.py`, computed from the results that there are."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from reproduce_plan import (
 )
 from reproduce_search import geomean
 
-# Of the paper, for comparison: over the best baseline, over greedy admission by deadline, and
-# capacities of 4 replicas over that of one.
+# The paper's results, for comparison: dp over the best baseline, over greedy admission by deadline,
+# and capacities of 4 replicas over that of one.
 GOALS = {"over best": 2.2, "over edf": 1.1, "chatbot": 4.6, "tools": 5.4, "coding": 6.2}
 ABLATION_GOALS = {"no speculation": 1.66, "no routing": 1.19}
 # Capacities by combination, mode and policy.
@@ -42,16 +42,16 @@ Capacities = Mapping[tuple[str, str], Mapping[str, Mapping[str, float]]]
 
 
 def name_of(combination: tuple[str, str]) -> str:
-    """The scenario alone, for the device that the headline has it on."""
+    """Return the scenario's name alone if the headline has it on this device, else both names."""
     scenario, device = combination
     return scenario if combination in HEADLINE else f"{scenario} {device}"
 
 
 def capacity_table(plan: Plan, found: Measured) -> dict[tuple[str, str], dict[str, dict]]:
-    """By combination and mode: requests per second and GPU of each policy that is measured.
+    """Return requests per second and GPU by combination, mode and policy, as far as measured.
 
-    ``best`` is the highest of the baselines, once all of them are there. With speculation on
-    both sides DistServe, which drafts nothing, stays as it is.
+    ``best`` is the highest of the baselines, once all of them are there. DistServe drafts
+    nothing, so its value with speculation is the one without.
     """
     table: dict[tuple[str, str], dict[str, dict]] = {}
     for scenario, device, policy, mode in capacities(plan):
@@ -69,7 +69,7 @@ def capacity_table(plan: Plan, found: Measured) -> dict[tuple[str, str], dict[st
 
 
 def first_mode(modes: Mapping[str, Any]) -> Mapping[str, float]:
-    """With speculation where there is a draft model."""
+    """Return the values with speculation if there is a draft model, else those without."""
     return modes.get(WITH) or modes.get(WITHOUT, {})
 
 
@@ -79,7 +79,7 @@ def ratios(
     other: str,
     mode: str | None = None,
 ) -> dict[str, float] | None:
-    """Of `dp` over another column, by combination; ``None`` unless all are there."""
+    """Return ratios of `dp` over another column, by combination; ``None`` if one is missing."""
     found = {}
     for combination in combinations:
         modes = table.get(combination, {})
@@ -95,7 +95,7 @@ def geomean_of(found: Mapping[str, float] | None) -> float | None:
 
 
 def scaling_of(plan: Plan, found: Measured) -> dict[str, dict[str, dict[str, float]]]:
-    """By scenario, policy with router, and replicas: total capacity over that of one."""
+    """Return total capacity over that of one replica, by scenario, policy with router, replicas."""
     table: dict[str, dict[str, dict[str, float]]] = {}
     for scenario, device in SCALED:
         if (scenario, device) not in plan.combinations:
@@ -117,7 +117,7 @@ def _one(searches: Mapping[tuple[str, str, int], Any], policy: str) -> Any:
 
 
 def ablations_of(plan: Plan, found: Measured) -> dict[str, dict[str, float]]:
-    """By scenario and what is missing: the capacity of the whole over that without it."""
+    """Return by scenario and missing part the capacity with the part over that without."""
     table: dict[str, dict[str, float]] = {}
     for scenario in ABLATED:
         searches = dict(ablation_searches(plan, scenario))
@@ -134,7 +134,7 @@ def ablations_of(plan: Plan, found: Measured) -> dict[str, dict[str, float]]:
 
 
 def lengths_of(plan: Plan, found: Measured) -> dict[str, dict[str, float]]:
-    """By scenario and policy: the capacity where output lengths are learned."""
+    """Return by scenario and policy the capacity where output lengths are learned."""
     table: dict[str, dict[str, float]] = {}
     for scenario, _, policy, search in lengths_searches(plan):
         result = found(search)
@@ -144,7 +144,7 @@ def lengths_of(plan: Plan, found: Measured) -> dict[str, dict[str, float]]:
 
 
 def summary(plan: Plan, found: Measured, seconds: float) -> dict[str, Any]:
-    """The figures that count; those not measured yet are ``None`` or missing."""
+    """Return the main figures; those that are not measured yet are ``None`` or missing."""
     table = capacity_table(plan, found)
     headline = [one for one in HEADLINE if one in plan.combinations]
     everything = [*headline, *(one for one in LARGER if one in plan.combinations)]
@@ -172,7 +172,7 @@ def summary(plan: Plan, found: Measured, seconds: float) -> dict[str, Any]:
 
 
 def details(plan: Plan, found: Measured) -> dict[str, Any]:
-    """Behind the capacities: intervals, variants, and attainment at all rates measured."""
+    """Return details of the capacities: intervals, variants, and attainment at all rates."""
     rows: dict[str, Any] = {}
     for scenario, device, policy, mode in capacities(plan):
         result = found(search_of(plan, scenario, device, policy, mode))
@@ -183,7 +183,7 @@ def details(plan: Plan, found: Measured) -> dict[str, Any]:
 
 
 def markdown(plan: Plan, found: Measured) -> str:
-    """All tables."""
+    """Return all tables as Markdown."""
     parts = [
         _headline(plan, found),
         _capacities(plan, found, WITH),
@@ -311,7 +311,7 @@ def _planning(plan: Plan, found: Measured) -> str:
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """As Markdown; empty without rows."""
+    """Return a table as Markdown; empty without rows."""
     if not rows:
         return ""
     cells = [[_cell(one) for one in row] for row in (head, *rows)]

@@ -1,4 +1,4 @@
-"""Workers of `reproduce.py`, and the file that remembers what they found."""
+"""Workers of `reproduce.py`, and the file that stores their results."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ FILE = "jobs.jsonl"
 
 
 class Store:
-    """Results by key, each a line of a file, so that a run goes on where it was broken off.
+    """Results by key, each a line of a file, so that an interrupted run can continue.
 
     Args:
-        folder: made if it is not there; ``None`` keeps nothing.
+        folder: made if it does not exist; ``None`` keeps nothing.
 
     Attributes:
-        seconds: of all results together, as their workers took them.
+        seconds: of all results together, as measured by their workers.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -44,7 +44,7 @@ class Store:
                 row = json.loads(line)
                 self._results[row["key"]], self._seconds[row["key"]] = row["result"], row["seconds"]
             except (ValueError, KeyError):
-                # The last line of a run that was killed while it wrote.
+                # This is the last line of a run that was killed while it wrote.
                 continue
         if text and not text.endswith("\n"):
             with self._file.open("a", encoding="utf-8") as file:
@@ -54,12 +54,12 @@ class Store:
         return job.key in self._results
 
     def __call__(self, job: Job) -> Result | None:
-        """The result of a job, ``None`` where it has not been measured."""
+        """Return the result of a job; ``None`` if it has not been measured."""
         return self._results.get(job.key)
 
     def add(self, job: Job, result: Result, seconds: float) -> None:
-        """Remember it, here and in the file."""
-        # As it will be read again, with strings as keys and lists for tuples.
+        """Store a result, in memory and in the file."""
+        # In the form in which it is read again, with strings as keys and lists for tuples.
         self._results[job.key] = json.loads(json.dumps(result))
         self._seconds[job.key] = seconds
         if self._file is None:
@@ -74,18 +74,18 @@ class Store:
             file.write(json.dumps(row) + "\n")
 
     def seconds_of(self, jobs: Sequence[Job]) -> float:
-        """That the workers took for those of these jobs that are done."""
+        """Return the seconds that workers took for these jobs, as far as they are done."""
         return sum(self._seconds.get(job.key, 0.0) for job in jobs)
 
 
 @dataclass(slots=True)
 class Done:
-    """How a run ended.
+    """The outcome of a run.
 
     Attributes:
-        jobs: all that were asked for.
-        errors: by job, what went wrong.
-        interrupted: True where Ctrl-C ended it.
+        jobs: all jobs that were asked for.
+        errors: by job, the text of its error.
+        interrupted: True if Ctrl-C ended the run.
     """
 
     jobs: list[Job] = field(default_factory=list)
@@ -94,10 +94,10 @@ class Done:
 
 
 def run_all(ask: Callable[[], list[Job]], store: Store, num_workers: int) -> Done:
-    """Run jobs until none is asked for that has not been run.
+    """Run jobs until all that are asked for have been run.
 
     Args:
-        ask: for all jobs that are known to be needed by now.
+        ask: returns all jobs that are known to be needed by now.
     """
     done = Done()
     with tqdm(unit="job", dynamic_ncols=True, smoothing=0.05) as bar:
@@ -119,7 +119,7 @@ def run_all(ask: Callable[[], list[Job]], store: Store, num_workers: int) -> Don
 
 
 def _run(jobs: list[Job], store: Store, num_workers: int, done: Done, bar: tqdm) -> None:
-    """Run these jobs: those that must be alone one by one, once the others are done."""
+    """Run these jobs; jobs that must be alone run one by one, after the others."""
     together = sorted((job for job in jobs if not job.alone), key=lambda job: -job.cost)
     alone = [job for job in jobs if job.alone]
     for part, count in ((together, num_workers), (alone, 1)):
@@ -135,10 +135,10 @@ Outcome = tuple[Result, float] | str
 
 
 def _outcomes(jobs: list[Job], num_workers: int) -> Iterator[tuple[Job, Outcome]]:
-    """Results as they come, the error's text in place of one that failed."""
+    """Yield results as they come; for a job that failed, the error's text."""
     if not jobs:
         return
-    # A fresh interpreter, which took no part in whatever this one has open.
+    # New interpreters, which share no open file or lock with this one.
     context = multiprocessing.get_context("spawn")
     workers = min(num_workers, len(jobs))
     executor = ProcessPoolExecutor(workers, context, _begin_worker)
@@ -148,7 +148,7 @@ def _outcomes(jobs: list[Job], num_workers: int) -> Iterator[tuple[Job, Outcome]
             yield futures[future], future.result()
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
-        # Those who still work at something will not be asked for it any more.
+        # A worker that is still busy has a result that is no longer wanted.
         for child in multiprocessing.active_children():
             child.terminate()
 

@@ -11,24 +11,24 @@ from minserve.workload.capacity import LEVEL, Capacity, Measure, crossing, find_
 
 V = TypeVar("V", bound=Hashable)
 
-# A variant is out where the coarse search sees it this far below the best one.
+# A variant is dropped if the coarse search sees it this far below the best variant.
 NEAR = 0.88
 # A contender has to attain at a little more than the best capacity so far.
 BETTER = 1.01
-# Starts are near: brackets widen in small steps.
+# Starts are near the result, so brackets widen in small steps.
 STEP = 1.2
 COARSE_STEP, COARSE_TOLERANCE = 1.4, 0.13
 
 
 @dataclass(slots=True)
 class Best(Generic[V]):
-    """What a search over variants found.
+    """The result of a search over variants.
 
     Attributes:
-        variant: with the highest capacity.
-        capacity: of that one.
-        coarse: capacities by the coarse search, of those it did not drop.
-        num_contenders: variants that were measured in full.
+        variant: the variant with the highest capacity.
+        capacity: capacity of that variant.
+        coarse: capacities of the coarse search, for variants that it did not drop.
+        num_contenders: number of variants that were measured in full.
     """
 
     variant: V
@@ -46,21 +46,21 @@ def best_of(
     repeats: int = 1,
     tolerance: float = 0.05,
 ) -> Best[V]:
-    """The capacity of the best variant.
+    """Return the best variant with its capacity.
 
-    With coarse measurements (fewer requests), each variant in turn is tried at `NEAR` times
-    the best capacity so far; only who attains there is searched for. Who ends within `NEAR` of
-    the best contends: in order of their coarse capacities, contenders are measured in full
-    at `BETTER` times the best so far, and searched for where they attain. As long as coarse
-    capacities are true to 12% between variants, the best one is never lost.
+    With coarse measurements (fewer requests), each variant in turn is tried at `NEAR` times the
+    best capacity so far, and searched for only if it attains there. A variant that ends within
+    `NEAR` of the best contends. In the order of their coarse capacities, contenders are measured
+    in full at `BETTER` times the best so far, and searched for if they attain. As long as coarse
+    capacities are right to 12% between variants, the best one is never lost.
 
     Args:
-        variants: those likely to be good first, which saves time.
-        coarse: of a variant, attainment at (rate, seed), once to search by and once where it
-            only decides whether that is enough; ``None`` for one variant alone, of which the
-            start is near.
-        full: the same with all requests.
-        start: a rate to begin with.
+        variants: variants that are likely to be good come first, which saves time.
+        coarse: returns for a variant two measures of attainment at (rate, seed): one to search
+            with, and one that only decides whether it is enough. ``None`` for a single variant
+            whose start is near.
+        full: the same functions with all requests.
+        start: the rate with which the search begins.
     """
     found = {variants[0]: start} if coarse is None else _coarse(variants, coarse, start)
     most = max(found.values())
@@ -86,7 +86,7 @@ def best_of(
 def _coarse(
     variants: Sequence[V], coarse: Callable[[V], tuple[Measure, Measure]], start: float
 ) -> dict[V, float]:
-    """Coarse capacities of all variants that are not dropped."""
+    """Return the coarse capacities of all variants that are not dropped."""
     found: dict[V, float] = {}
     for variant in variants:
         measure, decide = coarse(variant)
@@ -103,12 +103,12 @@ def _coarse(
         find_capacity(measure, begin, tolerance=COARSE_TOLERANCE, step=COARSE_STEP, into=capacity)
         if capacity.rate is not None:
             found[variant] = capacity.rate
-    # Where none attains anywhere near, the full search finds out the same of one of them.
+    # If none attains anywhere near, the full search finds the same result with one of them.
     return found or {variants[0]: start}
 
 
 def geomean(values: Sequence[float]) -> float:
-    """The geometric mean; NaN of none."""
+    """Return the geometric mean; NaN without values."""
     if not values:
         return math.nan
     return math.exp(math.fsum(map(math.log, values)) / len(values))

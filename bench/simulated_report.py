@@ -1,4 +1,4 @@
-"""What `simulated_vs_real.py` compares, and how it tells of it."""
+"""The comparison of `simulated_vs_real.py`, and its report."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from minserve.workload.report import Part, Percentiles
 from minserve.workload.verdict import Verdict
 
-# Medians of the simulation are to be within this share of the real ones, attainments within
-# this many points.
+# Medians of the simulation must be within this share of the real ones, attainments within
+# so many points.
 MEDIAN_GOAL = 0.10
 ATTAINMENT_GOAL = 0.05
 ROUNDING = 1e-9
@@ -20,13 +20,13 @@ COLOURS = {"dp": "tab:blue", "edf": "tab:green", "sarathi": "tab:orange", "fcfs"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """What a simulation is told of the real run beside its profile.
+    """The values that a simulation is given of the real run, beside its profile.
 
     Attributes:
-        slowness: device time of the run's iterations, over that of the profile.
-        planning_s: of an iteration, the planning.
-        gap_s: between two iterations, by lone requests just before the run.
-        request_s: of a request, what the client waited beyond the engine's own TTFT.
+        slowness: device time of the run's iterations divided by that of the profile.
+        planning_s: seconds of planning in an iteration.
+        gap_s: seconds between two iterations, from lone requests just before the run.
+        request_s: seconds of a request that the client waited beyond the engine's own TTFT.
         noise: log-standard deviation of iterations' times.
     """
 
@@ -39,14 +39,14 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One workload on one server, real and simulated.
+    """A workload on a server, real and simulated.
 
     Attributes:
-        real, simulated, blind: of the same requests, simulated once for each seed of the
-            scatter; blind is the simulation with nothing but the profile.
-        cores_elsewhere: that other processes took during the real run.
-        worst_elsewhere: the same in the worst moment of it.
-        disturbed: they took too much.
+        real, simulated, blind: verdicts on the same requests, simulated once for each seed of the
+            scatter; blind is the simulation that is given only the profile.
+        cores_elsewhere: cores that other processes took during the real run.
+        worst_elsewhere: cores that they took in the run's worst moment.
+        disturbed: true if they took too much.
     """
 
     policy: str
@@ -62,12 +62,12 @@ class Row:
 
     @property
     def errors(self) -> dict[str, float]:
-        """Of the simulation: of percentiles relative, of attainment absolute."""
+        """Errors of the simulation: of percentiles relative, of attainment absolute."""
         return errors(self.real, self.simulated)
 
     @property
     def blind_errors(self) -> dict[str, float]:
-        """The same of the one that knows the profile only."""
+        """Errors of the simulation that is given only the profile."""
         return errors(self.real, self.blind)
 
     @property
@@ -81,7 +81,7 @@ class Row:
         return all(abs(found[name]) <= goal + ROUNDING for name, goal in goals.items())
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """Return the row as JSON values."""
         sides = {"real": self.real, "simulated": self.simulated, "from_profile_alone": self.blind}
         return {
             "policy": self.policy,
@@ -99,8 +99,10 @@ class Row:
 
 
 def errors(real: Sequence[Verdict], simulated: Sequence[Verdict]) -> dict[str, float]:
-    """Of a simulation: of percentiles relative to the real ones, of attainment in absolute
-    terms. Infinite where one side's percentile is.
+    """Return a simulation's errors: of percentiles relative to the real ones, of attainment
+    absolute.
+
+    An error is infinite if the percentile of one side is.
     """
     ours, theirs = Part.of(simulated), Part.of(real)
     found = {}
@@ -114,7 +116,7 @@ def errors(real: Sequence[Verdict], simulated: Sequence[Verdict]) -> dict[str, f
 
 
 def print_table(rows: Sequence[Row]) -> None:
-    """A row each: what was, what the simulation said, and by how much it was wrong."""
+    """Print a line per row: the real values, the simulated ones, and the errors."""
     print("\nreal / simulated (error)")
     print(
         f"{'policy':9}{'scenario':10}{'req/s':>6}{'n':>5}"
@@ -147,8 +149,10 @@ def print_table(rows: Sequence[Row]) -> None:
 
 
 def plot(rows: Sequence[Row], file: str) -> None:
-    """Save the distributions of TTFT and TPOT: a column for each scenario and rate, a colour
-    for each policy, the real ones as lines and the simulated ones dashed.
+    """Save the distributions of TTFT and TPOT.
+
+    There is a column for each scenario and rate, and a colour for each policy. Real distributions
+    are solid lines, simulated ones are dashed.
     """
     import matplotlib
 
@@ -168,7 +172,7 @@ def plot(rows: Sequence[Row], file: str) -> None:
                 strict=True,
             ):
                 came = sorted(1e3 * one for one in times if one is not None)
-                # Requests without a token keep the line below the top.
+                # Requests without a token keep the curve below the top.
                 shares = [100 * (i + 1) / len(times) for i in range(len(came))]
                 panel.step(came, shares, style, where="post", color=COLOURS[row.policy],
                            label=f"{row.policy}, {side}")  # fmt: skip

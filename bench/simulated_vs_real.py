@@ -1,13 +1,13 @@
-"""Does the simulator tell what the server does?
+"""Checks whether the simulator predicts what the server does.
 
-One workload goes through a real `minserve serve` by the open-loop client, and then through the
-simulator with that server's own profile, policy and limits. Requests, their times of arrival,
-the tokens of their prompts as the server counted them, the lengths of their outputs and their
-targets in seconds are the same; so is the way of judging. Requests of the first and the last
-seconds only load the servers and are left out, on both sides.
+One workload is sent to a real `minserve serve` by the open-loop client, and then run in the
+simulator with that server's own profile, policy and limits. The requests, their arrival times, the
+tokens of their prompts as the server counted them, the lengths of their outputs and their targets
+in seconds are the same, and they are judged in the same way. Requests of the first and the last
+seconds only load the servers; they are left out on both sides.
 
-A profile is of the forward pass on an idle device. What the client sees beside it is measured
-in the same run, and told to the simulator (`simulated_report.Inputs`, printed):
+A profile describes the forward pass on an idle device. Other delays that the client sees are
+measured in the same run, and given to the simulator (`simulated_report.Inputs`, printed):
 
     slowness   device time of the run's iterations over the profile's: client, HTTP and model
                share the cores, and the machine's own speed drifts
@@ -17,9 +17,10 @@ in the same run, and told to the simulator (`simulated_report.Inputs`, printed):
     noise      scatter of iterations around what the planner foresees: its margin, and so what
                dp promises, follow it
 
-None of them is fitted to what is compared. The simulation is repeated with other seeds of the
-scatter, all of them counted: near capacity, one iteration more or less decides who is admitted.
-The errors of a simulation without any of this stand in the second table.
+None of these values is fitted to the results that are compared. The simulation is repeated with
+other seeds of the scatter, and all repeats count: near capacity, one iteration more or less decides
+which requests are admitted. The second table has the errors of a simulation without any of these
+values.
 
     python bench/simulated_vs_real.py                     # about 8 minutes
     python bench/simulated_vs_real.py --quick             # 3 minutes
@@ -72,31 +73,31 @@ from minserve.workload.texts import fill
 from minserve.workload.verdict import Verdict
 from minserve.workload.zero_load import measure_speed
 
-# Their conversations have one turn each.
+# Scenarios whose conversations have one turn each.
 SCENARIOS = ("chatbot", "coding", "summarization", "mixed")
 POLICIES = ("dp", "edf", "sarathi", "fcfs")
-# Of the capacity: with room to spare, and near it.
+# Shares of the capacity: one with room to spare, and one near it.
 SHARES = (0.5, 0.85)
-# Before and after the requests that count.
+# Seconds before and after the requests that count.
 LEAD_S = 8.0
 TAIL_S = 4.0
 BLOCK_SIZE = 16
 KV_TOKENS = 32768
 BEST_EFFORT_SHARE = 0.05
-# Of iterations, from which their scatter is told.
+# The quantile of iterations' surprise from which their scatter is computed.
 QUANTILE = 0.99
 LONE_REQUESTS = 3
 LONE_TOKENS = 32
 CAPACITY_S = 120.0
 # Seeds of the scatter.
 SIMULATIONS = 5
-# Cores that others may take in one slice of a run; a stall is forgotten in its mean.
+# Cores that other processes may take in one slice of a run: the run's mean would hide a stall.
 SLICE_S = 2.0
 DISTURBED_SLICE = 0.5
 
 
 def child_profile(model: str, threads: int | None) -> None:
-    """In a process of its own: measure the device, or find what was kept, as servers will."""
+    """Measure the device, or find the stored profile, as servers will; runs in its own process."""
     from minserve import Engine
     from minserve.engine.profile_cache import profile_path
 
@@ -106,7 +107,7 @@ def child_profile(model: str, threads: int | None) -> None:
 
 
 def read_profile(args: argparse.Namespace) -> Device:
-    """The device as the servers know it."""
+    """Return the device as the servers know it."""
     command = [sys.executable, __file__, "--child", "--model", args.model, *_threads(args)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -122,12 +123,12 @@ def _threads(args: argparse.Namespace) -> list[str]:
     return [] if args.threads is None else ["--threads", str(args.threads)]
 
 
-# By name and, of a bucket, upper bound.
+# By name and, for a bucket, its upper bound.
 Metrics = Mapping[tuple[str, str], float]
 
 
 class Server:
-    """A `minserve serve` of one policy, and what its metrics say."""
+    """A `minserve serve` of one policy, and the values of its metrics."""
 
     def __init__(self, args: argparse.Namespace, policy: str) -> None:
         self._process = ServerProcess(
@@ -139,7 +140,7 @@ class Server:
         )  # fmt: skip
         try:
             self.endpoint = asyncio.run(find_endpoint(self._process.url))
-            # Also warms the server up.
+            # This also warms the server up.
             self.speed = asyncio.run(measure_speed(self.endpoint))
         except BaseException:
             self.stop()
@@ -151,10 +152,10 @@ class Server:
     def run(
         self, workload: Sequence[Conversation], model: Speed
     ) -> tuple[Load, Inputs, list[float]]:
-        """Send it a workload.
+        """Send a workload to the server.
 
         Returns:
-            the answers, what a simulation has to know, and the cores that others took in each
+            the answers, the inputs of a simulation, and the cores that other processes took in each
             slice of the run.
         """
         return asyncio.run(self._run(workload, model))
@@ -202,7 +203,7 @@ def _since(now: Metrics, before: Metrics) -> Metrics:
 
 
 async def _lone_requests(endpoint: Endpoint) -> None:
-    """Short prompts, one after another: iterations with one token each, and gaps between."""
+    """Send short prompts, one after another: iterations of one token each, with gaps between."""
     turn = Turn(slo=SLO(ttft=1e6), prompt_tokens=1, output_tokens=LONE_TOKENS)
     async with open_session(endpoint.url) as session:
         for _ in range(LONE_REQUESTS):
@@ -212,13 +213,13 @@ async def _lone_requests(endpoint: Endpoint) -> None:
 
 
 def told(answers: Sequence[Answer], lone: Metrics, run: Metrics) -> Inputs:
-    """What the simulator does not know by itself, from two differences of metrics.
+    """Return what the simulator does not know by itself, from two differences of metrics.
 
-    Scatter is a factor, above 1 on average; the slowness is told without that.
+    Scatter is a factor that is above 1 on average; the slowness is given without that factor.
 
     Args:
-        lone: over lone requests.
-        run: over the whole run.
+        lone: difference over the lone requests.
+        run: difference over the whole run.
     """
     planning_s = run["planning_seconds_sum", ""]
     device_s = run["iteration_seconds_sum", ""] - planning_s
@@ -237,8 +238,9 @@ def told(answers: Sequence[Answer], lone: Metrics, run: Metrics) -> Inputs:
 
 
 def quantile_of(metrics: Metrics, name: str, q: float) -> float:
-    """Of a histogram, on a straight line within a bucket; what is above all bounds counts as
-    the highest one.
+    """Return a quantile of a histogram, interpolated linearly within a bucket.
+
+    Values above all bounds count as the highest bound.
     """
     buckets = sorted(
         (float(bound), count)
@@ -260,7 +262,7 @@ def _mean(metrics: Metrics, name: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A workload without texts."""
+    """A workload without texts, with its scenario and rate."""
 
     scenario: str
     rate: float
@@ -270,13 +272,13 @@ class Point:
 def draw(
     args: argparse.Namespace, scenario: str, rate: float, seconds: float
 ) -> list[Conversation]:
-    """A workload scaled to this device."""
+    """Return a workload scaled to this device."""
     scaled = find_scenario(scenario).scaled(args.length_scale, tight=args.tight, loose=args.loose)
     return draw_scenario(scaled, seconds=seconds)(rate, args.seed)
 
 
 def points(args: argparse.Namespace, device: Device) -> list[Point]:
-    """Every scenario at every rate."""
+    """Return every scenario at every rate."""
     found = []
     for scenario in args.scenarios:
         rates = args.rates
@@ -290,7 +292,7 @@ def points(args: argparse.Namespace, device: Device) -> list[Point]:
 
 
 def simulated_capacity(args: argparse.Namespace, device: Device, scenario: str) -> float:
-    """Requests per second by the profile alone."""
+    """Return the capacity in requests per second that the profile alone predicts."""
 
     def attainment(rate: float, _: int) -> float:
         workload = draw(args, scenario, rate, CAPACITY_S)
@@ -306,7 +308,7 @@ def simulated_capacity(args: argparse.Namespace, device: Device, scenario: str) 
 def setup_of(
     args: argparse.Namespace, device: Device, policy: str, inputs: Inputs | None = None
 ) -> Setup:
-    """A server of the policy, simulated."""
+    """Return the setup that simulates a server of the policy."""
     inputs = inputs or Inputs()
     return Setup(
         device=device,
@@ -325,10 +327,10 @@ def setup_of(
 
 
 def as_sent(load: Load) -> list[Conversation]:
-    """The requests of a run as the server saw them, for the simulator.
+    """Return the requests of a run as the server saw them, for the simulator.
 
-    Their SLOs are the targets in seconds by which the client judges, of no class, as they were
-    sent: the server learns one distribution of output lengths from all of them.
+    Their SLOs are the targets in seconds by which the client judges. They belong to no class, as
+    they were sent, so the server learns one distribution of output lengths from all of them.
     """
     return [
         Conversation(
@@ -346,14 +348,14 @@ def as_sent(load: Load) -> list[Conversation]:
 
 
 def counted(verdicts: Sequence[Verdict], seconds: float) -> list[Verdict]:
-    """Those that are compared, in the order of arrival."""
+    """Return the verdicts that are compared, in the order of arrival."""
     inside = [one for one in verdicts if LEAD_S <= one.arrival_s < LEAD_S + seconds]
     return sorted(inside, key=lambda one: one.arrival_s)
 
 
 def compare(args: argparse.Namespace, device: Device, server: Server, policy: str,
             point: Point) -> Row:  # fmt: skip
-    """A workload through the server and twice through the simulator."""
+    """Send a workload to the server and run it in the simulator, with the inputs and without."""
     model = device.perf_model()
     workload = fill(point.workload, server.speed.count_tokens, seed=args.seed)
     for _ in range(args.attempts):
@@ -401,21 +403,21 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--threads", type=int, help="of the servers' forward passes")
+    parser.add_argument("--threads", type=int, help="threads of the servers' forward passes")
     parser.add_argument("--policies", type=names, default=["dp", "sarathi"])
     parser.add_argument("--scenarios", type=names, default=["chatbot", "mixed"])
     parser.add_argument("--shares", type=numbers, default=list(SHARES),
-                        help="of the simulated capacity of dp: the rates")  # fmt: skip
-    parser.add_argument("--rates", type=numbers, help="requests per second instead")
-    parser.add_argument("--seconds", type=float, default=35.0, help="of arrivals that count")
+                        help="rates, as shares of the simulated capacity of dp")  # fmt: skip
+    parser.add_argument("--rates", type=numbers, help="requests per second, instead of --shares")
+    parser.add_argument("--seconds", type=float, default=35.0, help="time of arrivals that count")
     parser.add_argument("--length-scale", type=float, default=0.1)
-    parser.add_argument("--tight", type=float, default=2.5, help="pace, as a slowdown")
-    parser.add_argument("--loose", type=float, default=5.0, help="pace, as a slowdown")
+    parser.add_argument("--tight", type=float, default=2.5, help="tight pace, as a slowdown")
+    parser.add_argument("--loose", type=float, default=5.0, help="loose pace, as a slowdown")
     parser.add_argument("--token-budget", type=int, default=128)
     parser.add_argument("--max-num-seqs", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--attempts", type=int, default=3,
-                        help="disturbed runs are repeated, whatever came out")  # fmt: skip
+                        help="disturbed runs are repeated, whatever their result")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="chatbot near capacity only")
     parser.add_argument("--plot", metavar="FILE.png", help="also save a picture (needs matplotlib)")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -435,7 +437,7 @@ def main() -> None:
         return
     if args.plot:
         check_can_plot(args.plot)
-    # So that servers are stopped by this signal too.
+    # So that SIGTERM stops the servers too.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     started = time.perf_counter()
     device = read_profile(args)
@@ -455,7 +457,7 @@ def main() -> None:
 
 
 def report(args: argparse.Namespace, rows: Sequence[Row], seconds: float) -> None:
-    """Tables, picture and the JSON line."""
+    """Print the tables and the JSON line, and draw the picture."""
     print_table(rows)
     met = sum(row.within_goals for row in rows)
     print(

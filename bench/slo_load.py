@@ -1,7 +1,7 @@
-"""Workload of `slo_serving.py`, and its way to a server.
+"""The workload of `slo_serving.py`, and the client that sends it.
 
-Three classes with real prompts, lognormal output lengths and SLOs as slowdowns; arrivals
-that are Poisson or bursty. All of it is drawn from seeds. The client is minserve's own,
+It has three classes with real prompts, lognormal output lengths and SLOs as slowdowns; arrivals
+are Poisson or bursty. All draws have seeds. The client is minserve's own,
 `minserve.workload.client`.
 """
 
@@ -30,7 +30,7 @@ LONE_TOKENS = 24
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A text and its length in the model's tokens."""
+    """A text and its length in tokens of the model."""
 
     text: str
     num_tokens: int
@@ -38,15 +38,15 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkClass:
-    """One kind of request.
+    """A kind of request.
 
     Attributes:
-        prompts_file: in minserve/workload/data.
+        prompts_file: name of a set in minserve/workload/data.
         ttft_slowdown: multiple of the prompt's zero-load prefill time.
-        tight: whether the pace is the tight or the loose one.
-        output_mean, output_sd: tokens, of SLOs-Serve's evaluation (arXiv 2504.08784).
-        scale: of both, to what a small CPU can serve.
-        longest: outputs are cut here.
+        tight: true for the tight pace, false for the loose one.
+        output_mean, output_sd: tokens, from SLOs-Serve's evaluation (arXiv 2504.08784).
+        scale: factor on both, to fit what a small CPU can serve.
+        longest: longest output in tokens; longer ones are cut.
     """
 
     name: str
@@ -59,12 +59,12 @@ class WorkClass:
     longest: int
 
     def slo(self, tight: float, loose: float) -> SLO:
-        """The promise, with its pace as a multiple of the zero-load time per token."""
+        """Return the SLO, with its pace as a multiple of the zero-load time per token."""
         pace = tight if self.tight else loose
         return SLO(ttft_slowdown=self.ttft_slowdown, tpot_slowdown=pace, name=self.name)
 
     def draw_length(self, rng: random.Random) -> int:
-        """Output tokens: lognormal with the class's mean and sd, scaled, rounded and cut."""
+        """Draw output tokens: lognormal with the class's mean and sd, scaled, rounded and cut."""
         variance = math.log(1 + (self.output_sd / self.output_mean) ** 2)
         mu = math.log(self.output_mean) - variance / 2
         drawn = self.scale * rng.lognormvariate(mu, math.sqrt(variance))
@@ -91,13 +91,13 @@ def make_workload(
     slos: Mapping[str, SLO],
     weights: Sequence[float] = (1, 1, 1),
 ) -> list[Conversation]:
-    """Requests in order of time; the same for the same arguments.
+    """Return requests in order of time; the same arguments give the same requests.
 
     Args:
         process: ``poisson`` or ``bursty``.
         rate: requests per second; exactly rate x seconds arrive.
-        prompts, slos: by class. No prompt comes twice before all of its class came.
-        weights: of the classes in the mix, in the order of ``CLASSES``.
+        prompts, slos: by class. No prompt comes twice before every prompt of its class came.
+        weights: weights of the classes in the mix, in the order of ``CLASSES``.
     """
     rng = random.Random(f"{seed} {process} {rate:g}")
     count = max(1, round(rate * seconds))
@@ -119,7 +119,7 @@ def make_workload(
 
 
 def write_classes(slos: Mapping[str, SLO], file: Path) -> None:
-    """The classes as the server reads them."""
+    """Write the classes in the form that the server reads."""
     tables = [
         f"[{name}]\nttft_slowdown = {slo.ttft_slowdown}\ntpot_slowdown = {slo.tpot_slowdown}\n"
         for name, slo in slos.items()
@@ -128,7 +128,7 @@ def write_classes(slos: Mapping[str, SLO], file: Path) -> None:
 
 
 def slo_fields(slos: Mapping[str, SLO], form: str) -> dict[str, Any]:
-    """What a class's requests carry: its name, or an object with its objectives."""
+    """Return the value of ``slo`` in requests, by class: its name, or an object of objectives."""
     if form == "class":
         return {name: name for name in slos}
     return {
@@ -140,14 +140,14 @@ def slo_fields(slos: Mapping[str, SLO], form: str) -> dict[str, Any]:
 def measure(
     url: str, workload: Sequence[Conversation], model: PerfModel, slo_field: Mapping[str, Any]
 ) -> tuple[Load, float]:
-    """Send a workload to a server and collect what comes back.
+    """Send a workload to a server and collect the answers.
 
     Args:
-        slo_field: what a class sends as ``slo``.
+        slo_field: by class, the value that its requests send as ``slo``.
 
     Returns:
-        the answers, and the time per token of a lone request, the slower of one before and
-        one after the workload: the speed of the machine at the time.
+        the answers, and the seconds per token of a lone request: the slower of two, sent before and
+        after the workload, which shows the machine's speed at the time.
     """
     return asyncio.run(_measure(url, workload, model, slo_field))
 
@@ -163,7 +163,7 @@ async def _measure(
 
 
 async def _lone_tpot(endpoint: Endpoint) -> float:
-    """Seconds per token of a request to the idle server, which promises it nothing."""
+    """Return the seconds per token of a request to the idle server, without an SLO."""
     body = endpoint.body(["Once"], LONE_TOKENS)
     started = time.perf_counter()
     async with (

@@ -1,7 +1,7 @@
-"""Tables, capacity and plot of `slo_serving.py`: arithmetic on finished runs.
+"""Tables, capacity and plot of `slo_serving.py`, computed from finished runs.
 
-Attainment is `minserve.attainment`'s, on the client's own timestamps, of all requests offered.
-Capacity is the largest rate with an attainment of at least 90%, on straight lines
+Attainment is that of `minserve.attainment`, on the client's own timestamps, over all offered
+requests. Capacity is the largest rate with an attainment of at least 90%, interpolated linearly
 between the measured rates.
 """
 
@@ -30,16 +30,16 @@ COLOURS = {"dp": "#1f6feb", "edf": "#2da44e", "sarathi": "#bf8700", "fcfs": "#7d
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One policy's answers to one trace.
+    """The answers to one trace under one policy.
 
     Attributes:
-        process: of the arrivals.
-        rate: offered, in requests per second.
-        variant: the policy's name, and its setting where several are tried.
-        seconds: over which requests arrived.
-        cores_elsewhere: processors that neither the server nor the client kept busy.
-        slowness: a lone request's time per token, over the profile's.
-        disturbed: whether these two are too high to trust the run.
+        process: the arrival process.
+        rate: offered requests per second.
+        variant: the policy's name, with its setting if several are tried.
+        seconds: time over which requests arrived.
+        cores_elsewhere: cores kept busy by other processes than the server and the client.
+        slowness: a lone request's time per token, divided by the profile's.
+        disturbed: true if these two are too high to trust the run.
     """
 
     process: str
@@ -70,12 +70,12 @@ class Cell:
 
     @property
     def goodput(self) -> float:
-        """Attained requests per second of arrivals."""
+        """The attained requests per second of arrivals."""
         return sum(v.attained for v in self.verdicts) / sum(run.seconds for run in self.runs)
 
     @property
     def each(self) -> list[float]:
-        """Attainment of each run."""
+        """The attainment of each run."""
         return [share(verdict.attained for verdict in run.verdicts) for run in self.runs]
 
     def of_class(self, name: str) -> float:
@@ -83,9 +83,9 @@ class Cell:
 
 
 def disagreements(answers: Iterable[Answer]) -> int:
-    """Answers whose server promised other times than the client judged by.
+    """Return the number of answers for which the server promised other times than the client used.
 
-    The server rounds to microseconds.
+    A difference from rounding does not count: the server rounds to microseconds.
     """
     count = 0
     for answer in answers:
@@ -101,7 +101,7 @@ def disagreements(answers: Iterable[Answer]) -> int:
 
 
 def cells(runs: Iterable[Run]) -> dict[tuple[str, float, str], Cell]:
-    """Runs pooled by (process, rate, variant), in the order they first came."""
+    """Return runs pooled by (process, rate, variant), in the order they first came."""
     grouped: dict[tuple[str, float, str], list[Run]] = {}
     for run in runs:
         grouped.setdefault((run.process, run.rate, run.variant), []).append(run)
@@ -109,7 +109,7 @@ def cells(runs: Iterable[Run]) -> dict[tuple[str, float, str], Cell]:
 
 
 def curves(runs: Sequence[Run], process: str) -> dict[str, dict[float, Cell]]:
-    """Policy -> rate -> cell. Of a policy's variants the best one at each rate counts."""
+    """Return policy -> rate -> cell, with a policy's best variant at each rate."""
     found: dict[str, dict[float, Cell]] = {}
     for (its_process, rate, _), cell in sorted(cells(runs).items()):
         if its_process == process:
@@ -120,7 +120,7 @@ def curves(runs: Sequence[Run], process: str) -> dict[str, dict[float, Cell]]:
 
 
 def print_promises(workload: Sequence[Conversation], speed: Speed) -> None:
-    """What the device's own speed makes of the slowdowns."""
+    """Print the SLOs in seconds that the slowdowns mean on this device."""
     print("\nclass            prompt  output (mean tokens)   TTFT SLO (median)   TPOT SLO")
     turns = [turn for conversation in workload for turn in conversation.turns]
     for work in CLASSES:
@@ -136,7 +136,7 @@ def print_promises(workload: Sequence[Conversation], speed: Speed) -> None:
 
 
 def print_table(runs: Sequence[Run], process: str, classes: Sequence[str]) -> None:
-    """A row per rate and variant: attainment, goodput, misses by cause, latencies."""
+    """Print a row per rate and variant: attainment, goodput, misses by cause, latencies."""
     print(f"\n{process} arrivals: % of offered requests that attained their SLO")
     head = f"{'req/s':>6} {'policy':18}{'all':>6}" + "".join(f"{c[:7]:>8}" for c in classes)
     head += f"{'mean form':>11}{'goodput':>9}  " + "".join(f"{miss.value:>18}" for miss in MISSES)
@@ -146,7 +146,7 @@ def print_table(runs: Sequence[Run], process: str, classes: Sequence[str]) -> No
             continue
         verdicts = cell.verdicts
         causes = Counter(verdict.cause for verdict in verdicts)
-        # Requests that never got a token took longer than any that did.
+        # Requests without a token took longer than any request with one.
         ttft = [math.inf if v.ttft_s is None else v.ttft_s for v in verdicts]
         tpot = [1e3 * v.tpot_s for v in verdicts if v.tpot_s is not None]
         row = f"{rate:6.2f} {variant:18}{100 * cell.attainment:6.1f}"
@@ -158,10 +158,10 @@ def print_table(runs: Sequence[Run], process: str, classes: Sequence[str]) -> No
 
 
 def summary(runs: Sequence[Run]) -> dict[str, Any]:
-    """Capacity and attainment by process and policy, for the JSON line.
+    """Return capacity and attainment by process and policy, for the JSON line.
 
-    ``at_least`` lists the policies that attain 90% at the highest rate still; a capacity of
-    ``None`` lies below the lowest.
+    ``at_least`` lists the policies that still attain 90% at the highest rate; a capacity of
+    ``None`` lies below the lowest rate.
     """
     result: dict[str, Any] = {"capacity": {}, "at_least": {}, "attainment": {}}
     for process in dict.fromkeys(run.process for run in runs):
@@ -184,7 +184,7 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def print_capacity(result: Mapping[str, Any], lowest: float) -> None:
-    """The capacities in words."""
+    """Print the capacities."""
     for process, capacities in result["capacity"].items():
         print(f"\n{process}: capacity, the most req/s with {LEVEL:.0%} attained (interpolated)")
         for policy, one in capacities.items():
@@ -195,14 +195,16 @@ def print_capacity(result: Mapping[str, Any], lowest: float) -> None:
 
 
 def plot(runs: Sequence[Run], file: str) -> None:
-    """Save attainment against rate: a panel per arrival process, a line per policy, a band
-    from the lowest to the highest repeat.
+    """Save attainment against rate.
+
+    There is a panel per arrival process, a line per policy, and a band from the lowest to the
+    highest repeat.
     """
     processes = list(dict.fromkeys(run.process for run in runs))
     figure, panels = attainment_figure([f"{process} arrivals" for process in processes])
     for panel, process in zip(panels, processes, strict=True):
         for policy, curve in curves(runs, process).items():
-            # With drafts in the policy's colour, dashed.
+            # Lines with drafts have the policy's colour and are dashed.
             colour, style = COLOURS[policy.partition("+")[0]], "--" if "+" in policy else "-"
             line = {rate: cell.each for rate, cell in curve.items()}
             draw_attainment(panel, policy, line, color=colour, linestyle=style)

@@ -1,4 +1,4 @@
-"""Server processes for `slo_serving.py`, and how busy the machine is beside them."""
+"""Server processes for `slo_serving.py`, and the load of the machine beside them."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from minserve.workload.server_process import ServerProcess
 
 MOST_SEQS = 128
 KV_GIB = 2.0
-# Resident memory of a server with the embedded model, and some.
+# Resident memory of a server with the embedded model, with some reserve.
 SERVER_GIB = 2.0
-# A run beside other work says little: two threads wait for each other when one is held up.
+# A run beside other work says little: of two threads, each waits whenever the other is delayed.
 DISTURBED_CORES = 0.15
 # Seconds for a full profile of the device, before any server starts.
 PROFILE_S = 40.0
 QUIET_S = 60.0
-# What policies that do not choose the length themselves draft: longer pays less often.
+# The draft length of policies that do not choose it themselves: longer ones pay less often.
 FIXED_SPECULATION = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A policy, the token budget where it is not the server's default, and who drafts."""
+    """A policy, its token budget if that is not the server's default, and its speculator."""
 
     policy: str
     token_budget: int | None = None
@@ -43,7 +43,7 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """Policy and speculator: what is compared."""
+        """The policy and the speculator, which are compared."""
         return self.policy if self.speculator == "off" else f"{self.policy}+{self.speculator}"
 
     def __str__(self) -> str:
@@ -61,7 +61,7 @@ class Variant:
 
 
 class Server:
-    """A `minserve serve` process."""
+    """A `minserve serve` process for one variant."""
 
     def __init__(self, variant: Variant, model: str, slo_classes: Path) -> None:
         try:
@@ -75,11 +75,11 @@ class Server:
     def measure(
         self, workload: Sequence[Conversation], model: PerfModel, slo_field: Mapping[str, Any]
     ) -> tuple[Load, float, float]:
-        """Send it a workload.
+        """Send a workload to the server.
 
         Returns:
-            the answers, a lone request's time per token, and the cores that processes other
-            than server and client took.
+            the answers, a lone request's seconds per token, and the cores that processes other than
+            server and client took.
         """
         process = psutil.Process(self._process.pid)
 
@@ -100,15 +100,16 @@ class Server:
 
 
 def cpu_seconds(process: psutil.Process | None = None) -> float:
-    """Processor time used so far by a process, or by everything on the machine and beside
-    it: what a virtual machine's host gave to others counts too.
+    """Return the processor seconds used so far by a process, or by everything on the machine.
+
+    For the machine, time that a virtual machine's host gave to other machines counts too.
     """
     times = psutil.cpu_times() if process is None else process.cpu_times()
     return times.user + times.system + getattr(times, "steal", 0.0)
 
 
 def await_quiet() -> None:
-    """Give other work on the machine some time to end."""
+    """Wait for other work on the machine to end, at most `QUIET_S` seconds."""
     limit = time.perf_counter() + QUIET_S
     cores = psutil.cpu_count()
     while psutil.cpu_percent(interval=2.0) / 100 * cores > DISTURBED_CORES:
@@ -117,14 +118,14 @@ def await_quiet() -> None:
 
 
 class Fleet:
-    """Servers by variant: started when first asked for, kept as long as memory allows."""
+    """Servers by variant, started when first needed and kept as long as memory allows."""
 
     def __init__(self, model: str, slo_classes: Path) -> None:
         self._model, self._slo_classes = model, slo_classes
         self._servers: dict[Variant, Server] = {}
 
     def server(self, variant: Variant) -> tuple[Server, bool]:
-        """The variant's server, and whether it has just been started."""
+        """Return the variant's server, and whether it has just been started."""
         if variant in self._servers:
             return self._servers[variant], False
         while self._servers and Machine.look().free_memory < SERVER_GIB * 2**30:

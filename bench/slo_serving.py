@@ -1,14 +1,13 @@
-"""How many requests per second keep their SLOs under each of the planner's policies.
+"""Measures how many requests per second keep their SLOs under each of the planner's policies.
 
-Starts one real HTTP server per policy, drives them one after another with the same traces
+It starts one real HTTP server per policy, drives them one after another with the same traces
 (`slo_load.py`: coding, chat and summarization requests, each with its own SLO) and prints
-attainment, goodput and capacity by the client's clock (`slo_report.py`). A server is idle
-while another one is measured; the order of the policies rotates. The sarathi policy is
-tried with several token budgets and the best one at each rate counts. Client and server
-share the machine, as they would on a laptop. Every request is told `max_tokens` equal to
-its length and ignores the end of text, so that all policies do exactly the same work. With
---speculator every policy runs a second time with drafts: dp and edf choose their lengths,
-sarathi and fcfs draft a fixed number.
+attainment, goodput and capacity by the client's clock (`slo_report.py`). A server is idle while
+another one is measured; the order of the policies rotates. The sarathi policy is tried with
+several token budgets, and the best one at each rate counts. Client and server share the machine,
+as they would on a laptop. Every request has a `max_tokens` equal to its length and ignores the
+end of text, so that all policies do exactly the same work. With --speculator every policy runs a
+second time with drafts: dp and edf choose their lengths, sarathi and fcfs draft a fixed number.
 
     python bench/slo_serving.py                                   # Poisson, about 20 minutes
     python bench/slo_serving.py --policies dp --speculator ngram  # what speculation adds
@@ -65,18 +64,19 @@ from minserve.workload.report import share
 
 RATES = (0.3, 0.6, 1.0, 1.4, 1.8)
 SARATHI_BUDGETS = (64, 128)
-# Before the first measurement, each server gets this at the lowest rate.
+# Each server gets this load at the lowest rate, before the first measurement.
 WARM_UP_S = 10.0
-# Hosts of virtual machines slow them down unseen: a lone request's time per token, over the
-# profile's, before or after a run.
+# Hosts of virtual machines slow them down unseen. This bounds a lone request's time per token
+# before or after a run, divided by the profile's.
 DISTURBED_SLOWNESS = 1.3
-# A disturbed run is repeated, whatever came out.
+# A disturbed run is repeated, whatever its result.
 ATTEMPTS = 3
 
 
 def child_profile(model: str) -> None:
-    """In a process of its own: the device's speed (measured, or kept from before; the servers
-    will read the same) and the prompts' lengths, as a JSON line.
+    """Print the device's speed and the prompts' lengths as a JSON line; runs in its own process.
+
+    The speed is measured, or comes from a stored profile; the servers will use the same one.
     """
     from minserve import Engine
 
@@ -95,7 +95,7 @@ def child_profile(model: str) -> None:
 
 
 def read_profile(model: str) -> tuple[PerfModel, dict[str, list[Prompt]]]:
-    """The device's speed, and prompts with their lengths by class."""
+    """Return the device's speed, and prompts with their lengths by class."""
     command = [sys.executable, __file__, "--child", "--model", model]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -111,11 +111,11 @@ def read_profile(model: str) -> tuple[PerfModel, dict[str, list[Prompt]]]:
 
 
 class Bench:
-    """All runs of one invocation.
+    """All runs of one call of this program.
 
     Attributes:
-        runs: finished, in order.
-        num_disagreements: answers whose server promised other times than the client's.
+        runs: finished runs, in order.
+        num_disagreements: answers for which the server promised other times than the client used.
     """
 
     def __init__(self, args: argparse.Namespace, fleet: Fleet, model: PerfModel,
@@ -131,7 +131,7 @@ class Bench:
                              slos=self._slos, weights=self._args.weights)  # fmt: skip
 
     def server(self, variant: Variant) -> Server:
-        """The variant's server, warmed up."""
+        """Return the variant's server, warmed up."""
         server, fresh = self._fleet.server(variant)
         if fresh:
             rate, seed = min(self._args.rates), self._args.seed - 1
@@ -140,7 +140,7 @@ class Bench:
         return server
 
     def measure(self, variants: Sequence[Variant]) -> None:
-        """Every variant on every workload."""
+        """Measure every variant on every workload."""
         args = self._args
         points = [
             (process, rate, repeat)
@@ -206,16 +206,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sarathi-budgets", type=numbers, default=list(SARATHI_BUDGETS),
                         help="token budgets; the best one at each rate counts")  # fmt: skip
     parser.add_argument("--speculator", choices=SPECULATORS[1:], default="off",
-                        help="also serve with drafts from there, beside without")  # fmt: skip
+                        help="serve with drafts of this speculator too")  # fmt: skip
     parser.add_argument("--rates", type=numbers, help="requests per second")
-    parser.add_argument("--seconds", type=float, default=40.0, help="of arrivals, per run")
+    parser.add_argument("--seconds", type=float, default=40.0, help="time of arrivals per run")
     parser.add_argument("--arrivals", type=names, default=["poisson"], help="poisson,bursty")
     parser.add_argument("--weights", type=lambda text: [float(x) for x in text.split(",")],
                         default=[1.0] * len(CLASSES),
-                        help="of coding, chat and summarization in the mix: 1,1,1")  # fmt: skip
+                        help="shares of coding, chat and summarization: 1,1,1")  # fmt: skip
     parser.add_argument("--tight", type=float, default=2.5,
                         help="coding's time per token, over that of a lone request")  # fmt: skip
-    parser.add_argument("--loose", type=float, default=5.0, help="the other classes'")
+    parser.add_argument("--loose", type=float, default=5.0, help="the same for the other classes")
     parser.add_argument("--slo-form", choices=["class", "object"], default="class",
                         help="send SLOs as names of classes, or as objects")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
@@ -245,7 +245,7 @@ def main() -> None:
     if args.child:
         child_profile(args.model)
         return
-    # So that servers are stopped by this signal too.
+    # So that SIGTERM stops the servers too.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     started = time.perf_counter()
     slos = {work.name: work.slo(args.tight, args.loose) for work in CLASSES}
@@ -269,7 +269,7 @@ def main() -> None:
 
 
 def report(args: argparse.Namespace, bench: Bench, seconds: float) -> None:
-    """Tables, picture, files and the JSON line."""
+    """Print the tables and the JSON line, and write the picture and the files."""
     for process in args.arrivals:
         print_table(bench.runs, process, [work.name for work in CLASSES])
     result = summary(bench.runs)

@@ -1,14 +1,14 @@
-"""Speculation against none: the same engine with and without drafts, on the same prompts.
+"""Compares speculation with none: the same engine with and without drafts, on the same prompts.
 
-Both engines live in this process. A round runs every group of prompts with the one and with
-the other, in turns (A B, then B A), greedy and with a fixed number of output tokens, prefix
-caching off. Timed is the decode phase: all prompts of a group are prefilled in one batch,
-untimed and without drafts, so that both sides enter it with one token per sequence; it ends
-with the last token. The draft model's own prefill falls into it. The speed ratio is that of
-tokens per second in a round; shown are its median and extremes.
+Both engines live in this process. A round runs every group of prompts with one engine and with the
+other, in turns (A B, then B A), greedy and with a fixed number of output tokens, prefix caching
+off. The decode phase is timed: all prompts of a group are prefilled in one batch, untimed and
+without drafts, so that both sides enter the phase with one token per sequence; it ends with the
+last token. The draft model's own prefill is part of it. The speed ratio is that of tokens per
+second in a round; its median and extremes are shown.
 
-Whether outputs stay what they are without speculation is checked in float32, greedy and
-sampled under a seed, every decode with drafts. A mismatch ends in exit code 1.
+It also checks that outputs are the same as without speculation: in float32, greedy and sampled
+under a seed, every decode with drafts. After a mismatch the exit code is 1.
 
     python bench/speculative.py              # 10 to 15 minutes on two cores, the first time
                                              # some more to train the tiny pairs
@@ -16,11 +16,11 @@ sampled under a seed, every decode with drafts. A mismatch ends in exit code 1.
     python bench/speculative.py --synthetic-acceptance 0.7 --target-shape opt-6.7b \\
         --draft-shape opt-125m               # random weights, acceptance by chance
 
---quick takes the small recipe of the tiny Llama pair and none of the OPT pair, fewer and shorter
+--quick uses the small recipe of the tiny Llama pair and none of the OPT pair, fewer and shorter
 rounds, SmolLM2 at batch 1 only, leaves out batch 16 and `ngram-summarization-free`, and profiles
-for seconds only. In `ngram-summarization` the model is asked to repeat key sentences of an
-abstract word by word, in `ngram-summarization-free` for a summary of one sentence. The last line
-is JSON.
+for only a few seconds. In `ngram-summarization` the model is asked to repeat key sentences of an
+abstract word by word, in `ngram-summarization-free` for a summary of one sentence. The last line is
+JSON.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ from minserve.models.source import EMBEDDED_DRAFT, find_model, load_config
 from minserve.workload import data_files
 
 ROOT = Path(__file__).parent.parent
-# Of a set of prompts: the first.
+# So many prompts of a set are used, from its beginning.
 MOST_PROMPTS = 300
-# Longest prompts taken, in tokens, and the largest batch of them for which there are blocks.
+# The longest prompt in tokens, and the largest batch of such prompts for which there are blocks.
 MOST_PROMPT, MOST_BATCH = 224, 24
 CODE_PROMPT, SYNTHETIC_PROMPT = 96, 128
 CHAT = "{text}"
@@ -88,7 +88,7 @@ EFFORTS = {
 
 
 def read_prompts(case: Case, engine: Engine, code: Sequence[str]) -> list[Any]:
-    """A case's prompts in a fixed random order: chats, or token ids of code.
+    """Return a case's prompts in a fixed random order: chats, or token ids of code.
 
     Args:
         code: held-out files, for the cases without a file of prompts.
@@ -111,20 +111,20 @@ def read_prompts(case: Case, engine: Engine, code: Sequence[str]) -> list[Any]:
 
 
 def _length(engine: Engine, chat: list[dict[str, str]]) -> int:
-    """Prompt tokens of a chat."""
+    """Return the number of prompt tokens of a chat."""
     text = engine.tokenizer.render_chat(chat)
     return len(engine.tokenizer.encode(text, add_special_tokens=False))
 
 
 def grouped(prompts: Sequence[Any], batch: int, lone: int) -> list[list[Any]]:
-    """The prompts of a batch size: one group, or at batch size 1 some groups of one."""
+    """Return the prompts of a batch size: one group, or at batch size 1 several groups of one."""
     if batch == 1:
         return [[prompt] for prompt in prompts[:lone]]
     return [list(prompts[:batch])]
 
 
 def tiny_pair(name: str, *, quick: bool) -> tuple[Path, list[str]]:
-    """The folder of a tiny target and its draft, trained on first use, and held-out files."""
+    """Return the folder of a tiny target and draft, trained on first use, and held-out files."""
     script = _load_script(ROOT / "examples" / "train_tiny_pair.py")
     recipe = script.RECIPES["small" if quick else "full"]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -135,7 +135,7 @@ def tiny_pair(name: str, *, quick: bool) -> tuple[Path, list[str]]:
 
 
 def _load_script(path: Path) -> ModuleType:
-    """A script outside of any package as a module."""
+    """Load a script that is in no package as a module."""
     if path.stem not in sys.modules:
         spec = importlib.util.spec_from_file_location(path.stem, path)
         sys.modules[path.stem] = importlib.util.module_from_spec(spec)
@@ -169,17 +169,17 @@ def run_group(
 
 
 def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Of the engines that are measured."""
+    """Return the settings of the engines that are measured."""
     return {"dtype": args.dtype, "device": args.device}
 
 
 def batch_sizes(args: argparse.Namespace, effort: Effort) -> list[int]:
-    """Those asked for, else the effort's."""
+    """Return the batch sizes of the flags, else those of the effort."""
     return args.batch_sizes or list(effort.rounds)
 
 
 def num_runs(cases: Sequence[Case], effort: Effort, args: argparse.Namespace) -> int:
-    """For the progress bar."""
+    """Return the number of runs, for the progress bar."""
     per_case = sum(
         2 * effort.rounds.get(batch, 2) * (effort.lone_prompts if batch == 1 else 1)
         for batch in batch_sizes(args, effort)
@@ -190,7 +190,7 @@ def num_runs(cases: Sequence[Case], effort: Effort, args: argparse.Namespace) ->
 def bench_real(
     args: argparse.Namespace, results: dict[str, CaseResult], devices: list[str]
 ) -> None:
-    """All cases with trained models, group by group."""
+    """Measure all cases with trained models, group by group."""
     cases = [case for case in CASES if _is_chosen(case, args)]
     for case in cases:
         results[case.name] = CaseResult(name=case.name, missing=_missing(case))
@@ -222,7 +222,7 @@ def _is_chosen(case: Case, args: argparse.Namespace) -> bool:
 
 
 def _missing(case: Case) -> str | None:
-    """Why a case cannot run here."""
+    """Return why a case cannot run here; ``None`` if it can."""
     try:
         if case.group == "smollm2":
             find_model(case.group)
@@ -236,7 +236,7 @@ def _missing(case: Case) -> str | None:
 def bench_synthetic(
     args: argparse.Namespace, results: dict[str, CaseResult], devices: list[str]
 ) -> None:
-    """Two shapes with random weights, acceptance by chance."""
+    """Measure two shapes with random weights, where chance decides acceptance."""
     name = f"{args.target_shape}+{args.draft_shape}@{args.synthetic_acceptance:g}"
     effort, case = EFFORTS["synthetic", args.quick], Case(name, "synthetic", "draft")
     vocab = SHAPES[args.target_shape]["vocab_size"]
@@ -255,14 +255,14 @@ def bench_synthetic(
         )
         load = synthetic_loader(args.synthetic_acceptance, args.device)
         group = Group(str(target), str(draft), effort.profile_s, load)
-        # Without speculation nothing is decided by chance, so that this is the real speed.
+        # Without speculation chance decides nothing, so this is the real speed.
         group.engine("off", None, **engine_settings(args))
         devices.append(group.profile.key.device)
         run_group(group, [case], {name: prompts}, effort, results, args, bar)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, checked."""
+    """Return the checked command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -272,12 +272,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-sizes", type=int, nargs="+", metavar="B", help="default: 1 4 16")
     parser.add_argument("--fixed", type=int, metavar="K",
                         help="also always draft K tokens (policy sarathi)")  # fmt: skip
-    parser.add_argument("--dtype", default="auto", help="of the engines that are measured")
+    parser.add_argument("--dtype", default="auto", help="dtype of the engines that are measured")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--synthetic-acceptance", type=float, metavar="RATE",
                         help="random weights; drafts are accepted with this probability")  # fmt: skip
-    parser.add_argument("--target-shape", choices=SHAPES, default="opt-6.7b", help="synthetic")
-    parser.add_argument("--draft-shape", choices=SHAPES, default="opt-125m", help="synthetic")
+    parser.add_argument("--target-shape", choices=SHAPES, default="opt-6.7b", help="if synthetic")
+    parser.add_argument("--draft-shape", choices=SHAPES, default="opt-125m", help="if synthetic")
     parser.add_argument("--plot", metavar="FILE.png", help="also save a picture (needs matplotlib)")
     args = parser.parse_args(argv)
     unknown = set(args.only or ()) - {case.name for case in CASES}
@@ -298,7 +298,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0, 1 where outputs changed, 130 where interrupted."""
+    """Run the benchmark; returns 0, 1 if outputs changed, 130 if it was interrupted."""
     args = parse(argv)
     is_synthetic = args.synthetic_acceptance is not None
     print((SYNTHETIC if is_synthetic else "") + json.dumps(machine()), flush=True)

@@ -1,11 +1,11 @@
-"""Arithmetic, table, JSON and plot of `speculative.py`, on finished runs.
+"""Arithmetic, table, JSON and plot of `speculative.py`, computed from finished runs.
 
-A run counts the decode phase only. Runs come in pairs, with and without speculation over the
-same prompts; the speed ratio of a pair is that of their decode tokens per second.
+Only the decode phase of a run counts. Runs come in pairs, with and without speculation over the
+same prompts; the speed ratio of a pair is the ratio of their decode tokens per second.
 
-Acceptance at a position is the share of all tokens drafted there that were accepted, and with
-them all before. With adaptive lengths it need not fall: long proposals are made for those
-sequences whose drafts are accepted most.
+Acceptance at a position is the share of all tokens drafted there that were accepted, which requires
+that all tokens before them were. With adaptive lengths it need not fall: long proposals are made
+for sequences whose drafts are accepted most.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from minserve.engine.speculator import SpeculationStats
 
 BAR_WIDTH = 30
 SYNTHETIC = "SYNTHETIC "
-# Okabe and Ito's colours, told apart by colour-blind readers too; markers differ besides.
+# Okabe and Ito's colours, which colour-blind readers can tell apart; markers differ too.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000")
 MARKERS = "osD^vPX"
 
 
 @dataclass(slots=True)
 class Tally(SpeculationStats):
-    """The engine's counts, and how many proposals reached each place.
+    """The engine's counts, and the number of proposals that reached each place.
 
-    Lengths differ, so that the accepted tokens of a place say little without these.
+    Lengths differ, so that the accepted tokens of a place say little without this number.
 
     Attributes:
         num_drafted_per_pos: tokens drafted at each place of a proposal.
@@ -39,23 +39,23 @@ class Tally(SpeculationStats):
 
     def add(self, num_drafted: int, num_accepted: int) -> None:
         """Count one verified proposal."""
-        # Classes with slots are made twice, which an argumentless super() cannot see.
+        # With slots a class is made twice, so a super() without arguments finds the wrong one.
         SpeculationStats.add(self, num_drafted, num_accepted)
         self.num_drafted_per_pos = add_up([self.num_drafted_per_pos, [1] * num_drafted])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """What one run, or several, did in the decode phase.
+    """The counts of one run, or several, in the decode phase.
 
     Attributes:
         tokens: output tokens.
-        seconds: that they took.
+        seconds: time that they took.
         passes: forward passes of the target, counted once for each sequence in them.
         iterations: forward passes of the target.
-        speculated: of these, those in which drafts were verified.
-        num_drafts: proposals verified.
-        drafted, accepted: per place of a proposal, tokens.
+        speculated: of these passes, those in which drafts were verified.
+        num_drafts: number of proposals that were verified.
+        drafted, accepted: tokens at each place of a proposal.
     """
 
     tokens: int = 0
@@ -69,45 +69,45 @@ class Counts:
 
     @property
     def rate(self) -> float:
-        """Output tokens per second."""
+        """The output tokens per second."""
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
     @property
     def tokens_per_step(self) -> float | None:
-        """Output tokens per forward pass of the target and sequence."""
+        """The output tokens per forward pass of the target and sequence."""
         return _share(self.tokens, self.passes)
 
     @property
     def acceptance(self) -> float | None:
-        """Of the drafted tokens, the share that was accepted."""
+        """The share of drafted tokens that was accepted."""
         return _share(sum(self.accepted), sum(self.drafted))
 
     @property
     def by_position(self) -> list[float]:
-        """Per place of a proposal, the share accepted of the tokens drafted there."""
+        """The share of drafted tokens that was accepted, at each place of a proposal."""
         pairs = zip_longest(self.accepted, self.drafted, fillvalue=0)
         return [accepted / drafted for accepted, drafted in pairs if drafted]
 
     @property
     def mean_length(self) -> float | None:
-        """Tokens per proposal."""
+        """The mean number of tokens per proposal."""
         return _share(sum(self.drafted), self.num_drafts)
 
     @property
     def speculated_share(self) -> float | None:
-        """Of the iterations, the share that verified drafts."""
+        """The share of iterations that verified drafts."""
         return _share(self.speculated, self.iterations)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One case at one batch size.
+    """The results of a case at one batch size.
 
     Attributes:
         lengths: ``adaptive``, or ``fixed K``.
-        pairs: per round, the run with speculation and the one without.
-        identical: share of outputs that were the same token for token in both; ``None`` where
-            that means nothing.
+        pairs: for each round, the run with speculation and the run without.
+        identical: share of outputs that were the same token for token in both; ``None`` if that
+            means nothing.
     """
 
     batch: int
@@ -117,21 +117,21 @@ class Cell:
 
     @property
     def ratios(self) -> list[float]:
-        """Per round, tokens per second with speculation over those without."""
+        """Tokens per second with speculation divided by those without, in each round."""
         return [with_.rate / without.rate for with_, without in self.pairs if without.rate > 0]
 
     @property
     def speedup(self) -> float:
-        """The median ratio."""
+        """The median of the rounds' ratios."""
         return statistics.median(self.ratios)
 
     @property
     def counts(self) -> Counts:
-        """Of all runs with speculation."""
+        """The counts of all runs with speculation."""
         return pooled(with_ for with_, _ in self.pairs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """Return the cell as JSON values."""
         counts, without = self.counts, pooled(without for _, without in self.pairs)
         return {
             "speedup": _rounded(self.speedup),
@@ -151,13 +151,13 @@ class Cell:
 
 @dataclass(slots=True, kw_only=True)
 class CaseResult:
-    """What is known of a case so far.
+    """The results of a case so far.
 
     Attributes:
-        lossless: whether its outputs are those without speculation; ``None`` unchecked.
+        lossless: whether its outputs equal those without speculation; ``None`` if not checked.
         forced: counts of the lossless check, where every decode has drafts.
-        missing: why it could not run.
-        synthetic: acceptance was decided by chance.
+        missing: the reason why it could not run.
+        synthetic: true if chance decided acceptance.
     """
 
     name: str
@@ -169,14 +169,16 @@ class CaseResult:
 
     @property
     def counts(self) -> Counts:
-        """Of acceptance: the runs with adaptive lengths, or, where these never speculated, the
-        lossless check.
+        """The counts from which acceptance is computed.
+
+        They are those of the runs with adaptive lengths, or, if these never speculated, those of
+        the lossless check.
         """
         adaptive = pooled(cell.counts for cell in self.cells if cell.lengths == "adaptive")
         return adaptive if adaptive.num_drafts else self.forced
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON; ``speedup`` and ``tokens_per_step`` are those of batch size 1."""
+        """Return JSON values; ``speedup`` and ``tokens_per_step`` are those of batch size 1."""
         if self.missing is not None:
             return {"missing": self.missing}
         adaptive = {c.batch: c.to_dict() for c in self.cells if c.lengths == "adaptive"}
@@ -201,7 +203,7 @@ class CaseResult:
 
 
 def pooled(counts: Iterable[Counts]) -> Counts:
-    """The sum of runs."""
+    """Return the sum of runs."""
     every = list(counts)
     names = ("tokens", "seconds", "passes", "iterations", "speculated", "num_drafts")
     return Counts(
@@ -212,12 +214,12 @@ def pooled(counts: Iterable[Counts]) -> Counts:
 
 
 def add_up(rows: Iterable[Sequence[int]]) -> list[int]:
-    """Sums by place of rows that may differ in length."""
+    """Return sums by place of rows that may differ in length."""
     return [sum(column) for column in zip_longest(*rows, fillvalue=0)]
 
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
-    """The first position at which two outputs differ; ``None`` where they are the same."""
+    """Return the first position at which two outputs differ; ``None`` if they are the same."""
     for place, (left, right) in enumerate(zip_longest(one, other)):
         if left != right:
             return place
@@ -225,8 +227,10 @@ def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
 
 
 def summary(results: Iterable[CaseResult], device: str, *, quick: bool) -> dict[str, Any]:
-    """The JSON line. ``lossless`` is true only where every case that ran was checked and
-    agreed, ``None`` where none was checked.
+    """Return the JSON line.
+
+    ``lossless`` is true only if every case that ran was checked and agreed, and ``None`` if none
+    was checked.
     """
     every = list(results)
     ran = [one for one in every if one.missing is None]
@@ -243,7 +247,7 @@ def summary(results: Iterable[CaseResult], device: str, *, quick: bool) -> dict[
 
 
 def histogram(shares: Sequence[float]) -> list[str]:
-    """A line per place of a proposal: its number from 1 on, a bar, per cent."""
+    """Return a line per place of a proposal: its number from 1 on, a bar, per cent."""
     return [
         f"{place:3} {'#' * round(BAR_WIDTH * share):{BAR_WIDTH}} {100 * share:5.1f}%"
         for place, share in enumerate(shares, start=1)
@@ -251,7 +255,7 @@ def histogram(shares: Sequence[float]) -> list[str]:
 
 
 def table(results: Iterable[CaseResult]) -> list[str]:
-    """Lines: a row per case, kind of lengths and batch size, then acceptance by position."""
+    """Return lines: a row per case, kind of lengths and batch size, then acceptance by position."""
     head = (
         f"{'case':34}{'lengths':>10}{'batch':>6}{'speed ratio':>13}{'(min-max)':>14}{'tok/s':>8}"
         f"{'without':>9}{'tok/step':>10}{'accepted':>10}{'length':>8}{'speculated':>12}{'same':>7}"

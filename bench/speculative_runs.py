@@ -23,12 +23,12 @@ CHECK_LENGTH, CHECK_TEMPERATURE = 4, 0.8
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One line of the table.
+    """A line of the table.
 
     Attributes:
-        group: cases of a group share their engines.
-        prompts: set in minserve/workload/data.
-        instruction: what is asked, with ``{text}`` for the prompt.
+        group: the cases of a group share their engines.
+        prompts: name of a set in minserve/workload/data.
+        instruction: the request to the model, with ``{text}`` for the prompt.
     """
 
     name: str
@@ -41,14 +41,14 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How much is measured.
+    """The amount of measurement.
 
     Attributes:
-        rounds: per batch size.
-        lone_prompts: run one by one at batch size 1.
-        tokens: per output.
+        rounds: number of rounds for each batch size.
+        lone_prompts: prompts that are run one by one at batch size 1.
+        tokens: tokens of each output.
         profile_s: seconds for the device's profile.
-        check_prompts, check_tokens: of the lossless check.
+        check_prompts, check_tokens: prompts of the lossless check, and tokens of each output in it.
     """
 
     rounds: dict[int, int]
@@ -61,11 +61,11 @@ class Effort:
 
 @dataclass(slots=True)
 class Group:
-    """The engines of one target model, made when first asked for.
+    """The engines of one target model, made when first needed.
 
     Attributes:
-        target, drafts: folders or names for `Engine`.
-        load: makes an engine of settings.
+        target, draft: folders or names for `Engine`.
+        load: makes an engine from settings.
         profile_s: seconds for the first profile; further engines share it.
     """
 
@@ -77,15 +77,15 @@ class Group:
     _engines: dict[tuple[Any, ...], Engine] = field(default_factory=dict)
 
     def engine(self, speculator: str, fixed: int | None, **settings: Any) -> Engine:
-        """A profiled engine; ``fixed`` is the speculation length, ``None`` adaptive."""
+        """Return a profiled engine; ``fixed`` is the speculation length, ``None`` for adaptive."""
         key = (speculator, fixed)
         if key not in self._engines:
             engine = self.new(speculator, fixed, **settings)
             if self.profile is None:
                 self.profile = engine.profile(self.profile_s)
             else:
-                # A profile of a busy machine is not kept in the cache, and would take its
-                # time again for every engine. All of a group are to go by the same one.
+                # A profile of a busy machine is not kept in the cache, and would take its time
+                # again for every engine. All engines of a group must use the same profile.
                 model = self.profile.new_model()
                 costs = measure_drafting(engine._core)
                 engine._core.planner.model = model.with_draft_costs(*costs)
@@ -93,7 +93,7 @@ class Group:
         return self._engines[key]
 
     def new(self, speculator: str, fixed: int | None, **settings: Any) -> Engine:
-        """An engine that nobody else has."""
+        """Return a new engine, which is not shared."""
         if speculator == "draft":
             settings["draft_model"] = self.draft
         if fixed is not None:
@@ -111,11 +111,11 @@ class Group:
 def run(
     engine: Engine, prompts: list[Any], tokens: int, seed: int = 0
 ) -> tuple[Counts, list[list[int]]]:
-    """Run prompts together; counts of the decode phase, and the outputs' token ids.
+    """Run prompts together; returns counts of the decode phase, and the outputs' token ids.
 
     Args:
-        tokens: per output.
-        seed: greedy outputs do not depend on it, but what chance accepts does.
+        tokens: tokens of each output.
+        seed: greedy outputs do not depend on it, but acceptance by chance does.
     """
     core = engine._core
     params = [
@@ -138,10 +138,10 @@ def run(
 
 
 def _prefill(engine: Engine, outputs: dict[str, list[int]]) -> None:
-    """The first token of each, all prompts in one batch if the cache allows.
+    """Compute the first token of each prompt, all in one batch if the cache allows.
 
-    Without a model of time the planner fills the budget, and without a proposer nobody runs
-    ahead of the others.
+    Without a performance model the planner fills the budget, and without a proposer no sequence
+    gets ahead of the others.
     """
     core = engine._core
     kept = core.token_budget, core.planner.model, core.proposer
@@ -155,7 +155,7 @@ def _prefill(engine: Engine, outputs: dict[str, list[int]]) -> None:
 
 
 def _decode(engine: Engine, outputs: dict[str, list[int]]) -> Counts:
-    """All others, timed."""
+    """Run and time all tokens after the first ones."""
     core = engine._core
     core.speculation = tally = Tally()
     tokens = passes = iterations = speculated = 0
@@ -180,7 +180,7 @@ def _decode(engine: Engine, outputs: dict[str, list[int]]) -> Counts:
 
 
 def _take(deltas: list[Any], outputs: dict[str, list[int]]) -> int:
-    """Note new tokens; returns how many."""
+    """Note new tokens, and return their number."""
     for delta in deltas:
         if delta.error is not None:
             raise delta.error
@@ -192,7 +192,7 @@ def measure(
     with_: Engine, without: Engine, groups: list[list[Any]], rounds: int, tokens: int,
     tick: Callable[[], None], lengths: str,
 ) -> Cell:  # fmt: skip
-    """Rounds over groups of prompts, each with both engines, who begin in turns."""
+    """Run rounds over groups of prompts, each with both engines, which take turns to begin."""
     pairs, same, total = [], 0, 0
     for engine in (with_, without):
         run(engine, groups[0], min(WARM_UP, tokens))
@@ -218,9 +218,9 @@ def check_lossless(
     group: Group, prompts: dict[str, list[Any]], cases: Sequence[Case], effort: Effort,
     results: dict[str, CaseResult], **settings: Any,
 ) -> None:  # fmt: skip
-    """Compare outputs in float32 with those without speculation; notes it in the results.
+    """Compare float32 outputs with those without speculation, and note it in the results.
 
-    One engine does both, so that nothing but the proposals differs.
+    One engine makes both outputs, so that only the proposals differ.
     """
     drafts = any(case.speculator == "draft" for case in cases)
     settings["dtype"] = "float32"
@@ -247,7 +247,7 @@ def check_lossless(
                 if text is not None:
                     result.lossless = False
                     tqdm.write(f"{case.name}: NOT LOSSLESS, temperature {temperature:g}, {text}")
-        # Acceptance as measured elsewhere: of the greedy outputs.
+        # Acceptance is that of the greedy outputs, as in the measured runs.
         result.forced = Counts(
             num_drafts=core.speculation.num_drafts,
             drafted=tuple(core.speculation.num_drafted_per_pos),
@@ -256,7 +256,7 @@ def check_lossless(
 
 
 def _mismatch(found: Any, expected: Any) -> str | None:
-    """Where and how two outputs first differ, in words."""
+    """Return where and how two outputs first differ; ``None`` if they are the same."""
     place = first_difference(found.token_ids, expected.token_ids)
     if place is None:
         return None

@@ -1,4 +1,4 @@
-"""Acceptance by chance for `speculative.py`, over models of random weights."""
+"""Acceptance by chance for `speculative.py`, with models of random weights."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from minserve.request import Sequence as EngineSequence
 
 
 class SyntheticSampler(Sampler):
-    """Accepts each drafted token with a fixed probability, whatever the models say.
+    """Accepts each drafted token with a fixed probability, whatever the models' outputs are.
 
-    The real verification runs besides, for its cost. Draws are a function of the request's
-    seed and the output position, and thus the same whatever else is in the batch.
+    The real verification runs too, for its cost. A draw is a function of the request's seed and
+    the output position, so it does not depend on the rest of the batch.
     """
 
     def __init__(self, rate: float, *, fused: bool = False) -> None:
@@ -34,7 +34,7 @@ class SyntheticSampler(Sampler):
         seqs: list[EngineSequence],
         proposals: Sequence[Proposal | None],
     ) -> list[Verified | GenerationError]:
-        """As `Sampler.verify`, but for what is accepted."""
+        """Do as `Sampler.verify`, except for which tokens are accepted."""
         results = super().verify(logits, seqs, proposals)
         return [
             one if proposal is None or isinstance(one, GenerationError)
@@ -53,7 +53,7 @@ class SyntheticSampler(Sampler):
 
 
 def synthetic_loader(rate: float, device: str) -> Callable[..., Engine]:
-    """Makes engines with random weights, whose sampler accepts at this rate."""
+    """Return a maker of engines with random weights, whose samplers accept at ``rate``."""
 
     def load(target: str, **settings: Any) -> Engine:
         with random_weights(device):

@@ -1,4 +1,4 @@
-"""Models of published shapes with random weights: for speed, which weights hardly change."""
+"""Models of published shapes with random weights: speed hardly depends on the weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _llama3(
     }  # fmt: skip
 
 
-# Published shapes, as in their config.json, and tiny ones to try it all on.
+# Published shapes, as in their config.json, and tiny shapes for trials.
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": _opt(64, 2, 4, vocab=512),
     "tiny-llama": _llama3(64, 1, 128, 4, 2, vocab=512),
@@ -54,7 +54,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def linear_weights(shape: str) -> int:
-    """How many weights a decode step reads: those of all linears, and the head's."""
+    """Return the number of weights that a decode step reads: of all linears, and of the head."""
     values = SHAPES[shape]
     hidden, heads = values["hidden_size"], values["num_attention_heads"]
     kv_heads = values.get("num_key_value_heads", heads)
@@ -65,7 +65,7 @@ def linear_weights(shape: str) -> int:
 
 
 class RandomCheckpoint:
-    """Random weights of any shape, made where the model will run. Stands in for a file's."""
+    """Random weights of any shape, made on the model's device. It replaces a real checkpoint."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -78,15 +78,15 @@ class RandomCheckpoint:
         pass
 
     def names(self) -> set[str]:
-        """None: nothing is borrowed from another model by its absence here."""
+        """Return the tensors that a draft model would otherwise borrow from its target."""
         return {"model.embed_tokens.weight", "lm_head.weight"}
 
     def num_parameters(self) -> int:
-        """More than any machine holds twice: none is known before it is asked for."""
+        """Return more than any machine holds twice, because the real number is not known yet."""
         return 2**60
 
     def get(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
-        """Float32, normal with the standard deviation of untrained models; norms are 1."""
+        """Return float32 weights, normal with the sd of untrained models; norms are 1."""
         if "norm" in name and name.endswith("weight"):
             return torch.ones(shape, device=self._device)
         return torch.randn(shape, device=self._device, generator=self._generator).mul_(0.02)
@@ -94,7 +94,7 @@ class RandomCheckpoint:
 
 @contextmanager
 def random_weights(device: str) -> Iterator[None]:
-    """Within it models are loaded with random weights, made on the device.
+    """Let models be loaded with random weights, made on the device, while the context lasts.
 
     Args:
         device: ``cuda``, ``cpu``, or ``auto``, as in the engine's settings.
@@ -112,7 +112,7 @@ def random_weights(device: str) -> Iterator[None]:
 
 
 def write_shape(folder: Path, shape: str, *, tokenizer: bool) -> Path:
-    """A model folder without weights, and with a tokenizer of a few words."""
+    """Write a model folder without weights, with a tokenizer of a few words if wanted."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(SHAPES[shape]), encoding="utf-8")
     if tokenizer:

@@ -1,9 +1,8 @@
-"""Compiles what a wrapper would launch, for GPUs that need not be there.
+"""Compiles the kernels that a wrapper launches, for GPUs that need not be present.
 
-The wrappers run as they are, on CPU tensors; only the launch itself is replaced. So the
-specializations, the constants, the warps and the stages are the real ones, and cannot
-drift from what is compiled here. All contact with Triton's internals is in this file;
-it holds for Triton 3.6 to 3.9.
+The wrappers run unchanged, on CPU tensors; only the launch itself is replaced. So the
+specializations, constants, warps and stages are the real ones, and cannot differ from what is
+compiled here. Only this file uses Triton's internals; it holds for Triton 3.6 to 3.9.
 """
 
 from __future__ import annotations
@@ -30,27 +29,27 @@ KIB = 1024
 MAX_SHARED = {80: 163 * KIB, 90: 227 * KIB}
 MULTIPROCESSORS = {80: 108, 90: 132}
 ARCHS = tuple(MAX_SHARED)
-# Of TTGIR: how many younger copies to shared memory may be under way when a loop goes on.
+# Patterns in TTGIR: loops, and how many younger copies to shared memory may still be under way.
 LOOP = re.compile(r"scf\.for .*?scf\.yield", re.DOTALL)
 WAIT = re.compile(r"ttg\.async_wait .*?num = (\d+)")
-# Per thread; ptxas spills as few as these where that lets one program more run at a time.
+# Bytes per thread. ptxas spills so few if this lets one more program run at a time.
 FEW_SPILL_BYTES = 16
 TENSOR_CORE = re.compile(r"wgmma\.mma_async|mma\.sync")
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """One kernel as compiled for one architecture.
+    """A kernel as compiled for an architecture.
 
     Attributes:
         digest: Triton's hash of source, specialization, options and target.
-        registers: per thread.
-        spill_bytes: per thread, of the local memory that spilled registers need.
-        shared: bytes per block.
-        has_dot: whether the kernel multiplies matrices.
-        instructions: of the tensor cores: ``wgmma``, ``mma``, or none.
-        ahead: of the loads that its loops wait for, how many later ones are under way then; the
-            least of all loops, ``None`` where none of them waits.
+        registers: registers per thread.
+        spill_bytes: bytes per thread of local memory for spilled registers.
+        shared: bytes of shared memory per block.
+        has_dot: true if the kernel multiplies matrices.
+        instructions: instructions of the tensor cores that it uses: ``wgmma``, ``mma``, or none.
+        ahead: number of later loads that are under way when a loop waits for a load; the least
+            of all loops, ``None`` if none of them waits.
     """
 
     name: str
@@ -66,7 +65,7 @@ class Built:
     ahead: int | None
 
     def problems(self) -> list[str]:
-        """What keeps it from running well, or at all, on its architecture."""
+        """Return what keeps it from running well, or at all, on its architecture."""
         found = []
         if self.spill_bytes > FEW_SPILL_BYTES:
             found.append(f"{self.spill_bytes} bytes of registers spilled")
@@ -83,7 +82,7 @@ class Built:
 
 
 class _Driver:
-    """The active driver, as far as compiling asks for one. Devices are named by their arch."""
+    """The active driver, as far as compiling needs one. Devices are named by their architecture."""
 
     def __init__(self, arch: int) -> None:
         self._arch = arch
@@ -103,13 +102,13 @@ class _Driver:
 
 @contextmanager
 def compiling_for(arch: int) -> Iterator[list[CompiledKernel]]:
-    """Within it a launch compiles for ``arch`` (compute capability, times ten) and runs nothing.
+    """Let launches compile for ``arch`` (compute capability, times ten) and run nothing.
 
     Yields:
-        what the launches so far compiled; a kernel launched twice is there twice.
+        kernels compiled by the launches so far; a kernel launched twice is there twice.
 
     Raises:
-        RuntimeError: where Triton's interpreter is on, which compiles nothing.
+        RuntimeError: if Triton's interpreter is on, which compiles nothing.
     """
     if knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: kernels were defined for the interpreter")
@@ -131,7 +130,7 @@ def compiling_for(arch: int) -> Iterator[list[CompiledKernel]]:
 
 
 def inspect(kernel: CompiledKernel) -> Built:
-    """What a compiled kernel needs and uses."""
+    """Return the resources and instructions of a compiled kernel."""
     metadata = kernel.metadata
     found = set(TENSOR_CORE.findall(kernel.asm["ptx"]))
     registers, stack = _resources(kernel.asm["cubin"])
@@ -142,7 +141,7 @@ def inspect(kernel: CompiledKernel) -> Built:
         num_warps=metadata.num_warps,
         num_stages=metadata.num_stages,
         registers=registers,
-        # Triton's kernels have no local arrays: what lies on the stack was spilled.
+        # Triton's kernels have no local arrays, so everything on the stack was spilled.
         spill_bytes=stack,
         shared=metadata.shared,
         has_dot="tt.dot" in kernel.asm["ttir"],
@@ -155,7 +154,7 @@ def inspect(kernel: CompiledKernel) -> Built:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack per thread."""
+    """Return the registers, and the bytes of stack, per thread."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)

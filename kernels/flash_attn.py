@@ -1,7 +1,7 @@
 """Attention by the flash-attn library (Dao, 2023), over the same paged KV cache.
 
-An optional extra: ``pip install --no-build-isolation 'minserve[flash-attn]'``, whose build wants
-the torch that is there. The cache, and what is written to it, are those of `TritonBackend`; only
+It is an optional extra: ``pip install --no-build-isolation 'minserve[flash-attn]'``, whose build
+needs the installed torch. The cache, and how it is written, are those of `TritonBackend`; only
 attention itself is the library's.
 """
 
@@ -26,13 +26,14 @@ class _Part:
     """The decodes, or the prefill chunks, of one iteration.
 
     Attributes:
-        tokens: their rows of the batch.
-        starts, lengths: int32, on the device; first query token of each sequence (from 0 on)
-            and then the end, and tokens with KV of each.
+        tokens: the batch's rows that belong to the part.
+        starts: int32, on the device: first query token of each sequence, counted from 0, then the
+            end.
+        lengths: int32, on the device: tokens of each sequence that have KV.
         kv_starts: int32: the running sum of the lengths, from 0 on.
         tables: int32 ``[num_seqs, max_blocks]``.
-        most_queries, longest: of one sequence.
-        num_queries: of each sequence, where all have equally many, else ``None``.
+        most_queries, longest: most query tokens and largest length of a sequence.
+        num_queries: query tokens of each sequence, if all have equally many, else ``None``.
     """
 
     tokens: slice
@@ -46,14 +47,14 @@ class _Part:
 
 
 class FlashAttnBackend(TritonBackend):
-    """flash-attn over block tables. `choose_attention_backend` says whether it is there.
+    """flash-attn over block tables. `choose_attention_backend` checks whether it is installed.
 
     Raises:
-        BackendUnavailableError: where it does not load, as one built for another torch.
+        BackendUnavailableError: if it does not load, such as a build for another torch.
     """
 
     name = "flash-attn"
-    supports_graphs = False  # its grids are those of the batch at hand
+    supports_graphs = False  # its grids depend on the batch
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float) -> None:
         super().__init__(num_heads, num_kv_heads, head_dim, scale)
@@ -68,10 +69,10 @@ class FlashAttnBackend(TritonBackend):
     def allocate(
         self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> LayerKV:
-        """As `TritonBackend.allocate`.
+        """Allocate a cache as `TritonBackend.allocate` does.
 
         Raises:
-            BackendUnavailableError: for block sizes or dtypes that flash-attn does not know.
+            BackendUnavailableError: for block sizes or dtypes that flash-attn does not support.
         """
         if block_size % FLASH_ATTN_PAGE:
             raise BackendUnavailableError(
@@ -117,7 +118,7 @@ class FlashAttnBackend(TritonBackend):
 
 
 def _part(metadata: AttentionMetadata, first: int, last: int) -> _Part:
-    """Of the sequences from ``first`` on, before ``last``."""
+    """Return the part with the sequences from ``first`` on, before ``last``."""
     starts = metadata.query_start_loc[first : last + 1]
     counts = {end - start for start, end in pairwise(starts)}
     all_starts, all_lengths = metadata.on_device()

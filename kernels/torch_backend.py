@@ -1,12 +1,12 @@
 """Attention in plain torch operations: the reference, and the CPU path.
 
-Each is two batched matmuls around a softmax, the heads of a GQA group sharing one matmul
-over their keys: on CPUs faster than torch's fused attention for decodes, and in half
-precision for prompts too (bench/cpu_attention.py), since that one packs keys anew for every
-head and computes what causality hides. Decodes and short prefill chunks are batched: the blocks
-of sequences with similarly many queries and keys are gathered by one `index_select` and padded.
-Any other chunk, or a lone decode, runs by itself, its queries in blocks that see no key behind
-them; where its blocks lie side by side nothing is copied.
+Attention is two batched matmuls around a softmax; the heads of a GQA group share one matmul over
+their keys. On CPUs this is faster than torch's fused attention for decodes, and in half precision
+for prompts too (bench/cpu_attention.py), since fused attention packs keys anew for every head and
+computes what causality hides. Decodes and short prefill chunks are batched: the blocks of
+sequences with similarly many queries and keys are gathered by one `index_select` and padded. Any
+other chunk, or a lone decode, runs by itself, its queries in blocks that see no key after them; if
+its blocks are adjacent in memory, nothing is copied.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from torch import Tensor
 
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
 
-# The sequences of a group have more than this share of each other's queries, and of each other's
+# The smallest sequence of a group has at least this share of the largest one's queries, and of its
 # tokens: padding does not double either.
 GROUP_MIN_FILL = 0.51
-# With more scores a head a prefill chunk is computed by itself: then padding, and keys that no
+# A prefill chunk with more scores per head is computed by itself: then padding, and keys that no
 # query of a block sees, cost more than the operations of one more sequence.
 MOST_GROUPED_SCORES = 128 * 256
 # Queries of one sequence that share a matmul, in bytes of one score each: 128 of them in half
 # precision, 64 in float32. Their scores stay in a core's own cache, and half of the last block of
-# keys is computed in vain.
+# scores is computed for nothing.
 QUERY_BLOCK_BYTES = 256
 
 
 class _Views(NamedTuple):
-    """A layer's memory, ``[2 (key, value), num_kv_heads, num_blocks, block_size, head_dim]``.
+    """A layer's memory, ``[2 (key, value), num_kv_heads, num_blocks, block_size, head_dim]``, in
+    views.
 
     Attributes:
         blocks: ``[2 * num_kv_heads * num_blocks, block_size * head_dim]``.
@@ -49,10 +50,10 @@ class _Views(NamedTuple):
 
 
 class _Gathered(NamedTuple):
-    """Where the keys, or the values, of some sequences are gathered: one place for all layers.
+    """The place where keys, or values, of some sequences are gathered; all layers share it.
 
     Attributes:
-        rows: int64 ``[sequences * kv heads * blocks]``: which of `_Views.blocks`.
+        rows: int64 ``[sequences * kv heads * blocks]``: indices into `_Views.blocks`.
         buffer: ``[len(rows), block_size * head_dim]``.
         tokens: the buffer as ``[sequences * kv heads, tokens, head_dim]``.
     """
@@ -62,20 +63,21 @@ class _Gathered(NamedTuple):
     tokens: Tensor
 
     def read(self, kv: LayerKV) -> Tensor:
-        """`tokens`, of a layer."""
+        """Gather from a layer's cache and return `tokens`."""
         torch.index_select(kv.views.blocks, 0, self.rows, out=self.buffer)
         return self.tokens
 
 
 @dataclass(slots=True)
 class _Group:
-    """Several sequences of similar length, with similarly many query tokens: each padded to as
-    many as any of them has, with its last one.
+    """Sequences of similar length with similarly many query tokens.
+
+    Each is padded to the most query tokens in the group, with copies of its last one.
 
     Attributes:
-        tokens: their rows of the batch: a slice where adjacent, else int64 indices.
+        tokens: the group's rows of the batch: a slice where adjacent, else int64 indices.
         tables: int64 ``[sequences, blocks]``.
-        visible: bool ``[sequences, queries, padded length]``: who may look where.
+        visible: bool ``[sequences, queries, padded length]``: true where a query sees a key.
         gathered: keys and values; made by the first layer.
         bias: 0 where visible, else -inf, ``[sequences * kv heads, group * queries or 1,
             padded length]``; made by the first layer.
@@ -90,14 +92,14 @@ class _Group:
 
 @dataclass(slots=True)
 class _Single:
-    """One sequence that has no other like it.
+    """A sequence that is computed by itself.
 
     Attributes:
-        tokens: its rows of the batch.
+        tokens: the sequence's rows of the batch.
         table: int64 ``[1, blocks]``.
-        seq_len: tokens that it sees, its own included.
-        first: slot of its first token where its blocks lie side by side, else ``None``.
-        gathered: as in `_Group`, where its blocks do not lie so.
+        seq_len: number of tokens that it sees, its new ones included.
+        first: slot of its first token if its blocks are adjacent in memory, else ``None``.
+        gathered: as in `_Group`, if its blocks are not adjacent.
     """
 
     tokens: slice
@@ -109,10 +111,10 @@ class _Single:
 
 @dataclass(slots=True)
 class _State:
-    """What `prepare` computes once for all layers.
+    """The plan that `prepare` computes once for all layers.
 
     Attributes:
-        slot: of the only new token, ``None`` where there are more.
+        slot: slot of the only new token, on a CPU; ``None`` if there are more tokens.
     """
 
     slot: int | None
@@ -121,9 +123,9 @@ class _State:
 
 
 class TorchBackend(AttentionBackend):
-    """The torch backend. Runs on any device and in any float dtype.
+    """The torch backend. It runs on any device and in any float dtype.
 
-    The matmuls of one sequence are in the queries' dtype, those of several in the cache's, and
+    Matmuls of a single sequence are in the queries' dtype, matmuls of a group in the cache's, and
     every softmax is in float32 within torch's operation.
     """
 
@@ -134,9 +136,9 @@ class TorchBackend(AttentionBackend):
     def allocate(
         self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> LayerKV:
-        """A cache in which each head's tokens lie together, block behind block.
+        """Return a zeroed cache in which each head's tokens lie together, block after block.
 
-        Zeroed, since a masked NaN would still poison a sum.
+        It is zeroed, since a masked NaN would still spoil a sum.
         """
         memory = _zeros(
             (2, self.num_kv_heads, num_blocks, block_size, self.head_dim), dtype, device
@@ -151,7 +153,7 @@ class TorchBackend(AttentionBackend):
 
     def prepare(self, metadata: AttentionMetadata) -> None:
         slots = metadata.slot_mapping
-        lone = len(slots) == 1 and slots.device.type == "cpu"  # elsewhere it would be waited for
+        lone = len(slots) == 1 and slots.device.type == "cpu"  # a GPU would make the host wait
         state = _State(int(slots[0]) if lone else None)
         for sequences in _similar(metadata):
             if len(sequences) > 1:
@@ -171,7 +173,7 @@ class TorchBackend(AttentionBackend):
             _rotate_(qkv.narrow(1, 0, self.num_heads + self.num_kv_heads), rotations)
         new = qkv.narrow(1, self.num_heads, 2 * self.num_kv_heads)
         slot = metadata.state.slot
-        if slot is not None:  # cheaper, and it converts
+        if slot is not None:  # cheaper than `index_copy_`, and it converts the dtype
             kv.views.tokens.select(1, slot).copy_(new.squeeze(0))
             return
         new = new.transpose(0, 1).to(kv.key.dtype)
@@ -193,13 +195,13 @@ class TorchBackend(AttentionBackend):
         return out
 
     def _grouped(self, query: Tensor, kv: LayerKV, group: _Group) -> Tensor:
-        """``[tokens, num_heads * head_dim]`` of similar sequences together."""
+        """Return ``[tokens, num_heads * head_dim]`` of similar sequences together."""
         num_seqs, num_queries, _ = group.visible.shape
         if group.gathered is None:
             group.gathered = self._place(group.tables, kv)
             group.bias = self._bias(group.visible, kv.key.dtype)
-        # Values are gathered behind the softmax, not with the keys: so a core multiplies by what
-        # it has gathered itself, and has in its own cache.
+        # Values are gathered after the softmax, not with the keys: so each core multiplies by the
+        # values that it has gathered itself, which are in its own cache.
         keys, values = group.gathered
         key = keys.read(kv)
         dtype, per_kv_head = query.dtype, self.num_heads // self.num_kv_heads
@@ -215,7 +217,7 @@ class TorchBackend(AttentionBackend):
         return out.reshape(num_seqs * num_queries, -1)
 
     def _single(self, query: Tensor, kv: LayerKV, single: _Single) -> Tensor:
-        """``[tokens, num_heads * head_dim]`` of one sequence."""
+        """Return ``[tokens, num_heads * head_dim]`` of one sequence."""
         key, value = self._tokens_of(kv, single, query.dtype)
         num_queries, group = query.shape[0], self.num_heads // self.num_kv_heads
         if num_queries == 1:
@@ -232,8 +234,11 @@ class TorchBackend(AttentionBackend):
         return out.flatten(1)
 
     def _query_block(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The last queries of a sequence over all of its keys, ``[num_kv_heads, tokens,
-        head_dim]``; gives ``[queries, num_kv_heads, group, head_dim]``, not contiguous.
+        """Attend from a sequence's last queries to all of its keys, ``[num_kv_heads, tokens,
+        head_dim]``.
+
+        Returns:
+            ``[queries, num_kv_heads, group, head_dim]``, not contiguous.
         """
         num_queries, num_keys = query.shape[0], key.shape[1]
         group = self.num_heads // self.num_kv_heads
@@ -248,7 +253,7 @@ class TorchBackend(AttentionBackend):
         return out.permute(2, 0, 1, 3)
 
     def _tokens_of(self, kv: LayerKV, single: _Single, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A sequence's keys and values, each ``[num_kv_heads, seq_len, head_dim]``."""
+        """Return a sequence's keys and values, each ``[num_kv_heads, seq_len, head_dim]``."""
         if single.first is not None:
             own = kv.views.pairs.narrow(2, single.first, single.seq_len).to(dtype)
             return own.unbind(0)
@@ -258,11 +263,10 @@ class TorchBackend(AttentionBackend):
         return key, value
 
     def _place(self, tables: Tensor, kv: LayerKV) -> tuple[_Gathered, _Gathered]:
-        """Where keys and values of sequences are gathered, given ``[sequences, blocks]`` of ids.
+        """Return the places to gather keys and values, for block ids ``[sequences, blocks]``.
 
-        One buffer serves all layers and groups: fresh memory of this size is mapped page by
-        page each time, which took longer than the copy (32 sequences of 1200 tokens: 2 to 3
-        times).
+        One buffer serves all layers and groups: new memory of this size is mapped page by page
+        each time, which took 2 to 3 times longer than the copy (32 sequences of 1200 tokens).
         """
         rows, width = self._rows(tables, kv), kv.views.blocks.shape[1]
         size = rows.numel() * width
@@ -274,8 +278,9 @@ class TorchBackend(AttentionBackend):
         return key, value
 
     def _rows(self, tables: Tensor, kv: LayerKV) -> Tensor:
-        """``[sequences, blocks]`` block ids to the rows of `_Views.blocks` that hold them, in
-        the order ``[2 (key, value), sequences * kv heads * blocks]``.
+        """Return the rows of `_Views.blocks` that hold the block ids ``[sequences, blocks]``.
+
+        Their order is ``[2 (key, value), sequences * kv heads * blocks]``.
         """
         num_blocks = kv.key.shape[0]
         head = torch.arange(2 * self.num_kv_heads, device=tables.device)
@@ -290,7 +295,7 @@ class TorchBackend(AttentionBackend):
         return bias.repeat_interleave(self.num_kv_heads, dim=0)
 
     def _future_of(self, scores: Tensor) -> Tensor:
-        """-inf above the diagonal, a block of queries wide: what a query may not see."""
+        """Return a block with -inf above the diagonal, at keys that a query may not see."""
         future = self._future
         if future is None or future.dtype != scores.dtype or future.device != scores.device:
             block = QUERY_BLOCK_BYTES // scores.element_size()
@@ -307,8 +312,8 @@ def _prepare_group(sequences: list[int], metadata: AttentionMetadata) -> _Group:
         [[metadata.seq_lens[i] for i in sequences], counts, [starts[i] for i in sequences]],
         device=device,
     ).unsqueeze(2)
-    # Query j of a sequence stands at position length - queries + j; behind its last one that one
-    # stands again.
+    # Query j of a sequence is at position length - queries + j. After a sequence's last query, that
+    # query is repeated.
     nth = torch.minimum(torch.arange(most, device=device), queries - 1)
     adjacent = last - first + 1 == len(sequences)
     tables = metadata.block_tables[first : last + 1]
@@ -335,7 +340,7 @@ def _prepare_single(i: int, metadata: AttentionMetadata) -> _Single:
 
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that cost no memory on a CPU until they are written.
+    """Return zeros that take no memory on a CPU until they are written.
 
     NumPy takes zeroed pages from the system; torch would write every byte at once.
     """
@@ -356,8 +361,9 @@ def _rotate_(heads: Tensor, rotations: Tensor) -> None:
 
 
 def _similar(metadata: AttentionMetadata) -> list[list[int]]:
-    """Groups of sequences with queries and lengths within `GROUP_MIN_FILL`; those that are better
-    off alone are groups of one.
+    """Return groups of sequences whose queries and lengths are within `GROUP_MIN_FILL`.
+
+    A sequence that is faster alone is a group of one.
     """
     starts, lengths = metadata.query_start_loc, metadata.seq_lens
     queries = [end - start for start, end in pairwise(starts)]
@@ -373,7 +379,9 @@ def _similar(metadata: AttentionMetadata) -> list[list[int]]:
 
 
 def _parts(sequences: list[int], sizes: list[int]) -> list[list[int]]:
-    """The sequences in parts, the largest first, none below `GROUP_MIN_FILL` of its part's first."""
+    """Split the sequences, largest first, so that none is below `GROUP_MIN_FILL` of its part's
+    first.
+    """
     parts: list[list[int]] = []
     for i in sorted(sequences, key=lambda i: sizes[i], reverse=True):
         if not parts or sizes[i] < GROUP_MIN_FILL * sizes[parts[-1][0]]:

@@ -21,18 +21,18 @@ from minserve.kernels.triton.chunked_prefill import (
 )
 from minserve.kernels.triton.write_kv import write_kv
 
-# Programs that run on a multiprocessor at a time: of decodes, and of prefills in small tiles
-# for heads of more than 64 dimensions, and of no more.
+# Programs that run on a multiprocessor at a time: for decodes; for prefills in small tiles with
+# heads of more than 64 dimensions; for prefills with smaller heads.
 DECODES_PER_MULTIPROCESSOR = 4
 PREFILLS_PER_MULTIPROCESSOR = 2, 3
 MOST_HEAD_DIM = 256
 
 
 class Device(NamedTuple):
-    """A device's traits.
+    """The traits of a device on which tiles and splits depend.
 
     Attributes:
-        multiprocessors: how many.
+        multiprocessors: number of multiprocessors.
         capability: its compute capability, times ten.
     """
 
@@ -40,16 +40,16 @@ class Device(NamedTuple):
     capability: int
 
 
-# Triton's interpreter has nothing to fill; a few splits are as good as many.
+# Triton's interpreter needs no filling; a few splits do as well as many.
 INTERPRETED = Device(multiprocessors=4, capability=90)
 
 
 @dataclass(slots=True)
 class _State:
-    """What `prepare` decides for all layers.
+    """The plan that `prepare` makes for all layers.
 
     Attributes:
-        starts, lengths: of the whole batch, on the device.
+        starts, lengths: of the whole batch, on the device, as in `AttentionMetadata`.
     """
 
     starts: Tensor
@@ -62,14 +62,14 @@ class TritonBackend(AttentionBackend):
     """The Triton kernels, for CUDA devices (and Triton's interpreter).
 
     Raises:
-        BackendUnavailableError: for heads that the kernels do not know.
+        BackendUnavailableError: for head sizes that the kernels do not support.
     """
 
     name = "triton"
     supports_graphs = True
     in_triton = True
     chunk_sizes = CHUNK_SIZES
-    # Of the cache, as allocated; the tiles depend on it.
+    # The dtype of the cache, as allocated; the tiles depend on it.
     _dtype = torch.float16
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float) -> None:
@@ -169,7 +169,7 @@ class TritonBackend(AttentionBackend):
 
 @functools.cache
 def describe(device: torch.device) -> Device:
-    """What the kernels' tiles and splits depend on."""
+    """Return the traits of a device on which the kernels' tiles and splits depend."""
     if device.type != "cuda":
         return INTERPRETED
     properties = torch.cuda.get_device_properties(device)

@@ -1,18 +1,18 @@
-"""Which tokens are left to draw from: what min_p, then top_k, then top_p keep of a distribution.
+"""Truncation of a distribution by min_p, then top_k, then top_p, before a token is drawn.
 
-Each of them sees what the one before it left, as in vLLM and transformers:
+Each truncation works on the tokens that the previous one left, as in vLLM and transformers:
 
-- min_p keeps the weights of at least so much, the largest of a row being 1;
-- top_k keeps what is at least as large as the k-th largest weight, ties with it included;
+- min_p keeps the weights of at least that value, where the largest of a row is 1;
+- top_k keeps the weights that are at least the k-th largest weight, ties with it included;
 - top_p, nucleus sampling of Holtzman et al. (2020), keeps the smallest set of largest weights with
-  at least that share of their sum. Of equal weights at its border those with lower ids are kept.
+  at least that share of their sum. Of equal weights at its border, those with lower ids are kept.
 
-Sums are of weights in whole units of ``1 / UNITS``, rounded down. Whole numbers have the same sum
-in any order, so that every form of this, on whatever device, keeps the same set to the last token.
+Sums are sums of weights in whole units of ``1 / UNITS``, rounded down. Whole numbers have the same
+sum in any order, so that every implementation, on any device, keeps the same set of tokens.
 
-This file has the form in plain torch, without a sort of the vocabulary: the border of top_p lies
-among the few likely tokens, or is found digit by digit (a radix select) by sums over the tokens of
-each digit. `minserve.kernels.triton.truncation` has the form for GPUs.
+This file has the implementation in plain torch, without a sort of the vocabulary: the border of
+top_p lies among the few likely tokens, or is found digit by digit (a radix select) by sums over the
+tokens of each digit. `minserve.kernels.triton.truncation` has the implementation for GPUs.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from torch import Tensor
 
 from minserve.kernels.upload import to_device
 
-# Of a weight of 1. What rounding loses over 2**18 tokens is at most 2**-22 of it, and their sum
-# is far from overflowing 64 bits.
+# Units in a weight of 1. Rounding over 2**18 tokens loses at most 2**-22 of it, and their sum is
+# far from overflowing 64 bits.
 UNITS = 2.0**40
-# As whole numbers the bits of floats from 0 on have the order of the floats; these are of 1.
+# The bits of non-negative floats, read as whole numbers, have the order of the floats; this is 1.
 KEY_OF_ONE = 0x3F800000
-# The 30 bits of a key are looked at in three digits.
+# The 30 bits of a key are examined as three digits.
 _DIGIT_BITS = 10
 _DIGITS = 1 << _DIGIT_BITS
 _SHIFTS = (20, 10, 0)
-# On a CPU the border is looked for among tokens at least this likely first, where these are few:
-# there it mostly is, and sorting them takes half the time of the sums by digits.
+# On a CPU the border is first looked for among tokens that are at least this likely, if these are
+# few: it is mostly there, and sorting them takes half the time of the sums by digits.
 _LIKELY = 1e-3
 _FEW = 1024
 
@@ -55,16 +55,16 @@ class Limits(NamedTuple):
 
     @property
     def keep_all(self) -> bool:
-        """True where no row asks for a truncation."""
+        """True if no row asks for a truncation."""
         return not any(self.min_p) and not any(self.top_k) and min(self.top_p, default=1.0) >= 1.0
 
 
 class _Border(NamedTuple):
-    """Where the sum over the largest weights reaches what is wanted, each ``[rows, 1]``.
+    """The place where the sum over the largest weights reaches the wanted sum; each ``[rows, 1]``.
 
     Attributes:
-        weight: float32, of the last weight that is needed.
-        above: int64, the sum over all larger ones.
+        weight: float32: the last weight that is needed.
+        above: int64: the sum over all larger weights.
     """
 
     weight: Tensor
@@ -72,12 +72,14 @@ class _Border(NamedTuple):
 
 
 def truncate(weights: Tensor, limits: Limits, *, may_look: bool) -> Tensor:
-    """Set to 0 what the limits leave out. Only the rows that ask for a truncation pay for it.
+    """Set to 0 the weights that the limits leave out.
+
+    top_k and top_p are computed only for the rows that ask for them.
 
     Args:
         weights: float32 ``[rows, size]``, contiguous, from 0 to 1; the largest of each row is 1.
             A row that is NaN throughout stays so. Changed in place.
-        may_look: whether values of tensors are at hand; else nothing waits for them.
+        may_look: true if values of tensors can be read without waiting for a device.
 
     Returns:
         ``weights``.
@@ -96,14 +98,14 @@ def truncate(weights: Tensor, limits: Limits, *, may_look: bool) -> Tensor:
 
 
 def _column(values: list, dtype: torch.dtype, like: Tensor) -> Tensor:
-    """One number per row, ``[rows, 1]``."""
+    """Return one number per row as a tensor, ``[rows, 1]``."""
     return to_device(values, dtype, like.device).unsqueeze(1)
 
 
 def _replace_rows(
     x: Tensor, rows: list[int], keep: Callable[[Tensor, list], Tensor], values: list
 ) -> None:
-    """``x[rows] = keep(x[rows], values)``, where ``keep`` may change what it is given."""
+    """Do ``x[rows] = keep(x[rows], values)``; ``keep`` may change its argument."""
     if rows and len(rows) == len(x):
         keep(x, values)
     elif rows:
@@ -112,7 +114,7 @@ def _replace_rows(
 
 
 def _keep_top_k(weights: Tensor, top_k: list[int]) -> Tensor:
-    """Keep what is at least the k-th largest weight; changes ``weights``."""
+    """Keep the weights that are at least the k-th largest; changes ``weights``."""
     best = weights.topk(min(max(top_k), weights.shape[1]), dim=-1).values
     place = _column(top_k, torch.long, weights).clamp_(max=best.shape[1]) - 1
     return weights.masked_fill_(weights < best.gather(-1, place), 0.0)
@@ -120,29 +122,32 @@ def _keep_top_k(weights: Tensor, top_k: list[int]) -> Tensor:
 
 def _keep_top_p(weights: Tensor, top_p: list[float], may_look: bool) -> Tensor:
     """Keep the smallest set of largest weights with a share of their sum; changes ``weights``."""
-    # Row by row, on a CPU, what it takes stays in a core's own cache.
+    # Row by row, so that on a CPU the temporary tensors stay in a core's own cache.
     parts = weights.split(1) if may_look else [weights]
     total = torch.cat([_in_units(part).sum(-1, keepdim=True) for part in parts])
     wanted = (total.double() * _column(top_p, torch.float64, weights)).ceil_().long()
     wanted = wanted.minimum(total)  # which float64 may have rounded up
     border = (_look_for_border if may_look else _border_by_digits)(weights, wanted)
     tied = weights == border.weight
-    # At least 1, for rows of NaN.
+    # At least 1, because rows of NaN would give 0.
     unit = _in_units(border.weight).clamp_(min=1)
     num_kept = (wanted - border.above + unit - 1) // unit
-    # Seldom are there more; where that can be seen at no cost, the scan for them is spared.
+    # There are seldom more ties. If that can be seen at no cost, the scan for them is skipped.
     if not may_look or bool((tied.sum(-1, keepdim=True) > num_kept).any()):
         weights.masked_fill_(tied & (tied.cumsum(-1) > num_kept), 0.0)
     return weights.masked_fill_(weights < border.weight, 0.0)
 
 
 def _in_units(weights: Tensor) -> Tensor:
-    """int64, as many."""
+    """Return weights as int64 units."""
     return weights.mul(UNITS).long()
 
 
 def _look_for_border(weights: Tensor, wanted: Tensor) -> _Border:
-    """Among the likely tokens; for rows where it is not there, or these are many, by digits."""
+    """Return the border, found among the likely tokens.
+
+    Rows whose border is not there, or whose likely tokens are many, are searched by digits.
+    """
     is_likely = weights >= _LIKELY
     is_likely &= is_likely.sum(-1, keepdim=True) <= _FEW
     best = _sorted(weights, is_likely)
@@ -151,7 +156,7 @@ def _look_for_border(weights: Tensor, wanted: Tensor) -> _Border:
     last = (sums < wanted).sum(-1, keepdim=True)
     is_elsewhere = (last == best.shape[1]).flatten()
     weight = best.gather(-1, last.clamp_(max=best.shape[1] - 1))
-    first = (best > weight).sum(-1, keepdim=True)  # of equal ones
+    first = (best > weight).sum(-1, keepdim=True)  # the first of equal weights
     above = (sums - masses).gather(-1, first)
     for row in is_elsewhere.nonzero().flatten().tolist():
         weight[row], above[row] = map(
@@ -161,7 +166,7 @@ def _look_for_border(weights: Tensor, wanted: Tensor) -> _Border:
 
 
 def _sorted(weights: Tensor, chosen: Tensor) -> Tensor:
-    """Each row's chosen weights, descending, filled up with zeros."""
+    """Return each row's chosen weights in descending order, filled up with zeros."""
     rows, columns = chosen.nonzero(as_tuple=True)
     counts = torch.bincount(rows, minlength=len(weights))
     firsts = counts.cumsum(0) - counts
@@ -172,8 +177,8 @@ def _sorted(weights: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _border_by_digits(weights: Tensor, wanted: Tensor) -> _Border:
-    """The largest weight such that those of at least as much reach what is wanted."""
-    # A NaN, which may have any sign, must be no index out of range.
+    """Return the largest weight for which the weights at least as large reach the wanted sum."""
+    # A NaN, which may have any sign, must not become an index out of range.
     keys = weights.view(torch.int32).clamp(0, KEY_OF_ONE)
     masses = _in_units(weights)
     above = torch.zeros_like(wanted)

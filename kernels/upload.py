@@ -1,4 +1,4 @@
-"""Numbers from the host to a device."""
+"""Sends numbers from the host to a device."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from torch import Tensor
 
 
 def to_device(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers on the device, in the queue behind what it has to do: nothing waits for it."""
+    """Return the numbers on the device; the copy is enqueued there, and the host does not wait."""
     host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)

@@ -1,14 +1,14 @@
-"""Attainment: how an output stands against its promise, and what was kept in the end.
+"""Attainment: how an output stands against its promise, and whether the promise was kept.
 
-The only definition, used by the engine, the planner, the metrics, the load client and the
-simulator alike. Times are float seconds on one monotonic clock; nothing here reads a clock.
+This is the only definition: the engine, the planner, the metrics, the load client and the
+simulator all use it. Times are float seconds on one monotonic clock; no function reads a clock.
 
 *Deadline form* (`Progress.attained`): the first token comes within the TTFT, and token j of
 every stage no later than that stage's first token + j x TPOT. *Mean form*
 (`Progress.attained_mean`): the TTFT and the mean TPOT of every stage.
 
-An output attains its SLO by itself; a request of several outputs only if all of them do
-(`worst_report`).
+An output attains its SLO by itself; a request of several outputs attains it only if all of
+them do (`worst_report`).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from enum import Enum
 from minserve.slo import Targets
 from minserve.slots import copy_slots
 
-# Times are compared after sums of floats; a promise is not broken by their rounding.
+# Times are compared after sums of floats; rounding alone must not break a promise.
 ROUNDING_S = 1e-9
 
 
 class Outcome(Enum):
-    """How a request with an SLO ended, for reports and metrics."""
+    """The outcome of a request with an SLO, for reports and metrics."""
 
     ATTAINED = "attained"
     LATE_TTFT = "late_ttft"
@@ -38,7 +38,7 @@ class Outcome(Enum):
 
 @dataclass(slots=True)
 class _StageTimes:
-    """When a stage's first and newest token came, and how many followed the first."""
+    """The times of a stage's first and newest token, and the number of tokens after the first."""
 
     first_s: float
     last_s: float
@@ -46,14 +46,14 @@ class _StageTimes:
 
 
 class Progress:
-    """How one output stands against its targets, token by token.
+    """Compares one output with its targets, token by token.
 
     Attributes:
-        arrival_s: when the request arrived.
+        arrival_s: time at which the request arrived.
         stage: index of the stage that the next token belongs to.
-        first_token_s: ``None`` before it came.
-        worst_token_lateness_s: of all tokens after a stage's first, how late the latest
-            one came; negative while every token was early, ``None`` before there is one.
+        first_token_s: time of the first token; ``None`` before it came.
+        worst_token_lateness_s: largest lateness in seconds of the tokens after a stage's first;
+            negative while every token was early, ``None`` before there is one.
     """
 
     __slots__ = (
@@ -76,7 +76,7 @@ class Progress:
         self._closed: list[tuple[int, _StageTimes]] = []
 
     def add_token(self, now: float) -> None:
-        """A token came. A stage that ends at a count ends here by itself."""
+        """Note that a token came. A stage that ends at a count ends here by itself."""
         if self.first_token_s is None:
             self.first_token_s = now
         times, target = self._times, self.targets.stages[self.stage]
@@ -92,7 +92,7 @@ class Progress:
             self.end_stage()
 
     def with_token(self, now: float) -> Progress:
-        """A copy to which one token more has come."""
+        """Return a copy to which one more token has come."""
         twin, times = copy_slots(self), self._times
         if times is not None:
             twin._times = copy_slots(times)
@@ -101,7 +101,7 @@ class Progress:
         return twin
 
     def end_stage(self) -> None:
-        """The marker of this stage has come; does nothing in the last stage."""
+        """End the current stage, whose marker has come; does nothing in the last stage."""
         if self.stage < len(self.targets.stages) - 1:
             if self._times is not None:
                 self._closed.append((self.stage, self._times))
@@ -110,17 +110,17 @@ class Progress:
 
     @property
     def marker(self) -> str | None:
-        """The text that ends the current stage, if one does."""
+        """The text that ends the current stage; ``None`` if no text ends it."""
         return self.targets.stages[self.stage].until
 
     @property
     def tpot_s(self) -> float:
-        """Pace of the current stage; inf where none is promised."""
+        """Pace of the current stage in seconds per token; inf if none is promised."""
         return self.targets.stages[self.stage].tpot_s
 
     @property
     def stage_tokens_left(self) -> int | None:
-        """Tokens until the current stage ends at its count; ``None`` where nothing counts."""
+        """Tokens until the current stage ends at its count; ``None`` if it has no count."""
         count = self.targets.stages[self.stage].tokens
         if count is None:
             return None
@@ -128,10 +128,10 @@ class Progress:
 
     @property
     def next_deadline_s(self) -> float:
-        """When the next token is due; inf where nothing is promised.
+        """The time at which the next token is due; inf if nothing is promised.
 
-        The first token of a later stage has no deadline of its own. For planning it is
-        due one token's time after the newest token, so that the output does not stall.
+        The first token of a later stage has no deadline in the SLO. For planning it is due
+        one token's time after the newest token, so that the output does not stall.
         """
         if self.first_token_s is None:
             return self.arrival_s + self.targets.ttft_s
@@ -142,20 +142,20 @@ class Progress:
 
     @property
     def late_ttft(self) -> bool:
-        """True once the first token came too late."""
+        """True if the first token came too late."""
         if self.first_token_s is None:
             return False
         return self.first_token_s - self.arrival_s > self.targets.ttft_s + ROUNDING_S
 
     @property
     def late_tpot(self) -> bool:
-        """True once a token of any stage came too late."""
+        """True if a token of any stage came too late."""
         worst = self.worst_token_lateness_s
         return worst is not None and worst > ROUNDING_S
 
     def is_broken(self, now: float) -> bool:
-        """True where the SLO can no longer be attained, whatever comes."""
-        # Asked of each sequence in each iteration, hence without the properties around it.
+        """Return True if the SLO can no longer be attained, whatever comes."""
+        # Called for each sequence in each iteration, so it does not use the properties above.
         worst, first = self.worst_token_lateness_s, self.first_token_s
         if worst is not None and worst > ROUNDING_S:
             return True
@@ -171,12 +171,12 @@ class Progress:
 
     @property
     def attained(self) -> bool:
-        """Deadline form, of the tokens so far: ask at the end."""
+        """True if the tokens so far attain the SLO in the deadline form; final at the end."""
         return self.first_token_s is not None and not self.late_ttft and not self.late_tpot
 
     @property
     def attained_mean(self) -> bool:
-        """Mean form, of the tokens so far: ask at the end."""
+        """True if the tokens so far attain the SLO in the mean form; final at the end."""
         if self.first_token_s is None or self.late_ttft:
             return False
         return all(
@@ -192,7 +192,9 @@ class Progress:
 
     @property
     def mean_tpot_s(self) -> float | None:
-        """Over all stages, the time between a stage's tokens per token; ``None`` before two."""
+        """Mean seconds between tokens of the same stage, over all stages; ``None`` before two
+        tokens.
+        """
         gaps = sum(times.num_gaps for _, times in self._all_stages())
         span = sum(times.last_s - times.first_s for _, times in self._all_stages())
         return span / gaps if gaps else None
@@ -204,17 +206,19 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SLOReport:
-    """What was promised and what was kept. Of ``n`` outputs, the worst.
+    """The promise to a request and how it was kept; for ``n`` outputs, by the worst of them.
 
     Attributes:
-        name: the class.
-        admitted: False where the planner served it as best effort, or refused it.
-        attained: deadline form; ``attained_mean``: mean form.
-        outcome: attained, or why not.
+        name: name of the class.
+        admitted: False if the planner served it as best effort, or refused it.
+        attained: it attained its SLO in the deadline form.
+        attained_mean: it attained its SLO in the mean form.
+        outcome: attained, or the cause of the miss.
         targets: what was promised, in seconds.
-        ttft_s, mean_tpot_s: ``None`` where there was no (second) token.
-        worst_token_lateness_s: of the latest token after a stage's first; negative where
-            all were early, ``None`` where there was none or no pace was promised.
+        ttft_s: seconds to the first token; ``None`` without a token.
+        mean_tpot_s: mean seconds per token; ``None`` without a second token.
+        worst_token_lateness_s: largest lateness in seconds of the tokens after a stage's first;
+            negative if all were early, ``None`` if there was none or no pace was promised.
     """
 
     name: str
@@ -229,7 +233,7 @@ class SLOReport:
 
 
 def report(name: str, progress: Progress, *, admitted: bool) -> SLOReport:
-    """Judge a finished output by the deadlines alone, whatever the planner called it."""
+    """Judge a finished output by its deadlines alone, and return the report."""
     if progress.attained:
         outcome = Outcome.ATTAINED
     elif not admitted:
@@ -253,14 +257,14 @@ def report(name: str, progress: Progress, *, admitted: bool) -> SLOReport:
 
 
 def worst_report(reports: Iterable[SLOReport]) -> SLOReport:
-    """The report of a request with several outputs: the one that fared worst."""
+    """Return the report of a request with several outputs: the report of the worst output."""
 
     def badness(one: SLOReport) -> tuple[bool, bool, float, float]:
         late, ttft = one.worst_token_lateness_s, one.ttft_s
         return (
             not one.attained,
             not one.attained_mean,
-            # Nothing is worse than an output that never began.
+            # An output that never began is the worst case.
             math.inf if ttft is None else -math.inf if late is None else late,
             math.inf if ttft is None else ttft,
         )
@@ -274,12 +278,12 @@ def judge(
     token_times: Iterable[float],
     stage_ends: Iterable[int] = (),
 ) -> Progress:
-    """Attainment from recorded timestamps, such as a client's.
+    """Judge recorded timestamps, such as a client's, against targets.
 
     Args:
-        token_times: when each output token came, in order.
-        stage_ends: numbers of tokens after which a stage ended at its marker; stages
-            that end at a count need none.
+        token_times: time of each output token, in order.
+        stage_ends: for each stage that ended at its marker, the number of tokens until then;
+            stages that end at a count are not listed.
 
     Returns:
         the progress after the last token; read ``attained`` and ``attained_mean``.

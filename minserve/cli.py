@@ -65,14 +65,14 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command.
+    """Run a command and return its exit code.
 
     Args:
-        argv: arguments; default: the process's.
+        argv: arguments of the command line; default: those of the process.
 
     Returns:
-        The exit code: 0, 1 for an error that was explained on stderr, 2 for a workload that
-        cannot be run, 130 for Ctrl-C. Wrong usage exits with 2 from within.
+        0 for success, 1 for an error that was explained on stderr, 2 for a workload that
+        cannot be run, 130 for Ctrl-C. Wrong usage ends the process with 2 directly.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -92,14 +92,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has enough (`| head`). Python would complain once
+        # The reader of our output has closed it (`| head`). Python would report an error once
         # more when it flushes at exit, so stdout goes nowhere from here.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """Return the parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="minserve",
         description=_DESCRIPTION,
@@ -161,21 +161,21 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object with ids, usage and timings"
     )
-    # Sampling has a --seed of its own, and one request needs no second one.
+    # Sampling has its own --seed, and one request needs no second one.
     add_sampling_flags(parser, {"max_tokens": GENERATE_MAX_TOKENS})
     add_config_flags(parser, EngineConfig, leave_out=("seed",))
     parser.set_defaults(command=_generate)
 
 
 def _serve(args: argparse.Namespace) -> int:
-    """Bind, load, serve until a signal."""
+    """Bind the socket, load the model, and serve until a signal comes."""
     import asyncio
 
     settings = given(args, ServerConfig)
     settings.setdefault("api_key", os.environ.get(KEY_VARIABLE) or None)
     server_config = ServerConfig(**settings)
     engine_settings = given(args, EngineConfig)
-    EngineConfig.create(**engine_settings)  # refuse nonsense before anything slow
+    EngineConfig.create(**engine_settings)  # refuse wrong settings before anything slow
 
     controller_config = under_torchrun(ControllerConfig(**given(args, ControllerConfig)))
     if is_follower():
@@ -213,13 +213,14 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _exit_code(signal_number: int) -> int:
-    """SIGTERM is how a server is meant to end; Ctrl-C says that somebody cut in."""
+    """Return 0 for SIGTERM, the usual way to end a server, and 128 + the signal for Ctrl-C."""
     return 0 if signal_number == signal.SIGTERM else 128 + signal_number
 
 
 def _exit_now(code: int) -> NoReturn:
-    """Leave without the interpreter's own shutdown, which may crash under a thread that
-    is still deep inside torch.
+    """End the process without the interpreter's own shutdown.
+
+    That shutdown may crash while another thread is still inside torch.
     """
     logging.shutdown()
     sys.stdout.flush()
@@ -227,7 +228,7 @@ def _exit_now(code: int) -> NoReturn:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    """Load, generate, print."""
+    """Load the model, generate, and print the output."""
     params = SamplingParams(**{"max_tokens": GENERATE_MAX_TOKENS, **given(args, SamplingParams)})
     settings = given(args, EngineConfig)
     settings.pop("seed", None)  # here --seed is the request's
@@ -267,7 +268,7 @@ def _as_prompt(engine: Engine, text: str, chat: bool | None) -> str | list[dict[
 def _report(
     engine: Engine, text: str, prompt: str | list[dict[str, str]], params: SamplingParams
 ) -> dict[str, Any]:
-    """Generate, and describe the result for --json. Times are in seconds."""
+    """Generate, and return the result for --json. Times are in seconds."""
     started = time.perf_counter()
     result = engine.generate(prompt, params)[0]
     generate_s = time.perf_counter() - started
@@ -308,5 +309,5 @@ def _describe(output: CompletionOutput) -> dict[str, Any]:
 
 
 def _describe_logprob(entry: TokenLogprob | None) -> dict[str, Any] | None:
-    """``None`` for a prompt's first token."""
+    """Return the entry as JSON values; ``None`` for a prompt's first token."""
     return None if entry is None else asdict(entry)

@@ -1,4 +1,4 @@
-"""``minserve bench``: how many requests of a workload keep their SLOs on a running server."""
+"""``minserve bench``: measures how many requests of a workload keep their SLOs on a server."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from minserve.workload.report import Report
     from minserve.workload.zero_load import ZeroLoad
 
-# Later than this at the 99th percentile, the client is not to be trusted.
+# If the client itself sends later than this (p99), its numbers are not to be trusted.
 LATE_CLIENT_S = 0.05
 NUM_ERRORS = 3
 
@@ -56,7 +56,7 @@ reports what was measured.
 def add_bench(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "bench",
-        help="try how many requests keep their SLOs on a server",
+        help="measure how many requests keep their SLOs on a server",
         description="Send a workload to any OpenAI-compatible server, in open loop, and report "
         "how many requests keep their SLOs.",
         epilog=_EXAMPLES,
@@ -71,13 +71,13 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_server_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--url", help="of a running server; default: start one of minserve's")
+    group.add_argument("--url", help="URL of a running server; default: start a minserve")
     group.add_argument(
         "--model", metavar="NAME",
-        help="to ask for (default: the server's first), or without --url the model to serve",
+        help="model in requests (default: the server's first); without --url, the model to serve",
     )  # fmt: skip
     group.add_argument(
-        "--policy", choices=POLICIES, help="of the server that is started (default: its own)"
+        "--policy", choices=POLICIES, help="policy of the started server (default: its own)"
     )
     group.add_argument(
         "--serve-args", default="", metavar="FLAGS",
@@ -85,7 +85,7 @@ def _add_server_flags(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     group.add_argument(
         "--endpoint", choices=("completions", "chat"), default="completions",
-        help="of OpenAI's API (default: completions)",
+        help="which endpoint of OpenAI's API to use (default: completions)",
     )  # fmt: skip
 
 
@@ -93,16 +93,16 @@ def _add_speed_flags(group: argparse._ArgumentGroup) -> None:
     either = group.add_mutually_exclusive_group()
     either.add_argument(
         "--zero-load", type=Path, metavar="FILE.json",
-        help="take it from this file instead of measuring it: the same SLOs for every server",
+        help="read it from this file instead of measuring it, for the same SLOs on every server",
     )  # fmt: skip
     either.add_argument(
         "--save-zero-load", type=Path, metavar="FILE.json",
-        help="keep what is measured in this new file, for --zero-load",
+        help="write the measured speed to this new file, for --zero-load",
     )  # fmt: skip
 
 
 def _bench(args: argparse.Namespace) -> int:
-    """Start a server where none is given, measure, print."""
+    """Start a server if no URL is given, run the load tests, and print the results."""
     _check(args)
 
     from minserve.workload.plots import check_can_plot
@@ -121,10 +121,10 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse what cannot be run before anything slow.
+    """Refuse flags that contradict each other, before anything slow begins.
 
     Raises:
-        WorkloadError: saying what is wrong.
+        WorkloadError: with a text that says what is wrong.
     """
     check_workload(args)
     if args.scenario is not None and not (args.rates or args.capacity):
@@ -142,7 +142,7 @@ def _check(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _served(args: argparse.Namespace) -> Iterator[str]:
-    """The URL that was given, or that of a server which is stopped afterwards."""
+    """Yield the given URL, or the URL of a new server that is stopped afterwards."""
     if args.url is not None:
         yield args.url
         return
@@ -164,10 +164,10 @@ def _served(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _prepare(args: argparse.Namespace, url: str, draw: Draw) -> Experiment:
-    """Meet the server, and learn by what speed its SLOs are meant.
+    """Find the server, and measure or load the speed of which slowdowns are multiples.
 
     Raises:
-        WorkloadError: where no such server answers, or the file does not fit to it.
+        WorkloadError: if no such server answers, or if the file is of another model.
     """
     import asyncio
 
@@ -196,7 +196,7 @@ def _prepare(args: argparse.Namespace, url: str, draw: Draw) -> Experiment:
 
 
 def _measure_speed(endpoint: Endpoint) -> ZeroLoad:
-    """Of the server while it is idle."""
+    """Measure the speed of the server while it is idle."""
     import asyncio
 
     from tqdm import tqdm
@@ -213,7 +213,7 @@ def _measure_speed(endpoint: Endpoint) -> ZeroLoad:
 
 
 def _server_words(args: argparse.Namespace) -> str:
-    """Which server it is, for people."""
+    """Return words that say which server it is, for people."""
     if args.url is not None:
         return args.url
     policy = [] if args.policy is None else ["--policy", args.policy]
@@ -221,10 +221,10 @@ def _server_words(args: argparse.Namespace) -> str:
 
 
 def _measure(args: argparse.Namespace, experiment: Experiment) -> tuple[Capacity | None, bool]:
-    """All runs.
+    """Run all load tests.
 
     Returns:
-        what the search found, where there was one, and whether Ctrl-C cut it short.
+        the result of the search, if there was one, and whether Ctrl-C cut it short.
     """
     from minserve.workload.capacity import Capacity, find_capacity
 
@@ -251,7 +251,7 @@ def _measure(args: argparse.Namespace, experiment: Experiment) -> tuple[Capacity
 
 
 def _run(experiment: Experiment, rate: float | None, seed: int) -> Run:
-    """One run, with a live line, and warnings of what went wrong in it."""
+    """Run one load test, with a progress bar, and warnings of what went wrong in it."""
     from tqdm import tqdm
 
     from minserve.workload.conversation import num_turns
@@ -293,7 +293,7 @@ def _print(
     capacity: Capacity | None,
     interrupted: bool,
 ) -> None:
-    """Table or JSON, and the picture."""
+    """Print a table or JSON, and draw the picture."""
     pooled = _pooled(experiment.runs)
     if args.json:
         print(json.dumps(_as_json(args, experiment, pooled, capacity, interrupted)))
@@ -308,7 +308,7 @@ def _print(
 
 
 def _pooled(runs: Sequence[Run]) -> list[tuple[float | None, Report]]:
-    """A report per rate, ascending, of all its repeats."""
+    """Return a report for each rate over all its repeats, in ascending order of rates."""
     from minserve.workload.report import Report
 
     rates = sorted({run.rate for run in runs}, key=lambda rate: rate or 0.0)
@@ -347,7 +347,7 @@ def _plot(
     experiment: Experiment,
     pooled: Sequence[tuple[float | None, Report]],
 ) -> None:
-    """Attainment against rate, or where there is one rate, that run."""
+    """Draw attainment against rate; with a single rate, draw that run."""
     from minserve.workload.plots import plot_attainment, plot_run
 
     label = args.scenario or Path(args.trace).name

@@ -1,4 +1,4 @@
-"""``minserve ctl``: look at the replicas of a running server, and drain or restart them."""
+"""``minserve ctl``: shows the replicas of a running server, and drains or restarts them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from minserve.errors import ConfigError, EngineStoppedError, InvalidRequestError
 DEFAULT_URL = "http://127.0.0.1:8000"
 VERBS = ("status", "drain", "resume", "restart")
 COLUMNS = ("replica", "state", "for_s", "pid", "host", "requests", "routed", "lost")
-# Draining waits for outputs to end.
+# Draining waits until outputs end, which may take long.
 TIMEOUT_S = 3600.0
 
 _EXAMPLES = """\
@@ -28,7 +28,7 @@ examples:
 
 
 def add_ctl(commands: argparse._SubParsersAction) -> None:
-    """Add the command."""
+    """Add the command ``ctl``."""
     parser = commands.add_parser(
         "ctl",
         help="status of a server's replicas; drain or restart one",
@@ -38,9 +38,9 @@ def add_ctl(commands: argparse._SubParsersAction) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("verb", choices=VERBS)
-    parser.add_argument("replica", nargs="?", type=int, help="number, for all but status")
+    parser.add_argument("replica", nargs="?", type=int, help="its number; not for status")
     parser.add_argument(
-        "--url", default=DEFAULT_URL, help=f"of the server (default: {DEFAULT_URL})"
+        "--url", default=DEFAULT_URL, help=f"URL of the server (default: {DEFAULT_URL})"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(command=lambda args: _ctl(parser, args))
@@ -48,7 +48,7 @@ def add_ctl(commands: argparse._SubParsersAction) -> None:
 
 def _ctl(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     if (args.replica is None) != (args.verb == "status"):
-        parser.error("status takes no replica, the others take one")
+        parser.error("status takes no replica number, the other verbs need one")
     path = "/replicas" if args.verb == "status" else f"/replicas/{args.replica}/{args.verb}"
     answer = _ask(args.url.rstrip("/") + path, post=args.verb != "status")
     print(json.dumps(answer) if args.json else _table(answer["replicas"]))
@@ -56,10 +56,11 @@ def _ctl(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
 
 def _ask(url: str, *, post: bool) -> dict[str, Any]:
-    """
+    """Send a GET or POST request to the server and return its JSON answer.
+
     Raises:
-        EngineStoppedError: where no server answers.
-        InvalidRequestError: where it refuses, with its reason.
+        EngineStoppedError: if no minserve answers.
+        InvalidRequestError: if the server refuses; it holds the server's reason.
         ConfigError: for a key that cannot be sent.
     """
     key = os.environ.get("MINSERVE_API_KEY", "")

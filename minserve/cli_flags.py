@@ -1,4 +1,4 @@
-"""Command line flags made from the config dataclasses, so that each is written once.
+"""Command line flags made from the config dataclasses, so that each flag is written once.
 
 A flag that is not given is absent from the parsed namespace: the defaults live in the
 dataclasses alone.
@@ -41,7 +41,7 @@ def add_config_flags(
     """Add a flag for each field of a config dataclass, in argument groups.
 
     Args:
-        leave_out: fields that this command has no flag for.
+        leave_out: fields for which this command has no flag.
     """
     groups: dict[str, argparse._ArgumentGroup] = {}
     hints = get_type_hints(config)
@@ -59,7 +59,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser, defaults: dict[str, Any]
     """Add a flag for each sampling setting.
 
     Args:
-        defaults: where the command's default is not the dataclass's, for the help text.
+        defaults: for the help text, defaults of the command that differ from the dataclass's.
     """
     group = parser.add_argument_group("sampling")
     hints = get_type_hints(SamplingParams)
@@ -70,7 +70,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser, defaults: dict[str, Any]
 
 
 def given(args: argparse.Namespace, config: type) -> dict[str, Any]:
-    """The fields of a dataclass that were given as flags."""
+    """Return the fields of a dataclass that were given as flags, with their values."""
     names = {field.name for field in fields(config)}
     return {name: value for name, value in vars(args).items() if name in names}
 
@@ -93,7 +93,7 @@ def _add_flag(group: argparse._ArgumentGroup, field: Field[Any], hint: Any, help
 
 
 def _plain_type(hint: Any) -> Any:
-    """``int | None`` is ``int`` on the command line."""
+    """Return the type without ``None``: ``int | None`` is ``int`` on the command line."""
     if get_origin(hint) is UnionType:
         return next(one for one in get_args(hint) if one is not NoneType)
     return hint

@@ -1,4 +1,4 @@
-"""``minserve profile``: measure the device, say how well the model predicts it, keep it."""
+"""``minserve profile``: measures the device, checks the model's predictions, keeps the profile."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SECONDS = 45.0
 # The lengths for which the zero-load figures are printed.
 PREFILL_TOKENS = DECODE_CONTEXT = 512
 NUM_ROWS = 8
-# How long to wait for a server that measures the same just now.
+# Longest wait for another process that measures the same device just now, in seconds.
 PATIENCE_S = 10.0
 # On an idle machine single iterations scatter by 10 to 30%.
 BUSY_MARGIN = 1.5
@@ -68,7 +68,7 @@ def add_profile(commands: argparse._SubParsersAction) -> None:
         type=float,
         default=SECONDS,
         metavar="X",
-        help=f"time to measure for, at most (default: {SECONDS:g})",
+        help=f"longest time for measuring, in seconds (default: {SECONDS:g})",
     )
     parser.add_argument(
         "--plot",
@@ -84,7 +84,7 @@ def add_profile(commands: argparse._SubParsersAction) -> None:
 
 
 def _profile(args: argparse.Namespace) -> int:
-    """Load, measure, keep, draw, print."""
+    """Load the model, measure the device, keep the profile, draw and print it."""
     if not 0 < args.seconds < float("inf"):
         raise ConfigError(f"seconds must be above 0, not {args.seconds:g}")
     config = EngineConfig.create(**given(args, EngineConfig))
@@ -110,7 +110,7 @@ def _profile(args: argparse.Namespace) -> int:
             picture = picture or (saved.with_suffix(".png") if can_plot() else None)
         if picture is not None:
             save_picture(profile, picture)
-    except (OSError, ValueError) as error:  # what was measured is worth printing all the same
+    except (OSError, ValueError) as error:  # the measurement is worth printing nevertheless
         problem = error
     if args.json:
         print(json.dumps(_report(profile, saved, picture)))
@@ -124,7 +124,7 @@ def _profile(args: argparse.Namespace) -> int:
 
 
 def _report(profile: Profile, saved: Path | None, picture: Path | None) -> dict[str, Any]:
-    """All figures, for --json. Times are in seconds."""
+    """Return all figures, for --json. Times are in seconds."""
     quality = asdict(profile.quality)
     if math.isnan(quality["r2"]):
         quality["r2"] = None  # JSON has no NaN
@@ -167,7 +167,7 @@ def _print_tables(profile: Profile) -> None:
 
 
 def _print_pieces(pieces: Sequence[Piece]) -> None:
-    """One line per piece; features that no piece uses are left out."""
+    """Print one line per piece; features that no piece uses are left out."""
     used = [column for column in _COLUMNS if any(getattr(piece, column[0]) for piece in pieces)]
     print("  ".join(f"{heading:>{WIDTH}}" for _, heading, _ in used))
     for piece in pieces:
@@ -175,7 +175,7 @@ def _print_pieces(pieces: Sequence[Piece]) -> None:
 
 
 def _print_rows(held_out: Sequence[Prediction]) -> None:
-    """Some held-out batches, from the shortest to the longest."""
+    """Print some held-out batches, from the shortest to the longest."""
     rows = sorted(held_out, key=lambda prediction: prediction.measured_s)
     step = max(1, -(-len(rows) // NUM_ROWS))
     print(f"{'tokens':>8}{'seqs':>6}{'context':>9}{'measured':>12}{'predicted':>12}{'error':>8}")

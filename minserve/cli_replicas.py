@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# What torchrun tells each process that it starts.
+# Environment variables that torchrun sets in each process that it starts.
 RANK, WORLD_SIZE, LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
 MASTER_ADDR, MASTER_PORT = "MASTER_ADDR", "MASTER_PORT"
-# Of free memory, what the KV caches of all replicas on a CPU may take, and at most.
+# The share of free memory that the KV caches of all replicas on a CPU take, and its upper bound.
 KV_SHARE, MOST_KV_GIB = 0.25, 4.0
 POLL_S = 0.5
 
 
 def under_torchrun(config: ControllerConfig) -> ControllerConfig:
-    """The settings as torchrun's environment completes them; as they are without it.
+    """Return the settings, completed by torchrun's environment where there is one.
 
     Raises:
-        ConfigError: where both say how many replicas there are, and differ.
+        ConfigError: if the flags and torchrun give different numbers of replicas.
     """
     if WORLD_SIZE not in os.environ:
         return config
@@ -45,12 +45,12 @@ def under_torchrun(config: ControllerConfig) -> ControllerConfig:
 
 
 def is_follower() -> bool:
-    """True in those of torchrun's processes that have no controller."""
+    """Return True in a process of torchrun that has no controller."""
     return int(os.environ.get(RANK, 0)) > 0
 
 
 def follow(config: ControllerConfig, settings: Mapping[str, Any], server: ServerConfig) -> int:
-    """Keep this process's replica running until a signal comes, or it is refused."""
+    """Keep this process's replica running until a signal comes or the controller ends it."""
     ((own, environment),) = share_device(EngineConfig.create(**settings), [int(os.environ[RANK])])
     watcher = create_watcher(
         config,
@@ -65,11 +65,12 @@ def follow(config: ControllerConfig, settings: Mapping[str, Any], server: Server
 
 
 async def _follow(watcher: Watcher, drain_s: float) -> None:
-    """Run a watcher until its controller is done with it, or a signal has come and the
-    controller has had time to drain.
+    """Run a watcher until its controller ends it, or until a signal comes.
+
+    After a signal, the controller first has time to drain.
 
     Raises:
-        ReplicaLostError, ReplicaRefusedError: where the replica cannot be started.
+        ReplicaLostError, ReplicaRefusedError: if the replica cannot be started.
     """
     from minserve.controller.processes import STOP_S
     from minserve.controller.rendezvous import is_open
@@ -96,10 +97,10 @@ async def _follow(watcher: Watcher, drain_s: float) -> None:
 def create_controller(
     config: ControllerConfig, settings: Mapping[str, Any], server: ServerConfig
 ) -> Controller:
-    """A controller and watchers for the replicas of this machine, not yet started.
+    """Return a controller, not yet started, with watchers for the replicas of this machine.
 
     Raises:
-        ConfigError: where the port is taken or there are too few GPUs.
+        ConfigError: if the port is taken or there are too few GPUs.
     """
     from minserve.controller.controller import Controller
     from minserve.controller.rendezvous import Rendezvous
@@ -124,7 +125,7 @@ def create_watcher(
     environment: Mapping[str, str],
     port: int,
 ) -> Watcher:
-    """A watcher over one replica's process."""
+    """Return a watcher of one replica's process."""
     from minserve.controller.processes import Watcher
     from minserve.controller.replica import ReplicaSpec
 
@@ -142,12 +143,12 @@ def create_watcher(
 def share_device(
     config: EngineConfig, indices: list[int]
 ) -> list[tuple[dict[str, Any], dict[str, str]]]:
-    """Settings and environment of each replica of this machine.
+    """Return the settings and the environment of each replica of this machine.
 
-    A GPU for each; on a CPU the cores and the memory are divided.
+    Each replica has its own GPU; on a CPU the replicas share cores and memory evenly.
 
     Raises:
-        ConfigError: where there are more replicas than GPUs.
+        ConfigError: if there are more replicas than GPUs.
     """
     import torch
 

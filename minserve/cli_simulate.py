@@ -1,4 +1,4 @@
-"""``minserve simulate``: a workload through the real planner on a virtual clock, without a device."""
+"""``minserve simulate``: runs a workload through the real planner on a virtual clock, no device."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from minserve.workload.draws import Draw
     from minserve.workload.report import Report
 
-# Profiles for scenarios whose requests are longer than others can serve.
+# Profiles for scenarios whose requests are longer than the default profile can serve.
 PROFILES = {"tools": "toolllama-7b-a100", "reasoning": "qwen2.5-7b-a100"}
 PROFILE = "opt-6.7b-a100"
-# Seconds of arrivals, at least, from which a number of replicas is judged.
+# A number of replicas is judged from at least so many seconds of arrivals.
 SIZING_S = 60.0
 
 _EXAMPLES = """\
@@ -60,7 +60,7 @@ the simulation and reports what it has so far.
 def add_simulate(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "simulate",
-        help="try how many requests would keep their SLOs, without a device",
+        help="simulate how many requests would keep their SLOs, without a device",
         description="Run a workload through the planner on a virtual clock, with a performance "
         "model in place of the device, and report how many requests keep their SLOs.",
         epilog=_EXAMPLES,
@@ -71,7 +71,7 @@ def add_simulate(commands: argparse._SubParsersAction) -> None:
     add_workload_flags(workload)
     workload.add_argument(
         "--drop-longer", action="store_true", default=False,
-        help="leave requests of a trace out that are longer than the model can serve",
+        help="leave out requests of a trace that are longer than the model can serve",
     )  # fmt: skip
     _add_device_flags(parser.add_argument_group("device and planner"))
     _add_replica_flags(parser.add_argument_group("replicas"))
@@ -80,11 +80,11 @@ def add_simulate(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_device_flags(group: argparse._ArgumentGroup) -> None:
-    # What is not given is absent: the defaults are those of `Setup`.
+    # A flag that is not given is absent: the defaults are those of `Setup`.
     add = partial(group.add_argument, default=argparse.SUPPRESS)
     add(
         "--profile", default=None, metavar="NAME",
-        help="of the device: a published one, or a file of 'minserve profile' (default: "
+        help="profile of the device: a published one, or a file of 'minserve profile' (default: "
         f"{PROFILE}; tools and reasoning: one with a longer context)",
     )  # fmt: skip
     add(
@@ -92,8 +92,8 @@ def _add_device_flags(group: argparse._ArgumentGroup) -> None:
         help="dp, edf, vllm, sarathi, fcfs or distserve (default: dp)",
     )  # fmt: skip
     add("--token-budget", type=int, metavar="N", help="most tokens in an iteration")
-    add("--max-num-seqs", type=int, metavar="N", help="most sequences in one (default: 256)")
-    add("--kv-tokens", type=int, metavar="N", help="of KV that fit in a replica")
+    add("--max-num-seqs", type=int, metavar="N", help="most sequences per batch (default: 256)")
+    add("--kv-tokens", type=int, metavar="N", help="tokens of KV that fit in a replica")
     add(
         "--speculation", type=int, dest="max_speculation", metavar="N",
         help="most tokens drafted for a sequence (default: 0)",
@@ -104,14 +104,14 @@ def _add_device_flags(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     add(
         "--lengths", metavar="HOW",
-        help="how output lengths are known: quantile learns them, told has max_tokens that equal "
-        "them beside, oracle knows them (default: quantile)",
+        help="how the planner knows output lengths: quantile: it learns them; told: it also sees a "
+        "max_tokens that equals them; oracle: it knows them (default: quantile)",
     )  # fmt: skip
-    add("--length-error", type=float, metavar="X", help="of an oracle: log-standard deviation")
-    add("--noise", type=float, metavar="X", help="of iterations: log-standard deviation of times")
+    add("--length-error", type=float, metavar="X", help="an oracle's log-standard deviation")
+    add("--noise", type=float, metavar="X", help="log-standard deviation of iterations' times")
     add(
         "--speed-steps", type=float, metavar="X",
-        help="of devices: every 10 to 60 s another factor on times, between 1/X and X (default: 1)",
+        help="every 10 to 60 s a device's times get another factor, between 1/X and X (default: 1)",
     )  # fmt: skip
     add(
         "--stall-every", type=float, dest="stall_every_s", metavar="X",
@@ -119,38 +119,38 @@ def _add_device_flags(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     add(
         "--clairvoyant", action="store_true",
-        help="tell dp or edf before each iteration what factor noise and speed steps will have on "
-        "its time: a bound of what forecasts could gain",
+        help="tell dp or edf before each iteration the factor that noise and speed steps will have "
+        "on its time: an upper bound on the gain from forecasts",
     )  # fmt: skip
     add(
         "--slowness", type=float, metavar="X",
-        help="of the device over its profile, which the planner starts from (default: 1)",
+        help="factor on the times of the device's profile, which the planner knows (default: 1)",
     )  # fmt: skip
     add(
         "--overhead-ms", type=_milliseconds, dest="overhead_s", metavar="X",
-        help="of each iteration, for planning and other work of the host (default: 0)",
+        help="milliseconds of each iteration for planning and other host work (default: 0)",
     )  # fmt: skip
     add(
         "--request-ms", type=_milliseconds, dest="request_s", metavar="X",
-        help="of each request, for the network, HTTP and tokenization (default: 0)",
+        help="milliseconds of each request for the network, HTTP and tokenization (default: 0)",
     )  # fmt: skip
 
 
 def _add_replica_flags(group: argparse._ArgumentGroup) -> None:
     add = partial(group.add_argument, default=argparse.SUPPRESS)
-    add("--replicas", type=int, metavar="N", help="with distserve, groups of them (default: 1)")
+    add("--replicas", type=int, metavar="N", help="number; with distserve, of groups (default: 1)")
     add(
         "--replicas-for", type=float, default=None, metavar="R",
-        help="search for the smallest number that serves so many requests per second",
+        help="search for the smallest number of replicas that serves so many requests per second",
     )  # fmt: skip
     add("--router", metavar="NAME", help="slo, least-loaded or round-robin (default: slo)")
     add(
         "--hop-limit", type=int, metavar="N",
-        help="replicas that a request may be moved on to (default: 2)",
+        help="how often a request may be moved on to another replica (default: 2)",
     )  # fmt: skip
     add(
         "--ratio", type=_ratio, metavar="P:D",
-        help="prefill to decode replicas in a group of distserve (default: 1:1)",
+        help="numbers of prefill and decode replicas in a group of distserve (default: 1:1)",
     )  # fmt: skip
 
 
@@ -171,11 +171,11 @@ def _ratio(text: str) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """One simulation.
+    """A simulation at one rate, with its results.
 
     Attributes:
-        rate: that was wanted; ``None`` for a trace's own.
-        seconds: over which the requests arrived.
+        rate: requests per second that were wanted; ``None`` for a trace's own rate.
+        seconds: time over which the requests arrived.
     """
 
     rate: float | None
@@ -186,7 +186,7 @@ class _Run:
 
 @dataclass(slots=True)
 class _Simulations:
-    """Runs of one workload, kept for the report; also one that was cut short."""
+    """The runs of one workload, kept for the report; also a run that was cut short."""
 
     setup: Setup
     draw: Draw
@@ -194,11 +194,11 @@ class _Simulations:
     runs: list[_Run] = field(default_factory=list)
 
     def attainment(self, rate: float | None, repeat: int, replicas: int | None = None) -> float:
-        """Run the workload at a rate.
+        """Simulate the workload at a rate, keep the run, and return its attainment.
 
         Args:
-            repeat: counts up the seed.
-            replicas: other than the setup's.
+            repeat: is added to the seed.
+            replicas: number of replicas instead of the setup's.
         """
         from tqdm import tqdm
 
@@ -233,14 +233,14 @@ class _Simulations:
 
 
 def _span_s(workload: Sequence[Conversation], rate: float | None) -> float:
-    """Seconds over which a workload arrives."""
+    """Return the seconds over which a workload arrives."""
     from minserve.workload.conversation import num_turns
 
     return workload[-1].arrival_s if rate is None else num_turns(workload) / rate
 
 
 def _simulate(args: argparse.Namespace) -> int:
-    """Simulate, print, draw."""
+    """Simulate a workload, print the results and draw them."""
     _check(args)
 
     from minserve.devices import find_device
@@ -269,7 +269,7 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other.
 
     Raises:
-        WorkloadError: saying what is wrong.
+        WorkloadError: with a text that says what is wrong.
     """
     check_workload(args)
     apart = getattr(args, "policy", "dp") == "distserve"
@@ -292,8 +292,9 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _settle_number(args: argparse.Namespace, setup: Setup) -> None:
-    """How many requests are drawn where the flags do not say: a scenario's own number for each
-    replica, or enough for a minute.
+    """Set the number of requests of a scenario, if the flags do not give it.
+
+    It is the scenario's own number for each replica, or enough requests for a minute.
     """
     from minserve.workload.scenarios import find_scenario
 
@@ -307,8 +308,9 @@ def _settle_number(args: argparse.Namespace, setup: Setup) -> None:
 
 
 def _own_rate(args: argparse.Namespace) -> float | None:
-    """Requests per second where the flags name none: those of a scenario's recordings, or 1;
-    ``None`` keeps a trace's own times.
+    """Return the requests per second to use if the flags give no rate.
+
+    For a scenario it is the rate of its recordings, or 1; ``None`` keeps a trace's own times.
     """
     from minserve.workload.scenarios import find_scenario
 
@@ -320,10 +322,10 @@ def _own_rate(args: argparse.Namespace) -> float | None:
 def _measure(
     args: argparse.Namespace, simulations: _Simulations
 ) -> tuple[Capacity | None, Sizing | None, bool]:
-    """All runs.
+    """Run all simulations.
 
     Returns:
-        what the searches found, where there was one, and whether Ctrl-C cut in.
+        the results of the searches, if there were any, and whether Ctrl-C cut them short.
     """
     from minserve.simulator.sizing import Sizing, find_replicas
     from minserve.workload.capacity import Capacity, find_capacity
@@ -361,7 +363,7 @@ def _measure(
 
 
 def _least_replicas(rate: float, simulations: _Simulations) -> tuple[int, int]:
-    """Where to begin: with as many as the tokens alone would take; and the most there may be."""
+    """Return the number to start the search with, from tokens per second alone, and the largest."""
     from minserve.simulator.simulation import MOST_REPLICAS
 
     workload = simulations.draw(rate, simulations.setup.seed)
@@ -378,7 +380,7 @@ def _print(
     sizing: Sizing | None,
     interrupted: bool,
 ) -> None:
-    """Table or JSON, and the picture."""
+    """Print a table or JSON, and draw the picture."""
     pooled = _pooled(simulations.runs)
     if args.json:
         print(json.dumps(_as_json(args, simulations, pooled, capacity, sizing, interrupted)))
@@ -402,7 +404,10 @@ def _title(run: _Run, sizing: bool) -> str:
 
 
 def _pooled(runs: Sequence[_Run]) -> list[tuple[_Run, Report]]:
-    """A report per rate and number of replicas, ascending, of all its repeats; with one of these."""
+    """Return a report for each rate and number of replicas, with one of the runs that it covers.
+
+    The reports cover all repeats and are in ascending order.
+    """
     from minserve.workload.report import Report
 
     by_key: dict[tuple[float, int], list[_Run]] = {}
@@ -473,7 +478,7 @@ def _plot(
     simulations: _Simulations,
     pooled: Sequence[tuple[_Run, Report]],
 ) -> None:
-    """Attainment against rate, or where there is one rate, that run."""
+    """Draw attainment against rate; with a single rate, draw the last run."""
     from minserve.workload.plots import plot_attainment, plot_run
 
     setup = simulations.setup

@@ -1,4 +1,4 @@
-"""What ``bench`` and ``simulate`` share: the flags of a workload, and words for what was found."""
+"""Code for ``bench`` and ``simulate``: the flags of a workload, and the result in words."""
 
 from __future__ import annotations
 
@@ -22,55 +22,55 @@ def add_workload_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--scenario", metavar="NAME", help="chatbot, coding, summarization, mixed, "
                        "tools or reasoning")  # fmt: skip
     group.add_argument(
-        "--trace", metavar="FILE.csv", help="columns arrival_s, prompt_tokens, output_tokens, "
-        "class; or one that comes along: azure2023_conv, azure2023_code",
+        "--trace", metavar="FILE.csv", help="CSV file with columns arrival_s, prompt_tokens, "
+        "output_tokens, class; or a shipped trace: azure2023_conv, azure2023_code",
     )  # fmt: skip
     group.add_argument(
         "--class", dest="default_class", default=DEFAULT_CLASS, metavar="NAME",
-        help=f"of a trace's rows that name none (default: {DEFAULT_CLASS})",
+        help=f"class of a trace's rows that name none (default: {DEFAULT_CLASS})",
     )  # fmt: skip
     group.add_argument(
         "--rate", type=_numbers, action="extend", metavar="R", dest="rates",
-        help="requests per second, several in one list or several flags; a trace has its own",
+        help="requests per second; several rates as one list or several flags; a trace has its own",
     )  # fmt: skip
     group.add_argument(
         "--capacity", "--find-capacity", action="store_true",
-        help="search for the highest rate that keeps enough SLOs; --rate is where it begins",
+        help="search for the highest rate at which enough SLOs are kept, beginning at --rate",
     )  # fmt: skip
-    group.add_argument("--seconds", type=float, metavar="X", help="of arrivals")
-    group.add_argument("--num-requests", type=int, metavar="N", help="instead of seconds")
+    group.add_argument("--seconds", type=float, metavar="X", help="time of arrivals")
+    group.add_argument("--num-requests", type=int, metavar="N", help="instead of --seconds")
     group.add_argument(
         "--length-scale", type=float, default=1.0, metavar="X", help="factor on all lengths"
     )
     group.add_argument(
         "--tight", type=float, metavar="X",
-        help="the tighter TPOT as a slowdown of a lone request's (default: 50 ms)",
+        help="the tighter TPOT as a multiple of a lone request's TPOT (default: 50 ms)",
     )  # fmt: skip
-    group.add_argument("--loose", type=float, metavar="X", help="the looser one (default: 100 ms)")
+    group.add_argument("--loose", type=float, metavar="X", help="the looser TPOT (default: 100 ms)")
     group.add_argument(
         "--burstiness", type=float, metavar="X",
-        help="of a scenario's arrivals: 1 is Poisson, below is burstier",
+        help="burstiness of a scenario's arrivals: 1 is Poisson, less is burstier",
     )  # fmt: skip
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all random draws")
     group.add_argument(
-        "--repeats", type=int, default=1, metavar="N", help="of each rate, each with its own seed"
+        "--repeats", type=int, default=1, metavar="N", help="runs per rate, each with its own seed"
     )
 
 
 def add_report_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--level", type=float, default=LEVEL, metavar="X",
-        help=f"share of requests that makes a rate count (default: {LEVEL:g})",
+        help=f"share of requests that must attain their SLO (default: {LEVEL:g})",
     )  # fmt: skip
     group.add_argument("--json", action="store_true", help="print one JSON object, no tables")
     group.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw a picture")
 
 
 def check_workload(args: argparse.Namespace) -> None:
-    """Refuse what cannot be run before anything slow.
+    """Refuse flags that contradict each other, before anything slow begins.
 
     Raises:
-        WorkloadError: saying what is wrong.
+        WorkloadError: with a text that says what is wrong.
     """
     if (args.scenario is None) == (args.trace is None):
         raise WorkloadError("give a --scenario or a --trace, one of them")
@@ -90,13 +90,13 @@ def check_workload(args: argparse.Namespace) -> None:
 
 
 def make_draw(args: argparse.Namespace, longest: int | None = None) -> Draw:
-    """The workload that the flags name, tried once.
+    """Return the source of workloads that the flags name, after drawing from it once.
 
     Args:
-        longest: tokens of prompt and output together, beyond which rows of a trace are dropped.
+        longest: rows of a trace with more tokens of prompt and output together are dropped.
 
     Raises:
-        WorkloadError: where it cannot be drawn.
+        WorkloadError: if the workload cannot be drawn.
     """
     from minserve.workload import draws
     from minserve.workload.scenarios import find_scenario
@@ -130,7 +130,7 @@ def make_draw(args: argparse.Namespace, longest: int | None = None) -> Draw:
 
 
 def in_words(capacity: Capacity) -> str:
-    """What a search found, in a line."""
+    """Return one line with the result of a search for a capacity."""
     if not capacity.attainment:
         return "capacity: the search was cut short before any rate was measured"
     low, high = capacity.interval()
@@ -147,7 +147,7 @@ def in_words(capacity: Capacity) -> str:
 
 
 def say(text: str) -> None:
-    """Tell whoever watches; stdout is for results."""
+    """Print a message for people on stderr; stdout is for results."""
     print(text, file=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""Service level objectives: what is promised. What was kept, `minserve.attainment` says.
+"""Service level objectives: what is promised. `minserve.attainment` says what was kept.
 
 A request's output is one or more decode stages (thinking, then the answer)::
 
@@ -19,19 +19,19 @@ from minserve.errors import InvalidSLOError
 
 MAX_SECONDS = 1e6
 MAX_SLOWDOWN = 1e6
-# The name of SLOs that are no class's.
+# The name of SLOs that belong to no class.
 CUSTOM = "custom"
 
 
 class OnUnattainable(Enum):
-    """What becomes of a request whose SLO cannot be met."""
+    """The treatment of a request whose SLO cannot be met."""
 
     BEST_EFFORT = "best_effort"
     REJECT = "reject"
 
 
 class Standing(Enum):
-    """What the planner has promised a sequence.
+    """The planner's present promise to a sequence.
 
     ::
 
@@ -46,13 +46,13 @@ class Standing(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeStage:
-    """One part of an output with its own pace.
+    """A part of an output with its own pace.
 
     Attributes:
         tpot: seconds per output token; or
-        tpot_slowdown: the same as a multiple of the zero-load time per token.
+        tpot_slowdown: the pace as a multiple of the zero-load time per token.
         until: the stage ends with this text, such as ``</think>``; or
-        tokens: it ends after this many tokens. The last stage has neither.
+        tokens: the stage ends after this many tokens. The last stage has neither.
 
     Raises:
         InvalidSLOError: for a value outside its range.
@@ -83,18 +83,18 @@ class DecodeStage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SLO:
-    """What a request asks for. Absent objectives promise nothing.
+    """The objectives that a request asks for. An absent objective promises nothing.
 
     Attributes:
         ttft: seconds from arrival to the first token; or
-        ttft_slowdown: the same as a multiple of the prompt's zero-load prefill time.
+        ttft_slowdown: the TTFT as a multiple of the prompt's zero-load prefill time.
         tpot: seconds per output token; or
-        tpot_slowdown: the same as a multiple of the zero-load time per token; or
-        stages: several stages instead, each with its own pace and, but for the last, an end.
+        tpot_slowdown: the TPOT as a multiple of the zero-load time per token; or
+        stages: several stages instead, each with its own pace and, except the last, an end.
         expected_output_tokens: the client's own guess, for planning only.
         on_unattainable: serve late, or refuse at once.
         value: weight in the planner's choice among requests that do not all fit.
-        name: of the class, for reports.
+        name: name of the class, for reports.
 
     Raises:
         InvalidSLOError: for values outside their range or that contradict each other.
@@ -155,7 +155,7 @@ class SLO:
 
     @property
     def decode_stages(self) -> tuple[DecodeStage, ...]:
-        """``stages``, or the single one that ``tpot`` or ``tpot_slowdown`` stands for."""
+        """``stages``, or the single stage that ``tpot`` or ``tpot_slowdown`` stands for."""
         return self.stages or (DecodeStage(tpot=self.tpot, tpot_slowdown=self.tpot_slowdown),)
 
     @property
@@ -165,26 +165,26 @@ class SLO:
 
     @property
     def refuses_delay(self) -> bool:
-        """True where the request would rather be refused than be late."""
+        """True if the request would rather be refused than be late."""
         return self.on_unattainable is OnUnattainable.REJECT
 
     @property
     def needs_profile(self) -> bool:
-        """True where an objective is a multiple of this device's own speed."""
+        """True if an objective is a multiple of this device's own speed."""
         return self.ttft_slowdown is not None or any(
             stage.tpot_slowdown is not None for stage in self.decode_stages
         )
 
     def named(self, name: str) -> SLO:
-        """The same objectives under another name."""
+        """Return the same objectives under another name."""
         return replace(self, name=name)
 
     def resolve(self, zero_load_ttft_s: float, zero_load_tpot_s: float) -> Targets:
-        """The objectives in seconds, for one request on one device.
+        """Return the objectives in seconds, for one request on one device.
 
         Args:
-            zero_load_ttft_s: prefill time of the whole prompt on the idle device.
-            zero_load_tpot_s: time per token of a lone request.
+            zero_load_ttft_s: seconds to prefill the whole prompt on the idle device.
+            zero_load_tpot_s: seconds per token of a lone request.
         """
         return Targets(
             ttft_s=_in_seconds(self.ttft, self.ttft_slowdown, zero_load_ttft_s),
@@ -201,7 +201,7 @@ class SLO:
 
 @dataclass(frozen=True, slots=True)
 class StageTarget:
-    """A stage's pace in seconds per token (inf: none promised) and its end."""
+    """A stage's pace in seconds per token (inf: no pace is promised) and its end."""
 
     tpot_s: float = math.inf
     until: str | None = None
@@ -210,7 +210,7 @@ class StageTarget:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """An SLO in absolute seconds; inf where nothing is promised."""
+    """An SLO in seconds; inf where nothing is promised."""
 
     ttft_s: float = math.inf
     stages: tuple[StageTarget, ...] = (StageTarget(),)
@@ -218,7 +218,7 @@ class Targets:
 
 @cache
 def preset_classes() -> Mapping[str, SLO]:
-    """The classes of the SLOs-Serve evaluation (arXiv 2504.08784), by name."""
+    """Return the classes of the SLOs-Serve evaluation (arXiv 2504.08784), by name."""
     tight, loose = 0.050, 0.100
     thinking = (DecodeStage(tpot=tight, until="</think>"), DecodeStage(tpot=loose))
     classes = {
@@ -239,7 +239,7 @@ def _in_seconds(seconds: float | None, slowdown: float | None, zero_load_s: floa
 
 
 def _number(name: str, value: object) -> float:
-    # Not repeated in the message: it may be of any type and length.
+    # The message does not repeat the value, which may be of any type and length.
     problem = InvalidSLOError(f"{name} must be a finite number", name)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise problem

@@ -1,7 +1,8 @@
 """SLOs as people write them: JSON or TOML fields, in milliseconds, by class name.
 
-What an SLO is, `minserve.slo` says; here is what its fields are called outside. Errors name
-the field as it was written, such as ``slo.ttft_ms``, and repeat no value: it may be anything.
+`minserve.slo` defines what an SLO is; this module defines the names of its fields outside. Errors
+name the field as it was written, such as ``slo.ttft_ms``, and do not repeat its value, which may
+be of any kind.
 """
 
 from __future__ import annotations
@@ -38,21 +39,21 @@ def parse_slo(
 ) -> SLO:
     """Build an SLO from its fields; ``None`` means "not given".
 
-    A base keeps whatever the fields do not replace: ``tpot_*`` is the pace of its last
-    stage, ``thinking_tpot_*`` that of the stage before. It also keeps its name as long as
-    no objective is replaced; other objectives are no longer the class's.
+    A base keeps all that the fields do not replace. ``tpot_*`` replaces the pace of its last
+    stage, ``thinking_tpot_*`` that of the stage before. The base also keeps its name unless
+    an objective is replaced, because other objectives are no longer those of the class.
 
     Args:
         values: ``ttft_ms`` or ``ttft_slowdown``, ``tpot_ms`` or ``tpot_slowdown``,
             ``thinking_tpot_ms`` or ``thinking_tpot_slowdown``, ``expected_output_tokens``,
-            ``on_unattainable``, ``value``, and ``class``: the base by its name.
-        where: what the fields belong to, for errors.
-        classes: by name.
-        thinking_marker: the text that ends this model's thinking, where it has one.
-        base: what the fields refine where they name no class.
+            ``on_unattainable``, ``value``, and ``class``, which names the base.
+        where: the object that the fields belong to, for errors.
+        classes: the known classes by name.
+        thinking_marker: the text that ends this model's thinking; ``None`` if it has none.
+        base: the SLO that the fields refine if they name no class.
 
     Raises:
-        InvalidSLOError: whose ``param`` is the field.
+        InvalidSLOError: if a field is wrong; its ``param`` is the field.
     """
     fields = _known(values, _FIELDS, where)
     if "class" in fields:
@@ -61,10 +62,10 @@ def parse_slo(
 
 
 def find_class(name: Any, classes: Mapping[str, SLO], param: str) -> SLO:
-    """A class by its name.
+    """Return a class by its name.
 
     Raises:
-        InvalidSLOError: where there is none.
+        InvalidSLOError: if there is no such class.
     """
     if not isinstance(name, str) or name not in classes:
         known = ", ".join(sorted(classes)) or "none"
@@ -73,13 +74,13 @@ def find_class(name: Any, classes: Mapping[str, SLO], param: str) -> SLO:
 
 
 def seconds(milliseconds: Any, param: str) -> float:
-    """Check a time in milliseconds.
+    """Check a time in milliseconds and return it in seconds.
 
     Raises:
-        InvalidSLOError: for anything but a number within range.
+        InvalidSLOError: for a value that is not a number within the range.
     """
     value = _real(milliseconds) / 1e3
-    # After the division: the smallest floats become 0 by it.
+    # The check comes after the division, which turns the smallest floats into 0.
     if not 0 < value <= MAX_SECONDS:
         raise InvalidSLOError(
             f"{param}: must be a number of milliseconds above 0 and at most {MAX_SECONDS * 1e3:g}",
@@ -89,10 +90,10 @@ def seconds(milliseconds: Any, param: str) -> float:
 
 
 def load_classes(path: str | Path) -> dict[str, SLO]:
-    """Read classes from a TOML file and add them to the presets; the same name replaces.
+    """Read classes from a TOML file and add them to the presets; an equal name replaces a preset.
 
-    A table per class holds the fields of `parse_slo`, but for thinking, which is written
-    for any number of stages; ``class`` may name a preset or a table further up::
+    Each class is a table with the fields of `parse_slo`. Only thinking is written in another way,
+    as stages, of which there may be any number. ``class`` may name a preset or an earlier table::
 
         [support]
         ttft_ms = 800
@@ -160,7 +161,7 @@ def _build(
     marker: str | None,
     stages: tuple[DecodeStage, ...] = (),
 ) -> SLO:
-    """What the base says, or nothing, with the fields (and stages) in its place."""
+    """Return the base, or an empty SLO, with the given fields and stages in place of its own."""
     changes: dict[str, Any] = {}
     ttft = _objective(fields, where, "ttft_ms", "ttft_slowdown")
     if ttft is not None:
@@ -182,7 +183,7 @@ def _build(
 def _refined_stages(
     fields: Mapping[str, Any], where: str, base: SLO | None, marker: str | None
 ) -> tuple[DecodeStage, ...]:
-    """The base's stages at the paces that the fields ask for; empty where they ask for none."""
+    """Return the base's stages with the paces of the fields; empty if the fields give no pace."""
     pace = _objective(fields, where, "tpot_ms", "tpot_slowdown")
     thinking = _objective(fields, where, *_THINKING)
     if pace is None and thinking is None:
@@ -205,7 +206,7 @@ def _at_pace(stage: DecodeStage, pace: _Pace) -> DecodeStage:
 
 
 def _objective(fields: Mapping[str, Any], where: str, ms: str, slowdown: str) -> _Pace | None:
-    """One objective in either of its two forms; ``None`` where neither is given."""
+    """Return one objective in either of its two forms; ``None`` if neither is given."""
     if ms in fields and slowdown in fields:
         raise _error(where, slowdown, f"contradicts {ms}; give one of them")
     if ms in fields:
@@ -220,7 +221,7 @@ def _objective(fields: Mapping[str, Any], where: str, ms: str, slowdown: str) ->
 
 
 def _known(values: Mapping[str, Any], names: tuple[str, ...], where: str) -> dict[str, Any]:
-    """The fields that are given."""
+    """Return the fields that are given, after checking that all names are known."""
     for name in values:
         if name not in names:
             raise _error(where, name, f"is not a field here; known: {', '.join(names)}")
@@ -228,7 +229,7 @@ def _known(values: Mapping[str, Any], names: tuple[str, ...], where: str) -> dic
 
 
 def _make(build: Callable[..., _T], where: str, *args: Any, **fields: Any) -> _T:
-    """Build, and say where in an error of `SLO`'s or `DecodeStage`'s own."""
+    """Build an `SLO` or `DecodeStage`, and add the place to its error."""
     try:
         return build(*args, **fields)
     except InvalidSLOError as error:
@@ -237,7 +238,7 @@ def _make(build: Callable[..., _T], where: str, *args: Any, **fields: Any) -> _T
 
 
 def _real(value: Any) -> float:
-    """A number as a float; NaN, which lies in no range, for whatever is none."""
+    """Return a number as a float; NaN, which lies in no range, for any other value."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return math.nan
     try:

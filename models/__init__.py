@@ -1,1 +1,1 @@
-"""Model families and how their weights are loaded."""
+"""Model families, and the loading of their weights."""

@@ -1,4 +1,4 @@
-"""`CausalLM`: what the engine asks of a model family."""
+"""`CausalLM`: the interface of a model family to the engine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class CausalLM(ABC):
     """A decoder over a flat batch of tokens; each layer reads and writes its paged KV.
 
     Attributes:
-        linear_dtype: of linear weights; set by `build_model`.
+        linear_dtype: dtype of the linear weights; set by `build_model`.
     """
 
     shape: ModelShape
@@ -51,8 +51,13 @@ class CausalLM(ABC):
         backend: AttentionBackend,
         metadata: AttentionMetadata,
     ) -> Tensor:
-        """Final hidden states ``[num_tokens, hidden]`` for int64 ``[num_tokens]`` inputs."""
+        """Return the final hidden states ``[num_tokens, hidden]``.
+
+        ``token_ids`` and ``positions`` are int64 ``[num_tokens]``.
+        """
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 ``[rows, vocab_size]`` for ``[rows, hidden]``; call it only for needed rows."""
+        """Return float32 logits ``[rows, vocab_size]`` for ``[rows, hidden]``, which should hold
+        only the rows whose logits are needed.
+        """

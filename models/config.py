@@ -1,4 +1,4 @@
-"""What a config.json says, as plain dataclasses with transformers' names and defaults.
+"""The contents of a config.json as plain dataclasses, with transformers' names and defaults.
 
 transformers' own classes would do, but importing them takes three seconds of every start.
 """
@@ -21,10 +21,10 @@ class _Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build from the entries of a config.json; entries without a meaning here are skipped.
+        """Build from the entries of a config.json; entries without a field here are skipped.
 
         Raises:
-            ModelLoadError: naming a field whose value makes no sense.
+            ModelLoadError: if a field's value makes no sense; the error names the field.
         """
         hints = get_type_hints(cls)
         given = {}
@@ -36,12 +36,12 @@ class _Config:
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig(_Config):
-    """A Llama model's numbers.
+    """The numbers that describe a Llama model.
 
     Attributes:
-        draft_vocab_size: rows of the head, where a draft model's is trimmed to some of the
-            vocabulary; 0 means all of it.
-        rope_parameters: ``rope_type``, ``rope_theta`` and what the type needs besides.
+        draft_vocab_size: rows of the head of a draft model whose head covers only a part of the
+            vocabulary; 0 means the whole vocabulary.
+        rope_parameters: ``rope_type``, ``rope_theta`` and the other settings of that type.
     """
 
     model_type: ClassVar[str] = "llama"
@@ -91,7 +91,7 @@ class LlamaConfig(_Config):
 
 @dataclass(frozen=True, kw_only=True)
 class OPTConfig(_Config):
-    """An OPT model's numbers. ``word_embed_proj_dim`` 0 means the hidden size."""
+    """The numbers that describe an OPT model. ``word_embed_proj_dim`` 0 means the hidden size."""
 
     model_type: ClassVar[str] = "opt"
 
@@ -132,7 +132,7 @@ CONFIGS: dict[str, type[LlamaConfig] | type[OPTConfig]] = {"llama": LlamaConfig,
 
 
 def _rope_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Today's ``rope_parameters``, or the older ``rope_theta`` and ``rope_scaling`` as such."""
+    """Return ``rope_parameters``, or the older ``rope_theta`` and ``rope_scaling`` in its form."""
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise ModelLoadError(f"the RoPE settings must be an object, not {rope!r:.80}")
@@ -143,7 +143,7 @@ def _rope_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
-    """The value as the field's type. JSON's 1 may stand for 1.0, True for no number."""
+    """Return the value as the field's type. JSON's 1 may stand for 1.0; a bool is no number."""
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     for kind in kinds:
         origin = getattr(kind, "__origin__", kind)

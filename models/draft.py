@@ -1,8 +1,8 @@
-"""Draft models: small ones of the same vocabulary, which may borrow the target's embeddings.
+"""Draft models: small models of the same vocabulary, which may borrow the target's embeddings.
 
-A draft's checkpoint is that of any model, but for two things that it may leave out or trim.
-Without ``model.embed_tokens.weight`` it uses the target's embeddings. With ``draft_vocab_size``
-in its configuration its head stands for some of the vocabulary only, the tokens of the tensor
+A draft model's checkpoint is that of any model, except for two things that it may leave out or
+trim. Without ``model.embed_tokens.weight`` it uses the target's embeddings. With
+``draft_vocab_size`` in its configuration, its head covers only the tokens of the tensor
 ``lm_head.token_ids``; without ``lm_head.weight`` the head's rows are their embeddings.
 """
 
@@ -27,8 +27,8 @@ class DraftModel:
     """A loaded draft model.
 
     Attributes:
-        head_token_ids: int64 ``[head]``, the tokens that its logits stand for; ``None``
-            where they stand for the whole vocabulary.
+        head_token_ids: int64 ``[head]``, the tokens that its logits stand for; ``None`` if they
+            stand for the whole vocabulary.
     """
 
     model: CausalLM
@@ -36,11 +36,11 @@ class DraftModel:
 
 
 def load_draft_model(source: ModelSource, target: CausalLM, placement: Placement) -> DraftModel:
-    """Read a draft model for a target.
+    """Read the draft model of a target model.
 
     Raises:
-        ConfigError: where its vocabulary is of another size than the target's.
-        ModelLoadError, UnsupportedModelError: where it cannot be read.
+        ConfigError: if the sizes of their vocabularies differ.
+        ModelLoadError, UnsupportedModelError: if the draft model cannot be read.
     """
     config = load_config(source)
     if config.vocab_size != target.shape.vocab_size:
@@ -65,7 +65,7 @@ def load_draft_model(source: ModelSource, target: CausalLM, placement: Placement
 
 
 class _Borrowing:
-    """A checkpoint in which the target's embeddings take the place of missing ones."""
+    """A checkpoint in which the target's embeddings take the place of missing embeddings."""
 
     def __init__(self, checkpoint: Checkpoint, target: CausalLM, ids: Tensor | None) -> None:
         self._checkpoint = checkpoint

@@ -1,4 +1,4 @@
-"""Norms as Triton kernels. `Placement` imports this where kernels are asked for."""
+"""Norms as Triton kernels. `Placement` imports this module where kernels are asked for."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from minserve.models.layers import LAYER_NORM_EPS, Norm
 
 
 class FusedNorm(Norm):
-    """A norm in one kernel, with the residual addition before it.
+    """A norm and the residual addition before it, in one kernel.
 
     Args:
-        kernel: gives the norm of ``x``, or of ``residual + x``, leaving that in ``residual``.
+        kernel: returns the norm of ``x``, or of ``residual + x``; it leaves the sum in
+            ``residual``.
     """
 
     __slots__ = ("_kernel",)
@@ -31,10 +32,10 @@ class FusedNorm(Norm):
 
 
 def fused_rms_norm(weight: Tensor, eps: float) -> FusedNorm:
-    """`RMSNorm` in one kernel."""
+    """Return an `RMSNorm` in one kernel."""
     return FusedNorm(partial(rms_norm, weight=weight, eps=eps))
 
 
 def fused_layer_norm(weight: Tensor | None, bias: Tensor | None) -> FusedNorm:
-    """`LayerNorm` in one kernel."""
+    """Return a `LayerNorm` in one kernel."""
     return FusedNorm(partial(layer_norm, weight=weight, bias=bias, eps=LAYER_NORM_EPS))

@@ -1,4 +1,4 @@
-"""Reading GGUF files: header, metadata, and tensors as float32. Knows nothing of models."""
+"""Reading GGUF files: header, metadata, and tensors as float32. Independent of model families."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _DEQUANTIZE_BYTES = 65536
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """A tensor's entry in a GGUF file: shape in torch's order, ggml type, place in bytes."""
+    """A tensor's entry in a GGUF file: shape in torch's order, ggml type, start, size in bytes."""
 
     shape: tuple[int, ...]
     type: int
@@ -43,18 +43,18 @@ class GGUFTensor:
 
 
 class GGUFFile:
-    """Header of a GGUF file (version 2 or 3, little-endian), and its tensors on demand.
+    """The header of a GGUF file (version 2 or 3, little-endian), and its tensors on demand.
 
-    The `gguf` package knows the block formats and is used for these; its reader makes a
-    NumPy array of each vocabulary entry, which takes seconds, so the header is read here.
+    The `gguf` package knows the block formats and is used for these. Its reader makes a NumPy
+    array of each vocabulary entry, which takes seconds, so the header is read here.
     Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
     Attributes:
         metadata: keys to Python values; arrays are lists.
-        tensors: GGUF names to entries, all of them checked to lie within the file.
+        tensors: GGUF names to entries; every entry was checked to lie within the file.
 
     Raises:
-        ModelLoadError: naming the file, where it is cut short, corrupt or no GGUF file.
+        ModelLoadError: naming the file, if it is cut short, corrupt or not a GGUF file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -79,7 +79,11 @@ class GGUFFile:
             ) from error
 
     def require(self, key: str, kind: type) -> Any:
-        """A metadata value that the model cannot do without."""
+        """Return a metadata value that the model cannot do without.
+
+        Raises:
+            ModelLoadError: if it is missing or of another type.
+        """
         value = self.metadata.get(key)
         if not isinstance(value, kind):
             raise ModelLoadError(
@@ -88,7 +92,7 @@ class GGUFFile:
         return value
 
     def head_counts(self) -> tuple[int, int]:
-        """Query heads and KV heads of a llama model; both at least 1 and the same in each layer."""
+        """Return the numbers of query heads and KV heads in each layer of a llama model."""
         key = "llama.attention.head_count"
         heads = self.require(key, int)
         kv_heads = self.require(f"{key}_kv", int) if f"{key}_kv" in self.metadata else heads
@@ -97,13 +101,21 @@ class GGUFFile:
         return heads, kv_heads
 
     def tensor(self, name: str) -> GGUFTensor:
-        """A tensor's entry, by its GGUF name."""
+        """Return a tensor's entry, by its GGUF name.
+
+        Raises:
+            ModelLoadError: if there is no such tensor.
+        """
         if name not in self.tensors:
             raise ModelLoadError(f"{self.path}: tensor {name!r} is missing")
         return self.tensors[name]
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor as float32, dequantized, in torch's order of dimensions."""
+        """Return a tensor as float32, dequantized, in torch's order of dimensions.
+
+        Raises:
+            ModelLoadError: if the tensor is missing or of a type that cannot be read.
+        """
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
 
@@ -115,8 +127,8 @@ class GGUFFile:
         if kind is GGMLQuantizationType.F16:
             values = raw.view(np.float16).astype(np.float32)
             return torch.from_numpy(values).view(entry.shape)
-        # `dequantize` works on 16 rows at a time, which for short rows is mostly overhead.
-        # Blocks do not know of rows, so rows can be joined: 3-4 times faster.
+        # `dequantize` works on 16 rows at a time, which for short rows is mostly overhead. A block
+        # never depends on row borders, so rows can be joined: 3-4 times faster.
         rows = math.prod(entry.shape[:-1])
         row_bytes = entry.size // rows
         while rows % 2 == 0 and row_bytes * 16 < _DEQUANTIZE_BYTES:

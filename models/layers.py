@@ -1,9 +1,9 @@
-"""Layers as plain callables: linears in the form that is fastest on their device, norms, RoPE.
+"""Layers as plain callables: linears in the form that is fastest on the device, norms, RoPE.
 
-A linear's weight is repacked once at load. On a CPU the best form depends on what the
-processor multiplies in hardware (`WeightFormat`; bench/linears.py compares them); on a GPU
-it is the plain tensor. Norms and activations have a second form there, fused into Triton
-kernels (fused_layers.py).
+A linear's weight is repacked once at load. On a CPU the best form depends on the arithmetic that
+the processor has in hardware (`WeightFormat`; bench/linears.py compares the forms); on a GPU it is
+the plain tensor. On a GPU, norms and activations have a second form, fused into Triton kernels
+(fused_layers.py).
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ FLOAT16_MAX = torch.finfo(torch.float16).max
 
 _onednn = torch.ops.mkldnn._linear_pointwise.default
 _onednn_binary = torch.ops.mkldnn._linear_pointwise.binary
-# The operator itself: on the way through torch.ops a packed weight costs microseconds a call.
+# The operator itself: a call through torch.ops with a packed weight takes microseconds longer.
 _fbgemm_fp16 = torch.ops.quantized.linear_dynamic_fp16.default._op
 
 
 class WeightFormat(Enum):
-    """How a linear's weight is kept.
+    """The form in which a linear's weight is kept.
 
-    DENSE: the plain tensor (GPUs, and whatever else has no packed form).
+    DENSE: the plain tensor, for GPUs and for CPUs that have no packed form.
     ONEDNN: prepacked for oneDNN in the activations' dtype.
     FBGEMM_FP16: packed in float16 for FBGEMM, which multiplies in float32: half the
         memory traffic of float32, for CPUs without bfloat16 arithmetic.
-    ONEDNN_AND_FP16: both of these. For a few rows FBGEMM streams its weights about twice as
-        fast as oneDNN, for many oneDNN's bfloat16 arithmetic wins (bench/linears.py).
+    ONEDNN_AND_FP16: both forms. For a few rows FBGEMM streams its weights about twice as
+        fast as oneDNN; for many rows oneDNN's bfloat16 arithmetic wins (bench/linears.py).
     FBGEMM_INT8: quantized to int8 and packed for FBGEMM (quantized_layers.py).
     """
 
@@ -53,23 +53,23 @@ class WeightFormat(Enum):
     FBGEMM_INT8 = "fbgemm-int8"
 
 
-# In these forms passes over at most so many tokens have float32 activations, which is what
-# FBGEMM takes, while for more tokens all else is faster in bfloat16.
+# In these forms a pass over at most so many tokens has float32 activations, which FBGEMM takes. For
+# more tokens all operations but FBGEMM's are faster in bfloat16.
 FEW_ROWS = 4
 FEW_IN_FLOAT32 = (WeightFormat.ONEDNN_AND_FP16, WeightFormat.FBGEMM_INT8)
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a model's weights live and in which form.
+    """The device of a model's weights, and the form in which they are kept.
 
     Attributes:
-        device: of weights and activations.
-        dtype: of activations and KV.
-        weight_dtype: to which embeddings and, unless quantized, linear weights are rounded.
-        format: how linear weights are kept.
-        fused: whether norms and activations take the form of fused kernels, for which
-            Triton must run on the device.
+        device: device of weights and activations.
+        dtype: dtype of activations and KV.
+        weight_dtype: dtype to which embeddings and, unless quantized, linear weights are rounded.
+        format: form in which linear weights are kept.
+        fused: true if norms and activations are fused kernels, for which Triton must run on the
+            device.
     """
 
     device: torch.device
@@ -88,17 +88,17 @@ class Placement:
         twice: bool = False,
         quantization: str = "none",
     ) -> Placement:
-        """The fastest placement for a dtype name (``auto`` included) on a device.
+        """Return the fastest placement for a dtype name (``auto`` included) on a device.
 
         ``float16`` on a CPU means weights in float16 and arithmetic in float32.
 
         Args:
-            fused: as in the attributes.
-            twice: whether there is memory for two forms of the weights, should that be faster.
-            quantization: of linear weights, ``none`` or ``int8``.
+            fused: as in the class's attributes.
+            twice: true if memory suffices for two forms of the weights, in case that is faster.
+            quantization: quantization of linear weights, ``none`` or ``int8``.
 
         Raises:
-            ConfigError: where the device cannot run quantized weights.
+            ConfigError: if the device cannot run quantized weights.
         """
         if quantization == "int8":
             if device.type != "cpu" or not int8_is_supported():
@@ -130,26 +130,28 @@ class Placement:
         return cls(device, chosen, chosen, form, fused)
 
     def pass_dtype(self, num_tokens: int) -> torch.dtype:
-        """The activations' dtype in a pass over so many tokens. It chooses the linears' form."""
+        """Return the activations' dtype in a pass over so many tokens; it selects the linears'
+        form.
+        """
         few = self.format in FEW_IN_FLOAT32 and num_tokens <= FEW_ROWS
         return torch.float32 if few else self.dtype
 
     @property
     def has_two_forms(self) -> bool:
-        """Whether linear weights are kept twice."""
+        """True if linear weights are kept in two forms."""
         return self.format is WeightFormat.ONEDNN_AND_FP16
 
     @property
     def linear_dtype(self) -> torch.dtype:
-        """Of linear weights."""
+        """The dtype of linear weights."""
         return torch.int8 if self.format is WeightFormat.FBGEMM_INT8 else self.weight_dtype
 
     def tensor(self, tensor: Tensor) -> Tensor:
-        """A parameter other than a linear's weight, in the activations' dtype."""
+        """Return a parameter that is not a linear's weight, in the activations' dtype."""
         return tensor.to(self.device, self.dtype).contiguous()
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        """A linear layer from a ``[out, in]`` weight of any float dtype."""
+        """Return a linear layer for a ``[out, in]`` weight of any float dtype."""
         if self.has_two_forms:
             return self._twice(lambda one: one.linear(weight, bias), weight)
         bias = self._maybe(bias)
@@ -169,7 +171,7 @@ class Placement:
         gate_bias: Tensor | None = None,
         up_bias: Tensor | None = None,
     ) -> Linear:
-        """``silu(gate(x)) * up(x)`` from the weights of two linears (SwiGLU; Shazeer, 2020)."""
+        """Return ``silu(gate(x)) * up(x)`` as a function of ``x`` (SwiGLU; Shazeer, 2020)."""
         if self.has_two_forms:
             return self._twice(lambda one: one.swiglu(gate, up, gate_bias, up_bias), gate, up)
         if self.format is WeightFormat.ONEDNN:
@@ -183,7 +185,7 @@ class Placement:
     def activated_linear(
         self, weight: Tensor, bias: Tensor | None, activation: Activation
     ) -> Linear:
-        """`linear`, then an activation. A ReLU is part of the matmul where that can do it."""
+        """Return `linear` with an activation after it. A ReLU is part of the matmul if possible."""
         if self.has_two_forms:
             return self._twice(lambda one: one.activated_linear(weight, bias, activation), weight)
         is_relu = activation is torch.relu_
@@ -195,7 +197,7 @@ class Placement:
         return lambda x: activation(linear(x))
 
     def _twice(self, make: Callable[[Placement], Linear], *weights: Tensor) -> Linear:
-        """A linear in both forms; the activations' dtype chooses (`pass_dtype`)."""
+        """Return a linear in both forms; the dtype of its input selects one (`pass_dtype`)."""
         many = make(replace(self, format=WeightFormat.ONEDNN))
         if any(weight.abs().max() > FLOAT16_MAX for weight in weights):
             return lambda x: many(x.to(self.dtype)).to(x.dtype)
@@ -203,11 +205,11 @@ class Placement:
         return lambda x: few(x) if x.dtype is torch.float32 else many(x)
 
     def _maybe(self, tensor: Tensor | None) -> Tensor | None:
-        """`tensor` of one that may be absent."""
+        """Return `tensor` of a tensor that may be absent."""
         return None if tensor is None else self.tensor(tensor)
 
     def rms_norm(self, weight: Tensor, eps: float) -> Norm:
-        """RMSNorm with a ``[hidden]`` weight of any float dtype."""
+        """Return an RMSNorm with a ``[hidden]`` weight of any float dtype."""
         if not self.fused:
             return RMSNorm(weight.to(self.device, torch.float32), eps)
         weight = self.tensor(weight)
@@ -216,8 +218,8 @@ class Placement:
         return fused_rms_norm(weight, eps)
 
     def layer_norm(self, size: int, weight: Tensor | None, bias: Tensor | None) -> Norm:
-        """LayerNorm over ``size``; weight and bias, of any float dtype, may be absent."""
-        if self.device.type == "cpu":  # whose layer norm takes them so beside any input
+        """Return a LayerNorm over ``size``; weight and bias, of any float dtype, may be absent."""
+        if self.device.type == "cpu":  # its layer norm takes float32 weights with any input
             wide = replace(self, dtype=torch.float32)
             return LayerNorm(size, wide._maybe(weight), wide._maybe(bias))
         weight, bias = self._maybe(weight), self._maybe(bias)
@@ -229,7 +231,7 @@ class Placement:
 
     @property
     def silu_mul(self) -> Activation:
-        """``silu(gate) * up`` for ``[tokens, 2 * n]`` holding gate, then up."""
+        """The function that returns ``silu(gate) * up`` of ``[tokens, 2 * n]``: gate, then up."""
         if not self.fused:
             return silu_mul
         from minserve.kernels.triton.silu_mul import silu_mul as fused_silu_mul
@@ -238,7 +240,7 @@ class Placement:
 
 
 class DenseLinear:
-    """``x W^T + b`` on the plain weight."""
+    """``x W^T + b`` with the plain weight."""
 
     __slots__ = ("bias", "weight")
 
@@ -250,17 +252,17 @@ class DenseLinear:
         return F.linear(x, self.weight, self.bias)
 
     def relu(self, x: Tensor) -> Tensor:
-        """``relu(x W^T + b)``; on a GPU both ride in the epilogue of cuBLASLt's matmul."""
+        """Return ``relu(x W^T + b)``; on a GPU, cuBLASLt adds and clamps within the matmul."""
         return torch._addmm_activation(self.bias, x, self.weight.t(), use_gelu=False)
 
 
 class OneDnnLinear:
-    """``x W^T + b`` on a weight prepacked for oneDNN."""
+    """``x W^T + b`` with a weight prepacked for oneDNN."""
 
     __slots__ = ("activation", "bias", "packed")
 
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none") -> None:
-        """``activation``: applied to the sums before they are rounded: none, relu, swish."""
+        """``activation``: none, relu or swish; applied to the sums before they are rounded."""
         self.bias = bias
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
         self.activation = activation
@@ -269,7 +271,7 @@ class OneDnnLinear:
         return _onednn(x, self.packed, self.bias, self.activation, [], "")
 
     def times(self, x: Tensor, factor: Tensor) -> Tensor:
-        """``(x W^T + b) * factor`` with one rounding; ``factor``: ``[rows, out]``."""
+        """Return ``(x W^T + b) * factor`` with one rounding; ``factor``: ``[rows, out]``."""
         return _onednn_binary(x, factor, self.packed, self.bias, "mul")
 
 
@@ -287,18 +289,18 @@ class Fp16Linear:
 
 
 class Norm(ABC):
-    """A norm over the last dimension, alone or behind a residual addition."""
+    """A norm over the last dimension, alone or after a residual addition."""
 
     __slots__ = ()
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
-        """The norm of ``[tokens, hidden]``, in its dtype."""
+        """Return the norm of ``[tokens, hidden]``, in its dtype."""
 
     def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The norm of ``x + residual``, and that sum.
+        """Return the norm of ``x + residual``, and that sum.
 
-        Either argument may be overwritten with the sum. ``residual`` is ``None`` where the
+        Either argument may be overwritten with the sum. ``residual`` is ``None`` if the
         residual stream begins with ``x``.
         """
         residual = x if residual is None else x.add_(residual)
@@ -308,7 +310,7 @@ class Norm(ABC):
 class RMSNorm(Norm):
     """``x / rms(x) * w`` over the last dimension, computed in float32 and rounded once.
 
-    A few small operations, since torch's own `rms_norm` is composed of more on a CPU.
+    It is a few small operations, since torch's own `rms_norm` consists of more on a CPU.
     """
 
     __slots__ = ("eps", "scale", "weight")
@@ -326,7 +328,7 @@ class RMSNorm(Norm):
         return wide.mul_(self._inverse(wide)).mul_(self.weight).to(x.dtype)
 
     def _inverse(self, x: Tensor) -> Tensor:
-        """``1 / rms(x)`` of float32 ``[tokens, hidden]``, ``[tokens, 1]``."""
+        """Return ``1 / rms(x)`` as ``[tokens, 1]``, for float32 ``[tokens, hidden]``."""
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return torch.addcmul(self.eps, norm, norm, value=self.scale).rsqrt_()
 
@@ -346,7 +348,7 @@ class LayerNorm(Norm):
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """``silu(gate) * up`` for ``[tokens, 2 * n]`` holding gate, then up."""
+    """Return ``silu(gate) * up`` of ``[tokens, 2 * n]``, which holds gate, then up."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
@@ -354,7 +356,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 class RotaryEmbedding:
     """RoPE (Su et al., 2021) for heads whose paired dimensions lie side by side.
 
-    Makes the rotations; attention backends carry them out, on the way into the KV cache.
+    It computes the rotations; attention backends apply them, before keys enter the KV cache.
 
     Checkpoints pair dimension ``i`` with ``i + head_dim / 2``; `interleave` reorders the
     rows of the query and key projections once so that each pair is one complex number
@@ -370,21 +372,21 @@ class RotaryEmbedding:
         self._cis = torch.polar(torch.ones_like(angles), angles).to(device)
 
     def rotations(self, positions: Tensor) -> Tensor:
-        """complex64 ``[num_tokens, 1, head_dim / 2]``: computed once per iteration."""
+        """Return complex64 ``[num_tokens, 1, head_dim / 2]``; called once per iteration."""
         return self._cis[positions].unsqueeze(1)
 
     @staticmethod
     def interleave(weight: Tensor, head_dim: int) -> Tensor:
-        """Reorder the rows of a projection (weight ``[out, in]`` or bias ``[out]``)."""
+        """Reorder and return the rows of a projection (weight ``[out, in]`` or bias ``[out]``)."""
         halves = weight.view(-1, 2, head_dim // 2, *weight.shape[1:])
         return halves.transpose(1, 2).reshape(weight.shape)
 
 
 def rope_frequencies(head_dim: int, parameters: dict[str, Any]) -> Tensor:
-    """float32 ``[head_dim / 2]``: radians per position of each pair.
+    """Return float32 ``[head_dim / 2]``: the radians per position of each pair.
 
-    Types ``default``, ``linear`` (Chen et al., 2023) and ``llama3`` (Llama 3.1's
-    piecewise scaling: long wavelengths divided by ``factor``, short ones kept, a ramp
+    Types are ``default``, ``linear`` (Chen et al., 2023) and ``llama3`` (Llama 3.1's piecewise
+    scaling: long wavelengths are divided by ``factor``, short ones are kept, with a ramp
     between).
 
     Raises:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class LlamaLayer:
-    """One decoder layer; query, key and value (gate and up) are one matmul each."""
+    """A decoder layer. Query, key and value share one matmul, and so do gate and up."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class LlamaLayer:
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """In the order of a pass; the third holds the MLP's activation."""
+        """The linears in the order of a pass; the third includes the MLP's activation."""
         return self.qkv, self.o_proj, self.mlp_in, self.down
 
     def __call__(
@@ -90,7 +90,15 @@ class LlamaLayer:
         backend: AttentionBackend,
         metadata: AttentionMetadata,
     ) -> tuple[Tensor, Tensor]:
-        """``x``, not yet added to the residual stream, and the stream; returns the next two."""
+        """Run the layer.
+
+        Args:
+            x: ``[num_tokens, hidden]``, not yet added to the residual stream.
+            residual: the residual stream; ``None`` before the first layer.
+
+        Returns:
+            the next ``x`` and ``residual``.
+        """
         heads, kv_heads = self.shape.num_heads, self.shape.num_kv_heads
         x, residual = self.input_norm.add(x, residual)
         qkv = self.qkv(x).view(-1, heads + 2 * kv_heads, self.shape.head_dim)
@@ -101,7 +109,7 @@ class LlamaLayer:
 
 
 class Llama(CausalLM):
-    """The model; weights are read from a checkpoint and repacked for their placement."""
+    """The model. Its weights are read from a checkpoint and repacked for their placement."""
 
     def __init__(self, checkpoint: Checkpoint, config: LlamaConfig, placement: Placement) -> None:
         self.shape = llama_shape(config)
@@ -145,7 +153,7 @@ class Llama(CausalLM):
 
 
 def llama_shape(config: LlamaConfig) -> ModelShape:
-    """Shape of a Llama config."""
+    """Return the shape of a Llama config."""
     return ModelShape(
         num_layers=config.num_hidden_layers,
         num_heads=config.num_attention_heads,

@@ -1,7 +1,7 @@
-"""Reading weights: `open_checkpoint` gives a model's tensors by their Hugging Face names.
+"""Reading weights: `open_checkpoint` returns a model's tensors by their Hugging Face names.
 
-Three formats: safetensors, pytorch_model.bin, GGUF. Nothing here runs code from a
-checkpoint: pickles are read with ``weights_only=True``.
+There are three formats: safetensors, pytorch_model.bin, GGUF. No code from a checkpoint is run:
+pickles are read with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ _GGUF_LAYER_NAMES = {
 
 
 def open_checkpoint(source: ModelSource, *, progress: bool = True) -> Checkpoint:
-    """Open a model's weights, in whichever format they are stored.
+    """Open a model's weights, whatever the format in which they are stored.
 
     A folder's single safetensors file is preferred, then sharded safetensors, then
-    pytorch_model.bin likewise. Use it as a context manager.
+    pytorch_model.bin in the same order. The result is a context manager.
 
     Raises:
-        ModelLoadError: where there are no weights, or a file is missing, cut short or corrupt.
+        ModelLoadError: if there are no weights, or a file is missing, cut short or corrupt.
     """
     if source.gguf_file is not None:
         return GGUFCheckpoint(source.gguf_file, progress=progress)
@@ -62,7 +62,7 @@ class Checkpoint(ABC):
     """A set of named tensors on disk, read one at a time.
 
     Names are Hugging Face names with their full prefix (``model.layers.0...``,
-    ``model.decoder.layers.0...``, ``lm_head.weight``), also where the file leaves out
+    ``model.decoder.layers.0...``, ``lm_head.weight``). This holds even if the file leaves out
     ``model.``, as checkpoints of a bare base model do.
     """
 
@@ -71,28 +71,28 @@ class Checkpoint(ABC):
         self._path = path
         self._files = dict(files)
         self._stored = {_full_name(name): name for name in files}
-        # A file with both spellings of a name means the one that needs no guessing.
+        # If a file has both spellings of a name, the full name counts.
         self._stored.update({name: name for name in files if _full_name(name) == name})
         self._progress = progress
         self._bar: tqdm | None = None
 
     def names(self) -> set[str]:
-        """Names of all tensors. A tied head has no ``lm_head.weight``."""
+        """Return the names of all tensors. A tied head has no ``lm_head.weight``."""
         return set(self._stored)
 
     def describe(self, name: str) -> str:
-        """The file that holds this tensor, for messages (the model's path if none does)."""
+        """Return the file that holds a tensor, for messages; the model's path if none does."""
         return str(self._files.get(self._stored.get(name, name), self._path))
 
     def get(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
         """Read one tensor, on the CPU, in its stored floating-point dtype (GGUF: float32).
 
-        ``shape`` is what the model expects; ``None`` takes any.
-        It may be a view of the mapped file: copy it, never write to it.
+        ``shape`` is the shape that the model expects; ``None`` allows any shape. The tensor may be
+        a view of the mapped file: copy it, never write to it.
 
         Raises:
-            ModelLoadError: naming file and tensor, where it is missing, unreadable, of
-                another shape, or not of a floating-point dtype.
+            ModelLoadError: naming file and tensor, if the tensor is missing, unreadable, of another
+                shape, or not of a floating-point dtype.
         """
         if name not in self._stored:
             raise ModelLoadError(f"{self._path}: tensor {name!r} is missing")
@@ -109,10 +109,10 @@ class Checkpoint(ABC):
         return tensor
 
     def get_ids(self, name: str, below: int) -> torch.Tensor:
-        """Read a vector of different token ids, int64.
+        """Read a vector of token ids, which must all differ and lie below ``below``; int64.
 
         Raises:
-            ModelLoadError: where it is missing, unreadable or something else.
+            ModelLoadError: if the vector is missing, unreadable or holds something else.
         """
         if name not in self._stored:
             raise ModelLoadError(f"{self._path}: tensor {name!r} is missing")
@@ -127,12 +127,15 @@ class Checkpoint(ABC):
         return ids.long()
 
     def num_parameters(self) -> int:
-        """Elements of all tensors together, from headers; pytorch_model.bin has none and is loaded."""
+        """Return the number of elements of all tensors, from the files' headers.
+
+        pytorch_model.bin has no header, so it is loaded.
+        """
         return sum(self._num_elements(stored, file) for stored, file in self._files.items())
 
     @abstractmethod
     def _num_elements(self, stored: str, file: Path) -> int:
-        """Of one tensor."""
+        """Return the number of elements of one tensor."""
 
     @abstractmethod
     def _read(self, stored: str, file: Path) -> torch.Tensor:
@@ -140,7 +143,7 @@ class Checkpoint(ABC):
 
     def _advance(self) -> None:
         if self._bar is None:
-            # On a terminal alone (None): in a log it would leave a line per update.
+            # Only on a terminal (None): in a log every update would add a line.
             self._bar = tqdm(
                 total=len(self._stored),
                 desc="Loading weights",
@@ -167,7 +170,7 @@ def _full_name(stored: str) -> str:
 
 
 def _shard_index(folder: Path, file: str) -> dict[str, Path] | None:
-    """Stored name -> shard from ``<file>.index.json``; ``None`` where one file holds all."""
+    """Return stored name -> shard from ``<file>.index.json``; ``None`` if one file holds all."""
     index = folder / f"{file}.index.json"
     if (folder / file).is_file() or not index.is_file():
         return None
@@ -213,7 +216,11 @@ class SafetensorsCheckpoint(Checkpoint):
         return self._ask(file, stored, lambda handle: handle.get_tensor(stored))
 
     def _ask(self, file: Path, stored: str, ask: Callable[[Any], Any]) -> Any:
-        """What an open file says of a tensor."""
+        """Return what ``ask`` finds out about a tensor from its open file.
+
+        Raises:
+            ModelLoadError: if the file or the tensor cannot be read.
+        """
         from safetensors import SafetensorError
 
         try:
@@ -299,7 +306,7 @@ class GGUFCheckpoint(Checkpoint):
 
 
 def _name_from_gguf(name: str) -> str | None:
-    """The Hugging Face name of a llama tensor; ``None`` for one that is no weight."""
+    """Return the Hugging Face name of a llama tensor; ``None`` for a tensor that is no weight."""
     stem, _, suffix = name.rpartition(".")
     if stem in _GGUF_NAMES:
         return f"{_GGUF_NAMES[stem]}.{suffix}"
@@ -310,10 +317,10 @@ def _name_from_gguf(name: str) -> str | None:
 
 
 def _unpermute(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Put the rows of a q or k projection back from GGUF's order into Hugging Face's.
+    """Put the rows of a q or k projection back from GGUF's order into Hugging Face's order.
 
     GGUF rotates neighbouring rows (0, 1), (2, 3), ..; Hugging Face rotates row i of a head
-    with row i + head_dim / 2. ``[heads * head_dim, ...]`` in and out.
+    with row i + head_dim / 2. Input and output are ``[heads * head_dim, ...]``.
     """
     pairs = tensor.view(heads, tensor.shape[0] // heads // 2, 2, *tensor.shape[1:])
     return pairs.transpose(1, 2).reshape(tensor.shape)

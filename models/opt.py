@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Activation] = {"relu": torch.relu_, "gelu": F.gelu}
 
 
 class OPTLayer:
-    """One decoder layer. ``pre_norm`` is false for OPT-350m alone."""
+    """A decoder layer. ``pre_norm`` is false only for OPT-350m."""
 
     def __init__(
         self, checkpoint: Checkpoint, index: int, config: OPTConfig, placement: Placement
@@ -60,7 +60,7 @@ class OPTLayer:
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """In the order of a pass; the third holds the MLP's activation."""
+        """The linears in the order of a pass; the third includes the MLP's activation."""
         return self.qkv, self.out, self.fc1, self.fc2
 
     def __call__(
@@ -71,9 +71,15 @@ class OPTLayer:
         backend: AttentionBackend,
         metadata: AttentionMetadata,
     ) -> tuple[Tensor, Tensor | None]:
-        """``x``, not yet added to the residual stream, and the stream; returns the next two.
+        """Run the layer.
 
-        Between post-norm layers ``x`` is the stream itself, and ``residual`` is ``None``.
+        Args:
+            x: ``[num_tokens, hidden]``, not yet added to the residual stream.
+            residual: the residual stream; ``None`` before the first layer. Between post-norm
+                layers ``x`` is the stream itself, and ``residual`` is ``None``.
+
+        Returns:
+            the next ``x`` and ``residual``.
         """
         if self.pre_norm:
             x, residual = self.attention_norm.add(x, residual)
@@ -91,7 +97,7 @@ class OPTLayer:
 
 
 class OPT(CausalLM):
-    """The model; weights are read from a checkpoint and repacked for their placement."""
+    """The model. Its weights are read from a checkpoint and repacked for their placement."""
 
     def __init__(self, checkpoint: Checkpoint, config: OPTConfig, placement: Placement) -> None:
         self.shape = opt_shape(config)
@@ -153,7 +159,7 @@ class OPT(CausalLM):
 
 
 def opt_shape(config: OPTConfig) -> ModelShape:
-    """Shape of an OPT config."""
+    """Return the shape of an OPT config."""
     head_dim = config.hidden_size // config.num_attention_heads
     return ModelShape(
         num_layers=config.num_hidden_layers,

@@ -2,9 +2,9 @@
 
 Weights are quantized symmetrically per output channel at load. Activations are quantized per
 token at each call, to 8 bits as well, within FBGEMM's kernel, which multiplies integers and
-sums them in int32. Both are rotated first, which the product does not notice, so that no
+sums them in int32. Weights and activations are rotated first. The product stays the same, and no
 channel stands out and takes the precision of the others (QuaRot, Ashkboos et al., 2024).
-docs/quantization.md has the speed and quality beside other forms.
+docs/quantization.md compares speed and quality with those of other forms.
 """
 
 from __future__ import annotations
@@ -15,26 +15,29 @@ import warnings
 import torch
 from torch import Tensor
 
-# Rows that are quantized at once: a head of many rows must not stand in memory in float32.
+# Rows that are quantized at once: a head of many rows must not be held in memory in float32.
 _CHUNK_ROWS = 8192
-# Channels that are rotated together, at most. More cost time and bring no quality.
+# Most channels that are rotated together. More cost time and do not improve quality.
 _MOST_ROTATED = 32
 _TINY = torch.finfo(torch.float32).tiny
-# The operator itself: on the way through torch.ops a packed weight costs microseconds a call.
+# The operator itself: a call through torch.ops with a packed weight takes microseconds longer.
 _fbgemm_int8 = torch.ops.quantized.linear_dynamic.default._op
 
 
 def int8_is_supported() -> bool:
-    """Whether torch has FBGEMM's kernels here (x86 with AVX2 or newer)."""
+    """Return whether torch has FBGEMM's kernels on this machine (x86 with AVX2 or newer)."""
     return "fbgemm" in torch.backends.quantized.supported_engines
 
 
 def quantize_rows(weight: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
-    """Int8 values and float32 scales of a ``[out, in]`` weight whose groups of columns are
-    rotated: ``values * scales[:, None]``.
+    """Quantize a ``[out, in]`` weight whose groups of columns are rotated.
 
-    Symmetric, the largest of each row at 127, so that no value is further off than half of
-    its row's scale.
+    Returns:
+        int8 values ``[out, in]`` and float32 scales ``[out]``; the weight is about
+        ``values * scales[:, None]``.
+
+    Quantization is symmetric, with the largest value of each row at 127, so that no value is
+    further off than half of its row's scale.
     """
     values = torch.empty(weight.shape, dtype=torch.int8)
     scales = torch.empty(weight.shape[0])
@@ -48,10 +51,10 @@ def quantize_rows(weight: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotation(width: int) -> Tensor:
-    """A float32 Hadamard matrix for groups of neighbouring channels, ``[group, group]``.
+    """Return a float32 Hadamard matrix for groups of neighbouring channels, ``[group, group]``.
 
-    Symmetric and its own inverse. The group is the largest power of two, up to 32, that
-    divides ``width``.
+    The matrix is symmetric and its own inverse. The group is the largest power of two, up to 32,
+    that divides ``width``.
     """
     group = math.gcd(width, _MOST_ROTATED)
     matrix = torch.ones(1, 1)
@@ -61,16 +64,16 @@ def rotation(width: int) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """``[rows, width]`` in float32, each group of neighbouring channels rotated."""
+    """Return ``[rows, width]`` in float32, with each group of neighbouring channels rotated."""
     return (x.float().reshape(-1, len(rotation)) @ rotation).view(x.shape)
 
 
 class Int8Linear:
-    """``x W^T + b`` with weight and activations in int8, sums in int32, output as ``x``.
+    """``x W^T + b`` with weight and activations in int8, sums in int32, output in ``x``'s dtype.
 
-    FBGEMM quantizes a batch as a whole, by its smallest and largest value. So that a token
-    with large values does not cost the others their precision, each token is divided by its
-    own largest magnitude first, and the product multiplied by it.
+    FBGEMM quantizes a batch as a whole, by its smallest and largest value. A token with large
+    values must not cost the other tokens their precision. So each token is divided by its own
+    largest magnitude first, and the product is multiplied by it.
     """
 
     __slots__ = ("bias", "packed", "reduce_range", "rotation")
@@ -80,7 +83,7 @@ class Int8Linear:
         self.rotation = rotation(weight.shape[1])
         values, scales = quantize_rows(weight, self.rotation)
         with warnings.catch_warnings():
-            # Of tensors of quantized dtype; FBGEMM's packing takes no other form.
+            # Tensors of quantized dtype are deprecated; FBGEMM's packing takes no other form.
             warnings.filterwarnings("ignore", message=".*deprecated", category=UserWarning)
             quantized = torch._make_per_channel_quantized_tensor(
                 values, scales.double(), torch.zeros(len(scales), dtype=torch.int64), 0
@@ -105,5 +108,5 @@ class Int8Linear:
         return out.to(x.dtype)
 
     def _multiply(self, x: Tensor) -> Tensor:
-        """``[rows, in]`` to ``[rows, out]`` in float32."""
+        """Multiply ``[rows, in]`` by the weight; returns float32 ``[rows, out]``."""
         return _fbgemm_int8(x, self.packed, self.reduce_range)

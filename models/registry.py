@@ -1,4 +1,4 @@
-"""Which class serves which architecture."""
+"""The model class of each architecture."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def build_model(checkpoint: Checkpoint, config: ModelConfig, placement: Placemen
     """Read a model's weights into the class of its family.
 
     Raises:
-        ModelLoadError: where a tensor is missing or wrong.
+        ModelLoadError: if a tensor is missing or wrong.
     """
     family = Llama if isinstance(config, LlamaConfig) else OPT
     model = family(checkpoint, config, placement)

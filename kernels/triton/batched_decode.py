@@ -1,13 +1,12 @@
 """Attention of decodes over the paged KV cache: a few query tokens against a long context.
 
 Flash-decoding (Dao et al., 2023): the context of a sequence is split over programs, so that
-a small batch fills the device as well. Whichever program of a sequence comes last merges its
+a small batch fills the device as well. The program of a sequence that ends last merges the
 splits by their log-sum-exp: a second kernel would cost every layer a launch.
 All query heads that share a KV head, and all query tokens of a sequence (several while
 drafts are verified), are the rows of one tile: keys and values are read once for them.
 
-How long a split is, is decided on the device from the lengths in the batch (`_plan_kernel`),
-so that a captured CUDA graph splits every batch anew.
+The length of a split is decided on the device from the lengths in the batch (`_plan_kernel`),
 """
 
 from __future__ import annotations
@@ -23,16 +22,19 @@ from torch import Tensor
 from minserve.kernels.triton.online_softmax import LOG2_E, softmax_step
 
 MOST_SPLITS = 32
-# A split has at least so many tokens: one of fewer costs more to begin and to merge than it saves.
+# Tokens in a split, at least: a shorter split costs more to begin and to merge than it saves.
 LEAST_SPLIT = 256
-# Where the host does not know the lengths, there are up to so many times as many programs as the
-# device runs at a time, for lengths may differ much. Those that find no work cost little, not nothing.
+# If the host does not know the lengths, which may differ much, up to so many times as many programs
+# are launched as the device runs at a time. A program that finds no work costs little, not nothing.
 SKEW = 3
 
 
 class DecodeTile(NamedTuple):
-    """Shape of one program: rows (query tokens x heads of a group), and tokens of context at
-    a time.
+    """Shape of one program.
+
+    Attributes:
+        block_m: rows, which are query tokens x heads of a group.
+        block_n: tokens of context at a time.
     """
 
     block_m: int
@@ -44,10 +46,10 @@ class DecodeTile(NamedTuple):
 def decode_tile(
     num_rows: int, head_dim: int, dtype: torch.dtype, fills_device: bool = True
 ) -> DecodeTile:
-    """The tile for so many rows per sequence and KV head.
+    """Return the tile for so many rows per sequence and KV head.
 
     Args:
-        fills_device: whether there are about as many programs as the device runs at a time.
+        fills_device: true if there are about as many programs as the device runs at a time.
     """
     block_m = min(64, max(16, triton.next_power_of_2(num_rows)))
     block_n = 64 if head_dim <= 128 else 32
@@ -55,15 +57,15 @@ def decode_tile(
         return DecodeTile(min(block_m, 32), block_n // 2, num_warps=4, num_stages=2)
     if block_m > 32:
         return DecodeTile(block_m, 32, num_warps=8, num_stages=3)
-    # Loads take all the time: more programs at a time are better than more stages, if there are
-    # more programs.
+    # Loads take all the time. More programs at a time are better than more stages, if there are
+    # enough programs.
     few_stages = block_m == 16 and fills_device
     return DecodeTile(block_m, block_n, num_warps=4, num_stages=2 if few_stages else 3)
 
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
-    """One iteration's decodes, for every layer's `batched_decode`.
+    """The decodes of an iteration, planned for every layer's `batched_decode`.
 
     Attributes:
         starts: int64 ``[num_seqs + 1]``: first query token of each sequence, then the end.
@@ -71,13 +73,13 @@ class DecodePlan:
             query tokens, for padding.
         tables: int64 ``[num_seqs, max_blocks]``.
         split_len: int64 ``[1]``: tokens of context per split.
-        num_splits: of the longest sequence, at most.
-        most_queries: of a sequence.
+        num_splits: upper bound on the splits of the longest sequence.
+        most_queries: most query tokens of a sequence.
         partial: float32 ``[num_tokens, num_heads, num_splits, head_dim]``: the splits' outputs;
-            empty where there is one split.
+            empty if there is one split.
         lse: float32 ``[num_tokens, num_heads, num_splits]``: log2 of their sums of exponentials.
-        arrived: int32 ``[num_seqs * tiles of a sequence * num_kv_heads]``: how many splits are
-            through; 0 between launches.
+        arrived: int32 ``[num_seqs * tiles of a sequence * num_kv_heads]``: number of splits that
+            have ended; 0 between launches.
     """
 
     starts: Tensor
@@ -111,15 +113,15 @@ def plan_decodes(
     dtype: torch.dtype,
     num_programs: int,
 ) -> DecodePlan:
-    """Decide the splits of a batch. Enqueues work, waits for nothing.
+    """Decide the splits of a batch. It enqueues work and does not wait for the device.
 
     Args:
         starts, lengths, tables: as in `DecodePlan`.
         num_tokens: query tokens, at least as many as the sequences have.
         most_queries, longest: bounds on query tokens and length of a sequence.
-        total: the sum of the lengths, ``None`` where the host does not know it.
-        dtype: of queries and KV.
-        num_programs: how many programs the device runs at a time.
+        total: the sum of the lengths; ``None`` if the host does not know it.
+        dtype: dtype of queries and KV.
+        num_programs: number of programs that the device runs at a time.
     """
     rows = most_queries * (num_heads // num_kv_heads)
     tile = decode_tile(rows, head_dim, dtype)
@@ -128,7 +130,7 @@ def plan_decodes(
     if total is None:
         num_splits = triton.cdiv(SKEW * num_programs, max(1, num_pairs))
     else:
-        # As long as those that `_plan_kernel` will find.
+        # As long as the splits that `_plan_kernel` will find.
         fair = triton.cdiv(total * programs_per_seq, num_programs)
         num_splits = triton.cdiv(longest, _whole_tiles(max(fair, LEAST_SPLIT)))
     num_splits = min(num_splits, max(1, triton.cdiv(longest, LEAST_SPLIT)), MOST_SPLITS)
@@ -156,7 +158,7 @@ def plan_decodes(
 
 
 def _whole_tiles(num_tokens: int) -> int:
-    """At least so many tokens, a multiple of any tile's."""
+    """Return at least ``num_tokens``, as a multiple of any tile's ``block_n``."""
     return triton.cdiv(num_tokens, 64) * 64
 
 
@@ -173,7 +175,7 @@ def batched_decode(
     Args:
         query: ``[num_tokens, num_heads, head_dim]``; rows may be strided.
         key_cache, value_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]``, contiguous.
-        out: ``[num_tokens, num_heads, head_dim]``, contiguous: written.
+        out: ``[num_tokens, num_heads, head_dim]``, contiguous; receives the result.
         scale: factor on the scores.
     """
     if plan.num_seqs == 0:
@@ -212,8 +214,8 @@ def batched_decode(
     )
 
 
-# What differs from batch to batch is not specialized: a kernel compiled for each of its values
-# would stall whoever meets a new one. The inputs of a batch lie in one buffer, at any address.
+# Values that differ from batch to batch are not specialized: a kernel compiled for each new value
+# would stall the requests of that batch. The inputs of a batch lie in one buffer, at any address.
 @triton.jit(
     do_not_specialize=[
         "lengths_ptr",
@@ -233,8 +235,10 @@ def _plan_kernel(
     LEAST_SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Tokens per split: as many programs as are wanted get about the same number of tokens, as far
-    as the longest sequence then has no more than ``num_splits`` splits. A multiple of any tile.
+    """Store the tokens per split, a multiple of any tile's ``block_n``.
+
+    All of ``num_programs`` programs get about the same number of tokens, unless the longest
+    sequence would then have more than ``num_splits`` splits.
     """
     total = tl.zeros([BLOCK], dtype=tl.int64)
     longest = tl.zeros([BLOCK], dtype=tl.int64)
@@ -285,12 +289,12 @@ def _decode_kernel(
     BLOCK_D: tl.constexpr,
     MOST_SPLITS: tl.constexpr,
 ):
-    """One split of one sequence's context, for one KV head and a tile of its queries.
+    """Compute one split of a sequence's context, for one KV head and a tile of its queries.
 
     Row r of a sequence's queries is head ``r % group`` of query token ``r // group``.
     """
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
-    # Splits loaded at a time when they are merged, as far as there are registers.
+    # Splits loaded at a time when they are merged, as many as registers allow.
     UNROLL: tl.constexpr = 4 if BLOCK_M == 16 else 1
     kv_head = tl.program_id(0)
     seq = tl.program_id(1) // num_tiles
@@ -320,8 +324,8 @@ def _decode_kernel(
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     table_ptr = tables_ptr + seq.to(tl.int64) * table_stride
-    # The next piece's blocks are looked up while this one is computed: loads of keys and values
-    # that waited for another load in the same turn would not be pipelined.
+    # The next piece's blocks are looked up while this piece is computed: loads of keys and values
+    # that waited for another load of the same loop turn would not be pipelined.
     ahead = begin + tl.arange(0, BLOCK_N)
     next_block = tl.load(table_ptr + ahead // BLOCK_SIZE, mask=ahead < end, other=0).to(tl.int32)
     for first in range(begin, end, BLOCK_N):
@@ -341,7 +345,7 @@ def _decode_kernel(
         scores = tl.dot(query, key, input_precision="ieee") * scale
         is_seen = is_there[None, :] & (context[None, :] <= position[:, None])
         scores = tl.where(is_seen, scores, float("-inf"))
-        # A row may see nothing of a whole split: the drafted tokens at its end come later.
+        # A row may see nothing of a whole split: drafted tokens at the split's end come after it.
         weights, decay, best, total = softmax_step(scores, best, total, MAY_SEE_NOTHING=True)
         value = tl.load(
             value_ptr + offset[:, None] + dim[None, :],
@@ -371,7 +375,7 @@ def _decode_kernel(
     if tl.atomic_add(arrived_ptrs, 1, sem="acq_rel") < num_used - 1:
         return
     tl.store(arrived_ptrs, 0)  # for the next layer
-    # What other programs wrote is read past the first cache, which may hold older values.
+    # What other programs wrote is read past the first-level cache, which may hold older values.
     splits = tl.arange(0, MOST_SPLITS)
     all_lse = tl.load(
         lse_ptrs[:, None] + splits[None, :],

@@ -1,11 +1,11 @@
 """Attention of prefill chunks over the paged KV cache, all chunks of a batch in one launch.
 
 FlashAttention-2 (Dao, 2023): a program holds a tile of one head's queries and walks over the
-context from its first token, found through the block table, to the tile's last query. What
-every query of the tile may see is not masked; the rest is, causally.
+context, found through the block table, from the first token to the tile's last query. Context that
+every query of the tile may see is not masked; the rest is masked causally.
 
-Where tiles are too few to fill the device (a short chunk behind a long context), that walk is
-split over programs; whichever of a tile comes last merges the splits, as in `batched_decode`.
+If tiles are too few to fill the device (a short chunk after a long context), that walk is split
+over programs; the program of a tile that ends last merges the splits, as in `batched_decode`.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from minserve.kernels.triton.online_softmax import LOG2_E, softmax_step
 from minserve.kernels.upload import to_device
 
 MOST_SPLITS = 8
-# A split has at least so many tokens: one of fewer costs more to begin and to merge than it saves.
+# Tokens in a split, at least: a shorter split costs more to begin and to merge than it saves.
 LEAST_SPLIT = 512
-# Up to so many tokens a chunk is short; from so many on it fills the device with tiles of any size.
+# A chunk of at most so many tokens is short; from so many on, it fills the device with any tile.
 SHORT_CHUNK, LONG_CHUNK = 64, 8192
-# Where another tile is chosen.
+# Chunk sizes from which on another tile is chosen.
 CHUNK_SIZES = (1, SHORT_CHUNK + 1, LONG_CHUNK)
 
 
 class PrefillTile(NamedTuple):
-    """Shape of one program: queries, and tokens of context at a time."""
+    """Shape of one program: ``block_m`` queries, and ``block_n`` tokens of context at a time."""
 
     block_m: int
     block_n: int
@@ -41,11 +41,11 @@ class PrefillTile(NamedTuple):
 
 
 def prefill_tile(longest: int, head_dim: int, dtype: torch.dtype, capability: int) -> PrefillTile:
-    """The tile for a batch whose longest chunk has so many tokens.
+    """Return the tile for a batch whose longest chunk has so many tokens.
 
     Args:
-        capability: the device's compute capability, times ten. Where the tensor cores read
-            their operands from registers (before 90, and from 120 on), fewer are at hand.
+        capability: the device's compute capability, times ten. Below 90, and from 120 on, the
+            tensor cores read their operands from registers, so fewer registers are free.
     """
     if dtype is torch.float32:
         return PrefillTile(32, 32 if head_dim <= 128 else 16, num_warps=8, num_stages=2)
@@ -64,17 +64,18 @@ def prefill_tile(longest: int, head_dim: int, dtype: torch.dtype, capability: in
 
 @dataclass(frozen=True, slots=True)
 class PrefillPlan:
-    """One iteration's prefill chunks, for every layer's `chunked_prefill`.
+    """The prefill chunks of an iteration, planned for every layer's `chunked_prefill`.
 
     Attributes:
-        tiles: int64 ``[num_tiles, 2]``, of `prefill_tiles`.
-        split_len: tokens of context per split, a multiple of the tile's.
-        num_splits: of the tile with most context.
+        tiles: int64 ``[num_tiles, 2]``: the result of `prefill_tiles`.
+        split_len: tokens of context per split, a multiple of the tile's ``block_n``.
+        num_splits: number of splits of the tile with the most context.
         partial: float32 ``[num_tiles, num_heads, num_splits, block_m, head_dim]``: the splits'
-            outputs; empty where there is one split.
+            outputs; empty if there is one split.
         lse: float32 ``[num_tiles, num_heads, num_splits, block_m]``: log2 of their sums of
             exponentials.
-        arrived: int32 ``[num_tiles, num_heads]``: how many splits are through; 0 between launches.
+        arrived: int32 ``[num_tiles, num_heads]``: number of splits that have ended; 0 between
+            launches.
     """
 
     tile: PrefillTile
@@ -97,12 +98,12 @@ def plan_prefills(
     num_programs: int,
     device: torch.device,
 ) -> PrefillPlan:
-    """Decide tiles and splits of a batch. Enqueues work, waits for nothing.
+    """Decide tiles and splits of a batch. It enqueues work and does not wait for the device.
 
     Args:
         query_start_loc, seq_lens: as in `AttentionMetadata`.
-        first_seq: of the prefill chunks.
-        num_programs: how many the device runs at a time.
+        first_seq: index of the first sequence that is a prefill chunk.
+        num_programs: number of programs that the device runs at a time.
     """
     tiles = prefill_tiles(query_start_loc, seq_lens, first_seq, tile.block_m)
     longest = max(seq_lens[first_seq:], default=1)
@@ -131,12 +132,13 @@ def plan_prefills(
 def prefill_tiles(
     query_start_loc: Sequence[int], seq_lens: Sequence[int], first_seq: int, block_m: int
 ) -> list[tuple[int, int]]:
-    """Which programs run: (sequence, its first query token), those with most context first, so
-    that no long one is left over at the end.
+    """Return the tiles, as pairs (sequence, its first query token of the tile).
+
+    Tiles with the most context come first, so that no long tile is left over at the end.
 
     Args:
         query_start_loc, seq_lens: as in `AttentionMetadata`.
-        first_seq: of the prefill chunks.
+        first_seq: index of the first sequence that is a prefill chunk.
     """
     tiles = []
     for seq in range(first_seq, len(seq_lens)):
@@ -164,7 +166,7 @@ def chunked_prefill(
         query: ``[num_tokens, num_heads, head_dim]``; rows may be strided.
         key_cache, value_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]``, contiguous.
         out: ``[num_tokens, num_heads, head_dim]``, contiguous: the chunks' rows are written.
-        starts, lengths, tables: of all sequences of the batch, int64: ``[num_seqs + 1]``,
+        starts, lengths, tables: int64, for all sequences of the batch: ``[num_seqs + 1]``,
             ``[num_seqs]``, ``[num_seqs, max_blocks]``.
         scale: factor on the scores.
     """
@@ -206,7 +208,7 @@ def chunked_prefill(
     )
 
 
-# What differs from batch to batch is not specialized: see `batched_decode`.
+# Values that differ from batch to batch are not specialized: see `batched_decode`.
 @triton.jit(
     do_not_specialize=[
         "starts_ptr",
@@ -244,10 +246,10 @@ def _prefill_kernel(
     HIGH: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """One tile of one head's queries, or one split of the context that it sees.
+    """Compute one tile of one head's queries, over its context or over one split of it.
 
-    A head of 80 or 96 dimensions is computed as its first 64 and the other 16 or 32: as one
-    power of two it would cost as much as 128.
+    A head of 80 or 96 dimensions is computed as its first 64 and its other 16 or 32 dimensions:
+    rounded up to one power of two it would cost as much as 128.
     """
     head = tl.program_id(0)
     kv_head = head // (NUM_HEADS // NUM_KV_HEADS)
@@ -316,7 +318,7 @@ def _prefill_kernel(
         if tl.atomic_add(arrived_ptr + place, 1, sem="acq_rel") < num_used - 1:
             return
         tl.store(arrived_ptr + place, 0)  # for the next layer
-        # What other programs wrote is read past the first cache, which may hold older values.
+        # What other programs wrote is read past the first-level cache, which may hold older values.
         best = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
         total = tl.zeros([BLOCK_M], dtype=tl.float32)
         acc_low = tl.zeros([BLOCK_M, LOW], dtype=tl.float32)
@@ -372,10 +374,10 @@ def _attend(
     MASKED: tl.constexpr,
     MAY_SEE_NOTHING: tl.constexpr,
 ):
-    """Go on over the context in [begin, until); masked, where not all rows may see all of it.
+    """Continue over the context in [begin, until); masked if some row may not see all of it.
 
-    From the context's beginning on every row has seen a token when the first tile of it is
-    through, so that `best` is finite from then on. Of a later split it may see nothing.
+    A walk from the context's beginning has seen a token in every row after its first piece, so
+    that `best` is finite from then on. In a later split a row may see nothing.
     """
     is_high = high < HEAD_DIM
     # The next piece's blocks are looked up ahead: see `batched_decode`.

@@ -42,15 +42,17 @@ def layer_norm(
     eps: float,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``(x - mean) / sqrt(variance + eps) * weight + bias`` of each row, or of ``residual + x``.
+    """Return ``(x - mean) / sqrt(variance + eps) * weight + bias`` of each row of ``x``.
 
-    Computed in float32 and rounded once, as torch's `layer_norm`; a sum with ``residual``
-    is rounded before.
+    With ``residual``, return it of each row of ``residual + x``.
+
+    It is computed in float32 and rounded once, as in torch's `layer_norm`; a sum with ``residual``
+    is rounded first.
 
     Args:
         x: ``[tokens, size]``, contiguous, float16, bfloat16 or float32; ``size`` at most 16384.
         weight, bias: ``[size]``; either may be absent.
-        residual: as ``x``; the sum is left in it.
+        residual: shape and dtype as ``x``; the sum is left in it.
 
     Returns:
         ``[tokens, size]`` in the dtype of ``x``.

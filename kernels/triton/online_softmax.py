@@ -1,4 +1,4 @@
-"""Softmax over a context that is seen piece by piece (Milakov and Gimelshein, 2018).
+"""Softmax over a context that is read piece by piece (Milakov and Gimelshein, 2018).
 
 Weights are powers of two, for which the device has an instruction: scores are scaled by log2(e).
 """
@@ -13,16 +13,17 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def softmax_step(scores, best, total, MAY_SEE_NOTHING: tl.constexpr):
-    """Take in the next piece of the context.
+    """Include the next piece of the context.
 
     Args:
-        scores: ``[rows, tokens]``, -inf for what a row does not see.
-        best, total: ``[rows]``: the largest score so far, and the sum of all weights over it.
-        MAY_SEE_NOTHING: a row may have seen nothing yet when the piece is through.
+        scores: ``[rows, tokens]``, -inf where a row does not see a token.
+        best: ``[rows]``: the largest score so far.
+        total: ``[rows]``: the sum of the weights so far, relative to ``best``.
+        MAY_SEE_NOTHING: true if a row may have seen no token even after this piece.
 
     Returns:
-        the piece's weights, the factor that is due on all that was summed up before, and
-        the next ``best`` and ``total``.
+        the piece's weights, the factor to apply to all earlier sums, and the next ``best`` and
+        ``total``.
     """
     new_best = tl.maximum(best, tl.max(scores, 1))
     shift = tl.where(new_best == float("-inf"), 0.0, new_best) if MAY_SEE_NOTHING else new_best

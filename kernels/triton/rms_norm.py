@@ -32,14 +32,14 @@ def _rms_norm_kernel(
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``x / rms(x) * weight`` of each row, or the same of ``residual + x``.
+    """Return ``x / rms(x) * weight`` of each row of ``x``, or of ``residual + x``.
 
-    Computed in float32 and rounded where the torch form rounds: the sum and the result.
+    It is computed in float32 and rounded where the torch form rounds: the sum and the result.
 
     Args:
         x: ``[tokens, size]``, contiguous, float16, bfloat16 or float32; ``size`` at most 16384.
         weight: ``[size]``.
-        residual: as ``x``; the sum is left in it.
+        residual: shape and dtype as ``x``; the sum is left in it.
 
     Returns:
         ``[tokens, size]`` in the dtype of ``x``.

@@ -1,4 +1,4 @@
-"""What kernels with one program per row share: their launch, and the residual addition."""
+"""The launch and the residual addition of kernels with one program per row."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import triton.language as tl
 
 
 def row_launch(size: int) -> dict[str, int]:
-    """``BLOCK`` (a power of two that holds a row) and ``num_warps`` for rows of a size.
+    """Return ``BLOCK`` (a power of two that holds a row) and ``num_warps`` for rows of a size.
 
-    Sixteen elements a thread: enough loads in flight to hide memory's latency, few enough
-    for registers. At 16384, the widest row served, it is 32.
+    Each thread has sixteen elements: enough loads in flight to hide memory's latency, few enough
+    for registers. At 16384, the widest row that is supported, it has 32.
     """
     block = triton.next_power_of_2(size)
     return {"BLOCK": block, "num_warps": min(16, max(4, block // 512))}
@@ -18,7 +18,10 @@ def row_launch(size: int) -> dict[str, int]:
 
 @triton.jit
 def load_sum(x, residual, offsets, mask):
-    """A row in float32: of ``x``, or of the rounded sum with ``residual``, which is left there."""
+    """Return a row of ``x``, or of the rounded ``x + residual``, in float32.
+
+    The rounded sum is left in ``residual``.
+    """
     row = tl.load(x + offsets, mask, other=0.0).to(tl.float32)
     if residual is not None:
         row += tl.load(residual + offsets, mask, other=0.0).to(tl.float32)

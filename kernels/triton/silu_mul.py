@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-# Eight elements a thread: one load of 16 bytes in half precision.
+# Eight elements per thread: one load of 16 bytes in half precision.
 BLOCK, NUM_WARPS = 1024, 4
 
 
@@ -24,9 +24,9 @@ def _silu_mul_kernel(out, gate_up, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) * up``, the rows of ``gate_up`` holding gate, then up.
+    """Return ``silu(gate) * up``, where the rows of ``gate_up`` hold gate, then up.
 
-    Computed in float32 and rounded where the torch form rounds: silu and the product.
+    It is computed in float32 and rounded where the torch form rounds: silu and the product.
 
     Args:
         gate_up: ``[tokens, 2 * n]``, contiguous, float16, bfloat16 or float32.

@@ -1,10 +1,11 @@
 """Truncation by min_p, top_k and top_p in one launch, without a sort: one program per row.
 
-What is kept is the rule of `minserve.kernels.truncation`. Weights are compared as whole numbers,
-the bits of floats, and the border of top_k, then of top_p, is found by bisection on them. Each
-look at the row sums up what lies above the middle and finds the weights next to it on both sides,
-which are the next ends: so the search stops as soon as one weight is left between them, after some
-15 looks in all for a usual vocabulary, and after 2 where one token has all the mass.
+`minserve.kernels.truncation` defines which weights are kept. Weights are compared as whole numbers,
+the bits of floats. The border of top_k, then that of top_p, is found by bisection on these numbers.
+Each look at the row sums up the weights above the middle, and finds the weights next to the middle
+on both sides, which are the next ends of the search. So the search stops as soon as one weight is
+left between them: after about 15 looks in all for a usual vocabulary, and after 2 if one token has
+all the mass.
 """
 
 from __future__ import annotations
@@ -17,25 +18,27 @@ from minserve.kernels import truncation
 from minserve.kernels.truncation import Limits
 from minserve.kernels.upload import to_device
 
-# Few enough registers for a thread that a multiprocessor holds all 32 warps.
+# Few enough registers per thread that a multiprocessor holds all 32 warps.
 BLOCK, NUM_WARPS = 8192, 32
 UNITS = tl.constexpr(truncation.UNITS)
 KEY_OF_ONE = tl.constexpr(truncation.KEY_OF_ONE)
-# Of one unit, 2**-40: smaller weights add nothing to a sum.
+# The key of one unit, 2**-40: smaller weights add nothing to a sum.
 KEY_OF_UNIT = tl.constexpr((127 - 40) << 23)
 BEYOND_ALL = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
 def _in_units(keys):
-    """What weights add to a sum."""
+    """Return what weights add to a sum, in whole units."""
     return (keys.to(tl.float32, bitcast=True) * UNITS).to(tl.int64)
 
 
 @triton.jit
 def _look(row, size, middle, COUNTS: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum, or the count, of all keys from ``middle`` on, the least of them, and the largest
-    of all others; -1 where there is none.
+    """Return three numbers about the keys at least ``middle`` and the keys below it.
+
+    They are the sum, or the count, of the keys at least ``middle``, the smallest of these keys, and
+    the largest key below ``middle``; -1 if there is none below.
     """
     sums = tl.zeros([BLOCK], tl.int64)
     least = tl.full([BLOCK], BEYOND_ALL, tl.int32)
@@ -55,14 +58,16 @@ def _look(row, size, middle, COUNTS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _bisect(row, size, low, reached, wanted, COUNTS: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest key from ``low`` on such that the keys from it on reach what is wanted; ``low``
-    where none does.
+    """Return the largest key, from ``low`` on, for which all keys at least as large reach
+    ``wanted``.
+
+    If no key reaches it, the result is for ``low``.
 
     Args:
-        reached: by the keys from ``low`` on.
+        reached: sum or count of the keys from ``low`` on.
 
     Returns:
-        it, what is reached by the keys from it on, and what by those above it.
+        the key, the sum or count of the keys at least as large, and that of the larger keys.
     """
     high = tl.full([], KEY_OF_ONE + 1, tl.int32)
     above = tl.full([], 0, tl.int64)
@@ -80,7 +85,7 @@ def _bisect(row, size, low, reached, wanted, COUNTS: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def _drop_ties(row, size, border, num_kept, BLOCK: tl.constexpr):
-    """Of the keys that are ``border`` keep the first ones."""
+    """Set the keys that equal ``border`` to 0, except the first ``num_kept`` of them."""
     seen = 0
     for start in range(0, size, BLOCK):
         columns = start + tl.arange(0, BLOCK)
@@ -106,7 +111,7 @@ def _truncate_kernel(keys, limits, size, BLOCK: tl.constexpr):
     top_k = tl.load(limits + 3 * index + 1).to(tl.int64)
     top_p = tl.load(limits + 3 * index + 2)
     low = tl.maximum(min_p.to(tl.int32, bitcast=True), 0)  # of -0.0 it would be less
-    if tl.load(row).to(tl.float32, bitcast=True) >= 0.0:  # else it is a row of NaN
+    if tl.load(row).to(tl.float32, bitcast=True) >= 0.0:  # false for a row of NaN
         if top_k > 0:
             low, _, _ = _bisect(row, size, low, top_k, top_k, True, BLOCK)
         if top_p < 1.0:
@@ -123,7 +128,7 @@ def _truncate_kernel(keys, limits, size, BLOCK: tl.constexpr):
 
 
 def truncate(weights: torch.Tensor, limits: Limits) -> torch.Tensor:
-    """Set to 0 what the limits leave out. Queued behind what the device has to do.
+    """Set to 0 the weights that the limits leave out. The work is enqueued on the device.
 
     Args:
         weights: float32 ``[rows, size]``, contiguous, from 0 to 1; the largest of each row is 1.

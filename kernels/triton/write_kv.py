@@ -1,4 +1,4 @@
-"""New keys and values into the paged KV cache, with RoPE (Su et al., 2021) on the way."""
+"""Write new keys and values into the paged KV cache, with RoPE (Su et al., 2021) on the way."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-# Elements of a program: eight a thread, one load of 16 bytes in half precision.
+# Elements of a program: eight per thread, one load of 16 bytes in half precision.
 TILE, NUM_WARPS = 1024, 4
 
 
@@ -39,8 +39,8 @@ def _write_kv_kernel(
     source = qkv + token * QKV_STRIDE + heads * HEAD_DIM + dims
     x = tl.load(source, mask, other=0.0)
     if rotations is not None:
-        # Heads are loaded and stored whole, and their pairs split in registers only, so that
-        # no thread turns in place what another has yet to read.
+        # Heads are loaded and stored whole, and their pairs are split only in registers, so that no
+        # thread rotates in place what another thread has yet to read.
         turns = tl.load(rotations + token * HEAD_DIM + dims, dims < HEAD_DIM, other=0.0)
         cos, sin = tl.split(tl.reshape(turns, (1, DIMS // 2, 2)))
         real, imag = tl.split(tl.reshape(x.to(tl.float32), (HEADS, DIMS // 2, 2)))
@@ -49,7 +49,7 @@ def _write_kv_kernel(
         tl.store(source, turned, mask & (heads < NUM_HEADS))
         x = tl.where(heads < NUM_ROTATED, turned, x)
     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
-    # Of the token, measured from its first key and from its first value.
+    # The token's offset in its block, measured from the block's first key or first value.
     place = offset * (NUM_KV_HEADS * HEAD_DIM) + dims
     key = key_cache + block * KEY_BLOCK_STRIDE + place + (heads - NUM_HEADS) * HEAD_DIM
     value = value_cache + block * VALUE_BLOCK_STRIDE + place + (heads - NUM_ROTATED) * HEAD_DIM
@@ -71,10 +71,10 @@ def write_kv(
 
     Args:
         qkv: ``[num_tokens, num_heads + 2 * num_kv_heads, head_dim]``: the heads of queries,
-            keys, values; float16, bfloat16 or float32; heads adjacent, rows need not be.
-            ``head_dim`` even, at most 256.
+            keys, values; float16, bfloat16 or float32; heads are adjacent, rows need not be.
+            ``head_dim`` is even, at most 256.
         key_cache, value_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]``, of the
-            dtype of ``qkv``; blocks need not be adjacent, what is in one is.
+            dtype of ``qkv``; blocks need not be adjacent, the contents of one block are.
         slot_mapping: int64 ``[num_tokens]``: ``block_id * block_size + offset``. A negative
             slot means a row of padding, of which nothing is written.
         rotations: complex64 ``[num_tokens, 1, head_dim / 2]``, contiguous: queries are rotated

@@ -1,1 +1,1 @@
-"""Several replicas behind one front."""
+"""The controller: several replicas of an engine that act as one."""

@@ -1,12 +1,12 @@
-"""`Channel`: bytes both ways between the controller and one replica, over torch.distributed.
+"""`Channel`: sends bytes between the controller and one replica, over torch.distributed.
 
-Each pair has a gloo group of its own, of two ranks, so that one dead replica breaks nobody
-else's, and a new one joins under the next epoch. A killed peer is seen within milliseconds,
-since its connection closes. A hung one is seen by its silence: whoever waits longer than the
-channel's patience for the next message closes the pair, and the peer, should it ever wake,
-finds it closed. So nothing of a replica that was given up can arrive any more.
+Each pair has its own gloo group of two ranks, so that one dead replica breaks no other
+replica's group, and a new process joins under the next epoch. A killed peer is noticed within
+milliseconds, since its connection closes. A hung peer is noticed by its silence: if no message
+comes for longer than the channel's patience, the waiting end closes the pair. Should the peer
+wake later, it finds the pair closed. So no message of a replica that was given up can arrive.
 
-A message travels in a frame of fixed size, and in a second piece where it is longer.
+A message travels in a frame of fixed size, and the rest of a longer message in a second piece.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ log = logging.getLogger(__name__)
 
 CONTROLLER, REPLICA = 0, 1
 FRAME = 4096
-# A prompt of a million tokens has 5 MB.
+# Room enough: a prompt of a million tokens takes 5 MB.
 MAX_MESSAGE = 64 * 2**20
 _LENGTH = struct.Struct("<Q")
 _NEVER = timedelta(days=30)
 
 
 class Channel:
-    """One end of the connection. Opening it blocks until the other end has come.
+    """An end of the connection. Opening it blocks until the other end has joined.
 
     Args:
-        store: where both meet; of this pair and epoch alone.
+        store: the store in which the two ends meet; of this pair and epoch alone.
         rank: `CONTROLLER` or `REPLICA`.
-        address: of the interface that this end listens on.
-        patience_s: longest silence of the other end; inf waits for ever.
-        join_s: how long the other end may take to come.
+        address: IP address of the interface that this end listens on.
+        patience_s: longest silence of the other end, in seconds; inf waits for ever.
+        join_s: seconds that the other end may take to join.
 
     Raises:
-        ReplicaLostError: where it has not come.
+        ReplicaLostError: if the other end has not joined by then.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Channel:
         self._peer = 1 - rank
         self._patience = _NEVER if patience_s == float("inf") else timedelta(seconds=patience_s)
         options = ProcessGroupGloo._Options()
-        # Else gloo would listen on whatever the host's name resolves to.
+        # Without this, gloo would listen on whatever address the host's name resolves to.
         options._devices = [ProcessGroupGloo.create_device(hostname=address)]
         options._timeout = timedelta(seconds=join_s)
         options._threads = 1
@@ -65,11 +65,11 @@ class Channel:
             raise ReplicaLostError(f"the other end did not come: {error}") from None
 
     def send(self, data: bytes) -> None:
-        """Send one message; blocks until it is out. One thread at a time.
+        """Send one message; blocks until it is out. Only one thread may call it at a time.
 
         Raises:
-            ProtocolError: for a message beyond `MAX_MESSAGE`.
-            ReplicaLostError: where the other end has gone.
+            ProtocolError: for a message longer than `MAX_MESSAGE` bytes.
+            ReplicaLostError: if the other end has gone.
         """
         if len(data) > MAX_MESSAGE:
             raise ProtocolError(
@@ -84,11 +84,12 @@ class Channel:
             self._send(bytearray(data[len(first) :]))
 
     def receive(self) -> bytes:
-        """Wait for the next message. One thread at a time.
+        """Wait for the next message and return it. Only one thread may call it at a time.
 
         Raises:
-            ProtocolError: for a message that says it is longer than `MAX_MESSAGE`.
-            ReplicaLostError: where the other end has gone, or was silent for too long.
+            ProtocolError: for a message whose frame says that it is longer than `MAX_MESSAGE`
+                bytes.
+            ReplicaLostError: if the other end has gone, or was silent for too long.
         """
         head = self._receive(FRAME)
         (length,) = _LENGTH.unpack_from(head)
@@ -115,11 +116,11 @@ class Channel:
 
 
 class Mailbox:
-    """A channel with a thread for each way, so that nobody else has to wait.
+    """A channel with one thread that sends and one that receives, so that no caller waits.
 
     Args:
         received: called with each message, in the receiving thread.
-        lost: called once, in one of the threads, with why nothing more can come.
+        lost: called once, in one of the threads, with the error after which nothing can arrive.
     """
 
     def __init__(
@@ -145,19 +146,22 @@ class Mailbox:
             thread.start()
 
     def post(self, data: bytes) -> None:
-        """Send a message in its turn; after the connection is lost, it goes nowhere."""
+        """Put a message in the queue to be sent; after the connection is lost it is dropped."""
         self._outbox.put(data)
 
     def close(self) -> None:
-        """Say nothing more, once all is out, and tell nobody of what comes."""
+        """Send what was posted and no more; ``received`` and ``lost`` are no longer called."""
         with self._guard:
             self._open = False
         self._outbox.put(None)
 
     def join(self, timeout_s: float) -> None:
-        """Wait, after `close`, until what was posted is out and the other end has gone.
+        """Wait, after `close`, until what was posted is sent and the other end has gone.
 
-        A process that ends while threads of its own are inside gloo is aborted.
+        A process that ends while its threads are inside gloo would be aborted.
+
+        Args:
+            timeout_s: longest wait for both threads together, in seconds.
         """
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:
@@ -186,7 +190,7 @@ class Mailbox:
 
 
 def pair_store(store: Store, replica: int, epoch: int) -> Store:
-    """The part of a store in which one replica of one epoch meets the controller."""
+    """Return the part of a store in which one epoch of one replica meets the controller."""
     return PrefixStore(f"minserve/replica/{replica}/{epoch}", store)
 
 

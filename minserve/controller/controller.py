@@ -1,8 +1,8 @@
-"""`Controller`: several replicas behind the face of one engine.
+"""`Controller`: several replicas that act as one engine.
 
-It checks requests, routes each to a replica, and hands on what comes back. What a client was
-told is kept here until its request ends, so that another replica can go on behind it when the
-first one is lost. All methods belong to one asyncio loop; nothing here blocks.
+It checks requests, routes each to a replica, and hands on the tokens that come back. It keeps
+what a client was sent until the request ends, so that another replica can continue the request
+if the first replica is lost. All methods belong to one asyncio loop; none of them blocks.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from minserve.slo import SLO
 
 log = logging.getLogger(__name__)
 
-# A request that sees more replicas lost than this, one after another and without a token from
-# any, is taken for what they are lost by. Few are no proof: where replicas are lost for other
-# reasons, whatever is left runs on those that are hit next.
+# A request is ended if more replicas than this were lost while they ran it, without one token
+# between the losses: the request is then the likely cause. A smaller number proves little: where
+# replicas are lost for other reasons, their requests move to the replicas that are lost next.
 MOST_LOSSES = 9
-# For a new process to load and join.
+# Seconds for a new process to load the model and join.
 RESTART_S = 600.0
 _SUSPECT = (
     f"{MOST_LOSSES + 1} replicas in a row were lost while this request ran on them, so it is not "
@@ -56,11 +56,11 @@ _SUSPECT = (
 
 @dataclass(slots=True)
 class RoutingStats:
-    """What became of requests between replicas, since the start.
+    """The numbers of moves of requests between replicas since the start.
 
     Attributes:
-        num_hops: requests moved on because their replica could not promise their SLO.
-        num_resumed: requests that went on elsewhere because their replica was lost.
+        num_hops: times that a request moved on because its replica could not promise its SLO.
+        num_resumed: times that a request went on elsewhere because its replica was lost.
     """
 
     num_hops: int = 0
@@ -68,12 +68,12 @@ class RoutingStats:
 
 
 class Controller:
-    """The face of an `AsyncEngine`, with replicas behind it.
+    """Has the interface of an `AsyncEngine`, with replicas behind it.
 
     Args:
-        engine_config: of every replica.
-        rendezvous: where they come to.
-        watchers: of the replicas whose processes this one keeps running.
+        engine_config: the settings of every replica's engine.
+        rendezvous: where the replicas register.
+        watchers: one for each replica whose process this process keeps running.
     """
 
     def __init__(
@@ -100,13 +100,13 @@ class Controller:
         self._placement: Placement | None = None
         self._flights: dict[str, Flight] = {}
         self._handles: dict[str, FlightHandle] = {}
-        # Their replica was lost, and there is no other one.
+        # Flights whose replica was lost while no other replica is up.
         self._grounded: dict[str, Flight] = {}
         self._num_unfinished = 0
         self._accepting = False
         self._changed = asyncio.Event()
 
-    # --- the face of an engine ---
+    # --- the interface of an engine ---
 
     @property
     def model_name(self) -> str:
@@ -134,30 +134,30 @@ class Controller:
 
     @property
     def num_unfinished(self) -> int:
-        """Outputs waiting or running."""
+        """Outputs that wait or run."""
         return self._num_unfinished
 
     @property
     def is_healthy(self) -> bool:
-        """True while requests are accepted and some replica is there for them."""
+        """True while requests are accepted and at least one replica takes them."""
         return self._accepting and len(self._absent()) < len(self.table.replicas)
 
     @property
     def iteration_s(self) -> float:
-        """Always 0: a replica whose iteration takes too long is given up."""
+        """Always 0: the controller gives up a replica whose iteration takes too long."""
         return 0.0
 
     def stats(self) -> Mapping[str, EngineStats]:
-        """As each replica told them last, by its number."""
+        """Return the newest statistics of each replica, by its number."""
         return {str(replica.number): replica.stats for replica in self.table.replicas}
 
     async def start(self) -> None:
-        """Start replicas and take them in; returns when the first is up.
+        """Start the replicas and connect them; returns when the first one is up.
 
-        The others are started then, so that they find what it has measured of the device.
+        The others are started after that, so that they find the first one's profile of the device.
 
         Raises:
-            ReplicaLostError, ReplicaRefusedError: where a process cannot be started.
+            ReplicaLostError, ReplicaRefusedError: if a process cannot be started.
         """
         self.table.start()
         self._accepting = True
@@ -183,7 +183,11 @@ class Controller:
         self._watching.append(task)
 
     async def stop(self, timeout_s: float = 0.0) -> None:
-        """Accept nothing more, wait for what runs, fail the rest, and end the replicas."""
+        """Accept no more requests, wait for the running ones, fail the rest, and end the replicas.
+
+        Args:
+            timeout_s: longest wait for running requests, in seconds.
+        """
         self._accepting = False
         try:
             async with asyncio.timeout(timeout_s):
@@ -194,7 +198,7 @@ class Controller:
         stopped = EngineStoppedError("the server is shutting down")
         for flight in list(self._flights.values()):
             self._end(flight, FinishReason.ABORT, stopped)
-        # Who is still loading was told nothing, and has nothing to lose.
+        # A replica that is still loading was not told to stop, and has no request to lose.
         patience_s = {r.number: STOP_S if r.is_connected else 0.0 for r in self.table.replicas}
         await self.table.close()
         await asyncio.gather(
@@ -210,10 +214,10 @@ class Controller:
         cache_salt: str = "",
         slo: SLO | str | None = None,
     ) -> list[FlightHandle]:
-        """As `AsyncEngine.submit`.
+        """Submit one request per prompt, as `AsyncEngine.submit` does.
 
         Raises:
-            NoReplicaError: where no replica is up.
+            NoReplicaError: if no replica is up.
         """
         if not self._accepting:
             raise EngineStoppedError("the engine is not running")
@@ -236,9 +240,9 @@ class Controller:
     # --- replicas ---
 
     def replicas(self) -> list[dict[str, object]]:
-        """How each replica stands, for people and programs."""
+        """Return the state of each replica, for people and programs."""
         now = time.monotonic()
-        # A list first: metrics are told from another thread.
+        # A list first, because metrics are read from another thread.
         running = Counter(flight.replica for flight in list(self._flights.values()))
         return [
             {
@@ -255,7 +259,7 @@ class Controller:
         ]
 
     async def drain(self, number: int) -> None:
-        """Send a replica nothing more; returns when it has nothing left."""
+        """Send a replica no more requests; returns when its last request has ended."""
         replica = self.table.replicas[number]
         if replica.state is ReplicaState.UP:
             replica.enter(ReplicaState.DRAINING)
@@ -264,7 +268,7 @@ class Controller:
             await self._next_change()
 
     async def resume(self, number: int) -> None:
-        """Send a drained or draining replica requests again."""
+        """Let a drained or draining replica take requests again."""
         replica = self.table.replicas[number]
         if replica.state in (ReplicaState.DRAINING, ReplicaState.DRAINED):
             replica.enter(ReplicaState.UP)
@@ -272,13 +276,13 @@ class Controller:
             self._tell_change()
 
     async def restart(self, number: int) -> None:
-        """Drain a replica and end its process; whoever watches over it starts the next one.
+        """Drain a replica, end its process, and return when the next process is up.
 
-        Returns when that is up.
+        This process's watcher starts the next process; on another machine that machine does.
 
         Raises:
-            InvalidRequestError: where somebody resumes it meanwhile.
-            ReplicaLostError: where no new process comes.
+            InvalidRequestError: if the replica is resumed while it drains.
+            ReplicaLostError: if no new process joins within `RESTART_S` seconds.
         """
         replica, watcher = self.table.replicas[number], self._watchers.get(number)
         await self.drain(number)
@@ -298,7 +302,7 @@ class Controller:
             ) from None
 
     def _absent(self) -> set[int]:
-        """Replicas that take no requests."""
+        """Return the numbers of the replicas that take no requests."""
         return {r.number for r in self.table.replicas if r.state is not ReplicaState.UP}
 
     def _joined(self, replica: Replica) -> None:
@@ -322,7 +326,9 @@ class Controller:
         self._tell_change()
 
     def _lost(self, replica: Replica, error: Exception) -> None:
-        """What it ran goes on elsewhere, from what the clients have."""
+        """Place a lost replica's requests elsewhere; they continue after the tokens that clients
+        have.
+        """
         if replica.number in self._watchers:
             self._watchers[replica.number].kill()
         for flight in list(self._flights.values()):
@@ -344,7 +350,7 @@ class Controller:
                 self._place(flight)
 
     def _settle(self, replica: Replica) -> None:
-        """A draining replica that has nothing left is drained."""
+        """Mark a draining replica as drained once it has no request left."""
         if replica.state is ReplicaState.DRAINING and not any(
             flight.replica == replica.number for flight in self._flights.values()
         ):
@@ -354,7 +360,7 @@ class Controller:
     # --- requests ---
 
     def _place(self, flight: Flight, number: int | None = None) -> None:
-        """Send a request to a replica, by default to the one that the router chooses."""
+        """Send a request to a replica, by default to the replica that the router chooses."""
         absent, ask = self._absent(), self._placement.ask(flight)
         if number is None or number in absent:
             if len(absent) == len(self.table.replicas):
@@ -387,7 +393,10 @@ class Controller:
                 self._look_elsewhere(flight, replica)
 
     def _flight_on(self, replica: Replica, request_id: str) -> Flight | None:
-        """A request, where this replica runs it: what others say of it does not count."""
+        """Return a request if this replica runs it, else ``None``.
+
+        News from any other replica about the request does not count.
+        """
         flight = self._flights.get(request_id)
         return flight if flight is not None and flight.replica == replica.number else None
 
@@ -406,9 +415,9 @@ class Controller:
             self._forget(flight)
 
     def _retried(self, flight: Flight) -> bool:
-        """A replica refuses a request; True where another one is to be asked instead.
+        """Return True if another replica is now asked for a request that this replica refuses.
 
-        All outputs are refused or none: once one refusal is told, so are the others.
+        Either all outputs of a request are refused or none, so the client is told all or nothing.
         """
         if flight.has_begun:
             return False
@@ -420,7 +429,9 @@ class Controller:
         return True
 
     def _look_elsewhere(self, flight: Flight, replica: Replica) -> None:
-        """A request is promised nothing where it waits; ask for it back if another one may."""
+        """Ask a replica to give back a request without a promise, if another replica may promise
+        it.
+        """
         if flight.moving_to is not None or flight.has_begun:
             return
         other = self._better_than(flight, replica.number)
@@ -435,7 +446,7 @@ class Controller:
         return self._placement.choose_better(flight, flight.tried | self._absent())
 
     def _move(self, request_id: str, replica: Replica) -> None:
-        """A replica has given a request back."""
+        """Send on a request that a replica has given back."""
         if (flight := self._flight_on(replica, request_id)) is not None:
             self._hop(flight, flight.moving_to)
 
@@ -445,13 +456,13 @@ class Controller:
         self._place(flight, other)
 
     def _abort(self, request_id: str) -> None:
-        """The client has left."""
+        """End a request because its client has left."""
         flight = self._flights.get(request_id)
         if flight is not None:
             self._end(flight, FinishReason.ABORT, None)
 
     def _end(self, flight: Flight, reason: FinishReason, error: Exception | None) -> None:
-        """End a request for a reason of the controller's own."""
+        """End a request for a reason that lies with the controller, not with the replica."""
         request_id = flight.request.request_id
         handle = self._handles[request_id]
         for delta in ending(flight, reason, error):
@@ -473,11 +484,11 @@ class Controller:
         self._changed = asyncio.Event()
 
     async def _next_change(self) -> None:
-        """Until a replica comes, goes or is drained, or the last request has ended."""
+        """Wait until a replica joins, is lost or is drained, or until the last request ends."""
         await self._changed.wait()
 
 
 def _log_failure(task: asyncio.Task[None]) -> None:
-    """A replica that cannot be started is missed, but the others serve on."""
+    """Log why a replica cannot be started; the others serve on without it."""
     if not task.cancelled() and task.exception() is not None:
         log.error("%s", task.exception())

@@ -1,7 +1,7 @@
-"""`Flight`: a request on its way through replicas, with all that its client was told.
+"""`Flight`: a request on its way through replicas, with all that its client was sent.
 
-What a client has is what counts: a token that a replica has made but not delivered is made
-again by the next one, and one that was delivered is never delivered again.
+What the client has decides. The next replica makes a token again if the lost replica made but
+did not deliver it; a token that was delivered is never delivered again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from minserve.request import FinishReason, Request, Sequence
 
 @dataclass(slots=True)
 class OutputSoFar:
-    """Of one output, what was delivered."""
+    """The part of an output that was delivered.
+
+    Attributes:
+        times_s: when each token was delivered, in seconds on the controller's clock.
+        told_prompt: the log probabilities of the prompt were delivered.
+    """
 
     token_ids: list[int] = field(default_factory=list)
     times_s: list[float] = field(default_factory=list)
@@ -28,17 +33,17 @@ class OutputSoFar:
 
 @dataclass(slots=True, kw_only=True)
 class Flight:
-    """One request.
+    """A request with its state in the controller.
 
     Attributes:
-        request: its arrival on the controller's clock.
-        outputs: by index.
-        sequence: the request as estimates of lengths want it.
-        chunks: of its prompt, as a `PrefixMap` knows them.
-        replica: who runs it; ``None`` while nobody does.
+        request: its arrival is in seconds on the controller's clock.
+        outputs: the delivered part of each output, by its index.
+        sequence: the request in the form that estimators of output lengths take.
+        chunks: hashes of its prompt, as `PrefixMap` takes them.
+        replica: number of the replica that runs it; ``None`` while none does.
         tried: replicas that could not promise its SLO.
-        moving_to: where it goes once its replica has given it back.
-        num_losses: replicas that were lost under it since it last brought a token.
+        moving_to: the replica that gets it once the present replica has given it back.
+        num_losses: replicas lost while they ran it, since it last brought a token.
     """
 
     request: Request
@@ -52,29 +57,29 @@ class Flight:
 
     @classmethod
     def of(cls, request: Request) -> Flight:
-        """A request that has yet to begin."""
+        """Return the flight of a request of which nothing was delivered."""
         outputs = [OutputSoFar() for _ in range(request.params.n)]
         chunks = chunks_of(request.prompt_token_ids, request.cache_salt)
         return cls(request=request, outputs=outputs, sequence=Sequence(request), chunks=chunks)
 
     @property
     def has_begun(self) -> bool:
-        """True where its client has heard of it."""
+        """True if the client has a token of the request, or knows that an output ended."""
         return any(output.token_ids or output.ended for output in self.outputs)
 
     @property
     def num_open(self) -> int:
-        """Outputs that have not ended."""
+        """The number of outputs that have not ended."""
         return sum(not output.ended for output in self.outputs)
 
     @property
     def num_tokens(self) -> int:
-        """Of the prompt and of the longest open output."""
+        """The number of tokens of the prompt and of the longest output that has not ended."""
         longest = max(len(o.token_ids) for o in self.outputs if not o.ended)
         return len(self.request.prompt_token_ids) + longest
 
     def note(self, delta: OutputDelta, now: float) -> None:
-        """A delta is delivered."""
+        """Record that a delta was delivered at time ``now``."""
         self.num_losses = 0
         output = self.outputs[delta.index]
         output.token_ids += delta.token_ids
@@ -83,7 +88,7 @@ class Flight:
         output.ended = delta.finish_reason is not None
 
     def submit(self, now: float) -> Submit:
-        """What a replica is told, for it to go on where the client stands."""
+        """Return the message that makes a replica continue where the client's outputs stand."""
         return Submit(
             request=self.request,
             age_s=now - self.request.arrival_s,
@@ -100,7 +105,7 @@ class Flight:
 
 
 class FlightHandle:
-    """A flight as its client's handler sees it; the face of the engine's `RequestHandle`."""
+    """A flight as its client's handler sees it, with the interface of `RequestHandle`."""
 
     def __init__(self, flight: Flight, prompt: str | None, abort: Callable[[str], None]) -> None:
         self._abort = abort
@@ -111,7 +116,7 @@ class FlightHandle:
         self.prompt_token_ids = flight.request.prompt_token_ids
 
     def put(self, delta: OutputDelta) -> None:
-        """Deliver."""
+        """Deliver a delta to the handler that waits for it."""
         self._deltas.put_nowait(delta)
 
     async def __aiter__(self) -> AsyncIterator[OutputDelta]:
@@ -121,12 +126,12 @@ class FlightHandle:
             yield delta
 
     def abort(self) -> None:
-        """Stop the request. Does nothing if it ended."""
+        """Stop the request. Does nothing if it has ended."""
         self._abort(self.request_id)
 
 
 def ending(flight: Flight, reason: FinishReason, error: Exception | None) -> list[OutputDelta]:
-    """The last deltas of a flight that ends for a reason of the controller's."""
+    """Return the last deltas of a flight that the controller itself ends."""
     return [
         OutputDelta(flight.request.request_id, index, finish_reason=reason, error=error)
         for index, output in enumerate(flight.outputs)

@@ -1,8 +1,8 @@
-"""What the controller and its replicas tell each other: typed messages as MessagePack bytes.
+"""The messages between the controller and its replicas: typed, as MessagePack bytes.
 
-Times cross as ages (seconds before the message was written), since machines share no clock.
-Whatever does not decode to exactly one of the types below is a `ProtocolError`: nothing that
-comes over the wire is code, and nothing is guessed.
+Times are sent as ages (seconds before the message was written), because machines share no clock.
+Bytes that do not decode to exactly one of the types below raise `ProtocolError`: nothing that
+comes over the wire is run as code, and nothing is guessed.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from minserve.planner.load import ReplicaLoad
 from minserve.planner.perf_model import Piece
 from minserve.request import Request
 
-# Goes up whenever a message changes its meaning.
+# Raised by 1 whenever the meaning of a message changes.
 PROTOCOL = 1
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
-    """What all replicas of one controller must have in common.
+    """The properties that all replicas of one controller must have in common.
 
     Attributes:
-        protocol: of these messages.
-        version: of minserve.
-        traits: of the engine and its model, by name.
+        protocol: version of these messages.
+        version: version of minserve.
+        traits: properties of the engine and its model, by name.
     """
 
     protocol: int
@@ -37,11 +37,11 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A replica's first words.
+    """The first message of a replica.
 
     Attributes:
-        load: with nothing to do.
-        pieces, margin: its performance model.
+        load: the replica's load while it has no requests.
+        pieces, margin: of its performance model.
     """
 
     identity: Identity
@@ -56,21 +56,21 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):
-    """The controller takes a replica in."""
+    """The controller accepts a replica."""
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
-    """The controller does not; the replica has to end, and to say why."""
+    """The controller does not accept a replica; the replica must log the reason and end."""
 
     why: str
 
 
 class Resumed(msgspec.Struct, frozen=True, kw_only=True):
-    """What a client already has of an output that goes on elsewhere.
+    """The part of an output that the client already has, when another replica continues it.
 
     Attributes:
-        ages_s: of its tokens.
-        told_prompt: the log probabilities of the prompt were told, where asked for.
+        ages_s: seconds since each of these tokens was delivered.
+        told_prompt: the client has the prompt's log probabilities, where it asked for them.
     """
 
     token_ids: tuple[int, ...] = ()
@@ -79,12 +79,12 @@ class Resumed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Run a request.
+    """Tells a replica to run a request.
 
     Attributes:
-        request: its ``arrival_s`` means nothing here.
-        age_s: of its arrival.
-        outputs: by index, those that are to be run, with what there is of them.
+        request: the request; its ``arrival_s`` means nothing here.
+        age_s: seconds since the request arrived.
+        outputs: the outputs to run, by index, each with the part that the client has.
     """
 
     request: Request
@@ -93,40 +93,40 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
-    """The client has left."""
+    """Tells a replica that the client has left, so that the request ends."""
 
     request_id: str
 
 
 class Withdraw(msgspec.Struct, frozen=True, tag=True):
-    """Give a request back, if none of its outputs has begun."""
+    """Asks a replica to give a request back, if none of its outputs has begun."""
 
     request_id: str
 
 
 class Withdrawn(msgspec.Struct, frozen=True, tag=True):
-    """The replica has given a request back, and says nothing more of it."""
+    """The replica has given a request back, and will send nothing more about it."""
 
     request_id: str
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
-    """End the process; whatever still runs is not wanted any more.
+    """Tells a replica to end its process; requests that still run are not wanted any more.
 
     Attributes:
-        again: another process shall take its place.
+        again: true if another process shall take its place.
     """
 
     again: bool = False
 
 
 class News(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """What came of an iteration, and how the replica stands after it.
+    """The outcome of an iteration, and the replica's load after it.
 
     Attributes:
-        declined: ids of requests that are promised nothing for now, have not begun, and so
-            may be better off elsewhere.
-        num_taken: submissions so far that ``load`` counts in; later ones are still under way.
+        declined: ids of requests that have no promise for now and have not begun, so that
+            another replica may serve them better.
+        num_taken: number of submissions so far that ``load`` includes; later ones are on their way.
     """
 
     deltas: tuple[OutputDelta, ...] = ()
@@ -136,7 +136,7 @@ class News(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """What a replica has counted, and how it stands; sent now and then, also as a sign of life.
+    """A replica's statistics and load; sent regularly, also as a sign of life.
 
     Attributes:
         num_taken: as in `News`.
@@ -153,15 +153,15 @@ Message = (
 
 
 def encode(message: Message) -> bytes:
-    """One message as bytes."""
+    """Return a message as bytes."""
     return _encoder.encode(message)
 
 
 def decode(data: bytes | memoryview) -> Message:
-    """The message that bytes stand for.
+    """Return the message that bytes stand for.
 
     Raises:
-        ProtocolError: where they stand for none.
+        ProtocolError: if they stand for no message.
     """
     try:
         return _decoder.decode(data)
@@ -192,7 +192,7 @@ def _from_wire(kind: type, value: Any) -> Any:
 
 
 def _error(told: dict[str, str | float]) -> MinserveError:
-    """An error as the client's own process would have raised it."""
+    """Return the error that the client's own process would have raised."""
     message = str(told.get("message", ""))
     if "reason" in told:
         return SLOUnattainableError(

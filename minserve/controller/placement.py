@@ -1,4 +1,4 @@
-"""`Placement`: where requests go. A router, and what it is told of requests and replicas."""
+"""`Placement`: chooses the replica of each request with a router, and keeps the router informed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from minserve.planner.lengths import LengthEstimator
 
 
 class Placement:
-    """Chooses replicas for flights, and learns from what becomes of them.
+    """Chooses replicas for flights, and learns from how flights end.
 
     Args:
         lengths: learns how long outputs are.
@@ -25,18 +25,18 @@ class Placement:
         self._prefixes = PrefixMap()
 
     def joined(self, replica: Replica) -> None:
-        """A replica has come, with an empty memory."""
+        """Note that a replica has joined, with an empty prefix cache."""
         self._prefixes.forget(replica.number)
         self._router.report(replica.number, replica.load)
 
     def reported(self, replica: Replica) -> None:
-        """A replica has said how it stands; it does not know yet of what is under way to it."""
+        """Give the router the replica's reported load, plus the requests on their way to it."""
         self._router.report(replica.number, replica.load)
         for _, ask in replica.under_way:
             self._router.count_in(replica.number, ask)
 
     def ask(self, flight: Flight) -> Ask:
-        """What a flight needs."""
+        """Return what a flight needs from a replica: tokens, deadline and pace."""
         request = flight.request
         ttft_s, tpot_s = math.inf, math.inf
         if request.targets is not None:
@@ -45,26 +45,26 @@ class Placement:
         return Ask(
             prompt_tokens=flight.num_tokens,
             output_tokens=self._lengths.remaining(flight.sequence),
-            # One that has begun is late already for whatever there is to be late for.
+            # A request that has begun has no deadline of a first token left to keep.
             deadline_s=math.inf if flight.has_begun else request.arrival_s + ttft_s,
             tpot_s=tpot_s,
             cached_tokens=self._prefixes.cached(flight.chunks, len(request.prompt_token_ids)),
         )
 
     def choose(self, ask: Ask, absent: AbstractSet[int]) -> int:
-        """A replica for a flight; at least one must be there."""
+        """Return the replica for a flight; at least one replica must not be in ``absent``."""
         return self._router.choose(ask, time.monotonic(), absent)
 
     def choose_better(self, flight: Flight, without: AbstractSet[int]) -> int | None:
-        """Another replica that may promise a flight its SLO, where there is one."""
+        """Return another replica that may promise a flight its SLO; ``None`` if there is none."""
         return self._router.choose_better(self.ask(flight), time.monotonic(), without)
 
     def placed(self, flight: Flight, number: int) -> None:
-        """A replica is going to compute a flight's prompt."""
+        """Note that a replica is going to compute a flight's prompt."""
         self._prefixes.note(number, flight.chunks)
 
     def ended(self, flight: Flight, index: int) -> None:
-        """An output came to its own end: how long it was, and who holds its KV now."""
+        """Note that an output ended by itself: its length, and which replica holds its KV."""
         request, seq = flight.request, flight.sequence
         seq.token_ids = [*request.prompt_token_ids, *flight.outputs[index].token_ids]
         self._lengths.finished(seq)

@@ -1,7 +1,7 @@
-"""`PrefixMap`: which replica likely holds the KV of which prompt's beginning.
+"""`PrefixMap`: remembers which replica likely holds the KV of a prompt's beginning.
 
-A guess, made from what was sent where: the replicas evict as they must and tell nobody. A
-wrong guess costs a prefill, never a wrong answer, so plain hashes are enough.
+It is a guess from the prompts that were sent to each replica: replicas evict blocks and do not
+report it. A wrong guess costs a prefill, never a wrong answer, so plain hashes are enough.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from collections.abc import Sequence as SequenceOf
 
 CHUNK = 32
 MOST_CHUNKS = 200_000
-# One hash for each whole chunk of a prompt, of all up to its end.
+# One hash for each whole chunk of a prompt; each covers all tokens up to the chunk's end.
 Chunks = tuple[int, ...]
 
 
 class PrefixMap:
-    """Remembers prefixes in chunks, the longest unused ones forgotten first.
+    """Remembers prefixes in chunks of `CHUNK` tokens, and forgets those noted longest ago first.
 
     Args:
-        most: chunks remembered.
+        most: number of chunks that are remembered.
     """
 
     def __init__(self, most: int = MOST_CHUNKS) -> None:
@@ -27,7 +27,7 @@ class PrefixMap:
         self._holders: OrderedDict[int, set[int]] = OrderedDict()
 
     def note(self, replica: int, chunks: Chunks) -> None:
-        """A replica has computed these."""
+        """Note that a replica has computed these chunks."""
         for chunk in chunks:
             self._holders.setdefault(chunk, set()).add(replica)
             self._holders.move_to_end(chunk)
@@ -35,10 +35,11 @@ class PrefixMap:
             self._holders.popitem(last=False)
 
     def cached(self, chunks: Chunks, num_tokens: int) -> dict[int, int]:
-        """By replica, how many leading tokens it likely holds; never all of them.
+        """Return the number of leading tokens that each replica likely holds; never the whole
+        prompt.
 
         Args:
-            num_tokens: of the prompt.
+            num_tokens: of the prompt. A replica without a hit is missing in the result.
         """
         found: dict[int, int] = {}
         candidates: set[int] | None = None
@@ -51,7 +52,7 @@ class PrefixMap:
         return found
 
     def forget(self, replica: int) -> None:
-        """A replica has lost its memory."""
+        """Forget all chunks of a replica, because it has lost its memory."""
         for chunk in [chunk for chunk, holders in self._holders.items() if replica in holders]:
             self._holders[chunk].discard(replica)
             if not self._holders[chunk]:
@@ -59,7 +60,7 @@ class PrefixMap:
 
 
 def chunks_of(token_ids: SequenceOf[int], salt: str) -> Chunks:
-    """A hash of each whole chunk and of all before it."""
+    """Return one hash for each whole chunk, which covers the salt and all tokens up to its end."""
     before, found = hash(salt), []
     for start in range(0, len(token_ids) - CHUNK + 1, CHUNK):
         before = hash((before, *token_ids[start : start + CHUNK]))

@@ -1,8 +1,8 @@
 """`Watcher`: keeps the processes of this machine's replicas running.
 
-One that ends is started again, at once if it had served for a while, else after a pause that
-doubles. One that hangs ends itself when it wakes, but nobody waits for that: once the
-controller has given it up, it is killed, since its device and memory are needed.
+A process that ends is started again: at once if it had served for a while, else after a pause
+that doubles. A process that hangs would end by itself when it wakes, but that may be late: once
+the controller has given it up, it is killed, since its device and memory are needed.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from minserve.exit_codes import EXIT_AGAIN, EXIT_ERROR, EXIT_REFUSED
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
-# One that lived so long had started well.
+# A process that lived for so many seconds had started well.
 HEALTHY_S = 10.0
 STOP_S = 10.0
 
 
 class Watcher:
-    """Watches over one replica's process.
+    """Keeps the process of one replica running.
 
     Args:
-        environment: of the process, beside this one's own.
+        environment: variables of the process in addition to this process's own.
     """
 
     def __init__(self, spec: ReplicaSpec, environment: Mapping[str, str]) -> None:
@@ -43,20 +43,19 @@ class Watcher:
 
     @property
     def pid(self) -> int | None:
-        """Of the process, where one runs."""
+        """The process's id; ``None`` while no process runs."""
         running = self._process is not None and self._process.returncode is None
         return self._process.pid if running else None
 
     async def run(self, has_served: Callable[[], bool]) -> None:
-        """Start the process, and again whenever it ends, until `stop`, or until the controller
-        wants no more of it.
+        """Start the process, and again whenever it ends, until `stop` or until it ends with code 0.
 
         Args:
-            has_served: whether this replica was ever taken in: what fails before that is no
-                accident, and another try would fail alike.
+            has_served: returns whether this replica has ever joined. A process that fails before
+                that fails for a lasting reason, and another try would fail in the same way.
 
         Raises:
-            ReplicaLostError, ReplicaRefusedError: where it cannot be started.
+            ReplicaLostError, ReplicaRefusedError: if the process cannot be started.
         """
         pause = FIRST_PAUSE_S
         while not self._stopping:
@@ -94,13 +93,13 @@ class Watcher:
         return await self._process.wait()
 
     def kill(self) -> None:
-        """End the process now; it is started again."""
+        """Kill the process at once; `run` starts it again."""
         if self.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
 
     async def await_end(self) -> None:
-        """The process was told to end; one that does not is killed."""
+        """Wait for a process that was told to end; kill it after `STOP_S` seconds."""
         process = self._process
         try:
             await asyncio.wait_for(process.wait(), STOP_S)
@@ -108,10 +107,10 @@ class Watcher:
             self.kill()
 
     async def stop(self, patience_s: float = STOP_S) -> None:
-        """End it for good. It has been told so by its controller, and is killed if it dawdles.
+        """End the process for good. The controller has told it to end; it is killed if it does not.
 
         Args:
-            patience_s: for it to end by itself.
+            patience_s: seconds that it has to end by itself.
         """
         self._stopping = True
         if self.pid is None:

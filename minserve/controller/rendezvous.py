@@ -1,4 +1,4 @@
-"""Where replicas and their controller find each other: a TCPStore that the controller hosts.
+"""The place where replicas and their controller find each other: the controller's TCPStore.
 
 A replica takes the next epoch of its number, which announces it; then both open a `Channel` in
 that epoch's own part of the store. A replica that was given up never comes back: its process
@@ -19,7 +19,7 @@ from minserve.errors import ConfigError, ReplicaLostError, ReplicaRefusedError
 
 _SIZE, _OPEN = "minserve/replicas", "minserve/open"
 CONNECT_S, PROBE_S = 60.0, 2.0
-# For an answer of the store that this process hosts.
+# Seconds for an answer of the store that this process hosts.
 STORE_S = 5.0
 
 
@@ -31,15 +31,15 @@ class Arrival(NamedTuple):
 
 
 class Rendezvous:
-    """The controller's side.
+    """The controller's side of the rendezvous.
 
     Args:
-        host: address to listen on, and on no other.
-        port: 0 takes a free one.
-        num_replicas: that may come.
+        host: the only address to listen on.
+        port: 0 takes a free port.
+        num_replicas: number of replicas that may register.
 
     Raises:
-        ConfigError: where the address is taken or unknown.
+        ConfigError: if the address is taken or unknown.
     """
 
     def __init__(self, host: str, port: int, num_replicas: int) -> None:
@@ -58,7 +58,7 @@ class Rendezvous:
                 f"the controller cannot listen on {host}:{port}: {why}; does another one run there?"
             ) from None
         self.host, self.port = host, self._socket.getsockname()[1]
-        # Left to itself, the store would listen on every interface.
+        # Without a socket of ours, the store would listen on every interface.
         self.store = TCPStore(
             host,
             self.port,
@@ -71,11 +71,13 @@ class Rendezvous:
         self.store.set(_SIZE, str(num_replicas))
 
     def open(self) -> None:
-        """The first replica is up: others find what it has measured, and may be started."""
+        """Let the other replicas start: the first is up, so they find its profile of the device."""
         self.store.set(_OPEN, "")
 
     def arrivals(self) -> list[Arrival]:
-        """Who has come since the last call, of each number the newest; nonsense is passed over."""
+        """Return the newest arrival of each replica since the last call; malformed entries are
+        skipped.
+        """
         told = self.store.multi_get([_epoch(i) for i in range(len(self._epochs))])
         found = []
         for replica, text in enumerate(told):
@@ -87,7 +89,7 @@ class Rendezvous:
 
 
 def is_open(host: str, port: int) -> bool:
-    """Whether a controller is there, and its first replica is up."""
+    """Return whether a controller answers there and its first replica is up."""
     found: list[bool] = []
 
     def ask() -> None:
@@ -96,7 +98,7 @@ def is_open(host: str, port: int) -> bool:
             socket.create_connection((host, port), timeout=PROBE_S).close()
             found.append(_connect(host, port, PROBE_S).check([_OPEN]))
 
-    # A store waits for ever for whoever takes the connection and does not answer.
+    # A store waits for ever if a process takes the connection and does not answer.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(2 * PROBE_S)
@@ -104,18 +106,18 @@ def is_open(host: str, port: int) -> bool:
 
 
 class Meeting(NamedTuple):
-    """A replica's side: the store, and the epoch that it may call its own."""
+    """A replica's side of the rendezvous: the store, and the epoch that belongs to the replica."""
 
     store: TCPStore
     epoch: int
 
 
 def announce(host: str, port: int, replica: int) -> Meeting:
-    """Tell a controller that a replica of this number is there.
+    """Register a replica of this number with a controller.
 
     Raises:
-        ReplicaLostError: where no controller answers.
-        ReplicaRefusedError: where it has fewer replicas.
+        ReplicaLostError: if no controller answers.
+        ReplicaRefusedError: if the controller has no replica of this number.
     """
     try:
         store = _connect(host, port, CONNECT_S)
@@ -145,7 +147,11 @@ def _connect(host: str, port: int, timeout_s: float) -> TCPStore:
 
 
 def local_address(host: str, port: int) -> str:
-    """The address of this machine by which it reaches another one."""
+    """Return the address of this machine from which it reaches another one.
+
+    Raises:
+        ReplicaLostError: if no controller answers there.
+    """
     with suppress(OSError), socket.create_connection((host, port), timeout=CONNECT_S) as probe:
         return probe.getsockname()[0]
     raise ReplicaLostError(f"no controller answers on {host}:{port}")

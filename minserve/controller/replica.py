@@ -1,8 +1,8 @@
 """A replica's process: an engine, and the connection to the controller that feeds it.
 
-One loop, as in every engine: take in what the controller asks, one iteration, tell what came
-of it. The process lives for one connection. Where that is lost, nothing that it computes can
-reach anybody any more, so it ends, and whoever watches over it starts the next one.
+It is one loop, as in every engine: take in the controller's messages, run one iteration, send
+its outcome. The process lives for one connection. If the connection is lost, no result can
+reach a client, so the process ends, and its watcher starts the next one.
 """
 
 from __future__ import annotations
@@ -44,23 +44,23 @@ from minserve.request import FinishReason
 
 log = logging.getLogger(__name__)
 
-# How often a replica says that it lives, where it has nothing else to say.
+# Seconds between signs of life.
 BEAT_S = 0.25
 JOIN_S = 120.0
-# Of Linux's prctl(2).
+# The constant of Linux's prctl(2).
 PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaSpec:
-    """What a replica's process is told.
+    """The settings of a replica's process.
 
     Attributes:
-        store_host, store_port: of the controller's rendezvous.
-        settings: of its engine.
-        profile_s: at most, for measuring the device where nobody has.
-        watchdog_s: an iteration that lasts longer is not waited for: the replica falls silent,
-            so that the controller gives it up.
+        store_host, store_port: address of the controller's rendezvous.
+        settings: of the replica's engine.
+        profile_s: longest time for measuring the device, if no profile of it is stored.
+        watchdog_s: longest iteration in seconds. After that the replica sends no more signs of
+            life, so that the controller gives it up.
     """
 
     index: int
@@ -71,13 +71,15 @@ class ReplicaSpec:
     watchdog_s: float
 
     def to_json(self) -> str:
-        """For the command line of a process."""
+        """Return the settings as JSON, for the command line of a process."""
         return json.dumps(asdict(self))
 
 
 def identity_of(engine: RelayEngine) -> m.Identity:
-    """What the controller compares: all that decides which requests an engine takes, what it
-    promises, and which tokens come out. The rest may differ from replica to replica.
+    """Return the identity that the controller compares between replicas.
+
+    It holds all properties that decide which requests an engine takes, what it promises, and which
+    tokens come out. Other properties may differ from replica to replica.
     """
     traits = {
         "model": f"{engine.model_name} ({engine.fingerprint})",
@@ -90,15 +92,16 @@ def identity_of(engine: RelayEngine) -> m.Identity:
 
 
 class ReplicaLoop:
-    """Serves one connection.
+    """Serves one connection to the controller.
 
     Args:
         engine: loaded and profiled.
+        watchdog_s: as in `ReplicaSpec`.
     """
 
     def __init__(self, engine: RelayEngine, channel: Channel, watchdog_s: float) -> None:
         self._engine, self._watchdog_s = engine, watchdog_s
-        # With the time at which each came: a request waits in it for the end of an iteration.
+        # Each message with the time at which it came: it waits here for the end of an iteration.
         self._inbox: queue.SimpleQueue[tuple[float, m.Message | Exception]] = queue.SimpleQueue()
         self._mailbox = Mailbox(
             channel,
@@ -111,13 +114,13 @@ class ReplicaLoop:
         self._stopped = threading.Event()
 
     def run(self) -> m.Stop:
-        """Until the controller says stop.
+        """Serve until the controller sends `Stop`, and return that message.
 
         Raises:
-            ReplicaLostError: where the connection is lost.
-            ProtocolError: where the controller says what no controller says.
-            DeviceLostError: where the device is.
-            PoolCorruptedError: where the engine has lost count of its blocks.
+            ReplicaLostError: if the connection is lost.
+            ProtocolError: if the controller sends a message that no controller should send.
+            DeviceLostError: if the device is lost.
+            PoolCorruptedError: if the engine has lost count of its blocks.
         """
         self._mailbox.start()
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
@@ -132,7 +135,7 @@ class ReplicaLoop:
             self._mailbox.close()
 
     def _take_in(self) -> m.Stop | None:
-        """Carry out what was asked since the last iteration; waits where there is no work."""
+        """Carry out the messages since the last iteration; waits for one where there is no work."""
         while not self._engine.has_work or not self._inbox.empty():
             came_s, asked = self._next_wish()
             if isinstance(asked, Exception):
@@ -143,8 +146,9 @@ class ReplicaLoop:
         return None
 
     def _next_wish(self) -> tuple[float, m.Message | Exception]:
-        """Wait for it. In the meantime the pool's books are checked, and a rough profile is
-        refined.
+        """Wait for the next message and return it with the time at which it came.
+
+        While it waits, it checks the books of the block pool and refines a rough profile.
         """
         since = time.monotonic()
         with suppress(queue.Empty):
@@ -160,7 +164,7 @@ class ReplicaLoop:
             case m.Submit():
                 self._add(asked, came_s)
             case m.Abort():
-                # Whoever aborts has stopped listening.
+                # A client that aborts no longer listens.
                 self._engine.abort(asked.request_id)
                 self._stand(self._engine.load())
                 self._tell_news([], ())
@@ -185,11 +189,14 @@ class ReplicaLoop:
             self._tell_news(_failed(asked.request.request_id, asked.outputs, error), ())
 
     def _stand(self, load: ReplicaLoad) -> None:
-        # One object in place of the last: the beat reads it from another thread.
+        # One new object replaces the old one, because the beat reads it from another thread.
         self._standing = (load, self._num_taken)
 
     def _tell_news(self, deltas: list[OutputDelta], declined: tuple[str, ...]) -> None:
-        """Tell what came of an iteration; a request with more to tell than a message holds ends."""
+        """Send the outcome of an iteration.
+
+        A request ends with an error if one of its deltas is longer than a message may be.
+        """
         load, num_taken = self._standing
         data = m.encode(
             m.News(deltas=tuple(deltas), declined=declined, load=load, num_taken=num_taken)
@@ -213,7 +220,7 @@ class ReplicaLoop:
         self._mailbox.post(data)
 
     def _beat(self) -> None:
-        """Signs of life, with what was counted; none while an iteration takes for ever."""
+        """Send signs of life with statistics, but none while an iteration exceeds the watchdog."""
         while not self._stopped.wait(BEAT_S):
             if self._engine.iteration_s < self._watchdog_s:
                 load, num_taken = self._standing
@@ -229,11 +236,12 @@ def _failed(request_id: str, indices: Iterable[int], error: MinserveError) -> li
 
 
 def connect(spec: ReplicaSpec, engine: RelayEngine) -> Channel:
-    """Announce an engine and be taken in.
+    """Announce an engine to the controller and return the channel once it is accepted.
 
     Raises:
-        ReplicaLostError: where no controller answers.
-        ReplicaRefusedError: where it refuses this replica, with its reason.
+        ReplicaLostError: if no controller answers.
+        ReplicaRefusedError: if the controller refuses this replica; it holds the reason.
+        ProtocolError: if the controller answers with another message.
     """
     meeting = announce(spec.store_host, spec.store_port, spec.index)
     channel = Channel(
@@ -268,7 +276,7 @@ def connect(spec: ReplicaSpec, engine: RelayEngine) -> Channel:
 
 
 def main(argument: str) -> int:
-    """Run one replica; the exit code says whether another try is worth while."""
+    """Run one replica and return its exit code, which says whether another try is worthwhile."""
     spec = ReplicaSpec(**json.loads(argument))
     logging.basicConfig(
         level=logging.INFO,
@@ -277,8 +285,8 @@ def main(argument: str) -> int:
         stream=sys.stderr,
     )
     _end_with_parent()
-    # Ctrl-C and SIGTERM may reach the whole group of processes; when to stop is for the
-    # controller to say.
+    # Ctrl-C and SIGTERM may reach the whole group of processes; only the controller decides when
+    # a replica stops.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     try:
@@ -306,7 +314,7 @@ def main(argument: str) -> int:
 
 
 def _end_with_parent() -> None:
-    """Not even a hung replica outlives whoever watches over it, where the system can do that."""
+    """Let the system kill this process, even a hung one, when its parent ends (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -314,5 +322,5 @@ def _end_with_parent() -> None:
 if __name__ == "__main__":
     code = main(sys.argv[1])
     logging.shutdown()
-    # Threads of gloo may still wait for a peer that never speaks again.
+    # Threads of gloo may still wait for a peer that will never send again.
     os._exit(code)

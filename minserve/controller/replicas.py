@@ -1,4 +1,4 @@
-"""`ReplicaTable`: which replicas there are, in which state, and the connection to each.
+"""`ReplicaTable`: the replicas, the state of each, and the connection to each.
 
 ::
 
@@ -32,12 +32,12 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.05
 JOIN_S = 30.0
-# For a replica to go once it is told to.
+# Seconds for a replica to end once it is told to.
 LEAVE_S = 1.0
 
 
 class ReplicaState(Enum):
-    """Of a replica, as drawn above."""
+    """The state of a replica, as drawn above."""
 
     STARTING = "starting"
     UP = "up"
@@ -47,16 +47,18 @@ class ReplicaState(Enum):
 
 @dataclass(slots=True)
 class Replica:
-    """One replica.
+    """A replica as the controller knows it.
 
     Attributes:
-        epoch: of the process that is connected, or was last.
-        hello: what it said of itself.
-        load, stats: as it reported them last.
-        under_way: what was sent to it since, with the number of each submission: its load does
-            not count that in yet.
+        epoch: of the process that is connected, or was connected last.
+        hello: the first message of that process.
+        load, stats: as the replica reported them last.
+        under_way: requests sent to it that its reported load does not yet include, each with the
+            number of its submission.
         num_submitted: requests sent to the process that is connected.
-        num_routed, num_lost: requests sent to it ever, and processes of it that were lost.
+        num_routed: requests ever sent to the replica.
+        num_lost: processes of the replica that were lost.
+        since_s: when it entered its state, in seconds of ``time.monotonic``.
     """
 
     number: int
@@ -77,36 +79,36 @@ class Replica:
         return self.mailbox is not None
 
     def enter(self, state: ReplicaState) -> None:
-        """Change the state."""
+        """Enter a state and note the time."""
         self.state, self.since_s = state, time.monotonic()
 
     def submit(self, message: m.Submit, ask: Ask) -> None:
-        """Send a request."""
+        """Send a request to the replica."""
         self.num_submitted += 1
         self.num_routed += 1
         self.under_way.append((self.num_submitted, ask))
         self.post(message)
 
     def report(self, load: ReplicaLoad, num_taken: int) -> None:
-        """How it stands after so many submissions."""
+        """Take the load that the replica reports after so many submissions."""
         self.load = load
         while self.under_way and self.under_way[0][0] <= num_taken:
             self.under_way.popleft()
 
     def post(self, message: m.Message) -> None:
-        """Send a message, if there is anybody to send it to."""
+        """Send a message, if the replica is connected."""
         if self.mailbox is not None:
             self.mailbox.post(m.encode(message))
 
 
 class ReplicaTable:
-    """Takes replicas in as they come, and notices when they go.
+    """Connects replicas as they come, and notices when they go.
 
     Args:
-        patience_s: a replica that is silent for so long is given up.
+        patience_s: seconds of silence after which a replica is given up.
         joined: called on the loop when a replica may be sent requests.
-        told: called on the loop with what a connected one says.
-        lost: called on the loop when the connection to one is lost.
+        told: called on the loop with each message of a connected replica.
+        lost: called on the loop when the connection to a replica is lost.
     """
 
     def __init__(
@@ -127,22 +129,22 @@ class ReplicaTable:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
-        """Begin to take replicas in."""
+        """Begin to connect replicas as they register."""
         self._loop = asyncio.get_running_loop()
         self._run(self._watch())
 
     def open_to_others(self) -> None:
-        """The first replica is up; those that other machines start may come."""
+        """Let replicas of other machines join, since the first replica is up."""
         self._rendezvous.open()
 
     async def close(self) -> None:
-        """Take nobody in any more, and tell those who are there to end."""
+        """Connect no more replicas, and tell the connected ones to end."""
         for task in self._tasks:
             task.cancel()
         mailboxes = [r.mailbox for r in self.replicas if r.mailbox is not None]
         for replica in self.replicas:
             self.dismiss(replica, again=False)
-        # One that hangs is given up by its channel.
+        # The channel of a hung replica gives up after its patience.
         wait_s = self._patience_s + LEAVE_S
         await asyncio.gather(*(asyncio.to_thread(one.join, wait_s) for one in mailboxes))
 
@@ -150,7 +152,7 @@ class ReplicaTable:
         """Tell a replica's process to end; it counts as gone at once.
 
         Args:
-            again: another process shall take its place.
+            again: true if another process shall take its place.
         """
         if replica.mailbox is not None:
             replica.post(m.Stop(again))
@@ -159,7 +161,7 @@ class ReplicaTable:
         replica.enter(ReplicaState.STARTING)
 
     def give_up(self, replica: Replica, error: Exception) -> None:
-        """Count a replica as lost: whatever it may still say is not heard."""
+        """Count a replica as lost: later messages of its process are ignored."""
         if replica.mailbox is None:
             return
         log.warning("replica %d is lost: %s", replica.number, error)
@@ -179,12 +181,12 @@ class ReplicaTable:
             try:
                 for arrival in await asyncio.to_thread(self._rendezvous.arrivals):
                     self._run(self._take_in(arrival))
-            except RuntimeError as error:  # of a store that a stranger has meddled with
+            except RuntimeError as error:  # another program has changed the store
                 log.warning("the store of replicas is in disorder: %s", error)
             await asyncio.sleep(POLL_S)
 
     async def _take_in(self, arrival: Arrival) -> None:
-        """Connect a replica, and see whether it fits the others."""
+        """Connect a replica if it fits the others, else refuse it."""
         replica = self.replicas[arrival.replica]
         try:
             channel, hello = await asyncio.to_thread(self._open, arrival)
@@ -216,9 +218,10 @@ class ReplicaTable:
         return channel, hello
 
     def _check(self, replica: Replica, arrival: Arrival, hello: m.Hello) -> None:
-        """
+        """Check that a replica's process is the newest and fits the other replicas.
+
         Raises:
-            ReplicaRefusedError: where it differs from the others, or is of the past.
+            ReplicaRefusedError: if it differs from the others, or if a later process has its place.
         """
         if arrival.epoch <= replica.epoch:
             raise ReplicaRefusedError("a later process has taken this replica's place")

@@ -1,9 +1,10 @@
-"""Which replica gets a request. Pure arithmetic on what the replicas report.
+"""Routers: they choose the replica of a request by arithmetic on what the replicas report.
 
-A request goes where its SLO is feasible with the most prefill budget left. Where that replica
-promises nothing after all, it moves on to another one that can, its arrival time kept, up to a
-hop limit; where no replica can keep its SLO, the one with the least to do serves it (SLOs-Serve,
-arXiv 2504.08784, tries them in turn from a round-robin start instead of weighing them).
+`SloRouter` sends a request to the replica that can keep its SLO with the most prefill budget
+left. If that replica promises nothing after all, the request moves on to another one that can
+keep it, with its arrival time unchanged, up to a hop limit. If no replica can keep its SLO, the
+one with the least work serves it. SLOs-Serve (arXiv 2504.08784) instead tries the replicas in
+turn from a round-robin start.
 """
 
 from __future__ import annotations
@@ -24,20 +25,21 @@ from minserve.planner.perf_model import PerfModel
 Floats = NDArray[np.float64]
 # Stands for "no deadline".
 FAR_S = 1e6
-# A whole prompt that need not be computed makes up for so many neighbours.
+# A cached prefix of the whole prompt outweighs so many other sequences on a replica.
 PREFIX_WORTH = 4.0
 NOBODY: AbstractSet[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """What a request needs.
+    """The needs of a request, on which its replica depends.
 
     Attributes:
-        prompt_tokens, output_tokens: the latter as predicted.
-        deadline_s: of its first token, on the clock that `Router.choose` is told; inf for none.
-        tpot_s: of its decode; inf for none.
-        cached_tokens: by replica, leading tokens that its prefix index is known to hold.
+        prompt_tokens: tokens of the prompt and of the output so far.
+        output_tokens: tokens still to come, as predicted.
+        deadline_s: time of its first token, on the clock of `Router.choose`; inf for none.
+        tpot_s: seconds per output token that its decode must keep; inf for none.
+        cached_tokens: by replica, leading tokens that its prefix index is believed to hold.
     """
 
     prompt_tokens: int
@@ -54,7 +56,7 @@ class Router(ABC):
         model: the speed of a replica.
 
     Attributes:
-        num_replicas: known.
+        num_replicas: number of replicas that requests can be placed on.
     """
 
     name: str
@@ -65,32 +67,33 @@ class Router(ABC):
 
     @abstractmethod
     def choose(self, ask: Ask, now: float, without: AbstractSet[int] = NOBODY) -> int:
-        """The replica for a request.
+        """Return the number of the replica for a request, and count the request in there.
 
         Args:
-            without: replicas that are not there; at least one must be.
+            now: the present time in seconds, on the clock of ``ask.deadline_s``.
+            without: replicas that take no requests; at least one replica must not be among them.
         """
 
     def choose_better(self, ask: Ask, now: float, without: AbstractSet[int]) -> int | None:
-        """Where a request that one replica could not promise its SLO is tried next.
+        """Return the next replica to try for a request that one replica could not promise its SLO.
 
         Args:
-            without: replicas that have had their turn, or are not there.
+            without: replicas that have been tried, or that take no requests.
 
         Returns:
-            ``None`` where no other one can keep it, as far as this router can tell.
+            ``None`` if no other replica can keep the SLO, as far as this router can tell.
         """
         return None
 
     def report(self, replica: int, load: ReplicaLoad) -> None:  # noqa: B027 - some need none
-        """A replica says how it is."""
+        """Take the load that a replica reports."""
 
     def count_in(self, replica: int, ask: Ask) -> None:  # noqa: B027 - some need none
-        """A request is on its way to a replica whose last report does not know of it."""
+        """Count a request that is on its way to a replica and missing in its last report."""
 
 
 class RoundRobinRouter(Router):
-    """One after another."""
+    """Takes the replicas in turn."""
 
     name = "round-robin"
 
@@ -106,7 +109,7 @@ class RoundRobinRouter(Router):
 
 
 class LeastLoadedRouter(Router):
-    """The replica with the fewest sequences, waiting or running."""
+    """Takes the replica with the fewest sequences, waiting or running."""
 
     name = "least-loaded"
 
@@ -127,7 +130,7 @@ class LeastLoadedRouter(Router):
 
 
 class SloRouter(Router):
-    """The replica that can keep the request's SLO with the most prefill budget left."""
+    """Takes the replica that can keep the request's SLO with the most prefill budget left."""
 
     name = "slo"
 
@@ -139,7 +142,7 @@ class SloRouter(Router):
         self._free = np.full(num_replicas, np.inf)
         self._num_sequences = np.zeros(num_replicas)
         self._steep = model.steepest
-        # Without a pace to keep, iterations as long as so many lone decodes.
+        # Without a pace to keep, iterations may be as long as so many lone decodes.
         self._longest_s = 5.0 * model.zero_load_decode_s(1)
 
     def report(self, replica: int, load: ReplicaLoad) -> None:
@@ -152,10 +155,10 @@ class SloRouter(Router):
     def choose(self, ask: Ask, now: float, without: AbstractSet[int] = NOBODY) -> int:
         budget, work, feasible = self._weigh(ask, now)
         if math.isinf(ask.deadline_s) and math.isinf(ask.tpot_s):
-            # Nothing is promised: the fewest neighbours, or the prefix.
+            # Nothing is promised: few other sequences count, and a cached prefix.
             score = -self._num_sequences - PREFIX_WORTH * work / ask.prompt_tokens
         else:
-            # Of those that cannot keep it, the one with the least to do for others.
+            # Among replicas that cannot keep it, the one with the least prefill work comes first.
             score = np.where(feasible, budget + 1e12, -self._prefill - work)
         score = _masked(score, without, -np.inf)
         best = score == score.max()
@@ -181,8 +184,10 @@ class SloRouter(Router):
         self._num_sequences[replica] += 1
 
     def _weigh(self, ask: Ask, now: float) -> tuple[Floats, Floats, NDArray[np.bool_]]:
-        """By replica: the prefill budget that the request would leave until its deadline, the
-        tokens to be prefilled there, and whether its SLO can be kept.
+        """Return three arrays, with one entry for each replica.
+
+        These are the prefill budget in tokens that the request would leave until its deadline, the
+        tokens to prefill there, and whether the request's SLO can be kept.
         """
         work = np.full(self.num_replicas, float(ask.prompt_tokens))
         for replica, num_tokens in ask.cached_tokens.items():
@@ -197,7 +202,7 @@ class SloRouter(Router):
 
 
 def _masked(scores: Floats, without: AbstractSet[int], value: float) -> Floats:
-    """Scores with this value in place of those of some replicas."""
+    """Return the scores with ``value`` in place of those of the replicas ``without``."""
     if not without:
         return scores
     masked = scores.copy()
@@ -211,7 +216,7 @@ ROUTERS: Mapping[str, Callable[[int, PerfModel], Router]] = {
 
 
 def make_router(name: str, num_replicas: int, model: PerfModel) -> Router:
-    """The router of that name.
+    """Return a new router of that name.
 
     Raises:
         ConfigError: for an unknown name.

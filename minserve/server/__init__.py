@@ -1,1 +1,1 @@
-"""The OpenAI-compatible HTTP face."""
+"""The HTTP server, compatible with OpenAI's API."""

@@ -1,7 +1,7 @@
-"""The aiohttp application: routes, and what every request passes through.
+"""The aiohttp application: its routes, and the checks that every request passes through.
 
-Knows the engine by its public face alone: ``submit``, the handles it returns, ``stats``, and
-the tokenizer.
+The module uses only the public interface of the engine: ``submit``, the handles that it
+returns, ``stats``, and the tokenizer.
 """
 
 from __future__ import annotations
@@ -40,15 +40,16 @@ if TYPE_CHECKING:
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-# How long connections may take to send their last bytes once the engine has stopped.
+# The time in which connections may send their last bytes once the engine has stopped.
 FLUSH_TIMEOUT_S = 5.0
-# What watches over a server asks these, and they tell nothing of what is asked and answered.
+# Monitoring systems ask these paths. Their answers tell nothing of prompts and outputs, so no key
+# is needed.
 OPEN_PATHS = ("/health", "/metrics")
 LOOPBACK = ("127.0.0.1", "::1")
 
 
 class Server:
-    """The handlers, and the little state that they share.
+    """The handlers of all routes, and the little state that they share.
 
     Args:
         config: the server's settings.
@@ -63,7 +64,7 @@ class Server:
         self._metrics = create_registry(self._loaded_engine)
 
     def create_app(self) -> web.Application:
-        """The application with all routes."""
+        """Return the application with all routes."""
         app = web.Application(
             middlewares=[_answer_errors, self._check_key],
             client_max_size=int(self.config.max_body_mib * 2**20),
@@ -85,12 +86,12 @@ class Server:
         return app
 
     def create_runner(self) -> web.AppRunner:
-        """A runner with the connection settings that the handlers count on."""
+        """Return a runner with the connection settings that the handlers rely on."""
         return web.AppRunner(
             self.create_app(),
             # A client that leaves cancels its handler, whose finally frees the KV.
             handler_cancellation=True,
-            # Compressed bodies are refused, so none may be unpacked before that.
+            # Compressed bodies are refused, so aiohttp must not unpack them first.
             auto_decompress=False,
             access_log=None,
             shutdown_timeout=FLUSH_TIMEOUT_S,
@@ -99,8 +100,10 @@ class Server:
     # --- endpoints ---
 
     async def health(self, request: web.Request) -> web.Response:
-        """200 while requests are served, 503 otherwise; how many outputs clients wait for, and
-        how many replicas are in which state.
+        """Answer 200 while the server takes requests, and 503 otherwise.
+
+        The body holds the number of outputs that clients wait for and, with several replicas, the
+        number of replicas in each state.
         """
         engine = self._ready_engine()
         if not engine.is_healthy:
@@ -115,47 +118,48 @@ class Server:
         return _json(body)
 
     async def metrics(self, request: web.Request) -> web.Response:
-        """Prometheus metrics, as of the newest iteration; needs no API key, as /health does not.
+        """Answer with the Prometheus metrics of the newest iteration.
 
-        Answered while draining too; 503 while the model loads.
+        Like /health, it needs no API key. It answers while the server drains too, and with 503
+        while the model loads.
         """
-        # In a thread: a few milliseconds of formatting that no stream should wait for.
+        # In a thread: formatting takes a few milliseconds, and no stream should wait for it.
         text = await asyncio.to_thread(render, self._metrics)
         return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
 
     async def list_models(self, request: web.Request) -> web.Response:
-        """The one model, as a list."""
+        """Answer with a list that holds the one model."""
         return _json({"object": "list", "data": [self._model_card()]})
 
     async def get_model(self, request: web.Request) -> web.Response:
-        """The one model, by name."""
+        """Answer with the one model, asked for by its name."""
         self._check_model(request.match_info["model"])
         return _json(self._model_card())
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
-        """POST /v1/completions."""
+        """Answer POST /v1/completions."""
         return await self._generate(request, parse_completion)
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
-        """POST /v1/chat/completions."""
+        """Answer POST /v1/chat/completions."""
         return await self._generate(request, parse_chat)
 
     async def tokenize(self, request: web.Request) -> web.Response:
-        """POST /tokenize: text or messages to token ids."""
+        """Answer POST /tokenize, which turns text or messages into token ids."""
         call = parse_tokenize(await read_object(request))
         engine = self._loaded_engine()
         self._check_model(call.model)
         tokenizer = _require_tokenizer(engine)
         if call.messages is not None:
             _require_chat_template(engine)
-        # In a thread: a body of megabytes takes a second or so, which nobody else waits for.
+        # In a thread: a body of megabytes takes about a second, and no other request should wait.
         tokens = await asyncio.to_thread(_tokenize, tokenizer, call)
         return _json(
             {"tokens": tokens, "count": len(tokens), "max_model_len": engine.max_model_len}
         )
 
     async def detokenize(self, request: web.Request) -> web.Response:
-        """POST /detokenize: token ids to text, special tokens included."""
+        """Answer POST /detokenize, which turns token ids into text, special tokens included."""
         model, tokens = parse_detokenize(await read_object(request))
         engine = self._loaded_engine()
         self._check_model(model)
@@ -169,11 +173,11 @@ class Server:
         return _json({"prompt": text})
 
     async def replicas(self, request: web.Request) -> web.Response:
-        """How each replica stands."""
+        """Answer with the state of each replica."""
         return _json({"replicas": self._controller(request).replicas()})
 
     async def control(self, request: web.Request) -> web.Response:
-        """Drain, resume or restart a replica; answered when that is done."""
+        """Drain, resume or restart a replica, and answer when that is done."""
         controller = self._controller(request)
         number, verb = int(request.match_info["number"]), request.match_info["verb"]
         if number >= len(controller.replicas()):
@@ -185,14 +189,14 @@ class Server:
         }[verb](number)
         return _json({"replicas": controller.replicas()})
 
-    # --- what they share ---
+    # --- what the endpoints share ---
 
     async def _generate(
         self, request: web.Request, parse: Callable[[dict[str, Any]], GenerationCall]
     ) -> web.StreamResponse:
         values = await read_object(request)
         engine = self._ready_engine()
-        # Part of it may stand in the headers, so it is no business of the body's parser.
+        # Parts of the SLO may be in the headers, so the parser of the body does not read it.
         slo = read_slo(values.pop("slo", None), request.headers, engine)
         call = parse(values)
         self._check_model(call.model)
@@ -216,11 +220,15 @@ class Server:
                 handle.abort()
 
     def _controller(self, request: web.Request) -> Controller:
-        """The engine, where it is several, for whoever may give it orders."""
+        """Return the controller of several replicas, for a client that may give it orders.
+
+        Raises:
+            HttpError: 404 without replicas; 403 for a client on another machine without an API key.
+        """
         engine = self._loaded_engine()
         if not hasattr(engine, "replicas"):
             raise HttpError(404, "this server has no replicas; start it with --replicas")
-        # Without a key, whoever has a shell on this machine.
+        # Without a key, any user of this machine may give orders.
         if self.config.api_key is None and request.remote not in LOOPBACK:
             raise HttpError(403, "without an API key, replicas are controlled from this machine")
         return engine
@@ -264,7 +272,7 @@ class Server:
         if self.config.api_key is not None and request.path not in OPEN_PATHS:
             given = request.headers.get("Authorization", "")
             expected = f"Bearer {self.config.api_key}"
-            # compare_digest takes as long for a near miss as for a far one.
+            # compare_digest takes equally long for a nearly right key and a wholly wrong one.
             if not hmac.compare_digest(
                 given.encode("utf-8", "surrogateescape"), expected.encode("utf-8")
             ):
@@ -280,11 +288,11 @@ class Server:
 
 @web.middleware
 async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Every failure becomes OpenAI's JSON error; the outermost layer."""
+    """Turn every failure into OpenAI's JSON error. This is the outermost layer."""
     try:
         return await handler(request)
     except ConnectionError:
-        raise  # the client has gone; there is nobody to answer
+        raise  # the client has closed the connection, so no answer can be sent
     except Exception as error:
         return error_response(to_http_error(error))
 

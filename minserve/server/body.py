@@ -1,8 +1,8 @@
-"""From bytes to a checked JSON object: size, encoding, strict JSON, typed fields.
+"""Turn bytes into a checked JSON object: size, encoding, strict JSON, typed fields.
 
 Python's own JSON reader takes more than JSON: NaN, duplicate keys, integers of any
-length, halves of surrogate pairs. Each of these is refused here, so that nothing
-behind this module has to think of them.
+length, halves of surrogate pairs. Each of these is refused here, so that the code that uses
+the object need not think of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from minserve.errors import InvalidRequestError
 from minserve.server.errors import HttpError
 
 INT_BOUND = 2**63
-MAX_DIGITS = 20  # of an integer; holds every 64-bit number
+MAX_DIGITS = 20  # of an integer; enough for every 64-bit number
 _LONG_NUMBER = re.compile(rf"[0-9]{{{MAX_DIGITS + 1}}}")
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -103,7 +103,7 @@ def _bounded_int(text: str) -> int:
 
 
 def _refuse_lone_surrogates(value: Any) -> None:
-    """Walk a parsed value; no recursion, so depth is no concern."""
+    """Refuse a value with half of a surrogate pair in it. A loop, so that depth cannot overflow."""
     stack = [value]
     while stack:
         item = stack.pop()
@@ -118,9 +118,9 @@ def _refuse_lone_surrogates(value: Any) -> None:
 
 
 class Fields:
-    """Takes typed fields out of a JSON object, then refuses what nobody took.
+    """Takes typed fields out of a JSON object, then refuses the fields that were not taken.
 
-    ``null`` means "not given" for every field, as it does to the clients that send it.
+    ``null`` means "not given" for every field, because clients send it with that meaning.
 
     Args:
         values: the object.
@@ -132,11 +132,11 @@ class Fields:
         self._where = where
 
     def take(self, name: str) -> Any:
-        """The raw value, or ``None`` where it is not given."""
+        """Take the raw value; ``None`` where the field is not given."""
         return self._left.pop(name, None)
 
     def integer(self, name: str, low: int = -INT_BOUND, high: int = INT_BOUND - 1) -> int | None:
-        """An integer (no bool, no 1.0) within ``low..high``."""
+        """Take an integer (no bool, no 1.0) in ``low..high``; ``None`` where it is not given."""
         value = self.take(name)
         if value is None:
             return None
@@ -147,14 +147,14 @@ class Fields:
         return value
 
     def number(self, name: str) -> float | None:
-        """A finite number (no bool)."""
+        """Take a finite number (no bool); ``None`` where it is not given."""
         value = self.take(name)
         if value is None or is_integer(value) or isinstance(value, float):
             return value
         raise self.error(name, f"must be a number, not {brief(value)}")
 
     def boolean(self, name: str, default: bool = False) -> bool:
-        """``true`` or ``false``."""
+        """Take ``true`` or ``false``; ``default`` where the field is not given."""
         value = self.take(name)
         if value is None:
             return default
@@ -163,48 +163,50 @@ class Fields:
         return value
 
     def string(self, name: str) -> str | None:
-        """A string."""
+        """Take a string; ``None`` where it is not given."""
         value = self.take(name)
         if value is not None and not isinstance(value, str):
             raise self.error(name, f"must be a string, not {brief(value)}")
         return value
 
     def object(self, name: str) -> Fields:
-        """A nested object's fields; an empty object where it is not given."""
+        """Take a nested object's fields; those of an empty object where it is not given."""
         value = self.take(name)
         if value is not None and not isinstance(value, dict):
             raise self.error(name, f"must be an object, not {brief(value)}")
         return Fields(value or {}, f"{self._where}{name}.")
 
     def only(self, name: str, *harmless: Any) -> None:
-        """Accept a field that is not supported where its value asks for nothing."""
+        """Take an unsupported field; refuse it unless its value is absent or in ``harmless``."""
         value = self.take(name)
         if value is None or any(type(value) is type(one) and value == one for one in harmless):
             return
         raise self.error(name, f"{brief(value)} is not supported")
 
     def finish(self) -> None:
-        """Refuse whatever is left.
+        """Refuse the fields that were not taken.
 
         Raises:
-            InvalidRequestError: naming the first field that nobody took.
+            InvalidRequestError: naming the first of these fields.
         """
         for name in self._left:
             raise self.error(name, "is not supported by this server")
 
     def error(self, name: str, problem: str) -> InvalidRequestError:
-        """An error about one field, ready to raise."""
+        """Return an error about one field, ready to raise."""
         full = f"{self._where}{name}"
         return InvalidRequestError(f"{full}: {problem}", full)
 
 
 def is_integer(value: Any) -> bool:
-    """True for an integer as JSON writes it; ``bool`` is one to Python alone."""
+    """Return whether JSON would write the value as an integer; a ``bool`` is an integer in Python
+    only.
+    """
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def brief(value: Any) -> str:
-    """A value for an error message, cut to a line."""
+    """Return a value as text for an error message, cut to 60 characters."""
     if isinstance(value, (list, dict)):
         return "a list" if isinstance(value, list) else "an object"
     text = json.dumps(value)

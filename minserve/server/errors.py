@@ -25,13 +25,13 @@ from minserve.server.sse import dump_json
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER = {"Retry-After": "1"}
-# Where the planner expects no room at all: nobody knows that much of the future.
+# The bound of the advice where the planner predicts no room at all: no prediction reaches that far.
 MAX_RETRY_AFTER_S = 3600.0
 MAX_MESSAGE_CHARS = 1000
 
 
 class HttpError(Exception):
-    """A refusal that belongs to HTTP alone (keys, paths, sizes), not to the engine."""
+    """A refusal for a reason of HTTP alone (keys, paths, sizes), not of the engine."""
 
     def __init__(
         self,
@@ -53,12 +53,12 @@ class HttpError(Exception):
 
 
 def to_http_error(error: Exception) -> HttpError:
-    """Say which status and error body an exception stands for.
+    """Return the HTTP status and error body that an exception stands for.
 
-    An exception that nobody raised on purpose is logged with its traceback and
+    An exception of an unknown type is a mistake in the server. It is logged with its traceback and
     becomes a 500 that tells the client nothing of the inside.
     """
-    # A message may repeat a value from the request; what it repeats stays short.
+    # A message may repeat a value from the request, so its length is bounded.
     text = str(error)[:MAX_MESSAGE_CHARS]
     match error:
         case HttpError():
@@ -91,7 +91,10 @@ def to_http_error(error: Exception) -> HttpError:
 
 
 def _when_to_retry(error: SLOUnattainableError) -> dict[str, str]:
-    """The planner's own prediction; a client that looks at seconds alone waits one at least."""
+    """Return headers with the wait that the planner predicts, in seconds and in milliseconds.
+
+    In seconds it is rounded up and at least 1, for clients that read this header alone.
+    """
     wait_s = min(max(0.0, error.retry_after_s), MAX_RETRY_AFTER_S)
     return {
         "Retry-After": str(max(1, math.ceil(wait_s))),
@@ -101,12 +104,12 @@ def _when_to_retry(error: SLOUnattainableError) -> dict[str, str]:
 
 
 def unavailable(message: str) -> HttpError:
-    """A 503: starting, draining or dead."""
+    """Return a 503 error, for a server that is starting, draining or dead."""
     return HttpError(503, message, kind="service_unavailable_error", headers=RETRY_AFTER)
 
 
 def error_body(error: HttpError) -> dict[str, Any]:
-    """OpenAI's error object."""
+    """Return OpenAI's error object."""
     return {
         "error": {
             "message": error.message,
@@ -118,7 +121,7 @@ def error_body(error: HttpError) -> dict[str, Any]:
 
 
 def error_response(error: HttpError) -> web.Response:
-    """The complete HTTP answer for an error."""
+    """Return the complete HTTP answer for an error."""
     return web.Response(
         status=error.status,
         body=dump_json(error_body(error)),

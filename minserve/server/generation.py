@@ -1,7 +1,7 @@
-"""From the engine's handles to an HTTP answer, whole or streamed.
+"""Turn the outputs of the engine's handles into an HTTP answer, whole or streamed.
 
-Nothing here aborts: whoever submitted the handles aborts them in a ``finally``, so that
-a client that leaves, at whatever point, frees its KV.
+No function here aborts a handle. The function that submitted the handles aborts them in a
+``finally``, so that the KV of a client that leaves is freed wherever the answer stands.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 
 async def whole_response(reply: Reply, handles: Sequence[RequestHandle]) -> web.Response:
-    """Wait for every output and answer with one body.
+    """Wait for every output and return one response with all of them.
 
     Raises:
-        MinserveError: where one of the outputs failed.
+        MinserveError: if one of the outputs failed.
     """
     deltas = []
     async with aclosing(merged(handles)) as stream:
@@ -48,17 +48,17 @@ async def streamed_response(
 ) -> web.StreamResponse:
     """Answer with server-sent events.
 
-    A failure before the first event is raised, to be answered with its status; a later
-    one becomes an error event after which the stream ends without ``[DONE]``.
+    A failure before the first event is raised, so that its HTTP status can be sent. A later
+    failure becomes an error event, after which the stream ends without ``[DONE]``.
 
     Args:
-        refusable: the planner may still refuse an output that has not begun. So that this
-            too is answered with a status, nothing is sent before all have begun. They
-            share one TTFT, so the request's last first token comes no later by this.
+        refusable: true where the planner may still refuse an output that has not begun. To answer
+            such a refusal with a status, nothing is sent before all outputs have begun. The
+            outputs share one TTFT, so the request's last first token comes no later by this.
 
     Raises:
-        MinserveError: where an output failed before anything was sent.
-        ConnectionResetError: where the client has gone.
+        MinserveError: if an output failed before anything was sent.
+        ConnectionResetError: if the client has closed the connection.
     """
     events = EventStream(request)
     num_held = len(handles) * call.params.n if refusable else 0
@@ -87,7 +87,7 @@ async def streamed_response(
 
 
 async def merged(handles: Sequence[RequestHandle]) -> AsyncIterator[tuple[int, OutputDelta]]:
-    """Deltas of several handles as they come, with the position of their handle.
+    """Yield the deltas of several handles as they come, each with the position of its handle.
 
     Raises:
         MinserveError: as soon as one output of any handle has failed.
@@ -130,7 +130,10 @@ async def _pump(
 
 
 def _raise_failure(delta: OutputDelta) -> None:
-    """Nobody who still listens asked for an abort: it is a failure like any other."""
+    """Raise the error of a failed or aborted output.
+
+    A client that is still connected asked for no abort, so an abort is a failure to it too.
+    """
     if delta.finish_reason is FinishReason.ERROR:
         raise delta.error or GenerationError("generation failed")
     if delta.finish_reason is FinishReason.ABORT:

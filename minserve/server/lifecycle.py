@@ -2,8 +2,8 @@
 
 The socket is bound before the model loads, so that a busy port costs a second and not
 a minute. While the model loads, every answer is 503. The first SIGTERM or SIGINT stops
-admission, lets running requests finish within a time, and fails the rest; a second one
-ends the process at once.
+admission, lets running requests finish within a time, and fails the rest; a second
+signal ends the process at once.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def bind_socket(host: str, port: int) -> socket.socket:
     """Listen on an address.
 
     Args:
-        port: 0 takes a free one.
+        port: 0 takes a free port.
 
     Raises:
-        ConfigError: where the address is taken, unknown or not allowed.
+        ConfigError: if the address is taken, unknown or not allowed.
     """
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
@@ -81,15 +81,15 @@ async def serve(
 
     Args:
         sock: a listening socket; closed at the end.
-        load_engine: makes the engine; blocks, and runs in a thread of its own.
+        load_engine: makes the engine; blocks, and runs in its own thread.
         announce: called with the engine and the model's name once requests are served.
 
     Returns:
         The number of the signal that ended it.
 
     Raises:
-        MinserveError: where the model cannot be loaded.
-        LoadInterrupted: where a signal came before the model was loaded.
+        MinserveError: if the model cannot be loaded.
+        LoadInterrupted: if a signal came before the model was loaded.
     """
     server = Server(config)
     runner = server.create_runner()
@@ -109,7 +109,7 @@ async def serve(
             await engine.stop()
             raise LoadInterrupted(ended.result())
         starting.result()
-        # What is loaded stays to the end: a garbage collection that looks through it all
+        # The loaded objects stay to the end. A garbage collection that goes through all of them
         # would stop every stream for 0.1 s now and then.
         gc.collect()
         gc.freeze()
@@ -131,7 +131,7 @@ async def serve(
 
 
 def ready_message(url: str, model: str, *, chat: bool, needs_key: bool) -> str:
-    """What the console says when requests are served: the URL, and a command to try."""
+    """Return the console's text once requests are served: the URL, and a command to try."""
     body: dict[str, object] = {"model": model}
     if chat:
         body["messages"] = [{"role": "user", "content": "Name three colours."}]
@@ -149,7 +149,7 @@ def ready_message(url: str, model: str, *, chat: bool, needs_key: bool) -> str:
 
 
 def reachable_url(sock: socket.socket) -> str:
-    """The URL under which this machine reaches a listening socket."""
+    """Return the URL under which this machine reaches a listening socket."""
     host, port = sock.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
         host = "127.0.0.1" if host == "0.0.0.0" else "::1"
@@ -157,7 +157,7 @@ def reachable_url(sock: socket.socket) -> str:
 
 
 def _first_signal() -> asyncio.Future[int]:
-    """A future of the first signal; the second finds the default action restored."""
+    """Return a future of the first signal; a second signal then has its default action again."""
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[int] = loop.create_future()
 
@@ -165,7 +165,7 @@ def _first_signal() -> asyncio.Future[int]:
         for one in SIGNALS:
             loop.remove_signal_handler(one)
             signal.signal(one, signal.SIG_DFL)
-        if not ended.done():  # two may come before the loop looks
+        if not ended.done():  # two signals may come before the loop looks
             ended.set_result(number)
 
     for one in SIGNALS:

@@ -17,8 +17,8 @@ LOWEST_LOGPROB = -9999.0
 class LogprobWriter:
     """Writes log probabilities with the text of their tokens.
 
-    Args:
-        tokenizer: names the tokens; without one they are called ``token_id:17``.
+    tokenizer: gives the text of the tokens; without it they are called ``token_id:17``.
+        tokenizer: gives the text of tokens; without it a token is called ``token_id:17``.
     """
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
@@ -30,16 +30,16 @@ class LogprobWriter:
         entries: Sequence[TokenLogprob | None],
         offset: int = 0,
     ) -> tuple[dict[str, list[Any]], int]:
-        """The completions form: parallel arrays over the tokens.
+        """Return the completions form: parallel arrays over the tokens.
 
-        A token's dict of alternatives always holds the token itself, so it may have
-        one entry more than was asked for. Of two tokens with one spelling, the likelier
-        keeps the key.
+        A token's dict of alternatives always holds the token itself, so it may have one entry
+        more than the client asked for. If two tokens have the same text, the key stands for the
+        likelier token.
 
         Args:
             token_ids: the tokens.
             entries: their log probabilities; ``None`` for a prompt's first token.
-            offset: characters of token text before the first of them.
+            offset: characters of token text before the first token.
 
         Returns:
             The arrays, and the offset after the last token.
@@ -60,7 +60,7 @@ class LogprobWriter:
         return arrays, offset
 
     def chat(self, entries: Sequence[TokenLogprob]) -> dict[str, list[Any]]:
-        """The chat form: one object per token."""
+        """Return the chat form: one object per token."""
         return {
             "content": [
                 {

@@ -1,8 +1,8 @@
 """GET /metrics: the engine's counts in Prometheus' text format, under vLLM's names.
 
-The engine counts; here is only what each count is called. Labels come from fixed sets: finish
-reasons and outcomes from their enums, SLO classes as configured (``custom`` for SLOs of no
-class; requests without an SLO are in no class), positions up to ``max_speculation``.
+The engine counts; this module only names the counts. Labels come from fixed sets: finish
+reasons and outcomes from their enums, SLO classes as configured (``custom`` for an SLO without
+a class; a request without an SLO is in no class), positions up to ``max_speculation``.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class EngineCollector(Collector):
     """Reads one engine's counts at each scrape.
 
     Args:
-        find_engine: the engine to ask; raises where there is none yet.
+        find_engine: returns the engine to ask; raises while there is none.
     """
 
     def __init__(self, find_engine: Callable[[], AsyncEngine]) -> None:
         self._find_engine = find_engine
 
     def collect(self) -> Iterator[Metric]:
-        """All metrics, of one moment."""
+        """Yield all metrics, all of the same moment."""
         engine = self._find_engine()
         stats, most = engine.stats(), engine.config.max_speculation
         yield GaugeMetricFamily(
@@ -70,7 +70,7 @@ class EngineCollector(Collector):
 
 
 def _families(stats: EngineStats, max_speculation: int) -> Iterator[Metric]:
-    """The metrics of one engine."""
+    """Yield the metrics of one engine."""
     yield from _gauges(stats)
     yield from _counters(stats)
     yield from _speculation(stats, max_speculation)
@@ -80,7 +80,7 @@ def _families(stats: EngineStats, max_speculation: int) -> Iterator[Metric]:
 
 
 def _replicas(controller: Controller) -> Iterator[Metric]:
-    """What a controller counts beside what its replicas do."""
+    """Yield what a controller counts in addition to the counts of its replicas."""
     up = GaugeMetricFamily(
         PREFIX + "replica_up", "1 while the replica takes requests.", labels=("replica",)
     )
@@ -109,14 +109,14 @@ def _replicas(controller: Controller) -> Iterator[Metric]:
 
 
 def create_registry(find_engine: Callable[[], AsyncEngine]) -> CollectorRegistry:
-    """A registry with one engine's metrics and nothing of the process's other registries."""
+    """Return a registry with one engine's metrics and nothing of the process's other registries."""
     registry = CollectorRegistry()
     registry.register(EngineCollector(find_engine))
     return registry
 
 
 def render(registry: CollectorRegistry) -> bytes:
-    """The text of a scrape, of `CONTENT_TYPE`; takes milliseconds, from any thread."""
+    """Return the text of a scrape, of type `CONTENT_TYPE`; takes milliseconds, from any thread."""
     return generate_latest(registry)
 
 
@@ -127,8 +127,8 @@ def _gauges(stats: EngineStats) -> Iterator[Metric]:
         ("kv_cache_usage_perc", "KV blocks in use; 1 is all of them.", stats.kv_usage),
         (
             "profile_completeness",
-            "Measurements of the device made, of those of a full profile; below 1 it is refined while nothing runs, "
-            "and refined while nothing runs.",
+            "Share of a full profile's measurements that were made; below 1 the profile is refined "
+            "while nothing runs.",
             stats.profile_completeness,
         ),
     ):
@@ -271,6 +271,6 @@ def _histogram(name: str, text: str, histogram: Histogram) -> Metric:
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, int]]:
-    """Upper bounds with counts of all up to there, as Prometheus wants them."""
+    """Return pairs of a bucket's upper bound and the count up to it, as Prometheus wants them."""
     bounds = [*(str(float(bound)) for bound in histogram.bounds), "+Inf"]
     return list(zip(bounds, accumulate(histogram.counts), strict=True))

@@ -1,7 +1,7 @@
 """OpenAI's request bodies, parsed strictly into minserve's own types.
 
-Whatever would change the result and is not implemented is refused by name. What asks
-for nothing (an empty tool list, ``best_of: 1``) is accepted: clients send it unasked.
+A field that would change the result and is not implemented is refused by name. A field that
+asks for nothing (an empty tool list, ``best_of: 1``) is accepted, because clients send it unasked.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _HARMLESS_CHAT: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "tools": ([],),
 }
-# Labels for the client's own books; no value of theirs changes the result.
+# Labels for the client's own records; no value of theirs changes the result.
 _LABELS = ("user", "safety_identifier", "prompt_cache_key")
 _LABEL_FLAGS = ("store", "parallel_tool_calls")
 _NUMBERS = (
@@ -60,16 +60,16 @@ _NUMBERS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationCall:
-    """One completions or chat body, checked.
+    """A checked body of a completions or chat request.
 
     Attributes:
-        model: the name asked for; ``None`` takes the model that is served.
-        prompts: one per group of ``params.n`` choices; chat has exactly one.
+        model: the name that the client asked for; ``None`` takes the model that is served.
+        prompts: one prompt per group of ``params.n`` choices; a chat has exactly one.
         echo: repeat the prompt in front of each output.
-        drop_output: ``max_tokens: 0`` with ``echo``: only the prompt is wanted.
-        include_usage: close a stream with a usage chunk.
-        continuous_usage: put the usage so far on every chunk.
-        include_acceptance: tell in the final usage what became of drafted tokens.
+        drop_output: true for ``max_tokens: 0`` with ``echo``: the client wants only the prompt.
+        include_usage: end a stream with a usage chunk.
+        continuous_usage: put the usage so far in every chunk.
+        include_acceptance: report in the final usage how many drafted tokens were accepted.
     """
 
     chat: bool
@@ -100,7 +100,7 @@ def parse_completion(values: dict[str, Any]) -> GenerationCall:
     """Check a /v1/completions body.
 
     Raises:
-        InvalidRequestError: naming the field.
+        InvalidRequestError: if a field is wrong; the error names it.
     """
     fields = Fields(values)
     prompts = parse_prompts(fields.take("prompt"))
@@ -135,7 +135,7 @@ def parse_chat(values: dict[str, Any]) -> GenerationCall:
     """Check a /v1/chat/completions body.
 
     Raises:
-        InvalidRequestError: naming the field.
+        InvalidRequestError: if a field is wrong; the error names it.
     """
     fields = Fields(values)
     messages = parse_messages(fields.take("messages"))
@@ -159,7 +159,7 @@ def parse_chat(values: dict[str, Any]) -> GenerationCall:
 
 
 def _finish_call(fields: Fields, *, params: dict[str, Any], **call: Any) -> GenerationCall:
-    """Take what both endpoints share and refuse the rest."""
+    """Take the fields that both endpoints share and refuse the rest."""
     model = fields.string("model")
     options = fields.object("stream_options")
     include_usage = options.boolean("include_usage")
@@ -190,7 +190,7 @@ def _finish_call(fields: Fields, *, params: dict[str, Any], **call: Any) -> Gene
 
 
 def _parse_sampling(fields: Fields, params: dict[str, Any]) -> SamplingParams:
-    """Build the sampling settings; ranges are `SamplingParams`' own business."""
+    """Build the sampling settings; `SamplingParams` itself checks their ranges."""
     given = {name: value for name, value in params.items() if value is not None}
     # Without a limit in a chat, the output may grow to the model's length.
     given["max_tokens"] = params["max_tokens"]
@@ -236,7 +236,7 @@ def _refuse_unsupported(fields: Fields, more: Mapping[str, tuple[Any, ...]]) -> 
 
 
 def parse_prompts(value: Any) -> list[Prompt]:
-    """Tell the four forms of ``prompt`` apart.
+    """Return the prompts of any of the four forms that ``prompt`` may have.
 
     Returns:
         One entry per prompt: a string, or a list of token ids.
@@ -264,7 +264,7 @@ def parse_prompts(value: Any) -> list[Prompt]:
 
 
 def parse_token_ids(value: Any, param: str) -> list[int]:
-    """A non-empty list of non-negative integers.
+    """Return the value, which must be a non-empty list of non-negative integers.
 
     Raises:
         InvalidRequestError: naming ``param``.
@@ -280,7 +280,7 @@ def parse_token_ids(value: Any, param: str) -> list[int]:
 
 
 def parse_messages(value: Any) -> list[dict[str, str]]:
-    """Check chat messages and join text parts.
+    """Check chat messages, and join the text parts of each with newlines.
 
     Returns:
         Messages with ``role``, ``content`` and, where given, ``name``.
@@ -302,7 +302,7 @@ def _parse_message(value: Any, where: str) -> dict[str, str]:
     role = fields.string("role")
     if role not in ROLES:
         raise fields.error("role", f"must be one of {', '.join(ROLES)}, not {brief(role)}")
-    # OpenAI's later name for the same role; chat templates know only the first.
+    # OpenAI's later name for the same role; chat templates know only the older name.
     message = {"role": "system" if role == "developer" else role}
     message["content"] = _parse_content(fields.take("content"), f"{where}.content")
     name = fields.string("name")
@@ -339,7 +339,7 @@ def parse_tokenize(values: dict[str, Any]) -> TokenizeCall:
     """Check a /tokenize body.
 
     Raises:
-        InvalidRequestError: naming the field.
+        InvalidRequestError: if a field is wrong; the error names it.
     """
     fields = Fields(values)
     model = fields.string("model")
@@ -367,7 +367,7 @@ def parse_detokenize(values: dict[str, Any]) -> tuple[str | None, list[int]]:
         The model's name, where given, and the token ids.
 
     Raises:
-        InvalidRequestError: naming the field.
+        InvalidRequestError: if a field is wrong; the error names it.
     """
     fields = Fields(values)
     model = fields.string("model")

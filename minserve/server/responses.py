@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _Choice:
-    """What is known of one choice between two deltas."""
+    """The state of one choice between two deltas."""
 
     begun: bool = False
     text_offset: int = 0
@@ -36,8 +36,8 @@ class _Choice:
 class _Group:
     """The choices of one prompt.
 
-    Prompt log probabilities come with the first delta of output 0 alone, and every
-    choice begins with them; other outputs' deltas that come earlier wait in ``held``.
+    Prompt log probabilities come with the first delta of output 0 only, and every choice
+    begins with them. Deltas of other outputs that come earlier wait in ``held``.
     """
 
     def __init__(self, handle: RequestHandle, call: GenerationCall) -> None:
@@ -51,7 +51,7 @@ class _Group:
         self.slo_reports: list[SLOReport] = []
 
     def note(self, delta: OutputDelta, counts_output: bool) -> None:
-        """Count a delta's tokens and keep what it says of the prompt."""
+        """Count a delta's tokens and keep what it reports of the prompt."""
         if counts_output:
             self.num_output_tokens += len(delta.token_ids)
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
@@ -66,7 +66,7 @@ class _Group:
 
 
 class Reply:
-    """Builds everything that one request is answered with.
+    """Builds the answer to one request.
 
     Args:
         call: the parsed body.
@@ -99,7 +99,9 @@ class Reply:
             self._chunk_head["object"] = "chat.completion.chunk"
 
     def chunks(self, prompt: int, delta: OutputDelta) -> list[dict[str, Any]]:
-        """The stream chunks that a delta of the given prompt sets free; often one or none."""
+        """Return the stream chunks that can be sent after a delta of the given prompt; often 0 or
+        1.
+        """
         group = self._groups[prompt]
         group.note(delta, not self._call.drop_output)
         group.held.append(delta)
@@ -109,11 +111,11 @@ class Reply:
         return [chunk for one in deltas if (chunk := self._chunk(prompt, one)) is not None]
 
     def usage_chunk(self) -> dict[str, Any]:
-        """The chunk without choices that closes a stream with ``include_usage``."""
+        """Return the chunk without choices that ends a stream with ``include_usage``."""
         return {**self._chunk_head, "choices": [], "usage": self._final_usage()}
 
     def body(self, deltas: Sequence[tuple[int, OutputDelta]]) -> dict[str, Any]:
-        """The whole response, from every ``(prompt, delta)`` in order of arrival."""
+        """Return the whole response, from every ``(prompt, delta)`` in order of arrival."""
         n = self._call.params.n
         merged: list[list[OutputDelta]] = [[] for _ in range(n * len(self._groups))]
         for prompt, delta in deltas:
@@ -132,14 +134,14 @@ class Reply:
         return chunk
 
     def _choice(self, prompt: int, delta: OutputDelta) -> dict[str, Any] | None:
-        """One choice of a chunk; ``None`` where the delta has nothing to tell."""
+        """Return one choice of a chunk; ``None`` where the delta has nothing to report."""
         state = self._groups[prompt].choices[delta.index]
         text, logprobs = self._text_and_logprobs(prompt, delta)
         if not text and not logprobs and delta.finish_reason is None:
             return None
         choice: dict[str, Any] = {"index": prompt * self._call.params.n + delta.index}
         if self._call.chat:
-            # The role rides on the first chunk that has something to say.
+            # The role is sent with the first chunk that has content.
             choice["delta"] = {} if state.begun else {"role": "assistant", "content": text}
             if text or logprobs:
                 choice["delta"]["content"] = text
@@ -168,7 +170,7 @@ class Reply:
     def _text_and_logprobs(
         self, prompt: int, delta: OutputDelta
     ) -> tuple[str, dict[str, list[Any]] | None]:
-        """A delta's text and log probabilities, behind the echoed prompt where it is the first."""
+        """Return a delta's text and log probabilities; the echoed prompt precedes the first."""
         group = self._groups[prompt]
         state = group.choices[delta.index]
         if self._call.chat:
@@ -197,8 +199,10 @@ class Reply:
         return self._tokenizer.decode(group.handle.prompt_token_ids, skip_special_tokens=False)
 
     def _final_usage(self) -> dict[str, Any]:
-        """With what became of drafts, where asked for, and of the SLO, where there was one: as
-        the worst of all outputs fared.
+        """Return the usage at the end of the answer.
+
+        It includes the acceptance of drafted tokens, where the client asked for it, and the
+        report of the output that did worst on its SLO, where the request has one.
         """
         usage = self._usage()
         if self._call.include_acceptance:
@@ -228,7 +232,7 @@ class Reply:
 
 
 def _merge(deltas: Sequence[OutputDelta]) -> OutputDelta:
-    """One output's deltas as one."""
+    """Join the deltas of one output into one delta."""
     last = deltas[-1]
     entries = [entry for delta in deltas for entry in delta.logprobs or ()]
     return OutputDelta(

@@ -1,4 +1,4 @@
-"""SLOs over HTTP: what a body and its headers ask for, and what is told of it at the end."""
+"""SLOs over HTTP: read from a body and its headers, and reported at the end of an answer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from minserve.engine.engine import AsyncEngine
 
 _PREFIXES = ("x-slo-", "x-llm-d-slo-")
-# The later of two names wins.
+# If both names are given, the later one in this list wins.
 _HEADERS = {
     "x-slo-ttft-ms": "ttft_ms",
     "x-slo-tpot-ms": "tpot_ms",
@@ -27,19 +27,19 @@ _NUMBER = re.compile(r"[0-9]{1,12}(\.[0-9]{1,12})?")
 
 
 def read_slo(value: Any, headers: Mapping[str, str], engine: AsyncEngine) -> SLO | None:
-    """What a request asks for.
+    """Return the SLO that a request asks for.
 
-    A class name in the body says everything. Other objectives in the body win over the
-    headers' one by one. Headers alone refine the default class.
+    A class name in the body is the whole SLO. Objectives in the body replace the headers'
+    objectives one by one. Headers without an SLO in the body refine the default class.
 
     Args:
         value: the body's ``slo``: a class name, an object of `parse_slo`'s fields, or
             ``None``.
-        headers: all of the request's.
+        headers: all headers of the request.
         engine: has the classes, and knows the marker of its model's thinking.
 
     Returns:
-        the engine's default class where nothing is asked for; ``None`` where it has none.
+        The SLO; without any in the request the engine's default, ``None`` where it has none.
 
     Raises:
         InvalidSLOError: naming the field or the header.
@@ -61,7 +61,7 @@ def read_slo(value: Any, headers: Mapping[str, str], engine: AsyncEngine) -> SLO
 
 
 def _read_headers(headers: Mapping[str, str]) -> dict[str, float]:
-    """The objectives in headers, as fields. Every one is checked, even where it loses."""
+    """Return the objectives in headers, by field. Each is checked, even if the other name wins."""
     given: dict[str, float] = {}
     for header, text in headers.items():
         name = header.lower()
@@ -77,7 +77,7 @@ def _read_headers(headers: Mapping[str, str]) -> dict[str, float]:
 
 
 def _left_open(value: Mapping[str, Any], asked: Mapping[str, float]) -> dict[str, float]:
-    """The headers' objectives of which the body says nothing."""
+    """Return the headers' objectives for which the body gives no value."""
     if value.get("class") is not None:
         return {}
     return {
@@ -88,7 +88,7 @@ def _left_open(value: Mapping[str, Any], asked: Mapping[str, float]) -> dict[str
 
 
 def slo_object(report: SLOReport) -> dict[str, Any]:
-    """The ``slo`` object of a usage: milliseconds, ``null`` where there is no number."""
+    """Return the ``slo`` object of a usage: milliseconds, ``null`` where there is no number."""
     stages = report.targets.stages
     promised = {"ttft_ms": _ms(report.targets.ttft_s), "tpot_ms": _ms(stages[-1].tpot_s)}
     if len(stages) == 2:
@@ -105,5 +105,5 @@ def slo_object(report: SLOReport) -> dict[str, Any]:
 
 
 def _ms(value: float | None) -> float | None:
-    """Seconds as milliseconds, rounded to microseconds; JSON knows no infinity."""
+    """Return seconds as milliseconds, to 3 decimals; ``None`` for infinity, which JSON lacks."""
     return round(value * 1e3, 3) if value is not None and math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""Server-sent events: JSON out, one ``data:`` line per event, nothing else on the wire."""
+"""Server-sent events: JSON in one ``data:`` line per event, and nothing else on the wire."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(","
 
 
 def dump_json(value: Any) -> bytes:
-    """Compact UTF-8 JSON.
+    """Return a value as compact JSON in UTF-8.
 
     Raises:
         ValueError: for NaN or infinity, which JSON cannot carry.
@@ -28,8 +28,10 @@ def dump_json(value: Any) -> bytes:
 
 
 class EventStream:
-    """One streamed response. The headers go out with the first event, so that a failure
-    before it can still be answered with a proper status.
+    """A streamed response.
+
+    The headers are sent with the first event, so that a failure before it can still be answered
+    with its HTTP status.
     """
 
     def __init__(self, request: web.Request) -> None:
@@ -38,14 +40,14 @@ class EventStream:
 
     @property
     def started(self) -> bool:
-        """True once the status line can no longer be changed."""
+        """True once the status line has been sent and can no longer be changed."""
         return self.response.prepared
 
     async def send(self, event: Any) -> None:
-        """Write one event; waits where the client reads slowly.
+        """Write one event; waits while the client reads slowly.
 
         Raises:
-            ConnectionResetError: where the client has gone.
+            ConnectionResetError: if the client has closed the connection.
         """
         await self._write(dump_json(event))
 

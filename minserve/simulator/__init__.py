@@ -1,1 +1,1 @@
-"""Replicas on a virtual clock: the real planner and block pool, no device."""
+"""Replicas on a virtual clock: the real planner and block pool, without a device."""

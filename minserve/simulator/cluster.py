@@ -14,12 +14,12 @@ from minserve.slo import Standing
 
 
 class Cluster:
-    """Routes what arrives, and turns every replica's clock.
+    """Routes arriving requests to replicas, and runs every replica's iterations on the clock.
 
     Args:
-        lengths: what the router guesses output lengths by.
-        hop_limit: replicas that a request may be moved on to while one that holds it promises
-            it nothing, and has not begun.
+        lengths: the estimator by which the router guesses output lengths.
+        hop_limit: number of times that a request may be moved on, while its replica promises it
+            nothing and it has not begun.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Cluster:
         self.load: OfferedLoad | None = None
 
     def arrive(self, *seqs: SimulatedSequence) -> None:
-        """A request comes in from outside, with all of its outputs."""
+        """Take a new request, with all of its outputs, and give it to a replica."""
         self._place(seqs, 0 if not self._routes else self._route(seqs[0]))
 
     def _place(self, seqs: Sequence[SimulatedSequence], number: int) -> None:
@@ -109,7 +109,9 @@ class Cluster:
         )
 
     def _better_than(self, seq: SimulatedSequence, number: int) -> int | None:
-        """Where a request that this replica does not promise its SLO is tried next, if at all."""
+        """Return the next replica to try for a request without a promise; ``None`` if there is
+        none.
+        """
         if not self._routes or seq.hops >= self._hop_limit:
             return None
         tried = self._tried.setdefault(seq.request.request_id, set())

@@ -1,11 +1,11 @@
-"""`DeviceTime`: how a simulated device's iterations differ from the time that they should take.
+"""`DeviceTime`: how a simulated device's iterations differ from the time they should take.
 
 ::
 
-    seconds = usual seconds x noise (of each iteration) x speed (of a stretch of time) + stalls
+        seconds = usual seconds x noise (of each iteration) x speed (of a period) + stalls
 
-Speeds and stalls lie on the device's own time line, whatever runs on it, so that all policies
-meet the same ones. Noise is drawn for one iteration after the other.
+Speeds and stalls lie on the device's own time line and do not depend on the batches, so that all
+policies meet the same ones. Noise is drawn for one iteration after the other.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from __future__ import annotations
 import math
 import random
 
-# A device's speed holds for a time uniform in this range, and a stall's length is.
+# Both are uniform in a range: the seconds that a device's speed holds, and a stall's seconds.
 STEP_S = (10.0, 60.0)
 STALL_S = (0.1, 1.0)
 
 
 class DeviceTime:
-    """The behaviour of one device over time. It is asked in the order of time.
+    """The behaviour of one device over time. Its methods are called in the order of time.
 
     Args:
-        noise: log-standard deviation of iterations' times.
-        speed_steps: the factor on times is log-uniform between 1 over this and this, and
-            another one every `STEP_S` seconds. 1 keeps the speed.
-        stall_every_s: mean time from the end of a stall to the next one; ``None`` for none. In
-            a stall, which takes `STALL_S`, whatever runs stands still.
-        seed: of all that is drawn.
+        noise: log-standard deviation of the iterations' times.
+        speed_steps: factors on times are log-uniform between 1/speed_steps and speed_steps, with a
+            new factor every `STEP_S` seconds. 1 keeps the speed.
+        stall_every_s: mean seconds from the end of a stall to the next stall; ``None`` for no
+            stalls. During a stall, which takes `STALL_S` seconds, the running batch stands still.
+        seed: seed of all draws.
     """
 
     def __init__(
@@ -48,18 +48,18 @@ class DeviceTime:
         self._stall_from = self._stall_until = 0.0
 
     def factor(self, now: float) -> float:
-        """Of an iteration that begins now, on its usual time; stalls come on top.
+        """Return the factor on the usual time of an iteration that begins now, without stalls.
 
         It stays the same until an iteration has run.
         """
         if self._noise_factor is None:
-            # No draw where there is no noise: the factor is exactly 1.
+            # Nothing is drawn without noise, so the factor is exactly 1.
             drawn = self._noises.gauss(0.0, self._noise) if self._noise else 0.0
             self._noise_factor = math.exp(drawn)
         return self._noise_factor * self._speed(now)
 
     def seconds(self, usual_s: float, now: float) -> float:
-        """That an iteration takes which begins now.
+        """Return the seconds of an iteration that begins now, stalls included.
 
         Args:
             usual_s: seconds that it should take.
@@ -77,7 +77,7 @@ class DeviceTime:
         return self._speed_factor
 
     def _stalled(self, now: float, seconds: float) -> float:
-        """Seconds that an iteration stands still."""
+        """Return the seconds for which an iteration stands still."""
         if self._stall_every_s is None:
             return 0.0
         while self._stall_until <= now:

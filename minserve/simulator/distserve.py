@@ -1,19 +1,20 @@
-"""`DistServeCluster`: prefill and decode on replicas of their own (DistServe, OSDI 2024).
+"""`DistServeCluster`: prefill and decode on separate replicas (DistServe, OSDI 2024).
 
 ::
 
     arrive ──► prefill replica ──first token──► handover ──transfer──► decode replica ──► end
                (whole prompts, FCFS)            (KV stays)             (all decodes, always)
 
-Prompts run whole, first come, first served, as many in a batch as its token limit allows.
-A prompt's KV stays where it was computed, and takes memory there, until a decode replica has
+Prompts run whole, first come, first served, with as many in a batch as its token limit allows.
+A prompt's KV stays on its prefill replica, and takes memory there, until a decode replica has
 room for it; then it is copied over the link between them. Decode replicas run all of their
-sequences in every iteration. Where one runs out of blocks, the newest is preempted and
-computed again on the spot, in chunks behind the decodes.
+sequences in every iteration. If a decode replica runs out of blocks, its newest sequence is
+preempted and computed again on the same replica, in chunks after the decodes.
 
-Dispatch is least-loaded on both sides: by the tokens still to be computed (cached prefixes
-counted as done), and by free KV. Links are never shared by two transfers, and whatever the
-decode replica has in its prefix index is not sent. Nothing is drafted.
+Dispatch is least-loaded on both sides: by tokens still to be computed on the prefill side
+(cached prefixes count as done), and by free KV on the decode side. Two transfers never share a
+link, and blocks that the decode replica has in its prefix index are not sent. No tokens are
+drafted.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ NVLINK_BYTES_S = 300e9
 
 
 class PrefillReplica(SimulatedReplica):
-    """Runs whole prompts. Whoever has its first token is handed on, its blocks still taken.
+    """Runs whole prompts. A sequence with its first token is handed on, its blocks still taken.
 
     Attributes:
-        num_tokens: of prompts that are not computed yet.
+        num_tokens: tokens of prompts that are not computed yet.
     """
 
     num_tokens = 0
@@ -45,19 +46,19 @@ class PrefillReplica(SimulatedReplica):
         self.num_tokens += self._work(seq)
 
     def load(self, seq: SimulatedSequence) -> int:
-        """Tokens to compute until this sequence would have its first token."""
+        """Return the tokens to compute until this sequence would have its first token."""
         return self.num_tokens + self._work(seq)
 
     def _work(self, seq: SimulatedSequence) -> int:
         return seq.num_tokens - self.pool.cached_prefix(seq).num_tokens
 
     def _idle(self) -> float:
-        # Prompts wait for memory until a transfer is done, which may be long.
+        # Prompts wait for memory until a transfer ends, which may take long.
         self.busy = False
         return math.inf
 
     def take_prefilled(self) -> list[SimulatedSequence]:
-        """Those that have their first token, and are to go on elsewhere."""
+        """Remove and return the sequences that have their first token, to continue elsewhere."""
         ready, self.running = self.running, []
         for seq in ready:
             del self._by_id[seq.seq_id]
@@ -66,7 +67,7 @@ class PrefillReplica(SimulatedReplica):
 
 
 class DecodeReplica(SimulatedReplica):
-    """Decodes what was prefilled elsewhere.
+    """Decodes sequences that were prefilled on another replica.
 
     Attributes:
         num_coming: sequences whose KV is on its way.
@@ -75,7 +76,7 @@ class DecodeReplica(SimulatedReplica):
     num_coming = 0
 
     def has_room(self, seq: SimulatedSequence) -> bool:
-        """True where a sequence's KV and its next token fit. Preempted ones go first."""
+        """Return whether a sequence's KV and next token fit. Preempted sequences go before it."""
         if self.waiting or len(self.running) + self.num_coming >= self.max_num_seqs:
             return False
         pool, hit = self.pool, self.pool.cached_prefix(seq)
@@ -84,7 +85,7 @@ class DecodeReplica(SimulatedReplica):
         return needed + hit.num_idle_blocks + spare <= pool.num_free_blocks
 
     def expect(self, seq: SimulatedSequence) -> int:
-        """Take blocks for a sequence. Returns the tokens whose KV is to be sent."""
+        """Take blocks for a sequence, and return the number of tokens whose KV has to be sent."""
         num_tokens = seq.num_computed_tokens
         seq.num_computed_tokens = self.pool.admit(seq)
         to_send = num_tokens - seq.num_computed_tokens
@@ -94,7 +95,7 @@ class DecodeReplica(SimulatedReplica):
         return to_send
 
     def receive(self, seq: SimulatedSequence) -> None:
-        """A sequence's KV is there."""
+        """Let a sequence run here, since its KV has arrived."""
         self.num_coming -= 1
         self.pool.commit(seq)
         self.submit(seq)
@@ -103,10 +104,10 @@ class DecodeReplica(SimulatedReplica):
 
 
 class DistServeCluster:
-    """Turns the clocks of prefill and decode replicas, and moves KV from the former to the latter.
+    """Runs prefill and decode replicas on the clock, and moves KV from the former to the latter.
 
     Args:
-        transfer_s: of the KV of one token.
+        transfer_s: seconds to send the KV of one token.
     """
 
     def __init__(
@@ -119,12 +120,12 @@ class DistServeCluster:
         self._loop, self._prefills, self._decodes = loop, prefills, decodes
         self._transfer_s = transfer_s
         self.replicas = [*prefills, *decodes]
-        # Prefilled sequences and where their KV lies, first come first.
+        # Prefilled sequences and the replicas that hold their KV, in order of arrival.
         self._handover: list[tuple[SimulatedSequence, PrefillReplica]] = []
         self.load: OfferedLoad | None = None
 
     def arrive(self, *seqs: SimulatedSequence) -> None:
-        """A request comes in from outside, with all of its outputs."""
+        """Take a new request, with all of its outputs, and give it to a prefill replica."""
         replica = min(self._prefills, key=lambda one: one.load(seqs[0]))
         for seq in seqs:
             replica.submit(seq)
@@ -146,7 +147,7 @@ class DistServeCluster:
         self._begin(replica)
 
     def _hand_over(self) -> None:
-        """Send the first ones in line to the decode replicas that have most free KV."""
+        """Send the first sequences in line to the decode replicas with the most free KV."""
         while self._handover:
             seq, source = self._handover[0]
             targets = [one for one in self._decodes if one.has_room(seq)]
@@ -174,7 +175,7 @@ class DistServeCluster:
 
 
 def _held(seq: SimulatedSequence) -> Sequence:
-    """Takes the blocks over from a sequence, which may get others then."""
+    """Move a sequence's blocks to a new object, so that the sequence can get other blocks."""
     held = Sequence(seq.request, state=SequenceState.RUNNING)
     held.token_ids, held.block_hashes = seq.token_ids, seq.block_hashes
     held.block_table, seq.block_table = seq.block_table, []

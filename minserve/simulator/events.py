@@ -1,4 +1,4 @@
-"""`EventLoop`: a virtual clock. What happens next happens at once."""
+"""`EventLoop`: a virtual clock. Time jumps from one event to the next."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from heapq import heappop, heappush
 
 
 class EventLoop:
-    """Calls what is due, in order of time; what is due at the same time, in the order it came.
+    """Makes calls in order of their time; calls of the same time in the order they were added.
 
     Attributes:
         now: seconds since the beginning.
@@ -19,12 +19,12 @@ class EventLoop:
         self._count = 0
 
     def at(self, time: float, call: Callable[[], None]) -> None:
-        """Call it then, or now where that has passed."""
+        """Make the call at this time, or now if the time has passed."""
         self._count += 1
         heappush(self._heap, (max(time, self.now), self._count, call))
 
     def run(self) -> None:
-        """Until nothing is due any more."""
+        """Make calls until no more are due."""
         heap = self._heap
         while heap:
             self.now, _, call = heappop(heap)

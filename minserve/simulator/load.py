@@ -1,4 +1,4 @@
-"""`OfferedLoad`: a workload's turns arrive on the virtual clock, and end in verdicts."""
+"""`OfferedLoad`: sends a workload's turns on the virtual clock and collects their verdicts."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from minserve.slo import Standing
 from minserve.workload.conversation import Conversation, Turn
 from minserve.workload.verdict import Cause, Verdict, cause_of_miss
 
-# Takes all outputs of a turn.
+# Called with all outputs of a turn.
 Arrive = Callable[..., None]
 Progressed = Callable[["OfferedLoad"], None]
 
 
 @dataclass(slots=True)
 class _Place:
-    """Of a turn in the workload, when it is due, and how many outputs are still to come."""
+    """A turn: its place in the workload, its due time, and the number of unfinished outputs."""
 
     conversation: int
     number: int
@@ -30,19 +30,19 @@ class _Place:
 
 
 class OfferedLoad:
-    """Sends turns when they are due, judges their answers, and sends what follows.
+    """Sends turns when they are due, judges their answers, and sends the turns that follow.
 
     Args:
-        device: what slowdowns are multiples of.
-        max_model_len: outputs may be as long as that leaves room for.
+        device: the performance model whose times slowdowns are multiples of.
+        max_model_len: longest sequence in tokens; limits the outputs of a request.
         lengths: filled with the true output lengths by request id, for an oracle.
-        arrive: where turns go to.
+        arrive: called with the outputs of each turn.
         progressed: called after each verdict.
-        request_s: that a turn takes to get there, and its tokens back.
-        tells_lengths: a turn's ``max_tokens`` are its length.
+        request_s: seconds that a turn takes to reach the engine, and its tokens to come back.
+        tells_lengths: true if a turn's ``max_tokens`` is its true length.
 
     Attributes:
-        verdicts: of the turns that ended, in that order.
+        verdicts: verdicts on the turns that ended, in the order in which they ended.
     """
 
     def __init__(
@@ -69,13 +69,13 @@ class OfferedLoad:
             self._offer(_Place(number, 0, conversation.arrival_s), None)
 
     def ended(self, seq: SimulatedSequence) -> None:
-        """An output has come; with the last one of its turn the whole answer."""
+        """Note that an output has ended; the last output of a turn completes the answer."""
         place = self._places[seq.request.request_id]
         place.num_open -= 1
         if place.num_open:
             return
         seq, every = seq.siblings[0], [one.progress for one in seq.siblings]
-        # The engine's clock began when it had the request; whoever asked waits since it was due.
+        # The engine's clock began when it had the request; the client has waited since it was due.
         for progress in every:
             progress.arrival_s = place.due_s
         causes = [cause for one in every if (cause := cause_of_miss(one, done=True)) is not None]
@@ -88,7 +88,7 @@ class OfferedLoad:
             self._offer(_Place(place.conversation, place.number + 1, due_s), seq)
 
     def refused(self, seq: SimulatedSequence) -> None:
-        """There will be no answer, so that no later turn is sent either."""
+        """Note that a request is refused; later turns of its conversation are not sent either."""
         place = self._places[seq.request.request_id]
         self._note(seq, place, Cause.REJECTED, attained_mean=False)
         for turn in self._workload[place.conversation].turns[place.number + 1 :]:
@@ -109,7 +109,7 @@ class OfferedLoad:
         turn = self._workload[place.conversation].turns[place.number]
         self._num_sent += 1
         prompt = [] if before is None else before.token_ids[: turn.shared_tokens]
-        # A prompt's own tokens equal those of no other prompt.
+        # The tokens that belong to one prompt alone equal those of no other prompt.
         prompt = (*prompt, *(self._num_sent,) * (turn.prompt_tokens - len(prompt)))
         room = self._max_model_len - turn.prompt_tokens
         request = Request(
@@ -164,6 +164,6 @@ class OfferedLoad:
 
 
 def first_longer(workload: Sequence[Conversation], longest: int) -> Turn | None:
-    """The first turn with more tokens of prompt and output together, if there is one."""
+    """Return the first turn whose prompt and output together have more tokens than ``longest``."""
     turns = (turn for conversation in workload for turn in conversation.turns)
     return next((t for t in turns if t.prompt_tokens + t.output_tokens > longest), None)

@@ -1,8 +1,8 @@
-"""`SimulatedReplica`: one engine without a device. It plans and keeps its blocks as the real one.
+"""`SimulatedReplica`: one engine without a device. It plans and manages blocks as the real one.
 
-The planner and the block pool are those of the engine. What a batch would do on the device is
-replaced by what it does to the books: tokens are computed, one is sampled, drafts are accepted
-with a given chance. How long it takes says a performance model.
+The planner and the block pool are those of the engine. A batch does not run on a device; only its
+effect on the state is applied: tokens are computed, one token is sampled, and drafted tokens are
+accepted with a given chance. A performance model gives its time.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from minserve.simulator.device_time import DeviceTime
 from minserve.slo import Standing
 from minserve.workload.conversation import Turn
 
-# An iteration that runs nothing is followed by another one so much later.
+# After an iteration that runs nothing, the next one begins so many seconds later.
 IDLE_S = 0.001
-# So many of these in a row, while sequences wait, are a deadlock.
+# So many idle iterations in a row, while sequences wait, are a deadlock.
 MOST_IDLE = 20_000
 
 
@@ -34,10 +34,10 @@ class SimulatedSequence(Sequence):
     """A sequence whose output's length is known to the simulator, not to the planner.
 
     Attributes:
-        turn: what it answers.
-        conversation: the turn's, by number.
-        siblings: all outputs of the turn, itself among them; set by whoever makes them.
-        hops: replicas that it was moved on from.
+        turn: the turn of which it is an output.
+        conversation: number of the turn's conversation.
+        siblings: all outputs of the turn, this one among them; set by the code that makes them.
+        hops: number of times that it was moved on to another replica.
         num_left: output tokens that are still to come.
         num_thinking_left: of these, tokens until the thinking ends.
     """
@@ -50,7 +50,7 @@ class SimulatedSequence(Sequence):
     num_thinking_left: int = 0
 
     def __post_init__(self) -> None:
-        # The class that slots make is another one than `super` would look for.
+        # With ``slots=True`` the decorator makes a new class, which a plain `super` does not find.
         Sequence.__post_init__(self)
         self.siblings = self.siblings or [self]
         self.num_left = self.turn.output_tokens
@@ -58,12 +58,12 @@ class SimulatedSequence(Sequence):
 
 
 class Drafter:
-    """Who drafts, as planners see it, with a record of what the draft model has computed.
+    """The draft model as planners see it, with a record of the tokens that it has computed.
 
     Args:
-        max_tokens: drafted at most.
-        lags: False where the draft model's own prefills cost nothing by the profile, so that
-            it never lacks anything.
+        max_tokens: most tokens drafted for a sequence.
+        lags: False if by the profile the draft model's own prefills cost nothing, so that
+            it never lacks tokens.
     """
 
     def __init__(self, max_tokens: int, *, lags: bool) -> None:
@@ -80,7 +80,7 @@ class Drafter:
         return max(0, seq.num_tokens - 1 - self._computed.get(seq.seq_id, 0))
 
     def ran(self, seq: Sequence, num_tokens: int) -> None:
-        """So many of the tokens that it lacked are computed."""
+        """Record that the draft model has computed so many of the tokens that it lacked."""
         if self._lags:
             self._computed[seq.seq_id] = self._computed.get(seq.seq_id, 0) + num_tokens
 
@@ -89,18 +89,18 @@ class Drafter:
 
 
 class SimulatedReplica:
-    """Runs sequences to their end on a clock that others turn.
+    """Runs sequences to their end on a clock that its caller moves.
 
     Args:
-        device: how long batches usually take; the planner has a model of its own.
-        device_time: how long they take in truth; ``None`` for exactly as long.
-        clairvoyant: True where the planner's model is told what factor the next batch will
-            take over its usual time, in its attribute ``next_factor``.
+        device: the usual times of batches; the planner has its own model.
+        device_time: how true times differ from the usual ones; ``None`` for not at all.
+        clairvoyant: True if the planner's model is told, in its attribute ``next_factor``, the
+            factor that the next batch will have on its usual time.
         acceptance: chance that a drafted token is accepted if those before it were.
 
     Attributes:
         busy: True while a batch runs.
-        busy_s: seconds that batches took.
+        busy_s: seconds in which batches ran.
     """
 
     def __init__(
@@ -137,17 +137,17 @@ class SimulatedReplica:
         return bool(self._by_id)
 
     def submit(self, seq: SimulatedSequence) -> None:
-        """A sequence arrives."""
+        """Add a sequence to the queue."""
         self._by_id[seq.seq_id] = seq
         insort(self.waiting, seq, key=by_rank)
 
     def withdraw(self, seq: SimulatedSequence) -> None:
-        """A waiting sequence goes elsewhere."""
+        """Remove a waiting sequence, which goes to another replica or was refused."""
         del self._by_id[seq.seq_id]
         self.waiting.remove(seq)
 
     def view(self) -> PlannerView:
-        """What the planner sees."""
+        """Return the planner's view of the replica."""
         return PlannerView(
             waiting=self.waiting,
             running=self.running,
@@ -163,14 +163,14 @@ class SimulatedReplica:
         """Plan an iteration and start it.
 
         Args:
-            gives_away: asked of the first output of each request that has not begun and is
-                promised nothing; True where it goes elsewhere instead of waiting here.
+            gives_away: called with the first output of each request that has no promise and has not
+                begun; returns True if the request goes to another replica instead of waiting here.
 
         Returns:
-            the seconds until it ends, and of each request that was refused the first output.
+            the seconds until the iteration ends, and the first output of each refused request.
 
         Raises:
-            SimulationError: where the policy runs nothing for good although there is work.
+            SimulationError: if the policy runs nothing for too long although there is work.
         """
         if self.clairvoyant:
             self.planner.model.next_factor = self.device_time.factor(now)
@@ -192,7 +192,7 @@ class SimulatedReplica:
         return self._seconds, refused
 
     def end(self, now: float) -> list[SimulatedSequence]:
-        """The iteration's results are there. Returns the sequences that have ended."""
+        """End the iteration: apply its results, and return the sequences that have ended."""
         plan, ended = self._plan, []
         self.busy = False
         advance = self._advance if self.drafter is None else self._advance_drafting
@@ -212,13 +212,13 @@ class SimulatedReplica:
         return ended
 
     def _advance(self, seq: SimulatedSequence, num_tokens: int, now: float) -> None:
-        """Some of a sequence's tokens are computed; behind the last one comes the next."""
+        """Count computed tokens of a sequence; after its last known token, sample the next one."""
         seq.num_computed_tokens += num_tokens
         if len(seq.token_ids) == seq.num_computed_tokens:
             self._append(seq, now)
 
     def _advance_drafting(self, seq: SimulatedSequence, num_tokens: int, now: float) -> None:
-        """The same; of drafted tokens, those behind the first one refused never were."""
+        """Do as `_advance`, with drafted tokens; those after the first refused one are dropped."""
         num_drafted, decodes = self._plan.speculation.get(seq.seq_id, 0), seq.is_decoding
         seq.num_computed_tokens += num_tokens - num_drafted
         if len(seq.token_ids) != seq.num_computed_tokens:
@@ -229,16 +229,16 @@ class SimulatedReplica:
             self.drafter.ran(seq, num_accepted)
         self._append(seq, now)
         for _ in range(min(num_accepted, seq.num_left)):
-            # Each has its KV already.
+            # Each accepted token has its KV already.
             seq.num_computed_tokens += 1
             self._append(seq, now)
         self.pool.trim(seq)
 
     def _idle(self) -> float:
-        """Nothing runs. Returns the seconds until that is thought over.
+        """Count an iteration that runs nothing, and return the seconds until the next one.
 
         Raises:
-            SimulationError: where it has been so for too long.
+            SimulationError: if there were too many such iterations in a row.
         """
         if self._num_idle > MOST_IDLE:
             raise SimulationError(
@@ -250,11 +250,11 @@ class SimulatedReplica:
     def _settle(
         self, plan: IterationPlan
     ) -> tuple[list[SimulatedSequence], list[SimulatedSequence]]:
-        """Carry out what is promised, given up and refused.
+        """Carry out the promises, relegations and refusals of a plan.
 
         Returns:
-            of requests that have not begun and are promised nothing, and of those refused, the
-            first outputs.
+            the first outputs of requests that have no promise and have not begun, and those of
+            refused requests.
         """
         for seq_id in plan.promote:
             self._by_id[seq_id].standing = Standing.ADMITTED
@@ -268,7 +268,7 @@ class SimulatedReplica:
             self.withdraw(seq)
             seq.state = SequenceState.FINISHED
             refused.append(seq)
-        # Who is given up may be declined besides.
+        # A relegated sequence may be among the declined ones too.
         unbegun = [
             seq
             for seq in dict.fromkeys(unpromised)
@@ -277,7 +277,7 @@ class SimulatedReplica:
         return _firsts(unbegun), _firsts(refused)
 
     def _take_out(self, plan: IterationPlan, away: list[SimulatedSequence]) -> None:
-        """Carry a plan out without some who would have started without a promise."""
+        """Take sequences out of a plan that would have started them without a promise."""
         for seq in away:
             self.withdraw(seq)
             if plan.num_scheduled_tokens.pop(seq.seq_id, None) is not None:
@@ -307,7 +307,7 @@ class SimulatedReplica:
                 pool.grow(seq, num_tokens)
 
     def _usual_s(self, plan: IterationPlan) -> float:
-        """Usual seconds of the batch, draft model included, by the device."""
+        """Return the device's usual seconds for the batch, draft model included."""
         by_id, speculation, drafter = self._by_id, plan.speculation, self.drafter
         seqs = [by_id[seq_id] for seq_id in plan.num_scheduled_tokens]
         starts = (seq.num_computed_tokens for seq in seqs)
@@ -337,7 +337,7 @@ class SimulatedReplica:
         return num
 
     def _append(self, seq: SimulatedSequence, now: float) -> None:
-        """A token is sampled."""
+        """Append a sampled token to a sequence."""
         seq.token_ids.append(seq.request.seed)
         seq.progress.add_token(now)
         seq.num_left -= 1
@@ -364,5 +364,5 @@ class SimulatedReplica:
 
 
 def _firsts(seqs: list[SimulatedSequence]) -> list[SimulatedSequence]:
-    """Of each request among these, with all of its outputs, the first one."""
+    """Return the first output of each request; the list holds all outputs of a request or none."""
     return [seq for seq in seqs if seq is seq.siblings[0]]

@@ -1,4 +1,4 @@
-"""`simulate`: a workload through simulated replicas, to verdicts."""
+"""`simulate`: runs a workload through simulated replicas and returns verdicts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BLOCK_SIZE = 16
 MAX_NUM_SEQS = 256
 VLLM_BUDGET = 2048
 SARATHI_BUDGET = 512
-# Of `dp` and `edf`, whose batches are bounded by time.
+# The budget of `dp` and `edf`, whose batches are limited by time.
 WIDE_BUDGET = 8192
 POLICIES = (*PROMISING, "vllm", "sarathi", "fcfs", "distserve")
 LENGTHS = ("quantile", "told", "oracle")
@@ -50,39 +50,39 @@ LEAST_STALL_EVERY_S = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What is simulated.
+    """The settings of a simulation.
 
     Attributes:
-        device: of one replica.
-        policy: of the planner: ``dp``, ``edf``, ``sarathi``, ``fcfs`` (prefills first, whole
-            prompts), or ``vllm`` (decodes first, chunked prefills, a large budget).
-        token_budget: most tokens of an iteration (of ``distserve``, of a batch of prefills);
+        device: the device of one replica.
+        policy: the planner's policy: ``dp``, ``edf``, ``sarathi``, ``fcfs`` (prefills first, whole
+            prompts), ``vllm`` (decodes first, chunked prefills, a large budget), or ``distserve``.
+        token_budget: most tokens of an iteration (with ``distserve``, of a batch of prefills);
             ``None`` is the policy's default.
-        kv_tokens: of each replica; ``None`` is the device's own.
+        kv_tokens: tokens of KV that fit in each replica; ``None`` is the device's own number.
         max_speculation: most tokens drafted for a sequence; 0 drafts nothing. ``dp`` and
-            ``edf`` choose lengths up to it, the others always draft as many.
+            ``edf`` choose lengths up to it, the other policies always draft so many.
         acceptance: chance that a drafted token is accepted if those before it were.
-        lengths: ``oracle``, where the planner knows output lengths; ``quantile``, where it
-            learns them; or ``told``, the same where each request's ``max_tokens`` is its length,
-            as that of a load test has to be.
-        length_error: with an oracle, the log-standard deviation of what it says.
+        lengths: ``oracle``: the planner knows output lengths; ``quantile``: it learns them;
+            ``told``: it learns them, and each request's ``max_tokens`` is its length, as in a
+            load test.
+        length_error: with an oracle, the log-standard deviation of the lengths that it gives.
         noise: log-standard deviation of each iteration's time.
-        speed_steps: the speed of each device changes after 10 to 60 s, again and again: factors
-            on its times are log-uniform between 1 over this and this. 1 keeps it.
-        stall_every_s: mean seconds after which a device stands still for 0.1 to 1 s, from the
-            end of one stall to the next; ``None`` for never.
-        clairvoyant: True where ``dp`` or ``edf`` is told, before it plans an iteration, the
-            factor that noise and speed will have on its time. Stalls and ``slowness`` it is not
-            told.
-        slowness: of the device over its profile, which the planner starts from.
-        overhead_s: of each iteration, beside the device: planning and the host's other work.
-        request_s: from when a request is due to when the engine has it, and from its tokens to
-            whoever reads them, together: the network, HTTP, tokenization. Promises count from
-            when the engine has it, verdicts from when it was due.
-        replicas, router, hop_limit: several replicas. Of ``distserve``, groups; it has a
-            dispatch of its own instead of a router.
-        ratio: of ``distserve``, prefill and decode replicas of a group.
-        link_bytes_s: that each of its GPUs sends per second to another one.
+        speed_steps: each device's speed changes every 10 to 60 s: factors on its times are
+            log-uniform between 1/speed_steps and speed_steps. 1 keeps the speed.
+        stall_every_s: mean seconds from the end of a stall to the next stall, in which a device
+            stands still for 0.1 to 1 s; ``None`` for no stalls.
+        clairvoyant: True if ``dp`` or ``edf`` is told, before it plans an iteration, the factor
+            that noise and speed will have on its time. It is not told of stalls and ``slowness``.
+        slowness: factor of the device's times over its profile, from which the planner starts.
+        overhead_s: seconds of each iteration beside the device: planning and the host's other work.
+        request_s: seconds from a request's due time to its arrival at the engine, plus seconds
+            from its tokens to the client: the network, HTTP, tokenization. Promises count from the
+            arrival at the engine, verdicts from the due time.
+        replicas: number of replicas; with ``distserve``, of groups.
+        router, hop_limit: how requests are placed on several replicas; ``distserve`` has its own
+            dispatch instead.
+        ratio: with ``distserve``, the numbers of prefill and decode replicas in a group.
+        link_bytes_s: with ``distserve``, bytes per second that each GPU sends to another GPU.
 
     Raises:
         WorkloadError: for a value out of range.
@@ -138,7 +138,7 @@ class Setup:
         _check_range("number of KV tokens", self.pool_tokens, BLOCK_SIZE)
 
     def _check_abilities(self) -> None:
-        """What the device and the policy can do together."""
+        """Check that the device and the policy support the other settings."""
         device, apart = self.device, self.policy == "distserve"
         if self.length_error and self.lengths != "oracle":
             raise WorkloadError("an error of lengths needs an oracle that can err")
@@ -162,13 +162,13 @@ class Setup:
 
     @property
     def num_gpus(self) -> int:
-        """Of all replicas; capacities are per GPU."""
+        """The number of GPUs of all replicas; capacities are given per GPU."""
         each = sum(self.ratio) if self.policy == "distserve" else 1
         return self.replicas * each * self.device.num_gpus
 
     @property
     def pool_tokens(self) -> int:
-        """KV tokens of a replica."""
+        """The number of tokens of KV that fit in a replica."""
         if self.kv_tokens is not None:
             return self.kv_tokens
         device = self.device
@@ -182,12 +182,12 @@ class Setup:
 
     @property
     def longest(self) -> int:
-        """Tokens of a prompt and its output together, at most."""
+        """The largest sum of a request's prompt and output tokens."""
         return min(self.device.max_model_len, self.pool_tokens)
 
     @property
     def budget(self) -> int:
-        """Most tokens of an iteration."""
+        """The largest number of tokens of an iteration."""
         if self.token_budget is not None:
             return self.token_budget
         if self.policy in PROMISING:
@@ -200,13 +200,13 @@ MakePlanner = Callable[[Setup, LengthEstimator], Planner]
 
 @dataclass(slots=True)
 class Outcome:
-    """What a simulation brought.
+    """The results of a simulation.
 
     Attributes:
         verdicts: one for each turn.
-        seconds: until the last one ended.
-        busy_share: of the time, in which a replica ran a batch, on average.
-        num_preemptions: over all replicas.
+        seconds: virtual time at which the last turn ended.
+        busy_share: share of the time in which a replica ran a batch, averaged over replicas.
+        num_preemptions: sum over all replicas.
     """
 
     verdicts: list[Verdict] = field(default_factory=list)
@@ -216,7 +216,7 @@ class Outcome:
 
 
 class ErringLengths(OracleLengths):
-    """An oracle that errs by a factor, another one for each request.
+    """An oracle whose lengths are wrong by a factor, drawn for each output.
 
     Args:
         sigma: log-standard deviation of the factor.
@@ -225,7 +225,7 @@ class ErringLengths(OracleLengths):
     def __init__(self, lengths: dict[str, int], sigma: float, seed: int) -> None:
         super().__init__(lengths)
         self._sigma, self._seed = sigma, seed
-        # Asked for in every round of admission, and a generator of its own is slow to seed.
+        # Guesses are read in every round of admission, and seeding a generator is slow.
         self._guesses: dict[str, int] = {}
 
     def _total(self, seq: Sequence) -> int:
@@ -234,12 +234,12 @@ class ErringLengths(OracleLengths):
             rng = random.Random(f"{self._seed} {seq.seq_id}")
             guess = round(super()._total(seq) * math.exp(rng.gauss(0.0, self._sigma)))
             self._guesses[seq.seq_id] = guess
-        # Whoever outlives the guess is as likely as not to double.
+        # A sequence that is longer than its guess is as likely as not to double.
         return guess if guess > seq.num_output_tokens else 2 * seq.num_output_tokens
 
 
 def planner_of(setup: Setup, lengths: LengthEstimator) -> Planner:
-    """The planner of one replica; ``distserve`` has planners of its own."""
+    """Return the planner of one replica; ``distserve`` has its own planners."""
     name = "sarathi" if setup.policy == "vllm" else setup.policy
     promises = {"lengths": lengths, "best_effort_share": setup.best_effort_share}
     return make_planner(
@@ -257,16 +257,16 @@ def simulate(
     into: Outcome | None = None,
     make: MakePlanner = planner_of,
 ) -> Outcome:
-    """Run a workload to its end.
+    """Run a workload to its end and return the results.
 
     Args:
         progressed: called after each verdict, with the load.
-        into: where verdicts are kept, for whoever wants them if this is interrupted.
-        make: of a planner for each replica, for whoever tries another one. ``distserve``
-            does not ask.
+        into: collects the results, so that they are kept if the simulation is interrupted.
+        make: makes the planner of each replica; another function tries another planner.
+            ``distserve`` does not call it.
 
     Raises:
-        WorkloadError: where a turn is longer than the model or the KV memory.
+        WorkloadError: if a turn is longer than the model or the KV memory allows.
     """
     outcome = Outcome() if into is None else into
     check_fits(workload, setup)
@@ -320,9 +320,10 @@ def _cluster(
 
 
 def check_fits(workload: SequenceOf[Conversation], setup: Setup) -> None:
-    """
+    """Check that every turn of a workload can be served.
+
     Raises:
-        WorkloadError: where a turn is longer than the model or the KV memory.
+        WorkloadError: if a turn is longer than the model or the KV memory allows.
     """
     turn = first_longer(workload, setup.longest)
     if turn is not None:
@@ -397,13 +398,13 @@ def _pool(setup: Setup, *, prefix_caching: bool) -> BlockPool:
 
 
 def _truth(setup: Setup) -> PerfModel:
-    """How long batches usually take, whatever the planner believes."""
+    """Return the usual times of batches, whatever the planner believes."""
     slower = (piece.slowed(setup.slowness) for piece in setup.device.pieces)
     return PerfModel([replace(one, base=one.base + setup.overhead_s) for one in slower])
 
 
 def _device_time(setup: Setup, number: int) -> DeviceTime:
-    """Of one replica."""
+    """Return the behaviour over time of one replica's device."""
     return DeviceTime(
         noise=setup.noise,
         speed_steps=setup.speed_steps,

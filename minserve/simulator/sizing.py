@@ -1,4 +1,4 @@
-"""`find_replicas`: how many replicas a rate takes. A search over whole numbers."""
+"""`find_replicas`: searches for the smallest number of replicas that serves a rate."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from minserve.workload.capacity import LEVEL
 
 @dataclass(slots=True)
 class Sizing:
-    """What a search found.
+    """The result of a search for a number of replicas.
 
     Attributes:
-        attainment: by number of replicas, as far as it was measured.
-        level: that counts as enough.
-        complete: False where the search was cut short.
+        attainment: by number of replicas, the attainment, as far as it was measured.
+        level: share of requests that counts as enough.
+        complete: False if the search was cut short.
     """
 
     attainment: dict[int, float] = field(default_factory=dict)
@@ -25,12 +25,12 @@ class Sizing:
 
     @property
     def replicas(self) -> int | None:
-        """The smallest number that attains the level; ``None`` where none was found."""
+        """The smallest number that attains the level; ``None`` if none was found."""
         enough = [number for number, share in self.attainment.items() if share >= self.level]
         return min(enough, default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON; ``one_fewer`` is the attainment with one replica less."""
+        """Return the result as JSON values; ``one_fewer``: attainment with one replica less."""
         shares = {number: round(share, 4) for number, share in sorted(self.attainment.items())}
         number = self.replicas
         return {
@@ -51,16 +51,16 @@ def find_replicas(
     level: float = LEVEL,
     into: Sizing | None = None,
 ) -> Sizing:
-    """Bracket the number by doubling and halving, then bisect.
+    """Search for the number: bracket it by doubling and halving, then bisect.
 
-    Attainment is taken to rise with the number of replicas; of the number that is found and
-    of one fewer it is measured.
+    Attainment is assumed to rise with the number of replicas. It is measured for the number that
+    is found and, unless this is 1, for one replica fewer.
 
     Args:
-        measure: attainment with so many replicas.
-        start: where the search begins.
-        most: replicas that are tried.
-        into: where to keep results, for whoever wants them if this is interrupted.
+        measure: returns the attainment with so many replicas.
+        start: the first number that is tried.
+        most: the largest number that is tried.
+        into: collects the results, so that they are kept if the search is interrupted.
     """
     result = Sizing(level=level) if into is None else into
 

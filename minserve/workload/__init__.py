@@ -1,1 +1,1 @@
-"""Load to try a server with: scenarios, traces, an open-loop client, reports and plots."""
+"""Load tests of a server: scenarios, traces, an open-loop client, reports and plots."""

@@ -1,4 +1,4 @@
-"""`Answer`: what came back for one request, token by token, by the client's clock."""
+"""`Answer`: what a server sent for one request, token by token, by the client's clock."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from minserve.slo import Targets
 from minserve.workload.conversation import Turn
 from minserve.workload.verdict import Cause, Verdict, cause_of_miss
 
-# The first token of a later stage has no deadline; it is waited for this long.
+# The first token of a later stage has no deadline; the client waits for it this long.
 STAGE_PATIENCE_S = 60.0
 
 
 class Ending(Enum):
-    """How the exchange with the server ended."""
+    """The way in which the exchange with the server ended."""
 
-    CUT = "cut"  # not at all: the run ended before it
+    CUT = "cut"  # the run ended before the answer did
     DONE = "done"
     REJECTED = "rejected"
     FAILED = "failed"
@@ -37,19 +37,18 @@ _CAUSES = {
 
 @dataclass(slots=True, eq=False)
 class Answer:
-    """One request and what became of it.
+    """A request and its answer so far. All times are in seconds on the client's clock.
 
-    Attributes:
-        targets: what it is promised.
-        due_s: when it was to be sent; latencies count from here.
-        has_next: another turn waits for this one's answer.
-        sent_s: when it was sent; NaN before.
-        token_times: one per output token, when its text came.
-        text: of the output so far.
-        finish_reason: the server's.
-        error: why it failed or was refused.
-        prompt_tokens: as the server counted them; ``None`` where it does not say.
-        reported: what the server says of the SLO, where it does.
+    targets: the request's SLO in seconds.
+    due_s: time at which it was to be sent; latencies count from here.
+    has_next: true if another turn waits for this answer.
+    sent_s: time at which it was sent; NaN before.
+    token_times: for each output token, the time at which its text came.
+    text: text of the output so far.
+    finish_reason: as the server gave it.
+    error: the reason why the request failed or was refused.
+    prompt_tokens: as the server counted them; ``None`` where it does not report them.
+    reported: the server's report on the SLO; ``None`` where there is none.
     """
 
     turn: Turn
@@ -64,26 +63,26 @@ class Answer:
     error: str | None = None
     prompt_tokens: int | None = None
     reported: Mapping[str, Any] | None = None
-    # Whether every chunk says how many tokens came so far; `None` before the first one.
+    # Whether every chunk reports the number of tokens so far; `None` before the first chunk.
     _counts_along: bool | None = None
     _num_reported: int | None = None
 
     @property
     def was_short(self) -> bool:
-        """True where the server ended the output before the length that was asked for."""
+        """True if the server ended the output before it had the length that was asked for."""
         return self.ending is Ending.DONE and len(self.token_times) < self.turn.output_tokens
 
     def read_event(self, payload: bytes, now: float) -> None:
         """Take one event of a stream into account.
 
-        A chunk stands for as many tokens as its usage has more than the last one's; where
-        chunks carry no usage, for one.
+        A chunk whose usage is given stands for the tokens by which the count in the usage has
+        grown. If chunks carry no usage, each chunk stands for one token.
 
         Args:
-            payload: what follows ``data:``.
+            payload: the text after ``data:``.
 
         Raises:
-            ValueError: for anything that is no event of OpenAI's.
+            ValueError: for a payload that is not an event of OpenAI's API.
         """
         if payload == b"[DONE]":
             if self.ending is Ending.CUT:
@@ -127,10 +126,11 @@ class Answer:
         self.token_times += [now] * ((self._num_reported or 0) - len(self.token_times))
 
     def close(self) -> None:
-        """The stream has ended: reconcile tokens with the final count, and say so if it broke.
+        """Reconcile the tokens with the final count at the end of the stream.
 
-        Where chunks were counted as tokens and the server then reports another number, the
-        tokens are spread evenly over the chunks: the first token is the first chunk's.
+        A stream that ended too early becomes a failure. If chunks were counted as tokens and the
+        server then reports another number, the tokens are spread evenly over the chunks: the first
+        token comes with the first chunk.
         """
         if self.ending is Ending.CUT:
             if self.finish_reason is None:
@@ -148,17 +148,19 @@ class Answer:
 
     @property
     def last_heard_s(self) -> float:
-        """When its newest token came, or else when it was sent."""
+        """The time of the newest token; before the first token, the time of sending."""
         return self.token_times[-1] if self.token_times else self.sent_s
 
     @property
     def has_last_deadline(self) -> bool:
-        """False where some token may come whenever it likes."""
+        """False if some token of the request has no deadline."""
         return math.isfinite(self.targets.ttft_s + self._longest_decode_s())
 
     def is_hopeless(self, now: float) -> bool:
-        """True once neither form of attainment can be reached: the first token is late, or
-        now is past the time when the last one is due. Until then the mean may recover.
+        """Return True once neither form of attainment can be reached.
+
+        This is so if the first token is late, or if ``now`` is past the last token's deadline.
+        Before that, the mean form may still recover.
         """
         first = self.token_times[0] if self.token_times else now
         if first - self.due_s > self.targets.ttft_s:
@@ -166,24 +168,24 @@ class Answer:
         return now - first > self._longest_decode_s()
 
     def _longest_decode_s(self) -> float:
-        """From the first token to the last one's deadline."""
+        """Return the seconds from the first token to the deadline of the last one."""
         left, seconds = self.turn.output_tokens, 0.0
         for stage in self.targets.stages:
             count = left if stage.tokens is None else min(left, stage.tokens)
-            # No token but the first has no gap, whatever the pace: 0 x inf is not a number.
+            # A stage of one token has no gap, so its pace adds nothing: 0 x inf is not a number.
             seconds += (count - 1) * stage.tpot_s if count > 1 else 0.0
             left -= count
         return seconds + STAGE_PATIENCE_S * (len(self.targets.stages) - 1)
 
     def progress(self) -> Progress:
-        """How it stands against its targets."""
+        """Return how the answer stands against its targets."""
         return judge(self.targets, self.due_s, self.token_times)
 
     def verdict(self, start_s: float) -> Verdict:
-        """Judge it by the client's clock.
+        """Return the verdict on the answer, by the client's clock.
 
         Args:
-            start_s: when the workload began.
+            start_s: time at which the workload began.
         """
         progress, done = self.progress(), self.ending is Ending.DONE
         cause = _CAUSES.get(self.ending) or cause_of_miss(progress, done=done)
@@ -204,7 +206,7 @@ class Answer:
 
 
 def _chat_text(delta: Mapping[str, Any]) -> str:
-    """With what a reasoning model thinks, which some servers send apart."""
+    """Return a chunk's text, with the thinking that some servers send in a separate field."""
     return (delta.get("reasoning_content") or delta.get("reasoning") or "") + (
         delta.get("content") or ""
     )

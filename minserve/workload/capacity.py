@@ -1,8 +1,8 @@
 """Capacity: the most requests per second at which enough of them keep their SLO.
 
-A binary search on the rate. Attainment at one rate is a sample (arrivals and lengths are
-drawn), so each rate is tried with several seeds, and the interval around the answer comes
-from resampling these (Efron, "Bootstrap methods", Annals of Statistics 7, 1979).
+It is found by binary search on the rate. Attainment at one rate is a sample (arrivals and lengths
+are drawn), so each rate is tried with several seeds, and the interval around the answer comes from
+resampling these (Efron, "Bootstrap methods", Annals of Statistics 7, 1979).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 LEVEL = 0.9
 RESAMPLES = 1000
-# Of the bootstrap's distribution of capacities, what lies inside the interval.
+# Share of the bootstrap's distribution of capacities that lies inside the interval.
 CONFIDENCE = 0.95
 # The search gives up beyond this many doublings or halvings.
 MOST_DOUBLINGS = 12
@@ -26,12 +26,12 @@ Measure = Callable[[float, int], float]
 
 @dataclass(slots=True)
 class Capacity:
-    """What a search found.
+    """The result of a search for a capacity.
 
     Attributes:
-        attainment: by rate, the share of each repeat.
-        level: that counts as enough.
-        complete: False where the search was cut short; what was measured stands all the same.
+        attainment: by rate in requests per second, the share that attained in each repeat.
+        level: share of requests that counts as enough.
+        complete: False if the search was cut short; what was measured is kept nevertheless.
     """
 
     attainment: dict[float, list[float]] = field(default_factory=dict)
@@ -40,15 +40,16 @@ class Capacity:
 
     @property
     def rate(self) -> float | None:
-        """The capacity, on straight lines between the rates that were measured; ``None`` where
-        it is below all of them.
+        """The capacity in requests per second, interpolated linearly between measured rates.
+
+        It is ``None`` if the capacity is below all measured rates.
         """
         return crossing({rate: _mean(each) for rate, each in self.attainment.items()}, self.level)
 
     def interval(self, seed: int = 0) -> tuple[float | None, float | None]:
-        """What `rate` might have been with other seeds: the bounds of `CONFIDENCE`.
+        """Return bounds between which `rate` would lie with other seeds, with `CONFIDENCE`.
 
-        A bound is ``None`` where it is below all measured rates.
+        A bound is ``None`` if it is below all measured rates.
         """
         if not self.attainment:
             return None, None
@@ -65,7 +66,7 @@ class Capacity:
         return found[round(outside * last)], found[round((1 - outside) * last)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """Return the result as JSON values."""
         low, high = self.interval()
         return {
             "capacity": _rounded(self.rate),
@@ -89,15 +90,15 @@ def find_capacity(
     step: float = 2.0,
     into: Capacity | None = None,
 ) -> Capacity:
-    """Bracket the capacity by doubling and halving, then bisect.
+    """Search for the capacity: bracket it by doubling and halving the rate, then bisect.
 
     Args:
-        measure: attainment at (rate, repeat); the repeat is a seed.
-        start: the first rate that is tried.
-        repeats: per rate.
+        measure: returns the attainment at (rate, repeat); the repeat serves as a seed.
+        start: the first rate that is tried, in requests per second.
+        repeats: number of measurements per rate.
         tolerance: the bracket's width at the end, relative to its lower end.
-        step: instead of 2, where the start is known to be near.
-        into: where to keep results, for whoever wants them if this is interrupted.
+        step: factor between tried rates; less than 2 if the start is known to be near.
+        into: collects the results, so that they are kept if the search is interrupted.
     """
     result = Capacity(level=level) if into is None else into
 
@@ -132,15 +133,16 @@ def find_capacity(
 
 
 def crossing(attainment: Mapping[float, float], level: float = LEVEL) -> float | None:
-    """The rate at which attainment falls below a level for the last time, between measured
-    points linearly.
+    """Return the rate at which attainment falls below a level for the last time.
+
+    The rate is interpolated linearly between measured rates.
 
     Args:
-        attainment: by rate.
+        attainment: by rate in requests per second.
 
     Returns:
-        the highest measured rate where that still attains (the capacity is at least this);
-        ``None`` where no measured rate does.
+        the highest measured rate if it still attains the level (the capacity is at least this);
+        ``None`` if no measured rate attains it.
     """
     rates = sorted(attainment)
     if not rates:

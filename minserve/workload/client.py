@@ -1,8 +1,8 @@
-"""Open-loop client: sends a workload to any OpenAI-compatible server and notes what comes back.
+"""Open-loop client: sends a workload to any OpenAI-compatible server and notes the answers.
 
-A request goes out at its time whatever is outstanding, and its latencies count from that time,
-so that a slow server (or client) cannot hide in requests that were sent late. A conversation's
-next turn is due its delay after the last token of the answer before::
+A request goes out at its time, however many requests are open, and its latencies count from that
+time. So a slow server (or client) cannot hide in requests that were sent late. A conversation's
+next turn is due its delay after the last token of the answer to the turn before::
 
     due ──lag──► sent ──────► first token ─► ... ─► last token ──delay──► next turn's due
      └───────── TTFT ──────────────┘
@@ -34,7 +34,7 @@ from minserve.workload.verdict import Verdict
 
 DRAIN_S = 60.0
 POLL_S = 0.1
-# Answers that a server gives where it does not take a request.
+# HTTP statuses with which a server refuses a request.
 REFUSED = (429, 503)
 LONGEST_ERROR = 500
 
@@ -43,7 +43,7 @@ SloField = Callable[[Answer], Any]
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """How far a run is: requests that are due, of these open and answered, and attained."""
+    """Counts of requests in a run: those due, and of these the open, answered and attained ones."""
 
     due: int
     open: int
@@ -56,10 +56,11 @@ class Load:
     """A workload's answers so far.
 
     Attributes:
-        start_s: when the workload began; NaN before.
-        answers: of the requests that were due, in this order; in a complete run then those
-            of turns that were never due, since the one before was not answered.
-        complete: False where the run was cut short by whoever ran it.
+        start_s: time at which the workload began; NaN before.
+        end_s: time at which the run ended or was cut short.
+        answers: answers to the requests that were due, in this order. After a complete run also
+            those of turns that were never due, because the turn before was not answered.
+        complete: False if the run was interrupted.
     """
 
     workload: Sequence[Conversation]
@@ -70,19 +71,21 @@ class Load:
 
     @property
     def seconds(self) -> float:
-        """From the first moment until the run was cut short, or else the last request was due."""
+        """Seconds from the start to the last due request; of a run cut short, to its end."""
         last = max((answer.due_s for answer in self.answers), default=self.start_s)
         return (last if self.complete else self.end_s) - self.start_s
 
     def verdicts(self) -> list[Verdict]:
-        """On every request that was offered. Where a run was cut short, requests that were
-        under way and in time are left out: nobody knows.
+        """Return the verdicts on the offered requests.
+
+        After a run that was cut short, requests that were open and not yet late are left out,
+        because their outcome is unknown.
         """
         return [answer.verdict(self.start_s) for answer in self.answers if self._is_decided(answer)]
 
     @property
     def num_undecided(self) -> int:
-        """Requests that were under way and in time when the run was cut short."""
+        """Number of requests that were open and not yet late when the run was cut short."""
         return sum(not self._is_decided(answer) for answer in self.answers)
 
     def _is_decided(self, answer: Answer) -> bool:
@@ -90,7 +93,7 @@ class Load:
         return not cut or answer.is_hopeless(self.end_s)
 
     def errors(self) -> dict[str, int]:
-        """What servers said of requests that failed or were refused, and how often."""
+        """Return the servers' errors on failed and refused requests, with the count of each."""
         found: dict[str, int] = {}
         for answer in self.answers:
             if answer.error is not None:
@@ -99,7 +102,7 @@ class Load:
 
     @property
     def num_short(self) -> int:
-        """Answers that the server ended before the length that was asked for."""
+        """Number of answers that the server ended before the length that was asked for."""
         return sum(answer.was_short for answer in self.answers)
 
 
@@ -112,22 +115,22 @@ async def drive(
     on_progress: Callable[[Tally], None] | None = None,
     drain_s: float = DRAIN_S,
 ) -> None:
-    """Send a load's workload and collect what comes back in it.
+    """Send a load's workload and collect the answers in the load.
 
-    Ends when all is answered, or when no outstanding request can attain its SLO any more;
-    these are cut off. When cancelled, what came so far is kept.
+    It ends when every request is answered, or when no open request can attain its SLO any more;
+    these are cut off. If it is cancelled, the answers so far are kept.
 
     Args:
-        load: a fresh one; every turn of its workload has a text.
+        load: a new load; every turn of its workload has a text.
         speed: turns slowdowns into seconds.
-        slo_field: what a request sends as ``slo`` to a minserve; default: its targets.
+        slo_field: returns what a request sends as ``slo`` to a minserve; default: its targets.
         on_progress: called every tenth of a second.
-        drain_s: silence after which answers are given up that have no last deadline, or are
-            late but lead to further turns.
+        drain_s: seconds of silence after which an open answer is given up, if it has no last
+            deadline, or if it is late but further turns depend on it.
 
     Raises:
-        WorkloadError: for a turn without a text or with several outputs, or where this process
-            may not open as many streams.
+        WorkloadError: for a turn without a text or with several outputs, or if this process may
+            not open enough streams.
     """
     if any(turn.n > 1 for one in load.workload for turn in one.turns):
         raise WorkloadError(
@@ -143,11 +146,12 @@ async def drive(
 def run_load(
     endpoint: Endpoint, workload: Sequence[Conversation], speed: Speed, **options: Any
 ) -> Load:
-    """`drive` from outside asyncio. Ctrl-C ends the run and keeps what was measured: then the
-    load is not ``complete``.
+    """Run `drive` from outside asyncio and return its load.
+
+    Ctrl-C ends the run and keeps what was measured; the load is then not ``complete``.
 
     Args:
-        options: those of `drive`.
+        options: the keyword arguments of `drive`.
     """
     load = Load(workload)
     try:
@@ -159,7 +163,7 @@ def run_load(
 
 
 class _Driver:
-    """One run: a task that starts conversations, a task for each, and the loop that watches."""
+    """A run: a task that starts conversations, a task for each of them, and a loop that watches."""
 
     def __init__(
         self,
@@ -205,7 +209,7 @@ class _Driver:
             self._tasks.add(asyncio.create_task(self._converse(conversation, due_s)))
 
     async def _converse(self, conversation: Conversation, due_s: float) -> None:
-        """Send the turns, each when the one before is answered."""
+        """Send the turns of a conversation, each after the answer to the turn before."""
         said: list[str] = []
         answers: list[Answer] = []
         self._begun.append((conversation, answers))
@@ -235,20 +239,22 @@ class _Driver:
         self._num_attained += answer.ending is Ending.DONE and answer.progress().attained
 
     async def _watch(self) -> None:
-        """Tell of progress until all is answered, or nothing is worth waiting for."""
+        """Report progress until every request is answered, or until no open one is worth waiting
+        for.
+        """
         while self._tasks:
             await asyncio.sleep(POLL_S)
             for task in [task for task in self._tasks if task.done()]:
                 self._tasks.discard(task)
                 task.result()
             self._report()
-            # A conversation is started a moment before it is begun.
+            # The task of a conversation exists for a moment before the conversation is in `_begun`.
             begun = len(self._begun) == len(self._load.workload)
             if begun and not self._may_attain(time.perf_counter()):
                 return
 
     def _may_attain(self, now: float) -> bool:
-        """Whether an open request, or a turn behind one, may still attain its SLO."""
+        """Return whether an open request, or a turn that follows it, may still attain its SLO."""
         return bool(self._num_waiting) or any(
             self._is_worth_waiting_for(answer, now) for answer in self._open.values()
         )
@@ -256,12 +262,12 @@ class _Driver:
     def _is_worth_waiting_for(self, answer: Answer, now: float) -> bool:
         if answer.has_last_deadline and not answer.is_hopeless(now):
             return True
-        # Nothing says when to give these up, but that they have fallen silent.
+        # No deadline says when to give these answers up, so their silence decides.
         patient = answer.has_next or not answer.has_last_deadline
         return patient and now - answer.last_heard_s < self._drain_s
 
     def _add_unsent(self) -> None:
-        """Turns behind one that was not answered are offered, and missed, all the same."""
+        """Add the turns that follow an unanswered one: they count as offered and missed."""
         for conversation, answers in self._begun:
             for turn in conversation.turns[len(answers) :]:
                 unsent = Answer(turn, targets_of(turn, self._speed), answers[-1].due_s)
@@ -277,10 +283,10 @@ class _Driver:
 async def ask(
     session: aiohttp.ClientSession, endpoint: Endpoint, answer: Answer, body: Mapping[str, Any]
 ) -> None:
-    """Send one request now and note in its answer when its tokens come, or why none did.
+    """Send one request now, and note in its answer when its tokens come, or why none came.
 
     Raises:
-        WorkloadError: where this process may not open as many streams.
+        WorkloadError: if this process may not open enough streams.
     """
     answer.sent_s = time.perf_counter()
     try:

@@ -1,4 +1,4 @@
-"""`Conversation` and `Turn`: what a workload is made of. Lengths, times and promises only.
+"""`Conversation` and `Turn`: the parts of a workload. They hold lengths, times and promises.
 
 A turn is one request to the server. Most conversations have one; in a tool loop each turn
 repeats the prompt and the answer of the one before it, and adds what the tool returned::
@@ -16,21 +16,21 @@ from minserve.slo import SLO
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """One request.
+    """A request to the server.
 
     Attributes:
-        slo: what is promised; its ``name`` is the class in reports.
-        prompt_tokens: in all, at least 1.
-        output_tokens: at least 1; with stages, of all of them together.
-        shared_tokens: leading tokens that are those of the turn before: its prompt, then as
-            much of its answer as fits. 0 for a first turn.
-        delay_s: from the last token of the turn before to this one's arrival. 0 for a first
-            turn, which arrives with its conversation.
-        thinking_tokens: of the output, those before ``</think>``.
-        n: outputs asked for, each as long as all that says. The turn attains its SLO if all of
-            them do, and ends with the last of them; a next turn repeats the first one.
-        text: the new part of the prompt where a real model is to answer; ``None`` stands for
-            as many tokens as are needed.
+        slo: the promise; its ``name`` is the class in reports.
+        prompt_tokens: tokens of the whole prompt, at least 1.
+        output_tokens: at least 1; with stages, the sum over all stages.
+        shared_tokens: leading tokens that the prompt shares with the turn before: that turn's
+            prompt, then as much of its answer as fits. 0 for a first turn.
+        delay_s: seconds from the last token of the turn before to this turn's arrival. 0 for a
+            first turn, which arrives with its conversation.
+        thinking_tokens: tokens of the output before ``</think>``.
+        n: number of outputs, each of these lengths. The turn attains its SLO if all outputs do,
+            and ends with the last of them; a next turn repeats the first output.
+        text: the new part of the prompt, for a real model; ``None`` stands for as many tokens as
+            are needed.
     """
 
     slo: SLO
@@ -45,11 +45,11 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns one after another.
+    """Turns that follow one another.
 
     Attributes:
-        arrival_s: of the first turn, from the beginning of the workload.
-        turns: at least one.
+        arrival_s: arrival of the first turn, in seconds from the beginning of the workload.
+        turns: at least one turn.
     """
 
     arrival_s: float
@@ -57,5 +57,5 @@ class Conversation:
 
 
 def num_turns(workload: Sequence[Conversation]) -> int:
-    """Requests in a workload."""
+    """Return the number of requests in a workload."""
     return sum(len(conversation.turns) for conversation in workload)

@@ -12,7 +12,7 @@ DATA = Path(__file__).parent / "data"
 
 
 def data_path(kind: str, name: str) -> Path:
-    """The file of a data set.
+    """Return the path of a data set's file.
 
     Args:
         kind: ``arrivals``, ``lengths`` or ``prompts``.
@@ -22,18 +22,18 @@ def data_path(kind: str, name: str) -> Path:
 
 
 def names(kind: str) -> list[str]:
-    """The data sets of a kind, sorted."""
+    """Return the names of the data sets of a kind, sorted."""
     return sorted(file.name.split(".")[0] for file in (DATA / kind).glob("*.gz"))
 
 
 @cache
 def read_prompts(name: str) -> tuple[str, ...]:
-    """The texts of a data set of prompts, in their order."""
+    """Return the texts of a data set of prompts, in their order."""
     with gzip.open(data_path("prompts", name), "rt", encoding="utf-8") as lines:
         return tuple(json.loads(line)["prompt"] for line in lines)
 
 
 def read_lengths(name: str) -> list[dict[str, str]]:
-    """The rows of a data set of lengths, by column."""
+    """Return the rows of a data set of lengths, each as a dict by column."""
     with gzip.open(data_path("lengths", name), "rt", encoding="utf-8", newline="") as lines:
         return list(csv.DictReader(lines))

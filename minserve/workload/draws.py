@@ -1,4 +1,4 @@
-"""`Draw`: where a load test's workloads come from: a scenario or a trace, at any rate."""
+"""`Draw`: the source of a load test's workloads, which is a scenario or a trace, at any rate."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from minserve.workload.recordings import scaled
 from minserve.workload.scenarios import SCENARIOS, Scenario
 from minserve.workload.traces import Row, to_workload
 
-# A workload without texts, from requests per second (`None`: its own) and a seed.
+# Returns a workload without texts, given requests per second (`None`: its own rate) and a seed.
 Draw = Callable[[float | None, int], list[Conversation]]
 
 
 def draw_scenario(
     scenario: Scenario, *, seconds: float | None = None, num_requests: int | None = None
 ) -> Draw:
-    """A scenario at any rate."""
+    """Return a source of workloads from a scenario, at any rate."""
 
     def draw(rate: float | None, seed: int) -> list[Conversation]:
         if rate is None:
@@ -39,15 +39,17 @@ def draw_trace(
     seconds: float | None = None,
     num_requests: int | None = None,
 ) -> Draw:
-    """A trace, at its own rate or any. Seeds change its texts alone.
+    """Return a source of workloads from a trace, at its own rate or another.
+
+    Seeds change only its texts.
 
     Args:
-        length_scale: factor on all lengths; none falls below 1 token.
-        seconds: from its beginning, at the rate that is asked for; or
-        num_requests: as many of its first rows.
+        length_scale: factor on all lengths; no length falls below 1 token.
+        seconds: keep the requests of the first so many seconds, at the rate that is asked for.
+        num_requests: keep so many of its first rows.
 
     Raises:
-        WorkloadError: for a factor or number that is none.
+        WorkloadError: for a factor, a time or a number out of range.
     """
     if not 0 < length_scale < math.inf:
         raise WorkloadError(f"the factor on lengths must be above 0, not {length_scale}")
@@ -65,10 +67,11 @@ def draw_trace(
 
 
 def not_longer(rows: Sequence[Row], longest: int, length_scale: float = 1.0) -> list[Row]:
-    """Rows whose prompt and output together, once scaled, have at most so many tokens.
+    """Return the rows whose prompt and output together, once scaled, have at most ``longest``
+    tokens.
 
     Raises:
-        WorkloadError: where there is none.
+        WorkloadError: if there is no such row.
     """
     kept = [row for row in rows if _num_tokens(_scaled_row(row, length_scale)) <= longest]
     if not kept:
@@ -81,7 +84,7 @@ def _num_tokens(row: Row) -> int:
 
 
 def _scaled_row(row: Row, factor: float) -> Row:
-    """A row with its lengths multiplied; none falls below 1 token."""
+    """Return a row with its lengths multiplied; no length falls below 1 token."""
     return replace(
         row,
         prompt_tokens=scaled(row.prompt_tokens, factor),
@@ -90,7 +93,7 @@ def _scaled_row(row: Row, factor: float) -> Row:
 
 
 def classes(*, tight: float | None = None, loose: float | None = None) -> dict[str, SLO]:
-    """Those of all scenarios, by name.
+    """Return the classes of all scenarios, by name.
 
     Args:
         tight, loose: paces as slowdowns, as in `Scenario.scaled`.

@@ -1,4 +1,4 @@
-"""`Endpoint`: one OpenAI-compatible server, what it calls its model and what it understands."""
+"""`Endpoint`: an OpenAI-compatible server, the name of its model, and the fields that it knows."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from minserve.errors import WorkloadError
 from minserve.slo import Targets
 
 KEY_VARIABLES = ("MINSERVE_API_KEY", "OPENAI_API_KEY")
-# Servers drop idle connections after 5 s and more; a request must not meet a dying one.
+# Servers drop idle connections after 5 s or more; a request must not use a dying connection.
 KEEPALIVE_S = 2.0
-# Of the first questions, not of requests.
+# Time limit of the first questions to a server, not of requests.
 ANSWER_S = 30.0
-# Beside a socket per request: files, pipes and libraries.
+# Files that are open beside one socket per request: log files, pipes, libraries.
 SPARE_FILES = 64
-# How a server says that it does not know a field.
+# HTTP statuses with which a server answers a field that it does not know.
 REFUSALS = (400, 422)
-# What a load test asks beyond OpenAI's API: every output has exactly the wanted length, and
-# tokens without a text do not arrive unseen with a later one's.
+# Fields beyond OpenAI's API that a load test sends: every output has exactly the wanted length,
+# and a token without a text is counted when it comes, not with a later token's text.
 EXTRAS = {"ignore_eos": True, "skip_special_tokens": False}
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where requests go, and how they are written.
+    """The address of a server, and the form of requests to it.
 
     Attributes:
-        url: of the server, without ``/v1``.
-        model: the name to ask for.
+        url: URL of the server, without ``/v1``.
+        model: the model's name in requests.
         chat: use ``/v1/chat/completions``.
-        takes_slo: the server is a minserve: it reads the field ``slo``.
-        takes_thinking: and its model marks the end of its thinking.
-        takes_extras: it reads what vLLM and minserve know beyond OpenAI's API.
-        max_model_len: tokens of a prompt and its output together; ``None`` where unknown.
+        takes_slo: the server is a minserve, which reads the field ``slo``.
+        takes_thinking: the server is a minserve whose model marks the end of its thinking.
+        takes_extras: the server reads the fields that vLLM and minserve add to OpenAI's API.
+        max_model_len: largest sum of prompt and output tokens; ``None`` if unknown.
     """
 
     url: str
@@ -57,11 +57,11 @@ class Endpoint:
         return "/v1/chat/completions" if self.chat else "/v1/completions"
 
     def body(self, said: Sequence[str], num_tokens: int, slo: Any = None) -> dict[str, Any]:
-        """A streaming request for an output of exactly some length.
+        """Return the body of a streaming request for an output of exactly ``num_tokens`` tokens.
 
         Args:
-            said: by the user and the model in turn, the user first and last.
-            slo: the field for a minserve, if any.
+            said: texts of the user and the model in turn, the user's first and last.
+            slo: value of the field ``slo`` for a minserve, if any.
         """
         roles = ("user", "assistant")
         body: dict[str, Any] = {
@@ -85,9 +85,9 @@ class Endpoint:
         return body
 
     def slo_field(self, targets: Targets) -> dict[str, float] | None:
-        """Targets as a minserve reads them: the very times by which the client judges.
+        """Return targets as a minserve reads them: the same times by which the client judges.
 
-        Where the model marks no end of thinking, the strictest pace is asked for throughout.
+        If the model marks no end of its thinking, the strictest pace holds for the whole output.
         """
         paces = [stage.tpot_s for stage in targets.stages]
         if len(paces) > 1 and not self.takes_thinking:
@@ -99,7 +99,7 @@ class Endpoint:
 
 
 def open_session(url: str) -> aiohttp.ClientSession:
-    """A session without any limit on connections or time, with the key from the environment."""
+    """Return a session without limits on connections or time, with the key of the environment."""
     key = next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
     return aiohttp.ClientSession(
         url,
@@ -110,14 +110,14 @@ def open_session(url: str) -> aiohttp.ClientSession:
 
 
 async def find_endpoint(url: str, model: str | None = None, *, chat: bool = False) -> Endpoint:
-    """Ask a server for its models and what it understands.
+    """Ask a server for its models and for the fields that it knows.
 
     Args:
         url: with or without ``/v1``.
-        model: the name to ask for; default: the first of the server's.
+        model: the model's name in requests; default: the first name that the server lists.
 
     Raises:
-        WorkloadError: where no server answers there, or none that can be used.
+        WorkloadError: if no server answers there, or if it cannot be used.
     """
     url = _base_url(url)
     try:
@@ -139,7 +139,7 @@ async def find_endpoint(url: str, model: str | None = None, *, chat: bool = Fals
 
 
 def raise_file_limit(wanted: int) -> None:
-    """Let this process open as many files as it may, up to what some streams need."""
+    """Raise this process's limit of open files to what ``wanted`` streams need, if allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = wanted + SPARE_FILES
     if hard != resource.RLIM_INFINITY:
@@ -150,7 +150,7 @@ def raise_file_limit(wanted: int) -> None:
 
 
 def too_few_files() -> WorkloadError:
-    """What to say where no further stream could be opened."""
+    """Return the error for a stream that could not be opened."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return WorkloadError(
         f"this process may open {limit} files at once, too few for so many streams; "
@@ -199,7 +199,14 @@ def _first_name(listed: list[dict[str, Any]], url: str) -> str:
 
 
 async def _probe(session: aiohttp.ClientSession, endpoint: Endpoint) -> Endpoint:
-    """Try one token, with ever fewer of the fields that not all servers know."""
+    """Ask for one token, with fewer and fewer of the fields that not all servers know.
+
+    Returns:
+        the endpoint, with the fields noted that the server takes.
+
+    Raises:
+        WorkloadError: if the server refuses the plainest request too.
+    """
     if endpoint.takes_slo:
         staged = {"tpot_ms": 1e6, "thinking_tpot_ms": 1e6}
         status, _ = await _one_token(session, endpoint, staged)

@@ -1,4 +1,4 @@
-"""`Experiment`: a workload at one rate after another against a server."""
+"""`Experiment`: sends a workload to a server at one rate after another."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from minserve.workload.zero_load import ZeroLoad
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One load.
+    """A load test at one rate.
 
     Attributes:
-        rate: that was wanted; ``None`` for a trace's own.
-        seconds: over which the requests arrived.
+        rate: requests per second that were wanted; ``None`` for a trace's own rate.
+        seconds: time over which the requests arrived.
     """
 
     rate: float | None
@@ -38,17 +38,17 @@ class Run:
 
     @property
     def targets(self) -> dict[str, Targets]:
-        """Typical ones by class."""
+        """Typical targets by class."""
         return typical_targets((one.turn.slo.name, one.targets) for one in self.load.answers)
 
 
 @dataclass(slots=True)
 class Experiment:
-    """What is tried on which server.
+    """The load tests of one server.
 
     Attributes:
-        reference: by whose speed slowdowns are meant.
-        runs: so far, also one that was cut short.
+        reference: the speed of which slowdowns are multiples.
+        runs: all runs so far, also a run that was cut short.
     """
 
     endpoint: Endpoint
@@ -61,10 +61,10 @@ class Experiment:
         return self.reference.speed
 
     def workload(self, rate: float | None, seed: int) -> list[Conversation]:
-        """With texts of about as many tokens as each prompt should have on this server.
+        """Return a workload whose texts have about the wanted number of tokens on this server.
 
         Raises:
-            WorkloadError: where it cannot be drawn, or is too long for the model.
+            WorkloadError: if it cannot be drawn, or is too long for the model.
         """
         workload = self.draw(rate, seed)
         _check_lengths(workload, self.endpoint.max_model_len)
@@ -77,7 +77,7 @@ class Experiment:
         seed: int,
         on_progress: Callable[[Tally], None] | None = None,
     ) -> Run:
-        """Send a workload. Ctrl-C cuts it short; the run is kept all the same."""
+        """Send a workload and keep the run. Ctrl-C cuts the run short; it is kept nevertheless."""
         load = run_load(self.endpoint, workload, self.speed, on_progress=on_progress)
         planned = load.complete and rate is not None
         seconds = num_turns(workload) / rate if planned and rate else load.seconds
@@ -85,7 +85,7 @@ class Experiment:
         return self.runs[-1]
 
     def guess_capacity(self, workload: Sequence[Conversation]) -> float:
-        """Requests per second if each had the server for itself: where to begin a search."""
+        """Return the rate to start a search with: requests per second served one after another."""
         turns = [turn for conversation in workload for turn in conversation.turns]
         busy_s = sum(
             self.speed.zero_load_prefill_s(turn.prompt_tokens - turn.shared_tokens)

@@ -26,11 +26,11 @@ SLICES = 20
 
 
 def check_can_plot(file: str | Path) -> None:
-    """Find out before a run, not after it.
+    """Check that a plot can be drawn and written, before a run instead of after it.
 
     Raises:
-        WorkloadError: where matplotlib is missing, or the file cannot be written or its
-            suffix names no format.
+        WorkloadError: if matplotlib is missing, the file cannot be written, or its suffix names
+            no format.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise WorkloadError(f"a plot needs matplotlib; run: {GET_MATPLOTLIB}")
@@ -55,14 +55,16 @@ def plot_attainment(
     level: float = LEVEL,
     title: str = "",
 ) -> None:
-    """Attainment against rate, with the capacity of each line marked where it falls below the
-    level, and a band from the lowest to the highest repeat.
+    """Plot attainment against rate.
+
+    The capacity of each line is marked where it falls below the level. A band spans the lowest
+    to the highest repeat.
 
     Args:
         lines: by label, then by requests per second: the attainment of each repeat.
 
     Raises:
-        WorkloadError: where it cannot be drawn or written.
+        WorkloadError: if it cannot be drawn or written.
     """
     check_can_plot(file)
     figure, (panel,) = attainment_figure([title], level=level)
@@ -74,7 +76,7 @@ def plot_attainment(
 def attainment_figure(
     titles: Sequence[str], *, level: float = LEVEL
 ) -> tuple[Figure, Sequence[Axes]]:
-    """Panels for `draw_attainment`, one for each title, with the level marked."""
+    """Return a figure with a panel for `draw_attainment` per title, with the level marked."""
     figure, panels = figure_of(len(titles), sharey=True)
     for panel, title in zip(panels, titles, strict=True):
         panel.axhline(100 * level, color=GREY, linestyle="--", linewidth=1)
@@ -91,11 +93,11 @@ def draw_attainment(
     level: float = LEVEL,
     **style: Any,
 ) -> None:
-    """One line of `plot_attainment`.
+    """Draw one line of `plot_attainment`.
 
     Args:
         line: by requests per second, the attainment of each repeat.
-        style: of the line, as matplotlib calls it.
+        style: properties of the line, as matplotlib calls them.
     """
     line = {rate: each for rate, each in sorted(line.items()) if each}
     if not line:
@@ -124,14 +126,14 @@ def plot_run(
     targets: Mapping[str, Targets] | None = None,
     title: str = "",
 ) -> None:
-    """One run: how TTFT and TPOT are distributed, and attainment over time.
+    """Plot one run: the distributions of TTFT and TPOT, and attainment over time.
 
     Args:
-        seconds: over which the requests arrived.
-        targets: typical ones by class, drawn as dashed lines.
+        seconds: time over which the requests arrived.
+        targets: typical targets by class, drawn as dashed lines.
 
     Raises:
-        WorkloadError: where it cannot be drawn or written.
+        WorkloadError: if it cannot be drawn or written.
     """
     check_can_plot(file)
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -163,7 +165,7 @@ def plot_run(
 def _draw_distribution(
     panel: Axes, values: Sequence[float], label: str | None, colour: str, promised_s: float
 ) -> None:
-    """The share of requests within each time. What never came is missing at the top."""
+    """Draw the share of requests within each time; the curve ends below 100% if some never came."""
     finite = sorted(1e3 * max(one, 1e-6) for one in values if math.isfinite(one))
     heights = [100 * (i + 1) / len(values) for i in range(len(finite))]
     panel.step(finite, heights, where="post", color=colour, label=label)
@@ -196,10 +198,10 @@ def figure_of(num_panels: int, **options: Any) -> tuple[Figure, Sequence[Axes]]:
 
 
 def save(figure: Figure, file: str | Path) -> None:
-    """Write a figure and let go of it, with a legend in each panel that has labels.
+    """Write a figure and close it, with a legend in each panel that has labels.
 
     Raises:
-        WorkloadError: where it cannot be written.
+        WorkloadError: if it cannot be written.
     """
     from matplotlib import pyplot
 

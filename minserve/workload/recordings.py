@@ -1,8 +1,8 @@
-"""Recordings: real lengths of whole conversations, some with the times of their arrivals.
+"""Recordings: real lengths of whole conversations, some with their arrival times.
 
-They are data (``data/README.md``), read when first asked for. What the SLOs-Serve
-evaluation (arXiv 2504.08784) says of its own is compared in each reader's docstring, as
-mean/p99/sd of tokens.
+They are data (``data/README.md``), read on first use. Each reader's docstring compares its
+lengths with those that the SLOs-Serve evaluation (arXiv 2504.08784) reports for its own data,
+as mean/p99/standard deviation in tokens.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from minserve.slo import SLO, preset_classes
 from minserve.workload.data_files import data_path, read_lengths
 from minserve.workload.traces import Row, read_trace
 
-# Of OPT, the models of that evaluation; longer requests are left out.
+# The context of OPT, the model family of that evaluation; longer requests are left out.
 MAX_MODEL_LEN = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """A turn's lengths. Its prompt is all that was said before, and `new_tokens`.
+    """The lengths of one turn. Its prompt is all earlier prompts and answers, then `new_tokens`.
 
     Attributes:
-        output_tokens: in all.
-        thinking_tokens: of these, before ``</think>``.
+        output_tokens: of the whole output.
+        thinking_tokens: of these, the tokens before ``</think>``.
     """
 
     slo: SLO
@@ -40,12 +40,13 @@ Chain = tuple[Call, ...]
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """Chains that follow each other in time.
+    """Chains of calls in the order of their arrival.
 
     Attributes:
-        times: of their arrivals, ascending; empty where only their lengths are known, and
-            any order is as good.
-        period_s: length of the recording, which is longer than from the first to the last.
+        times: arrival times of the chains in seconds, ascending; empty if only their lengths are
+            known, so that any order will do.
+        period_s: length of the recording in seconds; longer than from the first to the last
+            arrival.
     """
 
     chains: tuple[Chain, ...]
@@ -55,33 +56,33 @@ class Recording:
 
 @cache
 def chatbot() -> Recording:
-    """5 minutes of a chat service (Azure's trace of November 2023), requests of at most 2048
-    tokens: 1391 of them.
+    """5 minutes of a chat service (Azure's trace of November 2023): 1391 requests of at most 2048
+    tokens.
 
-    The paper's: prompts 763/1591/424, outputs 266/619/160. Here 763/1592/424 and
-    267/620/160: the same rows.
+    The paper reports prompts 763/1591/424, outputs 266/619/160. Here they are 763/1592/424 and
+    267/620/160: these are the same rows.
     """
     return _window("azure2023_conv", "chatbot", 900.0, 1200.0)
 
 
 @cache
 def coding() -> Recording:
-    """5 minutes of a code completion service (Azure's trace of November 2023), requests of at
-    most 2048 tokens: 559 of them, in bursts.
+    """5 minutes of a code completion service (Azure's trace of November 2023): 559 requests of at
+    most 2048 tokens, in bursts.
 
-    The paper's: prompts 847/2010/617, outputs 26/232/47. Here 847/2010/617 and 27/233/48:
-    the same rows.
+    The paper reports prompts 847/2010/617, outputs 26/232/47. Here they are 847/2010/617 and
+    27/233/48: these are the same rows.
     """
     return _window("azure2023_code", "coding", 1786.0, 2086.0)
 
 
 @cache
 def summarization() -> Recording:
-    """Papers and their abstracts in tokens (arXiv, by Vidur), pairs of at most 2048.
+    """Papers and their abstracts in tokens (arXiv, by Vidur): pairs of at most 2048 tokens.
 
-    The paper's: prompts 1333/1946/444, outputs 202/-/234. Here 1333/1947/445 and
-    203/1509/234: most likely the same rows. Some abstracts are longer than their paper,
-    faults of their extraction; they stay in, as they have part in the paper's figures.
+    The paper reports prompts 1333/1946/444, outputs 202/-/234. Here they are 1333/1947/445 and
+    203/1509/234: most likely the same rows. Some abstracts are longer than their paper, because
+    the extraction failed; they stay in, because the paper's figures include them.
     """
     slo = preset_classes()["summarization"]
     return Recording(
@@ -94,28 +95,28 @@ def summarization() -> Recording:
     )
 
 
-# Means of the paper, per call and per request.
+# The paper's mean tokens, per call (tools) and per request (reasoning).
 TOOL_PROMPT, TOOL_OUTPUT = 690, 116
 REASONING_PROMPT, REASONING_THINKING, REASONING_ANSWER = 127, 4693, 803
 
 
 @cache
 def tools() -> Recording:
-    """ToolBench's recorded calls of a model that uses tools: 151 chains of 2 to 6 calls.
+    """Recorded calls of a model that uses tools (ToolBench): 151 chains of 2 to 6 calls.
 
-    Each of the 15 recordings is a depth-first search: the model goes back some rounds now and
-    then and tries another way. A chain is one way from the first round to a last one; a call
-    that several ways have in common is in each of them. A call's prompt is the prompt and the
-    answer before it and what is new, as it was recorded. Outputs are multiplied by 0.987, new
-    parts of prompts by 0.253, which gives the paper's means per call: ToolBench's prompts are
-    three times as long.
+    Each of the 15 recordings is a depth-first search: now and then the model goes back some
+    rounds and tries another way. A chain is one way from the first round to a last round; a
+    call that lies on several ways is in each of their chains. A call's prompt is the prompt and
+    answer before it plus what is new, as recorded. Outputs are multiplied by 0.987 and new parts
+    of prompts by 0.253, which gives the paper's means per call: ToolBench's prompts are three
+    times as long.
 
-    The paper's, per call: prompts 690/2131/356, outputs 116/363/66. Here 690/1482/301 and
-    116/366/97.
+    The paper reports, per call, prompts 690/2131/356, outputs 116/363/66. Here they are
+    690/1482/301 and 116/366/97.
     """
     paths = _paths(read_lengths("toolbench_calls"))
     outputs = [output for path in paths for _, output in path]
-    # Of each call's prompt: what never was an answer, and what was.
+    # The tokens of each call's prompt, split: those that never were an answer, and those that were.
     never, answered = zip(*[part for path in paths for part in _parts(path)], strict=True)
     output_factor = TOOL_OUTPUT / statistics.fmean(outputs)
     of_answers = output_factor * statistics.fmean(answered)
@@ -138,12 +139,12 @@ def tools() -> Recording:
 
 @cache
 def reasoning() -> Recording:
-    """Questions of s1K with the thoughts and answers of a model: 1000.
+    """1000 questions of s1K, with the thoughts and answers of a model.
 
     Lengths are multiplied by 1.07, 1.09 and 1.10, which gives the paper's means of 127
     (prompt), 4693 (thinking) and 803 (answer).
 
-    The paper's prompts: 127/421/83. Here 127/419/82.
+    The paper reports prompts 127/421/83. Here they are 127/419/82.
     """
     rows = read_lengths("s1k_reasoning")
     columns = {
@@ -165,7 +166,7 @@ def reasoning() -> Recording:
 
 
 def scaled(tokens: int, factor: float) -> int:
-    """A length times a factor, at least 1."""
+    """Return a length times a factor, rounded, at least 1."""
     return max(1, round(tokens * factor))
 
 
@@ -193,13 +194,13 @@ def _fits(row: Row, start_s: float, end_s: float) -> bool:
 
 
 def _paths(rows: list[dict[str, str]]) -> list[list[tuple[int, int]]]:
-    """The ways from a search's first round to each of its last ones.
+    """Return the ways from a search's first round to each of its last rounds.
 
     Args:
         rows: calls of ToolBench, in the order of each search.
 
     Returns:
-        (new prompt tokens, output tokens) per call.
+        for each way, (new prompt tokens, output tokens) of each call.
     """
     rounds = [int(row["round"]) for row in rows] + [1]
     paths: list[list[tuple[int, int]]] = []
@@ -213,7 +214,7 @@ def _paths(rows: list[dict[str, str]]) -> list[list[tuple[int, int]]]:
 
 
 def _parts(path: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Of the prompt of each call: tokens that never were an answer, and those that were."""
+    """Return for each call's prompt the tokens that never were an answer, and those that were."""
     news = accumulate(new for new, _ in path)
     answers = accumulate((output for _, output in path[:-1]), initial=0)
     return list(zip(news, answers, strict=True))

@@ -1,8 +1,8 @@
-"""`Reference`: an idle server's speed, kept in a file, for SLOs that mean the same in every test.
+"""`Reference`: an idle server's speed in a file, so that SLOs mean the same in every test.
 
-SLOs that are slowdowns are multiples of what a lone request takes. Measured anew on each server
-that is tried, they would be looser for a slower one, and on a host whose speed changes, looser
-in a slow minute. Read from one file, they are the same seconds for all.
+SLOs that are slowdowns are multiples of a lone request's time. If that time were measured anew
+on each server, a slower server would have looser SLOs, and so would a server tested in a slow
+minute of its host. If the time is read from one file, the SLOs are the same seconds for all.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ FORMAT = "minserve zero load, 1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
-    """What was measured, of what, where and when.
+    """A measured speed, with the model, server, machine and time of the measurement.
 
     Attributes:
         model: its name on the server.
-        server: whose speed it is, in words.
-        machine: on which the client ran, in words: `machine_words`.
+        server: words that say which server was measured.
+        machine: words for the machine on which the client ran: `machine_words`.
         measured_at: ISO 8601, in UTC.
     """
 
@@ -44,7 +44,7 @@ class Reference:
 
     @classmethod
     def now(cls, speed: ZeroLoad, model: str, server: str) -> Reference:
-        """Measured here and just now."""
+        """Return a reference for a speed that was measured just now on this machine."""
         return cls(
             speed=speed,
             model=model,
@@ -55,13 +55,13 @@ class Reference:
 
     @classmethod
     def load(cls, path: str | Path, model: str | None = None) -> Reference:
-        """Read a file.
+        """Read a reference from a file.
 
         Args:
-            model: which the speed must be of; default: any.
+            model: the model that the speed must belong to; default: any model.
 
         Raises:
-            WorkloadError: where it cannot be read, or is of another model.
+            WorkloadError: if the file cannot be read, or holds the speed of another model.
         """
         try:
             kept = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -79,21 +79,21 @@ class Reference:
         return found
 
     def save(self, path: str | Path) -> None:
-        """Write it to a new file.
+        """Write the reference to a new file.
 
         Raises:
-            WorkloadError: where that cannot be done.
+            WorkloadError: if the file exists or cannot be written.
         """
         text = json.dumps(self.to_dict(), indent=1) + "\n"
         try:
-            # Never over another one: tests that were made with it could not be compared any more.
+            # An existing file is never replaced: tests that used it could no longer be compared.
             with Path(path).open("x", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
             raise WorkloadError(f"cannot write the zero load {path}: {error.strerror}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """Return the reference as JSON values."""
         return {
             "format": FORMAT,
             "model": self.model,
@@ -105,9 +105,10 @@ class Reference:
 
     @classmethod
     def from_dict(cls, kept: Mapping[str, Any]) -> Reference:
-        """
+        """Return the reference that `to_dict` gave.
+
         Raises:
-            ValueError, TypeError, KeyError: where it is something else.
+            ValueError, TypeError, KeyError: if ``kept`` is something else.
         """
         if kept["format"] != FORMAT:
             raise ValueError(kept["format"])
@@ -125,10 +126,10 @@ class Reference:
 
 
 def check_can_save(path: str | Path) -> None:
-    """Find out before anything slow.
+    """Check that a reference can be saved, before anything slow begins.
 
     Raises:
-        WorkloadError: where `Reference.save` would.
+        WorkloadError: if `Reference.save` would raise it.
     """
     path = Path(path)
     if path.exists():
@@ -140,7 +141,7 @@ def check_can_save(path: str | Path) -> None:
 
 
 def machine_words() -> str:
-    """This machine, for people and to be compared."""
+    """Describe this machine, for people and to be compared."""
     quota = Machine.look().cpu_quota
     limited = "" if quota is None else f" limited to {quota:g}"
     return f"{cpu_name()}, {os.cpu_count()} cores{limited}, {platform.system()}"

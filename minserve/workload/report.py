@@ -1,7 +1,7 @@
-"""`Report`: verdicts in numbers. The same for real and for simulated runs.
+"""`Report`: verdicts in numbers, for real and for simulated runs.
 
-Attainment is of all requests offered: rejected, failed, unanswered, unsent and best-effort
-ones that came late are misses. A report knows nothing but verdicts.
+Attainment is a share of all offered requests. These requests count as missed: rejected, failed,
+unanswered and unsent ones, and best-effort ones that came late. A report uses only verdicts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _HEADINGS = ("ttft p50", "p90", "p99", "tpot p50", "p90", "p99")
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
-    """Seconds that a half, 90% and 99% of the requests did not exceed; NaN of none."""
+    """Seconds that 50%, 90% and 99% of the requests did not exceed; NaN if there were none."""
 
     p50: float
     p90: float
@@ -33,22 +33,24 @@ class Percentiles:
         return cls(*(_at(ordered, q) for q in QUANTILES))
 
     def to_dict(self) -> dict[str, float | None]:
-        """In milliseconds; ``None`` where there is no finite number."""
+        """Return milliseconds by name; ``None`` where there is no finite number."""
         return {name: _ms(getattr(self, name)) for name in ("p50", "p90", "p99")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """Some of a run's requests, such as those of a class.
+    """Results of a part of a run's requests, such as the requests of one class.
 
     Attributes:
-        offered: how many there were, whatever became of them.
-        attained: of these in the deadline form; ``attained_mean``: in the mean form.
-        misses: by cause, of those not attained.
-        best_effort: served although the server had given their SLO up.
-        ttft_s: of all; a request that got no token took infinitely long.
-        tpot_s: of those with at least two tokens.
-        output_tokens: of all; ``attained_tokens``: of those attained.
+        offered: number of requests, however they ended.
+        attained: requests that attained their SLO in the deadline form.
+        attained_mean: requests that attained their SLO in the mean form.
+        misses: requests that did not attain their SLO in the deadline form, by cause.
+        best_effort: missed requests that were served although the server had given up their SLO.
+        ttft_s: of all requests; a request without a token counts as infinitely late.
+        tpot_s: of the requests with at least two tokens.
+        output_tokens: of all requests.
+        attained_tokens: output tokens of the requests that attained their SLO in the deadline form.
     """
 
     offered: int
@@ -78,16 +80,16 @@ class Part:
 
     @property
     def attainment(self) -> float:
-        """Share of the offered requests that attained their SLO; NaN of none."""
+        """Share of the offered requests that attained their SLO; NaN if none was offered."""
         return _ratio(self.attained, self.offered)
 
     @property
     def attainment_mean(self) -> float:
-        """The same by the mean form."""
+        """Share of the offered requests that attained their SLO in the mean form."""
         return _ratio(self.attained_mean, self.offered)
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON, in milliseconds."""
+        """Return the results as JSON values, times in milliseconds."""
         return {
             "offered": self.offered,
             "attained": self.attained,
@@ -106,10 +108,10 @@ class Report:
     """A run in numbers.
 
     Attributes:
-        seconds: over which the requests arrived.
-        total: all of them.
-        classes: by name, in the order of the alphabet.
-        send_lag_s: how late the client itself sent.
+        seconds: time over which the requests arrived.
+        total: results of all requests.
+        classes: results by class name, sorted by name.
+        send_lag_s: how late the client itself sent its requests, in seconds.
     """
 
     seconds: float
@@ -119,10 +121,10 @@ class Report:
 
     @classmethod
     def of(cls, verdicts: Sequence[Verdict], seconds: float) -> Report:
-        """Sum verdicts up. Repeats are pooled by giving all their verdicts and seconds at once.
+        """Return the report of verdicts; repeats are pooled if all their verdicts come together.
 
         Args:
-            seconds: over which the requests arrived.
+            seconds: time over which the requests arrived, the sum over repeats.
         """
         names = sorted({verdict.name for verdict in verdicts})
         return cls(
@@ -134,7 +136,7 @@ class Report:
 
     @property
     def attainment(self) -> float:
-        """Share of all offered requests that attained their SLO; NaN of none."""
+        """Share of all offered requests that attained their SLO; NaN if none was offered."""
         return self.total.attainment
 
     @property
@@ -157,7 +159,7 @@ class Report:
         return _ratio(self.total.attained_tokens, self.seconds)
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON: times in milliseconds, ``None`` for what is not finite."""
+        """Return the report as JSON values: times in milliseconds, ``None`` for infinite ones."""
         return {
             "seconds": _rounded(self.seconds),
             "rate": _rounded(self.rate),
@@ -169,7 +171,7 @@ class Report:
         }
 
     def table(self) -> str:
-        """Lines for the terminal: a row per class, one for all, then misses and goodput."""
+        """Return a table for the terminal: a row per class, one for all, then misses and goodput."""
         parts = dict(self.classes)
         if len(parts) != 1:
             parts[ALL] = self.total
@@ -189,12 +191,12 @@ class Report:
 
 
 def percentile(values: Iterable[float], q: float) -> float:
-    """The smallest value that a share ``q`` of the values does not exceed; NaN of none."""
+    """Return the smallest value that a share ``q`` of the values does not exceed; NaN of none."""
     return _at(sorted(values), q)
 
 
 def share(flags: Iterable[bool]) -> float:
-    """Of flags that are true; NaN of none."""
+    """Return the share of flags that are true; NaN of none."""
     values = list(flags)
     return _ratio(sum(values), len(values))
 

@@ -1,8 +1,8 @@
 """`Scenario`: the workloads of the SLOs-Serve evaluation (arXiv 2504.08784), at any rate.
 
-What each is made of, and how far from the paper's own, is told in `recordings`. The promises
-are its classes (`minserve.slo.preset_classes`), for an A100; `Scenario.scaled` fits lengths
-and paces to other devices.
+`recordings` tells what each workload is made of, and how it differs from the paper's own. The
+promises are its classes (`minserve.slo.preset_classes`), for an A100; `Scenario.scaled` fits
+lengths and paces to other devices.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from minserve.workload.conversation import Conversation, Turn
 from minserve.workload.recordings import Chain, Recording, scaled
 from minserve.workload.texts import fill
 
-# Classes with a longer TPOT have the loose one.
+# Classes with a longer TPOT than this have the loose pace.
 TIGHT_TPOT_S = 0.050
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """A workload to draw from.
+    """A source of workloads of one kind.
 
     Attributes:
-        help: one line.
-        num_requests: how many are drawn where nothing else is said.
-        sources: recordings that are laid over each other, each with as many requests.
+        help: one line about it.
+        num_requests: default number of requests of a workload.
+        sources: recordings that run at the same time, each with the same share of requests.
         lengths: factor on all lengths.
         tight, loose: the paces of 50 and 100 ms as multiples of a lone request's time per
             token; ``None`` keeps the milliseconds.
-        tool_time_s: mean of what a tool takes, exponentially distributed.
-        burstiness: of Gamma distributed gaps, 1 being Poisson; ``None`` keeps recorded times
-            where there are any, and is 1 elsewhere.
+        tool_time_s: mean seconds that a tool takes; the times are exponentially distributed.
+        burstiness: shape of Gamma distributed gaps, where 1 is Poisson; ``None`` keeps recorded
+            times where there are any, and means 1 elsewhere.
     """
 
     name: str
@@ -60,15 +60,15 @@ class Scenario:
         loose: float | None = None,
         tool_time: float | None = None,
     ) -> Scenario:
-        """The same for another device.
+        """Return this scenario for another device.
 
         Args:
-            lengths: what all lengths are multiplied by; none falls below 1 token.
-            tight, loose: TPOTs instead of 50 and 100 ms, as slowdowns of a lone request's.
+            lengths: factor on all lengths; no length falls below 1 token.
+            tight, loose: TPOTs instead of 50 and 100 ms, as multiples of a lone request's TPOT.
             tool_time: mean seconds that a tool takes.
 
         Raises:
-            WorkloadError: for a factor or time that is none.
+            WorkloadError: for a factor or time out of range.
         """
         if not 0 < lengths < math.inf:
             raise WorkloadError(f"the factor on lengths must be above 0, not {lengths}")
@@ -89,7 +89,7 @@ class Scenario:
         )
 
     def with_arrivals(self, burstiness: float) -> Scenario:
-        """The same with Gamma distributed gaps of this shape, 1 being Poisson.
+        """Return this scenario with Gamma distributed gaps of the given shape; 1 is Poisson.
 
         Raises:
             WorkloadError: for a shape out of range.
@@ -99,26 +99,24 @@ class Scenario:
 
     @property
     def classes(self) -> dict[str, SLO]:
-        """Its classes of requests, by name."""
+        """The classes of its requests, by name."""
         calls = (call for source in self.sources for chain in source().chains for call in chain)
         slos = {call.slo.name: call.slo for call in calls}
         return {name: self._slo(slo) for name, slo in slos.items()}
 
     @property
     def mean_prompt_tokens(self) -> float:
-        """Per request."""
+        """Mean tokens of a request's prompt."""
         return self._mean(lambda turn: turn.prompt_tokens)
 
     @property
     def mean_output_tokens(self) -> float:
-        """Per request, thinking included."""
+        """Mean tokens of a request's output, thinking included."""
         return self._mean(lambda turn: turn.output_tokens)
 
     @property
     def recorded_rate(self) -> float | None:
-        """Requests per second of its recordings, the mean of those that have times; ``None``
-        where none has.
-        """
+        """Mean requests per second of its recordings with arrival times; ``None`` without any."""
         timed = [recording for source in self.sources if (recording := source()).times]
         if not timed:
             return None
@@ -133,24 +131,25 @@ class Scenario:
         seconds: float | None = None,
         texts: bool = False,
     ) -> list[Conversation]:
-        """A workload; the same for the same arguments.
+        """Return a workload; the same arguments give the same workload.
 
-        The number of requests is exact, and with it the rate: requests divided by the time
-        in which conversations arrive. Chains of calls are never cut: their number is the
-        nearest that whole chains give. Later calls of the last chains come after that time.
+        The number of requests is exact, and so is the rate, which is requests divided by the time
+        in which conversations arrive. Chains of calls are never cut: with chains, the number of
+        requests is the nearest sum of whole chains. Later calls of the last chains come after that
+        time.
 
         Args:
-            rate: requests (turns) per second over the whole.
-            num_requests: in all; or
-            seconds: during which all conversations arrive, in [0, seconds).
-            texts: with prompts as texts, at 4 characters a token; `texts.fill` counts with a
-                tokenizer instead.
+            rate: requests (turns) per second over the whole workload.
+            num_requests: number of requests; or
+            seconds: time in which all conversations arrive, in [0, seconds).
+            texts: give the prompts as texts too, with 4 characters per token; `texts.fill` with a
+                tokenizer counts real tokens instead.
 
         Returns:
-            in order of time.
+            conversations in order of time.
 
         Raises:
-            WorkloadError: for a rate, number or time that is none.
+            WorkloadError: for a rate, number or time out of range.
         """
         count = self._count(rate, num_requests, seconds)
         parts = []
@@ -234,7 +233,7 @@ class Scenario:
         return self.tight if tpot_s <= TIGHT_TPOT_S else self.loose
 
     def _mean(self, of: Callable[[Turn], int]) -> float:
-        """Over all turns of each source; sources count alike, as they do in what is drawn."""
+        """Return a mean over all turns; sources have equal weight, as in a drawn workload."""
         rng = random.Random(0)
         return statistics.fmean(
             statistics.fmean(of(t) for chain in source().chains for t in self._turns(chain, rng))
@@ -243,10 +242,10 @@ class Scenario:
 
 
 def find_scenario(name: str) -> Scenario:
-    """The scenario of that name.
+    """Return the scenario of that name.
 
     Raises:
-        WorkloadError: if there is none.
+        WorkloadError: if there is no such scenario.
     """
     if name not in SCENARIOS:
         raise WorkloadError(f"no scenario {name!r}; there are {', '.join(SCENARIOS)}")
@@ -254,17 +253,17 @@ def find_scenario(name: str) -> Scenario:
 
 
 def _shares(count: int, parts: int) -> list[int]:
-    """A number in as equal whole parts as can be."""
+    """Split a number into whole parts that differ by at most 1."""
     return [count // parts + (i < count % parts) for i in range(parts)]
 
 
 def _pick(recording: Recording, count: int, rng: random.Random) -> tuple[int, list[Chain]]:
-    """Chains with about `count` calls together.
+    """Pick chains with about `count` calls together.
 
     Returns:
-        the index of the first one, and the chains: a stretch of the recording where it has
-        times, going on with its beginning at its end; else dealt from it like cards, none
-        twice before all of them.
+        the index of the first chain, and the chains. With arrival times they are a part of
+        the recording, which continues with its beginning after its end. Without times they are
+        dealt like cards: no chain comes twice before each came once.
     """
     chains = recording.chains
     if recording.times:
@@ -276,7 +275,7 @@ def _pick(recording: Recording, count: int, rng: random.Random) -> tuple[int, li
     while True:
         deck = deck or rng.sample(chains, len(chains))
         chain = deck.pop()
-        # The last one is taken where that comes nearer than leaving it.
+        # The last chain is kept if the total is nearer to the wanted number with it than without.
         if picked and abs(missing - len(chain)) >= missing:
             return 0, picked
         picked.append(chain)

@@ -1,4 +1,4 @@
-"""`ServerProcess`: a `minserve serve` of one's own, to try a workload on."""
+"""`ServerProcess`: runs `minserve serve` in a process of its own, to test it with a workload."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _ANNOUNCEMENT = re.compile(r" serves .+ on (http://\S+)")
 
 
 class ServerProcess:
-    """A server on a free port of this machine. Stopped when the context ends.
+    """A server on a free port of this machine. It is stopped when the context ends.
 
     Args:
-        flags: of ``minserve serve``, but for the port.
+        flags: of ``minserve serve``, without the port.
 
     Attributes:
-        url: where it answers.
+        url: the URL of the server.
 
     Raises:
-        EngineStoppedError: where it did not start, with what it said last.
+        EngineStoppedError: if the server did not start; it holds the end of its stderr.
     """
 
     def __init__(self, flags: Sequence[str]) -> None:
@@ -38,7 +38,8 @@ class ServerProcess:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            # Ctrl-C is for whoever runs the load: the server is to answer until it is told.
+            # Ctrl-C is meant for the program that runs the load: the server must answer until
+            # `stop`.
             start_new_session=True,
         )
         try:
@@ -63,7 +64,7 @@ class ServerProcess:
         return self._process.pid
 
     def _read_url(self) -> str:
-        """Wait until the server announces itself."""
+        """Wait until the server announces its URL, and return it."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if found := _ANNOUNCEMENT.search(line):
@@ -72,13 +73,13 @@ class ServerProcess:
         raise EngineStoppedError(f"the server did not start:\n{self.last_words()}")
 
     def last_words(self) -> str:
-        """The end of what it wrote to stderr."""
+        """Return the end of the server's stderr."""
         self._log.flush()
         self._log.seek(0)
         return self._log.read()[-LAST_WORDS:].strip()
 
     def stop(self) -> None:
-        """Let it drain and end; kill it where it does not."""
+        """Let the server drain and end; kill it if it does not."""
         end(self._process)
         if self._process.stdout is not None:
             self._process.stdout.close()
@@ -86,7 +87,7 @@ class ServerProcess:
 
 
 def end(process: subprocess.Popen) -> None:
-    """Ask a process to end; kill it where it does not within `STOP_S`."""
+    """Ask a process to end; kill it if it does not end within `STOP_S` seconds."""
     process.terminate()
     try:
         process.wait(timeout=STOP_S)

@@ -1,4 +1,4 @@
-"""What a turn is promised in seconds, once it is known how fast the idle device is."""
+"""Turns promises into seconds, once the speed of the idle device is known."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from minserve.workload.conversation import Turn
 
 
 class Speed(Protocol):
-    """How fast an idle device serves a lone request. `PerfModel` and `ZeroLoad` are such."""
+    """The speed of an idle device for a lone request. `PerfModel` and `ZeroLoad` have this form."""
 
     def zero_load_prefill_s(self, num_tokens: int) -> float:
-        """Seconds to the first token behind a prompt."""
+        """Return the seconds to the first token of a lone prompt of ``num_tokens`` tokens."""
 
     def zero_load_decode_s(self, context_tokens: int) -> float:
-        """Seconds per token."""
+        """Return the seconds per output token with ``context_tokens`` tokens before it."""
 
 
 def targets_of(turn: Turn, speed: Speed) -> Targets:
-    """A turn's SLO in seconds.
+    """Return a turn's SLO in seconds.
 
-    A load test forces outputs to their length, so no marker ever comes: a stage that would
-    end at one ends after the turn's thinking tokens instead.
+    A load test forces outputs to their length, so the model's marker never comes. A stage that
+    the marker would end ends after the turn's thinking tokens instead.
     """
     targets = turn.slo.resolve(
         speed.zero_load_prefill_s(turn.prompt_tokens),
@@ -41,7 +41,7 @@ def targets_of(turn: Turn, speed: Speed) -> Targets:
 
 
 def typical_targets(turns: Iterable[tuple[str, Targets]]) -> dict[str, Targets]:
-    """Of each class the targets with the median TTFT.
+    """Return for each class the targets with the median TTFT.
 
     Args:
         turns: class and targets of each request.

@@ -1,7 +1,7 @@
-"""`fill`: real prompts in place of mere numbers of tokens, for servers with a tokenizer.
+"""`fill`: gives the turns of a workload real prompts, for servers with a tokenizer.
 
-Prompts of a class's own kind follow each other until a text is as long as it should be. No
-two begin alike, so that a prefix cache finds nothing but what a conversation repeats.
+Prompts of a class's own kind are joined until a text has its length. No two texts begin alike,
+so that a prefix cache finds only what a conversation repeats.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from minserve.workload.data_files import read_prompts
 Count = Callable[[str], int]
 
 CHARACTERS_PER_TOKEN = 4
-# Of a word.
+# Longest piece of a word.
 MOST_CHARACTERS = 12
 # The first guess at a text's length in words.
 WORDS_PER_TOKEN = 0.7
-# A text is long enough with this share of its tokens.
+# A text is long enough with this share of its wanted tokens.
 CLOSE = 0.98
-# Words in which two texts must differ: a block of a prefix cache holds more.
+# Two texts differ within so many words: fewer words than a block of a prefix cache holds.
 BEGINNING = 8
-# By class; any other's are those of a chat.
+# The set of prompts of each class; other classes use the prompts of a chat.
 PROMPTS: Mapping[str, str] = MappingProxyType(
     {
         "chatbot": "self_instruct_user",
@@ -44,20 +44,21 @@ OTHER = "self_instruct_user"
 
 
 def estimate_tokens(text: str) -> int:
-    """Tokens of a text where no tokenizer is at hand."""
+    """Return the number of tokens of a text, estimated from its characters."""
     return math.ceil(len(text) / CHARACTERS_PER_TOKEN)
 
 
 def fill(
     workload: Sequence[Conversation], count: Count = estimate_tokens, *, seed: int = 0
 ) -> list[Conversation]:
-    """The same workload with a text in every turn: of its whole prompt in a first turn, of
-    what is new in a later one.
+    """Return the workload with a text in every turn.
+
+    A first turn's text is its whole prompt; a later turn's text is the new part of its prompt.
 
     Args:
-        count: tokens of a text. A text has at most as many as its turn says, and few less;
-            at least a character.
-        seed: other texts for the same workload.
+        count: returns the tokens of a text. A text has at most as many tokens as its turn says,
+            and few less, but at least one character.
+        seed: another seed gives other texts for the same workload.
     """
     rng = random.Random(f"{seed} texts")
     decks: dict[str, _Deck] = {}
@@ -75,10 +76,10 @@ def fill(
 
 
 class _Deck:
-    """Texts out of one set of prompts, laid behind each other in a random order.
+    """Texts from one set of prompts, which are joined in a random order.
 
     Args:
-        prompts: in words.
+        prompts: each as a list of words.
     """
 
     def __init__(self, prompts: Sequence[Sequence[str]], rng: random.Random) -> None:
@@ -91,9 +92,9 @@ class _Deck:
         self._beginnings: set[str] = set()
 
     def text(self, num_tokens: int, count: Count) -> str:
-        """The next text, of at most so many tokens."""
+        """Return the next text, of at most ``num_tokens`` tokens."""
         start = self._start()
-        # Words that fit, and words that do not.
+        # The most words known to fit, and the fewest known not to fit.
         low, high = 0, math.inf
         length = max(1, int(num_tokens * WORDS_PER_TOKEN))
         best = ""
@@ -115,14 +116,16 @@ class _Deck:
         return text
 
     def _start(self) -> int:
-        """A word in the first half of the next prompt, with which no text has begun as yet."""
+        """Return the place of a word in the first half of the next prompt, new as a text's
+        beginning.
+        """
         if 2 * len(self._beginnings) > len(self._words):
-            # So many texts that they must repeat.
+            # So many texts were made that beginnings must repeat.
             self._beginnings.clear()
         prompt = self._num_texts % len(self._starts)
         self._num_texts += 1
         start = self._starts[prompt] + self._rng.randrange(self._lengths[prompt] // 2 + 1)
-        # A text that begins like another one would find its prefix cached.
+        # A text that begins like an earlier text would find its prefix cached.
         while (beginning := self._cut(start, BEGINNING)) in self._beginnings:
             start += 1
         self._beginnings.add(beginning)
@@ -136,18 +139,18 @@ class _Deck:
 
 @cache
 def _words(name: str) -> tuple[tuple[str, ...], ...]:
-    """A set's prompts, without what they all begin with, in words and the spaces after them."""
+    """Return a set's prompts, without their common beginning, as words with trailing spaces."""
     texts = read_prompts(name)
     if name == "scitldr_abstracts_test":
         texts = tuple(text.split("\n\n", 1)[1] for text in texts)
     if name == "toolbench_queries":
         texts = tuple(_query_first(text) for text in texts)
-    # Long words (formulas, addresses) come apart: a text could not end near where it should.
+    # Long words (formulas, addresses) are cut, so that a text can end near its wanted length.
     pattern = re.compile(rf"\S{{1,{MOST_CHARACTERS}}}\s*")
     return tuple(tuple(pattern.findall(text.strip() + "\n\n")) for text in texts)
 
 
 def _query_first(text: str) -> str:
-    """A prompt of ToolBench without its rules, and with the user's words before the tools."""
+    """Return a ToolBench prompt without its rules, and with the user's words before the tools."""
     tools, query = text.split("\n\nUser: ", 1)
     return f"{query.strip()}\n\n{tools.split('APIs: ', 1)[1]}"

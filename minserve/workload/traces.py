@@ -1,6 +1,6 @@
-"""A user's own trace: when requests came and how long they were, from a CSV file.
+"""A user's own trace: arrival times and lengths of requests, from a CSV file.
 
-The class may be left out. Other columns are left alone::
+The column ``class`` may be left out. Other columns are ignored::
 
     arrival_s,prompt_tokens,output_tokens,class
     0.0,374,44,chatbot
@@ -26,17 +26,17 @@ NEEDED = ("arrival_s", "prompt_tokens", "output_tokens")
 CLASS = "class"
 MAX_TOKENS = 2**31 - 1
 MAX_SECONDS = 1e9
-# Characters of a file's own text in an error.
+# Largest number of characters of a file's own text in an error.
 MOST_SHOWN = 60
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One request of a trace.
+    """A request of a trace.
 
     Attributes:
-        name: of its class; empty where the trace says none.
-        line: in its file, the header being 1.
+        name: name of its class; empty if the trace gives none.
+        line: line in its file; the header is line 1.
     """
 
     arrival_s: float
@@ -47,10 +47,10 @@ class Row:
 
 
 def read_trace(path: str | Path) -> list[Row]:
-    """The rows of a CSV file, also compressed (``.gz``), in order of time.
+    """Return the rows of a CSV file, also of a compressed one (``.gz``), in order of time.
 
     Args:
-        path: of the file, or the name of a trace that ships with the package.
+        path: path of the file, or the name of a trace that ships with the package.
 
     Raises:
         WorkloadError: naming the file, the line and the value at fault.
@@ -77,19 +77,19 @@ def to_workload(
     rate: float | None = None,
     max_model_len: int | None = None,
 ) -> list[Conversation]:
-    """A conversation of one turn for each row; the first row arrives at 0.
+    """Return a conversation of one turn for each row; the first row arrives at 0.
 
     Args:
-        rows: at least one.
-        slo_of: by class.
-        default_class: of rows that name none.
-        rate: requests per second over the whole, all gaps multiplied alike; ``None`` keeps
+        rows: at least one row.
+        slo_of: the SLO of each class.
+        default_class: the class of rows that name none.
+        rate: requests per second over the whole trace, all gaps multiplied alike; ``None`` keeps
             the trace's own times.
-        max_model_len: tokens of a prompt and its output together.
+        max_model_len: largest sum of prompt and output tokens.
 
     Raises:
-        WorkloadError: for a class that is none, a request that is too long, or a rate that
-            cannot be reached.
+        WorkloadError: for an unknown class, a request that is too long, or a rate that cannot
+            be reached.
     """
     _check_lengths(rows, max_model_len)
     turns = []
@@ -116,7 +116,7 @@ def to_workload(
 
 
 def _time_scale(rows: Sequence[Row], rate: float | None) -> float:
-    """What gaps are multiplied by: the last request would be followed by one more mean gap."""
+    """Return the factor on gaps; one more mean gap is counted after the last request."""
     if rate is None:
         return 1.0
     if not 0 < rate < math.inf:
@@ -195,7 +195,7 @@ def _tokens(where: str, name: str, cell: str) -> int:
         number = float(cell)
     except ValueError:
         number = math.nan
-    # Programs that write tables often make 12.0 of 12.
+    # Programs that write tables often write 12 as 12.0.
     if not 1 <= number <= MAX_TOKENS or number != int(number):
         raise WorkloadError(
             f"{where}: {name} must be a whole number from 1 to {MAX_TOKENS}, not {cell[:MOST_SHOWN]!r}"

@@ -1,6 +1,6 @@
-"""`Verdict`: what became of one request of a workload, by whoever's clock.
+"""`Verdict`: the outcome of one request of a workload, by the clock of the client or simulator.
 
-The open-loop client and the simulator both end in verdicts; reports are made of nothing else.
+The open-loop client and the simulator both end in verdicts; reports are made of verdicts alone.
 Attainment is that of `minserve.attainment`.
 """
 
@@ -13,30 +13,31 @@ from minserve.attainment import Progress
 
 
 class Cause(Enum):
-    """Why a request missed its SLO."""
+    """The cause for which a request missed its SLO."""
 
     LATE_TTFT = "late first token"
     LATE_TPOT = "late token"
     REJECTED = "rejected"
     FAILED = "failed"
     UNANSWERED = "unanswered"
-    NOT_SENT = "not sent"  # a turn behind one that was not answered
+    NOT_SENT = "not sent"  # the turn before was not answered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What became of one request that was offered; times in seconds.
+    """The outcome of one request that was offered; times are in seconds.
 
     Attributes:
         name: its class.
-        arrival_s: when it was due, from the beginning of the workload.
-        cause: of the miss; ``None`` where the SLO was attained (deadline form).
-        attained_mean: the mean form.
-        best_effort: True where the server gave the SLO up and served it late.
-        prompt_tokens, output_tokens: those of the output as far as they came.
-        ttft_s: ``None`` where no token came.
-        tpot_s: mean over the output; ``None`` before two tokens.
-        send_lag_s: how late the client itself was.
+        arrival_s: time at which it was due, from the beginning of the workload.
+        cause: cause of the miss; ``None`` if the SLO was attained in the deadline form.
+        attained_mean: True if the SLO was attained in the mean form.
+        best_effort: True if the server gave the SLO up and served the request late.
+        prompt_tokens: tokens of the prompt.
+        output_tokens: tokens of the output that came.
+        ttft_s: time to the first token; ``None`` if no token came.
+        tpot_s: mean time per token over the output; ``None`` before two tokens.
+        send_lag_s: how late the client itself sent the request.
     """
 
     name: str
@@ -56,10 +57,11 @@ class Verdict:
 
 
 def cause_of_miss(progress: Progress, *, done: bool) -> Cause | None:
-    """Judge a request that was neither refused nor failed.
+    """Return why a request that was neither refused nor failed missed its SLO; ``None`` if it did
+    not.
 
     Args:
-        done: its whole output came.
+        done: True if its whole output came.
     """
     if done and progress.attained:
         return None

@@ -1,7 +1,7 @@
-"""`measure_speed`: how fast a server is when it has nothing else to do.
+"""`measure_speed`: measures how fast a server is when it has nothing else to do.
 
-SLOs that are slowdowns need it, and no API tells it, so lone requests are timed: prompts of
-several lengths, no two alike, so that no prefix cache shortens them.
+SLOs that are slowdowns need this speed, and no API reports it. So lone requests are timed, with
+prompts of several lengths that all differ, so that no prefix cache shortens them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NO_SLO = SLO(ttft=1e6)
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One lone request: its prompt, and its times in seconds."""
+    """A lone request: the tokens of its prompt, and its times in seconds."""
 
     prompt_tokens: int
     ttft_s: float
@@ -40,11 +40,11 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class ZeroLoad:
-    """An idle server's speed, in seconds; a `Speed`.
+    """An idle server's speed, in seconds. It has the form of a `Speed`.
 
     Attributes:
-        base_s, per_token_s: prefill of a prompt of n tokens takes base + per token x n.
-        decode_s: per output token.
+        base_s, per_token_s: prefill of a prompt of n tokens takes base_s + per_token_s x n.
+        decode_s: seconds per output token.
         characters_per_token: of this server's tokenizer, in English.
     """
 
@@ -57,15 +57,15 @@ class ZeroLoad:
         return self.base_s + self.per_token_s * num_tokens
 
     def zero_load_decode_s(self, context_tokens: int) -> float:
-        """The same behind any context: it hardly matters for one request."""
+        """Return the same time for any context, because it hardly matters for one request."""
         return self.decode_s
 
     def count_tokens(self, text: str) -> int:
-        """About how many tokens a text has here."""
+        """Return about how many tokens a text has on this server."""
         return math.ceil(len(text) / self.characters_per_token)
 
     def to_dict(self) -> dict[str, float]:
-        """Ready for JSON, times in milliseconds."""
+        """Return the speed as JSON values, times in milliseconds."""
         return {
             "base_ms": round(self.base_s * 1e3, 4),
             "per_token_ms": round(self.per_token_s * 1e3, 6),
@@ -75,10 +75,10 @@ class ZeroLoad:
 
     @classmethod
     def from_dict(cls, kept: Mapping[str, float]) -> ZeroLoad:
-        """What `to_dict` gave.
+        """Return the speed that `to_dict` gave.
 
         Raises:
-            KeyError, TypeError: where it is something else.
+            KeyError, TypeError: if ``kept`` is something else.
         """
         return cls(
             kept["base_ms"] / 1e3,
@@ -94,19 +94,19 @@ async def measure_speed(
     seed: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ZeroLoad:
-    """Time lone requests, one after another, on a server that is idle.
+    """Time lone requests, one after another, on an idle server.
 
     Args:
-        seed: of the prompts; default: others each time, for caches keep them.
-        on_progress: told how many requests of how many are done.
+        seed: seed of the prompts; by default they differ each time, because caches keep them.
+        on_progress: called with the number of requests that are done, and of all requests.
 
     Raises:
-        WorkloadError: where the server does not answer them.
+        WorkloadError: if the server does not answer them.
     """
     room = (endpoint.max_model_len or math.inf) - OUTPUT_TOKENS
-    # A text may well have more tokens than it is estimated to.
+    # A text may well have more tokens than estimated.
     lengths = [n for n in PROMPT_TOKENS if 2 * n <= room] or [max(1, int(room) // 4)]
-    # The first request meets cold caches, and is not counted.
+    # The first request meets cold caches, so it is not counted.
     plan = [lengths[0], *(length for length in lengths for _ in range(REPEATS))]
     texts = _texts(plan, random.getrandbits(64) if seed is None else seed)
     groups: dict[int, list[Sample]] = {length: [] for length in lengths}
@@ -126,10 +126,10 @@ async def measure_speed(
 def fit(
     groups: Sequence[Sequence[Sample]], *, characters_per_token: float = CHARACTERS_PER_TOKEN
 ) -> ZeroLoad:
-    """Least squares through the medians of each group, neither coefficient below 0.
+    """Fit a line through the median of each group by least squares, with no coefficient below 0.
 
     Args:
-        groups: of prompts of about the same length.
+        groups: lone requests, grouped by about the same prompt length.
     """
     xs = [statistics.median(one.prompt_tokens for one in group) for group in groups]
     ys = [statistics.median(one.ttft_s for one in group) for group in groups]
