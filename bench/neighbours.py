@@ -84,7 +84,7 @@ def summary(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in out.items()} | {"worst_ratio": round(worst, 2)}
 
 
-class Engine:
+class EngineProcess:
     """An engine's process that does one thing for each line that it is sent.
 
     Args:
@@ -129,7 +129,7 @@ class Engine:
 
 
 @contextmanager
-def busy_engine(other: Engine) -> Iterator[None]:
+def busy_engine(other: EngineProcess) -> Iterator[None]:
     """The other engine decodes meanwhile."""
     other.send("on")
     try:
@@ -142,7 +142,7 @@ def measure(args: argparse.Namespace, env: Mapping[str, str], bar: tqdm) -> Seco
     """All turns in one environment."""
     found: Seconds = {ALONE: [], BUSY_LOOP: [], OTHER: []}
     with ExitStack() as stack:
-        lone, other = (Engine(kind, args, env, stack) for kind in CHILDREN)
+        lone, other = (EngineProcess(kind, args, env, stack) for kind in CHILDREN)
         beside = {BUSY_LOOP: busy_process, OTHER: lambda: busy_engine(other)}
         for _ in range(args.turns):
             for name, neighbour in beside.items():
@@ -158,9 +158,9 @@ def measure(args: argparse.Namespace, env: Mapping[str, str], bar: tqdm) -> Seco
 
 def child_timed(args: argparse.Namespace) -> None:
     """Decode once for every line of standard input, and print how long it took."""
-    from minserve import Engine, SamplingParams
+    from minserve import EngineProcess, SamplingParams
 
-    engine = Engine(args.model, prefix_caching=False)
+    engine = EngineProcess(args.model, prefix_caching=False)
     params = SamplingParams(temperature=0.0, max_tokens=args.tokens, ignore_eos=True)
     engine.generate(PROMPT, params)
     _tell("ready")
@@ -172,9 +172,9 @@ def child_timed(args: argparse.Namespace) -> None:
 
 def child_busy(args: argparse.Namespace) -> None:
     """Decode all the time between the lines ``on`` and ``off``; end with standard input."""
-    from minserve import Engine, SamplingParams
+    from minserve import EngineProcess, SamplingParams
 
-    engine = Engine(args.model, prefix_caching=False)
+    engine = EngineProcess(args.model, prefix_caching=False)
     params = SamplingParams(temperature=0.0, max_tokens=OTHER_TOKENS, ignore_eos=True)
     engine.generate(PROMPT, SamplingParams(temperature=0.0, max_tokens=2))
     wanted = threading.Event()

@@ -127,7 +127,7 @@ def peers_of(args: argparse.Namespace) -> list[Contender]:
     return found
 
 
-class Run:
+class OfflineBenchmark:
     """All turns of one invocation.
 
     Attributes:
@@ -178,7 +178,7 @@ class Run:
         return found["events"]["limits"]["limits"]
 
 
-def summary(run: Run, ours: Sequence[Contender], peers: Sequence[Contender]) -> dict[str, Any]:
+def summary(run: OfflineBenchmark, ours: Sequence[Contender], peers: Sequence[Contender]) -> dict[str, Any]:
     """Everything that was measured, ready for JSON.
 
     ``ratios``: of each minserve to each peer, and to ``vLLM``, the better of its variants.
@@ -235,7 +235,7 @@ def main() -> None:
     ours = minserve_contenders(args.model, args.dtype, args.quantization, args.repeats)
     peers = peers_of(args)
     say(json.dumps(machine()))
-    run = Run(args)
+    run = OfflineBenchmark(args)
     try:
         run.all(ours, peers)
     except KeyboardInterrupt:

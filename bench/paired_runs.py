@@ -15,14 +15,14 @@ from typing import Any
 from machine import machine
 from offline_peers import CACHE
 from paired_servers import Cores, Served, Watch, busy_process
-from paired_turns import Cell, Result, Slot, Store, schedule
+from paired_turns import Cell, Result, Slot, TurnStore, schedule
 from prompt_texts import with_texts
 from slo_servers import await_quiet
 from tqdm import tqdm
 
 from minserve.errors import WorkloadError
 from minserve.slo import SLO
-from minserve.workload.client import Load, Tally, run_load
+from minserve.workload.client import Load, LoadProgress, run_load
 from minserve.workload.conversation import Conversation, Turn
 from minserve.workload.reference import Reference
 from minserve.workload.report import Report
@@ -62,7 +62,7 @@ class Effort:
     rounds: int = 2
 
 
-class Bench:
+class PairedBenchmark:
     """All turns of one invocation.
 
     Args:
@@ -71,7 +71,7 @@ class Bench:
     """
 
     def __init__(
-        self, effort: Effort, store: Store, servers: Mapping[str, Served],
+        self, effort: Effort, store: TurnStore, servers: Mapping[str, Served],
         count: Callable[[str], int],
     ) -> None:  # fmt: skip
         self._effort, self._store, self._servers, self._count = effort, store, servers, count
@@ -112,7 +112,7 @@ class Bench:
         server, cell = self._servers[slot.system], slot.cell
         workload = self._same_for_all(cell, slot.pair)
 
-        def show(tally: Tally) -> None:
+        def show(tally: LoadProgress) -> None:
             bar.set_postfix_str(
                 f"{slot.system}, {cell.name}: {tally.attained} of {tally.done}", refresh=False
             )
@@ -151,7 +151,7 @@ class Bench:
             tqdm.write(f"{name}: idle servers took {cores.idle:.2f} cores", file=sys.stderr)
 
     def _drive(
-        self, server: Served, workload: Sequence[Conversation], show: Callable[[Tally], None]
+        self, server: Served, workload: Sequence[Conversation], show: Callable[[LoadProgress], None]
     ) -> Load:
         """
         Raises:
@@ -242,7 +242,7 @@ def estimate_s(num_turns: int, effort: Effort, num_servers: int, start_s: float)
 
 
 def say_estimate(
-    cells: Sequence[Cell], effort: Effort, systems: Sequence[str], start_s: float, store: Store
+    cells: Sequence[Cell], effort: Effort, systems: Sequence[str], start_s: float, store: TurnStore
 ) -> None:
     """Tell how much is to come, and where it is kept."""
     slots = store.missing(schedule(cells, systems, effort.pairs))
@@ -283,7 +283,7 @@ def add_flags(parser: argparse.ArgumentParser, name: str) -> None:
 def open_store(
     args: argparse.Namespace, name: str, settings: Mapping[str, Any], systems: Sequence[str],
     model: str,
-) -> Store:  # fmt: skip
+) -> TurnStore:  # fmt: skip
     """The store that the flags ask for.
 
     Args:
@@ -297,7 +297,7 @@ def open_store(
     settings = {k: v for k, v in vars(args).items() if k in common} | settings
     settings |= {"systems": list(systems), "machine": machine()}
     if args.resume is not None:
-        return Store.resume(args.resume, settings, systems)
+        return TurnStore.resume(args.resume, settings, systems)
     file = args.results
     if file is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -305,7 +305,7 @@ def open_store(
         file.parent.mkdir(parents=True, exist_ok=True)
     if file.exists():
         raise SystemExit(f"{file} exists already; --resume {file} goes on with it")
-    store = Store(settings, file)
+    store = TurnStore(settings, file)
     try:
         if args.zero_load is not None:
             store.reference = Reference.load(args.zero_load, model)
@@ -315,7 +315,7 @@ def open_store(
     return store
 
 
-def caveats(store: Store) -> str:
+def caveats(store: TurnStore) -> str:
     """What of the machine's state a reader should know, in one line."""
     if not store.results:
         return "nothing was measured"

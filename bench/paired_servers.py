@@ -34,7 +34,7 @@ while os.getppid() == parent:
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
+class ServerVariant:
     """A server and its settings.
 
     Attributes:
@@ -59,7 +59,7 @@ class Served(Protocol):
         """The end of the benchmark, with what the server said last."""
 
 
-def minserve_variant(label: str, *flags: str) -> Variant:
+def minserve_variant(label: str, *flags: str) -> ServerVariant:
     """A ``minserve serve`` of this environment, with a full profile of the device from its first
     start on, so that none is refined between two runs.
 
@@ -67,10 +67,10 @@ def minserve_variant(label: str, *flags: str) -> Variant:
         flags: of it, but for the port.
     """
     profile = ["--profile-seconds", str(PROFILE_S)]
-    return Variant(label, [sys.executable, "-m", "minserve", "serve", *profile, *flags])
+    return ServerVariant(label, [sys.executable, "-m", "minserve", "serve", *profile, *flags])
 
 
-class Server:
+class VariantServer:
     """A server process on a free port, ready when made.
 
     Attributes:
@@ -81,7 +81,7 @@ class Server:
         SystemExit: where it does not start, with what it said last.
     """
 
-    def __init__(self, variant: Variant, folder: Path) -> None:
+    def __init__(self, variant: ServerVariant, folder: Path) -> None:
         self.variant = variant
         self._log = folder / f"{variant.label}.log".replace(" ", "-").replace(",", "")
         port = _free_port()
@@ -140,7 +140,7 @@ class Server:
 
 
 @contextmanager
-def started(variants: Iterable[Variant], logs: Path) -> Iterator[dict[str, Server]]:
+def started(variants: Iterable[ServerVariant], logs: Path) -> Iterator[dict[str, VariantServer]]:
     """Servers by label, one after another; all are stopped when the context ends.
 
     Args:
@@ -150,7 +150,7 @@ def started(variants: Iterable[Variant], logs: Path) -> Iterator[dict[str, Serve
         servers = {}
         for variant in variants:
             print(f"starting {variant.label}", file=sys.stderr, flush=True)
-            servers[variant.label] = server = Server(variant, logs)
+            servers[variant.label] = server = VariantServer(variant, logs)
             stack.callback(server.stop)
             print(f"  ready after {server.start_s:.0f} s", file=sys.stderr, flush=True)
         yield servers

@@ -128,7 +128,7 @@ def schedule(cells: Sequence[Cell], systems: Sequence[str], pairs: int) -> list[
 
 
 @dataclass(slots=True)
-class Store:
+class TurnStore:
     """All that was measured, kept in a file so that an interrupted benchmark goes on.
 
     Attributes:
@@ -142,7 +142,7 @@ class Store:
     results: list[Result] = field(default_factory=list)
 
     @classmethod
-    def resume(cls, file: Path, settings: Mapping[str, Any], systems: Sequence[str]) -> Store:
+    def resume(cls, file: Path, settings: Mapping[str, Any], systems: Sequence[str]) -> TurnStore:
         """What a file has, less the turns of pairs that are not whole: their other turns would
         be made at another time.
 

@@ -43,7 +43,7 @@ BLOCK_SIZE, NUM_BLOCKS = 16, 30_000
 
 
 @dataclass(frozen=True)
-class Timing:
+class PlanningTiming:
     """Milliseconds of `plan`: with a round of admission, and without."""
 
     review_p50: float
@@ -99,7 +99,7 @@ def make_sequence(rng: random.Random, name: str, tiers: int, arrival: float) -> 
     return Sequence(request)
 
 
-def time_planning(running: int, waiting: int, tiers: int, samples: int, seed: int) -> Timing:
+def time_planning(running: int, waiting: int, tiers: int, samples: int, seed: int) -> PlanningTiming:
     """Plan at several moments of several situations; only the first call hashes prompts."""
     rng, review, form, admitted = random.Random(seed), [], [], []
     for _ in range(samples):
@@ -115,7 +115,7 @@ def time_planning(running: int, waiting: int, tiers: int, samples: int, seed: in
             review.append(between - started)
             form.append(time.perf_counter() - between)
         admitted.append(len(planner._round.chosen))
-    return Timing(
+    return PlanningTiming(
         *(1e3 * percentile(times, q) for times in (review, form) for q in (0.5, 0.99)),
         statistics.mean(admitted),
     )

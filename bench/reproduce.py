@@ -31,7 +31,7 @@ from reproduce_jobs import fingerprint
 from reproduce_plan import NOT_QUICK, SECTIONS, Plan, jobs_of
 from reproduce_plots import draw_all
 from reproduce_report import details, markdown, summary
-from reproduce_run import Done, Store, run_all
+from reproduce_run import Done, ResultStore, run_all
 
 from minserve.machine import Machine
 from minserve.workload.plots import GET_MATPLOTLIB
@@ -40,7 +40,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def evaluate(
-    plan: Plan, sections: list[str], store: Store, num_workers: int, folder: Path, command: str
+    plan: Plan, sections: list[str], store: ResultStore, num_workers: int, folder: Path, command: str
 ) -> tuple[Done, dict]:
     """Measure sections, then write what is known of all of them. Returns the summary too."""
     done = run_all(lambda: jobs_of(plan, sections, store), store, num_workers)
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     # Simulations are pure Python: more threads only get into each other's way.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     command = " ".join(["python bench/reproduce.py", *(argv if argv is not None else sys.argv[1:])])
-    store = Store(args.results)
+    store = ResultStore(args.results)
     done, figures = evaluate(Plan(quick=args.quick), sections, store, args.jobs, args.out, command)
     if done.interrupted:
         print("interrupted; the same command goes on from here", file=sys.stderr)

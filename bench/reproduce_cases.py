@@ -9,7 +9,7 @@ from functools import partial
 from reproduce_planners import ABLATIONS
 
 from minserve.devices import PUBLISHED
-from minserve.simulator.simulation import MakePlanner, Outcome, Setup, planner_of, simulate
+from minserve.simulator.simulation import MakePlanner, SimulationResult, Setup, planner_of, simulate
 from minserve.slo import SLO
 from minserve.workload.capacity import LEVEL, Measure
 from minserve.workload.conversation import Conversation, num_turns
@@ -170,7 +170,7 @@ def attainment(
         cut: the simulation ends as soon as less than this share can still attain; then what
             is returned is that share, an upper bound.
     """
-    offered, outcome = num_turns(workload), Outcome()
+    offered, outcome = num_turns(workload), SimulationResult()
     num_misses = 0
 
     def progressed(load) -> None:

@@ -16,7 +16,7 @@ from reproduce_planners import watched
 from reproduce_search import best_of
 
 from minserve.planner.plan import PlannerView
-from minserve.simulator.simulation import Outcome, simulate
+from minserve.simulator.simulation import SimulationResult, simulate
 from minserve.slo import Standing
 from minserve.workload.conversation import num_turns
 from minserve.workload.report import percentile, share
@@ -150,7 +150,7 @@ class Series(Job):
         return _simulation_s(self.case, self.size.requests)
 
     def run(self) -> Result:
-        case, outcome = self.case, Outcome()
+        case, outcome = self.case, SimulationResult()
         workload = case.workload(self.rate, self.size.requests, 0)
         # By bin: how many ran under a promise (all, where nobody promises) and without.
         running: dict[int, list[tuple[int, int, int]]] = {}

@@ -13,7 +13,7 @@ from minserve.planner.perf_model import BatchShape
 from minserve.planner.plan import IterationPlan, PlannerView, Refusal
 from minserve.planner.policies import Planner
 from minserve.planner.policies.dp import GUARD_S, DpPlanner
-from minserve.planner.review import Verdict
+from minserve.planner.review import ReviewResult
 from minserve.request import Sequence, SequenceState
 from minserve.simulator.simulation import MakePlanner, Setup
 from minserve.slo import Standing
@@ -32,7 +32,7 @@ class NoPendingPlanner(DpPlanner):
         super().finished(seq)
         self._declined.discard(seq.seq_id)
 
-    def _review(self, view: PlannerView, now: float) -> Verdict:
+    def _review(self, view: PlannerView, now: float) -> ReviewResult:
         shown = replace(
             view,
             waiting=[self._shown(seq) for seq in view.waiting],
@@ -62,7 +62,7 @@ class NoBestEffortPlanner(DpPlanner):
 
     name = "dp"
 
-    def _sort(self, view: PlannerView, now: float, verdict: Verdict) -> Work:
+    def _sort(self, view: PlannerView, now: float, verdict: ReviewResult) -> Work:
         work = super()._sort(view, now, verdict)
         for seq in [seq for seq in work.best_effort if _untouched(seq)]:
             work.best_effort.remove(seq)
@@ -88,7 +88,7 @@ class FixedBatchPlanner(DpPlanner):
     def _longest_s(self) -> float:
         return self.model.predict(BatchShape.of([(0, self.token_budget)], eager=True))
 
-    def _sort(self, view: PlannerView, now: float, verdict: Verdict) -> Work:
+    def _sort(self, view: PlannerView, now: float, verdict: ReviewResult) -> Work:
         work = super()._sort(view, now, verdict)
         due = now + GUARD_S + self.model.margin * self._longest_s()
         work.decodes = [(due, seq) for _, seq in work.decodes]

@@ -38,7 +38,7 @@ class Inputs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class ComparedRun:
     """One workload on one server, real and simulated.
 
     Attributes:
@@ -113,7 +113,7 @@ def errors(real: Sequence[Verdict], simulated: Sequence[Verdict]) -> dict[str, f
     return {**found, "attainment": ours.attainment - theirs.attainment}
 
 
-def print_table(rows: Sequence[Row]) -> None:
+def print_table(rows: Sequence[ComparedRun]) -> None:
     """A row each: what was, what the simulation said, and by how much it was wrong."""
     print("\nreal / simulated (error)")
     print(
@@ -146,7 +146,7 @@ def print_table(rows: Sequence[Row]) -> None:
         )
 
 
-def plot(rows: Sequence[Row], file: str) -> None:
+def plot(rows: Sequence[ComparedRun], file: str) -> None:
     """Save the distributions of TTFT and TPOT: a column for each scenario and rate, a colour
     for each policy, the real ones as lines and the simulated ones dashed.
     """

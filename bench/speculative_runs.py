@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from speculative_report import CaseResult, Cell, Counts, Tally, first_difference, pooled
+from speculative_report import CaseResult, SpeculationCell, Counts, Tally, first_difference, pooled
 from tqdm import tqdm
 
 from minserve import Engine, SamplingParams
@@ -22,7 +22,7 @@ CHECK_LENGTH, CHECK_TEMPERATURE = 4, 0.8
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class SpeculationCase:
     """One line of the table.
 
     Attributes:
@@ -40,7 +40,7 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
-class Effort:
+class SpeculationEffort:
     """How much is measured.
 
     Attributes:
@@ -191,7 +191,7 @@ def _take(deltas: list[Any], outputs: dict[str, list[int]]) -> int:
 def measure(
     with_: Engine, without: Engine, groups: list[list[Any]], rounds: int, tokens: int,
     tick: Callable[[], None], lengths: str,
-) -> Cell:  # fmt: skip
+) -> SpeculationCell:  # fmt: skip
     """Rounds over groups of prompts, each with both engines, who begin in turns."""
     pairs, same, total = [], 0, 0
     for engine in (with_, without):
@@ -211,11 +211,11 @@ def measure(
             same += sum(a == b for a, b in zip(outputs[True], outputs[False], strict=True))
             total += len(prompts)
         pairs.append((pooled(sums[True]), pooled(sums[False])))
-    return Cell(batch=len(groups[0]), lengths=lengths, pairs=pairs, identical=same / total)
+    return SpeculationCell(batch=len(groups[0]), lengths=lengths, pairs=pairs, identical=same / total)
 
 
 def check_lossless(
-    group: Group, prompts: dict[str, list[Any]], cases: Sequence[Case], effort: Effort,
+    group: Group, prompts: dict[str, list[Any]], cases: Sequence[SpeculationCase], effort: SpeculationEffort,
     results: dict[str, CaseResult], **settings: Any,
 ) -> None:  # fmt: skip
     """Compare outputs in float32 with those without speculation; notes it in the results.

@@ -68,7 +68,7 @@ class _Gathered(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Group:
+class _PaddedGroup:
     """Several sequences of similar length, with similarly many query tokens: each padded to as
     many as any of them has, with its last one.
 
@@ -97,7 +97,7 @@ class _Single:
         table: int64 ``[1, blocks]``.
         seq_len: tokens that it sees, its own included.
         first: slot of its first token where its blocks lie side by side, else ``None``.
-        gathered: as in `_Group`, where its blocks do not lie so.
+        gathered: as in `_PaddedGroup`, where its blocks do not lie so.
     """
 
     tokens: slice
@@ -108,7 +108,7 @@ class _Single:
 
 
 @dataclass(slots=True)
-class _State:
+class _TorchBatchState:
     """What `prepare` computes once for all layers.
 
     Attributes:
@@ -116,7 +116,7 @@ class _State:
     """
 
     slot: int | None
-    groups: list[_Group] = field(default_factory=list)
+    groups: list[_PaddedGroup] = field(default_factory=list)
     singles: list[_Single] = field(default_factory=list)
 
 
@@ -152,7 +152,7 @@ class TorchBackend(AttentionBackend):
     def prepare(self, metadata: AttentionMetadata) -> None:
         slots = metadata.slot_mapping
         lone = len(slots) == 1 and slots.device.type == "cpu"  # elsewhere it would be waited for
-        state = _State(int(slots[0]) if lone else None)
+        state = _TorchBatchState(int(slots[0]) if lone else None)
         for sequences in _similar(metadata):
             if len(sequences) > 1:
                 state.groups.append(_prepare_group(sequences, metadata))
@@ -192,7 +192,7 @@ class TorchBackend(AttentionBackend):
             out[single.tokens] = self._single(query[single.tokens], kv, single)
         return out
 
-    def _grouped(self, query: Tensor, kv: LayerKV, group: _Group) -> Tensor:
+    def _grouped(self, query: Tensor, kv: LayerKV, group: _PaddedGroup) -> Tensor:
         """``[tokens, num_heads * head_dim]`` of similar sequences together."""
         num_seqs, num_queries, _ = group.visible.shape
         if group.gathered is None:
@@ -299,7 +299,7 @@ class TorchBackend(AttentionBackend):
         return future
 
 
-def _prepare_group(sequences: list[int], metadata: AttentionMetadata) -> _Group:
+def _prepare_group(sequences: list[int], metadata: AttentionMetadata) -> _PaddedGroup:
     starts, device = metadata.query_start_loc, metadata.slot_mapping.device
     counts = [starts[i + 1] - starts[i] for i in sequences]
     most, first, last = max(counts), sequences[0], sequences[-1]
@@ -321,7 +321,7 @@ def _prepare_group(sequences: list[int], metadata: AttentionMetadata) -> _Group:
     num_blocks = -(-max(metadata.seq_lens[i] for i in sequences) // metadata.block_size)
     position = torch.arange(num_blocks * metadata.block_size, device=device)
     visible = position <= (lengths - queries + nth).unsqueeze(2)
-    return _Group(tokens, tables[:, :num_blocks], visible)
+    return _PaddedGroup(tokens, tables[:, :num_blocks], visible)
 
 
 def _prepare_single(i: int, metadata: AttentionMetadata) -> _Single:

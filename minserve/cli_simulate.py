@@ -27,7 +27,7 @@ from minserve.interrupt import Interrupt
 
 if TYPE_CHECKING:
     from minserve.simulator.load import OfferedLoad
-    from minserve.simulator.simulation import Outcome, Setup
+    from minserve.simulator.simulation import SimulationResult, Setup
     from minserve.simulator.sizing import Sizing
     from minserve.workload.capacity import Capacity
     from minserve.workload.conversation import Conversation
@@ -170,7 +170,7 @@ def _ratio(text: str) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class _SimulationRun:
     """One simulation.
 
     Attributes:
@@ -181,7 +181,7 @@ class _Run:
     rate: float | None
     setup: Setup
     seconds: float
-    outcome: Outcome
+    outcome: SimulationResult
 
 
 @dataclass(slots=True)
@@ -191,7 +191,7 @@ class _Simulations:
     setup: Setup
     draw: Draw
     interrupt: Interrupt
-    runs: list[_Run] = field(default_factory=list)
+    runs: list[_SimulationRun] = field(default_factory=list)
 
     def attainment(self, rate: float | None, repeat: int, replicas: int | None = None) -> float:
         """Run the workload at a rate.
@@ -202,7 +202,7 @@ class _Simulations:
         """
         from tqdm import tqdm
 
-        from minserve.simulator.simulation import Outcome, simulate
+        from minserve.simulator.simulation import SimulationResult, simulate
         from minserve.workload.conversation import num_turns
         from minserve.workload.report import Report
 
@@ -213,7 +213,7 @@ class _Simulations:
         name = "trace" if rate is None else f"{rate:.3g}/s"
         if replicas is not None:
             name += f", {replicas} replicas"
-        outcome = Outcome()
+        outcome = SimulationResult()
         with tqdm(
             total=num_turns(workload), desc=name, unit="request", leave=False, disable=None
         ) as bar:
@@ -226,9 +226,9 @@ class _Simulations:
                 simulate(workload, setup, progressed, into=outcome)
             except KeyboardInterrupt:
                 seconds = min(outcome.seconds, _span_s(workload, rate))
-                self.runs.append(_Run(rate, setup, seconds, outcome))
+                self.runs.append(_SimulationRun(rate, setup, seconds, outcome))
                 raise
-        self.runs.append(_Run(rate, setup, _span_s(workload, rate), outcome))
+        self.runs.append(_SimulationRun(rate, setup, _span_s(workload, rate), outcome))
         return Report.of(outcome.verdicts, self.runs[-1].seconds).attainment
 
 
@@ -396,16 +396,16 @@ def _print(
         _plot(args, simulations, pooled)
 
 
-def _title(run: _Run, sizing: bool) -> str:
+def _title(run: _SimulationRun, sizing: bool) -> str:
     title = "the trace as it is" if run.rate is None else f"{run.rate:.4g} requests/s"
     return f"{title}, {run.setup.replicas} replicas" if sizing else title
 
 
-def _pooled(runs: Sequence[_Run]) -> list[tuple[_Run, Report]]:
+def _pooled(runs: Sequence[_SimulationRun]) -> list[tuple[_SimulationRun, Report]]:
     """A report per rate and number of replicas, ascending, of all its repeats; with one of these."""
     from minserve.workload.report import Report
 
-    by_key: dict[tuple[float, int], list[_Run]] = {}
+    by_key: dict[tuple[float, int], list[_SimulationRun]] = {}
     for run in runs:
         by_key.setdefault((run.rate or 0.0, run.setup.replicas), []).append(run)
     pooled = []
@@ -431,7 +431,7 @@ def _sizing_in_words(rate: float, sizing: Sizing) -> str:
 def _as_json(
     args: argparse.Namespace,
     simulations: _Simulations,
-    pooled: Sequence[tuple[_Run, Report]],
+    pooled: Sequence[tuple[_SimulationRun, Report]],
     capacity: Capacity | None,
     sizing: Sizing | None,
     interrupted: bool,
@@ -471,7 +471,7 @@ def _per_gpu(capacity: Capacity, num_gpus: int) -> dict[str, Any]:
 def _plot(
     args: argparse.Namespace,
     simulations: _Simulations,
-    pooled: Sequence[tuple[_Run, Report]],
+    pooled: Sequence[tuple[_SimulationRun, Report]],
 ) -> None:
     """Attainment against rate, or where there is one rate, that run."""
     from minserve.workload.plots import plot_attainment, plot_run

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from minserve.kernels import truncation
-from minserve.kernels.truncation import Limits
+from minserve.kernels.truncation import TruncationLimits
 from minserve.kernels.upload import to_device
 
 # Few enough registers for a thread that a multiprocessor holds all 32 warps.
@@ -122,7 +122,7 @@ def _truncate_kernel(keys, limits, size, BLOCK: tl.constexpr):
             _drop_below(row, size, low, BLOCK)
 
 
-def truncate(weights: torch.Tensor, limits: Limits) -> torch.Tensor:
+def truncate(weights: torch.Tensor, limits: TruncationLimits) -> torch.Tensor:
     """Set to 0 what the limits leave out. Queued behind what the device has to do.
 
     Args:

@@ -31,7 +31,7 @@ from minserve.kernels.attention import choose_attention_backend, make_attention_
 from minserve.machine import Machine
 from minserve.models.base import CausalLM, ModelShape
 from minserve.models.draft import DraftModel, load_draft_model
-from minserve.models.layers import Placement
+from minserve.models.layers import WeightPlacement
 from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
 from minserve.models.source import (
@@ -98,7 +98,7 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     attention = choose_attention_backend(config.attention_backend, device)
     with open_checkpoint(source) as checkpoint:
         twice = device.type == "cpu" and has_room_twice(checkpoint.num_parameters())
-        placement = Placement.choose(
+        placement = WeightPlacement.choose(
             device,
             config.dtype,
             fused=attention != "torch",
@@ -158,7 +158,7 @@ def _make_ready(
     config: EngineConfig,
     runner: ModelRunner,
     drafter: PagedModel | None,
-    placement: Placement,
+    placement: WeightPlacement,
     max_queries: int,
 ) -> tuple[int, int]:
     """Warm the models up, give them their KV caches and record their CUDA graphs.
@@ -196,7 +196,7 @@ def _make_ready(
 def _allocate_kv_cache(
     config: EngineConfig,
     models: Mapping[PagedModel, int],
-    placement: Placement,
+    placement: WeightPlacement,
     longest: int,
     with_graphs: bool,
 ) -> int:
@@ -247,7 +247,7 @@ def _log_limits(models: Iterable[PagedModel], device: torch.device) -> None:
         log.info("%s", words)
 
 
-def _probe(attention: str, shape: ModelShape, block_size: int, placement: Placement) -> tuple:
+def _probe(attention: str, shape: ModelShape, block_size: int, placement: WeightPlacement) -> tuple:
     """What a `PagedModel` needs beside its model, with a KV cache of one block for now."""
     backend = make_attention_backend(
         attention, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.scale
@@ -257,7 +257,7 @@ def _probe(attention: str, shape: ModelShape, block_size: int, placement: Placem
 
 
 def _load_draft(
-    config: EngineConfig, model: CausalLM, tokenizer: Tokenizer, placement: Placement
+    config: EngineConfig, model: CausalLM, tokenizer: Tokenizer, placement: WeightPlacement
 ) -> DraftModel | None:
     """The draft model that the settings ask for.
 

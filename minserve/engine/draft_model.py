@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minserve.engine.batch_tensors import Chunk
-from minserve.engine.distribution import INVALID, Row
+from minserve.engine.distribution import INVALID, SamplingRow
 from minserve.engine.paged_model import PagedModel
 from minserve.engine.sampler import Sampler
 from minserve.engine.speculator import Proposer, Wanted
@@ -119,7 +119,7 @@ class DraftModelProposer(Proposer):
 
     def _extend(self, drafts: list[_Draft], logits: Tensor) -> None:
         """One more token for each draft, unless its logits allow none."""
-        rows = [Row(draft.seq, tuple(draft.tokens)) for draft in drafts]
+        rows = [SamplingRow(draft.seq, tuple(draft.tokens)) for draft in drafts]
         # Without penalties or draws the most likely token is the same in a trimmed head.
         plain = self._head is not None and all(row.is_plain for row in rows)
         if self._head is not None and not plain:

@@ -1,4 +1,4 @@
-"""`BatchDraft`: one iteration under construction.
+"""`BatchBuilder`: one iteration under construction.
 
 Spends the token budget, the sequence slots and the KV blocks, so that each policy
 only says in which order sequences are served.
@@ -17,7 +17,7 @@ from minserve.request import Sequence, SequenceState
 WATERMARK = 0.01
 
 
-class BatchDraft:
+class BatchBuilder:
     """Builds an `IterationPlan` from a view; never touches a sequence.
 
     Invariants: tokens scheduled <= token budget; sequences <= max_num_seqs; blocks

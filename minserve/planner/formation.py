@@ -29,18 +29,18 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
 from minserve.planner.acceptance import cautious_tokens
-from minserve.planner.batch import BatchDraft
+from minserve.planner.batch import BatchBuilder
 from minserve.planner.batch_length import CALM, URGENT, USUAL_RISK, Stake, allowed_s
 from minserve.planner.perf_model import PerfModel
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.speculation import (
     MOST_LAG,
     Drafting,
-    Speculator,
+    DraftCandidate,
     most_left_to_prefills,
     most_tokens_per_second,
 )
-from minserve.planner.timed_batch import TimedBatch
+from minserve.planner.timed_batch import TimedBatchBuilder
 from minserve.request import Sequence, SequenceState
 
 Due = tuple[float, Sequence]
@@ -101,7 +101,7 @@ def form_batch(
         drafting: ``None`` drafts nothing.
     """
     order, num_kept = _order(work)
-    batch = TimedBatch(BatchDraft(view, order=order, num_kept=num_kept), model)
+    batch = TimedBatchBuilder(BatchBuilder(view, order=order, num_kept=num_kept), model)
     stakes = _stakes(work.decodes, batch, limits, now)
     decodes_s = batch.seconds_of_decodes([seq for _, seq in work.decodes])
     # Seconds until a token of this batch is due: at the risk that its prefills are worth, and
@@ -114,7 +114,7 @@ def form_batch(
         calm = _allowed_s(stakes, decodes_s, [], share, batch, limits)
     limit = min(due, limits.longest_s)
 
-    speculators: dict[str, Speculator] = {}
+    speculators: dict[str, DraftCandidate] = {}
     if drafting is not None and work.prefills:
         speculators = drafting.speculators_for_prefills(seq for _, seq in work.decodes)
     must, may = _split_decodes(work, batch, limit, limits, now, speculators)
@@ -165,7 +165,7 @@ def _order(work: Work) -> tuple[list[Sequence], int]:
     return order, num_kept
 
 
-def _stakes(decodes: list[Due], batch: TimedBatch, limits: BatchLimits, now: float) -> list[Stake]:
+def _stakes(decodes: list[Due], batch: TimedBatchBuilder, limits: BatchLimits, now: float) -> list[Stake]:
     """Of all decodes whose deadline can still be met, seconds until then and value, soonest first."""
     if not decodes:
         return []
@@ -191,7 +191,7 @@ def _must_end_s(
     return max(soonest, min(decodes_s, latest))
 
 
-def _worthwhile(work: Work, batch: TimedBatch, now: float) -> list[Sequence]:
+def _worthwhile(work: Work, batch: TimedBatchBuilder, now: float) -> list[Sequence]:
     """Prefills for which promises may be endangered: those that can run in this batch and of a
     request that may still attain its SLO.
     """
@@ -213,7 +213,7 @@ def _allowed_s(
     least_s: float,
     waiting: list[Sequence],
     share: float,
-    batch: TimedBatch,
+    batch: TimedBatchBuilder,
     limits: BatchLimits,
 ) -> float:
     """Expected seconds that the batch may take for the sake of its decodes.
@@ -247,11 +247,11 @@ def _value(seq: Sequence) -> float:
 
 def _split_decodes(
     work: Work,
-    batch: TimedBatch,
+    batch: TimedBatchBuilder,
     limit: float,
     limits: BatchLimits,
     now: float,
-    speculators: Mapping[str, Speculator],
+    speculators: Mapping[str, DraftCandidate],
 ) -> tuple[list[Due], list[Due]]:
     """Decodes that must run now, and those that could also run in the next iteration."""
     if not work.prefills:
@@ -270,7 +270,7 @@ def _split_decodes(
     return work.decodes, []
 
 
-def _pace_s(seq: Sequence, speculators: Mapping[str, Speculator]) -> float:
+def _pace_s(seq: Sequence, speculators: Mapping[str, DraftCandidate]) -> float:
     """Seconds until a decode must come round again, which with drafts is later."""
     one = speculators.get(seq.seq_id)
     if one is None:
@@ -279,7 +279,7 @@ def _pace_s(seq: Sequence, speculators: Mapping[str, Speculator]) -> float:
 
 
 def _fill_up(
-    batch: TimedBatch, work: Work, limits: BatchLimits, limit: float, calm: float, now: float
+    batch: TimedBatchBuilder, work: Work, limits: BatchLimits, limit: float, calm: float, now: float
 ) -> float:
     """Run who is promised nothing; returns the predicted seconds of best effort.
 
@@ -302,7 +302,7 @@ def _fill_up(
 
 
 def _prefill_unpromised(
-    batch: TimedBatch,
+    batch: TimedBatchBuilder,
     work: Work,
     prefills: list[Due],
     limits: BatchLimits,
@@ -328,7 +328,7 @@ def _prefill_unpromised(
 
 
 def _best_effort(
-    batch: TimedBatch,
+    batch: TimedBatchBuilder,
     work: Work,
     limits: BatchLimits,
     until: float,
@@ -362,7 +362,7 @@ def _best_effort(
 class _Room:
     """Blocks in which sequences without a promise may start."""
 
-    def __init__(self, batch: TimedBatch, work: Work, limits: BatchLimits) -> None:
+    def __init__(self, batch: TimedBatchBuilder, work: Work, limits: BatchLimits) -> None:
         self._limits = limits
         self._free = batch.draft.view.memory.num_free_blocks
         scheduled = batch.draft.plan.num_scheduled_tokens
@@ -389,8 +389,8 @@ class _Room:
 
 
 def _draft_for_prefills(
-    batch: TimedBatch,
-    speculators: list[Speculator],
+    batch: TimedBatchBuilder,
+    speculators: list[DraftCandidate],
     num_decodes: int,
     limit: float,
     guard_s: float,
@@ -413,7 +413,7 @@ def _draft_for_prefills(
 
 
 def _draft_with_the_rest(
-    batch: TimedBatch,
+    batch: TimedBatchBuilder,
     view: PlannerView,
     num_promised: int,
     drafting: Drafting,
@@ -448,7 +448,7 @@ def _draft_with_the_rest(
 
 
 def _draft_for_speed(
-    batch: TimedBatch, decodes: list[Sequence], drafting: Drafting, limit: float
+    batch: TimedBatchBuilder, decodes: list[Sequence], drafting: Drafting, limit: float
 ) -> None:
     """Draft for the decodes of a batch such that it brings most tokens per second."""
     speculators = [one for seq in decodes if (one := drafting.speculator(seq)).limit > 0]

@@ -62,7 +62,7 @@ class ReviewSettings:
 
 
 @dataclass(slots=True)
-class Verdict:
+class ReviewResult:
     """What a round decided, by sequence id; who is in none of them waits.
 
     Attributes:
@@ -84,7 +84,7 @@ def review(
     choose: Choose,
     settings: ReviewSettings,
     acceptance: AcceptanceEstimator,
-) -> Verdict:
+) -> ReviewResult:
     """Decide who is served.
 
     Args:
@@ -92,11 +92,11 @@ def review(
         choose: the admission program.
         acceptance: of drafted tokens.
     """
-    verdict = Verdict()
+    verdict = ReviewResult()
     alone, parties = partition(view, now)
     if not alone and not parties:
         return verdict
-    round_ = _Round(view, now, model, lengths, cached_tokens, settings, acceptance, alone, parties)
+    round_ = _ReviewRound(view, now, model, lengths, cached_tokens, settings, acceptance, alone, parties)
     round_.shed_overload(verdict)
     if not round_.candidates:
         verdict.drafts = round_.drafts(set())
@@ -112,7 +112,7 @@ def review(
     return verdict
 
 
-class _Round:
+class _ReviewRound:
     """The requests of one round as the admission program sees them.
 
     Attributes:
@@ -304,7 +304,7 @@ class _Round:
             free_seqs=max(0, self.view.max_num_seqs - len(self.settled) - num_forced),
         )
 
-    def shed_overload(self, verdict: Verdict) -> None:
+    def shed_overload(self, verdict: ReviewResult) -> None:
         """Where settled decodes alone are too many, give up the requests with most still to do.
 
         Otherwise all of them would fall behind together and break every promise.
@@ -356,7 +356,7 @@ class _Round:
         self._done_s = admission.done_s
         return {forced[i] for i in admission.accepted}
 
-    def decline(self, i: int, party: Party, accepted: set[int], verdict: Verdict) -> None:
+    def decline(self, i: int, party: Party, accepted: set[int], verdict: ReviewResult) -> None:
         """Refuse a request if it asked for that, give it up if it is hopeless, else let it wait."""
         outputs = [seq.seq_id for seq in party.live]
         if party.standing is Standing.ADMITTED:

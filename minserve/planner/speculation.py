@@ -30,7 +30,7 @@ MOST_LAG = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Speculator:
+class DraftCandidate:
     """A decode for which tokens could be drafted.
 
     Attributes:
@@ -102,15 +102,15 @@ class Drafting:
     for_prefills: DraftsForPrefills
     declined: bool = False
 
-    def speculator(self, seq: Sequence) -> Speculator:
+    def speculator(self, seq: Sequence) -> DraftCandidate:
         """A decoding sequence as a speculator; its last token comes from the target alone."""
         left = seq.request.params.max_tokens - seq.num_output_tokens - 1
         limit = self.view.limit(seq)
         self.acceptance.asked(limit > 0)
         limit = max(0, min(limit, left))
-        return Speculator(seq, self.acceptance.rate(seq), limit, self.view.lag(seq))
+        return DraftCandidate(seq, self.acceptance.rate(seq), limit, self.view.lag(seq))
 
-    def speculators_for_prefills(self, seqs: Iterable[Sequence]) -> dict[str, Speculator]:
+    def speculators_for_prefills(self, seqs: Iterable[Sequence]) -> dict[str, DraftCandidate]:
         """By sequence id, the decodes that draft while prefills wait, each with the length that
         leaves most to prefills over time as its limit.
         """
@@ -126,7 +126,7 @@ class Drafting:
 
 
 def with_drafts(
-    shape: BatchShape, speculators: SequenceOf[Speculator], lengths: SequenceOf[int]
+    shape: BatchShape, speculators: SequenceOf[DraftCandidate], lengths: SequenceOf[int]
 ) -> BatchShape:
     """The shape of a batch of decodes, once so many tokens are drafted for some of them."""
     tokens = context = pairs = draft_tokens = 0
@@ -156,7 +156,7 @@ class _Tokens:
         worth: of an accepted token, per speculator.
     """
 
-    def __init__(self, speculators: SequenceOf[Speculator], worth: SequenceOf[float]) -> None:
+    def __init__(self, speculators: SequenceOf[DraftCandidate], worth: SequenceOf[float]) -> None:
         limits = [one.limit for one in speculators]
         self._num = len(speculators)
         self._owner = np.repeat(np.arange(self._num), limits)
@@ -202,7 +202,7 @@ def most_tokens_per_second(
     model: PerfModel,
     shape: BatchShape,
     num_decodes: int,
-    speculators: SequenceOf[Speculator],
+    speculators: SequenceOf[DraftCandidate],
     limit_s: float,
 ) -> Speculation:
     """The lengths that bring most tokens per second of a batch of decodes.
@@ -242,7 +242,7 @@ def most_left_to_prefills(
     model: PerfModel,
     shape: BatchShape,
     num_decodes: int,
-    speculators: SequenceOf[Speculator],
+    speculators: SequenceOf[DraftCandidate],
     guard_s: float,
 ) -> tuple[int, ...]:
     """The lengths that leave most time to prefills, counted over this batch and later ones.

@@ -1,21 +1,21 @@
-"""`TimedBatch`: one iteration under construction, which knows how long it will take."""
+"""`TimedBatchBuilder`: one iteration under construction, which knows how long it will take."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
-from minserve.planner.batch import BatchDraft
+from minserve.planner.batch import BatchBuilder
 from minserve.planner.eager import is_eager
 from minserve.planner.perf_model import BatchShape, PerfModel
-from minserve.planner.speculation import Speculator, with_drafts
+from minserve.planner.speculation import DraftCandidate, with_drafts
 from minserve.request import Sequence, SequenceState
 
 
-class TimedBatch:
-    """A `BatchDraft` that also knows how long the batch will take."""
+class TimedBatchBuilder:
+    """A `BatchBuilder` that also knows how long the batch will take."""
 
-    def __init__(self, draft: BatchDraft, model: PerfModel | None) -> None:
+    def __init__(self, draft: BatchBuilder, model: PerfModel | None) -> None:
         self.draft = draft
         self.model = model
         self.num_prefills = 0
@@ -131,7 +131,7 @@ class TimedBatch:
         )
 
     def speculate(
-        self, speculators: SequenceOf[Speculator], lengths: SequenceOf[int], limit: float
+        self, speculators: SequenceOf[DraftCandidate], lengths: SequenceOf[int], limit: float
     ) -> None:
         """Draft up to so many tokens for scheduled decodes, as far as blocks, budget and the
         limit allow.
@@ -146,7 +146,7 @@ class TimedBatch:
             self._grow(with_drafts(self.shape, speculators, granted))
 
     def _fitting(
-        self, speculators: SequenceOf[Speculator], lengths: SequenceOf[int], limit: float
+        self, speculators: SequenceOf[DraftCandidate], lengths: SequenceOf[int], limit: float
     ) -> list[int]:
         """As much of these lengths as fits within the limit, first come, first served."""
         shape, fitting = self.shape, []
@@ -157,7 +157,7 @@ class TimedBatch:
             fitting.append(length)
         return fitting
 
-    def catch_up(self, one: Speculator, limit: float) -> None:
+    def catch_up(self, one: DraftCandidate, limit: float) -> None:
         """Let the draft model run what it lacks of a sequence, as far as the limit allows."""
         token_s = self.model.drift * max(piece.draft_tokens for piece in self.model.pieces)
         shape = replace(self.shape, draft_steps=max(self._draft_steps, 1))

@@ -57,7 +57,7 @@ class SimulatedSequence(Sequence):
         self.num_thinking_left = self.turn.thinking_tokens
 
 
-class Drafter:
+class SimulatedProposer:
     """Who drafts, as planners see it, with a record of what the draft model has computed.
 
     Args:
@@ -111,7 +111,7 @@ class SimulatedReplica:
         *,
         token_budget: int,
         max_num_seqs: int,
-        drafter: Drafter | None = None,
+        drafter: SimulatedProposer | None = None,
         acceptance: float = 0.0,
         device_time: DeviceTime | None = None,
         clairvoyant: bool = False,

@@ -28,7 +28,7 @@ from minserve.simulator.distserve import (
 )
 from minserve.simulator.events import EventLoop
 from minserve.simulator.load import OfferedLoad, Progressed, first_longer
-from minserve.simulator.replica import Drafter, SimulatedReplica
+from minserve.simulator.replica import SimulatedProposer, SimulatedReplica
 from minserve.workload.conversation import Conversation
 from minserve.workload.verdict import Verdict
 
@@ -199,7 +199,7 @@ MakePlanner = Callable[[Setup, LengthEstimator], Planner]
 
 
 @dataclass(slots=True)
-class Outcome:
+class SimulationResult:
     """What a simulation brought.
 
     Attributes:
@@ -254,9 +254,9 @@ def simulate(
     workload: SequenceOf[Conversation],
     setup: Setup,
     progressed: Progressed = lambda _: None,
-    into: Outcome | None = None,
+    into: SimulationResult | None = None,
     make: MakePlanner = planner_of,
-) -> Outcome:
+) -> SimulationResult:
     """Run a workload to its end.
 
     Args:
@@ -268,7 +268,7 @@ def simulate(
     Raises:
         WorkloadError: where a turn is longer than the model or the KV memory.
     """
-    outcome = Outcome() if into is None else into
+    outcome = SimulationResult() if into is None else into
     check_fits(workload, setup)
     lengths: dict[str, int] = {}
     loop = EventLoop()
@@ -348,7 +348,7 @@ def _replica(
     drafter = None
     if setup.max_speculation:
         lags = any(piece.draft_tokens for piece in setup.device.pieces)
-        drafter = Drafter(setup.max_speculation, lags=lags)
+        drafter = SimulatedProposer(setup.max_speculation, lags=lags)
     return SimulatedReplica(
         planner,
         _pool(setup, prefix_caching=prefix_caching),

@@ -11,7 +11,7 @@ from minserve.slo import SLO
 from minserve.workload.conversation import Conversation
 from minserve.workload.recordings import scaled
 from minserve.workload.scenarios import SCENARIOS, Scenario
-from minserve.workload.traces import Row, to_workload
+from minserve.workload.traces import TraceRequest, to_workload
 
 # A workload without texts, from requests per second (`None`: its own) and a seed.
 Draw = Callable[[float | None, int], list[Conversation]]
@@ -31,7 +31,7 @@ def draw_scenario(
 
 
 def draw_trace(
-    rows: Sequence[Row],
+    rows: Sequence[TraceRequest],
     slo_of: dict[str, SLO],
     default_class: str,
     *,
@@ -64,7 +64,7 @@ def draw_trace(
     return draw
 
 
-def not_longer(rows: Sequence[Row], longest: int, length_scale: float = 1.0) -> list[Row]:
+def not_longer(rows: Sequence[TraceRequest], longest: int, length_scale: float = 1.0) -> list[TraceRequest]:
     """Rows whose prompt and output together, once scaled, have at most so many tokens.
 
     Raises:
@@ -76,11 +76,11 @@ def not_longer(rows: Sequence[Row], longest: int, length_scale: float = 1.0) -> 
     return kept
 
 
-def _num_tokens(row: Row) -> int:
+def _num_tokens(row: TraceRequest) -> int:
     return row.prompt_tokens + row.output_tokens
 
 
-def _scaled_row(row: Row, factor: float) -> Row:
+def _scaled_row(row: TraceRequest, factor: float) -> TraceRequest:
     """A row with its lengths multiplied; none falls below 1 token."""
     return replace(
         row,

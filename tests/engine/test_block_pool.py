@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from minserve.engine import block_pool
 from minserve.engine.block_pool import BlockPool, block_digest
 from minserve.errors import OutOfBlocksError, PoolCorruptedError
-from minserve.planner.batch import BatchDraft
+from minserve.planner.batch import BatchBuilder
 from minserve.planner.plan import CachedPrefix, PlannerView
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
@@ -303,7 +303,7 @@ def test_free_blocks_fall_by_what_a_batch_draft_assumes(live_prefix):
     seq = make_seq(range(30), arrival_s=1.0)
     running = [holder] if live_prefix else []
     view = PlannerView(waiting=[seq], running=running, memory=pool, token_budget=10, max_num_seqs=8)
-    draft = BatchDraft(view)
+    draft = BatchBuilder(view)
     num_tokens = draft.admit(seq)
     assert num_tokens == 10
     seq.num_computed_tokens = pool.admit(seq)
@@ -323,7 +323,7 @@ def test_preemption_frees_what_a_batch_draft_assumes():
         waiting=[], running=[first, filler, last], memory=pool, token_budget=64, max_num_seqs=8
     )
     first.token_ids.append(1)
-    draft = BatchDraft(view)
+    draft = BatchBuilder(view)
     assert draft.schedule(first, 1) == 1
     assert draft.plan.preempt == [last.seq_id]
     stop(pool, last)

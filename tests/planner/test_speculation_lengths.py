@@ -15,7 +15,7 @@ from minserve.planner.perf_model import BatchShape, PerfModel, Piece
 from minserve.planner.speculation import (
     WORTH,
     Speculation,
-    Speculator,
+    DraftCandidate,
     most_left_to_prefills,
     most_tokens_per_second,
     with_drafts,
@@ -26,9 +26,9 @@ LONGEST = 5
 
 def speculator(
     acceptance: float, limit: int = LONGEST, lag: int = 0, context: int = 50
-) -> Speculator:
+) -> DraftCandidate:
     seq = make_sequence("s", [1] * context, 100)
-    return Speculator(seq, acceptance, limit, lag)
+    return DraftCandidate(seq, acceptance, limit, lag)
 
 
 def decodes(num: int, context: int = 50) -> BatchShape:
@@ -36,7 +36,7 @@ def decodes(num: int, context: int = 50) -> BatchShape:
 
 
 def shape_by_hand(
-    ones: SequenceOf[Speculator], lengths: SequenceOf[int], others: int
+    ones: SequenceOf[DraftCandidate], lengths: SequenceOf[int], others: int
 ) -> BatchShape:
     """The batch with drafts, from its chunks."""
     chunks = [(one.seq.num_tokens - 1, 1 + n) for one, n in zip(ones, lengths, strict=True)]
@@ -48,13 +48,13 @@ def shape_by_hand(
     )  # fmt: skip
 
 
-def tokens_by_hand(ones: SequenceOf[Speculator], lengths: SequenceOf[int], others: int) -> float:
+def tokens_by_hand(ones: SequenceOf[DraftCandidate], lengths: SequenceOf[int], others: int) -> float:
     rows = zip(ones, lengths, strict=True)
     return others + sum(sum(one.acceptance**j for j in range(n + 1)) for one, n in rows)
 
 
 def rate_by_hand(
-    model: PerfModel, ones: SequenceOf[Speculator], lengths: SequenceOf[int], others: int
+    model: PerfModel, ones: SequenceOf[DraftCandidate], lengths: SequenceOf[int], others: int
 ) -> float:
     seconds = model.predict(shape_by_hand(ones, lengths, others))
     return tokens_by_hand(ones, lengths, others) / seconds
@@ -72,7 +72,7 @@ def random_device(rng: random.Random) -> PerfModel:
 
 
 def choose(
-    model: PerfModel, ones: SequenceOf[Speculator], others: int, limit_s: float = math.inf
+    model: PerfModel, ones: SequenceOf[DraftCandidate], others: int, limit_s: float = math.inf
 ) -> Speculation:
     plain = shape_by_hand(ones, [0] * len(ones), others)
     return most_tokens_per_second(model, plain, len(ones) + others, ones, limit_s)
@@ -183,7 +183,7 @@ def test_a_batch_with_drafts_ends_within_its_limit() -> None:
 
 def left_by_hand(
     model: PerfModel,
-    ones: SequenceOf[Speculator],
+    ones: SequenceOf[DraftCandidate],
     lengths: SequenceOf[int],
     others: int,
     decodes: int,

@@ -8,7 +8,7 @@ from replay import Replay
 
 from minserve.planner.plan import PlannerView
 from minserve.planner.policies.dp import DpPlanner
-from minserve.planner.review import Verdict
+from minserve.planner.review import ReviewResult
 from minserve.request import Sequence, SequenceState
 from minserve.slo import SLO, Standing
 
@@ -16,7 +16,7 @@ from minserve.slo import SLO, Standing
 class Refusing(DpPlanner):
     """Promises nothing to requests whose id begins with ``no``."""
 
-    def _review(self, view: PlannerView, now: float) -> Verdict:
+    def _review(self, view: PlannerView, now: float) -> ReviewResult:
         verdict = super()._review(view, now)
         for seq in (*view.waiting, *view.running):
             if seq.seq_id.startswith("no"):

@@ -16,14 +16,14 @@ from minserve.planner.policies.sarathi import SarathiPlanner
 from minserve.simulator.distserve import DecodeReplica, DistServeCluster, PrefillReplica
 from minserve.simulator.events import EventLoop
 from minserve.simulator.load import OfferedLoad
-from minserve.simulator.simulation import Outcome
+from minserve.simulator.simulation import SimulationResult
 from minserve.workload.conversation import Conversation, num_turns
 
 # 2^-7 s for the KV of each token of the toy device.
 SLOW_LINK = TOY.kv_bytes * 2**7
 
 
-def apart(workload: list[Conversation], **settings: Any) -> Outcome:
+def apart(workload: list[Conversation], **settings: Any) -> SimulationResult:
     return run(workload, policy="distserve", **settings)
 
 

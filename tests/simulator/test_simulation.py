@@ -21,8 +21,8 @@ from minserve.planner.policies import Planner
 from minserve.planner.policies.sarathi import SarathiPlanner
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
-from minserve.simulator.replica import Drafter, SimulatedReplica, SimulatedSequence
-from minserve.simulator.simulation import Outcome, Setup, simulate
+from minserve.simulator.replica import SimulatedProposer, SimulatedReplica, SimulatedSequence
+from minserve.simulator.simulation import SimulationResult, Setup, simulate
 from minserve.slo import preset_classes
 from minserve.workload.conversation import Conversation, Turn, num_turns
 from minserve.workload.verdict import Cause
@@ -176,7 +176,7 @@ def test_drafts_are_accepted_as_often_as_was_asked(acceptance: float) -> None:
         TOY.perf_model(),
         token_budget=512,
         max_num_seqs=64,
-        drafter=Drafter(4, lags=False),
+        drafter=SimulatedProposer(4, lags=False),
         acceptance=acceptance,
         seed=3,
     )
@@ -208,7 +208,7 @@ def test_the_pool_is_whole_after_every_iteration_and_empty_at_the_end() -> None:
         TOY.perf_model(),
         token_budget=128,
         max_num_seqs=32,
-        drafter=Drafter(3, lags=True),
+        drafter=SimulatedProposer(3, lags=True),
         acceptance=0.6,
     )
     for number in range(20):
@@ -219,7 +219,7 @@ def test_the_pool_is_whole_after_every_iteration_and_empty_at_the_end() -> None:
 
 
 def test_an_interrupted_simulation_keeps_what_it_has() -> None:
-    outcome = Outcome()
+    outcome = SimulationResult()
 
     def stop(load: Any) -> None:
         if len(load.verdicts) == 5:

@@ -25,7 +25,7 @@ from minserve.planner.outlook import Outlook
 from minserve.planner.perf_model import BatchShape, PerfModel
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.policies.base import Planner
-from minserve.planner.review import ReviewSettings, Verdict, review
+from minserve.planner.review import ReviewSettings, ReviewResult, review
 from minserve.planner.speculation import NO_DRAFTS, Drafting, DraftsForPrefills
 from minserve.planner.timeline import Candidate
 from minserve.request import Sequence, SequenceState, by_rank
@@ -54,7 +54,7 @@ REST = 16
 
 
 @dataclass(slots=True)
-class _Round:
+class _LastReview:
     """What the newest round of admission found, and holds until the next.
 
     Attributes:
@@ -111,7 +111,7 @@ class DpPlanner(Planner):
         self.lengths = lengths or QuantileLengths()
         self.best_effort_share = best_effort_share
         self.acceptance = AcceptanceEstimator()
-        self._round = self._round_before = _Round()
+        self._round = self._round_before = _LastReview()
         self._cached: dict[str, int] = {}
         # Best effort's account, without the plan under way.
         self._owed_s = 0.0
@@ -157,7 +157,7 @@ class DpPlanner(Planner):
 
     def _plan(self, view: PlannerView, now: float) -> IterationPlan:
         self._round_before, self._round = self._round, replace(self._round)
-        verdict = Verdict()
+        verdict = ReviewResult()
         is_due = self.model is not None and self._is_due(view, now)
         if is_due:
             verdict = self._review(view, now)
@@ -211,7 +211,7 @@ class DpPlanner(Planner):
             if self.model is not None and seq.seq_id not in known:
                 self._arrivals.see(seq, self.model)
 
-    def _review(self, view: PlannerView, now: float) -> Verdict:
+    def _review(self, view: PlannerView, now: float) -> ReviewResult:
         def cached_tokens(seq: Sequence) -> int:
             # Looked up once per wait: it costs hashing the prompt.
             if seq.seq_id not in self._cached:
@@ -237,7 +237,7 @@ class DpPlanner(Planner):
         self._round.chosen, self._round.drafts = verdict.chosen, verdict.drafts
         return verdict
 
-    def _sort(self, view: PlannerView, now: float, verdict: Verdict) -> Work:
+    def _sort(self, view: PlannerView, now: float, verdict: ReviewResult) -> Work:
         """Every sequence's role in this iteration; relegates requests whose SLO is broken."""
         work, broken = self._roles(view, now, verdict, frozenset())
         if broken:
@@ -249,7 +249,7 @@ class DpPlanner(Planner):
         return work
 
     def _roles(
-        self, view: PlannerView, now: float, verdict: Verdict, broken: frozenset[str]
+        self, view: PlannerView, now: float, verdict: ReviewResult, broken: frozenset[str]
     ) -> tuple[Work, frozenset[str]]:
         """The roles, yet to be ordered.
 

@@ -7,7 +7,7 @@ decodes share what is left.
 
 from __future__ import annotations
 
-from minserve.planner.batch import BatchDraft
+from minserve.planner.batch import BatchBuilder
 from minserve.planner.perf_model import PerfModel
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.policies.base import Planner
@@ -30,7 +30,7 @@ class FcfsPlanner(Planner):
         return self._plan_chunked(view) if self.chunked_prefill else self._plan_whole(view)
 
     def _plan_chunked(self, view: PlannerView) -> IterationPlan:
-        draft = BatchDraft(view)
+        draft = BatchBuilder(view)
         for seq in view.running:
             if not seq.is_decoding and not draft.is_preempted(seq):
                 draft.schedule(seq, seq.num_uncomputed_tokens, whole=False)
@@ -43,7 +43,7 @@ class FcfsPlanner(Planner):
     def _plan_whole(self, view: PlannerView) -> IterationPlan:
         # A prompt longer than the budget still has to run in one piece: alone.
         longest = max((s.num_tokens for s in view.waiting[:1]), default=0)
-        draft = BatchDraft(view, token_budget=max(view.token_budget, longest))
+        draft = BatchBuilder(view, token_budget=max(view.token_budget, longest))
         for seq in view.waiting:
             if not (draft.awaits_sibling(seq) or draft.admit(seq, whole=True)):
                 break

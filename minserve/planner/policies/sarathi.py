@@ -6,7 +6,7 @@ prefills in progress and then to new ones, in chunks.
 
 from __future__ import annotations
 
-from minserve.planner.batch import BatchDraft
+from minserve.planner.batch import BatchBuilder
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.policies.base import Planner
 
@@ -17,7 +17,7 @@ class SarathiPlanner(Planner):
     name = "sarathi"
 
     def _plan(self, view: PlannerView, now: float) -> IterationPlan:
-        draft = BatchDraft(view)
+        draft = BatchBuilder(view)
         draft.decodes()
         for seq in view.running:
             if not seq.is_decoding and not draft.is_preempted(seq):
