@@ -108,16 +108,16 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         model = build_model(checkpoint, load_config(source), placement)
     dtype = dtype_words(placement.linear_dtype, placement.dtype)
     tokenizer = Tokenizer.load(source, config.tokenizer)
-    draft = _load_draft(config, model, tokenizer, placement)
+    draft_model = _load_draft_model(config, model, tokenizer, placement)
     runner = ModelRunner(model, *_probe(attention, model.shape, config.block_size, placement))
     runner.threads = threads
-    drafter = None
-    if draft is not None:
-        probe = _probe(attention, draft.model.shape, config.block_size, placement)
-        drafter = PagedModel(draft.model, *probe)
-    proposer = _make_proposer(config, draft, drafter, model.shape.vocab_size)
+    paged_draft = None
+    if draft_model is not None:
+        probe = _probe(attention, draft_model.model.shape, config.block_size, placement)
+        paged_draft = PagedModel(draft_model.model, *probe)
+    proposer = _make_proposer(config, draft_model, paged_draft, model.shape.vocab_size)
     max_queries = 1 if proposer is None else 1 + proposer.max_tokens
-    num_blocks, max_model_len = _make_ready(config, runner, drafter, placement, max_queries)
+    num_blocks, max_model_len = _make_ready(config, runner, paged_draft, placement, max_queries)
     core = EngineCore(
         runner,
         BlockPool(num_blocks, config.block_size, prefix_caching=config.prefix_caching),
@@ -157,7 +157,7 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
 def _make_ready(
     config: EngineConfig,
     runner: ModelRunner,
-    drafter: PagedModel | None,
+    paged_draft: PagedModel | None,
     placement: WeightPlacement,
     max_queries: int,
 ) -> tuple[int, int]:
@@ -177,8 +177,8 @@ def _make_ready(
         config.cuda_graphs and placement.device.type == "cuda" and runner.backend.supports_graphs
     )
     models = {runner: max_queries}
-    if drafter is not None:
-        models[drafter] = MOST_DECODE_TOKENS
+    if paged_draft is not None:
+        models[paged_draft] = MOST_DECODE_TOKENS
     num_blocks = _allocate_kv_cache(config, models, placement, longest, with_graphs)
     _log_limits(models, placement.device)
     capacity = num_blocks * config.block_size
@@ -256,7 +256,7 @@ def _probe(attention: str, shape: ModelShape, block_size: int, placement: Weight
     return backend, [kv] * shape.num_layers, block_size, placement.device
 
 
-def _load_draft(
+def _load_draft_model(
     config: EngineConfig, model: CausalLM, tokenizer: Tokenizer, placement: WeightPlacement
 ) -> DraftModel | None:
     """The draft model that the settings ask for.
@@ -280,10 +280,10 @@ def _has_tokenizer(source: ModelSource) -> bool:
 
 
 def _make_proposer(
-    config: EngineConfig, draft: DraftModel | None, drafter: PagedModel | None, vocab_size: int
+    config: EngineConfig, draft_model: DraftModel | None, paged_draft: PagedModel | None, vocab_size: int
 ) -> Proposer | None:
-    if draft is not None:
-        return DraftModelProposer(config.max_speculation, drafter, vocab_size, draft.head_token_ids)
+    if draft_model is not None:
+        return DraftModelProposer(config.max_speculation, paged_draft, vocab_size, draft_model.head_token_ids)
     return NgramProposer(config.max_speculation) if config.speculator == "ngram" else None
 
 

@@ -292,13 +292,13 @@ class EngineCore:
         return not any(output.seq.has_begun for output in outputs)
 
     def _start(self, plan: IterationPlan) -> list[Scheduled]:
-        """Carry out preemptions and admissions and make room for the scheduled tokens."""
+        """Carry out preemptions and starts, and make room for the scheduled tokens."""
         for seq_id in plan.preempt:
             self._preempt(self._outputs[seq_id].seq)
-        # Hits of all admissions are taken before any block is handed out, lest one
-        # admission's growth evict another's hit.
-        for seq_id in plan.admit:
-            self._admit(self._outputs[seq_id].seq)
+        # All prefix hits are attached before any block is handed out, lest the growth of one
+        # sequence evict another's hit.
+        for seq_id in plan.start:
+            self._start_one(self._outputs[seq_id].seq)
         batch = []
         for seq_id, num_tokens in plan.num_scheduled_tokens.items():
             if seq_id not in self._outputs:
@@ -472,12 +472,12 @@ class EngineCore:
             del self._by_request[seq.request.request_id]
         return delta
 
-    def _admit(self, seq: Sequence) -> None:
-        seq.num_computed_tokens = self.pool.admit(seq)
+    def _start_one(self, seq: Sequence) -> None:
+        seq.num_computed_tokens = self.pool.attach(seq)
         now = self.clock()
         if seq.num_preemptions == 0:
             seq.num_cached_tokens = seq.num_computed_tokens
-            self.stats.admitted(seq, now)
+            self.stats.started(seq, now)
         seq.state = SequenceState.RUNNING
         seq.events[RequestEvent.SCHEDULED] = now
         self.waiting.remove(seq)
@@ -489,7 +489,7 @@ class EngineCore:
             self.proposer.forget(seq)
 
     def _preempt(self, seq: Sequence) -> None:
-        """Give up the blocks; the tokens stay and are computed again at the next admission."""
+        """Give up the blocks; the tokens stay and are computed again at its next start."""
         self._release(seq)
         seq.num_computed_tokens = 0
         seq.num_preemptions += 1

@@ -114,14 +114,14 @@ def form_batch(
         calm = _allowed_s(stakes, decodes_s, [], share, batch, limits)
     limit = min(due, limits.longest_s)
 
-    speculators: dict[str, DraftCandidate] = {}
+    candidates: dict[str, DraftCandidate] = {}
     if drafting is not None and work.prefills:
-        speculators = drafting.speculators_for_prefills(seq for _, seq in work.decodes)
-    must, may = _split_decodes(work, batch, limit, limits, now, speculators)
+        candidates = drafting.candidates_for_prefills(seq for _, seq in work.decodes)
+    must, may = _split_decodes(work, batch, limit, limits, now, candidates)
     within = _must_end_s(work.decodes, decodes_s, stakes, limits, now)
     run = [seq for _, seq in must if batch.decode(seq, within)]
-    if speculators:
-        own = [one for seq in run if (one := speculators.get(seq.seq_id)) is not None]
+    if candidates:
+        own = [one for seq in run if (one := candidates.get(seq.seq_id)) is not None]
         needed = drafting.for_prefills.needed
         _draft_for_prefills(batch, own, len(work.decodes), limit, limits.guard_s, needed)
     given = 0.0
@@ -145,7 +145,7 @@ def form_batch(
     given += _fill_up(batch, work, limits, limit, calm, now)
     if drafting is not None and model is not None:
         _draft_with_the_rest(batch, view, len(work.decodes), drafting, limit, limits.guard_s)
-    plan = batch.draft.plan
+    plan = batch.builder.plan
     plan.shape, plan.best_effort_s = batch.shape, given
     # A batch of plain decodes is as short as can be, however late it begins.
     if batch.num_prefills or plan.speculation or plan.catch_up:
@@ -195,7 +195,7 @@ def _worthwhile(work: Work, batch: TimedBatchBuilder, now: float) -> list[Sequen
     """Prefills for which promises may be endangered: those that can run in this batch and of a
     request that may still attain its SLO.
     """
-    view = batch.draft.view
+    view = batch.builder.view
     has_slot = len(view.running) < view.max_num_seqs
     waiting = [seq for _, seq in work.prefills]
     waiting += [
@@ -251,7 +251,7 @@ def _split_decodes(
     limit: float,
     limits: BatchLimits,
     now: float,
-    speculators: Mapping[str, DraftCandidate],
+    candidates: Mapping[str, DraftCandidate],
 ) -> tuple[list[Due], list[Due]]:
     """Decodes that must run now, and those that could also run in the next iteration."""
     if not work.prefills:
@@ -260,7 +260,7 @@ def _split_decodes(
     # It should also be as long as the tightest pace allows, since each one has a constant
     # cost: whoever would cut it short runs now.
     everyone = batch.seconds_of_decodes([seq for _, seq in (*work.decodes, *work.prefills)])
-    pace = min((_pace_s(seq, speculators) for _, seq in work.decodes), default=0.0)
+    pace = min((_pace_s(seq, candidates) for _, seq in work.decodes), default=0.0)
     margin = 1.0 if batch.model is None else batch.model.bound(1, USUAL_RISK)
     following = max(margin * everyone + 2 * limits.guard_s, min(pace, limits.longest_s))
     horizon = now + max(limit, everyone) + following
@@ -270,9 +270,9 @@ def _split_decodes(
     return work.decodes, []
 
 
-def _pace_s(seq: Sequence, speculators: Mapping[str, DraftCandidate]) -> float:
+def _pace_s(seq: Sequence, candidates: Mapping[str, DraftCandidate]) -> float:
     """Seconds until a decode must come round again, which with drafts is later."""
-    one = speculators.get(seq.seq_id)
+    one = candidates.get(seq.seq_id)
     if one is None:
         return seq.progress.tpot_s
     return cautious_tokens(one.acceptance, one.limit) * seq.progress.tpot_s
@@ -340,7 +340,7 @@ def _best_effort(
         first: others that go before it.
     """
     before = batch.seconds
-    scheduled = batch.draft.plan.num_scheduled_tokens
+    scheduled = batch.builder.plan.num_scheduled_tokens
     todo = [seq for seq in (*first, *work.best_effort) if seq.seq_id not in scheduled]
     for seq in todo:
         if batch.is_full(until):
@@ -364,8 +364,8 @@ class _Room:
 
     def __init__(self, batch: TimedBatchBuilder, work: Work, limits: BatchLimits) -> None:
         self._limits = limits
-        self._free = batch.draft.view.memory.num_free_blocks
-        scheduled = batch.draft.plan.num_scheduled_tokens
+        self._free = batch.builder.view.memory.num_free_blocks
+        scheduled = batch.builder.plan.num_scheduled_tokens
         # Those that start in this batch hold no blocks yet.
         self._held = sum(
             len(seq.block_table) or limits.blocks_of(seq)
@@ -390,7 +390,7 @@ class _Room:
 
 def _draft_for_prefills(
     batch: TimedBatchBuilder,
-    speculators: list[DraftCandidate],
+    candidates: list[DraftCandidate],
     num_decodes: int,
     limit: float,
     guard_s: float,
@@ -400,7 +400,7 @@ def _draft_for_prefills(
     needed for the decodes' own promises, all that was planned.
     """
     ready = []
-    for one in speculators:
+    for one in candidates:
         if one.lag > MOST_LAG:
             batch.catch_up(one, (batch.seconds + limit) / 2)
         else:
@@ -427,7 +427,7 @@ def _draft_with_the_rest(
     Args:
         num_promised: decodes under a promise, in this batch or not.
     """
-    plan = batch.draft.plan
+    plan = batch.builder.plan
     decodes = [
         seq for seq in view.running if seq.seq_id in plan.num_scheduled_tokens and seq.is_decoding
     ]
@@ -441,7 +441,7 @@ def _draft_with_the_rest(
         for seq in decodes
         if seq.seq_id not in plan.speculation
         and seq.seq_id not in plan.catch_up
-        and (one := drafting.speculator(seq)).limit > 0
+        and (one := drafting.candidate(seq)).limit > 0
     ]
     num_decodes = max(num_promised, len(decodes))
     _draft_for_prefills(batch, own, num_decodes, limit, guard_s, needed=False)
@@ -451,14 +451,14 @@ def _draft_for_speed(
     batch: TimedBatchBuilder, decodes: list[Sequence], drafting: Drafting, limit: float
 ) -> None:
     """Draft for the decodes of a batch such that it brings most tokens per second."""
-    speculators = [one for seq in decodes if (one := drafting.speculator(seq)).limit > 0]
+    candidates = [one for seq in decodes if (one := drafting.candidate(seq)).limit > 0]
     # Whoever must catch up first is counted as if it had, to see what that is worth.
-    ready = [one if one.lag <= MOST_LAG else replace(one, lag=0) for one in speculators]
+    ready = [one if one.lag <= MOST_LAG else replace(one, lag=0) for one in candidates]
     plain_s, token_s = batch.seconds, batch.model.drift * batch.model.pieces[0].draft_tokens
     best = most_tokens_per_second(batch.model, batch.shape, len(decodes), ready, limit)
-    drafting.declined = bool(speculators) and not any(best.lengths)
+    drafting.declined = bool(candidates) and not any(best.lengths)
     lengths = []
-    for one, length in zip(speculators, best.lengths, strict=True):
+    for one, length in zip(candidates, best.lengths, strict=True):
         lengths.append(length if one.lag <= MOST_LAG else 0)
         if length == 0 or one.lag <= MOST_LAG:
             continue
@@ -466,4 +466,4 @@ def _draft_for_speed(
         if drafting.remaining(one.seq) * saved_s >= one.lag * token_s:
             # An iteration at most doubles for it.
             batch.catch_up(one, min(limit, 2.0 * plain_s))
-    batch.speculate(speculators, lengths, limit)
+    batch.speculate(candidates, lengths, limit)

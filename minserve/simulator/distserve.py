@@ -86,7 +86,7 @@ class DecodeReplica(SimulatedReplica):
     def expect(self, seq: SimulatedSequence) -> int:
         """Take blocks for a sequence. Returns the tokens whose KV is to be sent."""
         num_tokens = seq.num_computed_tokens
-        seq.num_computed_tokens = self.pool.admit(seq)
+        seq.num_computed_tokens = self.pool.attach(seq)
         to_send = num_tokens - seq.num_computed_tokens
         self.pool.grow(seq, to_send)
         seq.num_computed_tokens = num_tokens

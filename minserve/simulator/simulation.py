@@ -345,17 +345,17 @@ def _estimator(setup: Setup, lengths: dict[str, int]) -> LengthEstimator:
 def _replica(
     setup: Setup, number: int, planner: Planner, *, prefix_caching: bool
 ) -> SimulatedReplica:
-    drafter = None
+    proposer = None
     if setup.max_speculation:
         lags = any(piece.draft_tokens for piece in setup.device.pieces)
-        drafter = SimulatedProposer(setup.max_speculation, lags=lags)
+        proposer = SimulatedProposer(setup.max_speculation, lags=lags)
     return SimulatedReplica(
         planner,
         _pool(setup, prefix_caching=prefix_caching),
         _truth(setup),
         token_budget=setup.budget,
         max_num_seqs=setup.max_num_seqs,
-        drafter=drafter,
+        proposer=proposer,
         acceptance=setup.acceptance,
         device_time=_device_time(setup, number),
         clairvoyant=setup.clairvoyant,

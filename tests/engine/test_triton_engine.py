@@ -29,9 +29,9 @@ def as_on_a_gpu(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = GraphLimits(4, 20, 72, (1, 1 + core.proposer.max_tokens if core.proposer else 1))
     core.runner.graphs = DecodeGraphs(core.runner, Rerun(), limits)
     if isinstance(core.proposer, DraftModelProposer):
-        drafter = core.proposer.model
+        paged_draft = core.proposer.model
         drafting = replace(limits, max_queries=(1, MOST_DECODE_TOKENS))
-        drafter.graphs = DecodeGraphs(drafter, Rerun(), drafting)
+        paged_draft.graphs = DecodeGraphs(paged_draft, Rerun(), drafting)
     monkeypatch.setattr(transfers, "runs_behind", lambda _: True)
 
 

@@ -176,7 +176,7 @@ def test_drafts_are_accepted_as_often_as_was_asked(acceptance: float) -> None:
         TOY.perf_model(),
         token_budget=512,
         max_num_seqs=64,
-        drafter=SimulatedProposer(4, lags=False),
+        proposer=SimulatedProposer(4, lags=False),
         acceptance=acceptance,
         seed=3,
     )
@@ -208,7 +208,7 @@ def test_the_pool_is_whole_after_every_iteration_and_empty_at_the_end() -> None:
         TOY.perf_model(),
         token_budget=128,
         max_num_seqs=32,
-        drafter=SimulatedProposer(3, lags=True),
+        proposer=SimulatedProposer(3, lags=True),
         acceptance=0.6,
     )
     for number in range(20):
