@@ -25,7 +25,7 @@ from planner_instances import best_by_brute_force, random_instance
 from tqdm import tqdm
 
 from minserve.engine.block_pool import BlockPool
-from minserve.planner.admission import admit
+from minserve.planner.dynamic_program import admit
 from minserve.planner.perf_model import PerfModel, Piece
 from minserve.planner.plan import PlannerView
 from minserve.planner.policies import make_planner

@@ -1,7 +1,7 @@
 """Small random admission instances, and a slow twin of the program: every subset, in scalars.
 
 The twin is written from the definition, not from the program: nothing of
-`minserve.planner.admission` or `minserve.planner.timeline` but their data types is used.
+`minserve.planner.dynamic_program` or `minserve.planner.timeline` but their data types is used.
 """
 
 from __future__ import annotations

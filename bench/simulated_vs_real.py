@@ -67,7 +67,7 @@ from minserve.workload.plots import check_can_plot
 from minserve.workload.report import share
 from minserve.workload.scenarios import find_scenario
 from minserve.workload.server_process import ServerProcess
-from minserve.workload.targets import Speed
+from minserve.workload.turn_targets import Speed
 from minserve.workload.texts import fill
 from minserve.workload.verdict import Verdict
 from minserve.workload.zero_load import measure_speed

@@ -20,7 +20,7 @@ from minserve.workload.capacity import LEVEL, crossing
 from minserve.workload.conversation import Conversation
 from minserve.workload.plots import attainment_figure, draw_attainment, save
 from minserve.workload.report import percentile, share
-from minserve.workload.targets import Speed, targets_of
+from minserve.workload.turn_targets import Speed, targets_of
 from minserve.workload.verdict import Cause, Verdict
 
 # Every conversation here is a single turn, which is always sent.

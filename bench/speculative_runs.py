@@ -13,7 +13,7 @@ from tqdm import tqdm
 from minserve import Engine, SamplingParams
 from minserve.engine.profile_cache import Profile
 from minserve.engine.profiler import measure_drafting
-from minserve.engine.speculator import NgramProposer, Proposer
+from minserve.engine.proposer import NgramProposer, Proposer
 
 # Blocks that the largest batch of the longest prompts needs.
 NUM_BLOCKS = 320

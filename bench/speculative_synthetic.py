@@ -10,7 +10,7 @@ from synthetic_models import random_weights
 
 from minserve import Engine
 from minserve.engine.distribution import ACCEPTANCE, SamplingRow
-from minserve.engine.draft_model import DraftModelProposer
+from minserve.engine.draft_model_proposer import DraftModelProposer
 from minserve.engine.sampler import Sampler
 from minserve.engine.verification import Proposal, SampledToken, Verified
 from minserve.errors import GenerationError

@@ -26,7 +26,7 @@ from minserve.exit_codes import EXIT_INTERRUPTED
 from minserve.interrupt import Interrupt
 
 if TYPE_CHECKING:
-    from minserve.simulator.load import OfferedLoad
+    from minserve.simulator.offered_load import OfferedLoad
     from minserve.simulator.simulation import SimulationResult, Setup
     from minserve.simulator.sizing import Sizing
     from minserve.workload.capacity import Capacity

@@ -26,7 +26,7 @@ from minserve.controller.rendezvous import Arrival, Rendezvous
 from minserve.controller.router import Ask
 from minserve.engine.stats import EngineStats
 from minserve.errors import MinserveError, ProtocolError, ReplicaRefusedError
-from minserve.planner.load import ReplicaLoad
+from minserve.planner.replica_load import ReplicaLoad
 
 log = logging.getLogger(__name__)
 

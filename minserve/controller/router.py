@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minserve.errors import ConfigError
-from minserve.planner.load import ReplicaLoad
+from minserve.planner.replica_load import ReplicaLoad
 from minserve.planner.perf_model import PerfModel
 
 Floats = NDArray[np.float64]

@@ -17,7 +17,7 @@ from minserve.engine.live_output import History
 from minserve.engine.profile_cache import Profile
 from minserve.engine.profiler import measure_drafting, profile_core
 from minserve.engine.refinement import Refinement
-from minserve.engine.speculator import SpeculationStats
+from minserve.engine.proposer import SpeculationStats
 from minserve.errors import (
     ConfigError,
     DeviceLostError,

@@ -17,20 +17,20 @@ from minserve.config import EngineConfig
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.core import EngineCore
 from minserve.engine.cuda_graphs import CudaRecorder, DecodeGraphs, GraphLimits
-from minserve.engine.draft_model import MOST_DECODE_TOKENS, DraftModelProposer
+from minserve.engine.draft_model_proposer import MOST_DECODE_TOKENS, DraftModelProposer
 from minserve.engine.kv_cache import allocate_kv_cache, choose_num_blocks
 from minserve.engine.paged_model import PagedModel
 from minserve.engine.profile_cache import dtype_words
 from minserve.engine.runner import ModelRunner
 from minserve.engine.simulated import load_simulated_core
-from minserve.engine.speculator import NgramProposer, Proposer
+from minserve.engine.proposer import NgramProposer, Proposer
 from minserve.engine.thread_count import ThreadCount
 from minserve.engine.tokenizer import Tokenizer
 from minserve.errors import ConfigError
 from minserve.kernels.attention import choose_attention_backend, make_attention_backend
 from minserve.machine import Machine
 from minserve.models.base import CausalLM, ModelShape
-from minserve.models.draft import DraftModel, load_draft_model
+from minserve.models.draft_model import DraftModel, load_draft_model
 from minserve.models.layers import WeightPlacement
 from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model

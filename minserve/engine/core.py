@@ -25,7 +25,7 @@ from minserve.engine.detokenizer import IncrementalDetokenizer
 from minserve.engine.live_output import NO_HISTORY, History, LiveOutput
 from minserve.engine.lookahead import PlanAhead, confirm, project
 from minserve.engine.runner import ModelRunner, RunResult, Scheduled
-from minserve.engine.speculator import Proposer, Wanted
+from minserve.engine.proposer import Proposer, Wanted
 from minserve.engine.stats import EngineStats
 from minserve.engine.verification import Proposal, SampledToken, Verified
 from minserve.errors import (

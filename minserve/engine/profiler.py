@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from minserve.engine.core import EngineCore
-from minserve.engine.draft_model import DraftModelProposer
+from minserve.engine.draft_model_proposer import DraftModelProposer
 from minserve.engine.profile_cache import Prediction, Profile, profile_key
 from minserve.engine.profile_design import DRAFT_CONTEXT, ProfileBatch, CoreLimits, design
 from minserve.engine.workbench import Workbench

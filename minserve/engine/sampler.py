@@ -28,7 +28,7 @@ from minserve.engine.distribution import (
     warm_up,
     weigh,
 )
-from minserve.engine.token_logprobs import logprob_tensors, token_logprobs
+from minserve.engine.logprobs import logprob_tensors, token_logprobs
 from minserve.engine.verification import (
     PendingTokens,
     Proposal,

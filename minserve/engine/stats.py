@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from minserve.attainment import Outcome, SLOReport
 from minserve.engine.runner import Scheduled
-from minserve.engine.speculator import SpeculationStats
+from minserve.engine.proposer import SpeculationStats
 from minserve.request import FinishReason, RequestEvent, Sequence
 from minserve.slo import CUSTOM
 

@@ -26,7 +26,7 @@ from minserve.engine.distribution import (
     uniforms,
     weigh,
 )
-from minserve.engine.token_logprobs import logprob_tensors, token_logprobs
+from minserve.engine.logprobs import logprob_tensors, token_logprobs
 from minserve.errors import GenerationError
 from minserve.outputs import TokenLogprob
 from minserve.request import Sequence

@@ -18,7 +18,7 @@ import torch
 from minserve.engine.core import EngineCore
 from minserve.engine.profile_design import DRAFT_CONTEXT, ProfileBatch
 from minserve.engine.runner import Scheduled
-from minserve.engine.speculator import Wanted
+from minserve.engine.proposer import Wanted
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
 

@@ -29,7 +29,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
 from minserve.planner.acceptance import cautious_tokens
-from minserve.planner.batch import BatchBuilder
+from minserve.planner.batch_builder import BatchBuilder
 from minserve.planner.batch_length import CALM, URGENT, USUAL_RISK, Stake, allowed_s
 from minserve.planner.perf_model import PerfModel
 from minserve.planner.plan import IterationPlan, PlannerView
@@ -40,7 +40,7 @@ from minserve.planner.speculation import (
     most_left_to_prefills,
     most_tokens_per_second,
 )
-from minserve.planner.timed_batch import TimedBatchBuilder
+from minserve.planner.timed_batch_builder import TimedBatchBuilder
 from minserve.request import Sequence, SequenceState
 
 Due = tuple[float, Sequence]

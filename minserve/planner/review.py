@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from minserve.planner.acceptance import AcceptanceEstimator
-from minserve.planner.admission import Admission
+from minserve.planner.dynamic_program import Admission
 from minserve.planner.budget import PrefillRates, TierSpeculation
 from minserve.planner.lengths import LengthEstimator
 from minserve.planner.outlook import (

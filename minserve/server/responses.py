@@ -16,7 +16,7 @@ from minserve.attainment import SLOReport, worst_report
 from minserve.outputs import OutputDelta, TokenLogprob, acceptance
 from minserve.server.logprobs import LogprobWriter, join_arrays
 from minserve.server.protocol import GenerationCall
-from minserve.server.slo import slo_object
+from minserve.server.slo_http import slo_object
 
 if TYPE_CHECKING:
     from minserve.engine.engine import RequestHandle

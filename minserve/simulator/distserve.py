@@ -21,11 +21,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as SequenceOf
 
-from minserve.planner.batch import WATERMARK
+from minserve.planner.batch_builder import WATERMARK
 from minserve.request import Sequence, SequenceState
 from minserve.simulator.events import EventLoop
-from minserve.simulator.load import OfferedLoad
-from minserve.simulator.replica import SimulatedReplica, SimulatedSequence
+from minserve.simulator.offered_load import OfferedLoad
+from minserve.simulator.simulated_replica import SimulatedReplica, SimulatedSequence
 
 # NVLink of an A100: 600 GB/s in both directions together (NVIDIA's data sheet).
 NVLINK_BYTES_S = 300e9

@@ -27,8 +27,8 @@ from minserve.simulator.distserve import (
     PrefillReplica,
 )
 from minserve.simulator.events import EventLoop
-from minserve.simulator.load import OfferedLoad, Progressed, first_longer
-from minserve.simulator.replica import SimulatedProposer, SimulatedReplica
+from minserve.simulator.offered_load import OfferedLoad, Progressed, first_longer
+from minserve.simulator.simulated_replica import SimulatedProposer, SimulatedReplica
 from minserve.workload.conversation import Conversation
 from minserve.workload.verdict import Verdict
 

@@ -29,7 +29,7 @@ from minserve.workload.endpoint import (
     raise_file_limit,
     too_few_files,
 )
-from minserve.workload.targets import Speed, targets_of
+from minserve.workload.turn_targets import Speed, targets_of
 from minserve.workload.verdict import Verdict
 
 DRAIN_S = 60.0

@@ -13,7 +13,7 @@ from minserve.workload.draws import Draw
 from minserve.workload.endpoint import Endpoint
 from minserve.workload.reference import Reference
 from minserve.workload.report import Report
-from minserve.workload.targets import typical_targets
+from minserve.workload.turn_targets import typical_targets
 from minserve.workload.texts import fill
 from minserve.workload.zero_load import ZeroLoad
 

@@ -11,7 +11,7 @@ from minserve.controller import messages as m
 from minserve.engine.stats import EngineStats
 from minserve.errors import GenerationError, ProtocolError, SLOUnattainableError
 from minserve.outputs import OutputDelta, TokenLogprob
-from minserve.planner.load import ReplicaLoad
+from minserve.planner.replica_load import ReplicaLoad
 from minserve.request import FinishReason, Request
 from minserve.sampling_params import SamplingParams
 from minserve.slo import preset_classes

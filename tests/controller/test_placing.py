@@ -31,7 +31,7 @@ from minserve.errors import (
     SLOUnattainableError,
 )
 from minserve.outputs import OutputDelta
-from minserve.planner.load import ReplicaLoad
+from minserve.planner.replica_load import ReplicaLoad
 from minserve.request import FinishReason
 from minserve.sampling_params import SamplingParams
 from minserve.slo import SLO

@@ -11,7 +11,7 @@ import torch
 from minserve import Engine, SamplingParams
 from minserve.engine.batch_tensors import Chunk
 from minserve.engine.paged_model import PagedModel
-from minserve.engine.speculator import Proposer, Wanted
+from minserve.engine.proposer import Proposer, Wanted
 from minserve.engine.verification import Proposal
 from minserve.outputs import CompletionOutput, OutputDelta
 from minserve.planner.perf_model import PerfModel, Piece

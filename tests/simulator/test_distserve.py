@@ -15,7 +15,7 @@ from minserve.planner.policies.fcfs import FcfsPlanner
 from minserve.planner.policies.sarathi import SarathiPlanner
 from minserve.simulator.distserve import DecodeReplica, DistServeCluster, PrefillReplica
 from minserve.simulator.events import EventLoop
-from minserve.simulator.load import OfferedLoad
+from minserve.simulator.offered_load import OfferedLoad
 from minserve.simulator.simulation import SimulationResult
 from minserve.workload.conversation import Conversation, num_turns
 

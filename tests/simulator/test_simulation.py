@@ -21,7 +21,7 @@ from minserve.planner.policies import Planner
 from minserve.planner.policies.sarathi import SarathiPlanner
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
-from minserve.simulator.replica import SimulatedProposer, SimulatedReplica, SimulatedSequence
+from minserve.simulator.simulated_replica import SimulatedProposer, SimulatedReplica, SimulatedSequence
 from minserve.simulator.simulation import SimulationResult, Setup, simulate
 from minserve.slo import preset_classes
 from minserve.workload.conversation import Conversation, Turn, num_turns

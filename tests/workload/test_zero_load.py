@@ -15,7 +15,7 @@ from minserve.slo import SLO, DecodeStage, Targets
 from minserve.workload import client
 from minserve.workload.conversation import Turn
 from minserve.workload.endpoint import Endpoint, find_endpoint
-from minserve.workload.targets import targets_of, typical_targets
+from minserve.workload.turn_targets import targets_of, typical_targets
 from minserve.workload.zero_load import OUTPUT_TOKENS, ZeroLoadSample, ZeroLoad, fit, measure_speed
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
 from minserve.planner.acceptance import AcceptanceEstimator
-from minserve.planner.admission import Admission, admit
+from minserve.planner.dynamic_program import Admission, admit
 from minserve.planner.arrivals import ArrivalSlack
 from minserve.planner.batch_length import USUAL_RISK
 from minserve.planner.budget import PrefillRates
@@ -90,7 +90,7 @@ class PromisedMemory:
 
 
 class DpPlanner(Planner):
-    """Admission by `minserve.planner.admission`, batches by `minserve.planner.formation`.
+    """Admission by `minserve.planner.dynamic_program`, batches by `minserve.planner.formation`.
 
     Args:
         model: without one nothing can be promised and every sequence is best effort.

@@ -7,7 +7,7 @@ decodes share what is left.
 
 from __future__ import annotations
 
-from minserve.planner.batch import BatchBuilder
+from minserve.planner.batch_builder import BatchBuilder
 from minserve.planner.perf_model import PerfModel
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.policies.base import Planner

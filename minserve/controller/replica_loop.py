@@ -39,7 +39,7 @@ from minserve.errors import (
 )
 from minserve.exit_codes import EXIT_AGAIN, EXIT_ERROR, EXIT_LOST, EXIT_REFUSED
 from minserve.outputs import OutputDelta
-from minserve.planner.load import ReplicaLoad
+from minserve.planner.replica_load import ReplicaLoad
 from minserve.request import FinishReason
 
 log = logging.getLogger(__name__)

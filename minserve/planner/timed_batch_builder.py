@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
-from minserve.planner.batch import BatchBuilder
+from minserve.planner.batch_builder import BatchBuilder
 from minserve.planner.eager import is_eager
 from minserve.planner.perf_model import BatchShape, PerfModel
 from minserve.planner.speculation import DraftCandidate, with_drafts

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minserve.engine.speculator import NgramProposer, SpeculationStats, Wanted
+from minserve.engine.proposer import NgramProposer, SpeculationStats, Wanted
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
 

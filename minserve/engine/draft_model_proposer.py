@@ -16,7 +16,7 @@ from minserve.engine.batch_tensors import Chunk
 from minserve.engine.distribution import INVALID, SamplingRow
 from minserve.engine.paged_model import PagedModel
 from minserve.engine.sampler import Sampler
-from minserve.engine.speculator import Proposer, Wanted
+from minserve.engine.proposer import Proposer, Wanted
 from minserve.engine.verification import Proposal
 from minserve.request import Sequence
 
