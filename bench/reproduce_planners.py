@@ -46,7 +46,7 @@ class NoPendingPlanner(DpPlanner):
         return verdict
 
     def _shown(self, seq: Sequence) -> Sequence:
-        """As admission sees it: the declined have no SLO, so that they are not promoted."""
+        """As admission sees it: the declined have no SLO, so that they are not admitted."""
         if seq.seq_id not in self._declined:
             return seq
         twin = copy.copy(seq)

@@ -271,7 +271,7 @@ class EngineCore:
 
     def _settle(self, plan: IterationPlan) -> None:
         """Carry out what the planner promises, gives up and refuses."""
-        for seq_id in plan.promote:
+        for seq_id in plan.admit:
             self._outputs[seq_id].seq.standing = Standing.ADMITTED
         for seq_id in plan.relegate:
             self._outputs[seq_id].seq.standing = Standing.BEST_EFFORT

@@ -51,7 +51,7 @@ class IterationPlan:
             it lacks, without drafting yet.
         start: waiting sequences that start (or resume) in this iteration.
         preempt: running sequences that give up their blocks and wait again.
-        promote: sequences whose SLO is promised from now on.
+        admit: sequences whose SLO is promised from now on.
         relegate: sequences whose SLO is given up: they are served as best effort.
         reject: sequences that end here, as they asked, since their SLO cannot be kept.
         declined: waiting sequences that are promised nothing for now, though there is time:
@@ -70,7 +70,7 @@ class IterationPlan:
     catch_up: dict[str, int] = field(default_factory=dict)
     start: list[str] = field(default_factory=list)
     preempt: list[str] = field(default_factory=list)
-    promote: list[str] = field(default_factory=list)
+    admit: list[str] = field(default_factory=list)
     relegate: list[str] = field(default_factory=list)
     reject: dict[str, Refusal] = field(default_factory=dict)
     declined: list[str] = field(default_factory=list)
@@ -100,7 +100,7 @@ class IterationPlan:
             catch_up=of(self.catch_up),
             start=among(self.start),
             preempt=among(self.preempt),
-            promote=among(self.promote),
+            admit=among(self.admit),
             relegate=among(self.relegate),
             reject=of(self.reject),
             declined=among(self.declined),

@@ -46,7 +46,7 @@ def _unknown(plan: IterationPlan, live: Container[str]) -> Iterator[Fault]:
         plan.catch_up,
         plan.start,
         plan.preempt,
-        plan.promote,
+        plan.admit,
         plan.relegate,
         plan.reject,
         plan.declined,
@@ -107,13 +107,13 @@ def _of_drafts(plan: IterationPlan, live: Mapping[str, Sequence]) -> Iterator[Fa
 
 def _of_standings(plan: IterationPlan, live: Mapping[str, Sequence]) -> Iterator[Fault]:
     """A promise is made to a request or given up, not both, and to all of its outputs."""
-    if not (plan.promote or plan.relegate):
+    if not (plan.admit or plan.relegate):
         return
-    promoted, relegated = set(plan.promote), set(plan.relegate)
-    for seq_id in promoted & relegated:
+    admitted, relegated = set(plan.admit), set(plan.relegate)
+    for seq_id in admitted & relegated:
         yield seq_id, "is promised its SLO and given up"
     for chosen, standing, verb in (
-        (promoted, Standing.ADMITTED, "promised its SLO"),
+        (admitted, Standing.ADMITTED, "promised its SLO"),
         (relegated, Standing.BEST_EFFORT, "given up"),
     ):
         requests = {live[one].request.request_id for one in chosen if one in live}
@@ -128,7 +128,7 @@ def _of_refusals(plan: IterationPlan, live: Mapping[str, Sequence]) -> Iterator[
     if not plan.reject:
         return
     requests = {live[one].request.request_id for one in plan.reject if one in live}
-    others = {*plan.num_scheduled_tokens, *plan.start, *plan.preempt, *plan.promote}
+    others = {*plan.num_scheduled_tokens, *plan.start, *plan.preempt, *plan.admit}
     for seq in live.values():
         if seq.request.request_id not in requests:
             continue

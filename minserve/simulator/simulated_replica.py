@@ -256,7 +256,7 @@ class SimulatedReplica:
             of requests that have not begun and are promised nothing, and of those refused, the
             first outputs.
         """
-        for seq_id in plan.promote:
+        for seq_id in plan.admit:
             self._by_id[seq_id].standing = Standing.ADMITTED
         unpromised, refused = [], []
         for seq_id in plan.relegate:

@@ -79,7 +79,7 @@ class Bench:
     def ahead(self, **changes: Any) -> PlanAhead:
         """A plan for when ``d`` has one token more and ``p`` four more of its prompt."""
         scheduled = {"d": 1, "p": 4, "w": 9}
-        plan = IterationPlan(num_scheduled_tokens=scheduled, start=["w"], promote=["d", "w"])
+        plan = IterationPlan(num_scheduled_tokens=scheduled, start=["w"], admit=["d", "w"])
         plan = replace(plan, **changes)
         batch = [Scheduled(self["d"], 1), Scheduled(self["p"], 4)]
         return PlanAhead.of(plan, project(self.view(), batch, 1.0))
@@ -151,7 +151,7 @@ def test_whoever_ended_is_taken_out_of_every_part(name: str) -> None:
     bench.land()
     bench.end(name)
     found = confirm(ahead, bench.view(), 1.0)
-    everywhere = [*found.num_scheduled_tokens, *found.speculation, *found.start, *found.promote]
+    everywhere = [*found.num_scheduled_tokens, *found.speculation, *found.start, *found.admit]
     assert name not in everywhere
     assert len(found.num_scheduled_tokens) == 2
     assert ahead.plan.num_scheduled_tokens == {"d": 3, "p": 4, "w": 9}
@@ -199,7 +199,7 @@ def test_a_plan_does_not_hold_where_something_else_came(change: Change) -> None:
 
 def test_a_plan_for_nobody_who_is_left_does_not_hold() -> None:
     bench = Bench()
-    ahead = bench.ahead(num_scheduled_tokens={"d": 1}, start=[], promote=[])
+    ahead = bench.ahead(num_scheduled_tokens={"d": 1}, start=[], admit=[])
     bench.land()
     bench.end("d")
     assert confirm(ahead, bench.view(), 1.0) is None
@@ -231,7 +231,7 @@ def test_nobody_is_preempted_by_a_guess() -> None:
 def test_no_more_is_drafted_than_can_be_now(limit: int, num_output: int, left: int) -> None:
     bench = Bench()
     ahead = bench.ahead(
-        num_scheduled_tokens={"d": 4, "p": 4}, start=[], promote=[], speculation={"d": 3}
+        num_scheduled_tokens={"d": 4, "p": 4}, start=[], admit=[], speculation={"d": 3}
     )
     bench.run("p", 4)
     bench.run("d", num_output - 1, *range(num_output - 1))

@@ -137,7 +137,7 @@ class Replay:
                 return
 
     def _settle(self, plan: IterationPlan, by_id: dict[str, Sequence]) -> None:
-        for seq_id in plan.promote:
+        for seq_id in plan.admit:
             by_id[seq_id].standing = Standing.ADMITTED
         for seq_id in plan.relegate:
             by_id[seq_id].standing = Standing.BEST_EFFORT

@@ -259,7 +259,7 @@ def test_promises_are_kept_while_tokens_are_drafted(seed: int, acceptance: float
     promised: set[str] = set()
 
     def within_slack(view: PlannerView, plan: IterationPlan) -> None:
-        promised.update(plan.promote)
+        promised.update(plan.admit)
         model = replay.planner.model
         if not plan.speculation:
             return

@@ -181,7 +181,7 @@ def test_all_outputs_are_promised_when_the_first_one_begins() -> None:
     replay.waiting = list(seqs)
     plan = replay.step()
     assert plan.start == ["a/0"]
-    assert sorted(plan.promote) == [f"a/{i}" for i in range(5)]
+    assert sorted(plan.admit) == [f"a/{i}" for i in range(5)]
     replay.run([])
     assert all(seq.progress.attained for seq in seqs)
 

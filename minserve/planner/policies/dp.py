@@ -186,7 +186,7 @@ class DpPlanner(Planner):
                 and seq.standing is Standing.PENDING
                 and seq.seq_id not in verdict.relegate
             ]
-        plan.promote = _newly_promised(work, plan)
+        plan.admit = _newly_promised(work, plan)
         return plan
 
     def _is_due(self, view: PlannerView, now: float) -> bool:
