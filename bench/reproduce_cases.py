@@ -170,7 +170,7 @@ def attainment(
         cut: the simulation ends as soon as less than this share can still attain; then what
             is returned is that share, an upper bound.
     """
-    offered, outcome = num_turns(workload), SimulationResult()
+    offered, result = num_turns(workload), SimulationResult()
     num_misses = 0
 
     def progressed(load) -> None:
@@ -180,7 +180,7 @@ def attainment(
             raise _OutOfReach
 
     with suppress(_OutOfReach):
-        simulate(workload, setup, progressed, outcome, make)
+        simulate(workload, setup, progressed, result, make)
     return 1.0 - num_misses / offered
 
 

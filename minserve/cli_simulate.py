@@ -181,7 +181,7 @@ class _SimulationRun:
     rate: float | None
     setup: Setup
     seconds: float
-    outcome: SimulationResult
+    result: SimulationResult
 
 
 @dataclass(slots=True)
@@ -213,7 +213,7 @@ class _Simulations:
         name = "trace" if rate is None else f"{rate:.3g}/s"
         if replicas is not None:
             name += f", {replicas} replicas"
-        outcome = SimulationResult()
+        result = SimulationResult()
         with tqdm(
             total=num_turns(workload), desc=name, unit="request", leave=False, disable=None
         ) as bar:
@@ -223,13 +223,13 @@ class _Simulations:
                 self.interrupt.check()
 
             try:
-                simulate(workload, setup, progressed, into=outcome)
+                simulate(workload, setup, progressed, into=result)
             except KeyboardInterrupt:
-                seconds = min(outcome.seconds, _span_s(workload, rate))
-                self.runs.append(_SimulationRun(rate, setup, seconds, outcome))
+                seconds = min(result.seconds, _span_s(workload, rate))
+                self.runs.append(_SimulationRun(rate, setup, seconds, result))
                 raise
-        self.runs.append(_SimulationRun(rate, setup, _span_s(workload, rate), outcome))
-        return Report.of(outcome.verdicts, self.runs[-1].seconds).attainment
+        self.runs.append(_SimulationRun(rate, setup, _span_s(workload, rate), result))
+        return Report.of(result.verdicts, self.runs[-1].seconds).attainment
 
 
 def _span_s(workload: Sequence[Conversation], rate: float | None) -> float:
@@ -410,7 +410,7 @@ def _pooled(runs: Sequence[_SimulationRun]) -> list[tuple[_SimulationRun, Report
         by_key.setdefault((run.rate or 0.0, run.setup.replicas), []).append(run)
     pooled = []
     for _, own in sorted(by_key.items()):
-        verdicts = [verdict for run in own for verdict in run.outcome.verdicts]
+        verdicts = [verdict for run in own for verdict in run.result.verdicts]
         pooled.append((own[-1], Report.of(verdicts, sum(run.seconds for run in own))))
     return pooled
 
@@ -450,8 +450,8 @@ def _as_json(
                 "target_rate": run.rate,
                 "replicas": run.setup.replicas,
                 **report.to_dict(),
-                "busy_share": round(run.outcome.busy_share, 4),
-                "preemptions": run.outcome.num_preemptions,
+                "busy_share": round(run.result.busy_share, 4),
+                "preemptions": run.result.num_preemptions,
             }
             for run, report in pooled
         ],
@@ -481,10 +481,10 @@ def _plot(
     if len({run.rate for run, _ in pooled}) > 1:
         line: dict[float, list[float]] = {}
         for run in simulations.runs:
-            attained = [verdict.attained for verdict in run.outcome.verdicts]
+            attained = [verdict.attained for verdict in run.result.verdicts]
             if attained:
                 line.setdefault(run.rate or 0.0, []).append(statistics.fmean(attained))
         plot_attainment({setup.policy: line}, args.plot, level=args.level, title=title)
     else:
         last = simulations.runs[-1]
-        plot_run(last.outcome.verdicts, last.seconds, args.plot, title=f"{setup.policy}, {title}")
+        plot_run(last.result.verdicts, last.seconds, args.plot, title=f"{setup.policy}, {title}")

@@ -343,9 +343,9 @@ class EngineCore:
             DeviceLostError: where it is nobody's: the device is beyond running anything.
         """
         try:
-            flight = self.runner.launch(batch)
+            launched = self.runner.launch(batch)
             meanwhile()
-            return dict(flight.results())
+            return dict(launched.results())
         except Exception as error:
             if self.runner.is_lost:
                 raise DeviceLostError(

@@ -268,7 +268,7 @@ def simulate(
     Raises:
         WorkloadError: where a turn is longer than the model or the KV memory.
     """
-    outcome = SimulationResult() if into is None else into
+    result = SimulationResult() if into is None else into
     check_fits(workload, setup)
     lengths: dict[str, int] = {}
     loop = EventLoop()
@@ -287,16 +287,16 @@ def simulate(
         tells_lengths=setup.lengths == "told",
     )
     cluster.load = load
-    load.verdicts = outcome.verdicts
+    load.verdicts = result.verdicts
     try:
         loop.run()
     finally:
-        outcome.seconds = loop.now
+        result.seconds = loop.now
         if loop.now > 0:
             busy_s = sum(replica.busy_s for replica in cluster.replicas)
-            outcome.busy_share = busy_s / loop.now / len(cluster.replicas)
-        outcome.num_preemptions = sum(one.planner.num_preemptions for one in cluster.replicas)
-    return outcome
+            result.busy_share = busy_s / loop.now / len(cluster.replicas)
+        result.num_preemptions = sum(one.planner.num_preemptions for one in cluster.replicas)
+    return result
 
 
 def _cluster(

@@ -17,11 +17,11 @@ class Refusing(DpPlanner):
     """Promises nothing to requests whose id begins with ``no``."""
 
     def _review(self, view: PlannerView, now: float) -> ReviewResult:
-        verdict = super()._review(view, now)
+        result = super()._review(view, now)
         for seq in (*view.waiting, *view.running):
             if seq.seq_id.startswith("no"):
-                verdict.chosen.pop(seq.seq_id, None)
-        return verdict
+                result.chosen.pop(seq.seq_id, None)
+        return result
 
 
 def refusing(**settings: int) -> Replay:

@@ -45,8 +45,8 @@ def test_the_link_of_each_gpu_carries_its_own_share() -> None:
 
 
 def test_an_output_of_one_token_is_never_sent() -> None:
-    outcome = apart([single(1.0, 96, 1)], link_bytes_s=1.0)
-    assert outcome.seconds == 1.0 + seconds((0, 96))
+    result = apart([single(1.0, 96, 1)], link_bytes_s=1.0)
+    assert result.seconds == 1.0 + seconds((0, 96))
 
 
 def test_prompts_run_whole_and_together_up_to_the_token_limit() -> None:

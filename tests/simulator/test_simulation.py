@@ -138,12 +138,12 @@ def test_the_same_seed_gives_the_same_verdicts(policy: str) -> None:
 @pytest.mark.parametrize("policy", ONE_POLICY_EACH)
 def test_every_turn_ends_in_one_verdict_even_where_there_is_far_too_much(policy: str) -> None:
     workload = chats(60.0, 60)
-    outcome = run(workload, policy=policy, kv_tokens=1024)
-    assert len(outcome.verdicts) == num_turns(workload)
+    result = run(workload, policy=policy, kv_tokens=1024)
+    assert len(result.verdicts) == num_turns(workload)
     offered = Counter(t.output_tokens for one in workload for t in one.turns)
-    assert Counter(verdict.output_tokens for verdict in outcome.verdicts) == offered
-    assert not all(verdict.attained for verdict in outcome.verdicts)
-    assert 0.5 < outcome.busy_share <= 1.0
+    assert Counter(verdict.output_tokens for verdict in result.verdicts) == offered
+    assert not all(verdict.attained for verdict in result.verdicts)
+    assert 0.5 < result.busy_share <= 1.0
 
 
 def test_whoever_asks_to_be_refused_is_and_its_later_turns_are_not_sent() -> None:
@@ -219,17 +219,17 @@ def test_the_pool_is_whole_after_every_iteration_and_empty_at_the_end() -> None:
 
 
 def test_an_interrupted_simulation_keeps_what_it_has() -> None:
-    outcome = SimulationResult()
+    result = SimulationResult()
 
     def stop(load: Any) -> None:
         if len(load.verdicts) == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        simulate(singles(10.0, 20), Setup(device=TOY), stop, into=outcome)
-    assert len(outcome.verdicts) == 5
-    assert outcome.seconds > 0
-    assert outcome.busy_share > 0
+        simulate(singles(10.0, 20), Setup(device=TOY), stop, into=result)
+    assert len(result.verdicts) == 5
+    assert result.seconds > 0
+    assert result.busy_share > 0
 
 
 class NeverPlanner(Planner):
