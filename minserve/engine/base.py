@@ -118,7 +118,7 @@ class EngineBase:
 
     @property
     def speculates(self) -> bool:
-        """True where a speculator drafts tokens."""
+        """True where a proposer drafts tokens."""
         return self._core.proposer is not None
 
     @property

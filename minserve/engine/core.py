@@ -25,7 +25,7 @@ from minserve.engine.detokenizer import IncrementalDetokenizer
 from minserve.engine.live_output import NO_HISTORY, History, LiveOutput
 from minserve.engine.lookahead import PlanAhead, confirm, project
 from minserve.engine.runner import ModelRunner, RunResult, Scheduled
-from minserve.engine.proposer import Proposer, Wanted
+from minserve.engine.proposer import Proposer, DraftRequest
 from minserve.engine.stats import EngineStats
 from minserve.engine.verification import Proposal, SampledToken, Verified
 from minserve.errors import (
@@ -317,7 +317,7 @@ class EngineCore:
         if self.proposer is None or not (plan.speculation or plan.catch_up):
             return batch
         wanted = [
-            Wanted(item.seq, plan.speculation.get(seq_id, 0), plan.catch_up.get(seq_id, 0))
+            DraftRequest(item.seq, plan.speculation.get(seq_id, 0), plan.catch_up.get(seq_id, 0))
             for item in batch
             if (seq_id := item.seq.seq_id) in plan.speculation or seq_id in plan.catch_up
         ]

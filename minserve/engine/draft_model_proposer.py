@@ -16,7 +16,7 @@ from minserve.engine.batch_tensors import Chunk
 from minserve.engine.distribution import INVALID, SamplingRow
 from minserve.engine.paged_model import PagedModel
 from minserve.engine.sampler import Sampler
-from minserve.engine.proposer import Proposer, Wanted
+from minserve.engine.proposer import Proposer, DraftRequest
 from minserve.engine.verification import Proposal
 from minserve.request import Sequence
 
@@ -71,7 +71,7 @@ class DraftModelProposer(Proposer):
         self._num_written.pop(seq.seq_id, None)
 
     @torch.inference_mode()
-    def propose(self, wanted: SequenceOf[Wanted]) -> dict[str, Proposal]:
+    def propose(self, wanted: SequenceOf[DraftRequest]) -> dict[str, Proposal]:
         drafts = [_Draft(one.seq, one.num_tokens) for one in wanted if one.num_tokens > 0]
         first = [(draft.seq, draft.seq.num_tokens) for draft in drafts]
         for one in wanted:

@@ -45,7 +45,7 @@ SAVE_S = 8.0
 ALMOST = 0.99
 
 
-class _Wanted(Exception):
+class _WorkArrived(Exception):
     """Somebody wants the engine."""
 
 
@@ -132,11 +132,11 @@ class Refinement:
 
         def poll() -> None:
             if is_wanted():
-                raise _Wanted
+                raise _WorkArrived
 
         if not self._fresh:
             return
-        with suppress(_Wanted), profile_cache.alone_with(self._profile.key, TURN_S):
+        with suppress(_WorkArrived), profile_cache.alone_with(self._profile.key, TURN_S):
             # What could not be written is in this process's profile alone.
             kept = self._profile
             if not self._unwritable:

@@ -18,7 +18,7 @@ import torch
 from minserve.engine.core import EngineCore
 from minserve.engine.profile_design import DRAFT_CONTEXT, ProfileBatch
 from minserve.engine.runner import Scheduled
-from minserve.engine.proposer import Wanted
+from minserve.engine.proposer import DraftRequest
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
 
@@ -65,7 +65,7 @@ class Workbench:
         proposer, times = self._core.proposer, {}
         for _ in range(DRAFT_REPEATS):
             with self._scheduled(ProfileBatch(decodes=(DRAFT_CONTEXT,) * num_seqs)) as scheduled:
-                wanted = [Wanted(item.seq, num_steps) for item in scheduled]
+                wanted = [DraftRequest(item.seq, num_steps) for item in scheduled]
                 for one in wanted:
                     self._core.pool.grow(one.seq, 1 + num_steps)
                 for _ in range(2):

@@ -130,7 +130,7 @@ class Scatter:
 
 
 class _Cusum:
-    """Surprises of one sign in a row.
+    """One side of a CUSUM: surprises of one sign in a row.
 
     Attributes:
         total: of the surprises, 0 or more.
