@@ -123,27 +123,30 @@ def test_transformers_is_imported_whatever_folder_is_first(first: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def classes() -> dict[str, list[Path]]:
-    """Where each class is defined, tests left out. A leading underscore makes no other name."""
-    found: dict[str, list[Path]] = defaultdict(list)
+def classes() -> Iterator[tuple[str, Path]]:
+    """Name and file of every class, those of tests left out."""
     for path in sorted(path for room in ROOMS for path in room.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, ast.ClassDef):
-                found[node.name.lstrip("_")].append(path)
-    return found
+                yield node.name, path
 
 
 def test_no_class_name_stands_twice() -> None:
-    twice = {name: [str(path) for path in paths] for name, paths in classes().items() if paths[1:]}
+    """A leading underscore does not make another name."""
+    files = defaultdict(list)
+    for name, path in classes():
+        files[name.lstrip("_")].append(str(path))
+    twice = {name: paths for name, paths in files.items() if len(paths) > 1}
     assert twice == {}, "one name for one thing: rename all but one of each"
 
 
 def test_no_file_of_the_package_is_named_after_a_class_that_is_elsewhere() -> None:
-    # A Triton file is named after the one operation that it holds.
+    # Kernels are left out: a Triton file is named after the one operation that it holds.
     homes = {ROOT / "minserve", ROOT / "models"}
-    by_stem = defaultdict(set)
-    for name, paths in classes().items():
-        by_stem[name.lower()] |= {path for path in paths if homes & set(path.parents)}
-    files = [path for home in homes for path in home.rglob("*.py")]
-    own = {path: by_stem[path.stem.replace("_", "")] for path in files}
-    assert [str(path) for path, at in own.items() if at and path not in at] == []
+    files = defaultdict(set)
+    for name, path in classes():
+        if homes & set(path.parents):
+            files[name.lower()].add(path)
+    modules = [path for home in homes for path in home.rglob("*.py")]
+    promised = {path: files.get(path.stem.replace("_", ""), {path}) for path in modules}
+    assert [str(path) for path, found in promised.items() if path not in found] == []

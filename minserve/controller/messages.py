@@ -135,7 +135,7 @@ class News(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     num_taken: int = 0
 
 
-class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What a replica has counted, and how it stands; sent now and then, also as a sign of life.
 
     Attributes:
@@ -148,7 +148,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 Message = (
-    Hello | Welcome | Refused | Submit | Abort | Withdraw | Withdrawn | Stop | News | Stats
+    Hello | Welcome | Refused | Submit | Abort | Withdraw | Withdrawn | Stop | News | Heartbeat
 )  # fmt: skip
 
 

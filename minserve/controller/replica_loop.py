@@ -217,7 +217,7 @@ class ReplicaLoop:
         while not self._stopped.wait(BEAT_S):
             if self._engine.iteration_s < self._watchdog_s:
                 load, num_taken = self._standing
-                stats = m.Stats(stats=self._engine.snapshot(), load=load, num_taken=num_taken)
+                stats = m.Heartbeat(stats=self._engine.snapshot(), load=load, num_taken=num_taken)
                 self._tell(m.encode(stats))
 
 

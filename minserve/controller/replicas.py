@@ -267,8 +267,8 @@ class ReplicaTable:
 
     def _hear(self, replica: Replica, message: m.Message) -> None:
         match message:
-            case m.News() | m.Stats():
-                if isinstance(message, m.Stats):
+            case m.News() | m.Heartbeat():
+                if isinstance(message, m.Heartbeat):
                     replica.stats = message.stats
                 if message.load is not None:
                     replica.report(message.load, message.num_taken)
