@@ -40,7 +40,7 @@ HITS = ("kill", "kill", "stop", "restart")
 
 
 @dataclass(slots=True)
-class Answer:
+class StreamResult:
     """The answer of a stream.
 
     Attributes:
@@ -83,10 +83,10 @@ def make_requests(num: int, rng: random.Random) -> list[dict[str, Any]]:
     return bodies
 
 
-async def ask(session: aiohttp.ClientSession, body: dict[str, Any]) -> Answer:
+async def ask(session: aiohttp.ClientSession, body: dict[str, Any]) -> StreamResult:
     """Send one request and read its whole stream; a refusal with 503 is tried again."""
     while True:
-        answer = Answer([[] for _ in range(body["n"])])
+        answer = StreamResult([[] for _ in range(body["n"])])
         try:
             async with session.post("/v1/completions", json=body) as response:
                 if response.status == 503:
@@ -101,7 +101,7 @@ async def ask(session: aiohttp.ClientSession, body: dict[str, Any]) -> Answer:
         return answer
 
 
-async def _read(response: aiohttp.ClientResponse, answer: Answer) -> None:
+async def _read(response: aiohttp.ClientResponse, answer: StreamResult) -> None:
     done = False
     async for line in response.content:
         if line.startswith(b"data: [DONE]"):
@@ -164,11 +164,11 @@ async def hit_at_random(
 
 async def true_answers(
     session: aiohttp.ClientSession, bodies: list[dict[str, Any]]
-) -> list[Answer]:
+) -> list[StreamResult]:
     """Return the answers without any disturbance."""
     gate, bar = asyncio.Semaphore(AT_ONCE), tqdm(total=len(bodies), desc="undisturbed", unit="req")
 
-    async def one(body: dict[str, Any]) -> Answer:
+    async def one(body: dict[str, Any]) -> StreamResult:
         async with gate:
             answer = await ask(session, body)
             bar.update()
@@ -184,12 +184,12 @@ async def answers_in_chaos(
     seconds: float,
     rng: random.Random,
     hits: Hits,
-) -> list[Answer]:
+) -> list[StreamResult]:
     """Return the answers to the same requests, sent at random times while replicas are hit."""
     due = sorted(rng.uniform(0.0, seconds) for _ in bodies)
     bar = tqdm(total=len(bodies), desc="in chaos", unit="req")
 
-    async def one(body: dict[str, Any], at: float) -> Answer:
+    async def one(body: dict[str, Any], at: float) -> StreamResult:
         await asyncio.sleep(at)
         answer = await ask(session, body)
         bar.update()
@@ -202,7 +202,7 @@ async def answers_in_chaos(
     return found
 
 
-def judge(truth: list[Answer], found: list[Answer]) -> dict[str, int]:
+def judge(truth: list[StreamResult], found: list[StreamResult]) -> dict[str, int]:
     """Return the number of wrong answers, by kind: tokens missing, too many, or other tokens."""
     lost = doubled = mismatched = 0
     for right, answer in zip(truth, found, strict=True):

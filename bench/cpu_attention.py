@@ -39,7 +39,7 @@ CASES = (
 OURS = "two matmuls"
 
 
-class Case(NamedTuple):
+class AttentionCase(NamedTuple):
     """A batch, with the layers' caches that it reads, and its queries."""
 
     backend: TorchBackend
@@ -66,7 +66,9 @@ class Case(NamedTuple):
         return self.query.view(self.num_seqs, -1, heads, dim).transpose(1, 2)
 
 
-def make_case(heads: tuple[int, int, int], dtype: torch.dtype, size: tuple[int, int, int]) -> Case:
+def make_case(
+    heads: tuple[int, int, int], dtype: torch.dtype, size: tuple[int, int, int]
+) -> AttentionCase:
     """Return a case with random keys, values and queries; a lone sequence has adjacent blocks."""
     num_heads, num_kv_heads, head_dim = heads
     num_seqs, context, num_queries = size
@@ -95,20 +97,20 @@ def make_case(heads: tuple[int, int, int], dtype: torch.dtype, size: tuple[int, 
             part.copy_(torch.randn(part.shape))
         layers.append(kv)
     query = torch.randn(num_seqs * num_queries, num_heads, head_dim).to(dtype)
-    return Case(backend, metadata, layers, query, num_heads // num_kv_heads)
+    return AttentionCase(backend, metadata, layers, query, num_heads // num_kv_heads)
 
 
-def ours(case: Case, kv: LayerKV) -> Tensor:
+def ours(case: AttentionCase, kv: LayerKV) -> Tensor:
     return case.backend.forward(case.query, kv, case.metadata).view(case.query.shape)
 
 
-def ours_in_float32(case: Case, kv: LayerKV) -> Tensor:
+def ours_in_float32(case: AttentionCase, kv: LayerKV) -> Tensor:
     """Run `ours` on queries in float32, as in passes over a few tokens."""
     out = case.backend.forward(case.query.float(), kv, case.metadata)
     return out.view(case.query.shape).to(case.query.dtype)
 
 
-def sdpa(case: Case, kv: LayerKV) -> Tensor:
+def sdpa(case: AttentionCase, kv: LayerKV) -> Tensor:
     """Run torch's fused attention, which supports GQA."""
     query = case.queries()
     num_queries, length = query.shape[2], case.metadata.seq_lens[0]
@@ -123,14 +125,14 @@ def sdpa(case: Case, kv: LayerKV) -> Tensor:
     return out.transpose(1, 2).flatten(0, 1)
 
 
-def sdpa_packed(case: Case, kv: LayerKV) -> Tensor:
+def sdpa_packed(case: AttentionCase, kv: LayerKV) -> Tensor:
     """Run torch's fused attention with a group's heads as queries of one head; decodes only."""
     key, value = case.gathered(kv)
     query = case.query.view(case.num_seqs, -1, case.group, case.query.shape[2])
     return F.scaled_dot_product_attention(query, key, value).reshape(case.query.shape)
 
 
-def plain(case: Case, kv: LayerKV, dtype: torch.dtype) -> Tensor:
+def plain(case: AttentionCase, kv: LayerKV, dtype: torch.dtype) -> Tensor:
     """Run matmul, softmax and matmul in a dtype, written out."""
     key, value = (part.to(dtype).repeat_interleave(case.group, 1) for part in case.gathered(kv))
     query = case.queries().to(dtype)
@@ -141,7 +143,7 @@ def plain(case: Case, kv: LayerKV, dtype: torch.dtype) -> Tensor:
     return out.transpose(1, 2).flatten(0, 1)
 
 
-FORMS: dict[str, Callable[[Case, LayerKV], Tensor]] = {
+FORMS: dict[str, Callable[[AttentionCase, LayerKV], Tensor]] = {
     OURS: ours,
     "in float32": ours_in_float32,
     "SDPA": sdpa,
@@ -150,7 +152,7 @@ FORMS: dict[str, Callable[[Case, LayerKV], Tensor]] = {
 
 
 @torch.inference_mode()
-def measure(case: Case, repeats: int) -> dict[str, dict[str, float]]:
+def measure(case: AttentionCase, repeats: int) -> dict[str, dict[str, float]]:
     """Return for each form the microseconds per layer and the error, as described above."""
     first = case.layers[0]
     exact = plain(case, first, torch.float64)
@@ -161,7 +163,7 @@ def measure(case: Case, repeats: int) -> dict[str, dict[str, float]]:
             continue
         error = (form(case, first).double() - exact).abs().max()
 
-        def all_layers(form: Callable[[Case, LayerKV], Tensor] = form) -> None:
+        def all_layers(form: Callable[[AttentionCase, LayerKV], Tensor] = form) -> None:
             for kv in case.layers:
                 form(case, kv)
 

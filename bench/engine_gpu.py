@@ -36,7 +36,7 @@ from minserve.config import EngineConfig
 from minserve.engine.build import load_engine
 from minserve.engine.core import EngineCore
 from minserve.engine.kv_cache import bytes_per_block
-from minserve.engine.profile_design import Batch
+from minserve.engine.profile_design import ProfileBatch
 from minserve.engine.profiler import Workbench, profile_core
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
@@ -48,7 +48,7 @@ GREEDY = SamplingParams(temperature=0.0)
 NUCLEUS = SamplingParams(top_p=0.95)
 
 
-class Effort(NamedTuple):
+class EngineEffort(NamedTuple):
     """The amount of measurement.
 
     Attributes:
@@ -72,7 +72,7 @@ class Effort(NamedTuple):
     settings: dict[str, Any]
 
 
-FULL = Effort(
+FULL = EngineEffort(
     models=("opt-6.7b", "llama-3.1-8b"),
     batches=(1, 8, 32, 64, 128),
     context=512,
@@ -82,7 +82,7 @@ FULL = Effort(
     engine=(64, 40),
     settings={"max_model_len": 2048, "token_budget": 2048, "max_num_seqs": 128},
 )
-DRY = Effort(
+DRY = EngineEffort(
     models=("tiny-llama",),
     batches=(2,),
     context=20,
@@ -115,20 +115,20 @@ def step_bytes(core: EngineCore, model: str, context: int, batch: int) -> int:
     return linear_weights(model) * kv.dtype.itemsize + batch * (context + 1) * block
 
 
-def batch_ms(bench: Workbench, batch: Batch, repeats: int) -> float:
+def batch_ms(bench: Workbench, batch: ProfileBatch, repeats: int) -> float:
     """Return the median milliseconds of the runner alone, sampling included."""
     bench.time(batch)  # kernels are compiled, libraries choose their algorithms
     return statistics.median(bench.time(batch) for _ in range(repeats)) * 1e3
 
 
 def measure_runner(
-    core: EngineCore, model: str, effort: Effort, copy_gb_s: float | None
+    core: EngineCore, model: str, effort: EngineEffort, copy_gb_s: float | None
 ) -> dict[str, Any]:
     """Measure decode steps beside their floor, drawing with top_p, a mixed batch and chunks."""
     bench = Workbench(core, 0, GREEDY)
     decodes = []
     for size in effort.batches:
-        ms = batch_ms(bench, Batch(decodes=(effort.context,) * size), effort.repeats)
+        ms = batch_ms(bench, ProfileBatch(decodes=(effort.context,) * size), effort.repeats)
         row = {"batch": size, "ms": round(ms, 3)}
         if copy_gb_s is not None:
             floor = step_bytes(core, model, effort.context, size) / copy_gb_s / 1e6
@@ -139,17 +139,17 @@ def measure_runner(
         name: round(
             batch_ms(
                 Workbench(core, 0, params),
-                Batch(decodes=(effort.context,) * num_decodes),
+                ProfileBatch(decodes=(effort.context,) * num_decodes),
                 effort.repeats,
             ),
             3,
         )
         for name, params in (("greedy_ms", GREEDY), ("top_p_ms", NUCLEUS))
     }
-    mixed = Batch(decodes=(effort.context,) * num_decodes, chunks=((0, chunk),))
+    mixed = ProfileBatch(decodes=(effort.context,) * num_decodes, chunks=((0, chunk),))
     prefills = []
     for size in effort.chunks:
-        ms = batch_ms(bench, Batch(chunks=((0, size),)), effort.repeats)
+        ms = batch_ms(bench, ProfileBatch(chunks=((0, size),)), effort.repeats)
         prefills.append({"tokens": size, "ms": round(ms, 3), "tokens_s": round(size / ms * 1e3)})
     return {
         "decode": decodes,
@@ -163,7 +163,7 @@ def measure_runner(
     }
 
 
-def measure_engine(core: EngineCore, effort: Effort) -> dict[str, Any]:
+def measure_engine(core: EngineCore, effort: EngineEffort) -> dict[str, Any]:
     """Measure iterations of the whole engine, beside the same batches of the runner alone.
 
     ``overhead_ms`` is the time of an iteration beyond the runner's batch. Planning is hidden
@@ -196,7 +196,7 @@ def measure_engine(core: EngineCore, effort: Effort) -> dict[str, Any]:
     for i in range(num_seqs):
         core.abort(f"bench-{i}")
     runner_ms = batch_ms(
-        Workbench(core, 1, GREEDY), Batch(decodes=(context,) * num_seqs), effort.repeats
+        Workbench(core, 1, GREEDY), ProfileBatch(decodes=(context,) * num_seqs), effort.repeats
     )
     iteration_ms = statistics.median(times) * 1e3
     return {
@@ -212,7 +212,7 @@ def measure_engine(core: EngineCore, effort: Effort) -> dict[str, Any]:
 
 
 def measure_model(
-    model: str, effort: Effort, copy_gb_s: float | None, profile_s: float, graphs: bool
+    model: str, effort: EngineEffort, copy_gb_s: float | None, profile_s: float, graphs: bool
 ) -> dict[str, Any]:
     """Measure one model on an engine with or without CUDA graphs.
 

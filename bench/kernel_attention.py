@@ -8,7 +8,7 @@ from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
-from kernel_cases import OURS, Contestant, Heads, Problem, Scale, Setting
+from kernel_cases import OURS, Contestant, Heads, KernelSetting, Problem, Scale
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
@@ -54,7 +54,7 @@ CHUNKS = {  # tokens, and tokens before them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
+class UniformBatch:
     """Sequences that all have the same sizes.
 
     Attributes:
@@ -123,7 +123,7 @@ class AttentionInputs:
         key, value: ``[num_sets, seqs, context, num_kv_heads, head_dim]``.
     """
 
-    def __init__(self, batch: Batch, setting: Setting, num_sets: int) -> None:
+    def __init__(self, batch: UniformBatch, setting: KernelSetting, num_sets: int) -> None:
         self.batch = batch
         self.setting = setting
         self.num_sets = num_sets
@@ -196,7 +196,7 @@ class AttentionInputs:
         return kv, planned
 
 
-def attention_problem(batch: Batch, setting: Setting) -> Problem:
+def attention_problem(batch: UniformBatch, setting: KernelSetting) -> Problem:
     """Return the problem of a batch."""
     kv_bytes = batch.kv_bytes(setting.dtype)
     num_sets = setting.num_sets(kv_bytes)
@@ -272,7 +272,7 @@ def attention_problems(kernel: str, scale: Scale) -> list[partial[Problem]]:
     return [partial(attention_problem, batch) for batch in batches]
 
 
-def _decode_batches(scale: Scale) -> Iterator[Batch]:
+def _decode_batches(scale: Scale) -> Iterator[UniformBatch]:
     """Yield batches of decodes, and of draft verifications by the last model."""
     for model in MODELS[scale]:
         for seqs, context in DECODES[scale]:
@@ -283,7 +283,7 @@ def _decode_batches(scale: Scale) -> Iterator[Batch]:
             yield _batch(MODELS[scale][-1], seqs, VERIFIED, context - VERIFIED, decode=True)
 
 
-def _prefill_batches(scale: Scale) -> Iterator[Batch]:
+def _prefill_batches(scale: Scale) -> Iterator[UniformBatch]:
     """Yield first chunks and later chunks, and one batch of four prompts."""
     for model in MODELS[scale]:
         for chunk, past in CHUNKS[scale]:
@@ -291,6 +291,8 @@ def _prefill_batches(scale: Scale) -> Iterator[Batch]:
     yield _batch(MODELS[scale][-1], 4, CHUNKS[scale][0][0], 0, decode=False)
 
 
-def _batch(model: str, seqs: int, queries: int, past: int, *, decode: bool) -> Batch:
+def _batch(model: str, seqs: int, queries: int, past: int, *, decode: bool) -> UniformBatch:
     heads = Heads.of(model)
-    return Batch(model=model, heads=heads, seqs=seqs, queries=queries, past=past, decode=decode)
+    return UniformBatch(
+        model=model, heads=heads, seqs=seqs, queries=queries, past=past, decode=decode
+    )

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from gpu_machine import choose_interpreter, machine
-from kernel_cases import Scale, Setting
+from kernel_cases import KernelSetting, Scale
 from kernel_report import failures, plot, summary, table
 from kernel_rows import CUBLAS_KERNEL
 from kernel_sweep import KERNELS, problems, sweep
@@ -60,12 +60,12 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def setting(args: argparse.Namespace) -> Setting:
+def setting(args: argparse.Namespace) -> KernelSetting:
     """Return the device and dtype of the sweep."""
     if args.dry:
-        return Setting(torch.device("cpu"), torch.float32, cache_bytes=0)
+        return KernelSetting(torch.device("cpu"), torch.float32, cache_bytes=0)
     cache = torch.cuda.get_device_properties(0).L2_cache_size
-    return Setting(torch.device("cuda"), getattr(torch, args.dtype), cache)
+    return KernelSetting(torch.device("cuda"), getattr(torch, args.dtype), cache)
 
 
 def run_sweep(args: argparse.Namespace, scale: Scale) -> int:

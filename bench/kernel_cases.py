@@ -91,7 +91,7 @@ class Problem:
         return " ".join(str(v) if k == "model" else f"{k} {v}" for k, v in self.case.items())
 
 
-class Setting(NamedTuple):
+class KernelSetting(NamedTuple):
     """The device and dtype for which problems are made.
 
     Attributes:
@@ -115,4 +115,4 @@ class Setting(NamedTuple):
 
 
 # Makes a problem; a `functools.partial`, so that it can go to another process.
-Make = Callable[[Setting], Problem]
+Make = Callable[[KernelSetting], Problem]

@@ -18,8 +18,8 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-from kernel_attention import BLOCK_SIZE, Batch, attention_problem
-from kernel_cases import OURS, Heads, Make, Setting
+from kernel_attention import BLOCK_SIZE, UniformBatch, attention_problem
+from kernel_cases import OURS, Heads, KernelSetting, Make
 from kernel_rows import kv_problem, norm_problem, silu_mul_problem
 from kernel_truncation import KERNEL as TRUNCATION_KERNEL
 from kernel_truncation import truncation_problem
@@ -46,7 +46,7 @@ NORM_MODELS = ("opt-125m", "opt-6.7b", "opt-30b", "llama-3.1-8b", "llama-3.1-70b
 WORKERS, MOST_WORKERS = 2, 15
 
 
-class Case(NamedTuple):
+class CompileCase(NamedTuple):
     """A problem to compile.
 
     Attributes:
@@ -73,7 +73,7 @@ class Compiled(NamedTuple):
     failures: list[str]
 
 
-def cases(quick: bool) -> Iterator[Case]:
+def cases(quick: bool) -> Iterator[CompileCase]:
     """Yield the cases that the server launches for heads of usual sizes.
 
     They are in bfloat16, and a part of them in float16 too. With ``quick`` there is each kernel at
@@ -83,10 +83,10 @@ def cases(quick: bool) -> Iterator[Case]:
         where = f"{_name(dtype)} D{heads.head_dim} G{heads[0] // heads[1]} B{block_size}"
         for queries, context in DECODES:
             make = _attention(heads, queries, context - queries, block_size, decode=True)
-            yield Case("decode", f"{where} {queries} of {context}", dtype, make)
+            yield CompileCase("decode", f"{where} {queries} of {context}", dtype, make)
         for chunk in CHUNKS:
             make = _attention(heads, chunk, PAST, block_size, decode=False)
-            yield Case(
+            yield CompileCase(
                 "prefill", f"{where} {chunk} of {PAST + chunk}", dtype, make, needs_wgmma=True
             )
     for head_dim in HEAD_DIMS:
@@ -95,17 +95,17 @@ def cases(quick: bool) -> Iterator[Case]:
             for rope in (False, True):
                 make = partial(kv_problem, "", heads, TOKENS, block_size, rope)
                 label = f"bfloat16 D{head_dim} G4 B{block_size} rope {rope}"
-                yield Case("write_kv", label, torch.bfloat16, make)
+                yield CompileCase("write_kv", label, torch.bfloat16, make)
     for model in ("opt-6.7b", "llama-3.1-8b") if quick else NORM_MODELS:
         for residual in (False, True):
             kernel = "layer_norm" if model.startswith("opt") else "rms_norm"
             make = partial(norm_problem, model, TOKENS, residual=residual)
-            yield Case(kernel, f"bfloat16 {model} residual {residual}", torch.bfloat16, make)
+            yield CompileCase(kernel, f"bfloat16 {model} residual {residual}", torch.bfloat16, make)
         if "intermediate_size" in SHAPES[model]:
             make = partial(silu_mul_problem, model, TOKENS)
-            yield Case("silu_mul", f"bfloat16 {model}", torch.bfloat16, make)
+            yield CompileCase("silu_mul", f"bfloat16 {model}", torch.bfloat16, make)
     make = partial(truncation_problem, "llama-3.1-8b", TOKENS, "wide")
-    yield Case(TRUNCATION_KERNEL, "float32 llama-3.1-8b", torch.float32, make)
+    yield CompileCase(TRUNCATION_KERNEL, "float32 llama-3.1-8b", torch.float32, make)
 
 
 def _attention_shapes(quick: bool) -> Iterator[tuple[Heads, int, torch.dtype]]:
@@ -122,7 +122,7 @@ def _attention_shapes(quick: bool) -> Iterator[tuple[Heads, int, torch.dtype]]:
 
 
 def _attention(heads: Heads, queries: int, past: int, block_size: int, *, decode: bool) -> Make:
-    batch = Batch(
+    batch = UniformBatch(
         model="",
         heads=heads,
         seqs=4 if decode else 1,
@@ -140,16 +140,16 @@ def launched_kernels(
     """Compile what minserve launches for a problem, each kernel once. Nothing is run."""
     from minserve.kernels import triton_backend
 
-    setting = Setting(torch.device("cpu"), dtype, cache_bytes=0, filled=False)
+    setting = KernelSetting(torch.device("cpu"), dtype, cache_bytes=0, filled=False)
     # Tiles and splits depend on the device, which is a CPU here, so its traits are replaced.
-    device = triton_backend.Device(multiprocessors, arch)
+    device = triton_backend.DeviceProperties(multiprocessors, arch)
     described = mock.patch.object(triton_backend, "describe", return_value=device)
     with torch.inference_mode(), described, compiling_for(arch) as launched:
         make(setting).contestants[OURS]().runs[0]()
     return list({kernel.hash: kernel for kernel in launched}.values())
 
 
-def compile_case(case: Case, arch: int) -> Compiled:
+def compile_case(case: CompileCase, arch: int) -> Compiled:
     """Compile all kernels that one case launches on one architecture."""
     failures, kernels = [], []
     try:

@@ -7,8 +7,8 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from kernel_attention import BLOCK_SIZE, Batch
-from kernel_cases import OURS, Contestant, Heads, Problem, Scale, Setting
+from kernel_attention import BLOCK_SIZE, UniformBatch
+from kernel_cases import OURS, Contestant, Heads, KernelSetting, Problem, Scale
 from synthetic_models import SHAPES
 from torch import Tensor
 
@@ -45,7 +45,7 @@ def row_problems(kernel: str, scale: Scale) -> list[partial[Problem]]:
     ]
 
 
-def norm_problem(model: str, tokens: int, setting: Setting, *, residual: bool) -> Problem:
+def norm_problem(model: str, tokens: int, setting: KernelSetting, *, residual: bool) -> Problem:
     """Return the norm of a model's family, with or without the residual addition before it."""
     hidden, is_rms = SHAPES[model]["hidden_size"], SHAPES[model]["model_type"] == "llama"
     weight, bias = 1 + 0.1 * setting.randn(hidden), setting.randn(hidden)
@@ -79,7 +79,7 @@ def norm_problem(model: str, tokens: int, setting: Setting, *, residual: bool) -
     )
 
 
-def silu_mul_problem(model: str, tokens: int, setting: Setting) -> Problem:
+def silu_mul_problem(model: str, tokens: int, setting: KernelSetting) -> Problem:
     """Return the problem of the gate in a Llama's MLP."""
     width = SHAPES[model]["intermediate_size"]
 
@@ -99,7 +99,7 @@ def silu_mul_problem(model: str, tokens: int, setting: Setting) -> Problem:
     )
 
 
-def bias_relu_problem(model: str, tokens: int, setting: Setting) -> Problem:
+def bias_relu_problem(model: str, tokens: int, setting: KernelSetting) -> Problem:
     """Return OPT's first MLP linear: with ReLU within the matmul, or after it."""
     hidden, width = SHAPES[model]["hidden_size"], SHAPES[model]["ffn_dim"]
     weight, bias = 0.02 * setting.randn(width, hidden), setting.randn(width)
@@ -125,7 +125,7 @@ def bias_relu_problem(model: str, tokens: int, setting: Setting) -> Problem:
 def _row_problem(
     kernel: str,
     case: dict[str, object],
-    setting: Setting,
+    setting: KernelSetting,
     sizes: list[tuple[int, int]],
     least_bytes: int,
     forms: dict[str, Callable[..., Tensor]],
@@ -156,14 +156,14 @@ def _row_problem(
     )
 
 
-def write_kv_problem(model: str, tokens: int, setting: Setting) -> Problem:
+def write_kv_problem(model: str, tokens: int, setting: KernelSetting) -> Problem:
     """Return the write of keys and values of a model's heads, with RoPE if the model has it."""
     rope = SHAPES[model]["model_type"] == "llama"
     return kv_problem(model, Heads.of(model), tokens, BLOCK_SIZE, rope, setting)
 
 
 def kv_problem(
-    model: str, heads: Heads, tokens: int, block_size: int, rope: bool, setting: Setting
+    model: str, heads: Heads, tokens: int, block_size: int, rope: bool, setting: KernelSetting
 ) -> Problem:
     """Return the write of a chunk of tokens through the backends, into scattered blocks."""
     num_heads, num_kv_heads, head_dim = heads
@@ -174,7 +174,7 @@ def kv_problem(
     num_sets, device = setting.num_sets(least_bytes), setting.device
     per_set = -(-tokens // block_size)
     tables = torch.randperm(num_sets * per_set, device=device).view(num_sets, 1, per_set)
-    chunk = Batch(
+    chunk = UniformBatch(
         model=model, heads=heads, seqs=1, queries=tokens, past=0, decode=False,
         block_size=block_size,
     )  # fmt: skip

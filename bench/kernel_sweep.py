@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from kernel_attention import attention_problems
-from kernel_cases import OURS, Contestant, Make, Problem, Scale, Setting
+from kernel_cases import OURS, Contestant, KernelSetting, Make, Problem, Scale
 from kernel_rows import KERNELS as ROW_KERNELS
 from kernel_rows import row_problems
-from kernel_timing import Ceilings, Timing, checked, measure, one_call
+from kernel_timing import Ceilings, KernelTiming, checked, measure, one_call
 from kernel_truncation import KERNEL as TRUNCATION_KERNEL
 from kernel_truncation import truncation_problems
 from torch import Tensor
@@ -42,7 +42,7 @@ def _problems_of(kernel: str, scale: Scale) -> Sequence[Make]:
 @torch.inference_mode()
 def sweep(
     cases: Sequence[tuple[str, Make]],
-    setting: Setting,
+    setting: KernelSetting,
     ceilings: Ceilings | None,
     rep_ms: float,
 ) -> Iterator[dict[str, Any]]:
@@ -112,7 +112,7 @@ def _solve(
     dtype: torch.dtype,
     ceilings: Ceilings | None,
     rep_ms: float,
-) -> tuple[float, Timing]:
+) -> tuple[float, KernelTiming]:
     """Check a contestant, then time it. Its memory is free again afterwards.
 
     Returns:

@@ -29,7 +29,7 @@ class Ceilings(NamedTuple):
     matmul_tflop_s: float
 
 
-class Timing(NamedTuple):
+class KernelTiming(NamedTuple):
     """The milliseconds of one run.
 
     Attributes:
@@ -54,7 +54,7 @@ def measure_ceilings(rep_ms: float) -> Ceilings:
     return Ceilings(2 * COPY_BYTES / copy / 1e6, 2 * MATMUL_SIZE**3 / matmul / 1e9)
 
 
-def measure(contestant: Contestant, rep_ms: float) -> Timing:
+def measure(contestant: Contestant, rep_ms: float) -> KernelTiming:
     """Return quantiles of a run's time, with all sets of inputs in turn.
 
     The round is captured in a CUDA graph if that works; else it is launched each time.
@@ -65,15 +65,15 @@ def measure(contestant: Contestant, rep_ms: float) -> Timing:
     runs = contestant.runs
     graph = _capture(runs)
     times = _bench(graph.replay if graph else lambda: _round(runs), rep_ms)
-    return Timing(*(ms / len(runs) for ms in times), in_graph=graph is not None)
+    return KernelTiming(*(ms / len(runs) for ms in times), in_graph=graph is not None)
 
 
-def one_call(contestant: Contestant) -> Timing:
+def one_call(contestant: Contestant) -> KernelTiming:
     """Return the wall time of one call, for dry runs, where the time means nothing."""
     started = time.perf_counter()
     contestant.runs[0]()
     ms = (time.perf_counter() - started) * 1e3
-    return Timing(ms, ms, ms, in_graph=False)
+    return KernelTiming(ms, ms, ms, in_graph=False)
 
 
 def checked(contestant: Contestant, expected: Tensor, dtype: torch.dtype) -> float:

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from kernel_cases import OURS, Contestant, Problem, Scale, Setting
+from kernel_cases import OURS, Contestant, KernelSetting, Problem, Scale
 from synthetic_models import SHAPES
 from torch import Tensor
 
-from minserve.kernels.truncation import Limits, truncate
+from minserve.kernels.truncation import TruncationLimits, truncate
 
 KERNEL = "truncation"
 MODELS = {
@@ -34,7 +34,7 @@ def truncation_problems(scale: Scale) -> list[partial[Problem]]:
     ]
 
 
-def truncation_problem(model: str, rows: int, nucleus: str, setting: Setting) -> Problem:
+def truncation_problem(model: str, rows: int, nucleus: str, setting: KernelSetting) -> Problem:
     """Return the truncation of rows to ``top_p``.
 
     The time includes a copy of the weights, because they are truncated in place.
@@ -46,7 +46,7 @@ def truncation_problem(model: str, rows: int, nucleus: str, setting: Setting) ->
         _weights(SPREADS[nucleus] * setting.randn(rows, vocab))
         for _ in range(setting.num_sets(least_bytes))
     ]
-    limits = Limits([0.0] * rows, [0] * rows, [TOP_P] * rows)
+    limits = TruncationLimits([0.0] * rows, [0] * rows, [TOP_P] * rows)
 
     def ours(weights: Tensor) -> Tensor:
         from minserve.kernels.triton.truncation import truncate as kernel

@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 from kernel_attention import attention_problems
-from kernel_cases import OURS, Problem, Scale, Setting
+from kernel_cases import OURS, KernelSetting, Problem, Scale
 from kernel_timing import checked, measure, one_call
 from tqdm import tqdm
 
@@ -65,7 +65,7 @@ def tune(problem: Problem, scale: Scale, rep_ms: float) -> Iterator[tuple[float,
 
 
 def run_tune(
-    setting: Setting, scale: Scale, only: list[str] | None, rep_ms: float, seconds: float
+    setting: KernelSetting, scale: Scale, only: list[str] | None, rep_ms: float, seconds: float
 ) -> int:
     """Try tiles on every attention case, and print the table, then one line of JSON.
 

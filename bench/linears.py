@@ -16,7 +16,7 @@ import torch
 from cpu_ceilings import ceilings, fast_bf16, pass_milliseconds
 from tqdm import tqdm
 
-from minserve.models.layers import Placement, WeightFormat
+from minserve.models.layers import WeightFormat, WeightPlacement
 from minserve.models.source import find_model, load_config
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -24,18 +24,20 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 HEAD_ROWS = tuple(rows for rows in ROWS if rows <= 128)
 
 
-def forms() -> dict[str, Placement]:
+def forms() -> dict[str, WeightPlacement]:
     """Return the forms of a weight that make sense on this CPU."""
     cpu = torch.device("cpu")
     found = {
-        "float32": Placement(cpu, torch.float32, torch.float32, WeightFormat.DENSE),
-        "float32 onednn": Placement(cpu, torch.float32, torch.float32, WeightFormat.ONEDNN),
-        "float16 fbgemm": Placement(cpu, torch.float32, torch.float16, WeightFormat.FBGEMM_FP16),
-        "int8 fbgemm": Placement.choose(cpu, "auto", quantization="int8"),
+        "float32": WeightPlacement(cpu, torch.float32, torch.float32, WeightFormat.DENSE),
+        "float32 onednn": WeightPlacement(cpu, torch.float32, torch.float32, WeightFormat.ONEDNN),
+        "float16 fbgemm": WeightPlacement(
+            cpu, torch.float32, torch.float16, WeightFormat.FBGEMM_FP16
+        ),
+        "int8 fbgemm": WeightPlacement.choose(cpu, "auto", quantization="int8"),
     }
     if fast_bf16():
-        found["bfloat16"] = Placement(cpu, torch.bfloat16, torch.bfloat16, WeightFormat.DENSE)
-        found["bfloat16 onednn"] = Placement(
+        found["bfloat16"] = WeightPlacement(cpu, torch.bfloat16, torch.bfloat16, WeightFormat.DENSE)
+        found["bfloat16 onednn"] = WeightPlacement(
             cpu, torch.bfloat16, torch.bfloat16, WeightFormat.ONEDNN
         )
     return found
@@ -56,7 +58,7 @@ def linear_shapes(model: str) -> tuple[int, list[tuple[int, int]], tuple[int, in
 
 
 def sweep(
-    placement: Placement,
+    placement: WeightPlacement,
     num_layers: int,
     shapes: list[tuple[int, int]],
     all_rows: tuple[int, ...] = ROWS,

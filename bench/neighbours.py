@@ -85,7 +85,7 @@ def summary(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in out.items()} | {"worst_ratio": round(worst, 2)}
 
 
-class Engine:
+class EngineProcess:
     """An engine in another process, which runs one task for each line that it is sent.
 
     Args:
@@ -130,7 +130,7 @@ class Engine:
 
 
 @contextmanager
-def busy_engine(other: Engine) -> Iterator[None]:
+def busy_engine(other: EngineProcess) -> Iterator[None]:
     """Let the other engine decode while the context lasts."""
     other.send("on")
     try:
@@ -143,7 +143,7 @@ def measure(args: argparse.Namespace, env: Mapping[str, str], bar: tqdm) -> Seco
     """Measure all turns in one environment."""
     found: Seconds = {ALONE: [], BUSY_LOOP: [], OTHER: []}
     with ExitStack() as stack:
-        lone, other = (Engine(kind, args, env, stack) for kind in CHILDREN)
+        lone, other = (EngineProcess(kind, args, env, stack) for kind in CHILDREN)
         beside = {BUSY_LOOP: busy_process, OTHER: lambda: busy_engine(other)}
         for _ in range(args.turns):
             for name, neighbour in beside.items():
@@ -159,9 +159,9 @@ def measure(args: argparse.Namespace, env: Mapping[str, str], bar: tqdm) -> Seco
 
 def child_timed(args: argparse.Namespace) -> None:
     """Decode once for every line of standard input, and print the seconds that it took."""
-    from minserve import Engine, SamplingParams
+    from minserve import EngineProcess, SamplingParams
 
-    engine = Engine(args.model, prefix_caching=False)
+    engine = EngineProcess(args.model, prefix_caching=False)
     params = SamplingParams(temperature=0.0, max_tokens=args.tokens, ignore_eos=True)
     engine.generate(PROMPT, params)
     _tell("ready")
@@ -173,9 +173,9 @@ def child_timed(args: argparse.Namespace) -> None:
 
 def child_busy(args: argparse.Namespace) -> None:
     """Decode all the time between the lines ``on`` and ``off``, until standard input ends."""
-    from minserve import Engine, SamplingParams
+    from minserve import EngineProcess, SamplingParams
 
-    engine = Engine(args.model, prefix_caching=False)
+    engine = EngineProcess(args.model, prefix_caching=False)
     params = SamplingParams(temperature=0.0, max_tokens=OTHER_TOKENS, ignore_eos=True)
     engine.generate(PROMPT, SamplingParams(temperature=0.0, max_tokens=2))
     wanted = threading.Event()

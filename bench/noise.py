@@ -38,7 +38,7 @@ from typing import Any
 from noise_plan import FILTERS, POLICIES, Grid
 from noise_report import rows_of, summary, table
 from reproduce_jobs import fingerprint
-from reproduce_run import Done, Store, run_all
+from reproduce_run import Done, ResultStore, run_all
 
 from minserve.errors import WorkloadError
 from minserve.machine import Machine
@@ -49,7 +49,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "noise.json"
 
 def measure(grid: Grid, num_workers: int) -> tuple[Done, dict[str, Any]]:
     """Run everything; return how that ended, and the results as JSON values."""
-    store, began = Store(None), time.monotonic()
+    store, began = ResultStore(None), time.monotonic()
     done = run_all(lambda: grid.jobs(store), store, num_workers)
     rows = rows_of(grid, store)
     settings = dict.fromkeys(cell.setting for cell in grid.cells())

@@ -41,7 +41,7 @@ FILTERS = ("part", "device", "scenario", "tight", "kind", "noise", "load")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
-class Cell:
+class NoiseCell:
     """A setting under a load while its times scatter; all policies meet the same requests in it.
 
     Attributes:
@@ -95,7 +95,7 @@ class Grid:
     def seeds(self) -> range:
         return range(1 if self.quick else 2)
 
-    def cells(self) -> Iterator[Cell]:
+    def cells(self) -> Iterator[NoiseCell]:
         """Yield one load for each setting and weather.
 
         Loads are chosen so that any two values of two axes meet, as in a Latin square.
@@ -105,7 +105,7 @@ class Grid:
         for i, setting in self._settings():
             for j, weather in enumerate(weathers):
                 for k, load in enumerate(loads):
-                    cell = Cell(setting=setting, weather=weather, load=load)
+                    cell = NoiseCell(setting=setting, weather=weather, load=load)
                     if self._wants(cell.values) if self.only else (i + j + k) % len(loads) == 0:
                         yield cell
 
@@ -136,7 +136,7 @@ class Grid:
             start=starts[SCENARIOS.index(setting.scenario)],
         )
 
-    def runs(self, cell: Cell, found: Measured) -> dict[str, list[Run]]:
+    def runs(self, cell: NoiseCell, found: Measured) -> dict[str, list[Run]]:
         """Return for each policy a run for each seed; nothing while the rate is unknown."""
         capacity = self.capacity_of(cell.setting, found)
         if capacity is None:
@@ -162,7 +162,7 @@ class Grid:
                 seconds += sum(run.cost for run in self._runs(cell, rate, policy))
         return seconds
 
-    def _runs(self, cell: Cell, capacity: float, policy: str) -> list[Run]:
+    def _runs(self, cell: NoiseCell, capacity: float, policy: str) -> list[Run]:
         return [
             Run(
                 setting=cell.setting,

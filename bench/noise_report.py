@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from noise_plan import Cell, Grid
+from noise_plan import Grid, NoiseCell
 from reproduce_jobs import Measured
 
 from minserve.planner.policies import PROMISING
@@ -41,7 +41,7 @@ def rows_of(grid: Grid, found: Measured) -> list[dict[str, Any]]:
 
 
 def _row(
-    grid: Grid, cell: Cell, shares: dict[str, list[float]], offered: int, found: Measured
+    grid: Grid, cell: NoiseCell, shares: dict[str, list[float]], offered: int, found: Measured
 ) -> dict[str, Any]:
     means = {policy: statistics.fmean(each) for policy, each in shares.items()}
     row: dict[str, Any] = {

@@ -129,7 +129,7 @@ def peers_of(args: argparse.Namespace) -> list[Contender]:
     return found
 
 
-class Run:
+class OfflineBenchmark:
     """All turns of one run of this program.
 
     Attributes:
@@ -180,7 +180,9 @@ class Run:
         return found["events"]["limits"]["limits"]
 
 
-def summary(run: Run, ours: Sequence[Contender], peers: Sequence[Contender]) -> dict[str, Any]:
+def summary(
+    run: OfflineBenchmark, ours: Sequence[Contender], peers: Sequence[Contender]
+) -> dict[str, Any]:
     """Return everything that was measured, as JSON values.
 
     ``ratios``: of each minserve to each peer, and to ``vLLM``, the better of its variants.
@@ -237,7 +239,7 @@ def main() -> None:
     ours = minserve_contenders(args.model, args.dtype, args.quantization, args.repeats)
     peers = peers_of(args)
     say(json.dumps(machine()))
-    run = Run(args)
+    run = OfflineBenchmark(args)
     try:
         run.all(ours, peers)
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from gguf import GGUFReader
 from offline_children import script
 from offline_peers import cores, gguf_of, llama_cpp_python, vllm_python
-from paired_servers import Variant
+from paired_servers import ServerVariant
 from versus_servers import export_with_tokenizer, our_variant, vllm_variant
 
 ENGINES = "offline_engines.py"
@@ -34,7 +34,7 @@ class Contender:
     weights: str
     command: Sequence[str]
     env: Mapping[str, str] = field(default_factory=dict)
-    server: Variant | None = None
+    server: ServerVariant | None = None
     skipped: Mapping[str, str] = field(default_factory=dict)
     quantization: str | None = None
 
@@ -58,7 +58,7 @@ def _minserve(model: str, dtype: str, quantization: str | None, repeats: int) ->
         label=label,
         weights=f"{model}, dtype {dtype}" if quantization is None else f"{model}, {quantization}",
         command=command,
-        server=Variant(label, [*server.command, "--dtype", dtype, *flags], server.env),
+        server=ServerVariant(label, [*server.command, "--dtype", dtype, *flags], server.env),
         quantization=quantization,
     )
 
@@ -87,7 +87,7 @@ def vllm_contenders(model: str, python: str | None, dtype: str, repeats: int) ->
                 command=command,
                 # Engine and server run under the same conditions.
                 env=server.env,
-                server=Variant(label, server.command, server.env),
+                server=ServerVariant(label, server.command, server.env),
             )
         )
     return found

@@ -55,7 +55,7 @@ PASSES: Mapping[str, Pass] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class MeasuredLimits:
     """Measurements of the machine and the model.
 
     Attributes:
@@ -105,10 +105,10 @@ class Limits:
         }
 
 
-def best(measured: Sequence[Mapping[str, Any]]) -> Limits:
+def best(measured: Sequence[Mapping[str, Any]]) -> MeasuredLimits:
     """Return the limits of several measurements, with the fastest value of any of them."""
     first = measured[0]
-    return Limits(
+    return MeasuredLimits(
         copy_gb_s=max(one["copy_gb_s"] for one in measured),
         read_gb_s=max(one["read_gb_s"] for one in measured),
         weight_bytes=first["weight_bytes"],
@@ -117,7 +117,7 @@ def best(measured: Sequence[Mapping[str, Any]]) -> Limits:
     )
 
 
-def shares(rates: Mapping[str, float], limits: Limits) -> dict[str, float]:
+def shares(rates: Mapping[str, float], limits: MeasuredLimits) -> dict[str, float]:
     """Return the shares of the limits that the measured rows reach."""
     return {row: round(rates[row] / limits.rate(row), 3) for row in PASSES if row in rates}
 

@@ -11,7 +11,7 @@ Values = Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Metric:
     """A quantity that is measured.
 
     Attributes:
@@ -24,21 +24,21 @@ class Row:
     more_is_better: bool = True
 
 
-ROWS: Mapping[str, Row] = {
-    "decode_b1": Row("tok/s", "decode, batch 1"),
-    "decode_b8": Row("tok/s", "decode, batch 8"),
-    "decode_b32": Row("tok/s", "decode, batch 32"),
-    "prefill_1024": Row("tok/s", "prefill of 1024 tokens"),
-    "mixed_step": Row("steps/s", "16 decodes + 64 of a prompt"),
-    "server_b32": Row("tok/s", "server, 32 streams"),
-    "server_b32_share": Row("of decode_b32", "server, share of its engine"),
-    "server_mixed": Row("tok/s", "server, random load"),
-    "server_mixed_ttft_p50": Row("ms", "random load, TTFT p50", more_is_better=False),
-    "server_mixed_ttft_mean": Row("ms", "random load, TTFT mean", more_is_better=False),
-    "server_mixed_tpot_p50": Row("ms", "random load, TPOT p50", more_is_better=False),
-    "server_mixed_tpot_mean": Row("ms", "random load, TPOT mean", more_is_better=False),
-    "cold_first_token_s": Row("s", "cold start to first token", more_is_better=False),
-    "peak_memory_gib": Row("GiB", "peak memory", more_is_better=False),
+ROWS: Mapping[str, Metric] = {
+    "decode_b1": Metric("tok/s", "decode, batch 1"),
+    "decode_b8": Metric("tok/s", "decode, batch 8"),
+    "decode_b32": Metric("tok/s", "decode, batch 32"),
+    "prefill_1024": Metric("tok/s", "prefill of 1024 tokens"),
+    "mixed_step": Metric("steps/s", "16 decodes + 64 of a prompt"),
+    "server_b32": Metric("tok/s", "server, 32 streams"),
+    "server_b32_share": Metric("of decode_b32", "server, share of its engine"),
+    "server_mixed": Metric("tok/s", "server, random load"),
+    "server_mixed_ttft_p50": Metric("ms", "random load, TTFT p50", more_is_better=False),
+    "server_mixed_ttft_mean": Metric("ms", "random load, TTFT mean", more_is_better=False),
+    "server_mixed_tpot_p50": Metric("ms", "random load, TPOT p50", more_is_better=False),
+    "server_mixed_tpot_mean": Metric("ms", "random load, TPOT mean", more_is_better=False),
+    "cold_first_token_s": Metric("s", "cold start to first token", more_is_better=False),
+    "peak_memory_gib": Metric("GiB", "peak memory", more_is_better=False),
 }
 PANELS_PER_LINE = 5
 OURS, GREYS = ("#1f6feb", "#54aeff", "#b6e3ff"), ("#b6bcc4", "#7d8590", "#424a53")

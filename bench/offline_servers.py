@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offline_measure import OUTPUT, PROMPT
-from paired_servers import Served, Variant, started
+from paired_servers import Served, ServerVariant, started
 from prompt_texts import with_texts
 
 from minserve.slo import SLO
@@ -62,7 +62,7 @@ class RandomLoad:
 
 
 def measure_server(
-    variant: Variant, load: RandomLoad, repeats: int, count: Count
+    variant: ServerVariant, load: RandomLoad, repeats: int, count: Count
 ) -> dict[str, list[float]]:
     """Start a server, measure it and stop it.
 

@@ -70,7 +70,7 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class BoundedValue:
     """A capacity, or a ratio of two: a number, and whether it is only a bound.
 
     Attributes:
@@ -98,9 +98,9 @@ class Capacities:
             beyond the tried ones count as the nearest tried rate.
     """
 
-    ours: Point
-    theirs: Point
-    ratio: Point | None
+    ours: BoundedValue
+    theirs: BoundedValue
+    ratio: BoundedValue | None
     intervals: Mapping[str, tuple[float, float]]
 
     @classmethod
@@ -200,7 +200,7 @@ def in_percent(difference: Mapping[str, Any]) -> str:
     return f"{100 * difference['mean']:+.1f}{bounds}"
 
 
-def _points(curve: Curve, level: float) -> tuple[Point, Point]:
+def _points(curve: Curve, level: float) -> tuple[BoundedValue, BoundedValue]:
     """Return the capacities of both servers, linearly between the means at each rate."""
     lowest, highest = min(curve), max(curve)
     found = []
@@ -210,19 +210,19 @@ def _points(curve: Curve, level: float) -> tuple[Point, Point]:
             level,
         )
         if rate is None:
-            found.append(Point(lowest, "at most"))
+            found.append(BoundedValue(lowest, "at most"))
         else:
-            found.append(Point(rate, "at least" if rate == highest else ""))
+            found.append(BoundedValue(rate, "at least" if rate == highest else ""))
     return found[0], found[1]
 
 
-def _ratio(ours: Point, theirs: Point) -> Point | None:
+def _ratio(ours: BoundedValue, theirs: BoundedValue) -> BoundedValue | None:
     """Return the ratio; if theirs is a bound, the ratio is bounded from the other side."""
     opposite = {"": "", "at least": "at most", "at most": "at least"}
     bounds = {ours.bound, opposite[theirs.bound]} - {""}
     if len(bounds) > 1:
         return None
-    return Point(ours.value / theirs.value, next(iter(bounds), ""))
+    return BoundedValue(ours.value / theirs.value, next(iter(bounds), ""))
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float]:

@@ -15,14 +15,14 @@ from typing import Any
 from machine import machine
 from offline_peers import CACHE
 from paired_servers import Cores, Served, Watch, busy_process
-from paired_turns import Cell, Result, Slot, Store, schedule
+from paired_turns import Cell, Result, Slot, TurnStore, schedule
 from prompt_texts import with_texts
 from slo_servers import await_quiet
 from tqdm import tqdm
 
 from minserve.errors import WorkloadError
 from minserve.slo import SLO
-from minserve.workload.client import Load, Tally, run_load
+from minserve.workload.client import Load, LoadProgress, run_load
 from minserve.workload.conversation import Conversation, Turn
 from minserve.workload.reference import Reference
 from minserve.workload.report import Report
@@ -61,7 +61,7 @@ class Effort:
     rounds: int = 2
 
 
-class Bench:
+class PairedBenchmark:
     """All turns of one run of this program.
 
     Args:
@@ -70,7 +70,7 @@ class Bench:
     """
 
     def __init__(
-        self, effort: Effort, store: Store, servers: Mapping[str, Served],
+        self, effort: Effort, store: TurnStore, servers: Mapping[str, Served],
         count: Callable[[str], int],
     ) -> None:  # fmt: skip
         self._effort, self._store, self._servers, self._count = effort, store, servers, count
@@ -111,7 +111,7 @@ class Bench:
         server, cell = self._servers[slot.system], slot.cell
         workload = self._same_for_all(cell, slot.pair)
 
-        def show(tally: Tally) -> None:
+        def show(tally: LoadProgress) -> None:
             bar.set_postfix_str(
                 f"{slot.system}, {cell.name}: {tally.attained} of {tally.done}", refresh=False
             )
@@ -150,7 +150,7 @@ class Bench:
             tqdm.write(f"{name}: idle servers took {cores.idle:.2f} cores", file=sys.stderr)
 
     def _drive(
-        self, server: Served, workload: Sequence[Conversation], show: Callable[[Tally], None]
+        self, server: Served, workload: Sequence[Conversation], show: Callable[[LoadProgress], None]
     ) -> Load:
         """Send a workload to a server.
 
@@ -246,7 +246,7 @@ def estimate_s(num_turns: int, effort: Effort, num_servers: int, start_s: float)
 
 
 def say_estimate(
-    cells: Sequence[Cell], effort: Effort, systems: Sequence[str], start_s: float, store: Store
+    cells: Sequence[Cell], effort: Effort, systems: Sequence[str], start_s: float, store: TurnStore
 ) -> None:
     """Print how much is still to be measured, and where results are kept."""
     slots = store.missing(schedule(cells, systems, effort.pairs))
@@ -287,7 +287,7 @@ def add_flags(parser: argparse.ArgumentParser, name: str) -> None:
 def open_store(
     args: argparse.Namespace, name: str, settings: Mapping[str, Any], systems: Sequence[str],
     model: str,
-) -> Store:  # fmt: skip
+) -> TurnStore:  # fmt: skip
     """Return the store that the flags ask for.
 
     Args:
@@ -301,7 +301,7 @@ def open_store(
     settings = {k: v for k, v in vars(args).items() if k in common} | settings
     settings |= {"systems": list(systems), "machine": machine()}
     if args.resume is not None:
-        return Store.resume(args.resume, settings, systems)
+        return TurnStore.resume(args.resume, settings, systems)
     file = args.results
     if file is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -309,7 +309,7 @@ def open_store(
         file.parent.mkdir(parents=True, exist_ok=True)
     if file.exists():
         raise SystemExit(f"{file} exists already; --resume {file} goes on with it")
-    store = Store(settings, file)
+    store = TurnStore(settings, file)
     try:
         if args.zero_load is not None:
             store.reference = Reference.load(args.zero_load, model)
@@ -319,7 +319,7 @@ def open_store(
     return store
 
 
-def caveats(store: Store) -> str:
+def caveats(store: TurnStore) -> str:
     """Return one line about the machine's state that a reader should know."""
     if not store.results:
         return "nothing was measured"

@@ -34,7 +34,7 @@ while os.getppid() == parent:
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
+class ServerVariant:
     """A server and its settings.
 
     Attributes:
@@ -59,7 +59,7 @@ class Served(Protocol):
         """Return the error that ends the benchmark, with the end of the server's log."""
 
 
-def minserve_variant(label: str, *flags: str) -> Variant:
+def minserve_variant(label: str, *flags: str) -> ServerVariant:
     """Return a ``minserve serve`` of this environment.
 
     It makes a full profile of the device at its first start, so that no profile is refined
@@ -69,10 +69,10 @@ def minserve_variant(label: str, *flags: str) -> Variant:
         flags: its flags, without the port.
     """
     profile = ["--profile-seconds", str(PROFILE_S)]
-    return Variant(label, [sys.executable, "-m", "minserve", "serve", *profile, *flags])
+    return ServerVariant(label, [sys.executable, "-m", "minserve", "serve", *profile, *flags])
 
 
-class Server:
+class VariantServer:
     """A server process on a free port, ready once the object exists.
 
     Attributes:
@@ -83,7 +83,7 @@ class Server:
         SystemExit: if it does not start; the message has the end of its log.
     """
 
-    def __init__(self, variant: Variant, folder: Path) -> None:
+    def __init__(self, variant: ServerVariant, folder: Path) -> None:
         self.variant = variant
         self._log = folder / f"{variant.label}.log".replace(" ", "-").replace(",", "")
         port = _free_port()
@@ -142,7 +142,7 @@ class Server:
 
 
 @contextmanager
-def started(variants: Iterable[Variant], logs: Path) -> Iterator[dict[str, Server]]:
+def started(variants: Iterable[ServerVariant], logs: Path) -> Iterator[dict[str, VariantServer]]:
     """Start servers one after another, and yield them by label; stop all at the context's end.
 
     Args:
@@ -152,7 +152,7 @@ def started(variants: Iterable[Variant], logs: Path) -> Iterator[dict[str, Serve
         servers = {}
         for variant in variants:
             print(f"starting {variant.label}", file=sys.stderr, flush=True)
-            servers[variant.label] = server = Server(variant, logs)
+            servers[variant.label] = server = VariantServer(variant, logs)
             stack.callback(server.stop)
             print(f"  ready after {server.start_s:.0f} s", file=sys.stderr, flush=True)
         yield servers

@@ -129,7 +129,7 @@ def schedule(cells: Sequence[Cell], systems: Sequence[str], pairs: int) -> list[
 
 
 @dataclass(slots=True)
-class Store:
+class TurnStore:
     """All results, kept in a file so that an interrupted benchmark can continue.
 
     Attributes:
@@ -143,7 +143,7 @@ class Store:
     results: list[Result] = field(default_factory=list)
 
     @classmethod
-    def resume(cls, file: Path, settings: Mapping[str, Any], systems: Sequence[str]) -> Store:
+    def resume(cls, file: Path, settings: Mapping[str, Any], systems: Sequence[str]) -> TurnStore:
         """Return the store that a file holds, without the turns of incomplete pairs.
 
         The other turns of such a pair would be run at another time.

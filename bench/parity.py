@@ -26,7 +26,7 @@ from minserve.engine.kv_cache import allocate_kv_cache
 from minserve.engine.runner import ModelRunner
 from minserve.kernels.attention import AttentionMetadata, make_attention_backend
 from minserve.models.base import CausalLM
-from minserve.models.layers import Placement
+from minserve.models.layers import WeightPlacement
 from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
 from minserve.models.source import find_model, load_config
@@ -42,7 +42,7 @@ BLOCK_SIZE = 16
 
 
 @dataclass(frozen=True)
-class Case:
+class ModelVariant:
     """A model variant: family, settings of transformers' config class, and file format."""
 
     name: str
@@ -61,35 +61,35 @@ LLAMA3_SCALING = {
 }
 LINEAR_SCALING = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 CASES = [
-    Case("llama, one KV head per head", "llama", {"num_key_value_heads": 6}),
-    Case("llama, GQA 2", "llama", {"num_key_value_heads": 3}),
-    Case("llama, GQA 3, tied", "llama", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
-    Case("llama, one KV head", "llama", {"num_key_value_heads": 1}),
-    Case("llama, attention bias", "llama", {"attention_bias": True}),
-    Case("llama, MLP bias", "llama", {"mlp_bias": True}),
-    Case("llama, both biases, sharded", "llama", {"attention_bias": True, "mlp_bias": True}, "sharded"),
-    Case("llama, wide heads", "llama", {"head_dim": 32}),
-    Case("llama, odd widths", "llama", {"hidden_size": 60, "intermediate_size": 101, "head_dim": 10}),
-    Case("llama, RoPE linear", "llama", {"rope_parameters": LINEAR_SCALING}),
-    Case("llama, RoPE llama3", "llama", {"rope_parameters": LLAMA3_SCALING}),
-    Case("llama, RoPE theta 1e6", "llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
-    Case("llama, pytorch_model.bin", "llama", {}, "bin"),
-    Case("opt, as 125m", "opt"),
-    Case("opt, as 350m", "opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 40}),
-    Case("opt, post-norm", "opt", {"do_layer_norm_before": False}),
-    Case("opt, projected embedding, pre-norm", "opt", {"word_embed_proj_dim": 40}),
-    Case("opt, as 2.7b (head_dim 80)", "opt", {"hidden_size": 160, "num_attention_heads": 2}),
-    Case("opt, as 6.7b and 30b (head_dim 128), sharded", "opt", {"hidden_size": 256, "num_attention_heads": 2}, "sharded"),
-    Case("opt, no biases", "opt", {"enable_bias": False}),
-    Case("opt, plain layer norms", "opt", {"layer_norm_elementwise_affine": False}),
-    Case("opt, no final norm", "opt", {"_remove_final_layer_norm": True}),
-    Case("opt, untied head", "opt", {"tie_word_embeddings": False}),
-    Case("opt, GELU", "opt", {"activation_function": "gelu"}),
-    Case("opt, pytorch_model.bin", "opt", {}, "bin"),
+    ModelVariant("llama, one KV head per head", "llama", {"num_key_value_heads": 6}),
+    ModelVariant("llama, GQA 2", "llama", {"num_key_value_heads": 3}),
+    ModelVariant("llama, GQA 3, tied", "llama", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    ModelVariant("llama, one KV head", "llama", {"num_key_value_heads": 1}),
+    ModelVariant("llama, attention bias", "llama", {"attention_bias": True}),
+    ModelVariant("llama, MLP bias", "llama", {"mlp_bias": True}),
+    ModelVariant("llama, both biases, sharded", "llama", {"attention_bias": True, "mlp_bias": True}, "sharded"),
+    ModelVariant("llama, wide heads", "llama", {"head_dim": 32}),
+    ModelVariant("llama, odd widths", "llama", {"hidden_size": 60, "intermediate_size": 101, "head_dim": 10}),
+    ModelVariant("llama, RoPE linear", "llama", {"rope_parameters": LINEAR_SCALING}),
+    ModelVariant("llama, RoPE llama3", "llama", {"rope_parameters": LLAMA3_SCALING}),
+    ModelVariant("llama, RoPE theta 1e6", "llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    ModelVariant("llama, pytorch_model.bin", "llama", {}, "bin"),
+    ModelVariant("opt, as 125m", "opt"),
+    ModelVariant("opt, as 350m", "opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 40}),
+    ModelVariant("opt, post-norm", "opt", {"do_layer_norm_before": False}),
+    ModelVariant("opt, projected embedding, pre-norm", "opt", {"word_embed_proj_dim": 40}),
+    ModelVariant("opt, as 2.7b (head_dim 80)", "opt", {"hidden_size": 160, "num_attention_heads": 2}),
+    ModelVariant("opt, as 6.7b and 30b (head_dim 128), sharded", "opt", {"hidden_size": 256, "num_attention_heads": 2}, "sharded"),
+    ModelVariant("opt, no biases", "opt", {"enable_bias": False}),
+    ModelVariant("opt, plain layer norms", "opt", {"layer_norm_elementwise_affine": False}),
+    ModelVariant("opt, no final norm", "opt", {"_remove_final_layer_norm": True}),
+    ModelVariant("opt, untied head", "opt", {"tie_word_embeddings": False}),
+    ModelVariant("opt, GELU", "opt", {"activation_function": "gelu"}),
+    ModelVariant("opt, pytorch_model.bin", "opt", {}, "bin"),
 ]  # fmt: skip
 
 
-def reference_model(case: Case, seed: int = 0) -> torch.nn.Module:
+def reference_model(case: ModelVariant, seed: int = 0) -> torch.nn.Module:
     """Return a random transformers model whose weights are large enough for varied logits."""
     from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -124,15 +124,15 @@ def save(model: torch.nn.Module, folder: Path, form: str) -> None:
         torch.save(model.state_dict(), folder / "pytorch_model.bin")
 
 
-def load(folder: Path, dtype: str = "float32") -> tuple[CausalLM, Placement]:
+def load(folder: Path, dtype: str = "float32") -> tuple[CausalLM, WeightPlacement]:
     """Load the saved model in minserve, on the CPU."""
     source = find_model(str(folder))
-    placement = Placement.choose(torch.device("cpu"), dtype)
+    placement = WeightPlacement.choose(torch.device("cpu"), dtype)
     with open_checkpoint(source) as checkpoint:
         return build_model(checkpoint, load_config(source), placement), placement
 
 
-def make_runner(model: CausalLM, placement: Placement, num_blocks: int = 64) -> ModelRunner:
+def make_runner(model: CausalLM, placement: WeightPlacement, num_blocks: int = 64) -> ModelRunner:
     """Return a runner with the torch backend and a small cache."""
     s = model.shape
     backend = make_attention_backend("torch", s.num_heads, s.num_kv_heads, s.head_dim, s.scale)
@@ -234,7 +234,7 @@ def reference_greedy(model: torch.nn.Module, tokens: list[int], num_tokens: int)
     return out
 
 
-def check(case: Case) -> Iterator[str]:
+def check(case: ModelVariant) -> Iterator[str]:
     """Run one case, and yield a line for every mismatch."""
     reference = reference_model(case)
     with tempfile.TemporaryDirectory() as folder:

@@ -25,7 +25,7 @@ from planner_instances import best_by_brute_force, random_instance
 from tqdm import tqdm
 
 from minserve.engine.block_pool import BlockPool
-from minserve.planner.admission import admit
+from minserve.planner.dynamic_program import admit
 from minserve.planner.perf_model import PerfModel, Piece
 from minserve.planner.plan import PlannerView
 from minserve.planner.policies import make_planner
@@ -43,7 +43,7 @@ BLOCK_SIZE, NUM_BLOCKS = 16, 30_000
 
 
 @dataclass(frozen=True)
-class Timing:
+class PlanningTiming:
     """Milliseconds of `plan`, with a round of admission and without, and sequences admitted."""
 
     review_p50: float
@@ -99,7 +99,9 @@ def make_sequence(rng: random.Random, name: str, tiers: int, arrival: float) -> 
     return Sequence(request)
 
 
-def time_planning(running: int, waiting: int, tiers: int, samples: int, seed: int) -> Timing:
+def time_planning(
+    running: int, waiting: int, tiers: int, samples: int, seed: int
+) -> PlanningTiming:
     """Time plans at several moments of several situations; only the first call hashes prompts."""
     rng, review, form, admitted = random.Random(seed), [], [], []
     for _ in range(samples):
@@ -115,7 +117,7 @@ def time_planning(running: int, waiting: int, tiers: int, samples: int, seed: in
             review.append(between - started)
             form.append(time.perf_counter() - between)
         admitted.append(len(planner._round.chosen))
-    return Timing(
+    return PlanningTiming(
         *(1e3 * percentile(times, q) for times in (review, form) for q in (0.5, 0.99)),
         statistics.mean(admitted),
     )

@@ -1,6 +1,6 @@
 """Small random admission instances, and a slow twin of the program, which tries every subset.
 
-The twin is written from the definition, not from the program: of `minserve.planner.admission` and
+The twin is written from the definition, not from the program: of `minserve.planner.dynamic_program` and
 `minserve.planner.timeline` it uses only the data types.
 """
 

@@ -30,8 +30,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from paired_runs import Bench, Effort, add_flags, caveats, open_store, say_estimate
-from paired_servers import Variant, minserve_variant, started
+from paired_runs import Effort, PairedBenchmark, add_flags, caveats, open_store, say_estimate
+from paired_servers import ServerVariant, minserve_variant, started
 from paired_turns import Cell, Pairs
 from policies_report import summary, table
 from prompt_texts import Counter
@@ -100,7 +100,7 @@ def cells_of(args: argparse.Namespace) -> list[Cell]:
     ]  # fmt: skip
 
 
-def make_variants(args: argparse.Namespace, served_name: str) -> list[Variant]:
+def make_variants(args: argparse.Namespace, served_name: str) -> list[ServerVariant]:
     """Return a server for each policy, without drafts, whose lengths are another policy."""
     return [
         minserve_variant(
@@ -123,7 +123,7 @@ def main() -> None:
                     rounds=1 if args.quick else 2)  # fmt: skip
     say_estimate(cells, effort, policies, START_S * len(policies), store)
     with tempfile.TemporaryDirectory() as logs, started(variants, Path(logs)) as servers:
-        done = Bench(effort, store, servers, Counter(args.model)).run(cells)
+        done = PairedBenchmark(effort, store, servers, Counter(args.model)).run(cells)
     result = summary(Pairs(store.results), cells, policies)
     print(table(result))
     print(caveats(store))

@@ -34,7 +34,7 @@ from replicas_runs import (
     MODEL,
     PROFILES,
     ROUTERS,
-    Case,
+    ReplicaCase,
     Slowed,
     drive,
     expected_capacity,
@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from minserve.errors import EngineStoppedError, WorkloadError
 from minserve.workload.capacity import find_capacity
-from minserve.workload.client import Tally
+from minserve.workload.client import LoadProgress
 from minserve.workload.endpoint import Endpoint, find_endpoint
 from minserve.workload.plots import check_can_plot, figure_of, save
 
@@ -99,7 +99,7 @@ class Results:
         return {"machine": machine(), **{name: getattr(self, name) for name in names}}
 
 
-def measure(case: Case, results: Results, args: argparse.Namespace, count: Counter) -> None:
+def measure(case: ReplicaCase, results: Results, args: argparse.Namespace, count: Counter) -> None:
     """Search for one capacity; runs that are known already are not repeated."""
     slowed = Slowed.of(case.scenario, args.slow)
     if case.name not in results.expected:
@@ -119,13 +119,13 @@ def measure(case: Case, results: Results, args: argparse.Namespace, count: Count
             return known[repeat]["attainment"]
 
         def run(
-            endpoint: Endpoint, slowed: Slowed, case: Case, rate: float, repeat: int
+            endpoint: Endpoint, slowed: Slowed, case: ReplicaCase, rate: float, repeat: int
         ) -> dict[str, float]:
             salt = f"{args.seed} {case.name} {rate} {repeat}"
             seed = args.seed + repeat
             workload = texts_of(slowed, count, rate, args.seconds, seed, salt)
 
-            def show(tally: Tally) -> None:
+            def show(tally: LoadProgress) -> None:
                 bar.update(tally.done - bar.n)
 
             load = drive(endpoint, slowed, workload, show)
@@ -162,10 +162,10 @@ def wait_until_up(url: str, replicas: int) -> None:
         raise EngineStoppedError(f"of {replicas} replicas, not all are up after {UP_S:g} s")
 
 
-def cases_of(args: argparse.Namespace) -> list[Case]:
+def cases_of(args: argparse.Namespace) -> list[ReplicaCase]:
     """Return all cases to measure; one replica needs no router."""
     return [
-        Case(scenario, replicas, router)
+        ReplicaCase(scenario, replicas, router)
         for router in args.routers
         for scenario in args.scenarios
         for replicas in args.replicas
@@ -173,7 +173,7 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
     ]
 
 
-def by_scenario(values: dict[str, float | None], cases: list[Case]) -> dict[str, Any]:
+def by_scenario(values: dict[str, float | None], cases: list[ReplicaCase]) -> dict[str, Any]:
     """Return {scenario: {router: {replicas: rate}}}; one replica counts for every router."""
     found: dict[str, Any] = {}
     for case in cases:
@@ -184,7 +184,7 @@ def by_scenario(values: dict[str, float | None], cases: list[Case]) -> dict[str,
     return found
 
 
-def table(results: Results, cases: list[Case]) -> str:
+def table(results: Results, cases: list[ReplicaCase]) -> str:
     """Return the capacities as a table."""
     lines = [f"{'':32}{'measured':>10}{'simulated':>11}{'per replica':>13}"]
     for case in cases:
@@ -196,7 +196,7 @@ def table(results: Results, cases: list[Case]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: Results, cases: list[Case], file: Path) -> None:
+def plot(results: Results, cases: list[ReplicaCase], file: Path) -> None:
     """Draw capacity by number of replicas, with a panel for each scenario."""
     found = by_scenario(results.capacity, cases)
     figure, panels = figure_of(len(found))

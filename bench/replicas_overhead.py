@@ -17,8 +17,8 @@ from tqdm import tqdm
 from minserve.controller.prefixes import PrefixMap, chunks_of
 from minserve.controller.router import Ask, make_router
 from minserve.devices import find_device
-from minserve.planner.load import ReplicaLoad
 from minserve.planner.perf_model import PerfModel, Piece
+from minserve.planner.replica_load import ReplicaLoad
 from minserve.slo import SLO
 from minserve.workload.arrivals import gamma_arrivals
 from minserve.workload.client import run_load

@@ -15,7 +15,7 @@ from minserve.devices import Device, find_device
 from minserve.planner.perf_model import PerfModel
 from minserve.simulator.simulation import BLOCK_SIZE, Setup, simulate
 from minserve.workload.capacity import find_capacity
-from minserve.workload.client import Load, Tally, run_load
+from minserve.workload.client import Load, LoadProgress, run_load
 from minserve.workload.conversation import Conversation
 from minserve.workload.endpoint import Endpoint
 from minserve.workload.report import Report
@@ -31,7 +31,7 @@ TIGHT_S, LOOSE_S = 0.050, 0.100
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class ReplicaCase:
     """The setting of one capacity."""
 
     scenario: str
@@ -73,7 +73,7 @@ class Slowed:
             factor,
         )
 
-    def setup(self, case: Case) -> Setup:
+    def setup(self, case: ReplicaCase) -> Setup:
         """Return the same setting for the simulator."""
         return Setup(
             device=self.device,
@@ -83,7 +83,7 @@ class Slowed:
             max_num_seqs=MAX_NUM_SEQS,
         )
 
-    def flags(self, case: Case, profile: Path) -> list[str]:
+    def flags(self, case: ReplicaCase, profile: Path) -> list[str]:
         """Return the flags of ``minserve serve``."""
         device = self.device
         assert device.kv_tokens is not None
@@ -105,7 +105,7 @@ def profile_file(model: PerfModel, name: str) -> Iterator[Path]:
         yield path
 
 
-def expected_capacity(slowed: Slowed, case: Case, seconds: float, tolerance: float) -> float:
+def expected_capacity(slowed: Slowed, case: ReplicaCase, seconds: float, tolerance: float) -> float:
     """Return the simulator's capacity, with which a search begins and the result is compared."""
 
     def attainment(rate: float, repeat: int) -> float:
@@ -129,7 +129,7 @@ def drive(
     endpoint: Endpoint,
     slowed: Slowed,
     workload: list[Conversation],
-    show: Callable[[Tally], None],
+    show: Callable[[LoadProgress], None],
 ) -> Load:
     """Send a workload and return its load.
 
@@ -143,7 +143,7 @@ def drive(
 
 
 @contextmanager
-def served(slowed: Slowed, case: Case) -> Iterator[ServerProcess]:
+def served(slowed: Slowed, case: ReplicaCase) -> Iterator[ServerProcess]:
     """Run a server for this case while the context lasts."""
     with (
         profile_file(slowed.device.perf_model(), slowed.device.name) as profile,

@@ -30,7 +30,7 @@ from reproduce_jobs import fingerprint
 from reproduce_plan import NOT_QUICK, SECTIONS, Plan, jobs_of
 from reproduce_plots import draw_all
 from reproduce_report import details, markdown, summary
-from reproduce_run import Done, Store, run_all
+from reproduce_run import Done, ResultStore, run_all
 
 from minserve.machine import Machine
 from minserve.workload.plots import GET_MATPLOTLIB
@@ -39,7 +39,12 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def evaluate(
-    plan: Plan, sections: list[str], store: Store, num_workers: int, folder: Path, command: str
+    plan: Plan,
+    sections: list[str],
+    store: ResultStore,
+    num_workers: int,
+    folder: Path,
+    command: str,
 ) -> tuple[Done, dict]:
     """Measure sections, then write the results of all sections so far; returns the summary too."""
     done = run_all(lambda: jobs_of(plan, sections, store), store, num_workers)
@@ -105,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     # Simulations are pure Python: more threads would only disturb each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     command = " ".join(["python bench/reproduce.py", *(argv if argv is not None else sys.argv[1:])])
-    store = Store(args.results)
+    store = ResultStore(args.results)
     done, figures = evaluate(Plan(quick=args.quick), sections, store, args.jobs, args.out, command)
     if done.interrupted:
         print("interrupted; the same command goes on from here", file=sys.stderr)

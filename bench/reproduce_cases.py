@@ -9,7 +9,7 @@ from functools import partial
 from reproduce_planners import ABLATIONS
 
 from minserve.devices import PUBLISHED
-from minserve.simulator.simulation import MakePlanner, Outcome, Setup, planner_of, simulate
+from minserve.simulator.simulation import MakePlanner, Setup, SimulationResult, planner_of, simulate
 from minserve.slo import SLO
 from minserve.workload.capacity import LEVEL, Measure
 from minserve.workload.conversation import Conversation, num_turns
@@ -171,7 +171,7 @@ def attainment(
         cut: the simulation ends as soon as less than this share can still attain; the result
             is then the share that still could, an upper bound.
     """
-    offered, outcome = num_turns(workload), Outcome()
+    offered, result = num_turns(workload), SimulationResult()
     num_misses = 0
 
     def progressed(load) -> None:
@@ -181,7 +181,7 @@ def attainment(
             raise _OutOfReach
 
     with suppress(_OutOfReach):
-        simulate(workload, setup, progressed, outcome, make)
+        simulate(workload, setup, progressed, result, make)
     return 1.0 - num_misses / offered
 
 

@@ -16,7 +16,7 @@ from reproduce_planners import watched
 from reproduce_search import best_of
 
 from minserve.planner.plan import PlannerView
-from minserve.simulator.simulation import Outcome, simulate
+from minserve.simulator.simulation import SimulationResult, simulate
 from minserve.slo import Standing
 from minserve.workload.conversation import num_turns
 from minserve.workload.report import percentile, share
@@ -150,7 +150,7 @@ class Series(Job):
         return _simulation_s(self.case, self.size.requests)
 
     def run(self) -> Result:
-        case, outcome = self.case, Outcome()
+        case, result = self.case, SimulationResult()
         workload = case.workload(self.rate, self.size.requests, 0)
         # By bin: sequences that run under a promise (all, if the policy makes none), without,
         # waiting.
@@ -161,10 +161,10 @@ class Series(Job):
             counts = (len(view.running) - late, late, len(view.waiting))
             running.setdefault(int(now / BIN_S), []).append(counts)
 
-        simulate(workload, case.setup(0), into=outcome, make=watched(case.make, watch))
-        bins = range(int(outcome.seconds / BIN_S) + 1)
+        simulate(workload, case.setup(0), into=result, make=watched(case.make, watch))
+        bins = range(int(result.seconds / BIN_S) + 1)
         arrived: dict[int, list[bool]] = {}
-        for verdict in outcome.verdicts:
+        for verdict in result.verdicts:
             arrived.setdefault(int(verdict.arrival_s / BIN_S), []).append(verdict.attained)
         promised, late, waiting = (
             [_mean([counts[part] for counts in running.get(i, [])]) for i in bins]
@@ -173,7 +173,7 @@ class Series(Job):
         return {
             "bin_s": BIN_S,
             "offered": num_turns(workload),
-            "attainment": share(verdict.attained for verdict in outcome.verdicts),
+            "attainment": share(verdict.attained for verdict in result.verdicts),
             "arrivals": [len(arrived.get(i, [])) for i in bins],
             "attained": [sum(arrived.get(i, [])) for i in bins],
             "promised": promised,

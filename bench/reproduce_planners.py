@@ -13,7 +13,7 @@ from minserve.planner.perf_model import BatchShape
 from minserve.planner.plan import IterationPlan, PlannerView, Refusal
 from minserve.planner.policies import Planner
 from minserve.planner.policies.dp import GUARD_S, DpPlanner
-from minserve.planner.review import Verdict
+from minserve.planner.review import ReviewResult
 from minserve.request import Sequence, SequenceState
 from minserve.simulator.simulation import MakePlanner, Setup
 from minserve.slo import Standing
@@ -32,18 +32,18 @@ class NoPendingPlanner(DpPlanner):
         super().finished(seq)
         self._declined.discard(seq.seq_id)
 
-    def _review(self, view: PlannerView, now: float) -> Verdict:
+    def _review(self, view: PlannerView, now: float) -> ReviewResult:
         shown = replace(
             view,
             waiting=[self._shown(seq) for seq in view.waiting],
             running=[self._shown(seq) for seq in view.running],
         )
-        verdict = super()._review(shown, now)
+        result = super()._review(shown, now)
         for seq in (*view.waiting, *view.running):
-            if seq.standing is Standing.PENDING and seq.seq_id not in verdict.chosen:
-                verdict.relegate[seq.seq_id] = None
-        self._declined.update(verdict.relegate)
-        return verdict
+            if seq.standing is Standing.PENDING and seq.seq_id not in result.chosen:
+                result.relegate[seq.seq_id] = None
+        self._declined.update(result.relegate)
+        return result
 
     def _shown(self, seq: Sequence) -> Sequence:
         """Return the sequence as admission sees it: without an SLO once it was declined."""
@@ -62,12 +62,12 @@ class NoBestEffortPlanner(DpPlanner):
 
     name = "dp"
 
-    def _sort(self, view: PlannerView, now: float, verdict: Verdict) -> Work:
-        work = super()._sort(view, now, verdict)
+    def _sort(self, view: PlannerView, now: float, result: ReviewResult) -> Work:
+        work = super()._sort(view, now, result)
         for seq in [seq for seq in work.best_effort if _untouched(seq)]:
             work.best_effort.remove(seq)
-            verdict.relegate.pop(seq.seq_id, None)
-            verdict.reject[seq.seq_id] = Refusal("compute", 0.0)
+            result.relegate.pop(seq.seq_id, None)
+            result.reject[seq.seq_id] = Refusal("compute", 0.0)
         return work
 
 
@@ -88,8 +88,8 @@ class FixedBatchPlanner(DpPlanner):
     def _longest_s(self) -> float:
         return self.model.predict(BatchShape.of([(0, self.token_budget)], eager=True))
 
-    def _sort(self, view: PlannerView, now: float, verdict: Verdict) -> Work:
-        work = super()._sort(view, now, verdict)
+    def _sort(self, view: PlannerView, now: float, result: ReviewResult) -> Work:
+        work = super()._sort(view, now, result)
         due = now + GUARD_S + self.model.margin * self._longest_s()
         work.decodes = [(due, seq) for _, seq in work.decodes]
         return work

@@ -18,7 +18,7 @@ from tqdm import tqdm
 FILE = "jobs.jsonl"
 
 
-class Store:
+class ResultStore:
     """Results by key, each a line of a file, so that an interrupted run can continue.
 
     Args:
@@ -93,7 +93,7 @@ class Done:
     interrupted: bool = False
 
 
-def run_all(ask: Callable[[], list[Job]], store: Store, num_workers: int) -> Done:
+def run_all(ask: Callable[[], list[Job]], store: ResultStore, num_workers: int) -> Done:
     """Run jobs until all that are asked for have been run.
 
     Args:
@@ -118,7 +118,7 @@ def run_all(ask: Callable[[], list[Job]], store: Store, num_workers: int) -> Don
     return done
 
 
-def _run(jobs: list[Job], store: Store, num_workers: int, done: Done, bar: tqdm) -> None:
+def _run(jobs: list[Job], store: ResultStore, num_workers: int, done: Done, bar: tqdm) -> None:
     """Run these jobs; jobs that must be alone run one by one, after the others."""
     together = sorted((job for job in jobs if not job.alone), key=lambda job: -job.cost)
     alone = [job for job in jobs if job.alone]

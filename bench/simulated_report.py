@@ -38,7 +38,7 @@ class Inputs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class ComparedRun:
     """A workload on a server, real and simulated.
 
     Attributes:
@@ -115,7 +115,7 @@ def errors(real: Sequence[Verdict], simulated: Sequence[Verdict]) -> dict[str, f
     return {**found, "attainment": ours.attainment - theirs.attainment}
 
 
-def print_table(rows: Sequence[Row]) -> None:
+def print_table(rows: Sequence[ComparedRun]) -> None:
     """Print a line per row: the real values, the simulated ones, and the errors."""
     print("\nreal / simulated (error)")
     print(
@@ -148,7 +148,7 @@ def print_table(rows: Sequence[Row]) -> None:
         )
 
 
-def plot(rows: Sequence[Row], file: str) -> None:
+def plot(rows: Sequence[ComparedRun], file: str) -> None:
     """Save the distributions of TTFT and TPOT.
 
     There is a column for each scenario and rate, and a colour for each policy. Real distributions

@@ -49,7 +49,7 @@ from pathlib import Path
 import psutil
 from machine import machine
 from prometheus_client.parser import text_string_to_metric_families
-from simulated_report import ATTAINMENT_GOAL, MEDIAN_GOAL, Inputs, Row, plot, print_table
+from simulated_report import ATTAINMENT_GOAL, MEDIAN_GOAL, ComparedRun, Inputs, plot, print_table
 from slo_servers import DISTURBED_CORES, PROFILE_S, await_quiet, cpu_seconds
 from tqdm import tqdm
 
@@ -68,8 +68,8 @@ from minserve.workload.plots import check_can_plot
 from minserve.workload.report import share
 from minserve.workload.scenarios import find_scenario
 from minserve.workload.server_process import ServerProcess
-from minserve.workload.targets import Speed
 from minserve.workload.texts import fill
+from minserve.workload.turn_targets import Speed
 from minserve.workload.verdict import Verdict
 from minserve.workload.zero_load import measure_speed
 
@@ -127,7 +127,7 @@ def _threads(args: argparse.Namespace) -> list[str]:
 Metrics = Mapping[tuple[str, str], float]
 
 
-class Server:
+class PolicyServer:
     """A `minserve serve` of one policy, and the values of its metrics."""
 
     def __init__(self, args: argparse.Namespace, policy: str) -> None:
@@ -261,7 +261,7 @@ def _mean(metrics: Metrics, name: str) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class WorkloadAtRate:
     """A workload without texts, with its scenario and rate."""
 
     scenario: str
@@ -277,7 +277,7 @@ def draw(
     return draw_scenario(scaled, seconds=seconds)(rate, args.seed)
 
 
-def points(args: argparse.Namespace, device: Device) -> list[Point]:
+def points(args: argparse.Namespace, device: Device) -> list[WorkloadAtRate]:
     """Return every scenario at every rate."""
     found = []
     for scenario in args.scenarios:
@@ -287,7 +287,7 @@ def points(args: argparse.Namespace, device: Device) -> list[Point]:
             print(f"{scenario}: the simulator's capacity with dp is {capacity:.2f} requests/s")
             rates = [one * capacity for one in args.shares]
         span_s = LEAD_S + args.seconds + TAIL_S
-        found += [Point(scenario, one, draw(args, scenario, one, span_s)) for one in rates]
+        found += [WorkloadAtRate(scenario, one, draw(args, scenario, one, span_s)) for one in rates]
     return found
 
 
@@ -353,8 +353,8 @@ def counted(verdicts: Sequence[Verdict], seconds: float) -> list[Verdict]:
     return sorted(inside, key=lambda one: one.arrival_s)
 
 
-def compare(args: argparse.Namespace, device: Device, server: Server, policy: str,
-            point: Point) -> Row:  # fmt: skip
+def compare(args: argparse.Namespace, device: Device, server: PolicyServer, policy: str,
+            point: WorkloadAtRate) -> ComparedRun:  # fmt: skip
     """Send a workload to the server and run it in the simulator, with the inputs and without."""
     model = device.perf_model()
     workload = fill(point.workload, server.speed.count_tokens, seed=args.seed)
@@ -378,7 +378,7 @@ def compare(args: argparse.Namespace, device: Device, server: Server, policy: st
     ]
     blind = simulate(sent, setup_of(args, device, policy)).verdicts
     real = [answer.verdict(load.start_s) for answer in load.answers]
-    return Row(
+    return ComparedRun(
         policy=policy,
         scenario=point.scenario,
         rate=point.rate,
@@ -446,7 +446,7 @@ def main() -> None:
     with tqdm(total=len(work) * len(args.policies), unit="run", smoothing=0) as bar:
         for policy in args.policies:
             with ExitStack() as stack:
-                server = Server(args, policy)
+                server = PolicyServer(args, policy)
                 stack.callback(server.stop)
                 if server.endpoint.max_model_len is not None:
                     device = replace(device, max_model_len=server.endpoint.max_model_len)
@@ -456,7 +456,7 @@ def main() -> None:
     report(args, rows, time.perf_counter() - started)
 
 
-def report(args: argparse.Namespace, rows: Sequence[Row], seconds: float) -> None:
+def report(args: argparse.Namespace, rows: Sequence[ComparedRun], seconds: float) -> None:
     """Print the tables and the JSON line, and draw the picture."""
     print_table(rows)
     met = sum(row.within_goals for row in rows)

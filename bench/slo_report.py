@@ -20,7 +20,7 @@ from minserve.workload.capacity import LEVEL, crossing
 from minserve.workload.conversation import Conversation
 from minserve.workload.plots import attainment_figure, draw_attainment, save
 from minserve.workload.report import percentile, share
-from minserve.workload.targets import Speed, targets_of
+from minserve.workload.turn_targets import Speed, targets_of
 from minserve.workload.verdict import Cause, Verdict
 
 # Every conversation here is a single turn, which is always sent.
@@ -29,7 +29,7 @@ COLOURS = {"dp": "#1f6feb", "edf": "#2da44e", "sarathi": "#bf8700", "fcfs": "#7d
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class PolicyRun:
     """The answers to one trace under one policy.
 
     Attributes:
@@ -55,10 +55,10 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class PooledRuns:
     """All runs of one variant at one rate, pooled."""
 
-    runs: Sequence[Run]
+    runs: Sequence[PolicyRun]
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -100,17 +100,17 @@ def disagreements(answers: Iterable[Answer]) -> int:
     return count
 
 
-def cells(runs: Iterable[Run]) -> dict[tuple[str, float, str], Cell]:
+def cells(runs: Iterable[PolicyRun]) -> dict[tuple[str, float, str], PooledRuns]:
     """Return runs pooled by (process, rate, variant), in the order they first came."""
-    grouped: dict[tuple[str, float, str], list[Run]] = {}
+    grouped: dict[tuple[str, float, str], list[PolicyRun]] = {}
     for run in runs:
         grouped.setdefault((run.process, run.rate, run.variant), []).append(run)
-    return {key: Cell(group) for key, group in grouped.items()}
+    return {key: PooledRuns(group) for key, group in grouped.items()}
 
 
-def curves(runs: Sequence[Run], process: str) -> dict[str, dict[float, Cell]]:
+def curves(runs: Sequence[PolicyRun], process: str) -> dict[str, dict[float, PooledRuns]]:
     """Return policy -> rate -> cell, with a policy's best variant at each rate."""
-    found: dict[str, dict[float, Cell]] = {}
+    found: dict[str, dict[float, PooledRuns]] = {}
     for (its_process, rate, _), cell in sorted(cells(runs).items()):
         if its_process == process:
             curve = found.setdefault(cell.runs[0].policy, {})
@@ -135,7 +135,7 @@ def print_promises(workload: Sequence[Conversation], speed: Speed) -> None:
         print(f"{work.name:15}{prompt:8.0f}{output:8.0f}{ttft:28.2f} s{1e3 * tpot:11.0f} ms")
 
 
-def print_table(runs: Sequence[Run], process: str, classes: Sequence[str]) -> None:
+def print_table(runs: Sequence[PolicyRun], process: str, classes: Sequence[str]) -> None:
     """Print a row per rate and variant: attainment, goodput, misses by cause, latencies."""
     print(f"\n{process} arrivals: % of offered requests that attained their SLO")
     head = f"{'req/s':>6} {'policy':18}{'all':>6}" + "".join(f"{c[:7]:>8}" for c in classes)
@@ -157,7 +157,7 @@ def print_table(runs: Sequence[Run], process: str, classes: Sequence[str]) -> No
         print(row + f"{percentile(tpot, 0.5):10.0f}{percentile(tpot, 0.99):8.0f}")
 
 
-def summary(runs: Sequence[Run]) -> dict[str, Any]:
+def summary(runs: Sequence[PolicyRun]) -> dict[str, Any]:
     """Return capacity and attainment by process and policy, for the JSON line.
 
     ``at_least`` lists the policies that still attain 90% at the highest rate; a capacity of
@@ -194,7 +194,7 @@ def print_capacity(result: Mapping[str, Any], lowest: float) -> None:
             print(f"  {policy:14}{text}")
 
 
-def plot(runs: Sequence[Run], file: str) -> None:
+def plot(runs: Sequence[PolicyRun], file: str) -> None:
     """Save attainment against rate.
 
     There is a panel per arrival process, a line per policy, and a band from the lowest to the

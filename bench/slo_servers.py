@@ -34,7 +34,7 @@ FIXED_SPECULATION = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
+class PolicyVariant:
     """A policy, its token budget if that is not the server's default, and its speculator."""
 
     policy: str
@@ -60,10 +60,10 @@ class Variant:
         return flags
 
 
-class Server:
+class SloServer:
     """A `minserve serve` process for one variant."""
 
-    def __init__(self, variant: Variant, model: str, slo_classes: Path) -> None:
+    def __init__(self, variant: PolicyVariant, model: str, slo_classes: Path) -> None:
         try:
             self._process = ServerProcess(
                 ["--model", model, "--no-prefix-caching", "--kv-cache-gib", str(KV_GIB),
@@ -122,15 +122,15 @@ class Fleet:
 
     def __init__(self, model: str, slo_classes: Path) -> None:
         self._model, self._slo_classes = model, slo_classes
-        self._servers: dict[Variant, Server] = {}
+        self._servers: dict[PolicyVariant, SloServer] = {}
 
-    def server(self, variant: Variant) -> tuple[Server, bool]:
+    def server(self, variant: PolicyVariant) -> tuple[SloServer, bool]:
         """Return the variant's server, and whether it has just been started."""
         if variant in self._servers:
             return self._servers[variant], False
         while self._servers and Machine.look().free_memory < SERVER_GIB * 2**30:
             self._servers.pop(next(iter(self._servers))).stop()
-        self._servers[variant] = Server(variant, self._model, self._slo_classes)
+        self._servers[variant] = SloServer(variant, self._model, self._slo_classes)
         return self._servers[variant], True
 
     def stop(self) -> None:

@@ -44,7 +44,7 @@ from slo_load import (
     write_classes,
 )
 from slo_report import (
-    Run,
+    PolicyRun,
     disagreements,
     plot,
     print_capacity,
@@ -52,7 +52,7 @@ from slo_report import (
     print_table,
     summary,
 )
-from slo_servers import DISTURBED_CORES, PROFILE_S, Fleet, Server, Variant, await_quiet
+from slo_servers import DISTURBED_CORES, PROFILE_S, Fleet, PolicyVariant, SloServer, await_quiet
 from tqdm import tqdm
 
 from minserve.config import POLICIES, SPECULATORS
@@ -110,7 +110,7 @@ def read_profile(model: str) -> tuple[PerfModel, dict[str, list[Prompt]]]:
     return PerfModel.from_dict(found["perf_model"]), prompts
 
 
-class Bench:
+class SloBenchmark:
     """All runs of one call of this program.
 
     Attributes:
@@ -123,14 +123,14 @@ class Bench:
         self._args, self._fleet, self._model = args, fleet, model
         self._prompts, self._slos = prompts, slos
         self._fields = slo_fields(slos, args.slo_form)
-        self.runs: list[Run] = []
+        self.runs: list[PolicyRun] = []
         self.num_disagreements = 0
 
     def workload(self, process: str, rate: float, seconds: float, seed: int) -> list[Conversation]:
         return make_workload(process, rate, seconds, seed, prompts=self._prompts,
                              slos=self._slos, weights=self._args.weights)  # fmt: skip
 
-    def server(self, variant: Variant) -> Server:
+    def server(self, variant: PolicyVariant) -> SloServer:
         """Return the variant's server, warmed up."""
         server, fresh = self._fleet.server(variant)
         if fresh:
@@ -139,7 +139,7 @@ class Bench:
             server.measure(workload, self._model, self._fields)
         return server
 
-    def measure(self, variants: Sequence[Variant]) -> None:
+    def measure(self, variants: Sequence[PolicyVariant]) -> None:
         """Measure every variant on every workload."""
         args = self._args
         points = [
@@ -158,8 +158,8 @@ class Bench:
                     bar.set_postfix_str(f"{variant} at {rate:g}/s: {reached:.0%}")
                     bar.update()
 
-    def _run(self, variant: Variant, workload: Sequence[Conversation], process: str, rate: float,
-             repeat: int) -> Run:  # fmt: skip
+    def _run(self, variant: PolicyVariant, workload: Sequence[Conversation], process: str, rate: float,
+             repeat: int) -> PolicyRun:  # fmt: skip
         server = self.server(variant)
         for _ in range(ATTEMPTS):
             await_quiet()
@@ -175,7 +175,7 @@ class Bench:
         self.num_disagreements += disagreements(load.answers)
         for error, count in load.errors().items():
             tqdm.write(f"{variant}: {count} requests: {error}")
-        run = Run(
+        run = PolicyRun(
             process=process,
             rate=rate,
             repeat=repeat,
@@ -253,14 +253,14 @@ def main() -> None:
     for policy in args.policies:
         budgets = map(int, args.sarathi_budgets) if policy == "sarathi" else [None]
         speculators = dict.fromkeys(("off", args.speculator))
-        variants += [Variant(policy, *both) for both in product(budgets, speculators)]
+        variants += [PolicyVariant(policy, *both) for both in product(budgets, speculators)]
     model, prompts = read_profile(args.model)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_classes(slos, folder / "classes.toml")
         fleet = Fleet(args.model, folder / "classes.toml")
         stack.callback(fleet.stop)
-        bench = Bench(args, fleet, model, prompts, slos)
+        bench = SloBenchmark(args, fleet, model, prompts, slos)
         print_promises(bench.workload("poisson", 10.0, 100.0, args.seed), model)
         for variant in variants:
             bench.server(variant)
@@ -268,7 +268,7 @@ def main() -> None:
     report(args, bench, time.perf_counter() - started)
 
 
-def report(args: argparse.Namespace, bench: Bench, seconds: float) -> None:
+def report(args: argparse.Namespace, bench: SloBenchmark, seconds: float) -> None:
     """Print the tables and the JSON line, and write the picture and the files."""
     for process in args.arrivals:
         print_table(bench.runs, process, [work.name for work in CLASSES])

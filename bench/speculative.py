@@ -41,7 +41,7 @@ from typing import Any
 
 from machine import machine
 from speculative_report import SYNTHETIC, CaseResult, plot, summary, table
-from speculative_runs import Case, Effort, Group, check_lossless, measure
+from speculative_runs import Group, SpeculationCase, SpeculationEffort, check_lossless, measure
 from speculative_synthetic import synthetic_loader
 from synthetic_models import SHAPES, write_shape
 from tqdm import tqdm
@@ -66,28 +66,30 @@ EDIT = (
 
 
 CASES = (
-    Case("tiny-llama", "tiny-llama", "draft"),
-    Case("tiny-llama-ngram", "tiny-llama", "ngram"),
-    Case("tiny-opt", "tiny-opt", "draft", in_quick=False),
-    Case("tiny-opt-ngram", "tiny-opt", "ngram", in_quick=False),
-    Case("smollm2-draft", "smollm2", "draft", "self_instruct_user"),
-    Case("ngram-summarization", "smollm2", "ngram", "scitldr_abstracts_test", EXTRACT),
-    Case("ngram-summarization-free", "smollm2", "ngram", "scitldr_abstracts_test", in_quick=False),
-    Case("ngram-code-edit", "smollm2", "ngram", "humaneval", EDIT),
+    SpeculationCase("tiny-llama", "tiny-llama", "draft"),
+    SpeculationCase("tiny-llama-ngram", "tiny-llama", "ngram"),
+    SpeculationCase("tiny-opt", "tiny-opt", "draft", in_quick=False),
+    SpeculationCase("tiny-opt-ngram", "tiny-opt", "ngram", in_quick=False),
+    SpeculationCase("smollm2-draft", "smollm2", "draft", "self_instruct_user"),
+    SpeculationCase("ngram-summarization", "smollm2", "ngram", "scitldr_abstracts_test", EXTRACT),
+    SpeculationCase(
+        "ngram-summarization-free", "smollm2", "ngram", "scitldr_abstracts_test", in_quick=False
+    ),
+    SpeculationCase("ngram-code-edit", "smollm2", "ngram", "humaneval", EDIT),
 )
 
 
 EFFORTS = {
-    ("tiny", False): Effort({1: 4, 4: 5, 16: 4}, 3, 96, 10.0, 4, 64),
-    ("tiny", True): Effort({1: 3, 4: 3}, 2, 64, 1.0, 2, 32),
-    ("smollm2", False): Effort({1: 4, 4: 3, 16: 2}, 3, 64, 20.0, 3, 48),
-    ("smollm2", True): Effort({1: 2}, 1, 28, 3.0, 1, 16),
-    ("synthetic", False): Effort({1: 5, 4: 4, 16: 3}, 2, 96, 20.0, 0, 0),
-    ("synthetic", True): Effort({1: 2, 4: 2}, 1, 24, 2.0, 0, 0),
+    ("tiny", False): SpeculationEffort({1: 4, 4: 5, 16: 4}, 3, 96, 10.0, 4, 64),
+    ("tiny", True): SpeculationEffort({1: 3, 4: 3}, 2, 64, 1.0, 2, 32),
+    ("smollm2", False): SpeculationEffort({1: 4, 4: 3, 16: 2}, 3, 64, 20.0, 3, 48),
+    ("smollm2", True): SpeculationEffort({1: 2}, 1, 28, 3.0, 1, 16),
+    ("synthetic", False): SpeculationEffort({1: 5, 4: 4, 16: 3}, 2, 96, 20.0, 0, 0),
+    ("synthetic", True): SpeculationEffort({1: 2, 4: 2}, 1, 24, 2.0, 0, 0),
 }
 
 
-def read_prompts(case: Case, engine: Engine, code: Sequence[str]) -> list[Any]:
+def read_prompts(case: SpeculationCase, engine: Engine, code: Sequence[str]) -> list[Any]:
     """Return a case's prompts in a fixed random order: chats, or token ids of code.
 
     Args:
@@ -144,7 +146,7 @@ def _load_script(path: Path) -> ModuleType:
 
 
 def run_group(
-    group: Group, cases: Sequence[Case], prompts: dict[str, list[Any]], effort: Effort,
+    group: Group, cases: Sequence[SpeculationCase], prompts: dict[str, list[Any]], effort: SpeculationEffort,
     results: dict[str, CaseResult], args: argparse.Namespace, bar: tqdm,
 ) -> None:  # fmt: skip
     """Measure the cases of one target model at every batch size."""
@@ -173,12 +175,14 @@ def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {"dtype": args.dtype, "device": args.device}
 
 
-def batch_sizes(args: argparse.Namespace, effort: Effort) -> list[int]:
+def batch_sizes(args: argparse.Namespace, effort: SpeculationEffort) -> list[int]:
     """Return the batch sizes of the flags, else those of the effort."""
     return args.batch_sizes or list(effort.rounds)
 
 
-def num_runs(cases: Sequence[Case], effort: Effort, args: argparse.Namespace) -> int:
+def num_runs(
+    cases: Sequence[SpeculationCase], effort: SpeculationEffort, args: argparse.Namespace
+) -> int:
     """Return the number of runs, for the progress bar."""
     per_case = sum(
         2 * effort.rounds.get(batch, 2) * (effort.lone_prompts if batch == 1 else 1)
@@ -215,13 +219,13 @@ def bench_real(
             run_group(group, own, prompts, effort, results, args, bar)
 
 
-def _is_chosen(case: Case, args: argparse.Namespace) -> bool:
+def _is_chosen(case: SpeculationCase, args: argparse.Namespace) -> bool:
     if args.only:
         return case.name in args.only
     return case.in_quick or not args.quick
 
 
-def _missing(case: Case) -> str | None:
+def _missing(case: SpeculationCase) -> str | None:
     """Return why a case cannot run here; ``None`` if it can."""
     try:
         if case.group == "smollm2":
@@ -238,7 +242,7 @@ def bench_synthetic(
 ) -> None:
     """Measure two shapes with random weights, where chance decides acceptance."""
     name = f"{args.target_shape}+{args.draft_shape}@{args.synthetic_acceptance:g}"
-    effort, case = EFFORTS["synthetic", args.quick], Case(name, "synthetic", "draft")
+    effort, case = EFFORTS["synthetic", args.quick], SpeculationCase(name, "synthetic", "draft")
     vocab = SHAPES[args.target_shape]["vocab_size"]
     rng = random.Random(0)
     most = max([effort.lone_prompts, *batch_sizes(args, effort)])

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
-from minserve.engine.speculator import SpeculationStats
+from minserve.engine.proposer import SpeculationStats
 
 BAR_WIDTH = 30
 SYNTHETIC = "SYNTHETIC "
@@ -100,7 +100,7 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
+class SpeculationCell:
     """The results of a case at one batch size.
 
     Attributes:
@@ -161,7 +161,7 @@ class CaseResult:
     """
 
     name: str
-    cells: list[Cell] = field(default_factory=list)
+    cells: list[SpeculationCell] = field(default_factory=list)
     lossless: bool | None = None
     forced: Counts = field(default_factory=Counts)
     missing: str | None = None
@@ -276,7 +276,7 @@ def table(results: Iterable[CaseResult]) -> list[str]:
     return [mark + head, *lines, *bars]
 
 
-def _row(name: str, cell: Cell) -> str:
+def _row(name: str, cell: SpeculationCell) -> str:
     counts, without = cell.counts, pooled(without for _, without in cell.pairs)
     spread = f"({min(cell.ratios):.2f}-{max(cell.ratios):.2f})"
     return (

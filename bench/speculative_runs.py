@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from speculative_report import CaseResult, Cell, Counts, Tally, first_difference, pooled
+from speculative_report import CaseResult, Counts, SpeculationCell, Tally, first_difference, pooled
 from tqdm import tqdm
 
 from minserve import Engine, SamplingParams
 from minserve.engine.profile_cache import Profile
 from minserve.engine.profiler import measure_drafting
-from minserve.engine.speculator import NgramProposer, Proposer
+from minserve.engine.proposer import NgramProposer, Proposer
 
 # Blocks that the largest batch of the longest prompts needs.
 NUM_BLOCKS = 320
@@ -22,7 +22,7 @@ CHECK_LENGTH, CHECK_TEMPERATURE = 4, 0.8
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class SpeculationCase:
     """A line of the table.
 
     Attributes:
@@ -40,7 +40,7 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
-class Effort:
+class SpeculationEffort:
     """The amount of measurement.
 
     Attributes:
@@ -191,7 +191,7 @@ def _take(deltas: list[Any], outputs: dict[str, list[int]]) -> int:
 def measure(
     with_: Engine, without: Engine, groups: list[list[Any]], rounds: int, tokens: int,
     tick: Callable[[], None], lengths: str,
-) -> Cell:  # fmt: skip
+) -> SpeculationCell:  # fmt: skip
     """Run rounds over groups of prompts, each with both engines, which take turns to begin."""
     pairs, same, total = [], 0, 0
     for engine in (with_, without):
@@ -211,11 +211,13 @@ def measure(
             same += sum(a == b for a, b in zip(outputs[True], outputs[False], strict=True))
             total += len(prompts)
         pairs.append((pooled(sums[True]), pooled(sums[False])))
-    return Cell(batch=len(groups[0]), lengths=lengths, pairs=pairs, identical=same / total)
+    return SpeculationCell(
+        batch=len(groups[0]), lengths=lengths, pairs=pairs, identical=same / total
+    )
 
 
 def check_lossless(
-    group: Group, prompts: dict[str, list[Any]], cases: Sequence[Case], effort: Effort,
+    group: Group, prompts: dict[str, list[Any]], cases: Sequence[SpeculationCase], effort: SpeculationEffort,
     results: dict[str, CaseResult], **settings: Any,
 ) -> None:  # fmt: skip
     """Compare float32 outputs with those without speculation, and note it in the results.

@@ -9,8 +9,8 @@ import torch
 from synthetic_models import random_weights
 
 from minserve import Engine
-from minserve.engine.distribution import ACCEPTANCE, Row
-from minserve.engine.draft_model import DraftModelProposer
+from minserve.engine.distribution import ACCEPTANCE, SamplingRow
+from minserve.engine.draft_model_proposer import DraftModelProposer
 from minserve.engine.sampler import Sampler
 from minserve.engine.verification import Proposal, SampledToken, Verified
 from minserve.errors import GenerationError
@@ -45,7 +45,7 @@ class SyntheticSampler(Sampler):
     def _decide(self, real: Verified, seq: EngineSequence, drafted: tuple[int, ...]) -> Verified:
         num = 0
         while num < len(drafted):
-            if Row(seq, drafted[:num]).uniform(ACCEPTANCE) >= self._rate:
+            if SamplingRow(seq, drafted[:num]).uniform(ACCEPTANCE) >= self._rate:
                 break
             num += 1
         accepted = tuple(SampledToken(token, None) for token in drafted[:num])

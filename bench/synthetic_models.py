@@ -106,7 +106,7 @@ def random_weights(device: str) -> Iterator[None]:
         return RandomCheckpoint(device)
 
     with ExitStack() as stack:
-        for module in ("minserve.engine.build", "minserve.models.draft"):
+        for module in ("minserve.engine.build", "minserve.models.draft_model"):
             stack.enter_context(mock.patch(f"{module}.open_checkpoint", open_random))
         yield
 

@@ -81,7 +81,7 @@ class Built:
         return found
 
 
-class _Driver:
+class _CompileDriver:
     """The active driver, as far as compiling needs one. Devices are named by their architecture."""
 
     def __init__(self, arch: int) -> None:
@@ -121,7 +121,7 @@ def compiling_for(arch: int) -> Iterator[list[CompiledKernel]]:
         return kernel
 
     before = driver._active
-    driver.set_active(_Driver(arch))
+    driver.set_active(_CompileDriver(arch))
     try:
         with mock.patch.object(JITFunction, "run", compile_only):
             yield launched

@@ -6,7 +6,7 @@ from ctypes.util import find_library
 from pathlib import Path
 
 from offline_peers import CACHE, VLLM_VERSION, export_for_peer
-from paired_servers import Variant, minserve_variant
+from paired_servers import ServerVariant, minserve_variant
 
 from minserve.engine.tokenizer import Tokenizer
 from minserve.models.source import find_model
@@ -20,7 +20,7 @@ KV_GIB = 2
 ALLOCATOR, OPENMP = "tcmalloc_minimal", "libiomp5.so"
 
 
-def our_variant(model: str, speculator: str | None = None) -> Variant:
+def our_variant(model: str, speculator: str | None = None) -> ServerVariant:
     """Return minserve with its defaults, with as much memory for KV as the peer.
 
     Args:
@@ -35,7 +35,7 @@ def our_variant(model: str, speculator: str | None = None) -> Variant:
 
 def vllm_variant(
     python: str, model: str, dtype: str, token_budget: int | None, threads: str | None
-) -> Variant:
+) -> ServerVariant:
     """Return vLLM's OpenAI server on the CPU, set up as its documentation advises.
 
     Args:
@@ -62,7 +62,7 @@ def vllm_variant(
     if found := preloaded(python):
         env["LD_PRELOAD"] = ":".join(found)
     label = "vLLM" if token_budget is None else f"vLLM, budget {token_budget}"
-    return Variant(label, command, env)
+    return ServerVariant(label, command, env)
 
 
 def preloaded(python: str) -> list[str]:

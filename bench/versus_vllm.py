@@ -35,8 +35,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from offline_peers import TORCH_VERSION, VLLM_VERSION, cores, peer_dtype
-from paired_runs import Bench, Effort, add_flags, caveats, open_store, say_estimate
-from paired_servers import Variant, started
+from paired_runs import Effort, PairedBenchmark, add_flags, caveats, open_store, say_estimate
+from paired_servers import ServerVariant, started
 from paired_turns import Cell, Pairs
 from prompt_texts import Counter
 from versus_report import plot, summary, table
@@ -142,7 +142,7 @@ def check_vllm(python: str) -> None:
         )
 
 
-def make_variants(args: argparse.Namespace, dtype: str) -> list[Variant]:
+def make_variants(args: argparse.Namespace, dtype: str) -> list[ServerVariant]:
     """Return the servers to compare, minserve first."""
     folder = str(export_with_tokenizer(args.model, dtype))
     return [
@@ -173,7 +173,7 @@ def main() -> None:
                     rounds=1 if args.quick else 2)  # fmt: skip
     say_estimate(cells, effort, labels, START_S * len(args.vllm_budgets), store)
     with tempfile.TemporaryDirectory() as logs, started(variants, Path(logs)) as servers:
-        done = Bench(effort, store, servers, Counter(args.model)).run(cells)
+        done = PairedBenchmark(effort, store, servers, Counter(args.model)).run(cells)
     pairs = Pairs(store.results)
     result = summary(pairs, cells, labels[0], labels[1:])
     print(table(result))

@@ -83,7 +83,7 @@ _KEPT = (
 
 
 @dataclass(frozen=True)
-class Recipe:
+class DistillationRecipe:
     """How a draft model is trained.
 
     Attributes:
@@ -100,7 +100,7 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class TrainingExample:
     """One chat, and what the target thought at each step of its answer.
 
     Attributes:
@@ -149,7 +149,7 @@ def _questions(engine: Engine, rng: random.Random) -> list[str]:
     ]
 
 
-def _answers(engine: Engine, questions: list[str], rng: random.Random) -> list[Answer]:
+def _answers(engine: Engine, questions: list[str], rng: random.Random) -> list[TrainingExample]:
     """The target's answers, half of them greedy."""
     params = [
         SamplingParams(
@@ -166,7 +166,7 @@ def _answers(engine: Engine, questions: list[str], rng: random.Random) -> list[A
         one = output.outputs[0]
         top = np.array([step.top for step in one.logprobs], dtype=np.float32)
         answers.append(
-            Answer(
+            TrainingExample(
                 np.array([*output.prompt_token_ids, *one.token_ids]),
                 len(output.prompt_token_ids),
                 top[:, :, 0].astype(np.int64),
@@ -176,7 +176,7 @@ def _answers(engine: Engine, questions: list[str], rng: random.Random) -> list[A
     return answers
 
 
-def _save(shard: Path, answers: list[Answer]) -> None:
+def _save(shard: Path, answers: list[TrainingExample]) -> None:
     """All answers end to end; half precision is plenty for the probabilities."""
     partial = shard.with_suffix(".partial.npz")
     np.savez_compressed(
@@ -190,13 +190,13 @@ def _save(shard: Path, answers: list[Answer]) -> None:
     partial.replace(shard)
 
 
-def _load(shard: Path) -> Iterator[Answer]:
+def _load(shard: Path) -> Iterator[TrainingExample]:
     with np.load(shard) as data:
         arrays = {name: data[name] for name in data.files}
     token = top = 0
     for length, prompt in zip(arrays["lengths"], arrays["num_prompt_tokens"], strict=True):
         num = int(length - prompt)
-        yield Answer(
+        yield TrainingExample(
             arrays["token_ids"][token : token + length].astype(np.int64),
             int(prompt),
             arrays["top_ids"][top : top + num].astype(np.int64),
@@ -205,7 +205,7 @@ def _load(shard: Path) -> Iterator[Answer]:
         token, top = token + length, top + num
 
 
-def train(folder: Path, out: Path, recipe: Recipe) -> None:
+def train(folder: Path, out: Path, recipe: DistillationRecipe) -> None:
     """Fit a draft model to all answers in a folder and save it in the form that minserve loads."""
     answers = [answer for shard in sorted(folder.glob("*-*.npz")) for answer in _load(shard)]
     if not answers:
@@ -237,7 +237,7 @@ def train(folder: Path, out: Path, recipe: Recipe) -> None:
     print(json.dumps({"loss": sum(losses[-50:]) / len(losses[-50:]), "answers": len(answers)}))
 
 
-def _head_tokens(answers: list[Answer], size: int) -> torch.Tensor:
+def _head_tokens(answers: list[TrainingExample], size: int) -> torch.Tensor:
     """The tokens that the target finds likely most often, int64 ``[size]``, ascending.
 
     Those that never came up are filled in from the lowest ids on: byte-pair encoding numbers
@@ -253,7 +253,7 @@ def _head_tokens(answers: list[Answer], size: int) -> torch.Tensor:
     return torch.tensor(sorted([*likely, *itertools.islice(others, size - len(likely))]))
 
 
-def _student(recipe: Recipe) -> LlamaModel:
+def _student(recipe: DistillationRecipe) -> LlamaModel:
     """A Llama with some of the target's layers, its last norm, and its embeddings, frozen."""
     source = find_model(TARGET)
     config = _draft_config(recipe)
@@ -276,7 +276,7 @@ def _origin(name: str, layers: tuple[int, ...]) -> str:
     return f"layers.{layers[int(index)]}.{rest}"
 
 
-def _draft_config(recipe: Recipe) -> dict[str, object]:
+def _draft_config(recipe: DistillationRecipe) -> dict[str, object]:
     """The target's config.json, as a draft's."""
     config = asdict(load_config(find_model(TARGET)))
     return {
@@ -289,7 +289,7 @@ def _draft_config(recipe: Recipe) -> dict[str, object]:
     }
 
 
-def _batches(answers: list[Answer], recipe: Recipe) -> list[list[int]]:
+def _batches(answers: list[TrainingExample], recipe: DistillationRecipe) -> list[list[int]]:
     """Indices of answers of similar length, for all epochs, in random order."""
     rng = random.Random(recipe.seed)
     batches: list[list[int]] = []
@@ -302,7 +302,7 @@ def _batches(answers: list[Answer], recipe: Recipe) -> list[list[int]]:
 
 
 def _loss(
-    model: LlamaModel, rows: torch.Tensor, place: torch.Tensor, answers: list[Answer]
+    model: LlamaModel, rows: torch.Tensor, place: torch.Tensor, answers: list[TrainingExample]
 ) -> torch.Tensor:
     """Mean cross entropy to the target's probabilities, of its likely tokens in the head.
 
@@ -372,8 +372,8 @@ def main() -> None:
     step = commands.add_parser("train", help="fit the draft model to the answers")
     step.add_argument("--data", type=Path, required=True, help="folder of the answers")
     step.add_argument("--out", type=Path, required=True, help="folder of the draft model")
-    step.add_argument("--epochs", type=int, default=Recipe.epochs)
-    step.add_argument("--layers", type=int, nargs="+", default=Recipe.layers)
+    step.add_argument("--epochs", type=int, default=DistillationRecipe.epochs)
+    step.add_argument("--layers", type=int, nargs="+", default=DistillationRecipe.layers)
     step.add_argument("--threads", type=int, default=None, help="CPU threads")
     step = commands.add_parser("evaluate", help="acceptance on prompts never seen")
     step.add_argument("--draft", type=Path, required=True, help="folder of the draft model")
@@ -385,7 +385,9 @@ def main() -> None:
     elif args.command == "train":
         if args.threads:
             torch.set_num_threads(args.threads)
-        train(args.data, args.out, Recipe(epochs=args.epochs, layers=tuple(args.layers)))
+        train(
+            args.data, args.out, DistillationRecipe(epochs=args.epochs, layers=tuple(args.layers))
+        )
     else:
         evaluate(args.draft, args.prompts, args.tokens)
 

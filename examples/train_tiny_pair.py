@@ -43,7 +43,7 @@ WRITTEN_AT_ONCE = 64  # continuations: a decode step costs hardly more for many 
 
 
 @dataclass(frozen=True)
-class Size:
+class ModelSize:
     """Widths of one model; the MLP has four times `hidden` (OPT) or as many weights (Llama)."""
 
     layers: int
@@ -62,8 +62,8 @@ class Recipe:
     continuations by the target; `prompts` is the number of held-out windows measured on.
     """
 
-    target: Size
-    draft: Size
+    target: ModelSize
+    draft: ModelSize
     vocab_size: int
     megabytes: float
     context: int
@@ -91,8 +91,8 @@ class Pair:
 
 
 FULL = Recipe(
-    target=Size(layers=6, hidden=256, heads=4, learning_rate=1e-3),
-    draft=Size(layers=1, hidden=128, heads=4, learning_rate=3e-3),
+    target=ModelSize(layers=6, hidden=256, heads=4, learning_rate=1e-3),
+    draft=ModelSize(layers=1, hidden=128, heads=4, learning_rate=3e-3),
     vocab_size=2048,
     megabytes=4.0,
     context=256,
@@ -103,8 +103,8 @@ FULL = Recipe(
     prompts=64,
 )
 SMALL = Recipe(
-    target=Size(layers=2, hidden=64, heads=4, learning_rate=4e-3),
-    draft=Size(layers=1, hidden=64, heads=4, learning_rate=6e-3),
+    target=ModelSize(layers=2, hidden=64, heads=4, learning_rate=4e-3),
+    draft=ModelSize(layers=1, hidden=64, heads=4, learning_rate=6e-3),
     vocab_size=1024,
     megabytes=0.5,
     context=128,
@@ -216,7 +216,7 @@ def encode(tokenizer: FastTokenizer, texts: list[str]) -> torch.Tensor:
     return torch.tensor(ids)
 
 
-def build_model(family: str, size: Size, recipe: Recipe, tokenizer: FastTokenizer) -> Model:
+def build_model(family: str, size: ModelSize, recipe: Recipe, tokenizer: FastTokenizer) -> Model:
     """A model of that size with random weights, in float32."""
     common = {
         "vocab_size": recipe.vocab_size,
@@ -262,7 +262,7 @@ def windows(
 class Learner:
     """A model with its optimizer and the course of its learning rate over `steps` steps."""
 
-    def __init__(self, model: Model, size: Size, steps: int) -> None:
+    def __init__(self, model: Model, size: ModelSize, steps: int) -> None:
         self.model = model
         self._optimizer = torch.optim.AdamW(model.parameters(), size.learning_rate)
         self._schedule = OneCycleLR(self._optimizer, size.learning_rate, steps, pct_start=0.1)

@@ -22,7 +22,7 @@ from minserve.kernels.triton_backend import TritonBackend
 
 
 @dataclass(slots=True)
-class _Part:
+class _BatchPart:
     """The decodes, or the prefill chunks, of one iteration.
 
     Attributes:
@@ -98,7 +98,7 @@ class FlashAttnBackend(TritonBackend):
             out[part.tokens] = self._attend(query[part.tokens], kv, part)
         return out.flatten(1)
 
-    def _attend(self, query: Tensor, kv: LayerKV, part: _Part) -> Tensor:
+    def _attend(self, query: Tensor, kv: LayerKV, part: _BatchPart) -> Tensor:
         shared = {"softmax_scale": self.scale, "causal": True, "block_table": part.tables}
         if part.num_queries is not None:
             by_sequence = query.unflatten(0, (-1, part.num_queries))
@@ -117,14 +117,14 @@ class FlashAttnBackend(TritonBackend):
         )
 
 
-def _part(metadata: AttentionMetadata, first: int, last: int) -> _Part:
+def _part(metadata: AttentionMetadata, first: int, last: int) -> _BatchPart:
     """Return the part with the sequences from ``first`` on, before ``last``."""
     starts = metadata.query_start_loc[first : last + 1]
     counts = {end - start for start, end in pairwise(starts)}
     all_starts, all_lengths = metadata.on_device()
     lengths = all_lengths[first:last]
     is_decode = first < metadata.num_decodes
-    return _Part(
+    return _BatchPart(
         tokens=slice(starts[0], starts[-1]),
         starts=(all_starts[first : last + 1] - starts[0]).int(),
         lengths=lengths.int(),

@@ -69,7 +69,7 @@ class _Gathered(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Group:
+class _PaddedGroup:
     """Sequences of similar length with similarly many query tokens.
 
     Each is padded to the most query tokens in the group, with copies of its last one.
@@ -99,7 +99,7 @@ class _Single:
         table: int64 ``[1, blocks]``.
         seq_len: number of tokens that it sees, its new ones included.
         first: slot of its first token if its blocks are adjacent in memory, else ``None``.
-        gathered: as in `_Group`, if its blocks are not adjacent.
+        gathered: as in `_PaddedGroup`, if its blocks are not adjacent.
     """
 
     tokens: slice
@@ -110,7 +110,7 @@ class _Single:
 
 
 @dataclass(slots=True)
-class _State:
+class _TorchBatchState:
     """The plan that `prepare` computes once for all layers.
 
     Attributes:
@@ -118,7 +118,7 @@ class _State:
     """
 
     slot: int | None
-    groups: list[_Group] = field(default_factory=list)
+    groups: list[_PaddedGroup] = field(default_factory=list)
     singles: list[_Single] = field(default_factory=list)
 
 
@@ -154,7 +154,7 @@ class TorchBackend(AttentionBackend):
     def prepare(self, metadata: AttentionMetadata) -> None:
         slots = metadata.slot_mapping
         lone = len(slots) == 1 and slots.device.type == "cpu"  # a GPU would make the host wait
-        state = _State(int(slots[0]) if lone else None)
+        state = _TorchBatchState(int(slots[0]) if lone else None)
         for sequences in _similar(metadata):
             if len(sequences) > 1:
                 state.groups.append(_prepare_group(sequences, metadata))
@@ -194,7 +194,7 @@ class TorchBackend(AttentionBackend):
             out[single.tokens] = self._single(query[single.tokens], kv, single)
         return out
 
-    def _grouped(self, query: Tensor, kv: LayerKV, group: _Group) -> Tensor:
+    def _grouped(self, query: Tensor, kv: LayerKV, group: _PaddedGroup) -> Tensor:
         """Return ``[tokens, num_heads * head_dim]`` of similar sequences together."""
         num_seqs, num_queries, _ = group.visible.shape
         if group.gathered is None:
@@ -304,7 +304,7 @@ class TorchBackend(AttentionBackend):
         return future
 
 
-def _prepare_group(sequences: list[int], metadata: AttentionMetadata) -> _Group:
+def _prepare_group(sequences: list[int], metadata: AttentionMetadata) -> _PaddedGroup:
     starts, device = metadata.query_start_loc, metadata.slot_mapping.device
     counts = [starts[i + 1] - starts[i] for i in sequences]
     most, first, last = max(counts), sequences[0], sequences[-1]
@@ -326,7 +326,7 @@ def _prepare_group(sequences: list[int], metadata: AttentionMetadata) -> _Group:
     num_blocks = -(-max(metadata.seq_lens[i] for i in sequences) // metadata.block_size)
     position = torch.arange(num_blocks * metadata.block_size, device=device)
     visible = position <= (lengths - queries + nth).unsqueeze(2)
-    return _Group(tokens, tables[:, :num_blocks], visible)
+    return _PaddedGroup(tokens, tables[:, :num_blocks], visible)
 
 
 def _prepare_single(i: int, metadata: AttentionMetadata) -> _Single:

@@ -28,7 +28,7 @@ PREFILLS_PER_MULTIPROCESSOR = 2, 3
 MOST_HEAD_DIM = 256
 
 
-class Device(NamedTuple):
+class DeviceProperties(NamedTuple):
     """The traits of a device on which tiles and splits depend.
 
     Attributes:
@@ -41,11 +41,11 @@ class Device(NamedTuple):
 
 
 # Triton's interpreter needs no filling; a few splits do as well as many.
-INTERPRETED = Device(multiprocessors=4, capability=90)
+INTERPRETED = DeviceProperties(multiprocessors=4, capability=90)
 
 
 @dataclass(slots=True)
-class _State:
+class _TritonBatchState:
     """The plan that `prepare` makes for all layers.
 
     Attributes:
@@ -89,7 +89,7 @@ class TritonBackend(AttentionBackend):
         return LayerKV(key, value)
 
     def prepare(self, metadata: AttentionMetadata) -> None:
-        state = metadata.state = _State(*metadata.on_device())
+        state = metadata.state = _TritonBatchState(*metadata.on_device())
         if metadata.num_decodes:
             state.decodes = self._plan_decodes(metadata, state)
         if metadata.num_decodes < metadata.num_seqs:
@@ -132,7 +132,7 @@ class TritonBackend(AttentionBackend):
             )
         return out.flatten(1)
 
-    def _plan_decodes(self, metadata: AttentionMetadata, state: _State) -> DecodePlan:
+    def _plan_decodes(self, metadata: AttentionMetadata, state: _TritonBatchState) -> DecodePlan:
         num, starts = metadata.num_decodes, metadata.query_start_loc
         return plan_decodes(
             state.starts[: num + 1],
@@ -168,9 +168,11 @@ class TritonBackend(AttentionBackend):
 
 
 @functools.cache
-def describe(device: torch.device) -> Device:
+def describe(device: torch.device) -> DeviceProperties:
     """Return the traits of a device on which the kernels' tiles and splits depend."""
     if device.type != "cuda":
         return INTERPRETED
     properties = torch.cuda.get_device_properties(device)
-    return Device(properties.multi_processor_count, 10 * properties.major + properties.minor)
+    return DeviceProperties(
+        properties.multi_processor_count, 10 * properties.major + properties.minor
+    )

@@ -40,7 +40,7 @@ _LIKELY = 1e-3
 _FEW = 1024
 
 
-class Limits(NamedTuple):
+class TruncationLimits(NamedTuple):
     """The truncations of each row.
 
     Attributes:
@@ -71,7 +71,7 @@ class _Border(NamedTuple):
     above: Tensor
 
 
-def truncate(weights: Tensor, limits: Limits, *, may_look: bool) -> Tensor:
+def truncate(weights: Tensor, limits: TruncationLimits, *, may_look: bool) -> Tensor:
     """Set to 0 the weights that the limits leave out.
 
     top_k and top_p are computed only for the rows that ask for them.

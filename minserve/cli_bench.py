@@ -26,10 +26,10 @@ from minserve.exit_codes import EXIT_ERROR, EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from minserve.workload.capacity import Capacity
-    from minserve.workload.client import Tally
+    from minserve.workload.client import LoadProgress
     from minserve.workload.draws import Draw
     from minserve.workload.endpoint import Endpoint
-    from minserve.workload.experiment import Experiment, Run
+    from minserve.workload.experiment import Experiment, ExperimentRun
     from minserve.workload.report import Report
     from minserve.workload.zero_load import ZeroLoad
 
@@ -250,8 +250,8 @@ def _measure(args: argparse.Namespace, experiment: Experiment) -> tuple[Capacity
     return capacity, False
 
 
-def _run(experiment: Experiment, rate: float | None, seed: int) -> Run:
-    """Run one load test, with a progress bar, and warnings of what went wrong in it."""
+def _run(experiment: Experiment, rate: float | None, seed: int) -> ExperimentRun:
+    """ExperimentRun one load test, with a progress bar, and warnings of what went wrong in it."""
     from tqdm import tqdm
 
     from minserve.workload.conversation import num_turns
@@ -260,7 +260,7 @@ def _run(experiment: Experiment, rate: float | None, seed: int) -> Run:
     name = "trace" if rate is None else f"{rate:.3g}/s"
     with tqdm(total=num_turns(workload), desc=name, unit="request") as bar:
 
-        def tell(tally: Tally) -> None:
+        def tell(tally: LoadProgress) -> None:
             kept = f"{tally.attained / tally.done:.0%}" if tally.done else "-"
             bar.set_postfix_str(
                 f"sent {tally.due}, open {tally.open}, attained {kept}", refresh=False
@@ -272,7 +272,7 @@ def _run(experiment: Experiment, rate: float | None, seed: int) -> Run:
     return run
 
 
-def _warn(run: Run) -> None:
+def _warn(run: ExperimentRun) -> None:
     for error, count in list(run.load.errors().items())[:NUM_ERRORS]:
         say(f"{count} requests: {' '.join(error.split())}")
     if late := run.load.num_short:
@@ -307,7 +307,7 @@ def _print(
         _plot(args, experiment, pooled)
 
 
-def _pooled(runs: Sequence[Run]) -> list[tuple[float | None, Report]]:
+def _pooled(runs: Sequence[ExperimentRun]) -> list[tuple[float | None, Report]]:
     """Return a report for each rate over all its repeats, in ascending order of rates."""
     from minserve.workload.report import Report
 

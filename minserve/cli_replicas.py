@@ -127,7 +127,7 @@ def create_watcher(
 ) -> Watcher:
     """Return a watcher of one replica's process."""
     from minserve.controller.processes import Watcher
-    from minserve.controller.replica import ReplicaSpec
+    from minserve.controller.replica_loop import ReplicaSpec
 
     spec = ReplicaSpec(
         index=index,

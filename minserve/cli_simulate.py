@@ -26,8 +26,8 @@ from minserve.exit_codes import EXIT_INTERRUPTED
 from minserve.interrupt import Interrupt
 
 if TYPE_CHECKING:
-    from minserve.simulator.load import OfferedLoad
-    from minserve.simulator.simulation import Outcome, Setup
+    from minserve.simulator.offered_load import OfferedLoad
+    from minserve.simulator.simulation import Setup, SimulationResult
     from minserve.simulator.sizing import Sizing
     from minserve.workload.capacity import Capacity
     from minserve.workload.conversation import Conversation
@@ -170,7 +170,7 @@ def _ratio(text: str) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class _SimulationRun:
     """A simulation at one rate, with its results.
 
     Attributes:
@@ -181,7 +181,7 @@ class _Run:
     rate: float | None
     setup: Setup
     seconds: float
-    outcome: Outcome
+    result: SimulationResult
 
 
 @dataclass(slots=True)
@@ -191,7 +191,7 @@ class _Simulations:
     setup: Setup
     draw: Draw
     interrupt: Interrupt
-    runs: list[_Run] = field(default_factory=list)
+    runs: list[_SimulationRun] = field(default_factory=list)
 
     def attainment(self, rate: float | None, repeat: int, replicas: int | None = None) -> float:
         """Simulate the workload at a rate, keep the run, and return its attainment.
@@ -202,7 +202,7 @@ class _Simulations:
         """
         from tqdm import tqdm
 
-        from minserve.simulator.simulation import Outcome, simulate
+        from minserve.simulator.simulation import SimulationResult, simulate
         from minserve.workload.conversation import num_turns
         from minserve.workload.report import Report
 
@@ -213,7 +213,7 @@ class _Simulations:
         name = "trace" if rate is None else f"{rate:.3g}/s"
         if replicas is not None:
             name += f", {replicas} replicas"
-        outcome = Outcome()
+        result = SimulationResult()
         with tqdm(
             total=num_turns(workload), desc=name, unit="request", leave=False, disable=None
         ) as bar:
@@ -223,13 +223,13 @@ class _Simulations:
                 self.interrupt.check()
 
             try:
-                simulate(workload, setup, progressed, into=outcome)
+                simulate(workload, setup, progressed, into=result)
             except KeyboardInterrupt:
-                seconds = min(outcome.seconds, _span_s(workload, rate))
-                self.runs.append(_Run(rate, setup, seconds, outcome))
+                seconds = min(result.seconds, _span_s(workload, rate))
+                self.runs.append(_SimulationRun(rate, setup, seconds, result))
                 raise
-        self.runs.append(_Run(rate, setup, _span_s(workload, rate), outcome))
-        return Report.of(outcome.verdicts, self.runs[-1].seconds).attainment
+        self.runs.append(_SimulationRun(rate, setup, _span_s(workload, rate), result))
+        return Report.of(result.verdicts, self.runs[-1].seconds).attainment
 
 
 def _span_s(workload: Sequence[Conversation], rate: float | None) -> float:
@@ -398,24 +398,24 @@ def _print(
         _plot(args, simulations, pooled)
 
 
-def _title(run: _Run, sizing: bool) -> str:
+def _title(run: _SimulationRun, sizing: bool) -> str:
     title = "the trace as it is" if run.rate is None else f"{run.rate:.4g} requests/s"
     return f"{title}, {run.setup.replicas} replicas" if sizing else title
 
 
-def _pooled(runs: Sequence[_Run]) -> list[tuple[_Run, Report]]:
+def _pooled(runs: Sequence[_SimulationRun]) -> list[tuple[_SimulationRun, Report]]:
     """Return a report for each rate and number of replicas, with one of the runs that it covers.
 
     The reports cover all repeats and are in ascending order.
     """
     from minserve.workload.report import Report
 
-    by_key: dict[tuple[float, int], list[_Run]] = {}
+    by_key: dict[tuple[float, int], list[_SimulationRun]] = {}
     for run in runs:
         by_key.setdefault((run.rate or 0.0, run.setup.replicas), []).append(run)
     pooled = []
     for _, own in sorted(by_key.items()):
-        verdicts = [verdict for run in own for verdict in run.outcome.verdicts]
+        verdicts = [verdict for run in own for verdict in run.result.verdicts]
         pooled.append((own[-1], Report.of(verdicts, sum(run.seconds for run in own))))
     return pooled
 
@@ -436,7 +436,7 @@ def _sizing_in_words(rate: float, sizing: Sizing) -> str:
 def _as_json(
     args: argparse.Namespace,
     simulations: _Simulations,
-    pooled: Sequence[tuple[_Run, Report]],
+    pooled: Sequence[tuple[_SimulationRun, Report]],
     capacity: Capacity | None,
     sizing: Sizing | None,
     interrupted: bool,
@@ -455,8 +455,8 @@ def _as_json(
                 "target_rate": run.rate,
                 "replicas": run.setup.replicas,
                 **report.to_dict(),
-                "busy_share": round(run.outcome.busy_share, 4),
-                "preemptions": run.outcome.num_preemptions,
+                "busy_share": round(run.result.busy_share, 4),
+                "preemptions": run.result.num_preemptions,
             }
             for run, report in pooled
         ],
@@ -476,7 +476,7 @@ def _per_gpu(capacity: Capacity, num_gpus: int) -> dict[str, Any]:
 def _plot(
     args: argparse.Namespace,
     simulations: _Simulations,
-    pooled: Sequence[tuple[_Run, Report]],
+    pooled: Sequence[tuple[_SimulationRun, Report]],
 ) -> None:
     """Draw attainment against rate; with a single rate, draw the last run."""
     from minserve.workload.plots import plot_attainment, plot_run
@@ -486,10 +486,10 @@ def _plot(
     if len({run.rate for run, _ in pooled}) > 1:
         line: dict[float, list[float]] = {}
         for run in simulations.runs:
-            attained = [verdict.attained for verdict in run.outcome.verdicts]
+            attained = [verdict.attained for verdict in run.result.verdicts]
             if attained:
                 line.setdefault(run.rate or 0.0, []).append(statistics.fmean(attained))
         plot_attainment({setup.policy: line}, args.plot, level=args.level, title=title)
     else:
         last = simulations.runs[-1]
-        plot_run(last.outcome.verdicts, last.seconds, args.plot, title=f"{setup.policy}, {title}")
+        plot_run(last.result.verdicts, last.seconds, args.plot, title=f"{setup.policy}, {title}")

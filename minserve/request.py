@@ -86,7 +86,7 @@ class Sequence:
     Attributes:
         token_ids: prompt, then output so far.
         num_computed_tokens: tokens whose KV is in the cache.
-        num_cached_tokens: of these, how many a prefix hit gave at first admission.
+        num_cached_tokens: of these, how many a prefix hit gave at the first start.
         num_draft_tokens, num_accepted_tokens: drafted so far, and of these those accepted.
         block_table: ids of the KV blocks, in token order. Set by the block pool.
         block_hashes: prefix digests of the full blocks so far. Set by the block pool.

@@ -35,8 +35,8 @@ class Standing(Enum):
 
     ::
 
-        PENDING ──► ADMITTED ──relegate──► BEST_EFFORT ──promote──► ADMITTED
-           └──────────relegate──────────────────▲
+        PENDING ──admit──► ADMITTED ──relegate──► BEST_EFFORT ──admit──► ADMITTED
+           └───────────────relegate───────────────────▲
     """
 
     PENDING = "pending"

@@ -60,7 +60,7 @@ FEW_IN_FLOAT32 = (WeightFormat.ONEDNN_AND_FP16, WeightFormat.FBGEMM_INT8)
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class WeightPlacement:
     """The device of a model's weights, and the form in which they are kept.
 
     Attributes:
@@ -87,7 +87,7 @@ class Placement:
         *,
         twice: bool = False,
         quantization: str = "none",
-    ) -> Placement:
+    ) -> WeightPlacement:
         """Return the fastest placement for a dtype name (``auto`` included) on a device.
 
         ``float16`` on a CPU means weights in float16 and arithmetic in float32.
@@ -196,7 +196,7 @@ class Placement:
             return linear.relu
         return lambda x: activation(linear(x))
 
-    def _twice(self, make: Callable[[Placement], Linear], *weights: Tensor) -> Linear:
+    def _twice(self, make: Callable[[WeightPlacement], Linear], *weights: Tensor) -> Linear:
         """Return a linear in both forms; the dtype of its input selects one (`pass_dtype`)."""
         many = make(replace(self, format=WeightFormat.ONEDNN))
         if any(weight.abs().max() > FLOAT16_MAX for weight in weights):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
 from minserve.models.base import CausalLM, ModelShape
-from minserve.models.layers import Linear, Placement, RotaryEmbedding
+from minserve.models.layers import Linear, RotaryEmbedding, WeightPlacement
 
 if TYPE_CHECKING:
     from minserve.models.config import LlamaConfig
@@ -27,7 +27,7 @@ class LlamaLayer:
         index: int,
         config: LlamaConfig,
         shape: ModelShape,
-        placement: Placement,
+        placement: WeightPlacement,
     ) -> None:
         self.shape = shape
         q_size = shape.num_heads * shape.head_dim
@@ -111,7 +111,9 @@ class LlamaLayer:
 class Llama(CausalLM):
     """The model. Its weights are read from a checkpoint and repacked for their placement."""
 
-    def __init__(self, checkpoint: Checkpoint, config: LlamaConfig, placement: Placement) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, config: LlamaConfig, placement: WeightPlacement
+    ) -> None:
         self.shape = llama_shape(config)
         shape = self.shape
         embed = checkpoint.get("model.embed_tokens.weight", (shape.vocab_size, shape.hidden_size))

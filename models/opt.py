@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
 from minserve.models.base import CausalLM, ModelShape
-from minserve.models.layers import Activation, Linear, Norm, Placement
+from minserve.models.layers import Activation, Linear, Norm, WeightPlacement
 
 if TYPE_CHECKING:
     from minserve.models.config import OPTConfig
@@ -27,7 +27,7 @@ class OPTLayer:
     """A decoder layer. ``pre_norm`` is false only for OPT-350m."""
 
     def __init__(
-        self, checkpoint: Checkpoint, index: int, config: OPTConfig, placement: Placement
+        self, checkpoint: Checkpoint, index: int, config: OPTConfig, placement: WeightPlacement
     ) -> None:
         hidden, prefix = config.hidden_size, f"model.decoder.layers.{index}."
         self.pre_norm = config.do_layer_norm_before
@@ -99,7 +99,9 @@ class OPTLayer:
 class OPT(CausalLM):
     """The model. Its weights are read from a checkpoint and repacked for their placement."""
 
-    def __init__(self, checkpoint: Checkpoint, config: OPTConfig, placement: Placement) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, config: OPTConfig, placement: WeightPlacement
+    ) -> None:
         self.shape = opt_shape(config)
         self.placement = placement
         hidden, width = config.hidden_size, config.word_embed_proj_dim
@@ -173,7 +175,7 @@ def opt_shape(config: OPTConfig) -> ModelShape:
     )
 
 
-def _norm(checkpoint: Checkpoint, name: str, config: OPTConfig, placement: Placement) -> Norm:
+def _norm(checkpoint: Checkpoint, name: str, config: OPTConfig, placement: WeightPlacement) -> Norm:
     size = config.hidden_size
     if not config.layer_norm_elementwise_affine:
         return placement.layer_norm(size, None, None)

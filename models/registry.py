@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from minserve.models.base import CausalLM
 from minserve.models.config import LlamaConfig, ModelConfig
-from minserve.models.layers import Placement
+from minserve.models.layers import WeightPlacement
 from minserve.models.llama import Llama
 from minserve.models.opt import OPT
 
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from minserve.models.loader import Checkpoint
 
 
-def build_model(checkpoint: Checkpoint, config: ModelConfig, placement: Placement) -> CausalLM:
+def build_model(
+    checkpoint: Checkpoint, config: ModelConfig, placement: WeightPlacement
+) -> CausalLM:
     """Read a model's weights into the class of its family.
 
     Raises:

@@ -120,7 +120,7 @@ def test_a_module_imports_only_downwards(module: str) -> None:
     [
         (sorted(GROUND - {"planner"}), ("torch", "numpy")),
         (["planner.policies", "planner.perf_fit"], ("torch", "aiohttp")),
-        (["models.registry", "models.draft"], ("triton",)),
+        (["models.registry", "models.draft_model"], ("triton",)),
     ],
     ids=["the face and the ground", "the planner", "the models"],
 )

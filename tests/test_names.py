@@ -1,6 +1,6 @@
-"""No file or folder here bears the name of a package that something else imports.
+"""One name for one thing: of files beside installed packages, and of classes.
 
-Whoever starts a script of `bench/` or `examples/`, and pytest for every folder with tests, has
+No file or folder here bears the name of a package that something else imports. Whoever starts a script of `bench/` or `examples/`, and pytest for every folder with tests, has
 that folder first on `sys.path`: what lies there is found in place of a package of its name.
 """
 
@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+from collections import defaultdict
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = [ROOT / name for name in ("bench", "examples", "tests")]
 # pytest looks for files of this name and keeps several of them apart.
 OF_PYTEST = "conftest"
+ROOMS = [ROOT / name for name in ("minserve", "kernels", "models", "bench", "examples")]
 # Calls that take a package by its name: find_spec, import_module, _is_package_available, ...
 PROBES = re.compile(r"find_spec|import|available|version|distribution")
 # What may be an import. The line break and the bracket make it a quick search.
@@ -119,3 +121,32 @@ def test_transformers_is_imported_whatever_folder_is_first(first: str) -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def classes() -> Iterator[tuple[str, Path]]:
+    """Name and file of every class, those of tests left out."""
+    for path in sorted(path for room in ROOMS for path in room.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.ClassDef):
+                yield node.name, path
+
+
+def test_no_class_name_stands_twice() -> None:
+    """A leading underscore does not make another name."""
+    files = defaultdict(list)
+    for name, path in classes():
+        files[name.lstrip("_")].append(str(path))
+    twice = {name: paths for name, paths in files.items() if len(paths) > 1}
+    assert twice == {}, "one name for one thing: rename all but one of each"
+
+
+def test_no_file_of_the_package_is_named_after_a_class_that_is_elsewhere() -> None:
+    # Kernels are left out: a Triton file is named after the one operation that it holds.
+    homes = {ROOT / "minserve", ROOT / "models"}
+    files = defaultdict(set)
+    for name, path in classes():
+        if homes & set(path.parents):
+            files[name.lower()].add(path)
+    modules = [path for home in homes for path in home.rglob("*.py")]
+    promised = {path: files.get(path.stem.replace("_", ""), {path}) for path in modules}
+    assert [str(path) for path, found in promised.items() if path not in found] == []

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from minserve.kernels import truncation
-from minserve.kernels.truncation import Limits
+from minserve.kernels.truncation import TruncationLimits
 from minserve.kernels.upload import to_device
 
 # Few enough registers per thread that a multiprocessor holds all 32 warps.
@@ -127,7 +127,7 @@ def _truncate_kernel(keys, limits, size, BLOCK: tl.constexpr):
             _drop_below(row, size, low, BLOCK)
 
 
-def truncate(weights: torch.Tensor, limits: Limits) -> torch.Tensor:
+def truncate(weights: torch.Tensor, limits: TruncationLimits) -> torch.Tensor:
     """Set to 0 the weights that the limits leave out. The work is enqueued on the device.
 
     Args:

@@ -372,11 +372,11 @@ class Controller:
         self.table.replicas[number].submit(flight.submit(time.monotonic()), ask)
         self._placement.placed(flight, number)
 
-    def _told(self, replica: Replica, message: m.News | m.Stats | m.Withdrawn) -> None:
+    def _told(self, replica: Replica, message: m.News | m.Heartbeat | m.Withdrawn) -> None:
         match message:
             case m.Withdrawn():
                 self._move(message.request_id, replica)
-            case m.Stats():
+            case m.Heartbeat():
                 self._placement.reported(replica)
             case m.News():
                 self._take_news(replica, message)

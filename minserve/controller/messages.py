@@ -14,8 +14,8 @@ import msgspec
 from minserve.engine.stats import EngineStats, Histogram
 from minserve.errors import GenerationError, MinserveError, ProtocolError, SLOUnattainableError
 from minserve.outputs import OutputDelta
-from minserve.planner.load import ReplicaLoad
 from minserve.planner.perf_model import Piece
+from minserve.planner.replica_load import ReplicaLoad
 from minserve.request import Request
 
 # Raised by 1 whenever the meaning of a message changes.
@@ -135,7 +135,7 @@ class News(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     num_taken: int = 0
 
 
-class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A replica's statistics and load; sent regularly, also as a sign of life.
 
     Attributes:
@@ -148,7 +148,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 Message = (
-    Hello | Welcome | Refused | Submit | Abort | Withdraw | Withdrawn | Stop | News | Stats
+    Hello | Welcome | Refused | Submit | Abort | Withdraw | Withdrawn | Stop | News | Heartbeat
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 
-from minserve.controller.replica import ReplicaSpec
+from minserve.controller.replica_loop import ReplicaSpec
 from minserve.errors import ReplicaLostError, ReplicaRefusedError
 from minserve.exit_codes import EXIT_AGAIN, EXIT_ERROR, EXIT_REFUSED
 
@@ -86,7 +86,7 @@ class Watcher:
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "minserve.controller.replica",
+            "minserve.controller.replica_loop",
             self.spec.to_json(),
             env=self._environment,
         )

@@ -26,7 +26,7 @@ from minserve.controller.rendezvous import Arrival, Rendezvous
 from minserve.controller.router import Ask
 from minserve.engine.stats import EngineStats
 from minserve.errors import MinserveError, ProtocolError, ReplicaRefusedError
-from minserve.planner.load import ReplicaLoad
+from minserve.planner.replica_load import ReplicaLoad
 
 log = logging.getLogger(__name__)
 
@@ -270,8 +270,8 @@ class ReplicaTable:
 
     def _hear(self, replica: Replica, message: m.Message) -> None:
         match message:
-            case m.News() | m.Stats():
-                if isinstance(message, m.Stats):
+            case m.News() | m.Heartbeat():
+                if isinstance(message, m.Heartbeat):
                     replica.stats = message.stats
                 if message.load is not None:
                     replica.report(message.load, message.num_taken)

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minserve.errors import ConfigError
-from minserve.planner.load import ReplicaLoad
 from minserve.planner.perf_model import PerfModel
+from minserve.planner.replica_load import ReplicaLoad
 
 Floats = NDArray[np.float64]
 # Stands for "no deadline".

@@ -16,8 +16,8 @@ from minserve.engine.intake import Intake, Prompt
 from minserve.engine.live_output import History
 from minserve.engine.profile_cache import Profile
 from minserve.engine.profiler import measure_drafting, profile_core
+from minserve.engine.proposer import SpeculationStats
 from minserve.engine.refinement import Refinement
-from minserve.engine.speculator import SpeculationStats
 from minserve.errors import (
     ConfigError,
     DeviceLostError,
@@ -118,7 +118,7 @@ class EngineBase:
 
     @property
     def speculates(self) -> bool:
-        """True where a speculator drafts tokens."""
+        """True where a proposer drafts tokens."""
         return self._core.proposer is not None
 
     @property

@@ -6,7 +6,7 @@ handed out again::
 
     blank ──grow──► in use ──commit──► in use, indexed ──release──► idle, indexed
       ▲               │                         ▲                        │  │
-      └───release─────┘                         └────────admit───────────┘  │
+      └───release─────┘                         └────────attach──────────┘  │
       └───────────────────────── grow (evicts the entry) ───────────────────┘
 
 The prefix index follows vLLM's automatic prefix caching: a block full of tokens is
@@ -70,7 +70,7 @@ class BlockPool:
         num_blocks: size of the pool.
         block_size: tokens per block.
         prefix_caching: False keeps no index, so that nothing is ever shared.
-        prefix_queries_tokens: tokens of all sequences admitted that may take a hit.
+        prefix_queries_tokens: tokens of all started sequences that may take a hit.
         prefix_hits_tokens: tokens of these that the index held.
     """
 
@@ -119,7 +119,7 @@ class BlockPool:
             num_idle += self._refs[entry.block] == 0
         return CachedPrefix(num_blocks * self.block_size, num_idle)
 
-    def admit(self, seq: Sequence) -> int:
+    def attach(self, seq: Sequence) -> int:
         """Give a sequence without blocks the cached blocks that it begins with.
 
         Takes as many free blocks as ``cached_prefix`` says are idle. Blocks for the

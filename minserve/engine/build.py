@@ -17,21 +17,21 @@ from minserve.config import EngineConfig
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.core import EngineCore
 from minserve.engine.cuda_graphs import CudaRecorder, DecodeGraphs, GraphLimits
-from minserve.engine.draft_model import MOST_DECODE_TOKENS, DraftModelProposer
+from minserve.engine.draft_model_proposer import MOST_DECODE_TOKENS, DraftModelProposer
 from minserve.engine.kv_cache import allocate_kv_cache, choose_num_blocks
 from minserve.engine.paged_model import PagedModel
 from minserve.engine.profile_cache import dtype_words
+from minserve.engine.proposer import NgramProposer, Proposer
 from minserve.engine.runner import ModelRunner
 from minserve.engine.simulated import load_simulated_core
-from minserve.engine.speculator import NgramProposer, Proposer
 from minserve.engine.thread_count import ThreadCount
 from minserve.engine.tokenizer import Tokenizer
 from minserve.errors import ConfigError
 from minserve.kernels.attention import choose_attention_backend, make_attention_backend
 from minserve.machine import Machine
 from minserve.models.base import CausalLM, ModelShape
-from minserve.models.draft import DraftModel, load_draft_model
-from minserve.models.layers import Placement
+from minserve.models.draft_model import DraftModel, load_draft_model
+from minserve.models.layers import WeightPlacement
 from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
 from minserve.models.source import (
@@ -98,7 +98,7 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     attention = choose_attention_backend(config.attention_backend, device)
     with open_checkpoint(source) as checkpoint:
         twice = device.type == "cpu" and has_room_twice(checkpoint.num_parameters())
-        placement = Placement.choose(
+        placement = WeightPlacement.choose(
             device,
             config.dtype,
             fused=attention != "torch",
@@ -108,16 +108,16 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         model = build_model(checkpoint, load_config(source), placement)
     dtype = dtype_words(placement.linear_dtype, placement.dtype)
     tokenizer = Tokenizer.load(source, config.tokenizer)
-    draft = _load_draft(config, model, tokenizer, placement)
+    draft_model = _load_draft_model(config, model, tokenizer, placement)
     runner = ModelRunner(model, *_probe(attention, model.shape, config.block_size, placement))
     runner.threads = threads
-    drafter = None
-    if draft is not None:
-        probe = _probe(attention, draft.model.shape, config.block_size, placement)
-        drafter = PagedModel(draft.model, *probe)
-    proposer = _make_proposer(config, draft, drafter, model.shape.vocab_size)
+    paged_draft = None
+    if draft_model is not None:
+        probe = _probe(attention, draft_model.model.shape, config.block_size, placement)
+        paged_draft = PagedModel(draft_model.model, *probe)
+    proposer = _make_proposer(config, draft_model, paged_draft, model.shape.vocab_size)
     max_queries = 1 if proposer is None else 1 + proposer.max_tokens
-    num_blocks, max_model_len = _make_ready(config, runner, drafter, placement, max_queries)
+    num_blocks, max_model_len = _make_ready(config, runner, paged_draft, placement, max_queries)
     core = EngineCore(
         runner,
         BlockPool(num_blocks, config.block_size, prefix_caching=config.prefix_caching),
@@ -157,8 +157,8 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
 def _make_ready(
     config: EngineConfig,
     runner: ModelRunner,
-    drafter: PagedModel | None,
-    placement: Placement,
+    paged_draft: PagedModel | None,
+    placement: WeightPlacement,
     max_queries: int,
 ) -> tuple[int, int]:
     """Warm the models up, give them their KV caches and record their CUDA graphs.
@@ -177,8 +177,8 @@ def _make_ready(
         config.cuda_graphs and placement.device.type == "cuda" and runner.backend.supports_graphs
     )
     models = {runner: max_queries}
-    if drafter is not None:
-        models[drafter] = MOST_DECODE_TOKENS
+    if paged_draft is not None:
+        models[paged_draft] = MOST_DECODE_TOKENS
     num_blocks = _allocate_kv_cache(config, models, placement, longest, with_graphs)
     _log_limits(models, placement.device)
     capacity = num_blocks * config.block_size
@@ -196,7 +196,7 @@ def _make_ready(
 def _allocate_kv_cache(
     config: EngineConfig,
     models: Mapping[PagedModel, int],
-    placement: Placement,
+    placement: WeightPlacement,
     longest: int,
     with_graphs: bool,
 ) -> int:
@@ -247,7 +247,7 @@ def _log_limits(models: Iterable[PagedModel], device: torch.device) -> None:
         log.info("%s", words)
 
 
-def _probe(attention: str, shape: ModelShape, block_size: int, placement: Placement) -> tuple:
+def _probe(attention: str, shape: ModelShape, block_size: int, placement: WeightPlacement) -> tuple:
     """What a `PagedModel` needs beside its model, with a KV cache of one block for now."""
     backend = make_attention_backend(
         attention, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.scale
@@ -256,8 +256,8 @@ def _probe(attention: str, shape: ModelShape, block_size: int, placement: Placem
     return backend, [kv] * shape.num_layers, block_size, placement.device
 
 
-def _load_draft(
-    config: EngineConfig, model: CausalLM, tokenizer: Tokenizer, placement: Placement
+def _load_draft_model(
+    config: EngineConfig, model: CausalLM, tokenizer: Tokenizer, placement: WeightPlacement
 ) -> DraftModel | None:
     """The draft model that the settings ask for.
 
@@ -280,10 +280,15 @@ def _has_tokenizer(source: ModelSource) -> bool:
 
 
 def _make_proposer(
-    config: EngineConfig, draft: DraftModel | None, drafter: PagedModel | None, vocab_size: int
+    config: EngineConfig,
+    draft_model: DraftModel | None,
+    paged_draft: PagedModel | None,
+    vocab_size: int,
 ) -> Proposer | None:
-    if draft is not None:
-        return DraftModelProposer(config.max_speculation, drafter, vocab_size, draft.head_token_ids)
+    if draft_model is not None:
+        return DraftModelProposer(
+            config.max_speculation, paged_draft, vocab_size, draft_model.head_token_ids
+        )
     return NgramProposer(config.max_speculation) if config.speculator == "ngram" else None
 
 

@@ -24,8 +24,8 @@ from minserve.engine.block_pool import BlockPool
 from minserve.engine.detokenizer import IncrementalDetokenizer
 from minserve.engine.live_output import NO_HISTORY, History, LiveOutput
 from minserve.engine.lookahead import PlanAhead, confirm, project
+from minserve.engine.proposer import DraftRequest, Proposer
 from minserve.engine.runner import ModelRunner, RunResult, Scheduled
-from minserve.engine.speculator import Proposer, Wanted
 from minserve.engine.stats import EngineStats
 from minserve.engine.verification import Proposal, SampledToken, Verified
 from minserve.errors import (
@@ -271,7 +271,7 @@ class EngineCore:
 
     def _settle(self, plan: IterationPlan) -> None:
         """Carry out what the planner promises, gives up and refuses."""
-        for seq_id in plan.promote:
+        for seq_id in plan.admit:
             self._outputs[seq_id].seq.standing = Standing.ADMITTED
         for seq_id in plan.relegate:
             self._outputs[seq_id].seq.standing = Standing.BEST_EFFORT
@@ -292,13 +292,13 @@ class EngineCore:
         return not any(output.seq.has_begun for output in outputs)
 
     def _start(self, plan: IterationPlan) -> list[Scheduled]:
-        """Carry out preemptions and admissions and make room for the scheduled tokens."""
+        """Carry out preemptions and starts, and make room for the scheduled tokens."""
         for seq_id in plan.preempt:
             self._preempt(self._outputs[seq_id].seq)
-        # Hits of all admissions are taken before any block is handed out, lest one
-        # admission's growth evict another's hit.
-        for seq_id in plan.admit:
-            self._admit(self._outputs[seq_id].seq)
+        # All prefix hits are attached before any block is handed out, lest the growth of one
+        # sequence evict another's hit.
+        for seq_id in plan.start:
+            self._start_one(self._outputs[seq_id].seq)
         batch = []
         for seq_id, num_tokens in plan.num_scheduled_tokens.items():
             if seq_id not in self._outputs:
@@ -317,7 +317,7 @@ class EngineCore:
         if self.proposer is None or not (plan.speculation or plan.catch_up):
             return batch
         wanted = [
-            Wanted(item.seq, plan.speculation.get(seq_id, 0), plan.catch_up.get(seq_id, 0))
+            DraftRequest(item.seq, plan.speculation.get(seq_id, 0), plan.catch_up.get(seq_id, 0))
             for item in batch
             if (seq_id := item.seq.seq_id) in plan.speculation or seq_id in plan.catch_up
         ]
@@ -343,9 +343,9 @@ class EngineCore:
             DeviceLostError: where it is nobody's: the device is beyond running anything.
         """
         try:
-            flight = self.runner.launch(batch)
+            launched = self.runner.launch(batch)
             meanwhile()
-            return dict(flight.results())
+            return dict(launched.results())
         except Exception as error:
             if self.runner.is_lost:
                 raise DeviceLostError(
@@ -472,12 +472,12 @@ class EngineCore:
             del self._by_request[seq.request.request_id]
         return delta
 
-    def _admit(self, seq: Sequence) -> None:
-        seq.num_computed_tokens = self.pool.admit(seq)
+    def _start_one(self, seq: Sequence) -> None:
+        seq.num_computed_tokens = self.pool.attach(seq)
         now = self.clock()
         if seq.num_preemptions == 0:
             seq.num_cached_tokens = seq.num_computed_tokens
-            self.stats.admitted(seq, now)
+            self.stats.started(seq, now)
         seq.state = SequenceState.RUNNING
         seq.events[RequestEvent.SCHEDULED] = now
         self.waiting.remove(seq)
@@ -489,7 +489,7 @@ class EngineCore:
             self.proposer.forget(seq)
 
     def _preempt(self, seq: Sequence) -> None:
-        """Give up the blocks; the tokens stay and are computed again at the next admission."""
+        """Give up the blocks; the tokens stay and are computed again at its next start."""
         self._release(seq)
         seq.num_computed_tokens = 0
         seq.num_preemptions += 1

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minserve.engine import transfers
-from minserve.kernels.truncation import Limits, truncate
+from minserve.kernels.truncation import TruncationLimits, truncate
 from minserve.kernels.upload import to_device
 from minserve.request import Sequence
 from minserve.sampling_params import SamplingParams
@@ -41,7 +41,7 @@ INVALID = -1  # in place of a token id: this row has no distribution to choose f
 _CHUNK = 256
 
 
-class Row(NamedTuple):
+class SamplingRow(NamedTuple):
     """Where a token is to be chosen: behind a sequence's tokens and some drafted ones."""
 
     seq: Sequence
@@ -113,8 +113,8 @@ def uniform(seed: int, index: int, position: int, stream: int = 0) -> float:
     return (word >> 11) * 2.0**-53
 
 
-def uniforms(rows: SequenceOf[Row], streams: SequenceOf[int]) -> list[float]:
-    """`Row.uniform` of each row and its stream."""
+def uniforms(rows: SequenceOf[SamplingRow], streams: SequenceOf[int]) -> list[float]:
+    """`SamplingRow.uniform` of each row and its stream."""
     if len(rows) < _FEWEST_AT_ONCE:
         return [row.uniform(stream) for row, stream in zip(rows, streams, strict=True)]
     num = len(rows)
@@ -173,12 +173,12 @@ def _argmax(logits: Tensor) -> Tensor:
     return (first + inner.argmax(dim=-1, keepdim=True)).squeeze(1)
 
 
-def adjust(logits: Tensor, rows: SequenceOf[Row]) -> Tensor:
+def adjust(logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
     """Logits ``[rows, vocab]`` after penalties, and without ends that would come too early."""
     return _mask_early_stops(_penalize(logits, rows), rows)
 
 
-def _penalize(logits: Tensor, rows: SequenceOf[Row]) -> Tensor:
+def _penalize(logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
     """Repetition, then frequency and presence penalties, at the few tokens that have any."""
     repeated = [
         (i, token, row.params.repetition_penalty)
@@ -202,7 +202,7 @@ def _penalize(logits: Tensor, rows: SequenceOf[Row]) -> Tensor:
     return logits
 
 
-def _mask_early_stops(logits: Tensor, rows: SequenceOf[Row]) -> Tensor:
+def _mask_early_stops(logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
     """Forbid the tokens that end an output while it is shorter than ``min_tokens``."""
     forbidden = [
         (i, token, -math.inf)
@@ -223,7 +223,7 @@ def _cells(
 
 
 def draw(
-    logits: Tensor, rows: SequenceOf[Row], stream: int = CHOICE, *, fused: bool = False
+    logits: Tensor, rows: SequenceOf[SamplingRow], stream: int = CHOICE, *, fused: bool = False
 ) -> Tensor:
     """One token id per row, ``[rows]``, sampled by inverse CDF; `INVALID` where none can be.
 
@@ -237,7 +237,9 @@ def draw(
     return torch.where(is_valid, ids, INVALID)
 
 
-def weigh(logits: Tensor, rows: SequenceOf[Row], *, fused: bool = False) -> tuple[Tensor, Tensor]:
+def weigh(
+    logits: Tensor, rows: SequenceOf[SamplingRow], *, fused: bool = False
+) -> tuple[Tensor, Tensor]:
     """The distribution of each row, after temperature and truncation.
 
     Args:
@@ -275,7 +277,7 @@ def warm_up(device: torch.device) -> None:
 
 def _truncate(weights: Tensor, params: SequenceOf[SamplingParams], vocab: int, fused: bool) -> None:
     """Set to 0 what min_p, then top_k, then top_p leave out."""
-    limits = Limits(
+    limits = TruncationLimits(
         [p.min_p for p in params],
         [p.top_k if p.top_k < vocab else 0 for p in params],
         [p.top_p for p in params],

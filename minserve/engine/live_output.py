@@ -88,7 +88,7 @@ class LiveOutput:
         seq.events[RequestEvent.FIRST_TOKEN] = history.times_s[0]
         seq.events[RequestEvent.TOKENS] = history.times_s[-1]
         self.told_prompt = history.told_prompt
-        # As one that gave up its blocks: it was counted as admitted when it began.
+        # As one that gave up its blocks: it was counted as started when it began.
         seq.num_preemptions += 1
 
     def _passes(self, marker: str, token_id: int, text: str) -> bool:

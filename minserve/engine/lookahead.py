@@ -36,9 +36,9 @@ class PlanAhead:
             for seq in view.running
             if seq.seq_id in plan.num_scheduled_tokens and not seq.is_decoding
         }
-        admitted = set(plan.admit)
+        started = set(plan.start)
         for seq in view.waiting:
-            if seq.seq_id in admitted:
+            if seq.seq_id in started:
                 starts[seq.seq_id] = view.memory.cached_prefix(seq).num_tokens
         return cls(plan, frozenset(s.seq_id for s in (*view.running, *view.waiting)), starts)
 
@@ -121,19 +121,19 @@ def confirm(ahead: PlanAhead, view: PlannerView, now: float) -> IterationPlan | 
 
 
 def _with_possible_drafts(
-    plan: IterationPlan, live: Mapping[str, Sequence], drafter: SpeculationView
+    plan: IterationPlan, live: Mapping[str, Sequence], proposer: SpeculationView
 ) -> IterationPlan:
     """The plan with no more drafts than can be made now, nor behind an output's last token."""
     scheduled, speculation = dict(plan.num_scheduled_tokens), {}
     for seq_id, planned in plan.speculation.items():
         seq = live[seq_id]
         left = seq.request.params.max_tokens - seq.num_output_tokens - 1
-        length = max(0, min(planned, left, drafter.limit(seq)))
+        length = max(0, min(planned, left, proposer.limit(seq)))
         scheduled[seq_id] -= planned - length
         if length:
             speculation[seq_id] = length
     catch_up = {
-        seq_id: min(num, drafter.lag(live[seq_id])) for seq_id, num in plan.catch_up.items()
+        seq_id: min(num, proposer.lag(live[seq_id])) for seq_id, num in plan.catch_up.items()
     }
     catch_up = {seq_id: num for seq_id, num in catch_up.items() if num > 0}
     if speculation == plan.speculation and catch_up == plan.catch_up:
@@ -148,7 +148,7 @@ def _fits(
     memory: MemoryView,
 ) -> bool:
     """True where each sequence stands where the plan has it, and the blocks suffice."""
-    size, starting = memory.block_size, set(plan.admit)
+    size, starting = memory.block_size, set(plan.start)
     free = memory.num_free_blocks
     for seq_id, num_tokens in plan.num_scheduled_tokens.items():
         seq = live[seq_id]

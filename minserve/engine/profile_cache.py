@@ -22,7 +22,7 @@ from minserve.cpu_name import cpu_name
 from minserve.engine.core import EngineCore
 from minserve.engine.runner import ModelRunner
 from minserve.machine import Machine
-from minserve.planner.perf_fit import FitQuality, Sample, undisturbed
+from minserve.planner.perf_fit import FitQuality, ProfileSample, undisturbed
 from minserve.planner.perf_model import BatchShape, PerfModel
 
 log = logging.getLogger(__name__)
@@ -90,9 +90,9 @@ class Profile:
     allowed_s: float
 
     @property
-    def samples(self) -> list[Sample]:
+    def samples(self) -> list[ProfileSample]:
         """Every shape with the mean of its undisturbed repeats."""
-        return [Sample(shape, undisturbed(runs)) for shape, runs in self.runs.items()]
+        return [ProfileSample(shape, undisturbed(runs)) for shape, runs in self.runs.items()]
 
     @property
     def is_poor(self) -> bool:

@@ -28,7 +28,7 @@ DRAFT_CONTEXT = 48
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class ProfileBatch:
     """What to measure.
 
     Attributes:
@@ -54,7 +54,7 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class CoreLimits:
     """What a core can run.
 
     Attributes:
@@ -72,7 +72,7 @@ class Limits:
     graphs: bool = False
 
     @classmethod
-    def of(cls, core: EngineCore) -> Limits:
+    def of(cls, core: EngineCore) -> CoreLimits:
         pool = core.pool
         return cls(
             core.token_budget,
@@ -87,7 +87,7 @@ class Limits:
         """Blocks for so many tokens of one sequence."""
         return -(-num_tokens // self.block_size)
 
-    def allow(self, batch: Batch) -> bool:
+    def allow(self, batch: ProfileBatch) -> bool:
         ends = [start + num_tokens for start, num_tokens in batch.runs]
         return (
             min(batch.decodes, default=1) > 0
@@ -98,7 +98,7 @@ class Limits:
         )
 
 
-def design(limits: Limits, num_batches: int, seed: int) -> list[Batch]:
+def design(limits: CoreLimits, num_batches: int, seed: int) -> list[ProfileBatch]:
     """At most so many batches, all different, the simplest ones first.
 
     The others are decodes, prefill chunks and mixes in turn, log-uniform between short and
@@ -120,30 +120,30 @@ def design(limits: Limits, num_batches: int, seed: int) -> list[Batch]:
     return list(islice(different, num_batches))
 
 
-def _simplest(limits: Limits) -> list[Batch]:
+def _simplest(limits: CoreLimits) -> list[ProfileBatch]:
     """Few and short sequences; from one to the next one feature of the model moves."""
     far = min(512, limits.longest // 2)
     return [
-        Batch(decodes=(SHORTEST_CONTEXT,)),
-        Batch(chunks=((0, 64),)),
-        Batch(decodes=(SHORTEST_CONTEXT,) * 8),
-        Batch(decodes=(far,)),
-        Batch(chunks=((far, 32),)),
-        Batch(chunks=((0, SHORTEST_CHUNK),)),
-        Batch(decodes=(far,) * 4),
-        Batch(chunks=((0, 128),)),
-        Batch(decodes=(64,) * 4, chunks=((0, 32),)),
-        Batch(decodes=(SHORTEST_CONTEXT,) * 16),
+        ProfileBatch(decodes=(SHORTEST_CONTEXT,)),
+        ProfileBatch(chunks=((0, 64),)),
+        ProfileBatch(decodes=(SHORTEST_CONTEXT,) * 8),
+        ProfileBatch(decodes=(far,)),
+        ProfileBatch(chunks=((far, 32),)),
+        ProfileBatch(chunks=((0, SHORTEST_CHUNK),)),
+        ProfileBatch(decodes=(far,) * 4),
+        ProfileBatch(chunks=((0, 128),)),
+        ProfileBatch(decodes=(64,) * 4, chunks=((0, 32),)),
+        ProfileBatch(decodes=(SHORTEST_CONTEXT,) * 16),
     ]
 
 
-def _batch(limits: Limits, u: list[float], kind: str, rng: random.Random) -> Batch:
+def _batch(limits: CoreLimits, u: list[float], kind: str, rng: random.Random) -> ProfileBatch:
     """The batch at a point of the unit cube."""
     chunks = () if kind == "decodes" else _chunks(limits, u, reserve=int(kind == "mix"))
-    return Batch(() if kind == "chunks" else _decodes(limits, u, chunks, rng), chunks)
+    return ProfileBatch(() if kind == "chunks" else _decodes(limits, u, chunks, rng), chunks)
 
 
-def _chunks(limits: Limits, u: list[float], *, reserve: int) -> tuple[tuple[int, int], ...]:
+def _chunks(limits: CoreLimits, u: list[float], *, reserve: int) -> tuple[tuple[int, int], ...]:
     """A chunk behind a context, several prompts, or one.
 
     Args:
@@ -162,7 +162,7 @@ def _chunks(limits: Limits, u: list[float], *, reserve: int) -> tuple[tuple[int,
 
 
 def _decodes(
-    limits: Limits, u: list[float], chunks: tuple[tuple[int, int], ...], rng: random.Random
+    limits: CoreLimits, u: list[float], chunks: tuple[tuple[int, int], ...], rng: random.Random
 ) -> tuple[int, ...]:
     """Decodes beside the chunks, within what these leave; at least one."""
     free = limits.num_blocks - sum(limits.blocks(start + n) for start, n in chunks)

@@ -17,14 +17,14 @@ import torch
 from tqdm import tqdm
 
 from minserve.engine.core import EngineCore
-from minserve.engine.draft_model import DraftModelProposer
+from minserve.engine.draft_model_proposer import DraftModelProposer
 from minserve.engine.profile_cache import Prediction, Profile, profile_key
-from minserve.engine.profile_design import DRAFT_CONTEXT, Batch, Limits, design
+from minserve.engine.profile_design import DRAFT_CONTEXT, CoreLimits, ProfileBatch, design
 from minserve.engine.workbench import Workbench
 from minserve.errors import ProfileError
 from minserve.planner.perf_fit import (
     SAMPLES_PER_PIECE,
-    Sample,
+    ProfileSample,
     agree,
     evaluate,
     fit,
@@ -113,7 +113,7 @@ class Survey:
     def __init__(
         self, core: EngineCore, model_name: str, *, seed: int = 0, kept: Profile | None = None
     ) -> None:
-        self.batches = design(Limits.of(core), NUM_BATCHES, seed)
+        self.batches = design(CoreLimits.of(core), NUM_BATCHES, seed)
         self.times: Times = {}
         self.bench = Workbench(core, seed)
         self._key = profile_key(core, model_name)
@@ -136,7 +136,7 @@ class Survey:
             self.times.setdefault(shape, []).extend(more)
         self._seconds += seconds
 
-    def measure(self, batch: Batch) -> float:
+    def measure(self, batch: ProfileBatch) -> float:
         """Run a batch once more; its seconds."""
         started = time.perf_counter()
         found = self.bench.time(batch)
@@ -148,16 +148,16 @@ class Survey:
         """Shapes of which two repeats took about as long."""
         return sum(map(agree, self.times.values()))
 
-    def runs(self, batch: Batch) -> list[float]:
+    def runs(self, batch: ProfileBatch) -> list[float]:
         """Seconds of the batch's runs so far."""
         return self.times.get(batch.shape, [])
 
-    def wants(self, batch: Batch, least: int) -> bool:
+    def wants(self, batch: ProfileBatch, least: int) -> bool:
         """True where there are fewer runs of a batch than that, or they disagree."""
         runs = self.runs(batch)
         return len(runs) < least or (not agree(runs) and len(runs) < MOST_REPEATS)
 
-    def guess(self, batch: Batch) -> float:
+    def guess(self, batch: ProfileBatch) -> float:
         """Seconds of a batch by those measured so far."""
         return fit(self._samples(), max_pieces=1).profiled(batch.shape)
 
@@ -201,15 +201,15 @@ class Survey:
             allowed_s=allowed_s,
         )
 
-    def _samples(self, only_steady: bool = False) -> list[Sample]:
+    def _samples(self, only_steady: bool = False) -> list[ProfileSample]:
         return [
-            Sample(shape, undisturbed(runs))
+            ProfileSample(shape, undisturbed(runs))
             for shape, runs in self.times.items()
             if agree(runs) or not only_steady
         ]
 
 
-def _missed(samples: list[Sample]) -> list[float]:
+def _missed(samples: list[ProfileSample]) -> list[float]:
     """Of each sample, measured over predicted seconds by a fit to all others."""
     others = [[*samples[:i], *samples[i + 1 :]] for i in range(len(samples))]
     return [
@@ -218,7 +218,9 @@ def _missed(samples: list[Sample]) -> list[float]:
     ]
 
 
-def _split(samples: list[Sample], rng: random.Random) -> tuple[list[Sample], list[Sample]]:
+def _split(
+    samples: list[ProfileSample], rng: random.Random
+) -> tuple[list[ProfileSample], list[ProfileSample]]:
     """A random quarter, and the others."""
     shuffled = rng.sample(samples, len(samples))
     num_unseen = round(HELD_OUT_SHARE * len(samples))
@@ -236,7 +238,7 @@ def _measure(survey: Survey, seconds: float, rng: random.Random, bar: tqdm) -> N
     def left() -> float:
         return seconds - (time.perf_counter() - started)
 
-    def measure(batch: Batch) -> None:
+    def measure(batch: ProfileBatch) -> None:
         survey.measure(batch)
         bar.update(seconds - max(0.0, left()) - bar.n)
 
@@ -277,7 +279,7 @@ def measure_drafting(core: EngineCore) -> tuple[float, float]:
         raise ProfileError("only an idle engine can be profiled; wait until its requests ended")
     bench, rows, times = Workbench(core, seed=0), [], []
     for num_seqs in DRAFT_SEQS:
-        if not Limits.of(core).allow(Batch(decodes=(DRAFT_CONTEXT,) * num_seqs)):
+        if not CoreLimits.of(core).allow(ProfileBatch(decodes=(DRAFT_CONTEXT,) * num_seqs)):
             continue
         for num_steps in DRAFT_STEPS:
             runs = bench.time_drafts(num_seqs, min(num_steps, proposer.max_tokens))

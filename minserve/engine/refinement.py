@@ -19,7 +19,7 @@ from contextlib import suppress
 from minserve.engine import profile_cache
 from minserve.engine.core import EngineCore
 from minserve.engine.profile_cache import Profile
-from minserve.engine.profile_design import Batch, Limits
+from minserve.engine.profile_design import CoreLimits, ProfileBatch
 from minserve.engine.profiler import LEAST_BATCHES, MOST_REPEATS, REPEATS, Survey, Times
 from minserve.planner.perf_fit import agree
 
@@ -45,7 +45,7 @@ SAVE_S = 8.0
 ALMOST = 0.99
 
 
-class _Wanted(Exception):
+class _WorkArrived(Exception):
     """Somebody wants the engine."""
 
 
@@ -65,7 +65,7 @@ class Refinement:
         publish: Callable[[Profile], None],
     ) -> None:
         self._core, self._publish = core, publish
-        self._limits = Limits.of(core)
+        self._limits = CoreLimits.of(core)
         self._survey = Survey(core, model_name, kept=profile)
         self._profile = profile
         self._fresh: Times = {}
@@ -132,11 +132,11 @@ class Refinement:
 
         def poll() -> None:
             if is_wanted():
-                raise _Wanted
+                raise _WorkArrived
 
         if not self._fresh:
             return
-        with suppress(_Wanted), profile_cache.alone_with(self._profile.key, TURN_S):
+        with suppress(_WorkArrived), profile_cache.alone_with(self._profile.key, TURN_S):
             # What could not be written is in this process's profile alone.
             kept = self._profile
             if not self._unwritable:
@@ -162,24 +162,24 @@ class Refinement:
         """Runs that every batch needs: more of them where the machine was busy meanwhile."""
         return MOST_REPEATS if self._profile.is_poor else REPEATS
 
-    def _batches_in_reach(self) -> list[Batch]:
+    def _batches_in_reach(self) -> list[ProfileBatch]:
         model = self._profile.model
         longest_s = max(LONGEST_S, LONGEST_STEPS * model.zero_load_decode_s(1))
         return [one for one in self._survey.batches if model.profiled(one.shape) <= longest_s]
 
-    def _unfinished(self) -> list[Batch]:
+    def _unfinished(self) -> list[ProfileBatch]:
         return [one for one in self._batches_in_reach() if self._survey.wants(one, self._least)]
 
-    def _usual_s(self, batch: Batch) -> float:
+    def _usual_s(self, batch: ProfileBatch) -> float:
         """Seconds that a batch should take now."""
         return self._pace * self._core.planner.model.predict(batch.shape)
 
-    def _finds_room(self, batch: Batch, num_blank: int) -> bool:
+    def _finds_room(self, batch: ProfileBatch, num_blank: int) -> bool:
         """True where no cached prefix has to go for it, with so many blocks that hold none."""
         needed = sum(self._limits.blocks(start + num_tokens) for start, num_tokens in batch.runs)
         return needed <= num_blank
 
-    def _measure(self, batch: Batch, is_wanted: Callable[[], bool]) -> None:
+    def _measure(self, batch: ProfileBatch, is_wanted: Callable[[], bool]) -> None:
         """Run a batch twice, as batches in service follow each other. The first run, on a device
         that rested, counts where it was no slower. A part of the KV is written instead, where
         some that the batch reads never was.

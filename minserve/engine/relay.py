@@ -16,7 +16,7 @@ from minserve.engine.stats import EngineStats
 from minserve.errors import InvalidRequestError
 from minserve.models.source import fingerprint
 from minserve.outputs import OutputDelta
-from minserve.planner.load import ReplicaLoad, load_of
+from minserve.planner.replica_load import ReplicaLoad, load_of
 from minserve.request import Request
 
 log = logging.getLogger(__name__)

@@ -88,7 +88,7 @@ class _PromptRows(NamedTuple):
     num_top: int
 
 
-class Flight:
+class InFlightBatch:
     """A batch that was handed to the device. `results` waits for what it gives.
 
     Args:
@@ -149,7 +149,7 @@ class ModelRunner(PagedModel):
         return self.launch(batch).results()
 
     @torch.inference_mode()
-    def launch(self, batch: SequenceOf[Scheduled]) -> Flight:
+    def launch(self, batch: SequenceOf[Scheduled]) -> InFlightBatch:
         """One forward pass and the choice of tokens, handed to the device.
 
         A GPU is not waited for. Writes KV for the scheduled tokens and changes no sequence,
@@ -164,7 +164,7 @@ class ModelRunner(PagedModel):
         sampling = [
             (item, first) for item, first in zip(batch, first_rows, strict=False) if item.samples
         ]
-        return Flight(
+        return InFlightBatch(
             [item.seq.seq_id for item in batch],
             [item.seq.seq_id for item, _ in sampling],
             self._sample(sampling, hidden) if sampling else None,

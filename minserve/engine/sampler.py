@@ -17,7 +17,7 @@ from minserve.engine.distribution import (
     CHOICE,
     DRAFT,
     INVALID,
-    Row,
+    SamplingRow,
     adjust,
     argmax,
     column,
@@ -28,7 +28,7 @@ from minserve.engine.distribution import (
     warm_up,
     weigh,
 )
-from minserve.engine.token_logprobs import logprob_tensors, token_logprobs
+from minserve.engine.logprobs import logprob_tensors, token_logprobs
 from minserve.engine.verification import (
     PendingTokens,
     Proposal,
@@ -117,12 +117,12 @@ class Sampler:
         # These come last, so that either kind has adjacent rows.
         order = sorted(range(len(seqs)), key=by_chance.__getitem__)
         drawn = [proposals[i] for i in order if by_chance[i]]
-        rows: list[Row] = []
+        rows: list[SamplingRow] = []
         spans = []
         for i in order:
             drafted = () if proposals[i] is None else proposals[i].token_ids
             spans.append(Span(i, seqs[i], drafted, len(rows)))
-            rows += [Row(seqs[i], drafted[:num]) for num in range(len(drafted) + 1)]
+            rows += [SamplingRow(seqs[i], drafted[:num]) for num in range(len(drafted) + 1)]
         if order != sorted(order):
             logits = logits[index_of(_rows_before(spans), logits)]
         split = spans[-len(drawn)].first if drawn else len(rows)
@@ -133,7 +133,7 @@ class Sampler:
         return PendingTokens(logits, spans, ids, nums_accepted)
 
     @torch.inference_mode()
-    def draft(self, logits: Tensor, rows: SequenceOf[Row]) -> list[Drafted]:
+    def draft(self, logits: Tensor, rows: SequenceOf[SamplingRow]) -> list[Drafted]:
         """A draft model's choices, such that the target is likely to accept them.
 
         A greedy row takes the most likely token, a seeded one is drawn with the number that
@@ -196,7 +196,7 @@ def _rows_before(spans: SequenceOf[Span]) -> list[int]:
     return [firsts[span.place] + num for span in spans for num in range(len(span.rows))]
 
 
-def _choose(logits: Tensor, rows: SequenceOf[Row], fused: bool) -> Tensor:
+def _choose(logits: Tensor, rows: SequenceOf[SamplingRow], fused: bool) -> Tensor:
     """The target's own choice for each row, ``[rows]``."""
     special = [i for i, row in enumerate(rows) if not row.is_plain]
     if not special:

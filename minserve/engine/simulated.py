@@ -38,7 +38,7 @@ _WORD = re.compile(r" [a-z]+")
 _STEP, _SPREAD = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9
 
 
-class SimulatedFlight:
+class SimulatedBatch:
     """A batch that is over at a certain time."""
 
     def __init__(
@@ -74,12 +74,12 @@ class SimulatedRunner:
     def __init__(self, model: PerfModel, words: SequenceOf[int]) -> None:
         self._model, self._words = model, words
 
-    def launch(self, batch: SequenceOf[Scheduled]) -> SimulatedFlight:
+    def launch(self, batch: SequenceOf[Scheduled]) -> SimulatedBatch:
         """The batch begins now."""
         eager = is_eager(len(batch), sum(item.seq.is_decoding for item in batch))
         shape = BatchShape.of(((item.start, item.num_tokens) for item in batch), eager=eager)
         ends_at = time.monotonic() + self._model.profiled(shape)
-        return SimulatedFlight(batch, ends_at, self._words)
+        return SimulatedBatch(batch, ends_at, self._words)
 
 
 def made_up_token(seq: Sequence, words: SequenceOf[int]) -> int:

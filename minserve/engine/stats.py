@@ -14,8 +14,8 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, fields, replace
 
 from minserve.attainment import Outcome, SLOReport
+from minserve.engine.proposer import SpeculationStats
 from minserve.engine.runner import Scheduled
-from minserve.engine.speculator import SpeculationStats
 from minserve.request import FinishReason, RequestEvent, Sequence
 from minserve.slo import CUSTOM
 
@@ -78,7 +78,7 @@ class EngineStats:
     Attributes:
         num_running, num_waiting: now.
         kv_usage: share of the KV blocks in use, 0 to 1; cached blocks that nobody uses are free.
-        num_prefix_queries, num_prefix_hits: tokens of admitted sequences that were looked up
+        num_prefix_queries, num_prefix_hits: tokens of started sequences that were looked up
             in the prefix cache, and of these those found.
         num_preemptions: times that a running sequence gave up its blocks.
         num_prompt_tokens: of requests whose first output has begun.
@@ -91,7 +91,7 @@ class EngineStats:
         inter_token_s: between two deliveries to one output; by speculation a delivery may
             bring several tokens.
         e2e_s: from arrival to the last token, of outputs that stopped or reached their length.
-        queue_s: from arrival to the first admission.
+        queue_s: from arrival to the first start.
         iteration_s, predicted_s, profiled_s: of iterations that ran something, with the
             planning that they waited for; as the planner predicted them, where it could; and as
             the device's profile has them, without what was learned since.
@@ -141,7 +141,7 @@ class EngineStats:
             for outcome in Outcome:
                 self.slo_requests.setdefault((name, outcome), 0)
 
-    def admitted(self, seq: Sequence, now: float) -> None:
+    def started(self, seq: Sequence, now: float) -> None:
         """A sequence left the queue for the first time."""
         self.queue_s.observe(now - seq.request.arrival_s)
 

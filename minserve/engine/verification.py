@@ -18,7 +18,7 @@ from minserve.engine.distribution import (
     CHOICE,
     INVALID,
     RESIDUAL,
-    Row,
+    SamplingRow,
     adjust,
     column,
     index_of,
@@ -26,7 +26,7 @@ from minserve.engine.distribution import (
     uniforms,
     weigh,
 )
-from minserve.engine.token_logprobs import logprob_tensors, token_logprobs
+from minserve.engine.logprobs import logprob_tensors, token_logprobs
 from minserve.errors import GenerationError
 from minserve.outputs import TokenLogprob
 from minserve.request import Sequence
@@ -199,7 +199,7 @@ def _verified(
 
 def reject(
     logits: Tensor,
-    rows: SequenceOf[Row],
+    rows: SequenceOf[SamplingRow],
     proposals: SequenceOf[Proposal],
     *,
     fused: bool = False,
@@ -231,7 +231,7 @@ def reject(
 
 def _nums_accepted(
     p: Tensor,
-    rows: SequenceOf[Row],
+    rows: SequenceOf[SamplingRow],
     is_valid: Tensor,
     starts: SequenceOf[int],
     proposals: SequenceOf[Proposal],
@@ -264,7 +264,7 @@ def _nums_accepted(
 
 
 def _at_ends(
-    ends: Tensor, p: Tensor, rows: SequenceOf[Row], proposals: SequenceOf[Proposal]
+    ends: Tensor, p: Tensor, rows: SequenceOf[SamplingRow], proposals: SequenceOf[Proposal]
 ) -> tuple[Tensor, Tensor]:
     """What chooses the target's token at the row where each proposal ends.
 

@@ -16,9 +16,9 @@ from itertools import count
 import torch
 
 from minserve.engine.core import EngineCore
-from minserve.engine.profile_design import DRAFT_CONTEXT, Batch
+from minserve.engine.profile_design import DRAFT_CONTEXT, ProfileBatch
+from minserve.engine.proposer import DraftRequest
 from minserve.engine.runner import Scheduled
-from minserve.engine.speculator import Wanted
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
 
@@ -41,7 +41,7 @@ class Workbench:
         self._ids = count()
         self._written: set[int] = set()
 
-    def time(self, batch: Batch) -> float:
+    def time(self, batch: ProfileBatch) -> float:
         """Seconds that the runner takes for the batch."""
         with self._scheduled(batch) as scheduled:
             self._write_kv(scheduled)
@@ -51,7 +51,7 @@ class Workbench:
             self._synchronize()
             return time.perf_counter() - started
 
-    def prepare(self, batch: Batch, most_blocks: int) -> bool:
+    def prepare(self, batch: ProfileBatch, most_blocks: int) -> bool:
         """Write KV into at most so many of the blocks that the batch will hold, which takes time
         of its own; True once none is left to write.
         """
@@ -64,8 +64,8 @@ class Workbench:
         """
         proposer, times = self._core.proposer, {}
         for _ in range(DRAFT_REPEATS):
-            with self._scheduled(Batch(decodes=(DRAFT_CONTEXT,) * num_seqs)) as scheduled:
-                wanted = [Wanted(item.seq, num_steps) for item in scheduled]
+            with self._scheduled(ProfileBatch(decodes=(DRAFT_CONTEXT,) * num_seqs)) as scheduled:
+                wanted = [DraftRequest(item.seq, num_steps) for item in scheduled]
                 for one in wanted:
                     self._core.pool.grow(one.seq, 1 + num_steps)
                 for _ in range(2):
@@ -83,7 +83,7 @@ class Workbench:
         return times
 
     @contextmanager
-    def _scheduled(self, batch: Batch) -> Iterator[list[Scheduled]]:
+    def _scheduled(self, batch: ProfileBatch) -> Iterator[list[Scheduled]]:
         """The batch's sequences, holding blocks for as long as the context lasts.
 
         Nothing is committed, so that the prefix index never hears of them.

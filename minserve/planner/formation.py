@@ -29,18 +29,18 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
 from minserve.planner.acceptance import cautious_tokens
-from minserve.planner.batch import BatchDraft
+from minserve.planner.batch_builder import BatchBuilder
 from minserve.planner.batch_length import CALM, URGENT, USUAL_RISK, Stake, allowed_s
 from minserve.planner.perf_model import PerfModel
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.speculation import (
     MOST_LAG,
+    DraftCandidate,
     Drafting,
-    Speculator,
     most_left_to_prefills,
     most_tokens_per_second,
 )
-from minserve.planner.timed_batch import TimedBatch
+from minserve.planner.timed_batch_builder import TimedBatchBuilder
 from minserve.request import Sequence, SequenceState
 
 Due = tuple[float, Sequence]
@@ -101,7 +101,7 @@ def form_batch(
         drafting: ``None`` drafts nothing.
     """
     order, num_kept = _order(work)
-    batch = TimedBatch(BatchDraft(view, order=order, num_kept=num_kept), model)
+    batch = TimedBatchBuilder(BatchBuilder(view, order=order, num_kept=num_kept), model)
     stakes = _stakes(work.decodes, batch, limits, now)
     decodes_s = batch.seconds_of_decodes([seq for _, seq in work.decodes])
     # Seconds until a token of this batch is due: at the risk that its prefills are worth, and
@@ -114,14 +114,14 @@ def form_batch(
         calm = _allowed_s(stakes, decodes_s, [], share, batch, limits)
     limit = min(due, limits.longest_s)
 
-    speculators: dict[str, Speculator] = {}
+    candidates: dict[str, DraftCandidate] = {}
     if drafting is not None and work.prefills:
-        speculators = drafting.speculators_for_prefills(seq for _, seq in work.decodes)
-    must, may = _split_decodes(work, batch, limit, limits, now, speculators)
+        candidates = drafting.candidates_for_prefills(seq for _, seq in work.decodes)
+    must, may = _split_decodes(work, batch, limit, limits, now, candidates)
     within = _must_end_s(work.decodes, decodes_s, stakes, limits, now)
     run = [seq for _, seq in must if batch.decode(seq, within)]
-    if speculators:
-        own = [one for seq in run if (one := speculators.get(seq.seq_id)) is not None]
+    if candidates:
+        own = [one for seq in run if (one := candidates.get(seq.seq_id)) is not None]
         needed = drafting.for_prefills.needed
         _draft_for_prefills(batch, own, len(work.decodes), limit, limits.guard_s, needed)
     given = 0.0
@@ -145,7 +145,7 @@ def form_batch(
     given += _fill_up(batch, work, limits, limit, calm, now)
     if drafting is not None and model is not None:
         _draft_with_the_rest(batch, view, len(work.decodes), drafting, limit, limits.guard_s)
-    plan = batch.draft.plan
+    plan = batch.builder.plan
     plan.shape, plan.best_effort_s = batch.shape, given
     # A batch of plain decodes is as short as can be, however late it begins.
     if batch.num_prefills or plan.speculation or plan.catch_up:
@@ -165,7 +165,9 @@ def _order(work: Work) -> tuple[list[Sequence], int]:
     return order, num_kept
 
 
-def _stakes(decodes: list[Due], batch: TimedBatch, limits: BatchLimits, now: float) -> list[Stake]:
+def _stakes(
+    decodes: list[Due], batch: TimedBatchBuilder, limits: BatchLimits, now: float
+) -> list[Stake]:
     """Of all decodes whose deadline can still be met, seconds until then and value, soonest first."""
     if not decodes:
         return []
@@ -191,11 +193,11 @@ def _must_end_s(
     return max(soonest, min(decodes_s, latest))
 
 
-def _worthwhile(work: Work, batch: TimedBatch, now: float) -> list[Sequence]:
+def _worthwhile(work: Work, batch: TimedBatchBuilder, now: float) -> list[Sequence]:
     """Prefills for which promises may be endangered: those that can run in this batch and of a
     request that may still attain its SLO.
     """
-    view = batch.draft.view
+    view = batch.builder.view
     has_slot = len(view.running) < view.max_num_seqs
     waiting = [seq for _, seq in work.prefills]
     waiting += [
@@ -213,7 +215,7 @@ def _allowed_s(
     least_s: float,
     waiting: list[Sequence],
     share: float,
-    batch: TimedBatch,
+    batch: TimedBatchBuilder,
     limits: BatchLimits,
 ) -> float:
     """Expected seconds that the batch may take for the sake of its decodes.
@@ -247,11 +249,11 @@ def _value(seq: Sequence) -> float:
 
 def _split_decodes(
     work: Work,
-    batch: TimedBatch,
+    batch: TimedBatchBuilder,
     limit: float,
     limits: BatchLimits,
     now: float,
-    speculators: Mapping[str, Speculator],
+    candidates: Mapping[str, DraftCandidate],
 ) -> tuple[list[Due], list[Due]]:
     """Decodes that must run now, and those that could also run in the next iteration."""
     if not work.prefills:
@@ -260,7 +262,7 @@ def _split_decodes(
     # It should also be as long as the tightest pace allows, since each one has a constant
     # cost: whoever would cut it short runs now.
     everyone = batch.seconds_of_decodes([seq for _, seq in (*work.decodes, *work.prefills)])
-    pace = min((_pace_s(seq, speculators) for _, seq in work.decodes), default=0.0)
+    pace = min((_pace_s(seq, candidates) for _, seq in work.decodes), default=0.0)
     margin = 1.0 if batch.model is None else batch.model.bound(1, USUAL_RISK)
     following = max(margin * everyone + 2 * limits.guard_s, min(pace, limits.longest_s))
     horizon = now + max(limit, everyone) + following
@@ -270,16 +272,16 @@ def _split_decodes(
     return work.decodes, []
 
 
-def _pace_s(seq: Sequence, speculators: Mapping[str, Speculator]) -> float:
+def _pace_s(seq: Sequence, candidates: Mapping[str, DraftCandidate]) -> float:
     """Seconds until a decode must come round again, which with drafts is later."""
-    one = speculators.get(seq.seq_id)
+    one = candidates.get(seq.seq_id)
     if one is None:
         return seq.progress.tpot_s
     return cautious_tokens(one.acceptance, one.limit) * seq.progress.tpot_s
 
 
 def _fill_up(
-    batch: TimedBatch, work: Work, limits: BatchLimits, limit: float, calm: float, now: float
+    batch: TimedBatchBuilder, work: Work, limits: BatchLimits, limit: float, calm: float, now: float
 ) -> float:
     """Run who is promised nothing; returns the predicted seconds of best effort.
 
@@ -302,7 +304,7 @@ def _fill_up(
 
 
 def _prefill_unpromised(
-    batch: TimedBatch,
+    batch: TimedBatchBuilder,
     work: Work,
     prefills: list[Due],
     limits: BatchLimits,
@@ -328,7 +330,7 @@ def _prefill_unpromised(
 
 
 def _best_effort(
-    batch: TimedBatch,
+    batch: TimedBatchBuilder,
     work: Work,
     limits: BatchLimits,
     until: float,
@@ -340,7 +342,7 @@ def _best_effort(
         first: others that go before it.
     """
     before = batch.seconds
-    scheduled = batch.draft.plan.num_scheduled_tokens
+    scheduled = batch.builder.plan.num_scheduled_tokens
     todo = [seq for seq in (*first, *work.best_effort) if seq.seq_id not in scheduled]
     for seq in todo:
         if batch.is_full(until):
@@ -362,10 +364,10 @@ def _best_effort(
 class _Room:
     """Blocks in which sequences without a promise may start."""
 
-    def __init__(self, batch: TimedBatch, work: Work, limits: BatchLimits) -> None:
+    def __init__(self, batch: TimedBatchBuilder, work: Work, limits: BatchLimits) -> None:
         self._limits = limits
-        self._free = batch.draft.view.memory.num_free_blocks
-        scheduled = batch.draft.plan.num_scheduled_tokens
+        self._free = batch.builder.view.memory.num_free_blocks
+        scheduled = batch.builder.plan.num_scheduled_tokens
         # Those that start in this batch hold no blocks yet.
         self._held = sum(
             len(seq.block_table) or limits.blocks_of(seq)
@@ -389,8 +391,8 @@ class _Room:
 
 
 def _draft_for_prefills(
-    batch: TimedBatch,
-    speculators: list[Speculator],
+    batch: TimedBatchBuilder,
+    candidates: list[DraftCandidate],
     num_decodes: int,
     limit: float,
     guard_s: float,
@@ -400,7 +402,7 @@ def _draft_for_prefills(
     needed for the decodes' own promises, all that was planned.
     """
     ready = []
-    for one in speculators:
+    for one in candidates:
         if one.lag > MOST_LAG:
             batch.catch_up(one, (batch.seconds + limit) / 2)
         else:
@@ -413,7 +415,7 @@ def _draft_for_prefills(
 
 
 def _draft_with_the_rest(
-    batch: TimedBatch,
+    batch: TimedBatchBuilder,
     view: PlannerView,
     num_promised: int,
     drafting: Drafting,
@@ -427,7 +429,7 @@ def _draft_with_the_rest(
     Args:
         num_promised: decodes under a promise, in this batch or not.
     """
-    plan = batch.draft.plan
+    plan = batch.builder.plan
     decodes = [
         seq for seq in view.running if seq.seq_id in plan.num_scheduled_tokens and seq.is_decoding
     ]
@@ -441,24 +443,24 @@ def _draft_with_the_rest(
         for seq in decodes
         if seq.seq_id not in plan.speculation
         and seq.seq_id not in plan.catch_up
-        and (one := drafting.speculator(seq)).limit > 0
+        and (one := drafting.candidate(seq)).limit > 0
     ]
     num_decodes = max(num_promised, len(decodes))
     _draft_for_prefills(batch, own, num_decodes, limit, guard_s, needed=False)
 
 
 def _draft_for_speed(
-    batch: TimedBatch, decodes: list[Sequence], drafting: Drafting, limit: float
+    batch: TimedBatchBuilder, decodes: list[Sequence], drafting: Drafting, limit: float
 ) -> None:
     """Draft for the decodes of a batch such that it brings most tokens per second."""
-    speculators = [one for seq in decodes if (one := drafting.speculator(seq)).limit > 0]
+    candidates = [one for seq in decodes if (one := drafting.candidate(seq)).limit > 0]
     # Whoever must catch up first is counted as if it had, to see what that is worth.
-    ready = [one if one.lag <= MOST_LAG else replace(one, lag=0) for one in speculators]
+    ready = [one if one.lag <= MOST_LAG else replace(one, lag=0) for one in candidates]
     plain_s, token_s = batch.seconds, batch.model.drift * batch.model.pieces[0].draft_tokens
     best = most_tokens_per_second(batch.model, batch.shape, len(decodes), ready, limit)
-    drafting.declined = bool(speculators) and not any(best.lengths)
+    drafting.declined = bool(candidates) and not any(best.lengths)
     lengths = []
-    for one, length in zip(speculators, best.lengths, strict=True):
+    for one, length in zip(candidates, best.lengths, strict=True):
         lengths.append(length if one.lag <= MOST_LAG else 0)
         if length == 0 or one.lag <= MOST_LAG:
             continue
@@ -466,4 +468,4 @@ def _draft_for_speed(
         if drafting.remaining(one.seq) * saved_s >= one.lag * token_s:
             # An iteration at most doubles for it.
             batch.catch_up(one, min(limit, 2.0 * plain_s))
-    batch.speculate(speculators, lengths, limit)
+    batch.speculate(candidates, lengths, limit)

@@ -13,7 +13,7 @@ the request:
 - a request is refused only while none of its outputs has begun, here or elsewhere.
 
 With prefix caching the prompt is computed once. The other outputs begin when its full blocks
-are there (`BatchDraft.admit`) and share them. Without it, or where the log probabilities of
+are there (`BatchBuilder.start`) and share them. Without it, or where the log probabilities of
 the prompt are asked for, each output computes and holds a prompt of its own.
 """
 

@@ -53,7 +53,7 @@ LEAST_TOKEN_S = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class ProfileSample:
     """A batch and the seconds that it took."""
 
     shape: BatchShape
@@ -94,7 +94,7 @@ def agree(runs: SequenceOf[float]) -> bool:
 
 
 def fit(
-    samples: SequenceOf[Sample],
+    samples: SequenceOf[ProfileSample],
     *,
     max_pieces: int = 2,
     poll: Callable[[], None] = lambda: None,
@@ -133,7 +133,7 @@ def fit(
     return PerfModel(pieces, margin=max(1.0, residual_quantile(ratios.tolist(), MARGIN_QUANTILE)))
 
 
-def evaluate(model: PerfModel, samples: SequenceOf[Sample]) -> FitQuality:
+def evaluate(model: PerfModel, samples: SequenceOf[ProfileSample]) -> FitQuality:
     """How well the model, without its online correction, predicts the samples.
 
     Raises:
@@ -158,7 +158,7 @@ def evaluate(model: PerfModel, samples: SequenceOf[Sample]) -> FitQuality:
     )
 
 
-def _arrays(samples: SequenceOf[Sample]) -> tuple[Floats, Floats]:
+def _arrays(samples: SequenceOf[ProfileSample]) -> tuple[Floats, Floats]:
     """Features ``[n, NUM_FEATURES]`` in the order of `Piece`'s fields, and seconds ``[n]``."""
     features = np.array([(*astuple(s.shape), 1.0) for s in samples], dtype=np.float64)
     return features, np.array([s.seconds for s in samples], dtype=np.float64)

@@ -49,9 +49,9 @@ class IterationPlan:
             the others is.
         catch_up: per decoding sequence, how many tokens the draft model runs of those that
             it lacks, without drafting yet.
-        admit: waiting sequences that start (or resume) in this iteration.
+        start: waiting sequences that start (or resume) in this iteration.
         preempt: running sequences that give up their blocks and wait again.
-        promote: sequences whose SLO is promised from now on.
+        admit: sequences whose SLO is promised from now on.
         relegate: sequences whose SLO is given up: they are served as best effort.
         reject: sequences that end here, as they asked, since their SLO cannot be kept.
         declined: waiting sequences that are promised nothing for now, though there is time:
@@ -68,9 +68,9 @@ class IterationPlan:
     num_scheduled_tokens: dict[str, int] = field(default_factory=dict)
     speculation: dict[str, int] = field(default_factory=dict)
     catch_up: dict[str, int] = field(default_factory=dict)
-    admit: list[str] = field(default_factory=list)
+    start: list[str] = field(default_factory=list)
     preempt: list[str] = field(default_factory=list)
-    promote: list[str] = field(default_factory=list)
+    admit: list[str] = field(default_factory=list)
     relegate: list[str] = field(default_factory=list)
     reject: dict[str, Refusal] = field(default_factory=dict)
     declined: list[str] = field(default_factory=list)
@@ -98,9 +98,9 @@ class IterationPlan:
             num_scheduled_tokens=of(self.num_scheduled_tokens),
             speculation=of(self.speculation),
             catch_up=of(self.catch_up),
-            admit=among(self.admit),
+            start=among(self.start),
             preempt=among(self.preempt),
-            promote=among(self.promote),
+            admit=among(self.admit),
             relegate=among(self.relegate),
             reject=of(self.reject),
             declined=among(self.declined),
@@ -112,7 +112,7 @@ class CachedPrefix:
     """What the prefix index holds of a waiting sequence.
 
     Attributes:
-        num_tokens: computed tokens that an admission would reuse (whole blocks).
+        num_tokens: computed tokens that a start would reuse (whole blocks).
         num_idle_blocks: of these blocks, how many nobody uses now: taking them
             makes as many fewer free.
     """

@@ -44,9 +44,9 @@ def _unknown(plan: IterationPlan, live: Container[str]) -> Iterator[Fault]:
         plan.num_scheduled_tokens,
         plan.speculation,
         plan.catch_up,
-        plan.admit,
+        plan.start,
         plan.preempt,
-        plan.promote,
+        plan.admit,
         plan.relegate,
         plan.reject,
         plan.declined,
@@ -59,10 +59,10 @@ def _unknown(plan: IterationPlan, live: Container[str]) -> Iterator[Fault]:
 def _of_states(plan: IterationPlan, live: Mapping[str, Sequence]) -> Iterator[Fault]:
     """Who starts, stops and runs."""
     scheduled = plan.num_scheduled_tokens
-    for names, verb in ((plan.admit, "started"), (plan.preempt, "preempted")):
+    for names, verb in ((plan.start, "started"), (plan.preempt, "preempted")):
         if len(set(names)) < len(names):
             yield from ((one, f"is {verb} twice") for one, num in Counter(names).items() if num > 1)
-    for seq_id in plan.admit:
+    for seq_id in plan.start:
         if seq_id in live and live[seq_id].state is not SequenceState.WAITING:
             yield seq_id, "is started although it runs already"
         if seq_id not in scheduled:
@@ -78,7 +78,7 @@ def _of_tokens(
     plan: IterationPlan, live: Mapping[str, Sequence], memory: MemoryView
 ) -> Iterator[Fault]:
     """Who runs, and how much of it."""
-    starting = set(plan.admit)
+    starting = set(plan.start)
     for seq_id, num_tokens in plan.num_scheduled_tokens.items():
         seq = live.get(seq_id)
         if seq is None:
@@ -107,13 +107,13 @@ def _of_drafts(plan: IterationPlan, live: Mapping[str, Sequence]) -> Iterator[Fa
 
 def _of_standings(plan: IterationPlan, live: Mapping[str, Sequence]) -> Iterator[Fault]:
     """A promise is made to a request or given up, not both, and to all of its outputs."""
-    if not (plan.promote or plan.relegate):
+    if not (plan.admit or plan.relegate):
         return
-    promoted, relegated = set(plan.promote), set(plan.relegate)
-    for seq_id in promoted & relegated:
+    admitted, relegated = set(plan.admit), set(plan.relegate)
+    for seq_id in admitted & relegated:
         yield seq_id, "is promised its SLO and given up"
     for chosen, standing, verb in (
-        (promoted, Standing.ADMITTED, "promised its SLO"),
+        (admitted, Standing.ADMITTED, "promised its SLO"),
         (relegated, Standing.BEST_EFFORT, "given up"),
     ):
         requests = {live[one].request.request_id for one in chosen if one in live}
@@ -128,7 +128,7 @@ def _of_refusals(plan: IterationPlan, live: Mapping[str, Sequence]) -> Iterator[
     if not plan.reject:
         return
     requests = {live[one].request.request_id for one in plan.reject if one in live}
-    others = {*plan.num_scheduled_tokens, *plan.admit, *plan.preempt, *plan.promote}
+    others = {*plan.num_scheduled_tokens, *plan.start, *plan.preempt, *plan.admit}
     for seq in live.values():
         if seq.request.request_id not in requests:
             continue

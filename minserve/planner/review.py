@@ -17,8 +17,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from minserve.planner.acceptance import AcceptanceEstimator
-from minserve.planner.admission import Admission
 from minserve.planner.budget import PrefillRates, TierSpeculation
+from minserve.planner.dynamic_program import Admission
 from minserve.planner.lengths import LengthEstimator
 from minserve.planner.outlook import (
     Demand,
@@ -62,7 +62,7 @@ class ReviewSettings:
 
 
 @dataclass(slots=True)
-class Verdict:
+class ReviewResult:
     """What a round decided, by sequence id; who is in none of them waits.
 
     Attributes:
@@ -84,7 +84,7 @@ def review(
     choose: Choose,
     settings: ReviewSettings,
     acceptance: AcceptanceEstimator,
-) -> Verdict:
+) -> ReviewResult:
     """Decide who is served.
 
     Args:
@@ -92,27 +92,27 @@ def review(
         choose: the admission program.
         acceptance: of drafted tokens.
     """
-    verdict = Verdict()
+    result = ReviewResult()
     alone, parties = partition(view, now)
     if not alone and not parties:
-        return verdict
-    round_ = _Round(view, now, model, lengths, cached_tokens, settings, acceptance, alone, parties)
-    round_.shed_overload(verdict)
+        return result
+    round_ = _ReviewRound(
+        view, now, model, lengths, cached_tokens, settings, acceptance, alone, parties
+    )
+    round_.shed_overload(result)
     if not round_.candidates:
-        verdict.drafts = round_.drafts(set())
-        return verdict
+        result.drafts = round_.drafts(set())
+        return result
     accepted = round_.choose(choose)
-    verdict.drafts = round_.drafts(accepted)
-    verdict.chosen = {
-        seq.seq_id: None for i in sorted(accepted) for seq in round_.undecided[i].open
-    }
+    result.drafts = round_.drafts(accepted)
+    result.chosen = {seq.seq_id: None for i in sorted(accepted) for seq in round_.undecided[i].open}
     for i, party in enumerate(round_.undecided):
         if i not in accepted:
-            round_.decline(i, party, accepted, verdict)
-    return verdict
+            round_.decline(i, party, accepted, result)
+    return result
 
 
-class _Round:
+class _ReviewRound:
     """The requests of one round as the admission program sees them.
 
     Attributes:
@@ -304,7 +304,7 @@ class _Round:
             free_seqs=max(0, self.view.max_num_seqs - len(self.settled) - num_forced),
         )
 
-    def shed_overload(self, verdict: Verdict) -> None:
+    def shed_overload(self, result: ReviewResult) -> None:
         """Where settled decodes alone are too many, give up the requests with most still to do.
 
         Otherwise all of them would fall behind together and break every promise.
@@ -316,7 +316,7 @@ class _Round:
         for party in sorted(parties, key=self._most_left, reverse=True):
             if self._settled_fit():
                 return
-            verdict.relegate |= dict.fromkeys(seq.seq_id for seq in party.live)
+            result.relegate |= dict.fromkeys(seq.seq_id for seq in party.live)
             for seq in party.settled:
                 self.settled.remove(seq)
                 del self.demands[seq.seq_id]
@@ -356,17 +356,17 @@ class _Round:
         self._done_s = admission.done_s
         return {forced[i] for i in admission.accepted}
 
-    def decline(self, i: int, party: Party, accepted: set[int], verdict: Verdict) -> None:
+    def decline(self, i: int, party: Party, accepted: set[int], result: ReviewResult) -> None:
         """Refuse a request if it asked for that, give it up if it is hopeless, else let it wait."""
         outputs = [seq.seq_id for seq in party.live]
         if party.standing is Standing.ADMITTED:
-            verdict.relegate |= dict.fromkeys(outputs)
+            result.relegate |= dict.fromkeys(outputs)
         elif party.awaits_answer:
-            verdict.reject |= dict.fromkeys(outputs, self._refusal(i, accepted))
+            result.reject |= dict.fromkeys(outputs, self._refusal(i, accepted))
         elif party.standing is Standing.PENDING and not self._fits_alone(
             self.candidates[i], self.whole_rates
         ):
-            verdict.relegate |= dict.fromkeys(outputs)
+            result.relegate |= dict.fromkeys(outputs)
 
     def _fits_alone(self, candidate: Candidate, rates: PrefillRates) -> bool:
         """True where it would be in time, with slots and blocks for all of its outputs, if

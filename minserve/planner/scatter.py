@@ -62,7 +62,7 @@ class Scatter:
         sigma = math.log(min(max(margin, 1.0), MOST_BOUND)) / max(quantile, 1e-3)
         self.variance = math.expm1(sigma * sigma)
         self._since_change = 0
-        self._up, self._down = _Run(), _Run()
+        self._up, self._down = _Cusum(), _Cusum()
 
     def observe(self, ratio: float, rate: float = 1.0) -> None:
         """An iteration took ``ratio`` times what was expected of it.
@@ -94,7 +94,7 @@ class Scatter:
         other = copy(self)
         other.drift = factor * self.drift
         other._since_change = 0
-        other._up, other._down = _Run(), _Run()
+        other._up, other._down = _Cusum(), _Cusum()
         return other
 
     def risk(self, factor: float) -> float:
@@ -124,13 +124,13 @@ class Scatter:
             if run.total > ALARM:
                 self.drift = run.ratios / run.length
                 self._since_change = run.length
-                self._up, self._down = _Run(), _Run()
+                self._up, self._down = _Cusum(), _Cusum()
                 return True
         return False
 
 
-class _Run:
-    """Surprises of one sign in a row.
+class _Cusum:
+    """One side of a CUSUM: surprises of one sign in a row.
 
     Attributes:
         total: of the surprises, 0 or more.

@@ -30,7 +30,7 @@ MOST_LAG = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Speculator:
+class DraftCandidate:
     """A decode for which tokens could be drafted.
 
     Attributes:
@@ -59,7 +59,7 @@ class Speculation:
     """Lengths for a batch, and what they bring.
 
     Attributes:
-        lengths: per speculator.
+        lengths: per candidate.
         gain: expected tokens per second over those without speculation, at least 1.
     """
 
@@ -102,15 +102,15 @@ class Drafting:
     for_prefills: DraftsForPrefills
     declined: bool = False
 
-    def speculator(self, seq: Sequence) -> Speculator:
-        """A decoding sequence as a speculator; its last token comes from the target alone."""
+    def candidate(self, seq: Sequence) -> DraftCandidate:
+        """A decoding sequence as a candidate; its last token comes from the target alone."""
         left = seq.request.params.max_tokens - seq.num_output_tokens - 1
         limit = self.view.limit(seq)
         self.acceptance.asked(limit > 0)
         limit = max(0, min(limit, left))
-        return Speculator(seq, self.acceptance.rate(seq), limit, self.view.lag(seq))
+        return DraftCandidate(seq, self.acceptance.rate(seq), limit, self.view.lag(seq))
 
-    def speculators_for_prefills(self, seqs: Iterable[Sequence]) -> dict[str, Speculator]:
+    def candidates_for_prefills(self, seqs: Iterable[Sequence]) -> dict[str, DraftCandidate]:
         """By sequence id, the decodes that draft while prefills wait, each with the length that
         leaves most to prefills over time as its limit.
         """
@@ -118,7 +118,7 @@ class Drafting:
         for seq in seqs:
             threshold = self.for_prefills.thresholds.get(seq.progress.tpot_s)
             if threshold is not None:
-                one = self.speculator(seq)
+                one = self.candidate(seq)
                 length = one.length(threshold, self.view.max_tokens)
                 if length > 0:
                     found[seq.seq_id] = replace(one, limit=length)
@@ -126,11 +126,11 @@ class Drafting:
 
 
 def with_drafts(
-    shape: BatchShape, speculators: SequenceOf[Speculator], lengths: SequenceOf[int]
+    shape: BatchShape, candidates: SequenceOf[DraftCandidate], lengths: SequenceOf[int]
 ) -> BatchShape:
     """The shape of a batch of decodes, once so many tokens are drafted for some of them."""
     tokens = context = pairs = draft_tokens = 0
-    for one, length in zip(speculators, lengths, strict=True):
+    for one, length in zip(candidates, lengths, strict=True):
         if length:
             tokens += length
             context += length
@@ -153,21 +153,21 @@ class _Tokens:
     are always the first ones of each decode.
 
     Args:
-        worth: of an accepted token, per speculator.
+        worth: of an accepted token, per candidate.
     """
 
-    def __init__(self, speculators: SequenceOf[Speculator], worth: SequenceOf[float]) -> None:
-        limits = [one.limit for one in speculators]
-        self._num = len(speculators)
+    def __init__(self, candidates: SequenceOf[DraftCandidate], worth: SequenceOf[float]) -> None:
+        limits = [one.limit for one in candidates]
+        self._num = len(candidates)
         self._owner = np.repeat(np.arange(self._num), limits)
         self._depth = np.concatenate([np.arange(1, limit + 1) for limit in limits])
-        value = np.array([one.acceptance for one in speculators])[self._owner] ** self._depth
+        value = np.array([one.acceptance for one in candidates])[self._owner] ** self._depth
         value *= np.array(worth)[self._owner]
         order = np.argsort(-value, kind="stable")
         self._owner, self._depth, self._value = self._owner[order], self._depth[order], value[order]
-        context = np.array([one.seq.num_tokens for one in speculators])[self._owner]
+        context = np.array([one.seq.num_tokens for one in candidates])[self._owner]
         self._pairs = context + self._depth
-        lags = np.array([one.lag for one in speculators])[self._owner]
+        lags = np.array([one.lag for one in candidates])[self._owner]
         self._drafted = np.where(self._depth == 1, 1 + lags, 1)
 
     def prefixes(
@@ -193,7 +193,7 @@ class _Tokens:
         return self._value[kept].cumsum(), seconds
 
     def lengths(self, steps: int, num: int) -> tuple[int, ...]:
-        """Per speculator, how many of the first ``num`` tokens are its own."""
+        """Per candidate, how many of the first ``num`` tokens are its own."""
         owners = self._owner[self._depth <= steps][:num]
         return tuple(np.bincount(owners, minlength=self._num).tolist())
 
@@ -202,7 +202,7 @@ def most_tokens_per_second(
     model: PerfModel,
     shape: BatchShape,
     num_decodes: int,
-    speculators: SequenceOf[Speculator],
+    candidates: SequenceOf[DraftCandidate],
     limit_s: float,
 ) -> Speculation:
     """The lengths that bring most tokens per second of a batch of decodes.
@@ -214,20 +214,20 @@ def most_tokens_per_second(
         num_decodes: in that batch, each worth one token.
         limit_s: predicted seconds that it may take with them.
     """
-    none = Speculation((0,) * len(speculators), 1.0)
+    none = Speculation((0,) * len(candidates), 1.0)
     plain_s = model.predict(shape)
-    if not speculators or plain_s <= 0:
+    if not candidates or plain_s <= 0:
         return none
     plain_rate = num_decodes / plain_s
     best, best_rate = none, plain_rate * WORTH
     # Not even if drafted tokens cost nothing but one step of the draft model?
-    hoped = sum(expected_tokens(one.acceptance, one.limit) - 1.0 for one in speculators)
+    hoped = sum(expected_tokens(one.acceptance, one.limit) - 1.0 for one in candidates)
     least = model.predict(replace(shape, draft_steps=1))
     if (num_decodes + hoped) / least <= best_rate:
         return none
-    tokens = _Tokens(speculators, [1.0] * len(speculators))
+    tokens = _Tokens(candidates, [1.0] * len(candidates))
     correction = model.correction(replace(shape, draft_steps=1))
-    for steps in range(1, max(one.limit for one in speculators) + 1):
+    for steps in range(1, max(one.limit for one in candidates) + 1):
         accepted, seconds = tokens.prefixes(model.pieces, shape, steps)
         seconds *= correction
         rates = np.where(seconds <= limit_s, (num_decodes + accepted) / seconds, 0.0)
@@ -242,7 +242,7 @@ def most_left_to_prefills(
     model: PerfModel,
     shape: BatchShape,
     num_decodes: int,
-    speculators: SequenceOf[Speculator],
+    candidates: SequenceOf[DraftCandidate],
     guard_s: float,
 ) -> tuple[int, ...]:
     """The lengths that leave most time to prefills, counted over this batch and later ones.
@@ -255,11 +255,11 @@ def most_left_to_prefills(
     Args:
         shape: of the batch without drafts.
         num_decodes: of all batches, in this one or not.
-        speculators: decodes of the batch, with the longest speculation as their limit.
+        candidates: decodes of the batch, with the longest speculation as their limit.
         guard_s: part of every batch's constant cost.
     """
-    none = (0,) * len(speculators)
-    if not speculators:
+    none = (0,) * len(candidates)
+    if not candidates:
         return none
     steep, drift = model.steepest, model.drift
     plain_s = drift * steep.seconds(shape)
@@ -267,12 +267,12 @@ def most_left_to_prefills(
     worth_s = [
         drift * (steep.seconds(BatchShape.of([(one.seq.num_tokens - 1, 1)])) - steep.base)
         + constant_s
-        for one in speculators
+        for one in candidates
     ]
-    tokens = _Tokens(speculators, worth_s)
+    tokens = _Tokens(candidates, worth_s)
     correction = model.correction(replace(shape, draft_steps=1))
     best, most_s = none, 0.0
-    for steps in range(1, max(one.limit for one in speculators) + 1):
+    for steps in range(1, max(one.limit for one in candidates) + 1):
         saved, seconds = tokens.prefixes((steep,), shape, steps)
         left_s = plain_s - correction * seconds + saved
         most = int(left_s.argmax())

@@ -30,7 +30,7 @@ from minserve.server.protocol import (
     parse_tokenize,
 )
 from minserve.server.responses import Reply
-from minserve.server.slo import read_slo
+from minserve.server.slo_http import read_slo
 from minserve.server.sse import dump_json
 
 if TYPE_CHECKING:

@@ -123,7 +123,7 @@ def render(registry: CollectorRegistry) -> bytes:
 def _gauges(stats: EngineStats) -> Iterator[Metric]:
     for name, text, value in (
         ("num_requests_running", "Outputs that hold KV blocks.", stats.num_running),
-        ("num_requests_waiting", "Outputs that wait for admission.", stats.num_waiting),
+        ("num_requests_waiting", "Outputs that wait to start.", stats.num_waiting),
         ("kv_cache_usage_perc", "KV blocks in use; 1 is all of them.", stats.kv_usage),
         (
             "profile_completeness",
@@ -139,7 +139,7 @@ def _counters(stats: EngineStats) -> Iterator[Metric]:
     for name, text, value in (
         (
             "prefix_cache_queries",
-            "Tokens looked up in the prefix cache at admission.",
+            "Tokens looked up in the prefix cache at a start.",
             stats.num_prefix_queries,
         ),
         ("prefix_cache_hits", "Of these tokens, those it held.", stats.num_prefix_hits),
@@ -223,7 +223,7 @@ def _request_histograms(stats: EngineStats) -> Iterator[Metric]:
             "From arrival to the end, of outputs that ended by stop or length.",
             stats.e2e_s,
         ),
-        ("request_queue_time_seconds", "From arrival to the first admission.", stats.queue_s),
+        ("request_queue_time_seconds", "From arrival to the first start.", stats.queue_s),
     ):
         yield _histogram(name, text, histogram)
 

@@ -16,7 +16,7 @@ from minserve.attainment import SLOReport, worst_report
 from minserve.outputs import OutputDelta, TokenLogprob, acceptance
 from minserve.server.logprobs import LogprobWriter, join_arrays
 from minserve.server.protocol import GenerationCall
-from minserve.server.slo import slo_object
+from minserve.server.slo_http import slo_object
 
 if TYPE_CHECKING:
     from minserve.engine.engine import RequestHandle
@@ -33,7 +33,7 @@ class _Choice:
     num_accepted_tokens: int = 0
 
 
-class _Group:
+class _PromptChoices:
     """The choices of one prompt.
 
     Prompt log probabilities come with the first delta of output 0 only, and every choice
@@ -83,7 +83,7 @@ class Reply:
         tokenizer: Tokenizer | None,
     ) -> None:
         self._call = call
-        self._groups = [_Group(handle, call) for handle in handles]
+        self._groups = [_PromptChoices(handle, call) for handle in handles]
         self._tokenizer = tokenizer
         self._logprobs = LogprobWriter(tokenizer)
         kind = "chat.completion" if call.chat else "text_completion"
@@ -191,7 +191,7 @@ class Reply:
             arrays = own if arrays is None else join_arrays(arrays, own)
         return text + delta.text, arrays
 
-    def _prompt_text(self, group: _Group) -> str:
+    def _prompt_text(self, group: _PromptChoices) -> str:
         if group.handle.prompt is not None:
             return group.handle.prompt
         if self._tokenizer is None:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from minserve.controller.router import Ask, Router
 from minserve.planner.lengths import LengthEstimator
-from minserve.planner.load import load_of
+from minserve.planner.replica_load import load_of
 from minserve.simulator.events import EventLoop
-from minserve.simulator.load import OfferedLoad
-from minserve.simulator.replica import SimulatedReplica, SimulatedSequence
+from minserve.simulator.offered_load import OfferedLoad
+from minserve.simulator.simulated_replica import SimulatedReplica, SimulatedSequence
 from minserve.slo import Standing
 
 

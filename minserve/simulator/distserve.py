@@ -22,11 +22,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as SequenceOf
 
-from minserve.planner.batch import WATERMARK
+from minserve.planner.batch_builder import WATERMARK
 from minserve.request import Sequence, SequenceState
 from minserve.simulator.events import EventLoop
-from minserve.simulator.load import OfferedLoad
-from minserve.simulator.replica import SimulatedReplica, SimulatedSequence
+from minserve.simulator.offered_load import OfferedLoad
+from minserve.simulator.simulated_replica import SimulatedReplica, SimulatedSequence
 
 # NVLink of an A100: 600 GB/s in both directions together (NVIDIA's data sheet).
 NVLINK_BYTES_S = 300e9
@@ -87,7 +87,7 @@ class DecodeReplica(SimulatedReplica):
     def expect(self, seq: SimulatedSequence) -> int:
         """Take blocks for a sequence, and return the number of tokens whose KV has to be sent."""
         num_tokens = seq.num_computed_tokens
-        seq.num_computed_tokens = self.pool.admit(seq)
+        seq.num_computed_tokens = self.pool.attach(seq)
         to_send = num_tokens - seq.num_computed_tokens
         self.pool.grow(seq, to_send)
         seq.num_computed_tokens = num_tokens

@@ -27,8 +27,8 @@ from minserve.simulator.distserve import (
     PrefillReplica,
 )
 from minserve.simulator.events import EventLoop
-from minserve.simulator.load import OfferedLoad, Progressed, first_longer
-from minserve.simulator.replica import Drafter, SimulatedReplica
+from minserve.simulator.offered_load import OfferedLoad, Progressed, first_longer
+from minserve.simulator.simulated_replica import SimulatedProposer, SimulatedReplica
 from minserve.workload.conversation import Conversation
 from minserve.workload.verdict import Verdict
 
@@ -199,7 +199,7 @@ MakePlanner = Callable[[Setup, LengthEstimator], Planner]
 
 
 @dataclass(slots=True)
-class Outcome:
+class SimulationResult:
     """The results of a simulation.
 
     Attributes:
@@ -254,9 +254,9 @@ def simulate(
     workload: SequenceOf[Conversation],
     setup: Setup,
     progressed: Progressed = lambda _: None,
-    into: Outcome | None = None,
+    into: SimulationResult | None = None,
     make: MakePlanner = planner_of,
-) -> Outcome:
+) -> SimulationResult:
     """Run a workload to its end and return the results.
 
     Args:
@@ -268,7 +268,7 @@ def simulate(
     Raises:
         WorkloadError: if a turn is longer than the model or the KV memory allows.
     """
-    outcome = Outcome() if into is None else into
+    result = SimulationResult() if into is None else into
     check_fits(workload, setup)
     lengths: dict[str, int] = {}
     loop = EventLoop()
@@ -287,16 +287,16 @@ def simulate(
         tells_lengths=setup.lengths == "told",
     )
     cluster.load = load
-    load.verdicts = outcome.verdicts
+    load.verdicts = result.verdicts
     try:
         loop.run()
     finally:
-        outcome.seconds = loop.now
+        result.seconds = loop.now
         if loop.now > 0:
             busy_s = sum(replica.busy_s for replica in cluster.replicas)
-            outcome.busy_share = busy_s / loop.now / len(cluster.replicas)
-        outcome.num_preemptions = sum(one.planner.num_preemptions for one in cluster.replicas)
-    return outcome
+            result.busy_share = busy_s / loop.now / len(cluster.replicas)
+        result.num_preemptions = sum(one.planner.num_preemptions for one in cluster.replicas)
+    return result
 
 
 def _cluster(
@@ -346,17 +346,17 @@ def _estimator(setup: Setup, lengths: dict[str, int]) -> LengthEstimator:
 def _replica(
     setup: Setup, number: int, planner: Planner, *, prefix_caching: bool
 ) -> SimulatedReplica:
-    drafter = None
+    proposer = None
     if setup.max_speculation:
         lags = any(piece.draft_tokens for piece in setup.device.pieces)
-        drafter = Drafter(setup.max_speculation, lags=lags)
+        proposer = SimulatedProposer(setup.max_speculation, lags=lags)
     return SimulatedReplica(
         planner,
         _pool(setup, prefix_caching=prefix_caching),
         _truth(setup),
         token_budget=setup.budget,
         max_num_seqs=setup.max_num_seqs,
-        drafter=drafter,
+        proposer=proposer,
         acceptance=setup.acceptance,
         device_time=_device_time(setup, number),
         clairvoyant=setup.clairvoyant,

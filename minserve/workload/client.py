@@ -29,7 +29,7 @@ from minserve.workload.endpoint import (
     raise_file_limit,
     too_few_files,
 )
-from minserve.workload.targets import Speed, targets_of
+from minserve.workload.turn_targets import Speed, targets_of
 from minserve.workload.verdict import Verdict
 
 DRAIN_S = 60.0
@@ -42,7 +42,7 @@ SloField = Callable[[Answer], Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
+class LoadProgress:
     """Counts of requests in a run: those due, and of these the open, answered and attained ones."""
 
     due: int
@@ -112,7 +112,7 @@ async def drive(
     speed: Speed,
     *,
     slo_field: SloField | None = None,
-    on_progress: Callable[[Tally], None] | None = None,
+    on_progress: Callable[[LoadProgress], None] | None = None,
     drain_s: float = DRAIN_S,
 ) -> None:
     """Send a load's workload and collect the answers in the load.
@@ -140,7 +140,7 @@ async def drive(
         raise WorkloadError("the workload has turns without a text: a server needs prompts")
     raise_file_limit(len(load.workload))
     async with open_session(endpoint.url) as session:
-        await _Driver(session, endpoint, load, speed, slo_field, on_progress, drain_s).run()
+        await _LoadDriver(session, endpoint, load, speed, slo_field, on_progress, drain_s).run()
 
 
 def run_load(
@@ -162,7 +162,7 @@ def run_load(
     return load
 
 
-class _Driver:
+class _LoadDriver:
     """A run: a task that starts conversations, a task for each of them, and a loop that watches."""
 
     def __init__(
@@ -172,7 +172,7 @@ class _Driver:
         load: Load,
         speed: Speed,
         slo_field: SloField | None,
-        on_progress: Callable[[Tally], None] | None,
+        on_progress: Callable[[LoadProgress], None] | None,
         drain_s: float,
     ) -> None:
         self._session, self._endpoint, self._load, self._speed = session, endpoint, load, speed
@@ -277,7 +277,9 @@ class _Driver:
     def _report(self) -> None:
         if self._on_progress is not None:
             num_due = len(self._load.answers)
-            self._on_progress(Tally(num_due, len(self._open), self._num_done, self._num_attained))
+            self._on_progress(
+                LoadProgress(num_due, len(self._open), self._num_done, self._num_attained)
+            )
 
 
 async def ask(

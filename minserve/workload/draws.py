@@ -11,7 +11,7 @@ from minserve.slo import SLO
 from minserve.workload.conversation import Conversation
 from minserve.workload.recordings import scaled
 from minserve.workload.scenarios import SCENARIOS, Scenario
-from minserve.workload.traces import Row, to_workload
+from minserve.workload.traces import TraceRequest, to_workload
 
 # Returns a workload without texts, given requests per second (`None`: its own rate) and a seed.
 Draw = Callable[[float | None, int], list[Conversation]]
@@ -31,7 +31,7 @@ def draw_scenario(
 
 
 def draw_trace(
-    rows: Sequence[Row],
+    rows: Sequence[TraceRequest],
     slo_of: dict[str, SLO],
     default_class: str,
     *,
@@ -66,7 +66,9 @@ def draw_trace(
     return draw
 
 
-def not_longer(rows: Sequence[Row], longest: int, length_scale: float = 1.0) -> list[Row]:
+def not_longer(
+    rows: Sequence[TraceRequest], longest: int, length_scale: float = 1.0
+) -> list[TraceRequest]:
     """Return the rows whose prompt and output together, once scaled, have at most ``longest``
     tokens.
 
@@ -79,11 +81,11 @@ def not_longer(rows: Sequence[Row], longest: int, length_scale: float = 1.0) -> 
     return kept
 
 
-def _num_tokens(row: Row) -> int:
+def _num_tokens(row: TraceRequest) -> int:
     return row.prompt_tokens + row.output_tokens
 
 
-def _scaled_row(row: Row, factor: float) -> Row:
+def _scaled_row(row: TraceRequest, factor: float) -> TraceRequest:
     """Return a row with its lengths multiplied; no length falls below 1 token."""
     return replace(
         row,

@@ -7,19 +7,19 @@ from dataclasses import dataclass, field
 
 from minserve.errors import WorkloadError
 from minserve.slo import Targets
-from minserve.workload.client import Load, Tally, run_load
+from minserve.workload.client import Load, LoadProgress, run_load
 from minserve.workload.conversation import Conversation, num_turns
 from minserve.workload.draws import Draw
 from minserve.workload.endpoint import Endpoint
 from minserve.workload.reference import Reference
 from minserve.workload.report import Report
-from minserve.workload.targets import typical_targets
 from minserve.workload.texts import fill
+from minserve.workload.turn_targets import typical_targets
 from minserve.workload.zero_load import ZeroLoad
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class ExperimentRun:
     """A load test at one rate.
 
     Attributes:
@@ -54,7 +54,7 @@ class Experiment:
     endpoint: Endpoint
     reference: Reference
     draw: Draw
-    runs: list[Run] = field(default_factory=list)
+    runs: list[ExperimentRun] = field(default_factory=list)
 
     @property
     def speed(self) -> ZeroLoad:
@@ -75,13 +75,13 @@ class Experiment:
         workload: Sequence[Conversation],
         rate: float | None,
         seed: int,
-        on_progress: Callable[[Tally], None] | None = None,
-    ) -> Run:
+        on_progress: Callable[[LoadProgress], None] | None = None,
+    ) -> ExperimentRun:
         """Send a workload and keep the run. Ctrl-C cuts the run short; it is kept nevertheless."""
         load = run_load(self.endpoint, workload, self.speed, on_progress=on_progress)
         planned = load.complete and rate is not None
         seconds = num_turns(workload) / rate if planned and rate else load.seconds
-        self.runs.append(Run(rate, seed, seconds, load))
+        self.runs.append(ExperimentRun(rate, seed, seconds, load))
         return self.runs[-1]
 
     def guess_capacity(self, workload: Sequence[Conversation]) -> float:

@@ -14,7 +14,7 @@ from itertools import accumulate
 
 from minserve.slo import SLO, preset_classes
 from minserve.workload.data_files import data_path, read_lengths
-from minserve.workload.traces import Row, read_trace
+from minserve.workload.traces import TraceRequest, read_trace
 
 # The context of OPT, the model family of that evaluation; longer requests are left out.
 MAX_MODEL_LEN = 2048
@@ -187,7 +187,7 @@ def _window(trace: str, name: str, start_s: float, end_s: float) -> Recording:
     )
 
 
-def _fits(row: Row, start_s: float, end_s: float) -> bool:
+def _fits(row: TraceRequest, start_s: float, end_s: float) -> bool:
     return (
         start_s <= row.arrival_s <= end_s and row.prompt_tokens + row.output_tokens <= MAX_MODEL_LEN
     )

@@ -31,7 +31,7 @@ MOST_SHOWN = 60
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TraceRequest:
     """A request of a trace.
 
     Attributes:
@@ -46,7 +46,7 @@ class Row:
     line: int = 0
 
 
-def read_trace(path: str | Path) -> list[Row]:
+def read_trace(path: str | Path) -> list[TraceRequest]:
     """Return the rows of a CSV file, also of a compressed one (``.gz``), in order of time.
 
     Args:
@@ -70,7 +70,7 @@ def read_trace(path: str | Path) -> list[Row]:
 
 
 def to_workload(
-    rows: Sequence[Row],
+    rows: Sequence[TraceRequest],
     slo_of: Mapping[str, SLO],
     default_class: str,
     *,
@@ -115,7 +115,7 @@ def to_workload(
     ]
 
 
-def _time_scale(rows: Sequence[Row], rate: float | None) -> float:
+def _time_scale(rows: Sequence[TraceRequest], rate: float | None) -> float:
     """Return the factor on gaps; one more mean gap is counted after the last request."""
     if rate is None:
         return 1.0
@@ -127,7 +127,7 @@ def _time_scale(rows: Sequence[Row], rate: float | None) -> float:
     return (len(rows) - 1) / rate / seconds if seconds else 1.0
 
 
-def _check_lengths(rows: Sequence[Row], max_model_len: int | None) -> None:
+def _check_lengths(rows: Sequence[TraceRequest], max_model_len: int | None) -> None:
     if max_model_len is None:
         return
     long = [row for row in rows if row.prompt_tokens + row.output_tokens > max_model_len]
@@ -140,7 +140,7 @@ def _check_lengths(rows: Sequence[Row], max_model_len: int | None) -> None:
         )
 
 
-def _read(file: Path, lines: Iterator[list[str]]) -> list[Row]:
+def _read(file: Path, lines: Iterator[list[str]]) -> list[TraceRequest]:
     header = [name.strip() for name in next(lines, [])]
     missing = [name for name in NEEDED if name not in header]
     if missing:
@@ -149,7 +149,7 @@ def _read(file: Path, lines: Iterator[list[str]]) -> list[Row]:
             f"trace {file}, line 1: no column {', '.join(missing)}, found {found}; "
             f"the columns are {', '.join(NEEDED)} and, where wanted, {CLASS}"
         )
-    rows: list[Row] = []
+    rows: list[TraceRequest] = []
     for line, cells in enumerate(lines, start=2):
         if not cells:
             continue
@@ -168,8 +168,8 @@ def _read(file: Path, lines: Iterator[list[str]]) -> list[Row]:
     return rows
 
 
-def _row(where: str, line: int, cells: Mapping[str, str]) -> Row:
-    return Row(
+def _row(where: str, line: int, cells: Mapping[str, str]) -> TraceRequest:
+    return TraceRequest(
         arrival_s=_seconds(where, cells["arrival_s"]),
         prompt_tokens=_tokens(where, "prompt_tokens", cells["prompt_tokens"]),
         output_tokens=_tokens(where, "output_tokens", cells["output_tokens"]),

@@ -30,7 +30,7 @@ _NO_SLO = SLO(ttft=1e6)
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class ZeroLoadSample:
     """A lone request: the tokens of its prompt, and its times in seconds."""
 
     prompt_tokens: int
@@ -109,7 +109,7 @@ async def measure_speed(
     # The first request meets cold caches, so it is not counted.
     plan = [lengths[0], *(length for length in lengths for _ in range(REPEATS))]
     texts = _texts(plan, random.getrandbits(64) if seed is None else seed)
-    groups: dict[int, list[Sample]] = {length: [] for length in lengths}
+    groups: dict[int, list[ZeroLoadSample]] = {length: [] for length in lengths}
     characters = tokens = 0
     async with open_session(endpoint.url) as session:
         for number, (length, text) in enumerate(zip(plan, texts, strict=True)):
@@ -124,7 +124,9 @@ async def measure_speed(
 
 
 def fit(
-    groups: Sequence[Sequence[Sample]], *, characters_per_token: float = CHARACTERS_PER_TOKEN
+    groups: Sequence[Sequence[ZeroLoadSample]],
+    *,
+    characters_per_token: float = CHARACTERS_PER_TOKEN,
 ) -> ZeroLoad:
     """Fit a line through the median of each group by least squares, with no coefficient below 0.
 
@@ -165,8 +167,8 @@ async def _lone_request(
     return answer
 
 
-def _sample(answer: Answer) -> Sample:
+def _sample(answer: Answer) -> ZeroLoadSample:
     times = answer.token_times
     prompt_tokens = answer.prompt_tokens or answer.turn.prompt_tokens
     tpot_s = (times[-1] - times[0]) / (len(times) - 1)
-    return Sample(prompt_tokens, times[0] - answer.sent_s, tpot_s)
+    return ZeroLoadSample(prompt_tokens, times[0] - answer.sent_s, tpot_s)

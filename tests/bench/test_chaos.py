@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import pytest
-from chaos import Answer, judge
+from chaos import StreamResult, judge
 
-WHOLE = Answer([["a", "b", "c"], ["d", "e", "f"]])
+WHOLE = StreamResult([["a", "b", "c"], ["d", "e", "f"]])
 
 
 @pytest.mark.parametrize(
     ("answer", "fault"),
     [
-        (Answer([["a", "b", "c"], ["d", "e", "f"]]), None),
-        (Answer([["a", "b", "c"], ["d", "e", "f"]], error="HTTP 500"), "lost"),
-        (Answer([["a", "b", "c"], ["d", "e"]]), "lost"),
-        (Answer([["a", "b", "b", "c"], ["d", "e", "f"]]), "doubled"),
-        (Answer([["a", "b", "c"], ["d", "x", "f"]]), "mismatched"),
+        (StreamResult([["a", "b", "c"], ["d", "e", "f"]]), None),
+        (StreamResult([["a", "b", "c"], ["d", "e", "f"]], error="HTTP 500"), "lost"),
+        (StreamResult([["a", "b", "c"], ["d", "e"]]), "lost"),
+        (StreamResult([["a", "b", "b", "c"], ["d", "e", "f"]]), "doubled"),
+        (StreamResult([["a", "b", "c"], ["d", "x", "f"]]), "mismatched"),
     ],
 )
-def test_each_fault_is_counted_once(answer: Answer, fault: str | None) -> None:
+def test_each_fault_is_counted_once(answer: StreamResult, fault: str | None) -> None:
     assert judge([WHOLE], [answer]) == {
         name: int(name == fault) for name in ("lost", "doubled", "mismatched")
     }

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_attention import Batch, attention_problem
-from kernel_cases import OURS, Heads, Scale, Setting
+from kernel_attention import UniformBatch, attention_problem
+from kernel_cases import OURS, Heads, KernelSetting, Scale
 from kernel_report import absent, failures, summary, table
 from kernel_sweep import KERNELS, _rates, problems
 from kernel_timing import Ceilings, checked
 from synthetic_models import SHAPES, linear_weights
 
-CPU = Setting(torch.device("cpu"), torch.float32, cache_bytes=0)
+CPU = KernelSetting(torch.device("cpu"), torch.float32, cache_bytes=0)
 CEILINGS = Ceilings(copy_gb_s=1000.0, matmul_tflop_s=100.0)
 HEADS = Heads(num_heads=8, num_kv_heads=2, head_dim=16)
 
 
-def batch(seqs: int, queries: int, past: int, *, decode: bool) -> Batch:
-    return Batch(model="m", heads=HEADS, seqs=seqs, queries=queries, past=past, decode=decode)
+def batch(seqs: int, queries: int, past: int, *, decode: bool) -> UniformBatch:
+    return UniformBatch(
+        model="m", heads=HEADS, seqs=seqs, queries=queries, past=past, decode=decode
+    )
 
 
 def decode_row(share: float, **case: object) -> dict:

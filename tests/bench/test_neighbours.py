@@ -12,7 +12,7 @@ from neighbours import (
     ALONE,
     BUSY_LOOP,
     OTHER,
-    Engine,
+    EngineProcess,
     busy_engine,
     environment,
     parse_args,
@@ -39,7 +39,7 @@ def test_anything_but_variables_is_refused(text: str) -> None:
 def test_engines_decode_when_told_and_end_with_their_context(tiny_llama_dir: Path) -> None:
     args = parse_args(["--model", str(tiny_llama_dir), "--tokens", "3"])
     with ExitStack() as stack:
-        lone, other = (Engine(kind, args, {}, stack) for kind in ("timed", "busy"))
+        lone, other = (EngineProcess(kind, args, {}, stack) for kind in ("timed", "busy"))
         with busy_engine(other):
             assert lone.seconds() > 0
         assert lone.seconds() > 0
@@ -50,4 +50,4 @@ def test_engines_decode_when_told_and_end_with_their_context(tiny_llama_dir: Pat
 def test_an_engine_that_cannot_load_its_model_says_why() -> None:
     args = parse_args(["--model", "/nowhere"])
     with ExitStack() as stack, pytest.raises(SystemExit, match="no model at '/nowhere'"):
-        Engine("timed", args, {}, stack)
+        EngineProcess("timed", args, {}, stack)

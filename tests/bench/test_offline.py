@@ -18,15 +18,15 @@ import offline_measure
 import offline_servers
 import pytest
 from machine import INSTRUCTIONS, instructions, machine
-from offline import Run, parse_args, summary
+from offline import OfflineBenchmark, parse_args, summary
 from offline_children import child, events, run_child
 from offline_contenders import Contender, minserve_contenders, tensor_types
 from offline_engines import Minserve, Vllm
-from offline_limits import PASSES, Limits, best, shares
+from offline_limits import PASSES, MeasuredLimits, best, shares
 from offline_measure import BATCHES, MIXED_STEPS, PREFILL, Prompt, measure
 from offline_report import ROWS, best_of, medians, plot, ratios, share_table, table
 from offline_servers import STREAMS, RandomLoad, measure_server, mixed_rows, steady_rate
-from paired_servers import Variant
+from paired_servers import ServerVariant
 from prompt_texts import MARK_TOKENS
 from scripted_server import ScriptedServer, scripted_server
 from waiting import wait_until
@@ -42,7 +42,7 @@ from minserve.workload.texts import estimate_tokens
 
 # A pass of n tokens that takes 1 ms and 0.01 ms per token.
 BASE_S, TOKEN_S = 1e-3, 1e-5
-LIMITS = Limits(
+LIMITS = MeasuredLimits(
     copy_gb_s=20.0,
     read_gb_s=10.0,
     weight_bytes=100e6,
@@ -309,7 +309,7 @@ def in_place_of_real_ones(
         endpoint = Endpoint(script.url, "scripted")
 
         @contextmanager
-        def started(variants: Sequence[Variant], _: Path) -> Iterator[dict[str, Scripted]]:
+        def started(variants: Sequence[ServerVariant], _: Path) -> Iterator[dict[str, Scripted]]:
             yield {one.label: Scripted(endpoint) for one in variants}
 
         monkeypatch.setattr(offline_servers, "started", started)
@@ -321,7 +321,7 @@ def test_a_server_is_measured_with_full_batches_and_a_random_load(
 ) -> None:
     load = RandomLoad(rate=20.0, seconds=0.5, tokens_out=3)
     with in_place_of_real_ones(monkeypatch, usage="continuous", gap_s=0.002) as script:
-        rows = measure_server(Variant("scripted", []), load, 1, estimate_tokens)
+        rows = measure_server(ServerVariant("scripted", []), load, 1, estimate_tokens)
     assert len(rows["server_b32"]) == 1
     assert set(rows) == {row for row in ROWS if row.startswith("server")} - {"server_b32_share"}
     lengths = [body["max_tokens"] for body in script.bodies]
@@ -339,7 +339,7 @@ def test_a_server_that_leaves_requests_unanswered_is_not_measured(
         in_place_of_real_ones(monkeypatch),
         pytest.raises(SystemExit, match="scripted did not answer everything"),
     ):
-        measure_server(Variant("scripted", []), RandomLoad(), 1, estimate_tokens)
+        measure_server(ServerVariant("scripted", []), RandomLoad(), 1, estimate_tokens)
 
 
 def test_only_known_instructions_of_the_first_processor_count() -> None:
@@ -437,7 +437,7 @@ def test_minserve_is_measured_first_and_last(monkeypatch: pytest.MonkeyPatch) ->
         return {"events": {"first token": {"version": "1"}, "rates": rates}}
 
     monkeypatch.setattr("offline.run_child", measured)
-    run = Run(parse_args(["--parts", "engine"]))
+    run = OfflineBenchmark(parse_args(["--parts", "engine"]))
     run.all(ours, peers)
     assert order == ["minserve", "vLLM default", "vLLM all cores", "llama.cpp", "minserve"]
     found = summary(run, ours, peers)
@@ -453,8 +453,8 @@ def test_minserve_is_measured_first_and_last(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_without_peers_minserve_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     order = []
-    monkeypatch.setattr(Run, "_turn", lambda _, one, __: order.append(one.label))
-    run = Run(parse_args(["--parts", "engine"]))
+    monkeypatch.setattr(OfflineBenchmark, "_turn", lambda _, one, __: order.append(one.label))
+    run = OfflineBenchmark(parse_args(["--parts", "engine"]))
     run.all([Contender(label="minserve", weights="w", command=[])], [])
     assert order == ["minserve"]
 

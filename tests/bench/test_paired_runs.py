@@ -13,9 +13,9 @@ import policies
 import pytest
 import versus_vllm
 from paired import CELL, result
-from paired_runs import Bench, Effort, best_of, best_reference, estimate_s, open_store
-from paired_servers import Server, Watch, busy_process, minserve_variant, started
-from paired_turns import Cell, Pairs, Store
+from paired_runs import Effort, PairedBenchmark, best_of, best_reference, estimate_s, open_store
+from paired_servers import VariantServer, Watch, busy_process, minserve_variant, started
+from paired_turns import Cell, Pairs, TurnStore
 from policies_report import summary as policies_summary
 from policies_report import table as policies_table
 from prompt_texts import MARK_TOKENS, marked
@@ -70,14 +70,14 @@ def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Scripted]]:
         yield found
 
 
-def bench(store: Store, servers: dict[str, Scripted]) -> Bench:
-    return Bench(EFFORT, store, servers, estimate_tokens)
+def bench(store: TurnStore, servers: dict[str, Scripted]) -> PairedBenchmark:
+    return PairedBenchmark(EFFORT, store, servers, estimate_tokens)
 
 
 def test_servers_get_the_same_requests_in_turns_and_reports_come_out(
     servers: dict[str, Scripted], tmp_path: Path
 ) -> None:
-    store = Store({"seed": 0}, tmp_path / "results.json", REFERENCE)
+    store = TurnStore({"seed": 0}, tmp_path / "results.json", REFERENCE)
     assert bench(store, servers).run(CELLS)
     assert [one.system for one in store.results] == ["dp", "edf", "edf", "dp"] * 2
     assert all(one.attainment == 1.0 for one in store.results)
@@ -105,23 +105,23 @@ def test_an_interrupted_comparison_is_kept_and_gone_on_with(
     servers: dict[str, Scripted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "results.json"
-    store = Store({"seed": 0}, file, REFERENCE)
-    add, added = Store.add, []
+    store = TurnStore({"seed": 0}, file, REFERENCE)
+    add, added = TurnStore.add, []
 
-    def interrupt(self: Store, one: object) -> None:
+    def interrupt(self: TurnStore, one: object) -> None:
         if len(added) == 3:
             raise KeyboardInterrupt
         added.append(one)
         add(self, one)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "add", interrupt)
+        patch.setattr(TurnStore, "add", interrupt)
         assert not bench(store, servers).run(CELLS)
-    again = Store.resume(file, {"seed": 0}, ["dp", "edf"])
+    again = TurnStore.resume(file, {"seed": 0}, ["dp", "edf"])
     assert len(again.results) == 2
     assert bench(again, servers).run(CELLS)
     assert len(again.results) == 8
-    assert len(Store.resume(file, {"seed": 0}, ["dp", "edf"]).results) == 8
+    assert len(TurnStore.resume(file, {"seed": 0}, ["dp", "edf"]).results) == 8
 
 
 def test_a_server_that_answers_no_lone_request_ends_the_comparison(
@@ -129,7 +129,7 @@ def test_a_server_that_answers_no_lone_request_ends_the_comparison(
 ) -> None:
     broken = replace(servers["edf"], endpoint=Endpoint("http://127.0.0.1:9", "scripted"))
     with pytest.raises(SystemExit, match="lone request"):
-        bench(Store({}, None, REFERENCE), {"edf": broken}).run(CELLS)
+        bench(TurnStore({}, None, REFERENCE), {"edf": broken}).run(CELLS)
 
 
 def test_the_reference_is_the_better_of_the_servers(servers: dict[str, Scripted]) -> None:
@@ -284,4 +284,4 @@ def test_a_server_is_started_watched_and_stopped(tmp_path: Path, tiny_llama_dir:
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="/nowhere/at/all"):
-        Server(minserve_variant("none", "--model", "/nowhere/at/all"), tmp_path)
+        VariantServer(minserve_variant("none", "--model", "/nowhere/at/all"), tmp_path)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from paired import CELL, result
-from paired_turns import Pairs, Store, schedule
+from paired_turns import Pairs, TurnStore, schedule
 
 from minserve.workload.reference import Reference
 from minserve.workload.zero_load import ZeroLoad
@@ -43,10 +43,10 @@ def test_over_a_whole_cycle_no_server_comes_earlier_than_another() -> None:
 def test_an_interrupted_run_goes_on_and_repeats_pairs_that_are_not_whole(tmp_path: Path) -> None:
     file, settings = tmp_path / "results.json", {"seed": 0, "paces": (2.0, 4.0)}
     slots = schedule([CELL, OTHER], ["a", "b"], 2)
-    store = Store(settings, file, REFERENCE)
+    store = TurnStore(settings, file, REFERENCE)
     for slot in slots[:5]:
         store.add(result(slot.system, slot.pair, 0.9, cell=slot.cell))
-    again = Store.resume(file, settings, ["a", "b"])
+    again = TurnStore.resume(file, settings, ["a", "b"])
     assert again.results == store.results[:4]
     assert again.reference == REFERENCE
     assert again.missing(slots) == slots[4:]
@@ -55,16 +55,16 @@ def test_an_interrupted_run_goes_on_and_repeats_pairs_that_are_not_whole(tmp_pat
 
 def test_a_run_before_its_first_turn_goes_on_too(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
-    Store({"seed": 0}, file).save()
-    again = Store.resume(file, {"seed": 0}, ["a", "b"])
+    TurnStore({"seed": 0}, file).save()
+    again = TurnStore.resume(file, {"seed": 0}, ["a", "b"])
     assert (again.results, again.reference) == ([], None)
 
 
 def test_results_of_other_settings_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
-    Store({"lengths": 0.1, "seed": 0}, file).save()
+    TurnStore({"lengths": 0.1, "seed": 0}, file).save()
     with pytest.raises(SystemExit, match="other settings: lengths"):
-        Store.resume(file, {"lengths": 0.2, "seed": 0}, ["a"])
+        TurnStore.resume(file, {"lengths": 0.2, "seed": 0}, ["a"])
 
 
 @pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"settings": {}, "results": [{}]}'])
@@ -73,7 +73,7 @@ def test_what_is_no_file_of_results_is_refused(tmp_path: Path, text: str | None)
     if text is not None:
         file.write_text(text)
     with pytest.raises(SystemExit, match="cannot go on"):
-        Store.resume(file, {}, ["a"])
+        TurnStore.resume(file, {}, ["a"])
 
 
 def test_pairs_at_different_speeds_are_left_out() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from replicas import Results, by_scenario, table
 from replicas_overhead import routing_us
-from replicas_runs import ROUTERS, Case, Slowed
+from replicas_runs import ROUTERS, ReplicaCase, Slowed
 
 from minserve.errors import WorkloadError
 from minserve.simulator.simulation import simulate
@@ -24,7 +24,7 @@ def test_slow_motion_attains_about_the_same(scenario: str, rate: float) -> None:
     for factor in (1.0, 4.0):
         slowed = Slowed.of(scenario, factor)
         workload = slowed.scenario.draw(rate / factor, seed=3, num_requests=150)
-        verdicts = simulate(workload, slowed.setup(Case(scenario, 2, "slo"))).verdicts
+        verdicts = simulate(workload, slowed.setup(ReplicaCase(scenario, 2, "slo"))).verdicts
         found.append(sum(verdict.attained for verdict in verdicts) / len(verdicts))
     assert found[0] == pytest.approx(found[1], abs=0.04)
     assert 0.1 < found[0] < 0.95
@@ -43,7 +43,10 @@ def test_results_are_kept_and_gone_on_with(tmp_path: Path) -> None:
 
 
 def test_one_replica_counts_for_every_router() -> None:
-    cases = [Case("chatbot", 1, "slo"), *(Case("chatbot", 2, router) for router in ROUTERS)]
+    cases = [
+        ReplicaCase("chatbot", 1, "slo"),
+        *(ReplicaCase("chatbot", 2, router) for router in ROUTERS),
+    ]
     rates = {case.name: 4.0 * case.replicas for case in cases}
     assert by_scenario(rates, cases)["chatbot"] == {r: {"1": 4.0, "2": 8.0} for r in ROUTERS}
     results = Results(None, SETTINGS, capacity=rates, expected={cases[0].name: 4.2})

@@ -15,7 +15,7 @@ from reproduce_cases import Case, Size, attainment, cut_below, measures_of
 from reproduce_jobs import Job, Point, Result, Search, case_of
 from reproduce_plan import SECTIONS, WITH, WITHOUT, Plan, baseline, chunks, jobs_of, promise
 from reproduce_report import capacity_table, ratios, summary
-from reproduce_run import FILE, Store, run_all
+from reproduce_run import FILE, ResultStore, run_all
 from reproduce_search import best_of, geomean
 
 from minserve.devices import PUBLISHED
@@ -141,24 +141,24 @@ def test_a_key_tells_of_every_setting() -> None:
 
 def test_a_broken_off_run_goes_on_where_it_was(tmp_path: Path) -> None:
     jobs = [Square(number=number) for number in (1, 2, 4)]
-    run_all(lambda: jobs[:2], Store(tmp_path), 2)
+    run_all(lambda: jobs[:2], ResultStore(tmp_path), 2)
     # Killed in the middle of a line.
     with (tmp_path / FILE).open("a") as file:
         file.write('{"key": "half')
-    store = Store(tmp_path)
+    store = ResultStore(tmp_path)
     assert [job in store for job in jobs] == [True, True, False]
     before = (tmp_path / FILE).read_text()
     done = run_all(lambda: jobs, store, 1)
     assert not done.errors
     assert (tmp_path / FILE).read_text().count("\n") == before.count("\n") + 1
-    again = Store(tmp_path)
+    again = ResultStore(tmp_path)
     assert [again(job) for job in jobs] == [store(job) for job in jobs]
     assert again(jobs[2]) == {"square": 16, "by": {"1": "a key that is no text"}}
 
 
 def test_a_job_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
     jobs = [Square(number=number) for number in (3, 5)]
-    store = Store(tmp_path)
+    store = ResultStore(tmp_path)
     done = run_all(lambda: jobs, store, 1)
     assert list(done.errors.values()) == ["ValueError: not a 3"]
     assert jobs[1] in store
@@ -166,10 +166,10 @@ def test_a_job_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_dies_ends_the_run_and_not_what_was_done(tmp_path: Path) -> None:
-    jobs, store = [Square(number=number) for number in (2, 7)], Store(tmp_path)
+    jobs, store = [Square(number=number) for number in (2, 7)], ResultStore(tmp_path)
     done = run_all(lambda: jobs, store, 1)
     assert list(done.errors) == ["a worker"]
-    assert jobs[0] in Store(tmp_path)
+    assert jobs[0] in ResultStore(tmp_path)
 
 
 def test_every_section_asks_until_it_has_what_it_needs() -> None:
@@ -244,7 +244,7 @@ def test_each_ablation_takes_away_what_it_says() -> None:
 
 
 def test_an_evaluation_from_its_jobs_to_its_files(tmp_path: Path, capsys) -> None:
-    store = Store(tmp_path / "jobs")
+    store = ResultStore(tmp_path / "jobs")
     sections, plan = ["capacity"], TinyPlan(quick=True)
     done, figures = evaluate(plan, sections, store, 2, tmp_path, "tiny")
     assert not done.errors
@@ -258,7 +258,7 @@ def test_an_evaluation_from_its_jobs_to_its_files(tmp_path: Path, capsys) -> Non
     written = json.loads((tmp_path / "reproduce-quick.json").read_text())
     assert written["details"][f"coding {OPT}"][WITH]["dp"]["attainment"]
     # Another run finds everything there and says the same.
-    again = Store(tmp_path / "jobs")
+    again = ResultStore(tmp_path / "jobs")
     assert summary(plan, again, 0.0) == summary(plan, store, 0.0)
     assert not [job for job in jobs_of(plan, sections, again) if job not in again]
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from simulated_report import Inputs, Row, errors, plot, print_table
+from simulated_report import ComparedRun, Inputs, errors, plot, print_table
 from simulated_vs_real import LEAD_S, as_sent, counted, quantile_of, told
 
 from minserve.slo import SLO, StageTarget, Targets
@@ -40,8 +40,8 @@ def verdicts(*ttfts: float | None, tpot_s: float = 0.05, late: int = 0) -> list[
     ]
 
 
-def row(real: list[Verdict], simulated: list[Verdict]) -> Row:
-    return Row(
+def row(real: list[Verdict], simulated: list[Verdict]) -> ComparedRun:
+    return ComparedRun(
         policy="dp",
         scenario="chatbot",
         rate=1.0,

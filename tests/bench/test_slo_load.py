@@ -18,7 +18,7 @@ from slo_load import (
     slo_fields,
     write_classes,
 )
-from slo_report import Cell, Run, curves, disagreements, summary
+from slo_report import PolicyRun, PooledRuns, curves, disagreements, summary
 
 from minserve.planner.perf_model import PerfModel, Piece
 from minserve.slo import StageTarget, Targets
@@ -46,7 +46,7 @@ def turns(found: list[Conversation]) -> list[Turn]:
 
 def run(
     policy: str, rate: float, attained: int, offered: int, variant: str = "", repeat: int = 0
-) -> Run:
+) -> PolicyRun:
     verdicts = [
         Verdict(
             name="chat",
@@ -59,7 +59,7 @@ def run(
         )
         for i in range(offered)
     ]  # fmt: skip
-    return Run(
+    return PolicyRun(
         process="poisson",
         rate=rate,
         repeat=repeat,
@@ -164,7 +164,7 @@ def test_promises_that_differ_from_the_clients_are_counted():
 
 
 def test_repeats_are_pooled_and_their_spread_is_kept():
-    cell = Cell([run("dp", 1.0, 10, 10), run("dp", 1.0, 5, 10, repeat=1)])
+    cell = PooledRuns([run("dp", 1.0, 10, 10), run("dp", 1.0, 5, 10, repeat=1)])
     assert cell.attainment == 0.75
     assert cell.each == [1.0, 0.5]
     assert cell.goodput == 0.75

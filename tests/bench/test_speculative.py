@@ -19,8 +19,8 @@ from speculative_report import (
     BAR_WIDTH,
     SYNTHETIC,
     CaseResult,
-    Cell,
     Counts,
+    SpeculationCell,
     Tally,
     add_up,
     first_difference,
@@ -50,9 +50,9 @@ WITH = Counts(
 )
 
 
-def cell(batch: int = 1, lengths: str = "adaptive", with_: Counts = WITH) -> Cell:
+def cell(batch: int = 1, lengths: str = "adaptive", with_: Counts = WITH) -> SpeculationCell:
     slower = Counts(tokens=100, seconds=8.0, passes=100, iterations=100)
-    return Cell(
+    return SpeculationCell(
         batch=batch,
         lengths=lengths,
         pairs=[(with_, WITHOUT), (with_, slower), (with_, WITHOUT)],

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from minserve.controller import messages as m
-from minserve.planner.load import ReplicaLoad
 from minserve.planner.perf_model import Piece
+from minserve.planner.replica_load import ReplicaLoad
 
 
 def hello(**changes: Any) -> m.Hello:

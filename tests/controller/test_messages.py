@@ -11,7 +11,7 @@ from minserve.controller import messages as m
 from minserve.engine.stats import EngineStats
 from minserve.errors import GenerationError, ProtocolError, SLOUnattainableError
 from minserve.outputs import OutputDelta, TokenLogprob
-from minserve.planner.load import ReplicaLoad
+from minserve.planner.replica_load import ReplicaLoad
 from minserve.request import FinishReason, Request
 from minserve.sampling_params import SamplingParams
 from minserve.slo import preset_classes
@@ -79,7 +79,7 @@ def test_counts_come_out_as_they_were() -> None:
     stats.add_classes(["chatbot"])
     stats.ttft_s.observe(0.3)
     stats.finished[FinishReason.STOP] += 2
-    found = m.decode(m.encode(m.Stats(stats=stats, load=ReplicaLoad(), num_taken=1))).stats
+    found = m.decode(m.encode(m.Heartbeat(stats=stats, load=ReplicaLoad(), num_taken=1))).stats
     assert (found.slo_requests, found.finished) == (stats.slo_requests, stats.finished)
     assert (found.ttft_s.counts, found.ttft_s.total) == (stats.ttft_s.counts, 0.3)
 

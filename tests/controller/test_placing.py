@@ -31,7 +31,7 @@ from minserve.errors import (
     SLOUnattainableError,
 )
 from minserve.outputs import OutputDelta
-from minserve.planner.load import ReplicaLoad
+from minserve.planner.replica_load import ReplicaLoad
 from minserve.request import FinishReason
 from minserve.sampling_params import SamplingParams
 from minserve.slo import SLO
@@ -101,7 +101,7 @@ def where(controller: Controller, handle: FlightHandle) -> int:
     return controller._flights[handle.request_id].replica
 
 
-def say(controller: Controller, number: int, message: m.News | m.Stats | m.Withdrawn) -> None:
+def say(controller: Controller, number: int, message: m.News | m.Heartbeat | m.Withdrawn) -> None:
     controller.table._hear(controller.table.replicas[number], message)
 
 
@@ -370,7 +370,7 @@ def test_signs_of_life_say_how_a_replica_stands(run: Callable) -> None:
     async def test(controller: Controller, _: list[Outbox]) -> None:
         for number in range(3):
             report(controller, number, FULL)
-        stats = m.Stats(stats=EngineStats(), load=IDLE, num_taken=0)
+        stats = m.Heartbeat(stats=EngineStats(), load=IDLE, num_taken=0)
         say(controller, 1, stats)
         assert where(controller, submit(controller)) == 1
 

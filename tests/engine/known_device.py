@@ -10,7 +10,7 @@ import pytest
 from minserve import Engine
 from minserve.engine import profile_cache, profiler, refinement
 from minserve.engine.profile_cache import Profile
-from minserve.engine.profile_design import Batch
+from minserve.engine.profile_design import ProfileBatch
 from minserve.engine.profiler import Survey
 from minserve.engine.workbench import Workbench
 
@@ -19,7 +19,7 @@ SETTINGS = {"device": "cpu", "dtype": "float32", "threads": 1, "token_budget": 1
 NUM_BATCHES = 30
 
 
-def truth(batch: Batch) -> float:
+def truth(batch: ProfileBatch) -> float:
     """Seconds of a device whose longest batches are not measured in idle moments."""
     return 0.01 + 0.006 * batch.shape.tokens + 1e-5 * batch.shape.context_tokens
 
@@ -33,8 +33,8 @@ class Device:
     """
 
     def __init__(self) -> None:
-        self.runs: list[Batch] = []
-        self.slowdown: Callable[[Batch], float] = lambda _: 1.0
+        self.runs: list[ProfileBatch] = []
+        self.slowdown: Callable[[ProfileBatch], float] = lambda _: 1.0
 
     @classmethod
     def installed(cls, patch: pytest.MonkeyPatch) -> Device:
@@ -44,7 +44,7 @@ class Device:
         patch.setattr(Workbench, "prepare", lambda *_: True)
         return found
 
-    def time(self, batch: Batch) -> float:
+    def time(self, batch: ProfileBatch) -> float:
         self.runs.append(batch)
         return self.slowdown(batch) * truth(batch)
 

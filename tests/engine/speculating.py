@@ -11,7 +11,7 @@ import torch
 from minserve import Engine, SamplingParams
 from minserve.engine.batch_tensors import Chunk
 from minserve.engine.paged_model import PagedModel
-from minserve.engine.speculator import Proposer, Wanted
+from minserve.engine.proposer import DraftRequest, Proposer
 from minserve.engine.verification import Proposal
 from minserve.outputs import CompletionOutput, OutputDelta
 from minserve.planner.perf_model import PerfModel, Piece
@@ -80,10 +80,10 @@ class Oracle(Proposer):
     def limit(self, seq: Sequence) -> int:
         return self.max_tokens
 
-    def propose(self, wanted: SequenceOf[Wanted]) -> dict[str, Proposal]:
+    def propose(self, wanted: SequenceOf[DraftRequest]) -> dict[str, Proposal]:
         return {one.seq.seq_id: Proposal(self._next(one)) for one in wanted if one.num_tokens}
 
-    def _next(self, one: Wanted) -> tuple[int, ...]:
+    def _next(self, one: DraftRequest) -> tuple[int, ...]:
         start = one.seq.num_tokens
         text = next(t for t in self._known if t[:start] == one.seq.token_ids)
         places = range(start, start + one.num_tokens)

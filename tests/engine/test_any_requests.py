@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.core import EngineCore
+from minserve.engine.proposer import NgramProposer
 from minserve.engine.runner import RunResult, Scheduled
-from minserve.engine.speculator import NgramProposer
 from minserve.engine.verification import SampledToken, Verified
 from minserve.errors import SLOUnattainableError
 from minserve.outputs import OutputDelta

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from minserve.engine import block_pool
 from minserve.engine.block_pool import BlockPool, block_digest
 from minserve.errors import OutOfBlocksError, PoolCorruptedError
-from minserve.planner.batch import BatchDraft
+from minserve.planner.batch_builder import BatchBuilder
 from minserve.planner.plan import CachedPrefix, PlannerView
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
@@ -35,8 +35,8 @@ def make_seq(tokens, *, salt="", prompt_logprobs=None, arrival_s=0.0) -> Sequenc
 
 
 def start(pool: BlockPool, seq: Sequence) -> int:
-    """Admit a sequence and compute all of its tokens."""
-    cached = pool.admit(seq)
+    """Attach its cached prefix and compute all of its tokens."""
+    cached = pool.attach(seq)
     seq.num_computed_tokens = cached
     compute(pool, seq, seq.num_tokens - cached)
     return cached
@@ -153,7 +153,7 @@ def test_preempted_sequence_finds_its_own_blocks_again():
     hashes = list(seq.block_hashes)
     stop(pool, seq)
     seq.token_ids += [50, 51]
-    assert pool.admit(seq) == 8
+    assert pool.attach(seq) == 8
     assert seq.block_hashes[:2] == hashes
     pool.check_integrity([seq])
 
@@ -186,7 +186,7 @@ def test_caching_off_shares_nothing_and_keeps_no_index():
     pool.check_integrity([first, second])
 
 
-def test_hits_and_queries_are_counted_at_admission():
+def test_hits_and_queries_are_counted_when_a_prefix_is_attached():
     pool = BlockPool(16, BLOCK)
     start(pool, make_seq(range(9)))
     assert (pool.prefix_queries_tokens, pool.prefix_hits_tokens) == (9, 0)
@@ -232,16 +232,16 @@ def test_equal_blocks_computed_side_by_side_keep_the_first_entry():
     pool = BlockPool(16, BLOCK)
     first, second = make_seq(range(9)), make_seq(range(9))
     for seq in (first, second):
-        assert pool.admit(seq) == 0
+        assert pool.attach(seq) == 0
     for seq in (first, second):
         compute(pool, seq, 9)
     third = make_seq(range(9))
-    pool.admit(third)
+    pool.attach(third)
     assert third.block_table == first.block_table[:2]
     second.token_ids += [20, 21, 22]
     compute(pool, second, 3)
     turn = make_seq([*range(9), 20, 21, 22, 23])
-    pool.admit(turn)
+    pool.attach(turn)
     assert turn.block_table == [*first.block_table[:2], second.block_table[2]]
     for seq in (first, second, third, turn):
         stop(pool, seq)
@@ -294,7 +294,7 @@ def test_releasable_blocks_are_those_nobody_shares():
 
 
 @pytest.mark.parametrize("live_prefix", [False, True])
-def test_free_blocks_fall_by_what_a_batch_draft_assumes(live_prefix):
+def test_free_blocks_fall_by_what_a_batch_builder_assumes(live_prefix):
     pool = BlockPool(20, BLOCK)
     holder = make_seq(range(17))
     start(pool, holder)
@@ -303,16 +303,16 @@ def test_free_blocks_fall_by_what_a_batch_draft_assumes(live_prefix):
     seq = make_seq(range(30), arrival_s=1.0)
     running = [holder] if live_prefix else []
     view = PlannerView(waiting=[seq], running=running, memory=pool, token_budget=10, max_num_seqs=8)
-    draft = BatchDraft(view)
-    num_tokens = draft.admit(seq)
+    builder = BatchBuilder(view)
+    num_tokens = builder.start(seq)
     assert num_tokens == 10
-    seq.num_computed_tokens = pool.admit(seq)
+    seq.num_computed_tokens = pool.attach(seq)
     pool.grow(seq, num_tokens)
-    assert pool.num_free_blocks == draft._free
+    assert pool.num_free_blocks == builder._free
     pool.check_integrity([*running, seq])
 
 
-def test_preemption_frees_what_a_batch_draft_assumes():
+def test_preemption_frees_what_a_batch_builder_assumes():
     pool = BlockPool(6, BLOCK)
     first, last = make_seq(range(12)), make_seq([*range(8), 60, 61, 62], arrival_s=1.0)
     start(pool, first)
@@ -323,12 +323,12 @@ def test_preemption_frees_what_a_batch_draft_assumes():
         waiting=[], running=[first, filler, last], memory=pool, token_budget=64, max_num_seqs=8
     )
     first.token_ids.append(1)
-    draft = BatchDraft(view)
-    assert draft.schedule(first, 1) == 1
-    assert draft.plan.preempt == [last.seq_id]
+    builder = BatchBuilder(view)
+    assert builder.schedule(first, 1) == 1
+    assert builder.plan.preempt == [last.seq_id]
     stop(pool, last)
     pool.grow(first, 1)
-    assert pool.num_free_blocks == draft._free == 0
+    assert pool.num_free_blocks == builder._free == 0
 
 
 @pytest.mark.parametrize(
@@ -411,10 +411,10 @@ class PoolMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
-    def admit(self, data):
+    def attach(self, data):
         seq = data.draw(st.sampled_from(self.waiting))
         free, hit = self.pool.num_free_blocks, self.pool.cached_prefix(seq)
-        cached = self.pool.admit(seq)
+        cached = self.pool.attach(seq)
         assert cached == hit.num_tokens < seq.num_tokens
         assert self.pool.num_free_blocks == free - hit.num_idle_blocks
         seq.num_computed_tokens = cached

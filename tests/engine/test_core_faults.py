@@ -71,7 +71,7 @@ def refuse_half(request_id: str) -> Change:
     """Refuse one output of a request and start another: what brought down every stream once."""
 
     def change(plan: IterationPlan, _: PlannerView) -> IterationPlan:
-        if f"{request_id}/0" in plan.admit:
+        if f"{request_id}/0" in plan.start:
             plan.reject[f"{request_id}/1"] = Refusal("compute", 1.0)
         return plan
 

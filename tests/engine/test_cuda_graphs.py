@@ -25,7 +25,7 @@ from minserve.engine.paged_model import PagedModel
 from minserve.kernels.attention import AttentionBackend, make_attention_backend
 from minserve.kernels.torch_backend import TorchBackend
 from minserve.models.base import CausalLM
-from minserve.models.layers import Placement
+from minserve.models.layers import WeightPlacement
 from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
 from minserve.models.source import find_model, load_config
@@ -50,7 +50,7 @@ def model(request: pytest.FixtureRequest) -> CausalLM:
 
 
 def load(folder: Path, fused: bool = False) -> CausalLM:
-    source, placement = find_model(str(folder)), Placement.choose(CPU, "float32", fused)
+    source, placement = find_model(str(folder)), WeightPlacement.choose(CPU, "float32", fused)
     with open_checkpoint(source) as checkpoint:
         return build_model(checkpoint, load_config(source), placement)
 

@@ -20,10 +20,10 @@ from minserve import Engine, SamplingParams
 from minserve.engine import build
 from minserve.engine.core import EngineCore
 from minserve.engine.profile_cache import profile_key
-from minserve.engine.profile_design import Limits, design
+from minserve.engine.profile_design import CoreLimits, design
 from minserve.engine.profiler import NUM_BATCHES, profile_core
 from minserve.engine.workbench import Workbench
-from minserve.planner.perf_fit import FitQuality, Sample, evaluate, fit
+from minserve.planner.perf_fit import FitQuality, ProfileSample, evaluate, fit
 from minserve.planner.perf_model import BatchShape, PerfModel
 from minserve.planner.plan import IterationPlan
 
@@ -32,7 +32,7 @@ from minserve.planner.plan import IterationPlan
 BANDWIDTH, FLOPS, LAUNCH_S, REPLAY_S = 3.0e12, 5.0e14, 2e-5, 1.5e-4
 KERNELS_PER_LAYER = 14
 NOISE = 0.03
-GPU = Limits(
+GPU = CoreLimits(
     token_budget=8192, max_num_seqs=256, longest=8192, num_blocks=8000, block_size=16, graphs=True
 )
 
@@ -65,7 +65,7 @@ SIZES = {
 }
 
 
-def quality(samples: list[Sample]) -> FitQuality:
+def quality(samples: list[ProfileSample]) -> FitQuality:
     """On a quarter that the fit has not seen, as a profile tells it."""
     unseen, seen = samples[::4], [s for i, s in enumerate(samples) if i % 4]
     return evaluate(fit(seen), unseen)
@@ -79,9 +79,9 @@ def test_small_models_are_predicted_by_who_is_eager_and_large_ones_either_way(
     rng, shapes = random.Random(seed), [one.shape for one in design(GPU, NUM_BATCHES, seed)]
     rng.shuffle(shapes)
     times = [SIZES[size].seconds(one) * rng.lognormvariate(0.0, NOISE) for one in shapes]
-    known = list(map(Sample, shapes, times))
+    known = list(map(ProfileSample, shapes, times))
     told = quality(known)
-    untold = quality([Sample(replace(one.shape, eager=0), one.seconds) for one in known])
+    untold = quality([ProfileSample(replace(one.shape, eager=0), one.seconds) for one in known])
     assert told.r2 >= 0.95
     assert told.mape < 0.06
     if size == "8B":
@@ -134,7 +134,7 @@ def test_a_profile_says_of_every_batch_whether_it_was_replayed(
     plain = profile_key(engine._core, "tiny")
     core = with_graphs(engine, monkeypatch)
     assert profile_key(core, "tiny") != plain
-    batches, seen = design(Limits.of(core), 40, seed=0), watched(core, monkeypatch)
+    batches, seen = design(CoreLimits.of(core), 40, seed=0), watched(core, monkeypatch)
     bench = Workbench(core, seed=0)
     for batch in batches:
         bench.time(batch)
@@ -149,7 +149,7 @@ def test_nothing_longer_than_what_is_served_is_measured(
     engine = Engine(str(tiny_llama_dir), max_model_len=100, **SETTINGS)
     core = with_graphs(engine, monkeypatch) if graphs else engine._core
     assert core.runner.model.shape.max_positions > 100
-    batches = design(Limits.of(core), NUM_BATCHES, seed=0)
+    batches = design(CoreLimits.of(core), NUM_BATCHES, seed=0)
     longest = max(start + num_tokens for batch in batches for start, num_tokens in batch.runs)
     assert 90 < longest <= 100
 

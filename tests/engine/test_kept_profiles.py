@@ -16,7 +16,7 @@ from known_device import SETTINGS, Device, never, rough, start_afresh, truth
 from minserve import AsyncEngine, Engine, SamplingParams
 from minserve.engine import profile_cache, refinement
 from minserve.engine.profile_cache import Profile
-from minserve.engine.profile_design import Batch
+from minserve.engine.profile_design import ProfileBatch
 from minserve.engine.profiler import Survey
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
@@ -143,8 +143,8 @@ def test_an_idle_engine_plans_by_the_refined_profile(
                 while engine.stats().profile_completeness < 1.0:
                     await asyncio.sleep(0.01)
             refined_s = engine.perf_model.zero_load_decode_s(100)
-            assert rough_s == pytest.approx(1.5 * truth(Batch(decodes=(100,))), rel=0.01)
-            assert refined_s == pytest.approx(truth(Batch(decodes=(100,))), rel=0.02)
+            assert rough_s == pytest.approx(1.5 * truth(ProfileBatch(decodes=(100,))), rel=0.01)
+            assert refined_s == pytest.approx(truth(ProfileBatch(decodes=(100,))), rel=0.02)
             assert [d async for d in engine.generate([5, 6, 7], GREEDY)]
         finally:
             await engine.stop()

@@ -23,12 +23,12 @@ from torch.utils._pytree import tree_leaves
 from minserve import Engine, SamplingParams
 from minserve.engine import transfers
 from minserve.engine.cuda_graphs import DecodeGraphs, GraphLimits
-from minserve.engine.distribution import Row
-from minserve.engine.runner import Flight, ModelRunner, Scheduled
+from minserve.engine.distribution import SamplingRow
+from minserve.engine.runner import InFlightBatch, ModelRunner, Scheduled
 from minserve.engine.sampler import Sampler
 from minserve.engine.verification import Proposal
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
-from minserve.models.layers import Placement, WeightFormat
+from minserve.models.layers import WeightFormat, WeightPlacement
 from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
 from minserve.models.source import find_model, load_config
@@ -167,7 +167,7 @@ class NoAttention(AttentionBackend):
 
 def runner_on_meta(folder: Path) -> ModelRunner:
     source = find_model(str(folder))
-    placement = Placement(META, torch.float32, torch.float32, WeightFormat.DENSE)
+    placement = WeightPlacement(META, torch.float32, torch.float32, WeightFormat.DENSE)
     with open_checkpoint(source) as checkpoint:
         model = build_model(checkpoint, load_config(source), placement)
     shape = model.shape
@@ -192,7 +192,7 @@ def test_batches_are_launched_without_waiting(
         if with_graphs:
             runner.graphs = DecodeGraphs(runner, Rerun(), GraphLimits(4, 8, 100, (1, 4)))
         for batch in (decodes[:1], decodes, [*decodes, Scheduled(prefill, 20)]):
-            assert isinstance(runner.launch(batch), Flight)
+            assert isinstance(runner.launch(batch), InFlightBatch)
 
 
 def test_results_on_the_way_of_a_device_are_those_of_the_host() -> None:
@@ -218,7 +218,9 @@ def test_ties_at_the_border_of_top_p_are_cut_alike() -> None:
 
 
 def test_drafts_on_the_way_of_a_device_are_those_of_the_host() -> None:
-    rows = [Row(seq_with([7], seed=i, **settings), (8,)) for i, settings in enumerate(SETTINGS)]
+    rows = [
+        SamplingRow(seq_with([7], seed=i, **settings), (8,)) for i, settings in enumerate(SETTINGS)
+    ]
     logits = random_logits(len(rows), seed=4)
     expected = SAMPLER.draft(logits, rows)
     with as_on_a_device():
@@ -284,7 +286,9 @@ def test_tokens_are_the_same_where_truncation_is_a_kernel() -> None:
     whole, proposals = torch.cat(logits).to(device), moved(proposals, device)
     expected = SAMPLER.verify(whole, seqs, proposals)
     assert Sampler(fused=True).verify(whole, seqs, proposals) == expected
-    rows = [Row(seq_with([7], seed=i, **settings), (8,)) for i, settings in enumerate(SETTINGS)]
+    rows = [
+        SamplingRow(seq_with([7], seed=i, **settings), (8,)) for i, settings in enumerate(SETTINGS)
+    ]
     logits = random_logits(len(rows), seed=4).to(device)
     drafts = zip(SAMPLER.draft(logits, rows), Sampler(fused=True).draft(logits, rows), strict=True)
     assert all(one.token_id == other.token_id for one, other in drafts)

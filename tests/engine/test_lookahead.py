@@ -16,7 +16,7 @@ from minserve.planner.plan import IterationPlan, PlannerView, Refusal
 from minserve.request import Request, Sequence, SequenceState
 
 
-class Drafter:
+class ToyProposer:
     """Drafts up to ``most`` tokens for anybody."""
 
     def __init__(self, most: int = 4) -> None:
@@ -36,7 +36,7 @@ class Bench:
 
     def __init__(self, num_blocks: int = 20) -> None:
         self.pool = BlockPool(num_blocks, 4)
-        self.drafter = Drafter()
+        self.proposer = ToyProposer()
         self.running = [self.make("d", 5), self.make("p", 12)]
         self.waiting = [self.make("w", 9)]
         self.run("d", 5, 7)
@@ -73,13 +73,13 @@ class Bench:
             memory=self.pool,
             token_budget=64,
             max_num_seqs=8,
-            speculation=self.drafter,
+            speculation=self.proposer,
         )
 
     def ahead(self, **changes: Any) -> PlanAhead:
         """A plan for when ``d`` has one token more and ``p`` four more of its prompt."""
         scheduled = {"d": 1, "p": 4, "w": 9}
-        plan = IterationPlan(num_scheduled_tokens=scheduled, admit=["w"], promote=["d", "w"])
+        plan = IterationPlan(num_scheduled_tokens=scheduled, start=["w"], admit=["d", "w"])
         plan = replace(plan, **changes)
         batch = [Scheduled(self["d"], 1), Scheduled(self["p"], 4)]
         return PlanAhead.of(plan, project(self.view(), batch, 1.0))
@@ -151,7 +151,7 @@ def test_whoever_ended_is_taken_out_of_every_part(name: str) -> None:
     bench.land()
     bench.end(name)
     found = confirm(ahead, bench.view(), 1.0)
-    everywhere = [*found.num_scheduled_tokens, *found.speculation, *found.admit, *found.promote]
+    everywhere = [*found.num_scheduled_tokens, *found.speculation, *found.start, *found.admit]
     assert name not in everywhere
     assert len(found.num_scheduled_tokens) == 2
     assert ahead.plan.num_scheduled_tokens == {"d": 3, "p": 4, "w": 9}
@@ -199,7 +199,7 @@ def test_a_plan_does_not_hold_where_something_else_came(change: Change) -> None:
 
 def test_a_plan_for_nobody_who_is_left_does_not_hold() -> None:
     bench = Bench()
-    ahead = bench.ahead(num_scheduled_tokens={"d": 1}, admit=[], promote=[])
+    ahead = bench.ahead(num_scheduled_tokens={"d": 1}, start=[], admit=[])
     bench.land()
     bench.end("d")
     assert confirm(ahead, bench.view(), 1.0) is None
@@ -231,11 +231,11 @@ def test_nobody_is_preempted_by_a_guess() -> None:
 def test_no_more_is_drafted_than_can_be_now(limit: int, num_output: int, left: int) -> None:
     bench = Bench()
     ahead = bench.ahead(
-        num_scheduled_tokens={"d": 4, "p": 4}, admit=[], promote=[], speculation={"d": 3}
+        num_scheduled_tokens={"d": 4, "p": 4}, start=[], admit=[], speculation={"d": 3}
     )
     bench.run("p", 4)
     bench.run("d", num_output - 1, *range(num_output - 1))
-    bench.drafter.most = limit
+    bench.proposer.most = limit
     found = confirm(ahead, bench.view(), 1.0)
     assert found.num_scheduled_tokens == {"d": 1 + left, "p": 4}
     assert found.speculation == ({"d": left} if left else {})
@@ -246,7 +246,7 @@ def test_a_draft_model_catches_up_with_no_more_than_it_lacks() -> None:
     ahead = bench.ahead(catch_up={"d": 3})
     bench.land()
     assert confirm(ahead, bench.view(), 1.0).catch_up == {"d": 3}
-    bench.drafter.most = 2
+    bench.proposer.most = 2
     assert confirm(ahead, bench.view(), 1.0).catch_up == {"d": 2}
-    bench.drafter.most = 0
+    bench.proposer.most = 0
     assert confirm(ahead, bench.view(), 1.0).catch_up == {}

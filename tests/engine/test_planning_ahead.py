@@ -13,7 +13,7 @@ import pytest
 from speculating import DEVICE, PROMPTS, essence, make_engine
 
 from minserve import SLO, Engine, SamplingParams
-from minserve.engine.runner import Flight, RunResult, Scheduled
+from minserve.engine.runner import InFlightBatch, RunResult, Scheduled
 from minserve.errors import GenerationError, SLOUnattainableError
 from minserve.outputs import CompletionOutput
 from minserve.planner.perf_model import PerfModel
@@ -197,7 +197,7 @@ def recorded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     core = engine._core
     launch, plan = core.runner.launch, core.planner.plan
 
-    def launching(batch: list[Scheduled]) -> Flight:
+    def launching(batch: list[Scheduled]) -> InFlightBatch:
         events.append("launch")
         flight = launch(batch)
         results = flight.results
@@ -310,7 +310,7 @@ def test_a_request_that_fails_on_the_device_fails_alone(
     def fall_over() -> dict[str, RunResult]:
         raise RuntimeError("device fell over")
 
-    def failing(batch: list[Scheduled]) -> Flight:
+    def failing(batch: list[Scheduled]) -> InFlightBatch:
         is_poisoned = any(poison in item.seq.token_ids for item in batch)
         if is_poisoned and fails_at == "launch":
             fall_over()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from minserve import Engine, SamplingParams
 from minserve.engine import profile_cache, profiler
 from minserve.engine.profile_cache import Profile, ProfileKey, profile_key
-from minserve.engine.profile_design import Batch, Limits, design
+from minserve.engine.profile_design import CoreLimits, ProfileBatch, design
 from minserve.engine.profiler import profile_core, undisturbed
 from minserve.errors import ProfileError
 from minserve.machine import Machine
@@ -24,7 +24,9 @@ from minserve.request import Request, Sequence
 
 SETTINGS = {"device": "cpu", "dtype": "float32", "threads": 1, "token_budget": 128, "max_num_seqs": 16,
             "num_blocks": 120, "block_size": 8}  # fmt: skip
-SERVER = Limits(token_budget=512, max_num_seqs=128, longest=8192, num_blocks=2912, block_size=32)
+SERVER = CoreLimits(
+    token_budget=512, max_num_seqs=128, longest=8192, num_blocks=2912, block_size=32
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @settings(max_examples=60)
 @given(
     st.builds(
-        Limits,
+        CoreLimits,
         token_budget=st.integers(1, 600),
         max_num_seqs=st.integers(1, 130),
         longest=st.integers(1, 9000),
@@ -58,7 +60,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ),
     st.integers(0, 3),
 )
-def test_no_batch_exceeds_what_the_core_can_run(limits: Limits, seed: int) -> None:
+def test_no_batch_exceeds_what_the_core_can_run(limits: CoreLimits, seed: int) -> None:
     limits = replace(limits, longest=min(limits.longest, limits.num_blocks * limits.block_size))
     batches = design(limits, 60, seed)
     assert len(set(batches)) == len(batches) <= 60
@@ -117,7 +119,7 @@ def test_every_batch_runs_as_the_design_says(
 
     def spy(batch: list) -> object:
         seen.append(
-            Batch(
+            ProfileBatch(
                 tuple(i.start for i in batch if i.seq.is_decoding),
                 tuple((i.start, i.num_tokens) for i in batch if not i.seq.is_decoding),
             )
@@ -132,7 +134,7 @@ def test_every_batch_runs_as_the_design_says(
 
     monkeypatch.setattr(core.runner, "run", spy)
     samples = profile_core(core, "tiny", seconds=0.01).samples
-    expected = design(Limits.of(core), profiler.NUM_BATCHES, seed=0)[: len(samples)]
+    expected = design(CoreLimits.of(core), profiler.NUM_BATCHES, seed=0)[: len(samples)]
     assert [b.shape for b in expected] == [s.shape for s in samples]
     assert set(seen) == set(expected)
 
@@ -204,7 +206,7 @@ def test_what_a_disturbance_spoiled_is_measured_again(
     """A device of known speed that takes tenfold for its first 30 batches."""
     truth, calls = {}, []
 
-    def timed(_: object, batch: Batch) -> float:
+    def timed(_: object, batch: ProfileBatch) -> float:
         truth[batch.shape] = seconds = 1e-3 + 1e-5 * batch.shape.tokens
         calls.append(batch)
         return seconds * (10 if len(calls) <= 30 else 1)

@@ -14,7 +14,7 @@ from known_device import NUM_BATCHES, SETTINGS, Device, never, rough, start_afre
 from minserve import Engine, SamplingParams
 from minserve.engine import profile_cache, profiler, refinement
 from minserve.engine.profile_cache import Profile
-from minserve.engine.profile_design import Batch, Limits
+from minserve.engine.profile_design import CoreLimits, ProfileBatch
 from minserve.engine.profiler import MOST_REPEATS, REPEATS, Survey
 from minserve.engine.refinement import IDLE_SHARE, LONGEST_S, Refinement
 from minserve.planner.perf_model import BatchShape
@@ -85,7 +85,7 @@ def test_a_slow_device_is_measured_by_its_own_steps(engine: Engine, device: Devi
     one, _ = refine(engine, rough(engine))
     finish(one, 100 * LONG_IDLE_S)
     survey = Survey(engine._core, "tiny", kept=one.profile)
-    reach_s = 4.0 * 100.0 * truth(Batch(decodes=(1,)))
+    reach_s = 4.0 * 100.0 * truth(ProfileBatch(decodes=(1,)))
     assert one.completeness == 1.0
     repeated = [100.0 * truth(b) for b in survey.batches if len(survey.runs(b)) > 1]
     assert LONGEST_S < max(repeated) <= reach_s
@@ -100,7 +100,7 @@ def test_a_profile_of_a_very_busy_hour_is_soon_put_right(engine: Engine, device:
     for _ in range(150):
         one.step(20.0, never)
     one.save()
-    for batch in (Batch(decodes=(100,) * 4), Batch(chunks=((0, 16),))):
+    for batch in (ProfileBatch(decodes=(100,) * 4), ProfileBatch(chunks=((0, 16),))):
         assert one.profile.model.profiled(batch.shape) == pytest.approx(truth(batch), rel=0.1)
     assert max(map(truth, device.runs[12:])) <= IDLE_SHARE * 20.0 * 1.01
 
@@ -161,7 +161,7 @@ def test_a_batch_that_needs_a_cached_block_is_not_run(tiny_llama_dir: Path, devi
     one, _ = refine(engine, rough(engine))
     del device.runs[:]
     finish(one)
-    limits = Limits.of(engine._core)
+    limits = CoreLimits.of(engine._core)
     needed = [sum(limits.blocks(start + n) for start, n in b.runs) for b in device.runs]
     assert 0 < max(needed) <= blank
     assert one.completeness < 1.0

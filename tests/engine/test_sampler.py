@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from minserve.engine.distribution import INVALID, Row, argmax, philox, uniform, uniforms
+from minserve.engine.distribution import INVALID, SamplingRow, argmax, philox, uniform, uniforms
 from minserve.engine.sampler import Sampler
 from minserve.engine.verification import SampledToken
 from minserve.errors import GenerationError
@@ -143,7 +143,7 @@ def test_numbers_drawn_together_are_those_drawn_one_by_one(num):
     rows, streams = [], []
     for i in range(num):
         seed = (0, 7, 2**63 + i, -(2**63) + i, MASK64 - i)[i % 5] * (1 + i)
-        rows.append(Row(make_seq(output=[5] * (i % 9), seed=seed, index=i * 37 % 128)))
+        rows.append(SamplingRow(make_seq(output=[5] * (i % 9), seed=seed, index=i * 37 % 128)))
         streams.append(i % 4)
     expected = [row.uniform(stream) for row, stream in zip(rows, streams, strict=True)]
     assert uniforms(rows, streams) == expected

@@ -56,7 +56,7 @@ def test_a_number_falls_into_the_first_bucket_that_holds_it(bounds: tuple[float,
 
 def test_times_of_a_request() -> None:
     stats, seq = EngineStats(), sequence("house")
-    stats.admitted(seq, 10.25)
+    stats.started(seq, 10.25)
     for now in (10.5, 10.6, 10.8):
         deliver(stats, seq, now)
     end(stats, seq, FinishReason.LENGTH, 10.8)

@@ -16,7 +16,7 @@ from speculating import GREEDY, PROMPTS, SEEDED, essence, make_engine, outputs_o
 from minserve import Engine, SamplingParams
 from minserve.engine import transfers
 from minserve.engine.cuda_graphs import DecodeGraphs, GraphLimits
-from minserve.engine.draft_model import MOST_DECODE_TOKENS, DraftModelProposer
+from minserve.engine.draft_model_proposer import MOST_DECODE_TOKENS, DraftModelProposer
 
 # Prefills in chunks, beside decodes, and too few blocks for all at once.
 TIGHT = {"token_budget": 20, "num_blocks": 9, "max_num_seqs": 4, "max_speculation": 3}
@@ -29,9 +29,9 @@ def as_on_a_gpu(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = GraphLimits(4, 20, 72, (1, 1 + core.proposer.max_tokens if core.proposer else 1))
     core.runner.graphs = DecodeGraphs(core.runner, Rerun(), limits)
     if isinstance(core.proposer, DraftModelProposer):
-        drafter = core.proposer.model
+        paged_draft = core.proposer.model
         drafting = replace(limits, max_queries=(1, MOST_DECODE_TOKENS))
-        drafter.graphs = DecodeGraphs(drafter, Rerun(), drafting)
+        paged_draft.graphs = DecodeGraphs(paged_draft, Rerun(), drafting)
     monkeypatch.setattr(transfers, "runs_behind", lambda _: True)
 
 

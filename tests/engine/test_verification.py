@@ -21,7 +21,7 @@ from test_sampler import (
 from torch import Tensor
 
 from minserve.engine import verification
-from minserve.engine.distribution import ACCEPTANCE, DRAFT, INVALID, Row, uniform
+from minserve.engine.distribution import ACCEPTANCE, DRAFT, INVALID, SamplingRow, uniform
 from minserve.engine.sampler import Sampler
 from minserve.engine.verification import Proposal, SampledToken, Verified
 from minserve.errors import GenerationError
@@ -94,7 +94,7 @@ def test_a_draft_of_the_same_logits_is_the_targets_own_choice(settings: dict) ->
         truth = one_by_one(4, [7, 8], **common)
         seq, drafted = seq_with([7, 8], is_seeded=True, **common), ()
         for token in truth:
-            row = Row(seq, drafted)
+            row = SamplingRow(seq, drafted)
             (choice,) = SAMPLER.draft(rows_behind(seq, drafted)[-1:], [row])
             assert choice == (token, None)
             drafted += (token,)
@@ -108,7 +108,7 @@ def test_a_draft_of_the_same_logits_is_the_targets_own_choice(settings: dict) ->
 def test_an_unseeded_draft_is_drawn_from_the_distribution_that_it_names(settings: dict) -> None:
     for seed in range(8):
         common = {"seed": seed, "stop": [TABLE[7].argmax().item(), 11], **settings}
-        row = Row(seq_with([7, 8], **common), (8, 7))
+        row = SamplingRow(seq_with([7, 8], **common), (8, 7))
         logits = TABLE[7:8]
         (choice,) = SAMPLER.draft(logits, [row])
         expected = reference_distribution(logits[0].tolist(), seq_with([7, 8, 8, 7], **common))
@@ -120,7 +120,7 @@ def test_an_unseeded_draft_is_drawn_from_the_distribution_that_it_names(settings
 
 def test_drafts_of_a_mixed_batch_are_those_of_each_row_alone() -> None:
     rows = [
-        Row(seq_with([7], seed=i, is_seeded=i % 2 == 0, **settings), (8,) * (i % 3))
+        SamplingRow(seq_with([7], seed=i, is_seeded=i % 2 == 0, **settings), (8,) * (i % 3))
         for i, settings in enumerate(SETTINGS)
     ]
     logits = random_logits(len(rows), seed=4)
@@ -137,7 +137,7 @@ def test_a_draft_row_without_a_distribution_is_marked() -> None:
     logits = random_logits(4, seed=6)
     logits[0, 3] = math.nan
     logits[1] = -math.inf
-    choices = SAMPLER.draft(logits, [Row(seq) for seq in seqs])
+    choices = SAMPLER.draft(logits, [SamplingRow(seq) for seq in seqs])
     assert [c.token_id == INVALID for c in choices] == [True, True, False, False]
 
 
@@ -166,7 +166,7 @@ def speculate(
         shares: list[tuple[Tensor, ...]] = [() for _ in seqs]
         for _ in range(drafts):
             logits = draft[[(2, *drafted)[-1] for drafted in tokens]]
-            rows = [Row(seq, drafted) for seq, drafted in zip(seqs, tokens, strict=True)]
+            rows = [SamplingRow(seq, drafted) for seq, drafted in zip(seqs, tokens, strict=True)]
             for i, choice in enumerate(SAMPLER.draft(logits, rows)):
                 tokens[i] += (choice.token_id,)
                 shares[i] += (choice.probabilities,)
@@ -390,7 +390,9 @@ def mixed_batch() -> tuple[list[Tensor], list[Sequence], list[Proposal | None]]:
         proposal = (None, Proposal(drafted), None)[i % 3]
         if i % 3 == 2 and not seq.request.params.greedy:
             choices = [
-                SAMPLER.draft(rows_behind(seq, drafted[:num])[-1:] * 0.8, [Row(seq, drafted[:num])])
+                SAMPLER.draft(
+                    rows_behind(seq, drafted[:num])[-1:] * 0.8, [SamplingRow(seq, drafted[:num])]
+                )
                 for num in range(len(drafted))
             ]
             proposal = Proposal(drafted, tuple(choice.probabilities for (choice,) in choices))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minserve.kernels.truncation import UNITS, Limits
+from minserve.kernels.truncation import UNITS, TruncationLimits
 
 # Vocabularies of SmolLM2, OPT, Llama 3, Qwen 2, and a tiny one.
 VOCABS = [49152, 50272, 128256, 151936, 7]
@@ -60,11 +60,11 @@ def every_limit(size: int) -> list[tuple[float, int, float]]:
     return limits
 
 
-def limits_of(per_row: list[tuple[float, int, float]]) -> Limits:
-    return Limits(*(list(values) for values in zip(*per_row, strict=True)))
+def limits_of(per_row: list[tuple[float, int, float]]) -> TruncationLimits:
+    return TruncationLimits(*(list(values) for values in zip(*per_row, strict=True)))
 
 
-def by_sort(weights: Tensor, limits: Limits) -> Tensor:
+def by_sort(weights: Tensor, limits: TruncationLimits) -> Tensor:
     """What is left of the weights; sums are exact, of numbers rounded as the rule says."""
     rows = [
         _row_by_sort(row, *limit)

@@ -11,7 +11,7 @@ import torch
 from minserve.engine.batch_tensors import Chunk
 from minserve.engine.paged_model import PagedModel
 from minserve.kernels.attention import make_attention_backend
-from minserve.models.layers import DenseLinear, Placement, WeightFormat
+from minserve.models.layers import DenseLinear, WeightFormat, WeightPlacement
 from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
 from minserve.models.source import find_model, load_config
@@ -27,9 +27,9 @@ VARIANTS = (
 )
 
 
-def placement(fused: bool) -> Placement:
+def placement(fused: bool) -> WeightPlacement:
     """float32 with plain weights, as on a GPU."""
-    return Placement(DEVICE, torch.float32, torch.float32, WeightFormat.DENSE, fused)
+    return WeightPlacement(DEVICE, torch.float32, torch.float32, WeightFormat.DENSE, fused)
 
 
 @torch.inference_mode()
@@ -85,8 +85,8 @@ def test_relu_rides_in_the_matmul_and_changes_nothing(has_bias: bool, rows: int)
 
 def test_a_packed_weight_keeps_its_form_when_fused() -> None:
     cpu = torch.device("cpu")
-    packed = Placement.choose(cpu, "float32", fused=True)
-    plain = Placement.choose(cpu, "float32")
+    packed = WeightPlacement.choose(cpu, "float32", fused=True)
+    plain = WeightPlacement.choose(cpu, "float32")
     torch.manual_seed(0)
     weight, bias, x = torch.randn(48, 96), torch.randn(48), torch.randn(7, 96)
     want = plain.activated_linear(weight, bias, torch.relu_)(x)

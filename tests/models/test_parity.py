@@ -6,11 +6,11 @@ import parity
 import pytest
 import torch
 
-from minserve.models.layers import OneDnnLinear, Placement, WeightFormat
+from minserve.models.layers import OneDnnLinear, WeightFormat, WeightPlacement
 
 
 @pytest.mark.parametrize("case", parity.CASES, ids=lambda c: c.name)
-def test_logits_and_greedy_tokens_agree_with_transformers(case: parity.Case) -> None:
+def test_logits_and_greedy_tokens_agree_with_transformers(case: parity.ModelVariant) -> None:
     assert list(parity.check(case)) == []
 
 
@@ -26,13 +26,13 @@ def test_every_unquantized_weight_format_multiplies_alike(
     x, b = torch.randn(rows, 96, generator=generator), torch.randn(48, generator=generator)
     weight_dtype = torch.float16 if form is WeightFormat.FBGEMM_FP16 else torch.float32
     want = x.double() @ weight.double().T + (b.double() if bias else 0)
-    placement = Placement(torch.device("cpu"), torch.float32, weight_dtype, form)
+    placement = WeightPlacement(torch.device("cpu"), torch.float32, weight_dtype, form)
     got = placement.linear(weight, b if bias else None)(x)
     assert (got - want).abs().max() < 1e-4
 
 
 def test_float32_on_a_cpu_takes_the_prepacked_form() -> None:
-    placement = Placement.choose(torch.device("cpu"), "float32")
+    placement = WeightPlacement.choose(torch.device("cpu"), "float32")
     assert placement.dtype is placement.weight_dtype is torch.float32
     if torch.backends.mkldnn.is_available():
         assert isinstance(placement.linear(torch.zeros(4, 4)), OneDnnLinear)

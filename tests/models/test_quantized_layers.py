@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minserve.errors import ConfigError
-from minserve.models.layers import Placement, WeightFormat
+from minserve.models.layers import WeightFormat, WeightPlacement
 from minserve.models.quantized_layers import Int8Linear, quantize_rows, rotate, rotation
 
 CPU = torch.device("cpu")
@@ -135,8 +135,8 @@ def test_reduced_range_is_right_where_sixteen_bits_would_overflow() -> None:
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "float16", "bfloat16"])
 def test_int8_takes_the_place_of_the_linears_form_alone(dtype: str) -> None:
-    plain = Placement.choose(CPU, dtype)
-    quantized = Placement.choose(CPU, dtype, quantization="int8")
+    plain = WeightPlacement.choose(CPU, dtype)
+    quantized = WeightPlacement.choose(CPU, dtype, quantization="int8")
     assert quantized.format is WeightFormat.FBGEMM_INT8
     assert quantized.linear_dtype is torch.int8
     assert plain.linear_dtype is plain.weight_dtype
@@ -147,10 +147,10 @@ def test_int8_takes_the_place_of_the_linears_form_alone(dtype: str) -> None:
 
 def test_int8_is_refused_on_a_gpu() -> None:
     with pytest.raises(ConfigError, match="--device cpu"):
-        Placement.choose(torch.device("cuda"), "float16", quantization="int8")
+        WeightPlacement.choose(torch.device("cuda"), "float16", quantization="int8")
 
 
 def test_int8_is_refused_where_torch_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minserve.models.layers.int8_is_supported", lambda: False)
     with pytest.raises(ConfigError, match="leave --quantization out"):
-        Placement.choose(CPU, "float32", quantization="int8")
+        WeightPlacement.choose(CPU, "float32", quantization="int8")

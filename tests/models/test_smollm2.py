@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minserve.engine.tokenizer import Tokenizer
-from minserve.models.layers import Placement
+from minserve.models.layers import WeightPlacement
 from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
 from minserve.models.source import find_model, load_config
@@ -56,7 +56,7 @@ def our_logprobs(
 ) -> torch.Tensor:
     """Computed so many tokens at a time, with weights in two forms where asked for."""
     source = find_model("smollm2")
-    placement = Placement.choose(torch.device("cpu"), dtype, twice=twice)
+    placement = WeightPlacement.choose(torch.device("cpu"), dtype, twice=twice)
     with open_checkpoint(source, progress=False) as checkpoint:
         model = build_model(checkpoint, load_config(source), placement)
     runner = parity.make_runner(model, placement)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from minserve import Engine
 from minserve.engine import build
 from minserve.engine.profile_cache import profile_key
-from minserve.models.layers import FEW_ROWS, Placement, WeightFormat
+from minserve.models.layers import FEW_ROWS, WeightFormat, WeightPlacement
 
 CPU = torch.device("cpu")
 needs_bf16 = pytest.mark.skipif(
@@ -20,8 +20,8 @@ needs_bf16 = pytest.mark.skipif(
 )
 
 
-def placement() -> Placement:
-    return Placement(CPU, torch.bfloat16, torch.bfloat16, WeightFormat.ONEDNN_AND_FP16)
+def placement() -> WeightPlacement:
+    return WeightPlacement(CPU, torch.bfloat16, torch.bfloat16, WeightFormat.ONEDNN_AND_FP16)
 
 
 def exact(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -34,7 +34,7 @@ def test_passes_over_few_tokens_have_float32_activations() -> None:
     two = placement()
     assert [two.pass_dtype(n) for n in (1, FEW_ROWS)] == [torch.float32] * 2
     assert two.pass_dtype(FEW_ROWS + 1) is torch.bfloat16
-    one = Placement(CPU, torch.bfloat16, torch.bfloat16, WeightFormat.ONEDNN)
+    one = WeightPlacement(CPU, torch.bfloat16, torch.bfloat16, WeightFormat.ONEDNN)
     assert one.pass_dtype(1) is torch.bfloat16
 
 

@@ -14,7 +14,7 @@ from minserve.planner.policies import Planner
 from minserve.request import Sequence, SequenceState
 
 
-class Drafter:
+class ReplayProposer:
     """A draft model as planners see it, with a record of what it has computed.
 
     Args:
@@ -54,17 +54,17 @@ class DraftingReplay(Replay):
         *,
         device: PerfModel | None = None,
         acceptance: float | Mapping[str, float] = 0.8,
-        drafter: Drafter | None = None,
+        proposer: ReplayProposer | None = None,
         check: Callable[[PlannerView, IterationPlan], None] = lambda *_: None,
     ) -> None:
         super().__init__(planner, pool, budget, max_num_seqs, device=device)
         self.acceptance = acceptance
-        self.drafter = drafter
+        self.proposer = proposer
         self.check = check
         self.num_speculating = 0
 
     def view(self) -> PlannerView:
-        return replace(super().view(), speculation=self.drafter)
+        return replace(super().view(), speculation=self.proposer)
 
     def step(self) -> IterationPlan:
         view = self.view()
@@ -95,7 +95,7 @@ class DraftingReplay(Replay):
             assert seq.is_decoding
             assert seq.state is SequenceState.RUNNING
             assert plan.num_scheduled_tokens[seq_id] == 1 + num
-            assert 1 <= num <= self.drafter.max_tokens
+            assert 1 <= num <= self.proposer.max_tokens
             left = seq.request.params.max_tokens - seq.num_output_tokens
             assert num < left, "the last token is never drafted"
             assert seq_id not in plan.catch_up
@@ -108,12 +108,12 @@ class DraftingReplay(Replay):
         ]
         steps, tokens = max(plan.speculation.values(), default=int(bool(plan.catch_up))), 0
         for seq_id, num in plan.speculation.items():
-            tokens += num + self.drafter.lag(by_id[seq_id])
-            self.drafter.computed[seq_id] = by_id[seq_id].num_tokens - 1
+            tokens += num + self.proposer.lag(by_id[seq_id])
+            self.proposer.computed[seq_id] = by_id[seq_id].num_tokens - 1
         for seq_id, num in plan.catch_up.items():
-            assert 1 <= num <= self.drafter.lag(by_id[seq_id])
+            assert 1 <= num <= self.proposer.lag(by_id[seq_id])
             tokens += num
-            self.drafter.computed[seq_id] = self.drafter.computed.get(seq_id, 0) + num
+            self.proposer.computed[seq_id] = self.proposer.computed.get(seq_id, 0) + num
         if self.device is None or not chunks:
             return 0.0
         eager = not all(by_id[seq_id].is_decoding for seq_id in plan.num_scheduled_tokens)
@@ -128,7 +128,7 @@ class DraftingReplay(Replay):
         rate = rate[seq.seq_id] if isinstance(rate, Mapping) else rate
         while accepted < num_drafted and self.rng.random() < rate:
             accepted += 1
-        if decodes and self.drafter is not None:
+        if decodes and self.proposer is not None:
             self.planner.verified(seq, num_drafted, accepted)
         self.advance(seq, count)
         for _ in range(accepted):

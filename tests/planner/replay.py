@@ -137,7 +137,7 @@ class Replay:
                 return
 
     def _settle(self, plan: IterationPlan, by_id: dict[str, Sequence]) -> None:
-        for seq_id in plan.promote:
+        for seq_id in plan.admit:
             by_id[seq_id].standing = Standing.ADMITTED
         for seq_id in plan.relegate:
             by_id[seq_id].standing = Standing.BEST_EFFORT
@@ -158,10 +158,10 @@ class Replay:
             seq.num_preemptions += 1
             self.running.remove(seq)
             self.waiting.append(seq)
-        for seq_id in plan.admit:
+        for seq_id in plan.start:
             seq = by_id[seq_id]
             assert seq.state is SequenceState.WAITING
-            seq.num_computed_tokens, seq.state = self.pool.admit(seq), SequenceState.RUNNING
+            seq.num_computed_tokens, seq.state = self.pool.attach(seq), SequenceState.RUNNING
             self.waiting.remove(seq)
             self.running.append(seq)
         for seq_id, count in plan.num_scheduled_tokens.items():

@@ -81,7 +81,7 @@ def test_what_is_promised_in_overload_is_kept(seed: int) -> None:
 
     def noting(view, now):
         made = plan(view, now)
-        promised.update(made.promote)
+        promised.update(made.admit)
         return made
 
     replay.planner.plan = noting

@@ -6,7 +6,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from drafting_replay import Drafter, DraftingReplay
+from drafting_replay import DraftingReplay, ReplayProposer
 from replay import make_sequence
 
 from minserve.engine.block_pool import BlockPool
@@ -38,13 +38,13 @@ def replay_of(
     blocks: int = 4000,
     budget: int = 512,
     max_num_seqs: int = 64,
-    drafter: Drafter | None = None,
+    proposer: ReplayProposer | None = None,
     **settings: object,
 ) -> DraftingReplay:
     planner = make_planner(policy, model=PerfModel(device, margin=1.02))
     return DraftingReplay(
         planner, BlockPool(blocks, 16, prefix_caching=False), budget, max_num_seqs,
-        device=PerfModel(device), drafter=drafter, **settings,
+        device=PerfModel(device), proposer=proposer, **settings,
     )  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def seconds_with(
     """Seconds without and with speculation, and the share of iterations with drafts."""
     plain = replay_of(device=device)
     plain.run(decodes(num))
-    drafting = replay_of(device=device, drafter=Drafter(6), acceptance=acceptance)
+    drafting = replay_of(device=device, proposer=ReplayProposer(6), acceptance=acceptance)
     drafting.run(decodes(num))
     return plain.now, drafting.now, drafting.num_speculating / drafting.planner.num_plans
 
@@ -95,7 +95,7 @@ def test_of_two_decodes_the_one_with_good_drafts_gets_the_longer_ones() -> None:
 
     acceptance = {"d0": 0.95, "d1": 0.05}
     device = (Piece(tokens=0.002, draft_steps=1e-4, base=0.02),)
-    replay = replay_of(device=device, drafter=Drafter(6), acceptance=acceptance, check=note)
+    replay = replay_of(device=device, proposer=ReplayProposer(6), acceptance=acceptance, check=note)
     replay.run(decodes(2, output=150))
     good, bad = (sum(lengths[15:]) / len(lengths[15:]) for lengths in drafted.values())
     assert good > 2.5
@@ -103,7 +103,9 @@ def test_of_two_decodes_the_one_with_good_drafts_gets_the_longer_ones() -> None:
 
 
 def test_without_a_performance_model_nothing_is_drafted_by_promises() -> None:
-    replay = DraftingReplay(make_planner("dp"), BlockPool(100, 16), 64, 8, drafter=Drafter(6))
+    replay = DraftingReplay(
+        make_planner("dp"), BlockPool(100, 16), 64, 8, proposer=ReplayProposer(6)
+    )
     replay.run(decodes(3))
     assert replay.num_speculating == 0
     assert len(replay.finished) == 3
@@ -121,7 +123,7 @@ def test_a_draft_model_far_behind_first_catches_up() -> None:
             plans.append(plan)
 
     device = (Piece(tokens=1e-4, draft_steps=0.001, draft_tokens=1e-4, base=0.02),)
-    replay = replay_of(device=device, drafter=Drafter(6), acceptance=0.9, check=note)
+    replay = replay_of(device=device, proposer=ReplayProposer(6), acceptance=0.9, check=note)
     replay.run(decodes(1, output=200, prompt=900))
     speculating = [i for i, plan in enumerate(plans) if plan.speculation]
     catching_up = [i for i, plan in enumerate(plans) if plan.catch_up]
@@ -137,7 +139,7 @@ def test_a_draft_model_far_behind_first_catches_up() -> None:
 
 def test_nobody_catches_up_for_the_last_few_tokens() -> None:
     device = (Piece(tokens=1e-4, draft_steps=0.001, draft_tokens=1e-3, base=0.02),)
-    replay = replay_of(device=device, drafter=Drafter(6), acceptance=0.9)
+    replay = replay_of(device=device, proposer=ReplayProposer(6), acceptance=0.9)
     plans = []
     replay.check = lambda _, plan: plans.append(plan)
     replay.run(decodes(1, output=5, prompt=900))
@@ -166,7 +168,7 @@ def test_drafts_fit_budget_and_blocks_and_every_request_finishes(policy: str, se
     blocks, max_num_seqs = rng.randint(14, 60), rng.randint(1, 12)
     replay = replay_of(
         policy, blocks=blocks, budget=max_num_seqs + rng.choice([0, 3, 200]),
-        max_num_seqs=max_num_seqs, drafter=Drafter(rng.randint(1, 8), lags=rng.random() < 0.5),
+        max_num_seqs=max_num_seqs, proposer=ReplayProposer(rng.randint(1, 8), lags=rng.random() < 0.5),
         acceptance=rng.choice([0.3, 0.9]),
     )  # fmt: skip
     replay.run(crowd(rng, blocks * 16), until=300.0)
@@ -193,7 +195,7 @@ def test_drafts_cost_nobody_its_blocks_and_no_decode_its_turn(policy: str, seed:
 
     replay = replay_of(
         policy, blocks=blocks, budget=max_num_seqs + rng.choice([0, 8, 200]),
-        max_num_seqs=max_num_seqs, drafter=Drafter(8, lags=False), check=compare,
+        max_num_seqs=max_num_seqs, proposer=ReplayProposer(8, lags=False), check=compare,
     )  # fmt: skip
     replay.run(crowd(rng, blocks * 16))
     assert compared > 20
@@ -214,15 +216,15 @@ def test_nobody_is_drafted_for_twice_where_a_prefill_that_waits_finds_no_room(la
     pool = BlockPool(12, 16, prefix_caching=False)
     decode = running_decode(pool, "d")
     waiting = make_sequence("p", [1] * 400, 5, slo=LOOSE, model=PerfModel(GPU))
-    drafter = Drafter(6)
-    drafter.computed["d"] = decode.num_tokens - 1 - lag
+    proposer = ReplayProposer(6)
+    proposer.computed["d"] = decode.num_tokens - 1 - lag
     view = PlannerView(
         waiting=[waiting], running=[decode], memory=pool, token_budget=512, max_num_seqs=8,
-        speculation=drafter,
+        speculation=proposer,
     )  # fmt: skip
     work = Work(decodes=[(0.05, decode)], prefills=[(1.0, waiting)])
     wanted = DraftsForPrefills({decode.progress.tpot_s: 0.3}, needed=True)
-    drafting = Drafting(drafter, AcceptanceEstimator(), lambda _: 30, wanted)
+    drafting = Drafting(proposer, AcceptanceEstimator(), lambda _: 30, wanted)
     limits = BatchLimits(longest_s=0.1, guard_s=GUARD_S)
     plan = form_batch(view, work, PerfModel(GPU), limits, 0.001, drafting)
     assert waiting.seq_id not in plan.num_scheduled_tokens
@@ -259,7 +261,7 @@ def test_promises_are_kept_while_tokens_are_drafted(seed: int, acceptance: float
     promised: set[str] = set()
 
     def within_slack(view: PlannerView, plan: IterationPlan) -> None:
-        promised.update(plan.promote)
+        promised.update(plan.admit)
         model = replay.planner.model
         if not plan.speculation:
             return
@@ -271,7 +273,7 @@ def test_promises_are_kept_while_tokens_are_drafted(seed: int, acceptance: float
             if slack >= alone and not seq.progress.is_broken(replay.now):
                 assert plan.predicted_s <= slack + 1e-9
 
-    replay = replay_of(drafter=Drafter(6), acceptance=acceptance, check=within_slack)
+    replay = replay_of(proposer=ReplayProposer(6), acceptance=acceptance, check=within_slack)
     replay.run(load)
     kept = [seq.progress.attained for seq in load if seq.seq_id in promised]
     assert len(kept) > 20
@@ -279,12 +281,12 @@ def test_promises_are_kept_while_tokens_are_drafted(seed: int, acceptance: float
     assert replay.num_speculating > 50
 
 
-def share_attained(pace_s: float, rate: float, drafter: Drafter | None) -> float:
+def share_attained(pace_s: float, rate: float, proposer: ReplayProposer | None) -> float:
     """Of requests at a TPOT, and as many at twice that, whose drafts are mostly accepted."""
     attained = total = 0
     for seed in range(2):
         load = mixed_load(random.Random(seed), rate, 8.0, pace_s)
-        replay_of(drafter=drafter, acceptance=0.9).run(load)
+        replay_of(proposer=proposer, acceptance=0.9).run(load)
         attained += sum(seq.progress.attained for seq in load)
         total += len(load)
     return attained / total
@@ -294,18 +296,22 @@ def share_attained(pace_s: float, rate: float, drafter: Drafter | None) -> float
 def test_where_batches_are_bound_by_arithmetic_drafts_cost_no_promises(
     rate: float, tolerance: float
 ) -> None:
-    with_, without = (share_attained(0.05, rate, one) for one in (Drafter(6, lags=False), None))
+    with_, without = (
+        share_attained(0.05, rate, one) for one in (ReplayProposer(6, lags=False), None)
+    )
     assert with_ >= without - tolerance
 
 
 def test_where_short_batches_waste_their_constant_cost_drafts_keep_more_promises() -> None:
-    with_, without = (share_attained(0.0235, 20.0, one) for one in (Drafter(6, lags=False), None))
+    with_, without = (
+        share_attained(0.0235, 20.0, one) for one in (ReplayProposer(6, lags=False), None)
+    )
     assert with_ >= without + 0.03
 
 
 def test_the_limits_of_a_batch_hold_for_its_drafts() -> None:
     limits = BatchLimits(longest_s=0.0205, guard_s=GUARD_S)
-    replay = replay_of(drafter=Drafter(6), acceptance=0.9)
+    replay = replay_of(proposer=ReplayProposer(6), acceptance=0.9)
     replay.planner._limits = lambda *_: limits
     plans = []
     replay.check = lambda _, plan: plans.append(plan)
@@ -315,7 +321,7 @@ def test_the_limits_of_a_batch_hold_for_its_drafts() -> None:
 
 def test_decodes_draft_beside_prefills_that_leave_them_time() -> None:
     """Whoever is done sooner frees its blocks sooner."""
-    replay = replay_of(drafter=Drafter(4), acceptance=0.9)
+    replay = replay_of(proposer=ReplayProposer(4), acceptance=0.9)
     early = [make_sequence(f"e{i}", [1] * 20, 60, slo=LOOSE) for i in range(4)]
     replay.waiting = list(early)
     while not all(seq.num_output_tokens > 8 for seq in early):

@@ -66,7 +66,7 @@ def view_of(pool: BlockPool, *seqs: Sequence) -> PlannerView:
 
 def run(pool: BlockPool, seq: Sequence, num_tokens: int, *sampled: int) -> None:
     if seq.state is SequenceState.WAITING:
-        seq.num_computed_tokens, seq.state = pool.admit(seq), SequenceState.RUNNING
+        seq.num_computed_tokens, seq.state = pool.attach(seq), SequenceState.RUNNING
     pool.grow(seq, num_tokens)
     seq.num_computed_tokens += num_tokens
     seq.token_ids += sampled
@@ -180,8 +180,8 @@ def test_all_outputs_are_promised_when_the_first_one_begins() -> None:
     replay, seqs = replay_of(), outputs("a", 5)
     replay.waiting = list(seqs)
     plan = replay.step()
-    assert plan.admit == ["a/0"]
-    assert sorted(plan.promote) == [f"a/{i}" for i in range(5)]
+    assert plan.start == ["a/0"]
+    assert sorted(plan.admit) == [f"a/{i}" for i in range(5)]
     replay.run([])
     assert all(seq.progress.attained for seq in seqs)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from minserve.errors import ProfileError
-from minserve.planner.perf_fit import MIN_SAMPLES, Sample, evaluate, fit
+from minserve.planner.perf_fit import MIN_SAMPLES, ProfileSample, evaluate, fit
 from minserve.planner.perf_model import BatchShape, PerfModel, Piece
 
 # Published coefficients of SLOs-Serve (arXiv 2504.08784) and its code.
@@ -39,13 +39,13 @@ def shapes(count: int, seed: int, most_tokens: int = 4096) -> list[BatchShape]:
 
 def samples(
     pieces: tuple[Piece, ...], some: list[BatchShape], *, noise: float = 0.0, outliers: float = 0.0
-) -> list[Sample]:
+) -> list[ProfileSample]:
     """What a device with these pieces would measure; outliers take three times as long."""
     rng = np.random.default_rng(0)
     seconds = np.array([PerfModel(pieces).profiled(shape) for shape in some])
     seconds *= np.exp(rng.normal(0, noise, len(some)))
     seconds[rng.permutation(len(some))[: round(outliers * len(some))]] *= 3
-    return [Sample(shape, float(s)) for shape, s in zip(some, seconds, strict=True)]
+    return [ProfileSample(shape, float(s)) for shape, s in zip(some, seconds, strict=True)]
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -104,7 +104,7 @@ def test_features_that_never_vary_on_their_own_do_no_harm(some: list[BatchShape]
 
 
 def test_a_device_that_does_not_slow_down_can_still_be_inverted() -> None:
-    model = fit([Sample(shape, 0.01) for shape in shapes(30, 0)])
+    model = fit([ProfileSample(shape, 0.01) for shape in shapes(30, 0)])
     assert model.profiled(BatchShape.of([(0, 64)])) == pytest.approx(0.01, rel=1e-3)
     assert model.max_tokens_within(0.1, BatchShape()) > 1000
 
@@ -124,7 +124,7 @@ def test_the_same_samples_give_the_same_model() -> None:
 
 def test_quality_counts_what_it_says() -> None:
     model = PerfModel([Piece(0.1)])
-    three = [Sample(BatchShape(tokens=n), s) for n, s in ((10, 1.0), (20, 2.5), (40, 3.2))]
+    three = [ProfileSample(BatchShape(tokens=n), s) for n, s in ((10, 1.0), (20, 2.5), (40, 3.2))]
     quality = evaluate(model, three)  # predictions 1, 2 and 4
     assert quality.num_samples == 3
     assert quality.mape == pytest.approx((0 + 0.2 + 0.25) / 3)
@@ -141,6 +141,6 @@ def test_too_few_or_impossible_samples_are_refused() -> None:
         fit(few[1:])
     for seconds in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ProfileError, match="above 0"):
-            fit([*few, Sample(BatchShape(tokens=1), seconds)])
+            fit([*few, ProfileSample(BatchShape(tokens=1), seconds)])
     with pytest.raises(ProfileError):
         evaluate(PerfModel(CPU), [])

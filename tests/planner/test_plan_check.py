@@ -53,8 +53,8 @@ GOOD = IterationPlan(
     num_scheduled_tokens={"d": 3, "p": 5, "w": 9},
     speculation={"d": 2},
     catch_up={"d": 4},
+    start=["w"],
     admit=["w"],
-    promote=["w"],
     reject={"m/0": NO, "m/1": NO},
 )
 
@@ -69,9 +69,9 @@ def test_a_good_plan_has_no_faults(view: PlannerView) -> None:
     tokens = {"d": 1, "m/0": 9}
     plan = IterationPlan(
         num_scheduled_tokens=tokens,
-        admit=["m/0"],
+        start=["m/0"],
         preempt=["p"],
-        promote=["m/0", "m/1"],
+        admit=["m/0", "m/1"],
         relegate=["p"],
         declined=["w"],
     )
@@ -82,7 +82,7 @@ def test_a_good_plan_has_no_faults(view: PlannerView) -> None:
     ("changes", "faulty"),
     [
         ({"num_scheduled_tokens": with_tokens(x=1)}, "x"),
-        ({"promote": ["w", "x"]}, "x"),
+        ({"admit": ["w", "x"]}, "x"),
         ({"declined": ["x"]}, "x"),
         ({"catch_up": {"x": 1}}, "x"),
         ({"reject": {**GOOD.reject, "x": NO}}, "x"),
@@ -96,9 +96,9 @@ def test_a_good_plan_has_no_faults(view: PlannerView) -> None:
         ({"speculation": {"d": 2, "p": 1}}, "p"),
         ({"catch_up": {"d": 0}}, "d"),
         ({"catch_up": {"w": 1}}, "w"),
-        ({"admit": []}, "w"),
-        ({"admit": ["w", "w"]}, "w"),
-        ({"admit": ["w", "p"]}, "p"),
+        ({"start": []}, "w"),
+        ({"start": ["w", "w"]}, "w"),
+        ({"start": ["w", "p"]}, "p"),
         ({"preempt": ["w"]}, "w"),
         ({"preempt": ["p"]}, "p"),
         ({"relegate": ["w"]}, "w"),
@@ -119,10 +119,10 @@ def test_a_fault_is_told_of_the_sequence_that_it_is_about(
 
 def test_siblings_are_refused_promised_and_given_up_together(view: PlannerView) -> None:
     half = IterationPlan(
-        num_scheduled_tokens={"m/0": 9}, admit=["m/0"], promote=["m/0"], reject={"m/1": NO}
+        num_scheduled_tokens={"m/0": 9}, start=["m/0"], admit=["m/0"], reject={"m/1": NO}
     )
     assert faults_of(half, view).keys() == {"m/0", "m/1"}
-    assert faults_of(IterationPlan(promote=["m/0"]), view).keys() == {"m/1"}
+    assert faults_of(IterationPlan(admit=["m/0"]), view).keys() == {"m/1"}
     assert faults_of(IterationPlan(relegate=["m/1"]), view).keys() == {"m/0"}
     for seq in view.waiting[1:]:
         seq.standing = Standing.BEST_EFFORT
@@ -132,6 +132,6 @@ def test_siblings_are_refused_promised_and_given_up_together(view: PlannerView) 
 def test_a_plan_without_some_sequences_keeps_the_rest(view: PlannerView) -> None:
     rest = GOOD.only({"d", "m/0", "m/1"})
     assert rest.num_scheduled_tokens == {"d": 3}
-    assert (rest.admit, rest.promote, rest.reject) == ([], [], GOOD.reject)
+    assert (rest.start, rest.admit, rest.reject) == ([], [], GOOD.reject)
     assert faults_of(rest, view) == {}
     assert GOOD.only({"d", "p", "w", "m/0", "m/1"}) == GOOD

@@ -69,7 +69,7 @@ def test_a_discarded_round_of_admission_is_held_again() -> None:
     planner.discarded()
     assert planner.plan(replay.view(), now=0.0).relegate == ["hopeless"]
     assert hopeless.standing is Standing.PENDING
-    assert planner.num_admissions == 0
+    assert planner.num_starts == 0
 
 
 def test_what_best_effort_is_given_by_the_plan_under_way_is_not_given_again() -> None:
@@ -125,5 +125,5 @@ def test_every_request_finishes_however_small_the_pool(name: str, seed: int) -> 
     assert len(replay.finished) == len(load)
     assert replay.num_held > replay.num_discarded > 0
     assert replay.planner.num_preemptions == sum(s.num_preemptions for s in load)
-    assert replay.planner.num_admissions == len(load) + replay.planner.num_preemptions
+    assert replay.planner.num_starts == len(load) + replay.planner.num_preemptions
     assert pool.num_free_blocks == blocks

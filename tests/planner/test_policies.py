@@ -113,7 +113,7 @@ def test_priority_goes_before_arrival() -> None:
     assert list(replay.step().num_scheduled_tokens) == ["urgent"]
 
 
-def test_admission_counts_blocks_that_running_prefills_still_need() -> None:
+def test_a_start_counts_blocks_that_running_prefills_still_need() -> None:
     replay = replay_with(make_planner("sarathi"), budget=16, blocks=20)
     replay.waiting = [make_sequence("long", [1] * 60, 4), make_sequence("next", [1] * 24, 4, 1.0)]
     while "next" in {s.seq_id for s in replay.waiting}:
@@ -126,7 +126,7 @@ def test_planners_count_what_they_decide() -> None:
     replay = replay_with(planner, budget=8)
     replay.waiting = [make_sequence("a", [1] * 4, 2)]
     replay.step()
-    assert (planner.num_plans, planner.num_admissions, planner.num_preemptions) == (1, 1, 0)
+    assert (planner.num_plans, planner.num_starts, planner.num_preemptions) == (1, 1, 0)
 
 
 def test_settings_that_a_policy_cannot_honour_are_refused() -> None:

@@ -14,8 +14,8 @@ from replay import make_sequence
 from minserve.planner.perf_model import BatchShape, PerfModel, Piece
 from minserve.planner.speculation import (
     WORTH,
+    DraftCandidate,
     Speculation,
-    Speculator,
     most_left_to_prefills,
     most_tokens_per_second,
     with_drafts,
@@ -24,11 +24,11 @@ from minserve.planner.speculation import (
 LONGEST = 5
 
 
-def speculator(
+def candidate(
     acceptance: float, limit: int = LONGEST, lag: int = 0, context: int = 50
-) -> Speculator:
+) -> DraftCandidate:
     seq = make_sequence("s", [1] * context, 100)
-    return Speculator(seq, acceptance, limit, lag)
+    return DraftCandidate(seq, acceptance, limit, lag)
 
 
 def decodes(num: int, context: int = 50) -> BatchShape:
@@ -36,7 +36,7 @@ def decodes(num: int, context: int = 50) -> BatchShape:
 
 
 def shape_by_hand(
-    ones: SequenceOf[Speculator], lengths: SequenceOf[int], others: int
+    ones: SequenceOf[DraftCandidate], lengths: SequenceOf[int], others: int
 ) -> BatchShape:
     """The batch with drafts, from its chunks."""
     chunks = [(one.seq.num_tokens - 1, 1 + n) for one, n in zip(ones, lengths, strict=True)]
@@ -48,13 +48,15 @@ def shape_by_hand(
     )  # fmt: skip
 
 
-def tokens_by_hand(ones: SequenceOf[Speculator], lengths: SequenceOf[int], others: int) -> float:
+def tokens_by_hand(
+    ones: SequenceOf[DraftCandidate], lengths: SequenceOf[int], others: int
+) -> float:
     rows = zip(ones, lengths, strict=True)
     return others + sum(sum(one.acceptance**j for j in range(n + 1)) for one, n in rows)
 
 
 def rate_by_hand(
-    model: PerfModel, ones: SequenceOf[Speculator], lengths: SequenceOf[int], others: int
+    model: PerfModel, ones: SequenceOf[DraftCandidate], lengths: SequenceOf[int], others: int
 ) -> float:
     seconds = model.predict(shape_by_hand(ones, lengths, others))
     return tokens_by_hand(ones, lengths, others) / seconds
@@ -72,7 +74,7 @@ def random_device(rng: random.Random) -> PerfModel:
 
 
 def choose(
-    model: PerfModel, ones: SequenceOf[Speculator], others: int, limit_s: float = math.inf
+    model: PerfModel, ones: SequenceOf[DraftCandidate], others: int, limit_s: float = math.inf
 ) -> Speculation:
     plain = shape_by_hand(ones, [0] * len(ones), others)
     return most_tokens_per_second(model, plain, len(ones) + others, ones, limit_s)
@@ -82,7 +84,7 @@ def test_the_shape_with_drafts_is_that_of_the_longer_chunks() -> None:
     rng = random.Random(0)
     for _ in range(200):
         ones = [
-            speculator(0.5, lag=rng.choice([0, 3]), context=rng.randint(1, 90)) for _ in range(3)
+            candidate(0.5, lag=rng.choice([0, 3]), context=rng.randint(1, 90)) for _ in range(3)
         ]
         lengths = [rng.randint(0, 5) for _ in ones]
         plain = shape_by_hand(ones, [0, 0, 0], 2)
@@ -91,7 +93,7 @@ def test_the_shape_with_drafts_is_that_of_the_longer_chunks() -> None:
 
 @pytest.mark.parametrize("acceptance", [0.0, 0.3, 0.7, 0.98])
 def test_a_token_is_drafted_if_its_chance_is_at_least_the_threshold(acceptance: float) -> None:
-    one = speculator(acceptance, limit=LONGEST)
+    one = candidate(acceptance, limit=LONGEST)
     for threshold in (-1.0, 0.0, 1e-9, 0.05, 0.29, 0.31, 0.5, 0.7, 0.97, 1.0, 2.0):
         for longest in (0, 2, 9):
             chances = [acceptance ** (n + 1) for n in range(min(LONGEST, longest))]
@@ -118,7 +120,7 @@ def test_the_lengths_bring_nearly_as_much_as_the_best_of_all(
     for seed in range(60):
         rng = random.Random(1000 * num + seed)
         model, others = device(rng), rng.choice([0, 0, 3, 20])
-        ones = [speculator(rng.uniform(0.02, 0.98), rng.randint(1, LONGEST)) for _ in range(num)]
+        ones = [candidate(rng.uniform(0.02, 0.98), rng.randint(1, LONGEST)) for _ in range(num)]
         found = choose(model, ones, others)
         plain = rate_by_hand(model, ones, [0] * num, others)
         best = max(
@@ -138,29 +140,29 @@ def test_the_lengths_bring_nearly_as_much_as_the_best_of_all(
 
 def test_sequences_whose_drafts_are_accepted_more_often_get_longer_ones() -> None:
     model = PerfModel([Piece(tokens=5e-4, draft_steps=2e-4, base=0.01)])
-    ones = [speculator(a, limit=12) for a in (0.2, 0.6, 0.9)]
+    ones = [candidate(a, limit=12) for a in (0.2, 0.6, 0.9)]
     lengths = choose(model, ones, 0).lengths
     assert lengths[0] < lengths[1] < lengths[2]
 
 
 def test_nothing_is_drafted_where_a_token_costs_more_than_it_brings() -> None:
     memory_bound = PerfModel([Piece(tokens=1e-6, base=0.02), Piece(tokens=5e-4, base=0.001)])
-    good = [speculator(0.8) for _ in range(3)]
+    good = [candidate(0.8) for _ in range(3)]
     assert all(choose(memory_bound, good, 0).lengths)
-    crowd = [speculator(0.6) for _ in range(100)]
+    crowd = [candidate(0.6) for _ in range(100)]
     assert not any(choose(memory_bound, crowd, 0).lengths), "the device computes at its limit"
     costly = PerfModel([Piece(tokens=1e-6, draft_steps=0.02, base=0.02)])
     assert choose(costly, good, 0) == Speculation((0, 0, 0), 1.0)
-    hopeless = [speculator(0.02) for _ in range(3)]
+    hopeless = [candidate(0.02) for _ in range(3)]
     assert not any(choose(memory_bound, hopeless, 0).lengths)
-    assert not any(choose(memory_bound, [speculator(0.9, limit=0)], 5).lengths)
+    assert not any(choose(memory_bound, [candidate(0.9, limit=0)], 5).lengths)
     assert choose(memory_bound, [], 5) == Speculation((), 1.0)
 
 
 def test_a_lag_counts_among_the_costs() -> None:
     model = PerfModel([Piece(tokens=1e-4, draft_tokens=1e-3, base=0.01)])
-    assert any(choose(model, [speculator(0.9)], 0).lengths)
-    assert not any(choose(model, [speculator(0.9, lag=300)], 0).lengths)
+    assert any(choose(model, [candidate(0.9)], 0).lengths)
+    assert not any(choose(model, [candidate(0.9, lag=300)], 0).lengths)
 
 
 def test_a_batch_with_drafts_ends_within_its_limit() -> None:
@@ -168,7 +170,7 @@ def test_a_batch_with_drafts_ends_within_its_limit() -> None:
     for seed in range(150):
         rng = random.Random(seed)
         model, others = random_device(rng), rng.choice([0, 5])
-        ones = [speculator(rng.uniform(0.3, 0.98), rng.randint(1, LONGEST)) for _ in range(3)]
+        ones = [candidate(rng.uniform(0.3, 0.98), rng.randint(1, LONGEST)) for _ in range(3)]
         plain_s = model.predict(shape_by_hand(ones, [0, 0, 0], others))
         limit_s = plain_s * rng.uniform(0.9, 1.3)
         found = choose(model, ones, others, limit_s)
@@ -183,7 +185,7 @@ def test_a_batch_with_drafts_ends_within_its_limit() -> None:
 
 def left_by_hand(
     model: PerfModel,
-    ones: SequenceOf[Speculator],
+    ones: SequenceOf[DraftCandidate],
     lengths: SequenceOf[int],
     others: int,
     decodes: int,
@@ -207,7 +209,7 @@ def left_by_hand(
 def test_while_prefills_wait_no_cap_on_the_lengths_leaves_more(seed: int) -> None:
     rng = random.Random(seed)
     model = random_device(rng)
-    ones = [speculator(rng.random(), rng.randint(1, LONGEST)) for _ in range(rng.randint(1, 5))]
+    ones = [candidate(rng.random(), rng.randint(1, LONGEST)) for _ in range(rng.randint(1, 5))]
     others, skipping, guard_s = rng.randint(0, 3), rng.randint(0, 4), rng.choice([0.0, 0.003])
     total = len(ones) + others + skipping
     plain = shape_by_hand(ones, [0] * len(ones), others)
@@ -222,7 +224,7 @@ def test_while_prefills_wait_no_cap_on_the_lengths_leaves_more(seed: int) -> Non
 
 def test_a_decode_that_would_draft_alone_among_many_does_not() -> None:
     model = PerfModel([Piece(tokens=3e-4, draft_steps=0.001, draft_tokens=1e-6, base=0.005)])
-    everybody = [speculator(0.9) for _ in range(10)]
+    everybody = [candidate(0.9) for _ in range(10)]
     together = most_left_to_prefills(model, decodes(10), 10, everybody, 0.003)
     alone = most_left_to_prefills(model, decodes(1), 10, everybody[:1], 0.003)
     assert min(together) >= 3

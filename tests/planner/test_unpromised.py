@@ -8,7 +8,7 @@ from replay import Replay
 
 from minserve.planner.plan import PlannerView
 from minserve.planner.policies.dp import DpPlanner
-from minserve.planner.review import Verdict
+from minserve.planner.review import ReviewResult
 from minserve.request import Sequence, SequenceState
 from minserve.slo import SLO, Standing
 
@@ -16,12 +16,12 @@ from minserve.slo import SLO, Standing
 class Refusing(DpPlanner):
     """Promises nothing to requests whose id begins with ``no``."""
 
-    def _review(self, view: PlannerView, now: float) -> Verdict:
-        verdict = super()._review(view, now)
+    def _review(self, view: PlannerView, now: float) -> ReviewResult:
+        result = super()._review(view, now)
         for seq in (*view.waiting, *view.running):
             if seq.seq_id.startswith("no"):
-                verdict.chosen.pop(seq.seq_id, None)
-        return verdict
+                result.chosen.pop(seq.seq_id, None)
+        return result
 
 
 def refusing(**settings: int) -> Replay:

@@ -27,7 +27,7 @@ from minserve.server.errors import error_body, error_response, to_http_error
 from minserve.server.generation import streamed_response
 from minserve.server.protocol import parse_completion
 from minserve.server.responses import Reply
-from minserve.server.slo import read_slo, slo_object
+from minserve.server.slo_http import read_slo, slo_object
 from minserve.slo import SLO, DecodeStage, OnUnattainable, StageTarget, Targets, preset_classes
 
 PROMPT = "The quick brown fox"

@@ -11,13 +11,13 @@ from toy import TIGHT, TOY, chats, run, single, singles
 from minserve.controller.router import make_router
 from minserve.engine.block_pool import BlockPool
 from minserve.planner.lengths import QuantileLengths
-from minserve.planner.load import load_of
 from minserve.planner.perf_model import PerfModel
 from minserve.planner.policies import make_planner
+from minserve.planner.replica_load import load_of
 from minserve.simulator.cluster import Cluster
 from minserve.simulator.events import EventLoop
-from minserve.simulator.load import OfferedLoad
-from minserve.simulator.replica import SimulatedReplica, SimulatedSequence
+from minserve.simulator.offered_load import OfferedLoad
+from minserve.simulator.simulated_replica import SimulatedReplica, SimulatedSequence
 from minserve.workload.conversation import Conversation, num_turns
 
 

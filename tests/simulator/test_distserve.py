@@ -15,15 +15,15 @@ from minserve.planner.policies.fcfs import FcfsPlanner
 from minserve.planner.policies.sarathi import SarathiPlanner
 from minserve.simulator.distserve import DecodeReplica, DistServeCluster, PrefillReplica
 from minserve.simulator.events import EventLoop
-from minserve.simulator.load import OfferedLoad
-from minserve.simulator.simulation import Outcome
+from minserve.simulator.offered_load import OfferedLoad
+from minserve.simulator.simulation import SimulationResult
 from minserve.workload.conversation import Conversation, num_turns
 
 # 2^-7 s for the KV of each token of the toy device.
 SLOW_LINK = TOY.kv_bytes * 2**7
 
 
-def apart(workload: list[Conversation], **settings: Any) -> Outcome:
+def apart(workload: list[Conversation], **settings: Any) -> SimulationResult:
     return run(workload, policy="distserve", **settings)
 
 
@@ -45,8 +45,8 @@ def test_the_link_of_each_gpu_carries_its_own_share() -> None:
 
 
 def test_an_output_of_one_token_is_never_sent() -> None:
-    outcome = apart([single(1.0, 96, 1)], link_bytes_s=1.0)
-    assert outcome.seconds == 1.0 + seconds((0, 96))
+    result = apart([single(1.0, 96, 1)], link_bytes_s=1.0)
+    assert result.seconds == 1.0 + seconds((0, 96))
 
 
 def test_prompts_run_whole_and_together_up_to_the_token_limit() -> None:

@@ -21,8 +21,8 @@ from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
 from minserve.simulator.cluster import Cluster
 from minserve.simulator.events import EventLoop
-from minserve.simulator.load import OfferedLoad
-from minserve.simulator.replica import IDLE_S, SimulatedReplica
+from minserve.simulator.offered_load import OfferedLoad
+from minserve.simulator.simulated_replica import IDLE_S, SimulatedReplica
 from minserve.workload.conversation import Conversation
 
 BLOCK_SIZE = 16

@@ -20,11 +20,11 @@ def of(n: int, workload: list[Conversation]) -> list[Conversation]:
 @pytest.mark.parametrize("policy", ["dp", "edf", "sarathi", "fcfs", "distserve"])
 def test_each_turn_gets_one_verdict(policy: str) -> None:
     workload = of(3, chats(2.0, 30))
-    outcome = run(workload, policy=policy)
-    assert len(outcome.verdicts) == num_turns(workload)
+    result = run(workload, policy=policy)
+    assert len(result.verdicts) == num_turns(workload)
     turns = [turn for one in workload for turn in one.turns]
     tokens = sorted(3 * turn.output_tokens for turn in turns)
-    assert sorted(one.output_tokens for one in outcome.verdicts) == tokens
+    assert sorted(one.output_tokens for one in result.verdicts) == tokens
 
 
 def test_a_turn_attains_its_slo_only_if_all_outputs_do() -> None:
@@ -45,8 +45,8 @@ def test_a_turn_is_refused_or_answered_as_a_whole(replicas: int) -> None:
         replace(one, turns=(replace(one.turns[0], n=1 + i % 8, slo=strict[i % 2]),))
         for i, one in enumerate(singles(8.0 * replicas, 80))
     ]
-    outcome = run(workload, replicas=replicas, kv_tokens=2048)
-    assert len(outcome.verdicts) == len(workload)
-    refused = [one for one in outcome.verdicts if one.cause is Cause.REJECTED]
+    result = run(workload, replicas=replicas, kv_tokens=2048)
+    assert len(result.verdicts) == len(workload)
+    refused = [one for one in result.verdicts if one.cause is Cause.REJECTED]
     assert 0 < len(refused) < len(workload)
     assert all(one.output_tokens == 0 for one in refused)

@@ -21,8 +21,12 @@ from minserve.planner.policies import Planner
 from minserve.planner.policies.sarathi import SarathiPlanner
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
-from minserve.simulator.replica import Drafter, SimulatedReplica, SimulatedSequence
-from minserve.simulator.simulation import Outcome, Setup, simulate
+from minserve.simulator.simulated_replica import (
+    SimulatedProposer,
+    SimulatedReplica,
+    SimulatedSequence,
+)
+from minserve.simulator.simulation import Setup, SimulationResult, simulate
 from minserve.slo import preset_classes
 from minserve.workload.conversation import Conversation, Turn, num_turns
 from minserve.workload.verdict import Cause
@@ -138,12 +142,12 @@ def test_the_same_seed_gives_the_same_verdicts(policy: str) -> None:
 @pytest.mark.parametrize("policy", ONE_POLICY_EACH)
 def test_every_turn_ends_in_one_verdict_even_where_there_is_far_too_much(policy: str) -> None:
     workload = chats(60.0, 60)
-    outcome = run(workload, policy=policy, kv_tokens=1024)
-    assert len(outcome.verdicts) == num_turns(workload)
+    result = run(workload, policy=policy, kv_tokens=1024)
+    assert len(result.verdicts) == num_turns(workload)
     offered = Counter(t.output_tokens for one in workload for t in one.turns)
-    assert Counter(verdict.output_tokens for verdict in outcome.verdicts) == offered
-    assert not all(verdict.attained for verdict in outcome.verdicts)
-    assert 0.5 < outcome.busy_share <= 1.0
+    assert Counter(verdict.output_tokens for verdict in result.verdicts) == offered
+    assert not all(verdict.attained for verdict in result.verdicts)
+    assert 0.5 < result.busy_share <= 1.0
 
 
 def test_whoever_asks_to_be_refused_is_and_its_later_turns_are_not_sent() -> None:
@@ -176,7 +180,7 @@ def test_drafts_are_accepted_as_often_as_was_asked(acceptance: float) -> None:
         TOY.perf_model(),
         token_budget=512,
         max_num_seqs=64,
-        drafter=Drafter(4, lags=False),
+        proposer=SimulatedProposer(4, lags=False),
         acceptance=acceptance,
         seed=3,
     )
@@ -208,7 +212,7 @@ def test_the_pool_is_whole_after_every_iteration_and_empty_at_the_end() -> None:
         TOY.perf_model(),
         token_budget=128,
         max_num_seqs=32,
-        drafter=Drafter(3, lags=True),
+        proposer=SimulatedProposer(3, lags=True),
         acceptance=0.6,
     )
     for number in range(20):
@@ -219,17 +223,17 @@ def test_the_pool_is_whole_after_every_iteration_and_empty_at_the_end() -> None:
 
 
 def test_an_interrupted_simulation_keeps_what_it_has() -> None:
-    outcome = Outcome()
+    result = SimulationResult()
 
     def stop(load: Any) -> None:
         if len(load.verdicts) == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        simulate(singles(10.0, 20), Setup(device=TOY), stop, into=outcome)
-    assert len(outcome.verdicts) == 5
-    assert outcome.seconds > 0
-    assert outcome.busy_share > 0
+        simulate(singles(10.0, 20), Setup(device=TOY), stop, into=result)
+    assert len(result.verdicts) == 5
+    assert result.seconds > 0
+    assert result.busy_share > 0
 
 
 class NeverPlanner(Planner):

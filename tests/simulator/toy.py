@@ -7,7 +7,7 @@ from typing import Any
 
 from minserve.devices import Device
 from minserve.planner.perf_model import Piece
-from minserve.simulator.simulation import Outcome, Setup, simulate
+from minserve.simulator.simulation import Setup, SimulationResult, simulate
 from minserve.slo import SLO
 from minserve.workload.conversation import Conversation, Turn
 
@@ -26,7 +26,7 @@ TIGHT = SLO(ttft_slowdown=8, tpot_slowdown=3, name="tight")
 LOOSE = SLO(ttft_slowdown=12, tpot_slowdown=6, name="loose")
 
 
-def run(workload: list[Conversation], **settings: Any) -> Outcome:
+def run(workload: list[Conversation], **settings: Any) -> SimulationResult:
     return simulate(workload, Setup(**({"device": TOY} | settings)))
 
 

@@ -19,7 +19,7 @@ from waiting import PATIENCE_S
 from minserve.errors import WorkloadError
 from minserve.slo import SLO, DecodeStage
 from minserve.workload.answer import Ending
-from minserve.workload.client import Load, Tally, drive, run_load
+from minserve.workload.client import Load, LoadProgress, drive, run_load
 from minserve.workload.conversation import Conversation, Turn
 from minserve.workload.endpoint import Endpoint, find_endpoint
 from minserve.workload.verdict import Cause
@@ -244,10 +244,10 @@ def test_two_thousand_streams_are_open_at_once() -> None:
 
 
 def test_progress_is_told_until_the_end() -> None:
-    told: list[Tally] = []
+    told: list[LoadProgress] = []
     with scripted_server() as server:
         run(server, [one("good"), one("refused")], on_progress=told.append)
-    assert told[-1] == Tally(due=2, open=0, done=2, attained=1)
+    assert told[-1] == LoadProgress(due=2, open=0, done=2, attained=1)
 
 
 def test_when_cancelled_a_load_keeps_what_is_known() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from minserve.errors import WorkloadError
 from minserve.slo import preset_classes
-from minserve.workload.traces import Row, read_trace, to_workload
+from minserve.workload.traces import TraceRequest, read_trace, to_workload
 
 HEADER = "arrival_s,prompt_tokens,output_tokens"
 
@@ -34,7 +34,10 @@ def test_a_trace_is_read(tmp_path: Path, name: str) -> None:
         ",8.0,y,0.5,200",
         name=name,
     )
-    assert read_trace(file) == [Row(0.5, 100, 7, "coding", 2), Row(0.5, 200, 8, "", 4)]
+    assert read_trace(file) == [
+        TraceRequest(0.5, 100, 7, "coding", 2),
+        TraceRequest(0.5, 200, 8, "", 4),
+    ]
 
 
 def test_a_byte_order_mark_is_no_part_of_the_header(tmp_path: Path) -> None:
@@ -104,7 +107,11 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
             read_trace(file)
 
 
-ROWS = [Row(10.0, 5, 6, "", 2), Row(12.0, 50, 60, "coding", 3), Row(20.0, 500, 600, "", 4)]
+ROWS = [
+    TraceRequest(10.0, 5, 6, "", 2),
+    TraceRequest(12.0, 50, 60, "coding", 3),
+    TraceRequest(20.0, 500, 600, "", 4),
+]
 
 
 def test_rows_become_requests_of_their_classes() -> None:

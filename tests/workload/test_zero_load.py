@@ -15,16 +15,20 @@ from minserve.slo import SLO, DecodeStage, Targets
 from minserve.workload import client
 from minserve.workload.conversation import Turn
 from minserve.workload.endpoint import Endpoint, find_endpoint
-from minserve.workload.targets import targets_of, typical_targets
-from minserve.workload.zero_load import OUTPUT_TOKENS, Sample, ZeroLoad, fit, measure_speed
+from minserve.workload.turn_targets import targets_of, typical_targets
+from minserve.workload.zero_load import OUTPUT_TOKENS, ZeroLoad, ZeroLoadSample, fit, measure_speed
 
 
-def groups(*points: tuple[int, float]) -> list[list[Sample]]:
-    return [[Sample(tokens, ttft_s, 0.02)] for tokens, ttft_s in points]
+def groups(*points: tuple[int, float]) -> list[list[ZeroLoadSample]]:
+    return [[ZeroLoadSample(tokens, ttft_s, 0.02)] for tokens, ttft_s in points]
 
 
 def test_prefill_is_a_line_through_the_medians() -> None:
-    noisy = [Sample(100, 0.2, 0.02), Sample(100, 0.2, 0.02), Sample(100, 9.0, 5.0)]
+    noisy = [
+        ZeroLoadSample(100, 0.2, 0.02),
+        ZeroLoadSample(100, 0.2, 0.02),
+        ZeroLoadSample(100, 9.0, 5.0),
+    ]
     speed = fit([noisy, *groups((300, 0.4), (500, 0.6))])
     assert speed.base_s == pytest.approx(0.1)
     assert speed.per_token_s == pytest.approx(0.001)

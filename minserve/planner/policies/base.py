@@ -21,7 +21,7 @@ class Planner(ABC):
 
     Attributes:
         num_plans: made since the start.
-        num_preemptions, num_admissions: of those carried out.
+        num_preemptions, num_starts: of sequences, by the plans carried out.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Planner(ABC):
         self.model = model
         self.num_plans = 0
         self.num_preemptions = 0
-        self.num_admissions = 0
+        self.num_starts = 0
 
     def plan(self, view: PlannerView, now: float) -> IterationPlan:
         """Plan one iteration; then either `started` or `discarded` says what became of it.
@@ -58,7 +58,7 @@ class Planner(ABC):
     def started(self, plan: IterationPlan) -> None:
         """A plan is being carried out."""
         self.num_preemptions += len(plan.preempt)
-        self.num_admissions += len(plan.admit)
+        self.num_starts += len(plan.start)
 
     def discarded(self) -> None:  # noqa: B027 - most policies keep nothing between two plans
         """The newest plan will not be carried out: nothing that it decided stands."""
@@ -89,8 +89,8 @@ def _shape(view: PlannerView, plan: IterationPlan) -> BatchShape:
         if num_tokens is not None:
             chunks.append((seq.num_computed_tokens, num_tokens))
             num_decodes += seq.is_decoding
-    if plan.admit:
-        starting = set(plan.admit)
+    if plan.start:
+        starting = set(plan.start)
         for seq in view.waiting:
             if seq.seq_id in starting:
                 cached = view.memory.cached_prefix(seq).num_tokens

@@ -15,17 +15,17 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
 from minserve.planner.acceptance import AcceptanceEstimator
-from minserve.planner.admission import Admission, admit
 from minserve.planner.arrivals import ArrivalSlack
 from minserve.planner.batch_length import USUAL_RISK
 from minserve.planner.budget import PrefillRates
+from minserve.planner.dynamic_program import Admission, admit
 from minserve.planner.formation import BatchLimits, Work, form_batch
 from minserve.planner.lengths import LengthEstimator, QuantileLengths
 from minserve.planner.outlook import Outlook
 from minserve.planner.perf_model import BatchShape, PerfModel
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.policies.base import Planner
-from minserve.planner.review import ReviewSettings, Verdict, review
+from minserve.planner.review import ReviewResult, ReviewSettings, review
 from minserve.planner.speculation import NO_DRAFTS, Drafting, DraftsForPrefills
 from minserve.planner.timeline import Candidate
 from minserve.request import Sequence, SequenceState, by_rank
@@ -54,7 +54,7 @@ REST = 16
 
 
 @dataclass(slots=True)
-class _Round:
+class _LastReview:
     """What the newest round of admission found, and holds until the next.
 
     Attributes:
@@ -90,7 +90,7 @@ class PromisedMemory:
 
 
 class DpPlanner(Planner):
-    """Admission by `minserve.planner.admission`, batches by `minserve.planner.formation`.
+    """Admission by `minserve.planner.dynamic_program`, batches by `minserve.planner.formation`.
 
     Args:
         model: without one nothing can be promised and every sequence is best effort.
@@ -111,7 +111,7 @@ class DpPlanner(Planner):
         self.lengths = lengths or QuantileLengths()
         self.best_effort_share = best_effort_share
         self.acceptance = AcceptanceEstimator()
-        self._round = self._round_before = _Round()
+        self._round = self._round_before = _LastReview()
         self._cached: dict[str, int] = {}
         # Best effort's account, without the plan under way.
         self._owed_s = 0.0
@@ -157,11 +157,11 @@ class DpPlanner(Planner):
 
     def _plan(self, view: PlannerView, now: float) -> IterationPlan:
         self._round_before, self._round = self._round, replace(self._round)
-        verdict = Verdict()
+        result = ReviewResult()
         is_due = self.model is not None and self._is_due(view, now)
         if is_due:
-            verdict = self._review(view, now)
-        work = self._sort(view, now, verdict)
+            result = self._review(view, now)
+        work = self._sort(view, now, result)
         drafting = None
         self._round.rest -= 1
         if view.speculation is not None and self.model is not None and self._round.rest < 0:
@@ -177,16 +177,16 @@ class DpPlanner(Planner):
         )
         if drafting is not None and drafting.declined:
             self._round.rest = REST
-        plan.relegate, plan.reject = list(verdict.relegate), verdict.reject
+        plan.relegate, plan.reject = list(result.relegate), result.reject
         if is_due:
             plan.declined = [
                 seq.seq_id
                 for _, seq in work.unpromised
                 if seq.state is SequenceState.WAITING
                 and seq.standing is Standing.PENDING
-                and seq.seq_id not in verdict.relegate
+                and seq.seq_id not in result.relegate
             ]
-        plan.promote = _newly_promised(work, plan)
+        plan.admit = _newly_promised(work, plan)
         return plan
 
     def _is_due(self, view: PlannerView, now: float) -> bool:
@@ -211,7 +211,7 @@ class DpPlanner(Planner):
             if self.model is not None and seq.seq_id not in known:
                 self._arrivals.see(seq, self.model)
 
-    def _review(self, view: PlannerView, now: float) -> Verdict:
+    def _review(self, view: PlannerView, now: float) -> ReviewResult:
         def cached_tokens(seq: Sequence) -> int:
             # Looked up once per wait: it costs hashing the prompt.
             if seq.seq_id not in self._cached:
@@ -224,7 +224,7 @@ class DpPlanner(Planner):
             best_effort_share=self.best_effort_share,
             max_speculation=0 if view.speculation is None else view.speculation.max_tokens,
         )
-        verdict = review(
+        result = review(
             view,
             now,
             self.model,
@@ -234,22 +234,22 @@ class DpPlanner(Planner):
             settings,
             self.acceptance,
         )
-        self._round.chosen, self._round.drafts = verdict.chosen, verdict.drafts
-        return verdict
+        self._round.chosen, self._round.drafts = result.chosen, result.drafts
+        return result
 
-    def _sort(self, view: PlannerView, now: float, verdict: Verdict) -> Work:
+    def _sort(self, view: PlannerView, now: float, result: ReviewResult) -> Work:
         """Every sequence's role in this iteration; relegates requests whose SLO is broken."""
-        work, broken = self._roles(view, now, verdict, frozenset())
+        work, broken = self._roles(view, now, result, frozenset())
         if broken:
             # Once more, for those of their outputs that were sorted before.
-            work, _ = self._roles(view, now, verdict, broken)
+            work, _ = self._roles(view, now, result, broken)
         for role in (work.decodes, work.prefills, work.unpromised):
             role.sort(key=_deadline)
         work.best_effort.sort(key=by_rank)
         return work
 
     def _roles(
-        self, view: PlannerView, now: float, verdict: Verdict, broken: frozenset[str]
+        self, view: PlannerView, now: float, result: ReviewResult, broken: frozenset[str]
     ) -> tuple[Work, frozenset[str]]:
         """The roles, yet to be ordered.
 
@@ -263,7 +263,7 @@ class DpPlanner(Planner):
         lone_s = 0.0 if self.model is None else self.model.predict(BatchShape.of([(0, 1)]))
         for seq in (*view.running, *view.waiting):
             seq_id, progress = seq.seq_id, seq.progress
-            if seq_id in verdict.reject:
+            if seq_id in result.reject:
                 continue
             chosen = seq_id in self._round.chosen
             promised = chosen or seq.standing is Standing.ADMITTED
@@ -273,9 +273,9 @@ class DpPlanner(Planner):
                 if seq.request.params.n > 1:
                     found.add(seq.request.request_id)
                 if seq.standing is not Standing.BEST_EFFORT:
-                    verdict.relegate[seq_id] = None
+                    result.relegate[seq_id] = None
                 work.best_effort.append(seq)
-            elif not promised or seq_id in verdict.relegate:
+            elif not promised or seq_id in result.relegate:
                 # At a pace that not even a lone decode keeps nobody is in time.
                 if progress.tpot_s < lone_s:
                     work.best_effort.append(seq)

@@ -7,7 +7,7 @@ decodes share what is left.
 
 from __future__ import annotations
 
-from minserve.planner.batch import BatchDraft
+from minserve.planner.batch_builder import BatchBuilder
 from minserve.planner.perf_model import PerfModel
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.policies.base import Planner
@@ -30,23 +30,23 @@ class FcfsPlanner(Planner):
         return self._plan_chunked(view) if self.chunked_prefill else self._plan_whole(view)
 
     def _plan_chunked(self, view: PlannerView) -> IterationPlan:
-        draft = BatchDraft(view)
+        builder = BatchBuilder(view)
         for seq in view.running:
-            if not seq.is_decoding and not draft.is_preempted(seq):
-                draft.schedule(seq, seq.num_uncomputed_tokens, whole=False)
+            if not seq.is_decoding and not builder.is_preempted(seq):
+                builder.schedule(seq, seq.num_uncomputed_tokens, whole=False)
         for seq in view.waiting:
-            if not (draft.awaits_sibling(seq) or draft.admit(seq)):
+            if not (builder.awaits_sibling(seq) or builder.start(seq)):
                 break
-        draft.decodes()
-        return draft.plan
+        builder.decodes()
+        return builder.plan
 
     def _plan_whole(self, view: PlannerView) -> IterationPlan:
         # A prompt longer than the budget still has to run in one piece: alone.
         longest = max((s.num_tokens for s in view.waiting[:1]), default=0)
-        draft = BatchDraft(view, token_budget=max(view.token_budget, longest))
+        builder = BatchBuilder(view, token_budget=max(view.token_budget, longest))
         for seq in view.waiting:
-            if not (draft.awaits_sibling(seq) or draft.admit(seq, whole=True)):
+            if not (builder.awaits_sibling(seq) or builder.start(seq, whole=True)):
                 break
-        if not draft.plan.admit:
-            draft.decodes()
-        return draft.plan
+        if not builder.plan.start:
+            builder.decodes()
+        return builder.plan

@@ -6,7 +6,7 @@ prefills in progress and then to new ones, in chunks.
 
 from __future__ import annotations
 
-from minserve.planner.batch import BatchDraft
+from minserve.planner.batch_builder import BatchBuilder
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.policies.base import Planner
 
@@ -17,12 +17,12 @@ class SarathiPlanner(Planner):
     name = "sarathi"
 
     def _plan(self, view: PlannerView, now: float) -> IterationPlan:
-        draft = BatchDraft(view)
-        draft.decodes()
+        builder = BatchBuilder(view)
+        builder.decodes()
         for seq in view.running:
-            if not seq.is_decoding and not draft.is_preempted(seq):
-                draft.schedule(seq, seq.num_uncomputed_tokens, whole=False)
+            if not seq.is_decoding and not builder.is_preempted(seq):
+                builder.schedule(seq, seq.num_uncomputed_tokens, whole=False)
         for seq in view.waiting:
-            if not (draft.awaits_sibling(seq) or draft.admit(seq)):
+            if not (builder.awaits_sibling(seq) or builder.start(seq)):
                 break
-        return draft.plan
+        return builder.plan

@@ -8,7 +8,7 @@ from truncations import KINDS, VOCABS, by_sort, every_limit, limits_of, weights_
 
 from minserve.kernels.triton import truncation
 from minserve.kernels.triton.truncation import truncate
-from minserve.kernels.truncation import Limits
+from minserve.kernels.truncation import TruncationLimits
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -40,7 +40,7 @@ def test_rows_that_restrict_nothing_stay_beside_others(device: torch.device) -> 
     torch.manual_seed(2)
     weights = weights_of(["ties"] * 3, 1000).to(device)
     before = weights.clone()
-    truncate(weights, Limits([0.0] * 3, [0] * 3, [1.0, 0.3, 1.0]))
+    truncate(weights, TruncationLimits([0.0] * 3, [0] * 3, [1.0, 0.3, 1.0]))
     assert torch.equal(weights[::2], before[::2])
     assert (weights[1] > 0).sum() < (before[1] > 0).sum()
 
@@ -49,12 +49,12 @@ def test_a_row_of_nan_stays_and_harms_no_other(device: torch.device) -> None:
     torch.manual_seed(3)
     weights = weights_of(["normal"] * 4, 512).to(device)
     weights[1], weights[2] = torch.nan, -torch.nan
-    limits = Limits([0.1, 0.1, 0.0, 0.0], [5, 5, 0, 5], [0.9, 0.9, 0.5, 0.9])
-    expected = by_sort(weights[::3], Limits(*(values[::3] for values in limits)))
+    limits = TruncationLimits([0.1, 0.1, 0.0, 0.0], [5, 5, 0, 5], [0.9, 0.9, 0.5, 0.9])
+    expected = by_sort(weights[::3], TruncationLimits(*(values[::3] for values in limits)))
     truncate(weights, limits)
     assert weights[1:3].isnan().all()
     assert torch.equal(weights[::3], expected)
 
 
 def test_no_rows_launch_nothing(device: torch.device) -> None:
-    assert truncate(torch.ones(0, 7, device=device), Limits([], [], [])).shape == (0, 7)
+    assert truncate(torch.ones(0, 7, device=device), TruncationLimits([], [], [])).shape == (0, 7)

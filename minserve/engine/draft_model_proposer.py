@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from minserve.engine.batch_tensors import Chunk
-from minserve.engine.distribution import INVALID, Row
+from minserve.engine.distribution import INVALID, SamplingRow
 from minserve.engine.paged_model import PagedModel
+from minserve.engine.proposer import DraftRequest, Proposer
 from minserve.engine.sampler import Sampler
-from minserve.engine.speculator import Proposer, Wanted
 from minserve.engine.verification import Proposal
 from minserve.request import Sequence
 
@@ -71,7 +71,7 @@ class DraftModelProposer(Proposer):
         self._num_written.pop(seq.seq_id, None)
 
     @torch.inference_mode()
-    def propose(self, wanted: SequenceOf[Wanted]) -> dict[str, Proposal]:
+    def propose(self, wanted: SequenceOf[DraftRequest]) -> dict[str, Proposal]:
         drafts = [_Draft(one.seq, one.num_tokens) for one in wanted if one.num_tokens > 0]
         first = [(draft.seq, draft.seq.num_tokens) for draft in drafts]
         for one in wanted:
@@ -119,7 +119,7 @@ class DraftModelProposer(Proposer):
 
     def _extend(self, drafts: list[_Draft], logits: Tensor) -> None:
         """One more token for each draft, unless its logits allow none."""
-        rows = [Row(draft.seq, tuple(draft.tokens)) for draft in drafts]
+        rows = [SamplingRow(draft.seq, tuple(draft.tokens)) for draft in drafts]
         # Without penalties or draws the most likely token is the same in a trimmed head.
         plain = self._head is not None and all(row.is_plain for row in rows)
         if self._head is not None and not plain:

@@ -101,7 +101,7 @@ class _Row(NamedTuple):
     kind: int
 
 
-class _State(NamedTuple):
+class _DpState(NamedTuple):
     """Some of the first candidates accepted.
 
     Attributes:
@@ -121,7 +121,7 @@ class _State(NamedTuple):
     units: int = 0
     value: float = 0.0
     position: int = -1
-    before: _State | None = None
+    before: _DpState | None = None
 
 
 class _Program:
@@ -289,7 +289,7 @@ class _Program:
             0 if c.forced else math.ceil(c.value / self._unit - ROUNDING) for c in self._candidates
         ]
 
-    def _extend(self, state: _State, k: int) -> _State | None:
+    def _extend(self, state: _DpState, k: int) -> _DpState | None:
         """Accept the candidate at position ``k`` too; ``None`` where that is infeasible."""
         candidate = self._candidates[k]
         end, segment, cell, row, blocks, units, value, _, _ = state
@@ -320,9 +320,9 @@ class _Program:
             return None
         units += self._units[k]
         value += candidate.value
-        return _State(end, segment, cell, after, blocks, units, value, k, state)
+        return _DpState(end, segment, cell, after, blocks, units, value, k, state)
 
-    def _good_set(self) -> _State | None:
+    def _good_set(self) -> _DpState | None:
         """The best of some sets by Moore's rule; ``None`` where the forced ones do not fit."""
         work = max((c.work for c in self._candidates), default=0.0) or 1.0
         blocks = max(self._blocks, default=0) or 1
@@ -335,11 +335,11 @@ class _Program:
             sets.append(self._by_moore(weights))
         return None if sets[0] is None else max(sets, key=_merit)
 
-    def _by_moore(self, weights: SequenceOf[float]) -> _State | None:
+    def _by_moore(self, weights: SequenceOf[float]) -> _DpState | None:
         """In deadline order; whenever one does not fit, the heaviest so far is dropped."""
         state = self._nobody()
         # Who is accepted, by position, each after the state before it.
-        path: list[tuple[_State, int]] = []
+        path: list[tuple[_DpState, int]] = []
         for k, candidate in enumerate(self._candidates):
             after = self._extend(state, k)
             while after is None:
@@ -367,10 +367,10 @@ class _Program:
                 return None
         return state
 
-    def _nobody(self) -> _State:
-        return _State(self._starts[0], 0, 0, self._row(0))
+    def _nobody(self) -> _DpState:
+        return _DpState(self._starts[0], 0, 0, self._row(0))
 
-    def _search(self, best: _State) -> _State | None:
+    def _search(self, best: _DpState) -> _DpState | None:
         """The program.
 
         Args:
@@ -390,7 +390,7 @@ class _Program:
                 return None
             late = [of_kind[k + 1] for of_kind in latest]
             few = least[k + 1] if least else None
-            groups: dict[int, list[_State]] = {}
+            groups: dict[int, list[_DpState]] = {}
             for state in frontier:
                 grown = self._extend(state, k)
                 for one in (grown,) if candidate.forced else (state, grown):
@@ -409,7 +409,7 @@ class _Program:
             frontier = [state for group in groups.values() for state in group]
         return max([best, *frontier], key=_merit)
 
-    def _rest(self, best: _State) -> Rest:
+    def _rest(self, best: _DpState) -> Rest:
         """The target: one unit more than the best set has, or as much value as it has."""
         target = best.units + 1
         if not self._is_whole:
@@ -436,11 +436,11 @@ def _sums(sizes: SequenceOf[int], most: int) -> list[int]:
     return [total for total in range(found.bit_length()) if found >> total & 1]
 
 
-def _merit(state: _State) -> tuple[float, float]:
+def _merit(state: _DpState) -> tuple[float, float]:
     return state.value, -state.now
 
 
-def _offer(group: list[_State], one: _State) -> None:
+def _offer(group: list[_DpState], one: _DpState) -> None:
     """Add it to the states of a cell unless one dominates it; take out whom it dominates."""
     for other in group:
         if other.now <= one.now and other.blocks <= one.blocks and other.value >= one.value:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from planner_instances import Instance, all_done_s, best_by_brute_force, random_instance
 
-from minserve.planner import admission
-from minserve.planner.admission import admit
+from minserve.planner import dynamic_program
 from minserve.planner.bounds import Rest
 from minserve.planner.budget import PrefillRates
+from minserve.planner.dynamic_program import admit
 from minserve.planner.outlook import Outlook, Tier
 from minserve.planner.perf_model import PerfModel, Piece
 from minserve.planner.timeline import Candidate, simulate
@@ -35,7 +35,7 @@ def instance_of(*candidates: Candidate, free_blocks: int = 100, free_seqs: int =
     return Instance(list(candidates), outlook, rates)
 
 
-def decide(instance: Instance) -> admission.Admission:
+def decide(instance: Instance) -> dynamic_program.Admission:
     return admit(instance.candidates, instance.outlook, instance.rates)
 
 
@@ -66,7 +66,7 @@ def test_the_bounds_rule_out_nothing_better(
     monkeypatch: pytest.MonkeyPatch, alike: bool, roomy: bool, most_seqs: int
 ) -> None:
     """On instances too large for brute force: the program without bounds, without limits."""
-    monkeypatch.setattr(admission, "MAX_STATES", 10**9)
+    monkeypatch.setattr(dynamic_program, "MAX_STATES", 10**9)
     instances = [
         random_instance(
             random.Random(seed),
@@ -83,8 +83,8 @@ def test_the_bounds_rule_out_nothing_better(
     def nothing(rest: Rest, *_: object) -> list[list[float]]:
         return [[math.inf] * (rest.target + 1)] * (len(rest.works) + 1)
 
-    monkeypatch.setattr(admission, "latest_s", nothing)
-    monkeypatch.setattr(admission, "least_blocks", lambda _: None)
+    monkeypatch.setattr(dynamic_program, "latest_s", nothing)
+    monkeypatch.setattr(dynamic_program, "least_blocks", lambda _: None)
     assert any(decide(one).value < sum(c.value for c in one.candidates) for one in instances)
     for one, found in zip(instances, bounded, strict=True):
         every = decide(one)
@@ -95,7 +95,7 @@ def test_the_bounds_rule_out_nothing_better(
 def test_the_program_finds_the_best_set_without_a_good_one_to_begin_with(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(admission._Program, "_good_set", admission._Program._nobody)
+    monkeypatch.setattr(dynamic_program._Program, "_good_set", dynamic_program._Program._nobody)
     short_of_memory = 0
     for seed in range(400):
         rng = random.Random(seed)
@@ -192,7 +192,7 @@ def test_without_tiers_only_prefill_counts() -> None:
 def test_instances_beyond_a_limit_get_a_good_set_and_say_so(
     monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
-    monkeypatch.setattr(admission, limit, 0)
+    monkeypatch.setattr(dynamic_program, limit, 0)
     long = Candidate(work=450, deadline_s=1.0, tier=0, blocks=1)
     got = decide(instance_of(long, long, long))
     assert got.feasible

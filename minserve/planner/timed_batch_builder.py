@@ -1,22 +1,22 @@
-"""`TimedBatch`: one iteration under construction, which knows how long it will take."""
+"""`TimedBatchBuilder`: one iteration under construction, which knows how long it will take."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
-from minserve.planner.batch import BatchDraft
+from minserve.planner.batch_builder import BatchBuilder
 from minserve.planner.eager import is_eager
 from minserve.planner.perf_model import BatchShape, PerfModel
-from minserve.planner.speculation import Speculator, with_drafts
+from minserve.planner.speculation import DraftCandidate, with_drafts
 from minserve.request import Sequence, SequenceState
 
 
-class TimedBatch:
-    """A `BatchDraft` that also knows how long the batch will take."""
+class TimedBatchBuilder:
+    """A `BatchBuilder` that also knows how long the batch will take."""
 
-    def __init__(self, draft: BatchDraft, model: PerfModel | None) -> None:
-        self.draft = draft
+    def __init__(self, builder: BatchBuilder, model: PerfModel | None) -> None:
+        self.builder = builder
         self.model = model
         self.num_prefills = 0
         self._tokens = self._seqs = self._context = self._pairs = 0
@@ -44,7 +44,7 @@ class TimedBatch:
         if not self._seqs:
             return False
         least = (total + one for total, (one, _) in zip(self._sums, self._per_decode, strict=True))
-        return self.draft.budget <= 0 or max(least, default=0.0) > limit
+        return self.builder.budget <= 0 or max(least, default=0.0) > limit
 
     def seconds_of_decodes(self, seqs: SequenceOf[Sequence]) -> float:
         """Predicted seconds of a batch of these decodes alone."""
@@ -70,7 +70,7 @@ class TimedBatch:
         # The first one runs however late it is: a batch of nobody helps nobody.
         if self._seqs and sums and max(sums) > limit:
             return False
-        if self.draft.is_preempted(seq) or not self.draft.schedule(seq, 1):
+        if self.builder.is_preempted(seq) or not self.builder.schedule(seq, 1):
             return False
         self._sums = sums
         self._tokens += 1
@@ -94,10 +94,14 @@ class TimedBatch:
             whole: all that is left, or nothing.
             evict: preempt best effort to start it.
         """
-        if self.draft.budget <= 0 or self.draft.is_preempted(seq) or self.draft.awaits_sibling(seq):
+        if (
+            self.builder.budget <= 0
+            or self.builder.is_preempted(seq)
+            or self.builder.awaits_sibling(seq)
+        ):
             return 0
         hit = (
-            self.draft.view.memory.cached_prefix(seq)
+            self.builder.view.memory.cached_prefix(seq)
             if seq.state is SequenceState.WAITING
             else None
         )
@@ -109,9 +113,9 @@ class TimedBatch:
         if most <= 0 or (whole and most < wanted):
             return 0
         if hit is not None:
-            num_tokens = self.draft.admit(seq, most=most, whole=whole, evict=evict, hit=hit)
+            num_tokens = self.builder.start(seq, most=most, whole=whole, evict=evict, hit=hit)
         else:
-            num_tokens = self.draft.schedule(seq, most, whole=whole)
+            num_tokens = self.builder.schedule(seq, most, whole=whole)
         if num_tokens:
             self._num_decodes += seq.is_decoding_behind(start)
             self._add_chunk(start, num_tokens)
@@ -131,33 +135,33 @@ class TimedBatch:
         )
 
     def speculate(
-        self, speculators: SequenceOf[Speculator], lengths: SequenceOf[int], limit: float
+        self, candidates: SequenceOf[DraftCandidate], lengths: SequenceOf[int], limit: float
     ) -> None:
         """Draft up to so many tokens for scheduled decodes, as far as blocks, budget and the
         limit allow.
         """
-        if self.model.predict(with_drafts(self.shape, speculators, lengths)) > limit:
-            lengths = self._fitting(speculators, lengths, limit)
+        if self.model.predict(with_drafts(self.shape, candidates, lengths)) > limit:
+            lengths = self._fitting(candidates, lengths, limit)
         granted = [
-            self.draft.speculate(one.seq, length) if length else 0
-            for one, length in zip(speculators, lengths, strict=True)
+            self.builder.speculate(one.seq, length) if length else 0
+            for one, length in zip(candidates, lengths, strict=True)
         ]
         if any(granted):
-            self._grow(with_drafts(self.shape, speculators, granted))
+            self._grow(with_drafts(self.shape, candidates, granted))
 
     def _fitting(
-        self, speculators: SequenceOf[Speculator], lengths: SequenceOf[int], limit: float
+        self, candidates: SequenceOf[DraftCandidate], lengths: SequenceOf[int], limit: float
     ) -> list[int]:
         """As much of these lengths as fits within the limit, first come, first served."""
         shape, fitting = self.shape, []
-        for one, length in zip(speculators, lengths, strict=True):
+        for one, length in zip(candidates, lengths, strict=True):
             while length and self.model.predict(with_drafts(shape, [one], [length])) > limit:
                 length -= 1
             shape = with_drafts(shape, [one], [length])
             fitting.append(length)
         return fitting
 
-    def catch_up(self, one: Speculator, limit: float) -> None:
+    def catch_up(self, one: DraftCandidate, limit: float) -> None:
         """Let the draft model run what it lacks of a sequence, as far as the limit allows."""
         token_s = self.model.drift * max(piece.draft_tokens for piece in self.model.pieces)
         shape = replace(self.shape, draft_steps=max(self._draft_steps, 1))
@@ -166,7 +170,7 @@ class TimedBatch:
             return
         num_tokens = one.lag if token_s == 0 else min(one.lag, int(left / token_s))
         if num_tokens > 0:
-            self.draft.plan.catch_up[one.seq.seq_id] = num_tokens
+            self.builder.plan.catch_up[one.seq.seq_id] = num_tokens
             self._grow(replace(shape, draft_tokens=self._draft_tokens + num_tokens))
 
     def _add_chunk(self, start: int, num_tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""`BatchDraft`: one iteration under construction.
+"""`BatchBuilder`: one iteration under construction.
 
 Spends the token budget, the sequence slots and the KV blocks, so that each policy
 only says in which order sequences are served.
@@ -12,20 +12,20 @@ from minserve.planner.parties import shared_blocks
 from minserve.planner.plan import CachedPrefix, IterationPlan, PlannerView
 from minserve.request import Sequence, SequenceState
 
-# An admission leaves this share of the pool free, so that the sequences that already
+# A start leaves this share of the pool free, so that the sequences that already
 # run can grow for a while before anyone must be preempted.
 WATERMARK = 0.01
 
 
-class BatchDraft:
+class BatchBuilder:
     """Builds an `IterationPlan` from a view; never touches a sequence.
 
     Invariants: tokens scheduled <= token budget; sequences <= max_num_seqs; blocks
-    needed by what is scheduled and admitted <= free blocks + blocks of the preempted.
+    needed by what is scheduled and started <= free blocks + blocks of the preempted.
 
     Args:
         order: the running sequences, the last to be preempted first; default: by rank.
-        num_kept: how many of them an admission with ``evict`` may not preempt.
+        num_kept: how many of them a start with ``evict`` may not preempt.
     """
 
     def __init__(
@@ -94,11 +94,11 @@ class BatchDraft:
             for seq in self.view.running
             if seq.is_decoding and seq.seq_id not in preempted and self.schedule(seq, 1)
         ]
-        drafter = self.view.speculation
-        if drafter is not None:
+        proposer = self.view.speculation
+        if proposer is not None:
             for seq in scheduled:
                 left = seq.request.params.max_tokens - seq.num_output_tokens - 1
-                self.speculate(seq, min(drafter.limit(seq), left))
+                self.speculate(seq, min(proposer.limit(seq), left))
 
     def speculate(self, seq: Sequence, num_tokens: int) -> int:
         """Have up to ``num_tokens`` drafted for a decode that is scheduled already.
@@ -121,7 +121,7 @@ class BatchDraft:
         self._free -= self._new_blocks(seq) - before
         return num_tokens
 
-    def admit(
+    def start(
         self,
         seq: Sequence,
         *,
@@ -132,7 +132,7 @@ class BatchDraft:
     ) -> int:
         """Start a waiting sequence with its first chunk.
 
-        Admits only if all of its known tokens fit beside what running prefills still
+        Starts it only if all of its known tokens fit beside what running prefills still
         need, and not while another output of its request computes a prompt that the two
         can share.
 
@@ -158,7 +158,7 @@ class BatchDraft:
         if not (self._has_room(total) or (evict and self._evict_for(total))):
             return 0
         first = self._first_chunk_blocks(num_tokens, hit)
-        self.plan.admit.append(seq.seq_id)
+        self.plan.start.append(seq.seq_id)
         if seq.request.params.n > 1 and hit.num_tokens < self._shared_tokens(seq):
             self._prompts_under_way().add(seq.request.request_id)
         self._num_running += 1

@@ -20,7 +20,7 @@ SHORTEST_NGRAM = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class DraftRequest:
     """What a sequence's next verification asks of its proposer.
 
     Attributes:
@@ -55,7 +55,7 @@ class Proposer(ABC):
         return 0
 
     @abstractmethod
-    def propose(self, wanted: SequenceOf[Wanted]) -> dict[str, Proposal]:
+    def propose(self, wanted: SequenceOf[DraftRequest]) -> dict[str, Proposal]:
         """Proposals by sequence id; shorter than asked for, or none, where it knows no more."""
 
     def roll_back(self, seq: Sequence) -> None:  # noqa: B027 - most proposers need not
@@ -107,7 +107,7 @@ class NgramProposer(Proposer):
     def limit(self, seq: Sequence) -> int:
         return 0 if self._index(seq).start_of_continuation is None else self.max_tokens
 
-    def propose(self, wanted: SequenceOf[Wanted]) -> dict[str, Proposal]:
+    def propose(self, wanted: SequenceOf[DraftRequest]) -> dict[str, Proposal]:
         proposals = {}
         for one in wanted:
             start = self._index(one.seq).start_of_continuation

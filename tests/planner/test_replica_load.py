@@ -8,8 +8,8 @@ import pytest
 from loads import replay_of, request
 from replay import Replay
 
-from minserve.planner.load import ReplicaLoad, load_of
 from minserve.planner.policies import PROMISING
+from minserve.planner.replica_load import ReplicaLoad, load_of
 from minserve.request import Sequence
 from minserve.slo import SLO, DecodeStage, Standing
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minserve.engine.speculator import NgramProposer, SpeculationStats, Wanted
+from minserve.engine.proposer import DraftRequest, NgramProposer, SpeculationStats
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
 
@@ -38,7 +38,7 @@ def search(tokens: list[int], num: int) -> tuple[int, ...] | None:
 
 
 def propose(proposer: NgramProposer, seq: Sequence, num: int) -> tuple[int, ...] | None:
-    proposal = proposer.propose([Wanted(seq, num)]).get(seq.seq_id)
+    proposal = proposer.propose([DraftRequest(seq, num)]).get(seq.seq_id)
     assert proposal is None or proposal.probabilities is None
     return None if proposal is None else proposal.token_ids
 
@@ -84,7 +84,7 @@ def test_a_forgotten_sequence_is_read_anew(tokens: list[int], other: list[int], 
 def test_sequences_of_one_batch_do_not_see_each_other(texts: list[list[int]], num: int) -> None:
     proposer = NgramProposer(MOST)
     seqs = [make_sequence(text, f"r{i}") for i, text in enumerate(texts)]
-    found = proposer.propose([Wanted(seq, num) for seq in seqs])
+    found = proposer.propose([DraftRequest(seq, num) for seq in seqs])
     for seq, text in zip(seqs, texts, strict=True):
         proposal = found.get(seq.seq_id)
         assert (None if proposal is None else proposal.token_ids) == search(text, num)
@@ -112,7 +112,7 @@ def test_without_a_known_end_nothing_is_proposed() -> None:
 
 def test_nothing_is_proposed_to_who_wants_nothing() -> None:
     proposer, seq = NgramProposer(MOST), make_sequence([1, 2, 1, 2])
-    assert proposer.propose([Wanted(seq, 0, num_catch_up=3)]) == {}
+    assert proposer.propose([DraftRequest(seq, 0, num_catch_up=3)]) == {}
     assert proposer.propose([]) == {}
 
 

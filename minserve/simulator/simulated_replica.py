@@ -57,7 +57,7 @@ class SimulatedSequence(Sequence):
         self.num_thinking_left = self.turn.thinking_tokens
 
 
-class Drafter:
+class SimulatedProposer:
     """The draft model as planners see it, with a record of the tokens that it has computed.
 
     Args:
@@ -111,7 +111,7 @@ class SimulatedReplica:
         *,
         token_budget: int,
         max_num_seqs: int,
-        drafter: Drafter | None = None,
+        proposer: SimulatedProposer | None = None,
         acceptance: float = 0.0,
         device_time: DeviceTime | None = None,
         clairvoyant: bool = False,
@@ -119,7 +119,7 @@ class SimulatedReplica:
     ) -> None:
         self.planner, self.pool, self.device = planner, pool, device
         self.token_budget, self.max_num_seqs = token_budget, max_num_seqs
-        self.drafter, self.acceptance = drafter, acceptance
+        self.proposer, self.acceptance = proposer, acceptance
         self.device_time, self.clairvoyant = device_time or DeviceTime(), clairvoyant
         self.waiting: list[SimulatedSequence] = []
         self.running: list[SimulatedSequence] = []
@@ -154,7 +154,7 @@ class SimulatedReplica:
             memory=self.pool,
             token_budget=self.token_budget,
             max_num_seqs=self.max_num_seqs,
-            speculation=self.drafter,
+            speculation=self.proposer,
         )
 
     def begin(
@@ -195,7 +195,7 @@ class SimulatedReplica:
         """End the iteration: apply its results, and return the sequences that have ended."""
         plan, ended = self._plan, []
         self.busy = False
-        advance = self._advance if self.drafter is None else self._advance_drafting
+        advance = self._advance if self.proposer is None else self._advance_drafting
         commit = self.pool.commit if self.pool.prefix_caching else None
         by_id = self._by_id
         for seq_id, num_tokens in plan.num_scheduled_tokens.items():
@@ -226,7 +226,7 @@ class SimulatedReplica:
         num_accepted = self._accepted(num_drafted)
         if decodes:
             self.planner.verified(seq, num_drafted, num_accepted)
-            self.drafter.ran(seq, num_accepted)
+            self.proposer.ran(seq, num_accepted)
         self._append(seq, now)
         for _ in range(min(num_accepted, seq.num_left)):
             # Each accepted token has its KV already.
@@ -256,7 +256,7 @@ class SimulatedReplica:
             the first outputs of requests that have no promise and have not begun, and those of
             refused requests.
         """
-        for seq_id in plan.promote:
+        for seq_id in plan.admit:
             self._by_id[seq_id].standing = Standing.ADMITTED
         unpromised, refused = [], []
         for seq_id in plan.relegate:
@@ -281,7 +281,7 @@ class SimulatedReplica:
         for seq in away:
             self.withdraw(seq)
             if plan.num_scheduled_tokens.pop(seq.seq_id, None) is not None:
-                plan.admit.remove(seq.seq_id)
+                plan.start.remove(seq.seq_id)
         plan.shape = BatchShape()
         self.planner.reckon(plan, self.view())
 
@@ -293,9 +293,9 @@ class SimulatedReplica:
             seq.num_preemptions += 1
             self.running.remove(seq)
             insort(self.waiting, seq, key=by_rank)
-        for seq_id in plan.admit:
+        for seq_id in plan.start:
             seq = self._by_id[seq_id]
-            seq.num_computed_tokens = self.pool.admit(seq)
+            seq.num_computed_tokens = self.pool.attach(seq)
             if seq.num_preemptions == 0:
                 seq.num_cached_tokens = seq.num_computed_tokens
             self.waiting.remove(seq)
@@ -308,7 +308,7 @@ class SimulatedReplica:
 
     def _usual_s(self, plan: IterationPlan) -> float:
         """Return the device's usual seconds for the batch, draft model included."""
-        by_id, speculation, drafter = self._by_id, plan.speculation, self.drafter
+        by_id, speculation, proposer = self._by_id, plan.speculation, self.proposer
         seqs = [by_id[seq_id] for seq_id in plan.num_scheduled_tokens]
         starts = (seq.num_computed_tokens for seq in seqs)
         shape = BatchShape.of(
@@ -318,11 +318,11 @@ class SimulatedReplica:
         if speculation or plan.catch_up:
             lags = 0
             for seq_id in speculation:
-                lag = drafter.lag(by_id[seq_id])
-                drafter.ran(by_id[seq_id], lag)
+                lag = proposer.lag(by_id[seq_id])
+                proposer.ran(by_id[seq_id], lag)
                 lags += lag
             for seq_id, num_tokens in plan.catch_up.items():
-                drafter.ran(by_id[seq_id], num_tokens)
+                proposer.ran(by_id[seq_id], num_tokens)
             shape = replace(
                 shape,
                 draft_steps=max(speculation.values(), default=1),
@@ -359,8 +359,8 @@ class SimulatedReplica:
 
     def _release(self, seq: SimulatedSequence) -> None:
         self.pool.release(seq)
-        if self.drafter is not None:
-            self.drafter.forget(seq)
+        if self.proposer is not None:
+            self.proposer.forget(seq)
 
 
 def _firsts(seqs: list[SimulatedSequence]) -> list[SimulatedSequence]:

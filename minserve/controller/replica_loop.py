@@ -39,7 +39,7 @@ from minserve.errors import (
 )
 from minserve.exit_codes import EXIT_AGAIN, EXIT_ERROR, EXIT_LOST, EXIT_REFUSED
 from minserve.outputs import OutputDelta
-from minserve.planner.load import ReplicaLoad
+from minserve.planner.replica_load import ReplicaLoad
 from minserve.request import FinishReason
 
 log = logging.getLogger(__name__)
@@ -224,7 +224,7 @@ class ReplicaLoop:
         while not self._stopped.wait(BEAT_S):
             if self._engine.iteration_s < self._watchdog_s:
                 load, num_taken = self._standing
-                stats = m.Stats(stats=self._engine.snapshot(), load=load, num_taken=num_taken)
+                stats = m.Heartbeat(stats=self._engine.snapshot(), load=load, num_taken=num_taken)
                 self._tell(m.encode(stats))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minserve.errors import ConfigError, ModelLoadError
 from minserve.models.base import CausalLM
-from minserve.models.layers import Placement
+from minserve.models.layers import WeightPlacement
 from minserve.models.loader import Checkpoint, open_checkpoint
 from minserve.models.registry import build_model
 from minserve.models.source import ModelSource, load_config
@@ -35,7 +35,9 @@ class DraftModel:
     head_token_ids: Tensor | None = None
 
 
-def load_draft_model(source: ModelSource, target: CausalLM, placement: Placement) -> DraftModel:
+def load_draft_model(
+    source: ModelSource, target: CausalLM, placement: WeightPlacement
+) -> DraftModel:
     """Read the draft model of a target model.
 
     Raises:
