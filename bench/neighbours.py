@@ -159,9 +159,9 @@ def measure(args: argparse.Namespace, env: Mapping[str, str], bar: tqdm) -> Seco
 
 def child_timed(args: argparse.Namespace) -> None:
     """Decode once for every line of standard input, and print the seconds that it took."""
-    from minserve import EngineProcess, SamplingParams
+    from minserve import Engine, SamplingParams
 
-    engine = EngineProcess(args.model, prefix_caching=False)
+    engine = Engine(args.model, prefix_caching=False)
     params = SamplingParams(temperature=0.0, max_tokens=args.tokens, ignore_eos=True)
     engine.generate(PROMPT, params)
     _tell("ready")
@@ -173,9 +173,9 @@ def child_timed(args: argparse.Namespace) -> None:
 
 def child_busy(args: argparse.Namespace) -> None:
     """Decode all the time between the lines ``on`` and ``off``, until standard input ends."""
-    from minserve import EngineProcess, SamplingParams
+    from minserve import Engine, SamplingParams
 
-    engine = EngineProcess(args.model, prefix_caching=False)
+    engine = Engine(args.model, prefix_caching=False)
     params = SamplingParams(temperature=0.0, max_tokens=OTHER_TOKENS, ignore_eos=True)
     engine.generate(PROMPT, SamplingParams(temperature=0.0, max_tokens=2))
     wanted = threading.Event()
