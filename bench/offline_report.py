@@ -110,7 +110,7 @@ def share_table(limits: Mapping[str, Any], shares: Values) -> str:
     """Return rows with their limits, and the share of the limit that was reached.
 
     Args:
-        limits: as returned by `Limits.to_dict`.
+        limits: as returned by `MeasuredLimits.to_dict`.
     """
     lines = [f"{'':24}{'limit':>10}{'reached':>10}{'linears ms':>13}{'streaming ms':>15}"]
     for row, share in shares.items():

@@ -1,7 +1,7 @@
 """Small random admission instances, and a slow twin of the program, which tries every subset.
 
-The twin is written from the definition, not from the program: of `minserve.planner.dynamic_program` and
-`minserve.planner.timeline` it uses only the data types.
+The twin is written from the definition, not from the program: it uses only the data types of
+`minserve.planner.dynamic_program` and `minserve.planner.timeline`.
 """
 
 from __future__ import annotations

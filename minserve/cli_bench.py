@@ -46,10 +46,11 @@ examples:
   minserve bench --policy dp ... --zero-load idle.json
 
 Without --url a server is started for the time of the test. SLOs that are slowdowns are
-multiples of what lone requests take on the idle server, which is measured first: nothing else
-may use it then. Servers that are to be compared need the same SLOs: measure one of them in a
-quiet moment with --save-zero-load, and give that file to all tests with --zero-load. A key is read from MINSERVE_API_KEY or OPENAI_API_KEY. Ctrl-C ends the test and
-reports what was measured.
+multiples of the time that lone requests take on the idle server. It is measured first, and
+nothing else may use the server then. Servers that are to be compared need the same SLOs: measure
+one of them in a quiet moment with --save-zero-load, and give that file to all tests with
+--zero-load. A key is read from MINSERVE_API_KEY or OPENAI_API_KEY. Ctrl-C ends the test and
+reports what was measured so far.
 """
 
 

@@ -171,7 +171,7 @@ class Report:
         }
 
     def table(self) -> str:
-        """Return a table for the terminal: a row per class, one for all, then misses and goodput."""
+        """Return a table for the terminal: a row per class, one for all, misses and goodput."""
         parts = dict(self.classes)
         if len(parts) != 1:
             parts[ALL] = self.total
