@@ -86,7 +86,7 @@ def project(view: PlannerView, batch: Iterable[Scheduled], at: float) -> Planner
         drafts = _ProjectedSpeculation(view.speculation, {s.seq_id: s for s in view.running})
     return replace(
         view,
-        running=[s for s in running if s.num_output_tokens < s.request.params.max_tokens],
+        running=[s for s in running if s.num_output_tokens < s.request.max_tokens],
         speculation=drafts,
     )
 
@@ -127,7 +127,7 @@ def _with_possible_drafts(
     scheduled, speculation = dict(plan.num_scheduled_tokens), {}
     for seq_id, planned in plan.speculation.items():
         seq = live[seq_id]
-        left = seq.request.params.max_tokens - seq.num_output_tokens - 1
+        left = seq.request.max_tokens - seq.num_output_tokens - 1
         length = max(0, min(planned, left, drafter.limit(seq)))
         scheduled[seq_id] -= planned - length
         if length:

@@ -17,7 +17,7 @@ import torch
 
 from minserve.engine.core import EngineCore
 from minserve.engine.profile_design import DRAFT_CONTEXT, Batch
-from minserve.engine.runner import Scheduled
+from minserve.engine.runner import Scheduled, model_runner
 from minserve.engine.speculator import Wanted
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
@@ -35,9 +35,10 @@ class Workbench:
 
     def __init__(self, core: EngineCore, seed: int, params: SamplingParams | None = None) -> None:
         self._core = core
+        self._runner = model_runner(core.runner)
         self._params = params or SamplingParams()
         self._rng = random.Random(seed)
-        self._vocab = range(core.runner.model.shape.vocab_size)
+        self._vocab = range(self._runner.model.shape.vocab_size)
         self._ids = count()
         self._written: set[int] = set()
 
@@ -47,7 +48,7 @@ class Workbench:
             self._write_kv(scheduled)
             self._synchronize()
             started = time.perf_counter()
-            self._core.runner.run(scheduled)
+            self._runner.run(scheduled)
             self._synchronize()
             return time.perf_counter() - started
 
@@ -128,13 +129,13 @@ class Workbench:
         now = sorted(blocks)[:most]
         if now:
             self._written.update(now)
-            for kv in self._core.runner.kv:
+            for kv in self._runner.kv:
                 for part in (kv.key, kv.value):
                     noise = torch.randn(part.shape[1:], device=part.device)
                     part[now] = noise.to(part.dtype)
         return len(now) == len(blocks)
 
     def _synchronize(self) -> None:
-        device = self._core.runner.device
+        device = self._runner.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
