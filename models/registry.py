@@ -20,7 +20,10 @@ def build_model(checkpoint: Checkpoint, config: ModelConfig, placement: Placemen
     Raises:
         ModelLoadError: where a tensor is missing or wrong.
     """
-    family = Llama if isinstance(config, LlamaConfig) else OPT
-    model = family(checkpoint, config, placement)
+    model: CausalLM
+    if isinstance(config, LlamaConfig):
+        model = Llama(checkpoint, config, placement)
+    else:
+        model = OPT(checkpoint, config, placement)
     model.linear_dtype = placement.linear_dtype
     return model

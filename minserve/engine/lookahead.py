@@ -113,7 +113,7 @@ def confirm(ahead: PlanAhead, view: PlannerView, now: float) -> IterationPlan | 
         return None
     if len(live) < len(ahead.seen):
         plan = plan.only(live)
-    if plan.speculation or plan.catch_up:
+    if view.speculation is not None and (plan.speculation or plan.catch_up):
         plan = _with_possible_drafts(plan, live, view.speculation)
     if not plan.num_scheduled_tokens or not _fits(plan, ahead.starts, live, view.memory):
         return None

@@ -63,7 +63,9 @@ class Workbench:
         """Seconds of drafting, by forward passes and tokens run: behind contexts whose draft KV
         is missing, and then behind the same with it.
         """
-        proposer, times = self._core.proposer, {}
+        proposer = self._core.proposer
+        assert proposer is not None, "only who drafts is timed"
+        times: dict[tuple[int, int], list[float]] = {}
         for _ in range(DRAFT_REPEATS):
             with self._scheduled(Batch(decodes=(DRAFT_CONTEXT,) * num_seqs)) as scheduled:
                 wanted = [Wanted(item.seq, num_steps) for item in scheduled]
