@@ -2,17 +2,23 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test bench lint clean
+INSTALL := pyproject.toml setup.py constraints.txt scripts/install.sh
+
+.PHONY: serve test types bench lint clean
 .DELETE_ON_ERROR:
 
 serve: .venv/.installed  ## serve the embedded model on 127.0.0.1:8000 (ARGS="--port 9000")
 	@exec $(BIN)/minserve serve $(ARGS)
 
-test: .venv/.installed-test  ## run the test suite (ARGS="-k pool", ARGS="-n 0 --pdb")
+test: .venv/.installed-test  ## check style and types, run the test suite (ARGS="-k pool", ARGS="-n 0 --pdb")
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	scripts/typecheck.sh
 	@# A worker for each core, so that none needs more than one thread.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
+
+types: .venv/.installed-test  ## check the types
+	scripts/typecheck.sh
 
 bench: .venv/.installed-test  ## parity with transformers, then offline speed
 	$(BIN)/python bench/parity.py
@@ -22,13 +28,13 @@ lint: .venv/.installed-test  ## format and fix what ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-.venv/.installed: setup.py scripts/install.sh
+.venv/.installed: $(INSTALL)
 	@PYTHON=$(PYTHON) scripts/install.sh
 	@touch $@
 
-.venv/.installed-test: setup.py scripts/install.sh
+.venv/.installed-test: $(INSTALL)
 	@PYTHON=$(PYTHON) scripts/install.sh test
 	@touch .venv/.installed $@
 
 clean:  ## remove the environment and caches
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

@@ -74,13 +74,14 @@ class AttentionMetadata:
 
     def on_device(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ``starts`` and ``lengths``; sends them to the device if they are not there."""
-        return tuple(
+        starts, lengths = (
             to_device(numbers, torch.int64, self.slot_mapping.device) if there is None else there
             for there, numbers in (
                 (self.starts, self.query_start_loc),
                 (self.lengths, self.seq_lens),
             )
         )
+        return starts, lengths
 
 
 class AttentionBackend(ABC):
@@ -208,11 +209,15 @@ def make_attention_backend(
         BackendUnavailableError: for an unknown name, or if it cannot serve such heads.
     """
     if name == "torch":
-        from minserve.kernels.torch_backend import TorchBackend as Backend
-    elif name == "triton":
-        from minserve.kernels.triton_backend import TritonBackend as Backend
-    elif name == "flash-attn":
-        from minserve.kernels.flash_attn import FlashAttnBackend as Backend
-    else:
-        raise _unknown(name)
-    return Backend(num_heads, num_kv_heads, head_dim, scale)
+        from minserve.kernels.torch_backend import TorchBackend
+
+        return TorchBackend(num_heads, num_kv_heads, head_dim, scale)
+    if name == "triton":
+        from minserve.kernels.triton_backend import TritonBackend
+
+        return TritonBackend(num_heads, num_kv_heads, head_dim, scale)
+    if name == "flash-attn":
+        from minserve.kernels.flash_attn import FlashAttnBackend
+
+        return FlashAttnBackend(num_heads, num_kv_heads, head_dim, scale)
+    raise _unknown(name)

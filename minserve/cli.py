@@ -27,8 +27,8 @@ from minserve.outputs import CompletionOutput, TokenLogprob, acceptance
 from minserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from minserve.controller.controller import Controller
-    from minserve.engine.engine import AsyncEngine, Engine
+    from minserve.engine.engine import Engine
+    from minserve.server.engine_face import EngineFace
 
 GENERATE_MAX_TOKENS = 256
 KEY_VARIABLE = "MINSERVE_API_KEY"
@@ -186,7 +186,7 @@ def _serve(args: argparse.Namespace) -> int:
     sock = lifecycle.bind_socket(server_config.host, server_config.port)
     url = lifecycle.reachable_url(sock)
 
-    def load_engine() -> AsyncEngine | Controller:
+    def load_engine() -> EngineFace:
         if controller_config.replicas > 1:
             return create_controller(controller_config, engine_settings, server_config)
         from minserve import AsyncEngine
@@ -200,7 +200,7 @@ def _serve(args: argparse.Namespace) -> int:
             logging.getLogger(__name__).warning(unkept)
         return engine
 
-    def announce(engine: AsyncEngine, model: str) -> None:
+    def announce(engine: EngineFace, model: str) -> None:
         chat = engine.tokenizer is not None and engine.tokenizer.has_chat_template
         needs_key = server_config.api_key is not None
         print(lifecycle.ready_message(url, model, chat=chat, needs_key=needs_key), flush=True)
@@ -297,7 +297,7 @@ def _report(
 
 
 def _describe(output: CompletionOutput) -> dict[str, Any]:
-    described = {
+    described: dict[str, Any] = {
         "text": output.text,
         "token_ids": output.token_ids,
         "finish_reason": output.finish_reason,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import cast
 
 from minserve.attainment import Progress
 from minserve.sampling_params import SamplingParams
@@ -74,6 +75,12 @@ class Request:
     stop_token_ids: frozenset[int] = frozenset()
     slo: SLO | None = None
     targets: Targets | None = None
+
+    @property
+    def max_tokens(self) -> int:
+        """Most output tokens."""
+        assert self.params.max_tokens is not None, "resolved when the request was made"
+        return self.params.max_tokens
 
 
 @dataclass(eq=False, slots=True)
@@ -183,7 +190,7 @@ class Sequence:
         twin.num_computed_tokens += num_tokens
         if twin.num_uncomputed_tokens == 0:
             # A copy of the list would cost as much as planning does where contexts are long.
-            twin.token_ids = range(self.num_tokens + 1)
+            twin.token_ids = cast("list[int]", range(self.num_tokens + 1))
             if self.progress is not None:
                 twin.progress = self.progress.with_token(at)
         return twin

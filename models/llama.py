@@ -40,8 +40,12 @@ class LlamaLayer:
         def bias(name: str, size: int, present: bool) -> Tensor | None:
             return checkpoint.get(f"{prefix}{name}.bias", (size,)) if present else None
 
-        def rotated(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else RotaryEmbedding.interleave(tensor, shape.head_dim)
+        def rotated(tensor: Tensor) -> Tensor:
+            return RotaryEmbedding.interleave(tensor, shape.head_dim)
+
+        def rotated_bias(name: str, size: int) -> Tensor | None:
+            one = bias(name, size, config.attention_bias)
+            return None if one is None else rotated(one)
 
         self.input_norm = placement.rms_norm(weight("input_layernorm", hidden), config.rms_norm_eps)
         self.qkv = placement.linear(
@@ -53,8 +57,8 @@ class LlamaLayer:
                 ]
             ),
             _cat(
-                rotated(bias("self_attn.q_proj", q_size, config.attention_bias)),
-                rotated(bias("self_attn.k_proj", kv_size, config.attention_bias)),
+                rotated_bias("self_attn.q_proj", q_size),
+                rotated_bias("self_attn.k_proj", kv_size),
                 bias("self_attn.v_proj", kv_size, config.attention_bias),
             ),
         )
@@ -147,7 +151,7 @@ class Llama(CausalLM):
         rotations = self.rope.rotations(positions)
         for layer, layer_kv in zip(self.layers, kv, strict=True):
             x, residual = layer(x, residual, rotations, layer_kv, backend, metadata)
-        return x.add_(residual)
+        return x if residual is None else x.add_(residual)
 
     def logits(self, hidden: Tensor) -> Tensor:
         hidden = hidden.to(self.placement.pass_dtype(len(hidden)))
@@ -169,4 +173,5 @@ def llama_shape(config: LlamaConfig) -> ModelShape:
 
 
 def _cat(*tensors: Tensor | None) -> Tensor | None:
-    return None if tensors[0] is None else torch.cat(tensors)
+    present = [one for one in tensors if one is not None]
+    return torch.cat(present) if present else None

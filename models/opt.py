@@ -41,10 +41,10 @@ class OPTLayer:
             return checkpoint.get(f"{prefix}{name}.bias", (size,)) if config.enable_bias else None
 
         projections = [f"self_attn.{name}_proj" for name in "qkv"]
-        biases = [bias(name, hidden) for name in projections]
+        biases = [one for name in projections if (one := bias(name, hidden)) is not None]
         self.qkv = placement.linear(
             torch.cat([weight(name, hidden, hidden) for name in projections]),
-            None if biases[0] is None else torch.cat(biases),
+            torch.cat(biases) if biases else None,
         )
         self.out = placement.linear(
             weight("self_attn.out_proj", hidden, hidden), bias("self_attn.out_proj", hidden)

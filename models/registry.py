@@ -22,7 +22,10 @@ def build_model(
     Raises:
         ModelLoadError: if a tensor is missing or wrong.
     """
-    family = Llama if isinstance(config, LlamaConfig) else OPT
-    model = family(checkpoint, config, placement)
+    model: CausalLM
+    if isinstance(config, LlamaConfig):
+        model = Llama(checkpoint, config, placement)
+    else:
+        model = OPT(checkpoint, config, placement)
     model.linear_dtype = placement.linear_dtype
     return model

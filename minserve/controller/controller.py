@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from minserve.config import ControllerConfig, EngineConfig
 from minserve.controller import messages as m
@@ -67,6 +68,13 @@ class RoutingStats:
     num_resumed: int = 0
 
 
+class _Service(NamedTuple):
+    """What the controller can make only once the first replica has told of its model."""
+
+    intake: Intake
+    placement: Placement
+
+
 class Controller:
     """Has the interface of an `AsyncEngine`, with replicas behind it.
 
@@ -96,8 +104,7 @@ class Controller:
             lost=self._lost,
         )
         self.routing = RoutingStats()
-        self._intake: Intake | None = None
-        self._placement: Placement | None = None
+        self._service: _Service | None = None
         self._flights: dict[str, Flight] = {}
         self._handles: dict[str, FlightHandle] = {}
         # Flights whose replica was lost while no other replica is up.
@@ -105,6 +112,19 @@ class Controller:
         self._num_unfinished = 0
         self._accepting = False
         self._changed = asyncio.Event()
+
+    @property
+    def _intake(self) -> Intake:
+        return self._ready().intake
+
+    @property
+    def _placement(self) -> Placement:
+        return self._ready().placement
+
+    def _ready(self) -> _Service:
+        if self._service is None:
+            raise NoReplicaError("no replica has come yet; they are being started")
+        return self._service
 
     # --- the interface of an engine ---
 
@@ -147,7 +167,12 @@ class Controller:
         """Always 0: the controller gives up a replica whose iteration takes too long."""
         return 0.0
 
-    def stats(self) -> Mapping[str, EngineStats]:
+    @property
+    def replica_set(self) -> Controller:
+        """What the server asks about replicas, and tells them."""
+        return self
+
+    def stats_by_replica(self) -> Mapping[str, EngineStats]:
         """Return the newest statistics of each replica, by its number."""
         return {str(replica.number): replica.stats for replica in self.table.replicas}
 
@@ -241,22 +266,9 @@ class Controller:
 
     def replicas(self) -> list[dict[str, object]]:
         """Return the state of each replica, for people and programs."""
-        now = time.monotonic()
         # A list first, because metrics are read from another thread.
         running = Counter(flight.replica for flight in list(self._flights.values()))
-        return [
-            {
-                "replica": replica.number,
-                "state": replica.state.value,
-                "for_s": round(now - replica.since_s, 1),
-                "pid": None if not replica.is_connected else replica.hello.pid,
-                "host": None if not replica.is_connected else replica.hello.host,
-                "requests": running[replica.number],
-                "routed": replica.num_routed,
-                "lost": replica.num_lost,
-            }
-            for replica in self.table.replicas
-        ]
+        return [replica.describe(running[replica.number]) for replica in self.table.replicas]
 
     async def drain(self, number: int) -> None:
         """Send a replica no more requests; returns when its last request has ended."""
@@ -286,7 +298,7 @@ class Controller:
         """
         replica, watcher = self.table.replicas[number], self._watchers.get(number)
         await self.drain(number)
-        if replica.state is ReplicaState.UP:
+        if replica.is_up:
             raise InvalidRequestError(f"replica {number} was resumed while it drained")
         if replica.is_connected:
             self.table.dismiss(replica, again=True)
@@ -294,7 +306,7 @@ class Controller:
                 await watcher.await_end()
         try:
             async with asyncio.timeout(RESTART_S):
-                while replica.state is not ReplicaState.UP:
+                while not replica.is_up:
                     await self._next_change()
         except TimeoutError:
             raise ReplicaLostError(
@@ -305,22 +317,20 @@ class Controller:
         """Return the numbers of the replicas that take no requests."""
         return {r.number for r in self.table.replicas if r.state is not ReplicaState.UP}
 
-    def _joined(self, replica: Replica) -> None:
-        if self._intake is None:
-            hello = replica.hello
+    def _joined(self, replica: Replica, hello: m.Hello) -> None:
+        if self._service is None:
             model = PerfModel(hello.pieces, margin=hello.margin)
-            self._intake = Intake(
+            intake = Intake(
                 self.config,
                 self.tokenizer,
                 max_model_len=hello.max_model_len,
                 vocab_size=hello.vocab_size,
                 clock=time.monotonic,
             )
-            self._intake.perf_model = model
-            self._placement = Placement(
-                make_router(self._settings.router, len(self.table.replicas), model),
-                make_length_estimator(self.config.length_estimator),
-            )
+            intake.perf_model = model
+            router = make_router(self._settings.router, len(self.table.replicas), model)
+            lengths = make_length_estimator(self.config.length_estimator)
+            self._service = _Service(intake, Placement(router, lengths))
         self._placement.joined(replica)
         self._land_grounded()
         self._tell_change()
@@ -419,10 +429,9 @@ class Controller:
 
         Either all outputs of a request are refused or none, so the client is told all or nothing.
         """
-        if flight.has_begun:
+        if flight.has_begun or flight.replica is None:
             return False
-        number = flight.replica
-        other = self._better_than(flight, number)
+        other = self._better_than(flight, flight.replica)
         if other is None:
             return False
         self._hop(flight, other)

@@ -68,4 +68,5 @@ class Placement:
         request, seq = flight.request, flight.sequence
         seq.token_ids = [*request.prompt_token_ids, *flight.outputs[index].token_ids]
         self._lengths.finished(seq)
-        self._prefixes.note(flight.replica, chunks_of(seq.token_ids, request.cache_salt))
+        if flight.replica is not None:
+            self._prefixes.note(flight.replica, chunks_of(seq.token_ids, request.cache_salt))

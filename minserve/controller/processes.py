@@ -44,8 +44,14 @@ class Watcher:
     @property
     def pid(self) -> int | None:
         """The process's id; ``None`` while no process runs."""
-        running = self._process is not None and self._process.returncode is None
-        return self._process.pid if running else None
+        running = self._running
+        return None if running is None else running.pid
+
+    @property
+    def _running(self) -> asyncio.subprocess.Process | None:
+        """The process, while it runs."""
+        process = self._process
+        return process if process is not None and process.returncode is None else None
 
     async def run(self, has_served: Callable[[], bool]) -> None:
         """Start the process, and again whenever it ends, until `stop` or until it ends with code 0.
@@ -94,15 +100,18 @@ class Watcher:
 
     def kill(self) -> None:
         """Kill the process at once; `run` starts it again."""
-        if self.pid is not None:
+        running = self._running
+        if running is not None:
             with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+                running.kill()
 
     async def await_end(self) -> None:
         """Wait for a process that was told to end; kill it after `STOP_S` seconds."""
-        process = self._process
+        running = self._running
+        if running is None:
+            return
         try:
-            await asyncio.wait_for(process.wait(), STOP_S)
+            await asyncio.wait_for(running.wait(), STOP_S)
         except TimeoutError:
             self.kill()
 
@@ -113,10 +122,11 @@ class Watcher:
             patience_s: seconds that it has to end by itself.
         """
         self._stopping = True
-        if self.pid is None:
+        running = self._running
+        if running is None:
             return
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._process.wait(), patience_s)
+            await asyncio.wait_for(running.wait(), patience_s)
         self.kill()
 
 

@@ -14,7 +14,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
@@ -78,6 +78,24 @@ class Replica:
     def is_connected(self) -> bool:
         return self.mailbox is not None
 
+    @property
+    def is_up(self) -> bool:
+        return self.state is ReplicaState.UP
+
+    def describe(self, num_requests: int) -> dict[str, object]:
+        """How it stands, for people and programs; so many requests are with it now."""
+        process = self.hello if self.is_connected else None
+        return {
+            "replica": self.number,
+            "state": self.state.value,
+            "for_s": round(time.monotonic() - self.since_s, 1),
+            "pid": None if process is None else process.pid,
+            "host": None if process is None else process.host,
+            "requests": num_requests,
+            "routed": self.num_routed,
+            "lost": self.num_lost,
+        }
+
     def enter(self, state: ReplicaState) -> None:
         """Enter a state and note the time."""
         self.state, self.since_s = state, time.monotonic()
@@ -106,7 +124,8 @@ class ReplicaTable:
 
     Args:
         patience_s: seconds of silence after which a replica is given up.
-        joined: called on the loop when a replica may be sent requests.
+        joined: called on the loop when a replica may be sent requests, with what it said of
+            itself.
         told: called on the loop with each message of a connected replica.
         lost: called on the loop when the connection to a replica is lost.
     """
@@ -117,20 +136,18 @@ class ReplicaTable:
         num_replicas: int,
         patience_s: float,
         *,
-        joined: Callable[[Replica], None],
-        told: Callable[[Replica, m.Message], None],
+        joined: Callable[[Replica, m.Hello], None],
+        told: Callable[[Replica, m.News | m.Stats | m.Withdrawn], None],
         lost: Callable[[Replica, Exception], None],
     ) -> None:
         self.replicas = [Replica(number) for number in range(num_replicas)]
         self._rendezvous, self._patience_s = rendezvous, patience_s
         self._joined, self._told, self._lost = joined, told, lost
         self._identity: m.Identity | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
         """Begin to connect replicas as they register."""
-        self._loop = asyncio.get_running_loop()
         self._run(self._watch())
 
     def open_to_others(self) -> None:
@@ -171,8 +188,8 @@ class ReplicaTable:
         replica.enter(ReplicaState.STARTING)
         self._lost(replica, error)
 
-    def _run(self, work) -> None:
-        task = self._loop.create_task(work)
+    def _run(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -251,7 +268,7 @@ class ReplicaTable:
             if is_current():
                 self.give_up(replica, error)
 
-        call = self._loop.call_soon_threadsafe
+        call = asyncio.get_running_loop().call_soon_threadsafe
         mailbox = Mailbox(
             channel,
             lambda data: call(on_loop, m.decode(data)),
@@ -266,7 +283,7 @@ class ReplicaTable:
         mailbox.start()
         replica.enter(ReplicaState.UP)
         log.info("replica %d is up (process %d on %s)", replica.number, hello.pid, hello.host)
-        self._joined(replica)
+        self._joined(replica, hello)
 
     def _hear(self, replica: Replica, message: m.Message) -> None:
         match message:

@@ -128,6 +128,8 @@ class EngineBase:
 
     def unattainable_classes(self) -> str:
         """A table of the SLO classes that not even a lone request would be kept; often empty."""
+        if self.perf_model is None:
+            return ""
         num_tokens = min(TYPICAL_TOKENS, self.max_model_len)
         misses = lone_request_misses(self.slo_classes, self.perf_model, num_tokens)
         return describe_misses(misses, num_tokens)
@@ -194,8 +196,10 @@ class EngineBase:
 
     def _publish_profile(self, profile: Profile) -> None:
         """Plan by a better profile from now on."""
-        self._core.planner.model = self._core.planner.model.refined(profile.new_model())
-        if self._refinement.completeness == 1.0:
+        planner = self._core.planner
+        assert planner.model is not None, "what is refined was measured before"
+        planner.model = planner.model.refined(profile.new_model())
+        if self._refinement is not None and self._refinement.completeness == 1.0:
             log.info(
                 "the device's profile is full now: %d batches, R2 %.3f, mean error %.1f%%, "
                 "margin %.2f",

@@ -282,9 +282,8 @@ class BlockPool:
         """The free block to hand out: the neighbour behind a block where that is blank, since a
         sequence whose blocks lie side by side is read without being gathered.
         """
-        neighbour = None if behind is None else behind + 1
-        if neighbour in self._free and self._entry_of[neighbour] is None:
-            return neighbour
+        if behind is not None and behind + 1 in self._free and self._entry_of[behind + 1] is None:
+            return behind + 1
         return next(iter(self._free))
 
     def _acquire(self, block: int) -> None:

@@ -25,7 +25,7 @@ from minserve.engine.detokenizer import IncrementalDetokenizer
 from minserve.engine.live_output import NO_HISTORY, History, LiveOutput
 from minserve.engine.lookahead import PlanAhead, confirm, project
 from minserve.engine.proposer import DraftRequest, Proposer
-from minserve.engine.runner import ModelRunner, RunResult, Scheduled
+from minserve.engine.runner import Runner, RunResult, Scheduled
 from minserve.engine.stats import EngineStats
 from minserve.engine.verification import Proposal, SampledToken, Verified
 from minserve.errors import (
@@ -38,7 +38,7 @@ from minserve.errors import (
 from minserve.outputs import OutputDelta
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.plan_check import faults_of
-from minserve.planner.policies import Planner
+from minserve.planner.policies.base import Planner
 from minserve.request import FinishReason, RequestEvent, Sequence, SequenceState, by_rank
 from minserve.slo import Standing
 
@@ -69,7 +69,7 @@ class EngineCore:
 
     def __init__(
         self,
-        runner: ModelRunner,
+        runner: Runner,
         pool: BlockPool,
         planner: Planner,
         *,

@@ -138,11 +138,11 @@ def _high_word(x: np.ndarray) -> np.ndarray:
     return a_high * x_high + (middle >> half) + (other >> half)
 
 
-def index_of(rows: SequenceOf[int], like: Tensor) -> Tensor:
+def index_of(rows: SequenceOf[int] | SequenceOf[SequenceOf[int]], like: Tensor) -> Tensor:
     return to_device(rows, torch.long, like.device)
 
 
-def column(values: list[float], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def column(values: SequenceOf[float], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """One number per row, ``[rows, 1]``."""
     return to_device(values, dtype, like.device).unsqueeze(1)
 

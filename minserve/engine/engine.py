@@ -14,9 +14,9 @@ from typing import Any
 from tqdm import tqdm
 
 from minserve.config import DEFAULT_MODEL
-from minserve.engine.base import PROBE_S, EngineBase, Prompt, Submission
+from minserve.engine.base import PROBE_S, EngineBase, Submission
 from minserve.engine.core import IDLE_S
-from minserve.engine.intake import check_room
+from minserve.engine.intake import Prompt, check_room
 from minserve.engine.stats import EngineStats
 from minserve.errors import (
     EngineStoppedError,
@@ -191,7 +191,6 @@ class AsyncEngine(EngineBase):
         self._submitted_s = time.monotonic()
         self._inbox: deque[tuple[str, Any]] = deque()
         self._wake = threading.Condition()
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -225,6 +224,15 @@ class AsyncEngine(EngineBase):
         """
         return self._stats
 
+    @property
+    def replica_set(self) -> None:
+        """``None``: there is this engine alone."""
+        return None
+
+    def stats_by_replica(self) -> Mapping[str, EngineStats]:
+        """`stats` under the number 0, for callers that serve several engines as well as one."""
+        return {"0": self._stats}
+
     async def start(self) -> None:
         """Start the core's thread. Does nothing if it runs.
 
@@ -235,8 +243,10 @@ class AsyncEngine(EngineBase):
         if self.perf_model is None:
             await asyncio.to_thread(self.profile, PROBE_S)
         self._stats = self._core.snapshot()
-        self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._run, name="minserve-core", daemon=True)
+        loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(
+            target=self._run, args=(loop,), name="minserve-core", daemon=True
+        )
         self._thread.start()
         self._accepting = True
 
@@ -319,16 +329,16 @@ class AsyncEngine(EngineBase):
             self._inbox.append((verb, what))
             self._wake.notify()
 
-    def _run(self) -> None:
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         """The core's thread. Should the core itself break, every request hears of it."""
         try:
-            self._serve()
+            self._serve(loop)
             self.keep_profile()
         except Exception as error:
             log.exception("the engine core is broken; restart the process")
-            self._loop.call_soon_threadsafe(self._fail_all, self._core.take_untold(), error)
+            loop.call_soon_threadsafe(self._fail_all, self._core.take_untold(), error)
 
-    def _serve(self) -> None:
+    def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
         """Take in news, step, publish, until told to stop."""
         stop = False
         while not stop:
@@ -341,7 +351,7 @@ class AsyncEngine(EngineBase):
                 # A whole one in place of the last, so that readers need no lock.
                 self._stats = self._core.snapshot()
                 if deltas:
-                    self._loop.call_soon_threadsafe(self._publish, deltas)
+                    loop.call_soon_threadsafe(self._publish, deltas)
 
     def _wait(self) -> None:
         """Until there is something to do. In the meantime the pool's books are checked, and a

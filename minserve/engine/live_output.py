@@ -76,7 +76,7 @@ class LiveOutput:
             seq.progress.end_stage()
         if stop is not None:
             return text, End(FinishReason.STOP, stop)
-        if seq.num_output_tokens >= seq.request.params.max_tokens:
+        if seq.num_output_tokens >= seq.request.max_tokens:
             return text, End(FinishReason.LENGTH)
         return text, None
 

@@ -86,7 +86,7 @@ def project(view: PlannerView, batch: Iterable[Scheduled], at: float) -> Planner
         drafts = _ProjectedSpeculation(view.speculation, {s.seq_id: s for s in view.running})
     return replace(
         view,
-        running=[s for s in running if s.num_output_tokens < s.request.params.max_tokens],
+        running=[s for s in running if s.num_output_tokens < s.request.max_tokens],
         speculation=drafts,
     )
 
@@ -113,7 +113,7 @@ def confirm(ahead: PlanAhead, view: PlannerView, now: float) -> IterationPlan | 
         return None
     if len(live) < len(ahead.seen):
         plan = plan.only(live)
-    if plan.speculation or plan.catch_up:
+    if view.speculation is not None and (plan.speculation or plan.catch_up):
         plan = _with_possible_drafts(plan, live, view.speculation)
     if not plan.num_scheduled_tokens or not _fits(plan, ahead.starts, live, view.memory):
         return None
@@ -127,7 +127,7 @@ def _with_possible_drafts(
     scheduled, speculation = dict(plan.num_scheduled_tokens), {}
     for seq_id, planned in plan.speculation.items():
         seq = live[seq_id]
-        left = seq.request.params.max_tokens - seq.num_output_tokens - 1
+        left = seq.request.max_tokens - seq.num_output_tokens - 1
         length = max(0, min(planned, left, proposer.limit(seq)))
         scheduled[seq_id] -= planned - length
         if length:

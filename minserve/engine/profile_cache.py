@@ -20,7 +20,7 @@ import torch
 
 from minserve.cpu_name import cpu_name
 from minserve.engine.core import EngineCore
-from minserve.engine.runner import ModelRunner
+from minserve.engine.runner import ModelRunner, model_runner
 from minserve.machine import Machine
 from minserve.planner.perf_fit import FitQuality, ProfileSample, undisturbed
 from minserve.planner.perf_model import BatchShape, PerfModel
@@ -144,7 +144,7 @@ def profile_key(core: EngineCore, model_name: str) -> ProfileKey:
     """The key of a loaded model on its device. Names alone do not tell models apart, so
     family and shape go in with them.
     """
-    runner = core.runner
+    runner = model_runner(core.runner)
     shape = runner.model.shape
     family = type(runner.model).__name__
     numbers = (

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import islice, product
 
 from minserve.engine.core import EngineCore
+from minserve.engine.runner import model_runner
 from minserve.planner.eager import is_eager
 from minserve.planner.perf_model import BatchShape
 
@@ -80,7 +81,7 @@ class CoreLimits:
             min(core.max_model_len, pool.num_blocks * pool.block_size),
             pool.num_blocks,
             pool.block_size,
-            graphs=core.runner.graphs is not None,
+            graphs=model_runner(core.runner).graphs is not None,
         )
 
     def blocks(self, num_tokens: int) -> int:

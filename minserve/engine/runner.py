@@ -6,7 +6,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ from minserve.engine.paged_model import PagedModel
 from minserve.engine.sampler import Sampler
 from minserve.engine.thread_count import ThreadCount
 from minserve.engine.verification import PendingTokens, Proposal, Verified
-from minserve.errors import GenerationError
+from minserve.errors import ConfigError, GenerationError
+from minserve.kernels.attention import AttentionBackend, LayerKV
+from minserve.models.base import CausalLM
 from minserve.outputs import TokenLogprob
 from minserve.request import Sequence
 
@@ -72,6 +74,27 @@ class RunResult:
 
     sampled: Verified | GenerationError | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+class RunningBatch(Protocol):
+    """A batch that was handed to a device."""
+
+    def results(self) -> dict[str, RunResult]:
+        """Wait for the end of the batch; what it gave, by sequence id."""
+
+
+class Runner(Protocol):
+    """What an `EngineCore` runs batches on: a model (`ModelRunner`), or a simulated device."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def is_lost(self) -> bool:
+        """True where the device runs nothing any more."""
+
+    def launch(self, batch: SequenceOf[Scheduled]) -> RunningBatch:
+        """Hand a batch to the device. Changes no sequence."""
 
 
 class _PromptRows(NamedTuple):
@@ -134,14 +157,23 @@ class ModelRunner(PagedModel):
         threads: chooses those of a pass on a CPU; ``None`` leaves torch's as they are.
     """
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(
+        self,
+        model: CausalLM,
+        backend: AttentionBackend,
+        kv: SequenceOf[LayerKV],
+        block_size: int,
+        device: torch.device,
+    ) -> None:
+        super().__init__(model, backend, kv, block_size, device)
         self.sampler = Sampler(fused=self.backend.in_triton)
         self.threads: ThreadCount | None = None
 
-    def dry_run(self, *args: int, **kwargs: int) -> None:
+    def dry_run(
+        self, num_tokens: int, longest: int, num_seqs: int = 1, max_queries: int = 1
+    ) -> None:
         """As of `PagedModel`, and what draws compile."""
-        super().dry_run(*args, **kwargs)
+        super().dry_run(num_tokens, longest, num_seqs, max_queries)
         self.sampler.warm_up(self.device)
 
     def run(self, batch: SequenceOf[Scheduled]) -> dict[str, RunResult]:
@@ -196,6 +228,17 @@ class ModelRunner(PagedModel):
                 self.model.logits(rows.hidden[some]), rows.token_ids[some], rows.num_top
             )
         return found
+
+
+def model_runner(runner: Runner) -> ModelRunner:
+    """The runner, for work that needs the model itself.
+
+    Raises:
+        ConfigError: where the device is simulated.
+    """
+    if not isinstance(runner, ModelRunner):
+        raise ConfigError("a simulated device has no model to run")
+    return runner
 
 
 def _prompt_rows(item: Scheduled, hidden: Tensor) -> _PromptRows | None:

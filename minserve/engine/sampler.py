@@ -116,11 +116,12 @@ class Sampler:
         by_chance = [one is not None and one.probabilities is not None for one in proposals]
         # These come last, so that either kind has adjacent rows.
         order = sorted(range(len(seqs)), key=by_chance.__getitem__)
-        drawn = [proposals[i] for i in order if by_chance[i]]
+        drawn = [one for i in order if by_chance[i] and (one := proposals[i]) is not None]
         rows: list[SamplingRow] = []
         spans = []
         for i in order:
-            drafted = () if proposals[i] is None else proposals[i].token_ids
+            proposal = proposals[i]
+            drafted = () if proposal is None else proposal.token_ids
             spans.append(Span(i, seqs[i], drafted, len(rows)))
             rows += [SamplingRow(seqs[i], drafted[:num]) for num in range(len(drafted) + 1)]
         if order != sorted(order):

@@ -53,6 +53,12 @@ class Proposal:
     token_ids: tuple[int, ...]
     probabilities: tuple[Tensor, ...] | None = None
 
+    @property
+    def drawn_from(self) -> tuple[Tensor, ...]:
+        """The ``probabilities`` of tokens that were drafted by chance."""
+        assert self.probabilities is not None, "they were not drafted by chance"
+        return self.probabilities
+
 
 @dataclass(frozen=True, slots=True)
 class Verified:
@@ -147,16 +153,17 @@ class PendingTokens:
                 host[self._num_chosen :],
             )
             logprobs = dict(zip(self._num_top, found, strict=True))
-        results: list[Verified | GenerationError] = [None] * len(tokens)
-        for span, own in zip(self._spans, tokens, strict=True):
-            results[span.place] = _verified(span, own, logprobs)
-        return results
+        by_place = {
+            span.place: _verified(span, own, logprobs)
+            for span, own in zip(self._spans, tokens, strict=True)
+        }
+        return [by_place[place] for place in range(len(tokens))]
 
     def _tokens(self, ids: Tensor, nums_accepted: Tensor | None = None) -> list[list[int]]:
         """Of each span, the accepted drafts and the target's choice behind them."""
         chosen = ids.tolist()
         by_chance = [] if nums_accepted is None else nums_accepted.tolist()
-        nums = [None] * (len(self._spans) - len(by_chance)) + by_chance
+        nums: list[int | None] = [None] * (len(self._spans) - len(by_chance)) + by_chance
         tokens = []
         for span, num in zip(self._spans, nums, strict=True):
             own = chosen[span.first : span.first + len(span.drafted) + 1]
@@ -243,9 +250,11 @@ def _nums_accepted(
             token from its start on, and one more.
     """
     drafted = [
-        (start + place, token, proposal.probabilities[place][token])
+        (start + place, token, probabilities[token])
         for start, proposal in zip(starts, proposals, strict=True)
-        for place, token in enumerate(proposal.token_ids)
+        for place, (token, probabilities) in enumerate(
+            zip(proposal.token_ids, proposal.drawn_from, strict=True)
+        )
     ]
     places, tokens, by_draft = zip(*drafted, strict=True)
     index = index_of(places, p)
@@ -276,14 +285,14 @@ def _at_ends(
     streams = [s for one in proposals for s in (*[RESIDUAL] * len(one.token_ids), CHOICE)]
     if transfers.runs_behind(p.device):
         nothing = p.new_zeros(p.shape[1])  # is drafted behind the last token
-        q = [own for one in proposals for own in (*one.probabilities, nothing)]
+        q = [own for one in proposals for own in (*one.drawn_from, nothing)]
         finals = _residual(p[ends], torch.stack(q)[ends])
         return finals, column(uniforms(rows, streams), p, torch.float64)[ends]
     finals, at = p[ends], ends.tolist()
     start = 0
     for place, (proposal, end) in enumerate(zip(proposals, at, strict=True)):
         if end < start + len(proposal.token_ids):
-            finals[place] = _residual(finals[place], proposal.probabilities[end - start])
+            finals[place] = _residual(finals[place], proposal.drawn_from[end - start])
         start += len(proposal.token_ids) + 1
     draws = uniforms([rows[row] for row in at], [streams[row] for row in at])
     return finals, column(draws, p, torch.float64)

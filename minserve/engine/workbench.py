@@ -18,7 +18,7 @@ import torch
 from minserve.engine.core import EngineCore
 from minserve.engine.profile_design import DRAFT_CONTEXT, ProfileBatch
 from minserve.engine.proposer import DraftRequest
-from minserve.engine.runner import Scheduled
+from minserve.engine.runner import Scheduled, model_runner
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
 
@@ -35,9 +35,10 @@ class Workbench:
 
     def __init__(self, core: EngineCore, seed: int, params: SamplingParams | None = None) -> None:
         self._core = core
+        self._runner = model_runner(core.runner)
         self._params = params or SamplingParams()
         self._rng = random.Random(seed)
-        self._vocab = range(core.runner.model.shape.vocab_size)
+        self._vocab = range(self._runner.model.shape.vocab_size)
         self._ids = count()
         self._written: set[int] = set()
 
@@ -47,7 +48,7 @@ class Workbench:
             self._write_kv(scheduled)
             self._synchronize()
             started = time.perf_counter()
-            self._core.runner.run(scheduled)
+            self._runner.run(scheduled)
             self._synchronize()
             return time.perf_counter() - started
 
@@ -62,7 +63,9 @@ class Workbench:
         """Seconds of drafting, by forward passes and tokens run: behind contexts whose draft KV
         is missing, and then behind the same with it.
         """
-        proposer, times = self._core.proposer, {}
+        proposer = self._core.proposer
+        assert proposer is not None, "only who drafts is timed"
+        times: dict[tuple[int, int], list[float]] = {}
         for _ in range(DRAFT_REPEATS):
             with self._scheduled(ProfileBatch(decodes=(DRAFT_CONTEXT,) * num_seqs)) as scheduled:
                 wanted = [DraftRequest(item.seq, num_steps) for item in scheduled]
@@ -128,13 +131,13 @@ class Workbench:
         now = sorted(blocks)[:most]
         if now:
             self._written.update(now)
-            for kv in self._core.runner.kv:
+            for kv in self._runner.kv:
                 for part in (kv.key, kv.value):
                     noise = torch.randn(part.shape[1:], device=part.device)
                     part[now] = noise.to(part.dtype)
         return len(now) == len(blocks)
 
     def _synchronize(self) -> None:
-        device = self._core.runner.device
+        device = self._runner.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)

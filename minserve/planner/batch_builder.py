@@ -97,7 +97,7 @@ class BatchBuilder:
         proposer = self.view.speculation
         if proposer is not None:
             for seq in scheduled:
-                left = seq.request.params.max_tokens - seq.num_output_tokens - 1
+                left = seq.request.max_tokens - seq.num_output_tokens - 1
                 self.speculate(seq, min(proposer.limit(seq), left))
 
     def speculate(self, seq: Sequence, num_tokens: int) -> int:

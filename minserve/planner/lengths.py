@@ -28,7 +28,7 @@ class LengthEstimator(ABC):
         """Tokens that the output will still have: at least 1, within ``max_tokens``."""
         request = seq.request
         done = len(seq.token_ids) - len(request.prompt_token_ids)
-        left = min(self._total(seq), request.params.max_tokens) - done
+        left = min(self._total(seq), request.max_tokens) - done
         return left if left > 1 else 1
 
     @abstractmethod
@@ -43,7 +43,7 @@ class BoundLengths(LengthEstimator):
     """Every output is as long as it may be: ``max_tokens``."""
 
     def _total(self, seq: Sequence) -> int:
-        return seq.request.params.max_tokens
+        return seq.request.max_tokens
 
 
 class OracleLengths(LengthEstimator):

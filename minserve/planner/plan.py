@@ -124,8 +124,11 @@ class CachedPrefix:
 class MemoryView(Protocol):
     """What a planner may know of the block pool."""
 
-    block_size: int
-    num_blocks: int
+    @property
+    def block_size(self) -> int: ...
+
+    @property
+    def num_blocks(self) -> int: ...
 
     @property
     def num_free_blocks(self) -> int:
@@ -144,7 +147,9 @@ class MemoryView(Protocol):
 class SpeculationView(Protocol):
     """What a planner may know of who drafts."""
 
-    max_tokens: int
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens drafted for a sequence in one iteration."""
 
     def limit(self, seq: Sequence) -> int:
         """How many tokens can be drafted for a decoding sequence now."""

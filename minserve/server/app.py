@@ -18,6 +18,7 @@ from aiohttp import web
 from minserve.config import ServerConfig
 from minserve.errors import EngineStoppedError, InvalidRequestError
 from minserve.server.body import read_object
+from minserve.server.engine_face import EngineFace, ReplicaSet
 from minserve.server.errors import HttpError, error_response, to_http_error, unavailable
 from minserve.server.generation import streamed_response, whole_response
 from minserve.server.metrics import CONTENT_TYPE, create_registry, render
@@ -34,8 +35,6 @@ from minserve.server.slo_http import read_slo
 from minserve.server.sse import dump_json
 
 if TYPE_CHECKING:
-    from minserve.controller.controller import Controller
-    from minserve.engine.engine import AsyncEngine
     from minserve.engine.tokenizer import Tokenizer
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -56,7 +55,7 @@ class Server:
         engine: a started engine; ``None`` while it is still loading, and set later.
     """
 
-    def __init__(self, config: ServerConfig, engine: AsyncEngine | None = None) -> None:
+    def __init__(self, config: ServerConfig, engine: EngineFace | None = None) -> None:
         self.config = config
         self.engine = engine
         self.draining = False
@@ -113,8 +112,8 @@ class Server:
                 f"no iteration has ended for {engine.iteration_s:.0f} s although there is work"
             )
         body: dict[str, Any] = {"status": "ok", "unfinished": engine.num_unfinished}
-        if hasattr(engine, "replicas"):
-            body["replicas"] = Counter(one["state"] for one in engine.replicas())
+        if engine.replica_set is not None:
+            body["replicas"] = Counter(one["state"] for one in engine.replica_set.replicas())
         return _json(body)
 
     async def metrics(self, request: web.Request) -> web.Response:
@@ -174,20 +173,20 @@ class Server:
 
     async def replicas(self, request: web.Request) -> web.Response:
         """Answer with the state of each replica."""
-        return _json({"replicas": self._controller(request).replicas()})
+        return _json({"replicas": self._replica_set(request).replicas()})
 
     async def control(self, request: web.Request) -> web.Response:
         """Drain, resume or restart a replica, and answer when that is done."""
-        controller = self._controller(request)
+        replicas = self._replica_set(request)
         number, verb = int(request.match_info["number"]), request.match_info["verb"]
-        if number >= len(controller.replicas()):
+        if number >= len(replicas.replicas()):
             raise HttpError(404, f"there is no replica {number}", code="no_such_replica")
         await {
-            "drain": controller.drain,
-            "resume": controller.resume,
-            "restart": controller.restart,
+            "drain": replicas.drain,
+            "resume": replicas.resume,
+            "restart": replicas.restart,
         }[verb](number)
-        return _json({"replicas": controller.replicas()})
+        return _json({"replicas": replicas.replicas()})
 
     # --- what the endpoints share ---
 
@@ -219,30 +218,30 @@ class Server:
             for handle in handles:
                 handle.abort()
 
-    def _controller(self, request: web.Request) -> Controller:
-        """Return the controller of several replicas, for a client that may give it orders.
+    def _replica_set(self, request: web.Request) -> ReplicaSet:
+        """Return the engine's replicas, for a client that may give them orders.
 
         Raises:
             HttpError: 404 without replicas; 403 for a client on another machine without an API key.
         """
-        engine = self._loaded_engine()
-        if not hasattr(engine, "replicas"):
+        replicas = self._loaded_engine().replica_set
+        if replicas is None:
             raise HttpError(404, "this server has no replicas; start it with --replicas")
         # Without a key, any user of this machine may give orders.
         if self.config.api_key is None and request.remote not in LOOPBACK:
             raise HttpError(403, "without an API key, replicas are controlled from this machine")
-        return engine
+        return replicas
 
     @property
     def _model_name(self) -> str:
         return self.config.served_model_name or self._loaded_engine().model_name
 
-    def _loaded_engine(self) -> AsyncEngine:
+    def _loaded_engine(self) -> EngineFace:
         if self.engine is None:
             raise unavailable("the model is still loading")
         return self.engine
 
-    def _ready_engine(self) -> AsyncEngine:
+    def _ready_engine(self) -> EngineFace:
         if self.draining:
             raise EngineStoppedError("the server is shutting down")
         return self._loaded_engine()
@@ -297,13 +296,13 @@ async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamRe
         return error_response(to_http_error(error))
 
 
-def _require_tokenizer(engine: AsyncEngine) -> Tokenizer:
+def _require_tokenizer(engine: EngineFace) -> Tokenizer:
     if engine.tokenizer is None:
         raise InvalidRequestError("this model has no tokenizer; send token ids")
     return engine.tokenizer
 
 
-def _require_chat_template(engine: AsyncEngine) -> None:
+def _require_chat_template(engine: EngineFace) -> None:
     if engine.tokenizer is None or not engine.tokenizer.has_chat_template:
         raise InvalidRequestError(
             "this model has no chat template; use /v1/completions", "messages"

@@ -7,25 +7,23 @@ No function here aborts a handle. The function that submitted the handles aborts
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aiohttp import web
 
 from minserve.errors import EngineStoppedError, GenerationError
 from minserve.outputs import OutputDelta
 from minserve.request import FinishReason
+from minserve.server.engine_face import Handle
 from minserve.server.errors import error_body, to_http_error
 from minserve.server.protocol import GenerationCall
 from minserve.server.responses import Reply
 from minserve.server.sse import EventStream, dump_json
 
-if TYPE_CHECKING:
-    from minserve.engine.engine import RequestHandle
 
-
-async def whole_response(reply: Reply, handles: Sequence[RequestHandle]) -> web.Response:
+async def whole_response(reply: Reply, handles: Sequence[Handle]) -> web.Response:
     """Wait for every output and return one response with all of them.
 
     Raises:
@@ -42,7 +40,7 @@ async def streamed_response(
     request: web.Request,
     call: GenerationCall,
     reply: Reply,
-    handles: Sequence[RequestHandle],
+    handles: Sequence[Handle],
     *,
     refusable: bool = False,
 ) -> web.StreamResponse:
@@ -86,7 +84,7 @@ async def streamed_response(
     return events.response
 
 
-async def merged(handles: Sequence[RequestHandle]) -> AsyncIterator[tuple[int, OutputDelta]]:
+async def merged(handles: Sequence[Handle]) -> AsyncGenerator[tuple[int, OutputDelta], None]:
     """Yield the deltas of several handles as they come, each with the position of its handle.
 
     Raises:
@@ -117,7 +115,7 @@ async def merged(handles: Sequence[RequestHandle]) -> AsyncIterator[tuple[int, O
 
 async def _pump(
     position: int,
-    handle: RequestHandle,
+    handle: Handle,
     arrived: asyncio.Queue[tuple[int, OutputDelta] | Exception | None],
 ) -> None:
     try:

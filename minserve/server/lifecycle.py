@@ -17,16 +17,14 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from aiohttp import web
 
 from minserve.config import ServerConfig
 from minserve.errors import ConfigError
 from minserve.server.app import Server
-
-if TYPE_CHECKING:
-    from minserve.engine.engine import AsyncEngine
+from minserve.server.engine_face import EngineFace
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +72,8 @@ def bind_socket(host: str, port: int) -> socket.socket:
 async def serve(
     sock: socket.socket,
     config: ServerConfig,
-    load_engine: Callable[[], AsyncEngine],
-    announce: Callable[[AsyncEngine, str], None],
+    load_engine: Callable[[], EngineFace],
+    announce: Callable[[EngineFace, str], None],
 ) -> int:
     """Serve until a signal comes.
 

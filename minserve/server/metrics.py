@@ -7,7 +7,7 @@ a class; a request without an SLO is in no class), positions up to ``max_specula
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -21,10 +21,9 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from minserve.attainment import Outcome
+from minserve.server.engine_face import EngineFace, ReplicaSet
 
 if TYPE_CHECKING:
-    from minserve.controller.controller import Controller
-    from minserve.engine.engine import AsyncEngine
     from minserve.engine.stats import EngineStats, Histogram
 
 PREFIX = "minserve:"
@@ -38,23 +37,21 @@ class EngineCollector(Collector):
         find_engine: returns the engine to ask; raises while there is none.
     """
 
-    def __init__(self, find_engine: Callable[[], AsyncEngine]) -> None:
+    def __init__(self, find_engine: Callable[[], EngineFace]) -> None:
         self._find_engine = find_engine
 
     def collect(self) -> Iterator[Metric]:
         """Yield all metrics, all of the same moment."""
         engine = self._find_engine()
-        stats, most = engine.stats(), engine.config.max_speculation
+        replicas, most = engine.replica_set, engine.config.max_speculation
         yield GaugeMetricFamily(
             PREFIX + "num_requests_unfinished",
             "Outputs that clients wait for, wherever they are.",
             engine.num_unfinished,
         )
-        if not isinstance(stats, Mapping):
-            yield from _families(stats, most)
-            return
         merged: dict[str, Metric] = {}
-        for replica, own in stats.items():
+        for replica, own in engine.stats_by_replica().items():
+            labels = {} if replicas is None else {"replica": replica}
             for family in _families(own, most):
                 merged.setdefault(family.name, family)
                 if merged[family.name] is family:
@@ -62,11 +59,11 @@ class EngineCollector(Collector):
                 else:
                     samples = family.samples
                 merged[family.name].samples += [
-                    sample._replace(labels={**sample.labels, "replica": replica})
-                    for sample in samples
+                    sample._replace(labels={**sample.labels, **labels}) for sample in samples
                 ]
         yield from merged.values()
-        yield from _replicas(engine)
+        if replicas is not None:
+            yield from _replicas(replicas)
 
 
 def _families(stats: EngineStats, max_speculation: int) -> Iterator[Metric]:
@@ -79,8 +76,8 @@ def _families(stats: EngineStats, max_speculation: int) -> Iterator[Metric]:
     yield from _iteration_histograms(stats)
 
 
-def _replicas(controller: Controller) -> Iterator[Metric]:
-    """Yield what a controller counts in addition to the counts of its replicas."""
+def _replicas(replicas: ReplicaSet) -> Iterator[Metric]:
+    """Yield what a replicas counts in addition to the counts of its replicas."""
     up = GaugeMetricFamily(
         PREFIX + "replica_up", "1 while the replica takes requests.", labels=("replica",)
     )
@@ -90,7 +87,7 @@ def _replicas(controller: Controller) -> Iterator[Metric]:
     lost = CounterMetricFamily(
         PREFIX + "replica_losses", "Times that a replica was lost.", labels=("replica",)
     )
-    for replica in controller.replicas():
+    for replica in replicas.replicas():
         name = (str(replica["replica"]),)
         up.add_metric(name, replica["state"] == "up")
         routed.add_metric(name, replica["routed"])
@@ -99,16 +96,16 @@ def _replicas(controller: Controller) -> Iterator[Metric]:
     yield CounterMetricFamily(
         PREFIX + "request_hops",
         "Times that a request was moved on to a replica that may keep its SLO.",
-        controller.routing.num_hops,
+        replicas.routing.num_hops,
     )
     yield CounterMetricFamily(
         PREFIX + "resumed_requests",
         "Times that a request went on elsewhere because its replica was lost.",
-        controller.routing.num_resumed,
+        replicas.routing.num_resumed,
     )
 
 
-def create_registry(find_engine: Callable[[], AsyncEngine]) -> CollectorRegistry:
+def create_registry(find_engine: Callable[[], EngineFace]) -> CollectorRegistry:
     """Return a registry with one engine's metrics and nothing of the process's other registries."""
     registry = CollectorRegistry()
     registry.register(EngineCollector(find_engine))

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from minserve.attainment import SLOReport, worst_report
 from minserve.outputs import OutputDelta, TokenLogprob, acceptance
+from minserve.server.engine_face import Handle
 from minserve.server.logprobs import LogprobWriter, join_arrays
 from minserve.server.protocol import GenerationCall
 from minserve.server.slo_http import slo_object
 
 if TYPE_CHECKING:
-    from minserve.engine.engine import RequestHandle
     from minserve.engine.tokenizer import Tokenizer
 
 
@@ -40,7 +40,7 @@ class _PromptChoices:
     begins with them. Deltas of other outputs that come earlier wait in ``held``.
     """
 
-    def __init__(self, handle: RequestHandle, call: GenerationCall) -> None:
+    def __init__(self, handle: Handle, call: GenerationCall) -> None:
         self.handle = handle
         self.choices = [_Choice() for _ in range(call.params.n)]
         self.num_output_tokens = 0
@@ -78,7 +78,7 @@ class Reply:
     def __init__(
         self,
         call: GenerationCall,
-        handles: Sequence[RequestHandle],
+        handles: Sequence[Handle],
         model: str,
         tokenizer: Tokenizer | None,
     ) -> None:

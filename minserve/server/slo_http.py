@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minserve.attainment import SLOReport
 from minserve.errors import InvalidSLOError
+from minserve.server.engine_face import EngineFace
 from minserve.slo import SLO
 from minserve.slo_fields import find_class, parse_slo, seconds
-
-if TYPE_CHECKING:
-    from minserve.engine.engine import AsyncEngine
 
 _PREFIXES = ("x-slo-", "x-llm-d-slo-")
 # If both names are given, the later one in this list wins.
@@ -26,7 +24,7 @@ _HEADERS = {
 _NUMBER = re.compile(r"[0-9]{1,12}(\.[0-9]{1,12})?")
 
 
-def read_slo(value: Any, headers: Mapping[str, str], engine: AsyncEngine) -> SLO | None:
+def read_slo(value: Any, headers: Mapping[str, str], engine: EngineFace) -> SLO | None:
     """Return the SLO that a request asks for.
 
     A class name in the body is the whole SLO. Objectives in the body replace the headers'

@@ -63,7 +63,7 @@ def join(controller: Controller, number: int) -> Outbox:
     replica.epoch, replica.num_submitted = replica.epoch + 1, 0
     replica.under_way.clear()
     replica.enter(ReplicaState.UP)
-    controller._joined(replica)
+    controller._joined(replica, replica.hello)
     return outbox
 
 

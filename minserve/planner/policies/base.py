@@ -97,9 +97,10 @@ def _shape(view: PlannerView, plan: IterationPlan) -> BatchShape:
                 chunks.append((cached, scheduled[seq.seq_id]))
                 num_decodes += seq.is_decoding_behind(cached)
     shape = BatchShape.of(chunks, eager=is_eager(len(chunks), num_decodes))
-    if not (plan.speculation or plan.catch_up):
+    drafter = view.speculation
+    if drafter is None or not (plan.speculation or plan.catch_up):
         return shape
-    lags = (view.speculation.lag(s) for s in view.running if s.seq_id in plan.speculation)
+    lags = (drafter.lag(s) for s in view.running if s.seq_id in plan.speculation)
     return replace(
         shape,
         draft_steps=max(plan.speculation.values(), default=1),

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 
 from minserve.planner.budget import PrefillRates
-from minserve.planner.dynamic_program import Admission
 from minserve.planner.outlook import Outlook
 from minserve.planner.policies.dp import DpPlanner
-from minserve.planner.timeline import Candidate, insert_greedily
+from minserve.planner.timeline import Admission, Candidate, insert_greedily
 
 
 class EdfPlanner(DpPlanner):
