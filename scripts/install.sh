@@ -23,9 +23,16 @@ installed_torch() {
   .venv/bin/python -c 'import torch; print(torch.__version__.split("+")[0])' 2>/dev/null
 }
 
+# Use the constraints without these packages, a pattern of grep.
+leave_out() {
+  CONSTRAINTS=.venv/constraints.txt
+  grep -v -E "^($1)==" constraints.txt > "$CONSTRAINTS"
+}
+
 if ! installed_torch >/dev/null; then
   if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
     echo "Installing torch $TORCH_VERSION for CUDA"
+    leave_out triton  # torch for CUDA asks for one exact version of its own
     pip install -c "$CONSTRAINTS" "torch==$TORCH_VERSION"
   elif [ "$(uname -s)" != Linux ]; then
     echo "Installing torch $TORCH_VERSION"
@@ -43,8 +50,9 @@ if ! installed_torch >/dev/null; then
 elif [ "$(installed_torch)" != "$TORCH_VERSION" ]; then
   # Somebody chose it, perhaps for the sake of an older driver. It brings its own triton.
   echo "Keeping torch $(installed_torch); the tests have passed with $TORCH_VERSION"
-  CONSTRAINTS=.venv/constraints.txt
-  grep -v -E '^(torch|triton)==' constraints.txt > "$CONSTRAINTS"
+  leave_out 'torch|triton'
+elif .venv/bin/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then
+  leave_out triton
 fi
 
 echo "Installing minserve and its dependencies"
