@@ -362,15 +362,33 @@ def test_nothing_is_stretched_while_somebody_to_whom_more_is_owed_waits() -> Non
     assert _prefill_beside_best_effort(request("p", 9, 5, 0.0, SLO(ttft=9.0, tpot=1.0))) < 0.15
 
 
-def test_nothing_is_stretched_further_than_those_like_recent_arrivals_can_wait() -> None:
-    hasty = request("hasty", 9, 1, 0.0, SLO(ttft=0.25, tpot=1.0))
+@pytest.mark.parametrize("between", [0, 100], ids=["just now", "behind many without an SLO"])
+def test_nothing_is_stretched_beyond_half_of_what_hasty_arrivals_could_wait(between: int) -> None:
+    # 38 ms alone, so it could have waited for 0.56 s.
+    hasty = request("hasty", 9, 1, 0.0, SLO(ttft=0.6, tpot=1.0))
     replay = replay_of(max_num_seqs=64)
-    replay.run([hasty])
+    replay.run([hasty, *(request(f"b{i}", 4, 1, 0.2, None) for i in range(between))])
     replay.waiting = [request(f"d{i}", 4, 150, replay.now, None) for i in range(30)]
     while not all(seq.is_decoding for seq in replay.running) or replay.waiting:
         replay.step()
     replay.waiting = [request("long", 1000, 5, replay.now, None)]
-    assert 0.15 < replay.step().predicted_s < 0.25
+    assert 0.2 < replay.step().predicted_s < 0.28
+
+
+def test_hasty_requests_amid_others_without_an_slo_are_in_time() -> None:
+    rng, load, at = random.Random(0), [], 6.0
+    load = [request(f"d{i}", rng.randint(30, 120), 150, 0.0, None) for i in range(30)]
+    hasty = [request("first", 30, 10, 6.0, SLO(ttft=0.3, tpot=0.3))]
+    for round_ in range(4):
+        for i in range(70):
+            prompt, output = rng.randint(50, 120), rng.randint(5, 60)
+            load.append(request(f"b{round_}-{i}", prompt, output, at + rng.uniform(0, 9.6), None))
+        at += 12.0
+        for i in range(2):
+            arrival = at + rng.uniform(0, 0.1)
+            hasty.append(request(f"h{round_}-{i}", 30, 10, arrival, SLO(ttft=0.4, tpot=0.3)))
+    replay_of().run(load + hasty, until=at + 8.0)
+    assert all(seq.progress.attained for seq in hasty[1:])
 
 
 def _decodes_far_ahead() -> Replay:

@@ -40,6 +40,9 @@ LONGEST_ITERATION = 5.0
 # take alone: prefills of best effort get three quarters of the time, since large batches cost less
 # per token.
 STRETCH = 4.0
+# Of what the most urgent of remembered arrivals could wait, so that those which come at once with
+# it, and the decodes, find time too.
+SLACK_SHARE = 0.5
 # How long it is remembered that promises held much memory. Longer than outputs take: best
 # effort that starts in a lull should end before the next rush.
 MEMORY_FADE_S = 60.0
@@ -170,7 +173,7 @@ class DpPlanner(Planner):
             )
         held = sum(len(seq.block_table) for _, seq in (*work.decodes, *work.prefills))
         self._promised.see(held, now)
-        limits = self._limits(work, view)
+        limits = self._limits(work, view, now)
         plan = form_batch(view, work, self.model, limits, now, drafting)
         plan.best_effort_waits = any(
             seq.seq_id not in plan.num_scheduled_tokens for seq in work.best_effort
@@ -201,15 +204,15 @@ class DpPlanner(Planner):
         self.acceptance.keep_only(ids)
         if ids != last.seen:
             last.rest = 0
-            self._see_arrivals(view, set(last.seen))
+            self._see_arrivals(view, set(last.seen), now)
         last.seen, last.reviewed_s = ids, now
         return True
 
-    def _see_arrivals(self, view: PlannerView, known: set[str]) -> None:
+    def _see_arrivals(self, view: PlannerView, known: set[str], now: float) -> None:
         """Note who has come since the last round, which knew those ids."""
         for seq in view.waiting:
             if self.model is not None and seq.seq_id not in known:
-                self._arrivals.see(seq, self.model)
+                self._arrivals.see(seq, self.model, now)
 
     def _review(self, view: PlannerView, now: float) -> ReviewResult:
         def cached_tokens(seq: Sequence) -> int:
@@ -290,7 +293,7 @@ class DpPlanner(Planner):
     def _longest_s(self) -> float:
         return LONGEST_ITERATION * (self.model.predict(BatchShape.of([(0, 1)])) + GUARD_S)
 
-    def _limits(self, work: Work, view: PlannerView) -> BatchLimits:
+    def _limits(self, work: Work, view: PlannerView, now: float) -> BatchLimits:
         if self.model is None:
             return BatchLimits(longest_s=math.inf, guard_s=GUARD_S)
         # Saved up until it is worth an iteration: a decode, or a few prefill tokens.
@@ -301,7 +304,7 @@ class DpPlanner(Planner):
         # Where little is promised, little is kept free.
         kept = promised + min(promised, SPARE_MEMORY * memory.num_blocks)
         return BatchLimits(
-            longest_s=max(longest_s, self._unwatched_s(work, view)),
+            longest_s=max(longest_s, self._unwatched_s(work, view, now)),
             guard_s=GUARD_S,
             best_effort_s=min(owed, longest_s / 2) if enough else 0.0,
             spare_blocks=memory.num_blocks - kept,
@@ -310,19 +313,21 @@ class DpPlanner(Planner):
             ),
         )
 
-    def _unwatched_s(self, work: Work, view: PlannerView) -> float:
-        """How long an iteration may last for the sake of those who are still to come; 0 where
-        somebody to whom more may be owed waits for it already.
+    def _unwatched_s(self, work: Work, view: PlannerView, now: float) -> float:
+        """How long an iteration may last for the sake of requests that are still to come; 0 where
+        one to which more may be owed waits for it already.
         """
         decodes = [seq for seq in view.running if seq.is_decoding]
         if not decodes:
-            whole_s = self.model.predict(BatchShape.of([(0, view.token_budget)], eager=True))
+            longest_s = self.model.predict(BatchShape.of([(0, view.token_budget)], eager=True))
+            slack_s = self._arrivals.least_s
         elif work.decodes or work.prefills or work.unpromised:
             return 0.0
         else:
             alone = BatchShape.of([(seq.num_computed_tokens, 1) for seq in decodes])
-            whole_s = STRETCH * self.model.predict(alone)
-        return min(whole_s, self._arrivals.least_s / self.model.bound(1, USUAL_RISK))
+            longest_s = STRETCH * self.model.predict(alone)
+            slack_s = SLACK_SHARE * self._arrivals.least_remembered_s(now) - GUARD_S
+        return min(longest_s, slack_s / self.model.bound(1, USUAL_RISK))
 
 
 def _newly_promised(work: Work, plan: IterationPlan) -> list[str]:
