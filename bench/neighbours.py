@@ -131,8 +131,9 @@ class EngineProcess:
 
 @contextmanager
 def busy_engine(other: EngineProcess) -> Iterator[None]:
-    """Let the other engine decode while the context lasts."""
+    """Let the other engine decode while the context lasts, which begins with its first token."""
     other.send("on")
+    other.hear()
     try:
         yield
     finally:
@@ -176,20 +177,25 @@ def child_busy(args: argparse.Namespace) -> None:
     from minserve import Engine, SamplingParams
 
     engine = Engine(args.model, prefix_caching=False)
-    params = SamplingParams(temperature=0.0, max_tokens=OTHER_TOKENS, ignore_eos=True)
+    num_tokens = min(OTHER_TOKENS, engine.max_model_len // 2)
+    params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
     engine.generate(PROMPT, SamplingParams(temperature=0.0, max_tokens=2))
-    wanted = threading.Event()
-    threading.Thread(target=_obey, args=(wanted,), daemon=True).start()
+    wanted, asked = threading.Event(), threading.Event()
+    threading.Thread(target=_obey, args=(wanted, asked), daemon=True).start()
     _tell("ready")
     while wanted.wait():
         for _ in engine.stream(PROMPT, params):
+            if asked.is_set():
+                asked.clear()
+                _tell("busy")
             if not wanted.is_set():
                 break
 
 
-def _obey(wanted: threading.Event) -> None:
+def _obey(wanted: threading.Event, asked: threading.Event) -> None:
     for line in sys.stdin:
         if line.strip() == "on":
+            asked.set()
             wanted.set()
         else:
             wanted.clear()

@@ -40,9 +40,10 @@ def test_engines_decode_when_told_and_end_with_their_context(tiny_llama_dir: Pat
     args = parse_args(["--model", str(tiny_llama_dir), "--tokens", "3"])
     with ExitStack() as stack:
         lone, other = (EngineProcess(kind, args, {}, stack) for kind in ("timed", "busy"))
-        with busy_engine(other):
+        for _ in range(2):  # it goes on where its model's length ends
+            with busy_engine(other):
+                assert lone.seconds() > 0
             assert lone.seconds() > 0
-        assert lone.seconds() > 0
         pids = [lone.pid, other.pid]
     assert not any(psutil.pid_exists(pid) for pid in pids)
 
