@@ -35,9 +35,9 @@ from tqdm import tqdm
 from minserve.config import EngineConfig
 from minserve.engine.build import load_engine
 from minserve.engine.core import EngineCore
-from minserve.engine.kv_cache import bytes_per_block
-from minserve.engine.profile_design import ProfileBatch
-from minserve.engine.profiler import Workbench, profile_core
+from minserve.engine.device.kv_cache import bytes_per_block
+from minserve.engine.profile.profile_design import ProfileBatch
+from minserve.engine.profile.profiler import Workbench, profile_core
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
 

@@ -33,8 +33,8 @@ OPTIONAL = ("flash_attn", "gguf", "matplotlib", "xdist")
 GPU_TESTS = (
     "tests/minserve_kernels",
     "tests/models/test_fused_layers.py",
-    "tests/engine/test_cuda_graphs.py",
-    "tests/engine/test_launch.py",
+    "tests/engine/device/test_cuda_graphs.py",
+    "tests/engine/device/test_launch.py",
     "tests/engine/test_triton_engine.py",
 )
 TEST_WORKERS = 12

@@ -16,7 +16,7 @@ from offline_measure import OUTPUT, PROMPT
 from paired_servers import Served, ServerVariant, started
 from prompt_texts import with_texts
 
-from minserve.slo import SLO
+from minserve.slo.objectives import SLO
 from minserve.workload.answer import Answer, Ending
 from minserve.workload.arrivals import gamma_arrivals
 from minserve.workload.client import run_load

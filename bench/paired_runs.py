@@ -21,7 +21,7 @@ from slo_servers import await_quiet
 from tqdm import tqdm
 
 from minserve.errors import WorkloadError
-from minserve.slo import SLO
+from minserve.slo.objectives import SLO
 from minserve.workload.client import Load, LoadProgress, run_load
 from minserve.workload.conversation import Conversation, Turn
 from minserve.workload.reference import Reference

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.core import EngineCore
-from minserve.engine.kv_cache import allocate_kv_cache
-from minserve.engine.runner import ModelRunner
+from minserve.engine.device.kv_cache import allocate_kv_cache
+from minserve.engine.device.runner import ModelRunner
 from minserve.kernels.attention import AttentionMetadata, make_attention_backend
 from minserve.models.base import CausalLM
 from minserve.models.layers import WeightPlacement

@@ -25,14 +25,14 @@ from planner_instances import best_by_brute_force, random_instance
 from tqdm import tqdm
 
 from minserve.engine.block_pool import BlockPool
-from minserve.planner.dynamic_program import admit
-from minserve.planner.perf_model import PerfModel, Piece
+from minserve.planner.admission.dynamic_program import admit
+from minserve.planner.admission.timeline import simulate
 from minserve.planner.plan import PlannerView
 from minserve.planner.policies import make_planner
-from minserve.planner.timeline import simulate
+from minserve.planner.predict.perf_model import PerfModel, Piece
 from minserve.request import Request, Sequence, SequenceState
 from minserve.sampling_params import SamplingParams
-from minserve.slo import SLO, Standing
+from minserve.slo.objectives import SLO, Standing
 from minserve.workload.report import percentile
 
 A100 = (Piece(tokens=6.878e-5, base=0.0248), Piece(tokens=7.523e-5, base=0.003033))

@@ -1,7 +1,7 @@
 """Small random admission instances, and a slow twin of the program, which tries every subset.
 
 The twin is written from the definition, not from the program: it uses only the data types of
-`minserve.planner.dynamic_program` and `minserve.planner.timeline`.
+`minserve.planner.admission.dynamic_program` and `minserve.planner.admission.timeline`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from itertools import combinations
 
 import numpy as np
 
-from minserve.planner.budget import PrefillRates
-from minserve.planner.outlook import Outlook, Tier
-from minserve.planner.perf_model import PerfModel, Piece
-from minserve.planner.timeline import Candidate
+from minserve.planner.admission.outlook import Outlook, Tier
+from minserve.planner.admission.prefill_rates import PrefillRates
+from minserve.planner.admission.timeline import Candidate
+from minserve.planner.predict.perf_model import PerfModel, Piece
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from tqdm import tqdm
 from minserve.controller.prefixes import PrefixMap, chunks_of
 from minserve.controller.router import Ask, make_router
 from minserve.devices import find_device
-from minserve.planner.perf_model import PerfModel, Piece
+from minserve.planner.predict.perf_model import PerfModel, Piece
 from minserve.planner.replica_load import ReplicaLoad
-from minserve.slo import SLO
+from minserve.slo.objectives import SLO
 from minserve.workload.arrivals import gamma_arrivals
 from minserve.workload.client import run_load
 from minserve.workload.conversation import Conversation, Turn

@@ -12,7 +12,7 @@ from pathlib import Path
 from prompt_texts import with_texts
 
 from minserve.devices import Device, find_device
-from minserve.planner.perf_model import PerfModel
+from minserve.planner.predict.perf_model import PerfModel
 from minserve.simulator.simulation import BLOCK_SIZE, Setup, simulate
 from minserve.workload.capacity import find_capacity
 from minserve.workload.client import Load, LoadProgress, run_load

@@ -10,7 +10,7 @@ from reproduce_planners import ABLATIONS
 
 from minserve.devices import PUBLISHED
 from minserve.simulator.simulation import MakePlanner, Setup, SimulationResult, planner_of, simulate
-from minserve.slo import SLO
+from minserve.slo.objectives import SLO
 from minserve.workload.capacity import LEVEL, Measure
 from minserve.workload.conversation import Conversation, num_turns
 from minserve.workload.scenarios import find_scenario

@@ -17,7 +17,7 @@ from reproduce_search import best_of
 
 from minserve.planner.plan import PlannerView
 from minserve.simulator.simulation import SimulationResult, simulate
-from minserve.slo import Standing
+from minserve.slo.objectives import Standing
 from minserve.workload.conversation import num_turns
 from minserve.workload.report import percentile, share
 
@@ -28,8 +28,7 @@ SOURCES = (
     "simulator",
     "workload",
     "controller",
-    "attainment.py",
-    "slo.py",
+    "slo",
     "request.py",
 )
 MEASURING = ("reproduce_cases.py", "reproduce_planners.py", "reproduce_search.py")

@@ -14,7 +14,7 @@ from reproduce_cases import Case, Size
 from reproduce_jobs import Job, Measured, Planning, Point, Search, Series, at, case_of
 
 from minserve.devices import PUBLISHED
-from minserve.planner.perf_model import BatchShape
+from minserve.planner.predict.perf_model import BatchShape
 
 SMALL, MEDIUM, LARGE = "opt-6.7b-a100", "opt-13b-2xa100", "opt-30b-4xa100"
 OPT_SCENARIOS = ("chatbot", "coding", "summarization", "mixed")

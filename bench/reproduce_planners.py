@@ -7,16 +7,16 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from minserve.planner.formation import Work
-from minserve.planner.lengths import LengthEstimator
-from minserve.planner.perf_model import BatchShape
+from minserve.planner.admission.review import ReviewResult
+from minserve.planner.batching.formation import Work
 from minserve.planner.plan import IterationPlan, PlannerView, Refusal
 from minserve.planner.policies import Planner
 from minserve.planner.policies.dp import GUARD_S, DpPlanner
-from minserve.planner.review import ReviewResult
+from minserve.planner.predict.lengths import LengthEstimator
+from minserve.planner.predict.perf_model import BatchShape
 from minserve.request import Sequence, SequenceState
 from minserve.simulator.simulation import MakePlanner, Setup
-from minserve.slo import Standing
+from minserve.slo.objectives import Standing
 
 
 class NoPendingPlanner(DpPlanner):

@@ -57,7 +57,7 @@ from minserve.devices import Device, find_device
 from minserve.errors import MinserveError
 from minserve.planner.policies import PROMISING
 from minserve.simulator.simulation import Setup, simulate
-from minserve.slo import SLO
+from minserve.slo.objectives import SLO
 from minserve.workload.answer import Answer
 from minserve.workload.capacity import find_capacity
 from minserve.workload.client import Load, ask, drive
@@ -99,7 +99,7 @@ DISTURBED_SLICE = 0.5
 def child_profile(model: str, threads: int | None) -> None:
     """Measure the device, or find the stored profile, as servers will; runs in its own process."""
     from minserve import Engine
-    from minserve.engine.profile_cache import profile_path
+    from minserve.engine.profile.profile_cache import profile_path
 
     engine = Engine(model, threads=threads)
     profile = engine.profile(PROFILE_S, progress=True)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minserve.planner.perf_model import PerfModel
-from minserve.slo import SLO
+from minserve.planner.predict.perf_model import PerfModel
+from minserve.slo.objectives import SLO
 from minserve.workload.arrivals import gamma_arrivals
 from minserve.workload.client import Load, drive
 from minserve.workload.conversation import Conversation, Turn

@@ -1,6 +1,6 @@
 """Tables, capacity and plot of `slo_serving.py`, computed from finished runs.
 
-Attainment is that of `minserve.attainment`, on the client's own timestamps, over all offered
+Attainment is that of `minserve.slo.attainment`, on the client's own timestamps, over all offered
 requests. Capacity is the largest rate with an attainment of at least 90%, interpolated linearly
 between the measured rates.
 """

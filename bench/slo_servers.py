@@ -14,8 +14,8 @@ from slo_load import measure
 
 from minserve.errors import MinserveError
 from minserve.machine import Machine
-from minserve.planner.perf_model import PerfModel
 from minserve.planner.policies import PROMISING
+from minserve.planner.predict.perf_model import PerfModel
 from minserve.workload.client import Load
 from minserve.workload.conversation import Conversation
 from minserve.workload.server_process import ServerProcess

@@ -56,8 +56,8 @@ from slo_servers import DISTURBED_CORES, PROFILE_S, Fleet, PolicyVariant, SloSer
 from tqdm import tqdm
 
 from minserve.config import POLICIES, SPECULATORS
-from minserve.planner.perf_model import PerfModel
-from minserve.slo import SLO
+from minserve.planner.predict.perf_model import PerfModel
+from minserve.slo.objectives import SLO
 from minserve.workload.conversation import Conversation
 from minserve.workload.data_files import read_prompts
 from minserve.workload.report import share

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
-from minserve.engine.proposer import SpeculationStats
+from minserve.engine.speculation.proposer import SpeculationStats
 
 BAR_WIDTH = 30
 SYNTHETIC = "SYNTHETIC "

@@ -11,9 +11,9 @@ from speculative_report import CaseResult, Counts, SpeculationCell, Tally, first
 from tqdm import tqdm
 
 from minserve import Engine, SamplingParams
-from minserve.engine.profile_cache import Profile
-from minserve.engine.profiler import measure_drafting
-from minserve.engine.proposer import NgramProposer, Proposer
+from minserve.engine.profile.profile_cache import Profile
+from minserve.engine.profile.profiler import measure_drafting
+from minserve.engine.speculation.proposer import NgramProposer, Proposer
 
 # Blocks that the largest batch of the longest prompts needs.
 NUM_BLOCKS = 320

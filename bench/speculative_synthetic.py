@@ -9,10 +9,10 @@ import torch
 from synthetic_models import random_weights
 
 from minserve import Engine
-from minserve.engine.distribution import ACCEPTANCE, SamplingRow
-from minserve.engine.draft_model_proposer import DraftModelProposer
-from minserve.engine.sampler import Sampler
-from minserve.engine.verification import Proposal, SampledToken, Verified
+from minserve.engine.sampling.distribution import ACCEPTANCE, SamplingRow
+from minserve.engine.sampling.sampler import Sampler
+from minserve.engine.speculation.draft_model_proposer import DraftModelProposer
+from minserve.engine.speculation.verification import Proposal, SampledToken, Verified
 from minserve.errors import GenerationError
 from minserve.request import Sequence as EngineSequence
 

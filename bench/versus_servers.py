@@ -8,7 +8,7 @@ from pathlib import Path
 from offline_peers import CACHE, VLLM_VERSION, export_for_peer
 from paired_servers import ServerVariant, minserve_variant
 
-from minserve.engine.tokenizer import Tokenizer
+from minserve.engine.text.tokenizer import Tokenizer
 from minserve.models.source import find_model
 
 # The environment that `offline.py --peer vllm` makes.

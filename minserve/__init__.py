@@ -9,11 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minserve.attainment import SLOReport
     from minserve.engine.engine import AsyncEngine, Engine
     from minserve.outputs import CompletionOutput, OutputDelta, RequestOutput
     from minserve.sampling_params import SamplingParams
-    from minserve.slo import SLO, DecodeStage
+    from minserve.slo.attainment import SLOReport
+    from minserve.slo.objectives import SLO, DecodeStage
 
 __version__ = "0.1.0"
 
@@ -24,9 +24,9 @@ _HOMES = {
     "RequestOutput": "minserve.outputs",
     "CompletionOutput": "minserve.outputs",
     "OutputDelta": "minserve.outputs",
-    "SLO": "minserve.slo",
-    "DecodeStage": "minserve.slo",
-    "SLOReport": "minserve.attainment",
+    "SLO": "minserve.slo.objectives",
+    "DecodeStage": "minserve.slo.objectives",
+    "SLOReport": "minserve.slo.attainment",
 }
 __all__ = [
     "SLO",

@@ -2,7 +2,7 @@
 
 import sys
 
-from minserve.cli import main
+from minserve.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from minserve.errors import ConfigError
-from minserve.slo import SLO
+from minserve.slo.objectives import SLO
 
 DEFAULT_MODEL = "smollm2"
 DTYPES = ("auto", "float32", "float16", "bfloat16")

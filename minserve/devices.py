@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minserve.errors import WorkloadError
-from minserve.planner.perf_model import PerfModel, Piece
+from minserve.planner.predict.perf_model import PerfModel, Piece
 
 GIB = 2**30
 MEMORY_SHARE = 0.9

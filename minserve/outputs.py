@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from minserve.attainment import SLOReport, worst_report
 from minserve.request import FinishReason
+from minserve.slo.attainment import SLOReport, worst_report
 
 
 @dataclass(frozen=True, slots=True)

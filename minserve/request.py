@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import cast
 
-from minserve.attainment import Progress
 from minserve.sampling_params import SamplingParams
-from minserve.slo import SLO, Standing, Targets
+from minserve.slo.attainment import Progress
+from minserve.slo.objectives import SLO, Standing, Targets
 from minserve.slots import copy_slots
 
 

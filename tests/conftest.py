@@ -62,7 +62,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     test that does not ask for it.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minserve.engine.refinement.FIRST_IDLE_S", 3600.0)
+        patch.setattr("minserve.engine.profile.refinement.FIRST_IDLE_S", 3600.0)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 

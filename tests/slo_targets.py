@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from minserve.slo import StageTarget, Targets
+from minserve.slo.objectives import StageTarget, Targets
 
 
 def targets(ttft: float = math.inf, *stages: Any) -> Targets:

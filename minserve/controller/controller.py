@@ -35,11 +35,11 @@ from minserve.errors import (
     SLOUnattainableError,
 )
 from minserve.outputs import OutputDelta
-from minserve.planner.lengths import make_length_estimator
-from minserve.planner.perf_model import PerfModel
+from minserve.planner.predict.lengths import make_length_estimator
+from minserve.planner.predict.perf_model import PerfModel
 from minserve.request import FinishReason
 from minserve.sampling_params import SamplingParams
-from minserve.slo import SLO
+from minserve.slo.objectives import SLO
 
 log = logging.getLogger(__name__)
 

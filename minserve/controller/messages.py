@@ -14,7 +14,7 @@ import msgspec
 from minserve.engine.stats import EngineStats, Histogram
 from minserve.errors import GenerationError, MinserveError, ProtocolError, SLOUnattainableError
 from minserve.outputs import OutputDelta
-from minserve.planner.perf_model import Piece
+from minserve.planner.predict.perf_model import Piece
 from minserve.planner.replica_load import ReplicaLoad
 from minserve.request import Request
 

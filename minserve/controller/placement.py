@@ -10,7 +10,7 @@ from minserve.controller.flights import Flight
 from minserve.controller.prefixes import PrefixMap, chunks_of
 from minserve.controller.replicas import Replica
 from minserve.controller.router import Ask, Router
-from minserve.planner.lengths import LengthEstimator
+from minserve.planner.predict.lengths import LengthEstimator
 
 
 class Placement:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minserve.errors import ConfigError
-from minserve.planner.perf_model import PerfModel
+from minserve.planner.predict.perf_model import PerfModel
 from minserve.planner.replica_load import ReplicaLoad
 
 Floats = NDArray[np.float64]

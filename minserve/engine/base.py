@@ -9,15 +9,15 @@ from contextlib import suppress
 from typing import Any
 
 from minserve.config import DEFAULT_MODEL, EngineConfig
-from minserve.engine import profile_cache
 from minserve.engine.build import LoadedEngine, load_engine
-from minserve.engine.detokenizer import IncrementalDetokenizer
 from minserve.engine.intake import Intake, Prompt
 from minserve.engine.live_output import History
-from minserve.engine.profile_cache import Profile
-from minserve.engine.profiler import measure_drafting, profile_core
-from minserve.engine.proposer import SpeculationStats
-from minserve.engine.refinement import Refinement
+from minserve.engine.profile import profile_cache
+from minserve.engine.profile.profile_cache import Profile
+from minserve.engine.profile.profiler import measure_drafting, profile_core
+from minserve.engine.profile.refinement import Refinement
+from minserve.engine.speculation.proposer import SpeculationStats
+from minserve.engine.text.detokenizer import IncrementalDetokenizer
 from minserve.errors import (
     ConfigError,
     DeviceLostError,
@@ -25,12 +25,16 @@ from minserve.errors import (
     InvalidRequestError,
 )
 from minserve.outputs import OutputDelta
-from minserve.planner.lone_request import TYPICAL_TOKENS, describe_misses, lone_request_misses
-from minserve.planner.perf_model import PerfModel
 from minserve.planner.policies import PROMISING
+from minserve.planner.predict.lone_request import (
+    TYPICAL_TOKENS,
+    describe_misses,
+    lone_request_misses,
+)
+from minserve.planner.predict.perf_model import PerfModel
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
-from minserve.slo import SLO
+from minserve.slo.objectives import SLO
 
 log = logging.getLogger(__name__)
 

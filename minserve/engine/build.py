@@ -16,16 +16,16 @@ import torch
 from minserve.config import EngineConfig
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.core import EngineCore
-from minserve.engine.cuda_graphs import CudaRecorder, DecodeGraphs, GraphLimits
-from minserve.engine.draft_model_proposer import MOST_DECODE_TOKENS, DraftModelProposer
-from minserve.engine.kv_cache import allocate_kv_cache, choose_num_blocks
-from minserve.engine.paged_model import PagedModel
-from minserve.engine.profile_cache import dtype_words
-from minserve.engine.proposer import NgramProposer, Proposer
-from minserve.engine.runner import ModelRunner
+from minserve.engine.device.cuda_graphs import CudaRecorder, DecodeGraphs, GraphLimits
+from minserve.engine.device.kv_cache import allocate_kv_cache, choose_num_blocks
+from minserve.engine.device.paged_model import PagedModel
+from minserve.engine.device.runner import ModelRunner
+from minserve.engine.device.thread_count import ThreadCount
+from minserve.engine.profile.profile_cache import dtype_words
 from minserve.engine.simulated import load_simulated_core
-from minserve.engine.thread_count import ThreadCount
-from minserve.engine.tokenizer import Tokenizer
+from minserve.engine.speculation.draft_model_proposer import MOST_DECODE_TOKENS, DraftModelProposer
+from minserve.engine.speculation.proposer import NgramProposer, Proposer
+from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import ConfigError
 from minserve.kernels.attention import choose_attention_backend, make_attention_backend
 from minserve.machine import Machine
@@ -40,8 +40,8 @@ from minserve.models.source import (
     find_model,
     load_config,
 )
-from minserve.planner.lengths import make_length_estimator
 from minserve.planner.policies import make_planner
+from minserve.planner.predict.lengths import make_length_estimator
 
 log = logging.getLogger(__name__)
 

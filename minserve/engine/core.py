@@ -21,13 +21,13 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
 from minserve.engine.block_pool import BlockPool
-from minserve.engine.detokenizer import IncrementalDetokenizer
+from minserve.engine.device.runner import Runner, RunResult, Scheduled
 from minserve.engine.live_output import NO_HISTORY, History, LiveOutput
 from minserve.engine.lookahead import PlanAhead, confirm, project
-from minserve.engine.proposer import DraftRequest, Proposer
-from minserve.engine.runner import Runner, RunResult, Scheduled
+from minserve.engine.speculation.proposer import DraftRequest, Proposer
+from minserve.engine.speculation.verification import Proposal, SampledToken, Verified
 from minserve.engine.stats import EngineStats
-from minserve.engine.verification import Proposal, SampledToken, Verified
+from minserve.engine.text.detokenizer import IncrementalDetokenizer
 from minserve.errors import (
     DeviceLostError,
     GenerationError,
@@ -40,7 +40,7 @@ from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.plan_check import faults_of
 from minserve.planner.policies.base import Planner
 from minserve.request import FinishReason, RequestEvent, Sequence, SequenceState, by_rank
-from minserve.slo import Standing
+from minserve.slo.objectives import Standing
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from minserve.errors import (
 from minserve.outputs import CompletionOutput, OutputDelta, RequestOutput
 from minserve.request import FinishReason
 from minserve.sampling_params import SamplingParams
-from minserve.slo import SLO
+from minserve.slo.objectives import SLO
 
 log = logging.getLogger(__name__)
 

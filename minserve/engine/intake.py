@@ -14,9 +14,9 @@ from dataclasses import replace
 from typing import Any
 
 from minserve.config import EngineConfig
-from minserve.engine.inputs import PromptProcessor
 from minserve.engine.promises import Promises
-from minserve.engine.tokenizer import Tokenizer
+from minserve.engine.text.inputs import PromptProcessor
+from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import (
     InvalidRequestError,
     InvalidSLOError,
@@ -24,11 +24,11 @@ from minserve.errors import (
     RequestTooLongError,
 )
 from minserve.models.source import find_model
-from minserve.planner.perf_model import PerfModel
 from minserve.planner.policies import PROMISING
+from minserve.planner.predict.perf_model import PerfModel
 from minserve.request import Request
 from minserve.sampling_params import SamplingParams
-from minserve.slo import SLO, Targets
+from minserve.slo.objectives import SLO, Targets
 
 Prompt = str | SequenceOf[int] | SequenceOf[Mapping[str, Any]]
 

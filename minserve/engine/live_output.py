@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from minserve.attainment import Outcome, SLOReport, report
-from minserve.engine.detokenizer import IncrementalDetokenizer
+from minserve.engine.text.detokenizer import IncrementalDetokenizer
 from minserve.errors import SLOUnattainableError
 from minserve.outputs import OutputDelta, TokenLogprob
 from minserve.request import FinishReason, RequestEvent, Sequence
-from minserve.slo import Standing
+from minserve.slo.attainment import Outcome, SLOReport, report
+from minserve.slo.objectives import Standing
 
 
 class End(NamedTuple):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from minserve.config import EngineConfig
-from minserve.engine.tokenizer import Tokenizer
+from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import ConfigError
-from minserve.planner.perf_model import PerfModel
-from minserve.slo import SLO, Targets, preset_classes
-from minserve.slo_fields import find_class, load_classes
+from minserve.planner.predict.perf_model import PerfModel
+from minserve.slo.fields import find_class, load_classes
+from minserve.slo.objectives import SLO, Targets, preset_classes
 
 THINKING_MARKER = "</think>"
 

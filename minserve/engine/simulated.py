@@ -19,15 +19,15 @@ from minserve.config import EngineConfig
 from minserve.devices import Device, find_device
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.core import EngineCore
-from minserve.engine.runner import RunResult, Scheduled
-from minserve.engine.tokenizer import Tokenizer
-from minserve.engine.verification import SampledToken, Verified
+from minserve.engine.device.runner import RunResult, Scheduled
+from minserve.engine.speculation.verification import SampledToken, Verified
+from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import ConfigError, GenerationError
 from minserve.models.source import ModelSource
-from minserve.planner.eager import is_eager
-from minserve.planner.lengths import make_length_estimator
-from minserve.planner.perf_model import BatchShape, PerfModel
 from minserve.planner.policies import make_planner
+from minserve.planner.predict.eager import is_eager
+from minserve.planner.predict.lengths import make_length_estimator
+from minserve.planner.predict.perf_model import BatchShape, PerfModel
 from minserve.request import Sequence
 
 TOKEN_BUDGET = 8192

@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, fields, replace
 
-from minserve.attainment import Outcome, SLOReport
-from minserve.engine.proposer import SpeculationStats
-from minserve.engine.runner import Scheduled
+from minserve.engine.device.runner import Scheduled
+from minserve.engine.speculation.proposer import SpeculationStats
 from minserve.request import FinishReason, RequestEvent, Sequence
-from minserve.slo import CUSTOM
+from minserve.slo.attainment import Outcome, SLOReport
+from minserve.slo.objectives import CUSTOM
 
 # Bounds of buckets, in steps of 1, 2, 5: of an iteration, and of a request.
 ITERATION_SECONDS = tuple(float(f"{m}e{e}") for e in range(-5, 1) for m in (1, 2, 5))

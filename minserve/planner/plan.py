@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 from minserve.errors import SLOUnattainableError
-from minserve.planner.perf_model import BatchShape
+from minserve.planner.predict.perf_model import BatchShape
 from minserve.request import Sequence
 
 T = TypeVar("T")

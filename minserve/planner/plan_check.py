@@ -14,7 +14,7 @@ from itertools import chain
 
 from minserve.planner.plan import IterationPlan, MemoryView, PlannerView
 from minserve.request import Sequence, SequenceState
-from minserve.slo import Standing
+from minserve.slo.objectives import Standing
 
 # What is wrong with whom, by sequence id.
 Fault = tuple[str, str]

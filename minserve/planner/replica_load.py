@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from minserve.planner.plan import PlannerView
 from minserve.planner.policies import PROMISING
 from minserve.planner.policies.base import Planner
-from minserve.slo import Standing
+from minserve.slo.objectives import Standing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,7 +35,7 @@ from minserve.server.slo_http import read_slo
 from minserve.server.sse import dump_json
 
 if TYPE_CHECKING:
-    from minserve.engine.tokenizer import Tokenizer
+    from minserve.engine.text.tokenizer import Tokenizer
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Protocol
 from minserve.config import EngineConfig
 from minserve.outputs import OutputDelta
 from minserve.sampling_params import SamplingParams
-from minserve.slo import SLO
+from minserve.slo.objectives import SLO
 
 if TYPE_CHECKING:
     from minserve.engine.intake import Prompt
     from minserve.engine.stats import EngineStats
-    from minserve.engine.tokenizer import Tokenizer
+    from minserve.engine.text.tokenizer import Tokenizer
 
 
 class Handle(Protocol):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from minserve.outputs import TokenLogprob
 
 if TYPE_CHECKING:
-    from minserve.engine.tokenizer import Tokenizer
+    from minserve.engine.text.tokenizer import Tokenizer
 
 # JSON has no infinity; OpenAI's API writes this for "impossible".
 LOWEST_LOGPROB = -9999.0

@@ -20,8 +20,8 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from minserve.attainment import Outcome
 from minserve.server.engine_face import EngineFace, ReplicaSet
+from minserve.slo.attainment import Outcome
 
 if TYPE_CHECKING:
     from minserve.engine.stats import EngineStats, Histogram

@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from minserve.attainment import SLOReport, worst_report
 from minserve.outputs import OutputDelta, TokenLogprob, acceptance
 from minserve.server.engine_face import Handle
 from minserve.server.logprobs import LogprobWriter, join_arrays
 from minserve.server.protocol import GenerationCall
 from minserve.server.slo_http import slo_object
+from minserve.slo.attainment import SLOReport, worst_report
 
 if TYPE_CHECKING:
-    from minserve.engine.tokenizer import Tokenizer
+    from minserve.engine.text.tokenizer import Tokenizer
 
 
 @dataclass(slots=True)

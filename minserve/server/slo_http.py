@@ -7,11 +7,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from minserve.attainment import SLOReport
 from minserve.errors import InvalidSLOError
 from minserve.server.engine_face import EngineFace
-from minserve.slo import SLO
-from minserve.slo_fields import find_class, parse_slo, seconds
+from minserve.slo.attainment import SLOReport
+from minserve.slo.fields import find_class, parse_slo, seconds
+from minserve.slo.objectives import SLO
 
 _PREFIXES = ("x-slo-", "x-llm-d-slo-")
 # If both names are given, the later one in this list wins.

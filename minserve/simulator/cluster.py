@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from minserve.controller.router import Ask, Router
-from minserve.planner.lengths import LengthEstimator
+from minserve.planner.predict.lengths import LengthEstimator
 from minserve.planner.replica_load import load_of
 from minserve.simulator.events import EventLoop
 from minserve.simulator.offered_load import OfferedLoad
 from minserve.simulator.simulated_replica import SimulatedReplica, SimulatedSequence
-from minserve.slo import Standing
+from minserve.slo.objectives import Standing
 
 
 class Cluster:

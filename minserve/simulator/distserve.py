@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as SequenceOf
 
-from minserve.planner.batch_builder import WATERMARK
+from minserve.planner.batching.batch_builder import WATERMARK
 from minserve.request import Sequence, SequenceState
 from minserve.simulator.events import EventLoop
 from minserve.simulator.offered_load import OfferedLoad

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from minserve.planner.perf_model import PerfModel
+from minserve.planner.predict.perf_model import PerfModel
 from minserve.request import Request
 from minserve.sampling_params import SamplingParams
 from minserve.simulator.events import EventLoop
 from minserve.simulator.simulated_replica import SimulatedSequence
-from minserve.slo import Standing
+from minserve.slo.objectives import Standing
 from minserve.workload.conversation import Conversation, Turn
 from minserve.workload.verdict import Cause, Verdict, cause_of_miss
 

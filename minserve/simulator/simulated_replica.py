@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, replace
 
 from minserve.engine.block_pool import BlockPool
 from minserve.errors import SimulationError
-from minserve.planner.eager import is_eager
-from minserve.planner.perf_model import BatchShape, PerfModel
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.policies import Planner
+from minserve.planner.predict.eager import is_eager
+from minserve.planner.predict.perf_model import BatchShape, PerfModel
 from minserve.request import Sequence, SequenceState, by_rank
 from minserve.simulator.device_time import DeviceTime
-from minserve.slo import Standing
+from minserve.slo.objectives import Standing
 from minserve.workload.conversation import Turn
 
 # After an iteration that runs nothing, the next one begins so many seconds later.

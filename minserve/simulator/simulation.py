@@ -12,11 +12,11 @@ from minserve.controller.router import ROUTERS, make_router
 from minserve.devices import Device
 from minserve.engine.block_pool import BlockPool
 from minserve.errors import WorkloadError
-from minserve.planner.lengths import LengthEstimator, OracleLengths, QuantileLengths
-from minserve.planner.perf_model import PerfModel
 from minserve.planner.policies import PROMISING, Planner, make_planner
 from minserve.planner.policies.fcfs import FcfsPlanner
 from minserve.planner.policies.sarathi import SarathiPlanner
+from minserve.planner.predict.lengths import LengthEstimator, OracleLengths, QuantileLengths
+from minserve.planner.predict.perf_model import PerfModel
 from minserve.request import Sequence
 from minserve.simulator.cluster import Cluster
 from minserve.simulator.device_time import DeviceTime

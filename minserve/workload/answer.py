@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from minserve.attainment import Progress, judge
-from minserve.slo import Targets
+from minserve.slo.attainment import Progress, judge
+from minserve.slo.objectives import Targets
 from minserve.workload.conversation import Turn
 from minserve.workload.verdict import Cause, Verdict, cause_of_miss
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from minserve.slo import SLO
+from minserve.slo.objectives import SLO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from minserve.errors import WorkloadError
-from minserve.slo import SLO
+from minserve.slo.objectives import SLO
 from minserve.workload.conversation import Conversation
 from minserve.workload.recordings import scaled
 from minserve.workload.scenarios import SCENARIOS, Scenario

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from minserve.errors import WorkloadError
-from minserve.slo import Targets
+from minserve.slo.objectives import Targets
 
 KEY_VARIABLES = ("MINSERVE_API_KEY", "OPENAI_API_KEY")
 # Servers drop idle connections after 5 s or more; a request must not use a dying connection.

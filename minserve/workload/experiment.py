@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from minserve.errors import WorkloadError
-from minserve.slo import Targets
+from minserve.slo.objectives import Targets
 from minserve.workload.client import Load, LoadProgress, run_load
 from minserve.workload.conversation import Conversation, num_turns
 from minserve.workload.draws import Draw

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minserve.errors import WorkloadError
-from minserve.slo import Targets
+from minserve.slo.objectives import Targets
 from minserve.workload.capacity import LEVEL, crossing
 from minserve.workload.report import share
 from minserve.workload.verdict import Verdict

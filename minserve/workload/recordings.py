@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 
-from minserve.slo import SLO, preset_classes
+from minserve.slo.objectives import SLO, preset_classes
 from minserve.workload.data_files import data_path, read_lengths
 from minserve.workload.traces import TraceRequest, read_trace
 

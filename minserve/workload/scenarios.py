@@ -1,7 +1,7 @@
 """`Scenario`: the workloads of the SLOs-Serve evaluation (arXiv 2504.08784), at any rate.
 
 `recordings` tells what each workload is made of, and how it differs from the paper's own. The
-promises are its classes (`minserve.slo.preset_classes`), for an A100; `Scenario.scaled` fits
+promises are its classes (`minserve.slo.objectives.preset_classes`), for an A100; `Scenario.scaled` fits
 lengths and paces to other devices.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from minserve.errors import WorkloadError
-from minserve.slo import MAX_SLOWDOWN, SLO, DecodeStage
+from minserve.slo.objectives import MAX_SLOWDOWN, SLO, DecodeStage
 from minserve.workload import recordings
 from minserve.workload.arrivals import check_burstiness, gamma_arrivals, recorded_arrivals
 from minserve.workload.conversation import Conversation, Turn

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minserve.errors import WorkloadError
-from minserve.slo import SLO
+from minserve.slo.objectives import SLO
 from minserve.workload.conversation import Conversation, Turn
 from minserve.workload.data_files import data_path, names
 

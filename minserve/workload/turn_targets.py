@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Protocol
 
-from minserve.slo import Targets
+from minserve.slo.objectives import Targets
 from minserve.workload.conversation import Turn
 
 

@@ -1,7 +1,7 @@
 """`Verdict`: the outcome of one request of a workload, by the clock of the client or simulator.
 
 The open-loop client and the simulator both end in verdicts; reports are made of verdicts alone.
-Attainment is that of `minserve.attainment`.
+Attainment is that of `minserve.slo.attainment`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from minserve.attainment import Progress
+from minserve.slo.attainment import Progress
 
 
 class Cause(Enum):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import aiohttp
 
 from minserve.errors import WorkloadError
-from minserve.slo import SLO, Targets
+from minserve.slo.objectives import SLO, Targets
 from minserve.workload.answer import Answer
 from minserve.workload.client import ask
 from minserve.workload.conversation import Conversation, Turn

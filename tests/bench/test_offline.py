@@ -31,10 +31,10 @@ from prompt_texts import MARK_TOKENS
 from scripted_server import ScriptedServer, scripted_server
 from waiting import wait_until
 
-from minserve.engine.runner import ModelRunner, Scheduled
+from minserve.engine.device.runner import ModelRunner, Scheduled
 from minserve.models.loader import open_checkpoint
 from minserve.models.source import find_model, load_config
-from minserve.slo import StageTarget, Targets
+from minserve.slo.objectives import StageTarget, Targets
 from minserve.workload.answer import Answer, Ending
 from minserve.workload.conversation import Turn
 from minserve.workload.endpoint import Endpoint

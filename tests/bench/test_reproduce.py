@@ -19,7 +19,7 @@ from reproduce_run import FILE, ResultStore, run_all
 from reproduce_search import best_of, geomean
 
 from minserve.devices import PUBLISHED
-from minserve.planner.perf_model import BatchShape
+from minserve.planner.predict.perf_model import BatchShape
 from minserve.simulator.simulation import simulate
 from minserve.workload.capacity import LEVEL, Measure, find_capacity
 from minserve.workload.verdict import Cause

@@ -11,7 +11,7 @@ import pytest
 from simulated_report import ComparedRun, Inputs, errors, plot, print_table
 from simulated_vs_real import LEAD_S, as_sent, counted, quantile_of, told
 
-from minserve.slo import SLO, StageTarget, Targets
+from minserve.slo.objectives import SLO, StageTarget, Targets
 from minserve.workload.answer import Answer
 from minserve.workload.client import Load
 from minserve.workload.conversation import Turn

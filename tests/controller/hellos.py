@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from minserve.controller import messages as m
-from minserve.planner.perf_model import Piece
+from minserve.planner.predict.perf_model import Piece
 from minserve.planner.replica_load import ReplicaLoad
 
 

@@ -21,7 +21,7 @@ from cluster import Cluster, start_cluster
 from waiting import PATIENCE_S, wait_until
 
 from minserve.controller.replica_loop import ReplicaSpec
-from minserve.engine.profile_cache import Profile
+from minserve.engine.profile.profile_cache import Profile
 from minserve.exit_codes import EXIT_REFUSED
 
 # About as many as the model can take: streams that are to be hit must not be over by then.

@@ -14,7 +14,7 @@ from minserve.outputs import OutputDelta, TokenLogprob
 from minserve.planner.replica_load import ReplicaLoad
 from minserve.request import FinishReason, Request
 from minserve.sampling_params import SamplingParams
-from minserve.slo import preset_classes
+from minserve.slo.objectives import preset_classes
 
 SLO = preset_classes()["reasoning"]
 REQUEST = Request(

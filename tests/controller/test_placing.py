@@ -34,7 +34,7 @@ from minserve.outputs import OutputDelta
 from minserve.planner.replica_load import ReplicaLoad
 from minserve.request import FinishReason
 from minserve.sampling_params import SamplingParams
-from minserve.slo import SLO
+from minserve.slo.objectives import SLO
 
 PROMPT = list(range(5, 105))
 PARAMS = SamplingParams(max_tokens=20, ignore_eos=True, temperature=0.0)

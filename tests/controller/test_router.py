@@ -9,7 +9,7 @@ import pytest
 from minserve import config
 from minserve.controller.router import ROUTERS, Ask, make_router
 from minserve.errors import ConfigError
-from minserve.planner.perf_model import PerfModel, Piece
+from minserve.planner.predict.perf_model import PerfModel, Piece
 from minserve.planner.replica_load import ReplicaLoad
 
 MODEL = PerfModel([Piece(tokens=1e-4, base=0.02)])

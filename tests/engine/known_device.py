@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from minserve import Engine
-from minserve.engine import profile_cache, profiler, refinement
-from minserve.engine.profile_cache import Profile
-from minserve.engine.profile_design import ProfileBatch
-from minserve.engine.profiler import Survey
-from minserve.engine.workbench import Workbench
+from minserve.engine.profile import profile_cache, profiler, refinement
+from minserve.engine.profile.profile_cache import Profile
+from minserve.engine.profile.profile_design import ProfileBatch
+from minserve.engine.profile.profiler import Survey
+from minserve.engine.profile.workbench import Workbench
 
 SETTINGS = {"device": "cpu", "dtype": "float32", "threads": 1, "token_budget": 128, "max_num_seqs": 16,
             "num_blocks": 120, "block_size": 8}  # fmt: skip

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minserve.engine.cuda_graphs import Recorder, Replay
+from minserve.engine.device.cuda_graphs import Recorder, Replay
 from minserve.kernels.attention import AttentionMetadata, LayerKV
 from minserve.kernels.torch_backend import TorchBackend
 

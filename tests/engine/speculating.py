@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from minserve import Engine, SamplingParams
-from minserve.engine.batch_tensors import Chunk
-from minserve.engine.paged_model import PagedModel
-from minserve.engine.proposer import DraftRequest, Proposer
-from minserve.engine.verification import Proposal
+from minserve.engine.device.batch_tensors import Chunk
+from minserve.engine.device.paged_model import PagedModel
+from minserve.engine.speculation.proposer import DraftRequest, Proposer
+from minserve.engine.speculation.verification import Proposal
 from minserve.outputs import CompletionOutput, OutputDelta
-from minserve.planner.perf_model import PerfModel, Piece
+from minserve.planner.predict.perf_model import PerfModel, Piece
 from minserve.request import Sequence
 
 SETTINGS = {"dtype": "float32", "threads": 1, "token_budget": 256, "max_num_seqs": 16, "num_blocks": 300,

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.core import EngineCore
-from minserve.engine.proposer import NgramProposer
-from minserve.engine.runner import RunResult, Scheduled
-from minserve.engine.verification import SampledToken, Verified
+from minserve.engine.device.runner import RunResult, Scheduled
+from minserve.engine.speculation.proposer import NgramProposer
+from minserve.engine.speculation.verification import SampledToken, Verified
 from minserve.errors import SLOUnattainableError
 from minserve.outputs import OutputDelta
-from minserve.planner.perf_model import BatchShape, PerfModel, Piece
 from minserve.planner.policies import PROMISING, make_planner
+from minserve.planner.predict.perf_model import BatchShape, PerfModel, Piece
 from minserve.request import FinishReason, Request, Sequence
 from minserve.sampling_params import SamplingParams
-from minserve.slo import SLO, DecodeStage, Standing
+from minserve.slo.objectives import SLO, DecodeStage, Standing
 
 # 10 ms a batch, 2 ms a token: some twenty decodes fit into 50 ms.
 DEVICE = (Piece(tokens=0.002, seqs=0.0005, context_tokens=1e-6, base=0.01, draft_tokens=1e-5),)

@@ -11,7 +11,7 @@ import pytest
 from waiting import PATIENCE_S
 
 from minserve import AsyncEngine, Engine, SamplingParams
-from minserve.engine import transfers
+from minserve.engine.device import transfers
 from minserve.errors import EngineStoppedError, GenerationError, InvalidRequestError, QueueFullError
 from minserve.request import FinishReason
 

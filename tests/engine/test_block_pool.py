@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from minserve.engine import block_pool
 from minserve.engine.block_pool import BlockPool, block_digest
 from minserve.errors import OutOfBlocksError, PoolCorruptedError
-from minserve.planner.batch_builder import BatchBuilder
+from minserve.planner.batching.batch_builder import BatchBuilder
 from minserve.planner.plan import CachedPrefix, PlannerView
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams

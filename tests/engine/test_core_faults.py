@@ -21,8 +21,8 @@ from minserve.errors import (
     InvalidPlanError,
     SLOUnattainableError,
 )
-from minserve.planner.perf_model import PerfModel
 from minserve.planner.plan import IterationPlan, PlannerView, Refusal
+from minserve.planner.predict.perf_model import PerfModel
 
 SETTINGS = {"dtype": "float32", "threads": 1, "token_budget": 64, "max_num_seqs": 8, "num_blocks": 60,
             "block_size": 8, "policy": "dp"}  # fmt: skip

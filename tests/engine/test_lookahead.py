@@ -10,8 +10,8 @@ import pytest
 
 from minserve import SLO, SamplingParams
 from minserve.engine.block_pool import BlockPool
+from minserve.engine.device.runner import Scheduled
 from minserve.engine.lookahead import PlanAhead, confirm, project
-from minserve.engine.runner import Scheduled
 from minserve.planner.plan import IterationPlan, PlannerView, Refusal
 from minserve.request import Request, Sequence, SequenceState
 

@@ -13,11 +13,11 @@ import pytest
 from speculating import DEVICE, PROMPTS, essence, make_engine
 
 from minserve import SLO, Engine, SamplingParams
-from minserve.engine.runner import InFlightBatch, RunResult, Scheduled
+from minserve.engine.device.runner import InFlightBatch, RunResult, Scheduled
 from minserve.errors import GenerationError, SLOUnattainableError
 from minserve.outputs import CompletionOutput
-from minserve.planner.perf_model import PerfModel
 from minserve.planner.plan import IterationPlan, PlannerView
+from minserve.planner.predict.perf_model import PerfModel
 
 SETTINGS = {"dtype": "float32", "threads": 1, "token_budget": 64, "max_num_seqs": 8, "num_blocks": 200,
             "block_size": 8}  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 
 from minserve import Engine, SamplingParams
 from minserve.config import EngineConfig
-from minserve.engine.profile_cache import profile_key
+from minserve.engine.profile.profile_cache import profile_key
 from minserve.errors import ConfigError
 
 SETTINGS = {"device": "cpu", "dtype": "float32", "threads": 1, "num_blocks": 100}

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from minserve import Engine, SamplingParams
-from minserve.attainment import Outcome, SLOReport
 from minserve.engine.intake import Intake
 from minserve.engine.live_output import History
 from minserve.engine.relay import RelayEngine
@@ -19,7 +18,8 @@ from minserve.errors import InvalidRequestError
 from minserve.outputs import OutputDelta
 from minserve.request import FinishReason, Request
 from minserve.sampling_params import MAX_N
-from minserve.slo import SLO
+from minserve.slo.attainment import Outcome, SLOReport
+from minserve.slo.objectives import SLO
 
 SETTINGS = {"dtype": "float32", "threads": 1, "token_budget": 64, "max_num_seqs": 16,
             "num_blocks": 80, "block_size": 8, "policy": "sarathi"}  # fmt: skip

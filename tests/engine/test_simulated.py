@@ -11,10 +11,10 @@ import pytest
 from minserve import Engine, SamplingParams
 from minserve.devices import find_device
 from minserve.engine import simulated
-from minserve.engine.tokenizer import Tokenizer
+from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import ConfigError, GenerationError, WorkloadError
 from minserve.models.source import find_model
-from minserve.planner.perf_model import PerfModel, Piece
+from minserve.planner.predict.perf_model import PerfModel, Piece
 
 PUBLISHED = "opt-6.7b-a100"
 

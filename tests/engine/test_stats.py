@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from minserve.attainment import Outcome, report
 from minserve.engine.stats import BATCH_TOKENS, ITERATION_SECONDS, EngineStats, Histogram
 from minserve.request import FinishReason, Request, RequestEvent, Sequence
 from minserve.sampling_params import SamplingParams
-from minserve.slo import CUSTOM, SLO
+from minserve.slo.attainment import Outcome, report
+from minserve.slo.objectives import CUSTOM, SLO
 
 
 def sequence(name: str, *, ttft_s: float = 1.0, num_prompt_tokens: int = 3) -> Sequence:

@@ -14,9 +14,9 @@ from padded_backend import Rerun
 from speculating import GREEDY, PROMPTS, SEEDED, essence, make_engine, outputs_of
 
 from minserve import Engine, SamplingParams
-from minserve.engine import transfers
-from minserve.engine.cuda_graphs import DecodeGraphs, GraphLimits
-from minserve.engine.draft_model_proposer import MOST_DECODE_TOKENS, DraftModelProposer
+from minserve.engine.device import transfers
+from minserve.engine.device.cuda_graphs import DecodeGraphs, GraphLimits
+from minserve.engine.speculation.draft_model_proposer import MOST_DECODE_TOKENS, DraftModelProposer
 
 # Prefills in chunks, beside decodes, and too few blocks for all at once.
 TIGHT = {"token_budget": 20, "num_blocks": 9, "max_num_seqs": 4, "max_speculation": 3}

@@ -8,8 +8,8 @@ import parity
 import pytest
 import torch
 
-from minserve.engine.batch_tensors import Chunk
-from minserve.engine.paged_model import PagedModel
+from minserve.engine.device.batch_tensors import Chunk
+from minserve.engine.device.paged_model import PagedModel
 from minserve.kernels.attention import make_attention_backend
 from minserve.models.layers import DenseLinear, WeightFormat, WeightPlacement
 from minserve.models.loader import open_checkpoint

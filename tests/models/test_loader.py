@@ -338,7 +338,7 @@ def test_smollm2_in_transformers_knows_a_capital(smollm2):
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True, strict=True)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    from minserve.engine.tokenizer import Tokenizer
+    from minserve.engine.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(smollm2)
     with torch.inference_mode():

@@ -10,7 +10,7 @@ import parity
 import pytest
 import torch
 
-from minserve.engine.tokenizer import Tokenizer
+from minserve.engine.text.tokenizer import Tokenizer
 from minserve.models.layers import WeightPlacement
 from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from minserve import Engine
 from minserve.engine import build
-from minserve.engine.profile_cache import profile_key
+from minserve.engine.profile.profile_cache import profile_key
 from minserve.models.layers import FEW_ROWS, WeightFormat, WeightPlacement
 
 CPU = torch.device("cpu")

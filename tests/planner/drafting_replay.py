@@ -8,9 +8,9 @@ from dataclasses import replace
 from replay import Replay
 
 from minserve.engine.block_pool import BlockPool
-from minserve.planner.perf_model import BatchShape, PerfModel
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.policies import Planner
+from minserve.planner.predict.perf_model import BatchShape, PerfModel
 from minserve.request import Sequence, SequenceState
 
 

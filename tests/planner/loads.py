@@ -8,10 +8,10 @@ import random
 from replay import Replay, make_sequence
 
 from minserve.engine.block_pool import BlockPool
-from minserve.planner.perf_model import PerfModel, Piece
 from minserve.planner.policies import make_planner
+from minserve.planner.predict.perf_model import PerfModel, Piece
 from minserve.request import Sequence
-from minserve.slo import SLO
+from minserve.slo.objectives import SLO
 
 # A small CPU: 20 ms a batch, 2 ms a prefill token, 3 ms a decode.
 DEVICE = (Piece(tokens=0.002, seqs=0.001, context_tokens=1e-6, attention_pairs=1e-7, base=0.02),)

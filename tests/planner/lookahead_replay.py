@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from replay import Replay
 
+from minserve.engine.device.runner import Scheduled
 from minserve.engine.lookahead import PlanAhead, confirm, project
-from minserve.engine.runner import Scheduled
 from minserve.planner.plan import IterationPlan
 from minserve.request import Sequence
 

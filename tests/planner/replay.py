@@ -9,12 +9,12 @@ import random
 from collections.abc import Callable
 
 from minserve.engine.block_pool import BlockPool
-from minserve.planner.perf_model import BatchShape, PerfModel
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.policies import Planner
+from minserve.planner.predict.perf_model import BatchShape, PerfModel
 from minserve.request import Request, Sequence, SequenceState
 from minserve.sampling_params import SamplingParams
-from minserve.slo import SLO, Standing
+from minserve.slo.objectives import SLO, Standing
 
 
 def make_sequence(

@@ -11,7 +11,7 @@ from minserve.planner.plan import IterationPlan, PlannerView, Refusal
 from minserve.planner.plan_check import faults_of
 from minserve.request import Request, Sequence, SequenceState
 from minserve.sampling_params import SamplingParams
-from minserve.slo import SLO, Standing
+from minserve.slo.objectives import SLO, Standing
 
 NO = Refusal("compute", 1.0)
 

@@ -14,7 +14,7 @@ from replay import Replay, make_sequence
 from minserve.engine.block_pool import BlockPool
 from minserve.planner.plan import IterationPlan
 from minserve.planner.policies import make_planner
-from minserve.slo import SLO, OnUnattainable, Standing
+from minserve.slo.objectives import SLO, OnUnattainable, Standing
 
 
 @pytest.mark.parametrize("policy", ["dp", "edf"])

@@ -11,7 +11,7 @@ from replay import Replay
 from minserve.planner.policies import PROMISING
 from minserve.planner.replica_load import ReplicaLoad, load_of
 from minserve.request import Sequence
-from minserve.slo import SLO, DecodeStage, Standing
+from minserve.slo.objectives import SLO, DecodeStage, Standing
 
 FAST, SLOW = SLO(ttft=5.0, tpot=0.05), SLO(ttft=5.0, tpot=0.1)
 POLICIES = ("dp", "edf", "sarathi", "fcfs")

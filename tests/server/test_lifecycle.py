@@ -15,7 +15,7 @@ from minserve.workload.server_process import ServerProcess
 
 SCRIPT = """
 import gc, os, signal, sys
-from minserve.cli import main
+from minserve.cli.main import main
 from minserve.server import lifecycle
 
 def told(*args, **kwargs):

@@ -11,7 +11,7 @@ import pytest
 from live_server import RunningServer, post
 
 from minserve.config import ServerConfig
-from minserve.planner.perf_model import PerfModel, Piece
+from minserve.planner.predict.perf_model import PerfModel, Piece
 
 PROMPT = "The quick brown fox"
 STREAM = {"prompt": PROMPT, "max_tokens": 60, "ignore_eos": True, "stream": True, "seed": 3}

@@ -18,7 +18,6 @@ from aiohttp import ClientSession, web
 from live_server import RunningServer, post
 from multidict import CIMultiDict
 
-from minserve.attainment import SLOReport, judge, report
 from minserve.config import ServerConfig
 from minserve.errors import InvalidSLOError, SLOUnattainableError
 from minserve.outputs import OutputDelta
@@ -28,7 +27,15 @@ from minserve.server.generation import streamed_response
 from minserve.server.protocol import parse_completion
 from minserve.server.responses import Reply
 from minserve.server.slo_http import read_slo, slo_object
-from minserve.slo import SLO, DecodeStage, OnUnattainable, StageTarget, Targets, preset_classes
+from minserve.slo.attainment import SLOReport, judge, report
+from minserve.slo.objectives import (
+    SLO,
+    DecodeStage,
+    OnUnattainable,
+    StageTarget,
+    Targets,
+    preset_classes,
+)
 
 PROMPT = "The quick brown fox"
 # So generous that only a hanging machine is late; so tight that nothing can be in time; and

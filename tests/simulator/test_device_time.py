@@ -9,11 +9,11 @@ from itertools import pairwise
 import pytest
 from toy import TOY, run, singles
 
-from minserve.planner.lengths import LengthEstimator
-from minserve.planner.perf_model import PerfModel
 from minserve.planner.plan import IterationPlan
 from minserve.planner.policies import Planner
 from minserve.planner.policies.sarathi import SarathiPlanner
+from minserve.planner.predict.lengths import LengthEstimator
+from minserve.planner.predict.perf_model import PerfModel
 from minserve.simulator.device_time import STALL_S, STEP_S, DeviceTime
 from minserve.simulator.simulation import Setup, planner_of, simulate
 

@@ -10,9 +10,9 @@ import pytest
 from toy import TOY, chats, run, single, singles
 
 from minserve.engine.block_pool import BlockPool
-from minserve.planner.perf_model import BatchShape
 from minserve.planner.policies.fcfs import FcfsPlanner
 from minserve.planner.policies.sarathi import SarathiPlanner
+from minserve.planner.predict.perf_model import BatchShape
 from minserve.simulator.distserve import DecodeReplica, DistServeCluster, PrefillReplica
 from minserve.simulator.events import EventLoop
 from minserve.simulator.offered_load import OfferedLoad

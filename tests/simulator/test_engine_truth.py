@@ -9,20 +9,20 @@ from heapq import heappop, heappush
 import pytest
 from toy import TOY, chats, singles
 
-from minserve.attainment import Progress
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.core import EngineCore
-from minserve.engine.runner import RunResult, Scheduled
-from minserve.engine.verification import SampledToken, Verified
-from minserve.planner.lengths import QuantileLengths
-from minserve.planner.perf_model import BatchShape
+from minserve.engine.device.runner import RunResult, Scheduled
+from minserve.engine.speculation.verification import SampledToken, Verified
 from minserve.planner.policies import PROMISING, Planner, make_planner
+from minserve.planner.predict.lengths import QuantileLengths
+from minserve.planner.predict.perf_model import BatchShape
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
 from minserve.simulator.cluster import Cluster
 from minserve.simulator.events import EventLoop
 from minserve.simulator.offered_load import OfferedLoad
 from minserve.simulator.simulated_replica import IDLE_S, SimulatedReplica
+from minserve.slo.attainment import Progress
 from minserve.workload.conversation import Conversation
 
 BLOCK_SIZE = 16

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from toy import LOOSE, TIGHT, chats, run, single, singles
 
-from minserve.slo import SLO, OnUnattainable
+from minserve.slo.objectives import SLO, OnUnattainable
 from minserve.workload.conversation import Conversation, num_turns
 from minserve.workload.verdict import Cause
 

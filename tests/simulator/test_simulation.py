@@ -15,10 +15,10 @@ from toy import LOOSE, TIGHT, TOY, chats, run, single, singles
 from minserve.devices import PUBLISHED, find_device
 from minserve.engine.block_pool import BlockPool
 from minserve.errors import SimulationError, WorkloadError
-from minserve.planner.perf_model import BatchShape, PerfModel, Piece
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.policies import Planner
 from minserve.planner.policies.sarathi import SarathiPlanner
+from minserve.planner.predict.perf_model import BatchShape, PerfModel, Piece
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
 from minserve.simulator.simulated_replica import (
@@ -27,7 +27,7 @@ from minserve.simulator.simulated_replica import (
     SimulatedSequence,
 )
 from minserve.simulator.simulation import Setup, SimulationResult, simulate
-from minserve.slo import preset_classes
+from minserve.slo.objectives import preset_classes
 from minserve.workload.conversation import Conversation, Turn, num_turns
 from minserve.workload.verdict import Cause
 

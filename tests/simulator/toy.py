@@ -6,9 +6,9 @@ import random
 from typing import Any
 
 from minserve.devices import Device
-from minserve.planner.perf_model import Piece
+from minserve.planner.predict.perf_model import Piece
 from minserve.simulator.simulation import Setup, SimulationResult, simulate
-from minserve.slo import SLO
+from minserve.slo.objectives import SLO
 from minserve.workload.conversation import Conversation, Turn
 
 # Powers of 2, so that no sum of them is rounded: 16 ms a batch, 0.12 ms a token.

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from minserve.slo import SLO, StageTarget, Targets
+from minserve.slo.objectives import SLO, StageTarget, Targets
 from minserve.workload.answer import STAGE_PATIENCE_S, Answer, Ending
 from minserve.workload.conversation import Turn
 from minserve.workload.verdict import Cause

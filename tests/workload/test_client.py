@@ -17,7 +17,7 @@ from scripted_server import ScriptedServer, scripted_server
 from waiting import PATIENCE_S
 
 from minserve.errors import WorkloadError
-from minserve.slo import SLO, DecodeStage
+from minserve.slo.objectives import SLO, DecodeStage
 from minserve.workload.answer import Ending
 from minserve.workload.client import Load, LoadProgress, drive, run_load
 from minserve.workload.conversation import Conversation, Turn

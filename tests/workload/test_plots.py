@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from minserve.errors import WorkloadError
-from minserve.slo import StageTarget, Targets
+from minserve.slo.objectives import StageTarget, Targets
 from minserve.workload import plots
 from minserve.workload.verdict import Cause, Verdict
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from minserve.errors import WorkloadError
-from minserve.slo import preset_classes
+from minserve.slo.objectives import preset_classes
 from minserve.workload import recordings
 from minserve.workload.conversation import Conversation, Turn, num_turns
 from minserve.workload.scenarios import SCENARIOS, find_scenario

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from minserve.slo import SLO, preset_classes
+from minserve.slo.objectives import SLO, preset_classes
 from minserve.workload.conversation import Conversation, Turn
 from minserve.workload.data_files import read_prompts
 from minserve.workload.scenarios import SCENARIOS, find_scenario

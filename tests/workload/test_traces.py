@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from minserve.errors import WorkloadError
-from minserve.slo import preset_classes
+from minserve.slo.objectives import preset_classes
 from minserve.workload.traces import TraceRequest, read_trace, to_workload
 
 HEADER = "arrival_s,prompt_tokens,output_tokens"

@@ -10,8 +10,8 @@ import pytest
 from scripted_server import scripted_server
 
 from minserve.errors import WorkloadError
-from minserve.planner.perf_model import PerfModel, Piece
-from minserve.slo import SLO, DecodeStage, Targets
+from minserve.planner.predict.perf_model import PerfModel, Piece
+from minserve.slo.objectives import SLO, DecodeStage, Targets
 from minserve.workload import client
 from minserve.workload.conversation import Turn
 from minserve.workload.endpoint import Endpoint, find_endpoint

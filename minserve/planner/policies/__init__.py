@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from minserve.errors import ConfigError
-from minserve.planner.lengths import LengthEstimator
-from minserve.planner.perf_model import PerfModel
 from minserve.planner.policies.base import Planner
 from minserve.planner.policies.dp import DpPlanner
 from minserve.planner.policies.edf import EdfPlanner
 from minserve.planner.policies.fcfs import FcfsPlanner
 from minserve.planner.policies.sarathi import SarathiPlanner
+from minserve.planner.predict.lengths import LengthEstimator
+from minserve.planner.predict.perf_model import PerfModel
 
 # Policies that promise SLOs, and need to know the device's speed for it.
 PROMISING = ("dp", "edf")

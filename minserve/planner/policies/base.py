@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import replace
 
-from minserve.planner.eager import is_eager
-from minserve.planner.perf_model import BatchShape, PerfModel
 from minserve.planner.plan import IterationPlan, PlannerView
+from minserve.planner.predict.eager import is_eager
+from minserve.planner.predict.perf_model import BatchShape, PerfModel
 from minserve.request import Sequence
 
 

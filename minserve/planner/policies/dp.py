@@ -14,22 +14,22 @@ import math
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
-from minserve.planner.acceptance import AcceptanceEstimator
-from minserve.planner.arrivals import ArrivalSlack
-from minserve.planner.batch_length import USUAL_RISK
-from minserve.planner.budget import PrefillRates
-from minserve.planner.dynamic_program import Admission, admit
-from minserve.planner.formation import BatchLimits, Work, form_batch
-from minserve.planner.lengths import LengthEstimator, QuantileLengths
-from minserve.planner.outlook import Outlook
-from minserve.planner.perf_model import BatchShape, PerfModel
+from minserve.planner.admission.dynamic_program import Admission, admit
+from minserve.planner.admission.outlook import Outlook
+from minserve.planner.admission.prefill_rates import PrefillRates
+from minserve.planner.admission.review import ReviewResult, ReviewSettings, review
+from minserve.planner.admission.timeline import Candidate
+from minserve.planner.batching.batch_length import USUAL_RISK
+from minserve.planner.batching.draft_lengths import NO_DRAFTS, Drafting, DraftsForPrefills
+from minserve.planner.batching.formation import BatchLimits, Work, form_batch
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.policies.base import Planner
-from minserve.planner.review import ReviewResult, ReviewSettings, review
-from minserve.planner.speculation import NO_DRAFTS, Drafting, DraftsForPrefills
-from minserve.planner.timeline import Candidate
+from minserve.planner.predict.acceptance import AcceptanceEstimator
+from minserve.planner.predict.arrivals import ArrivalSlack
+from minserve.planner.predict.lengths import LengthEstimator, QuantileLengths
+from minserve.planner.predict.perf_model import BatchShape, PerfModel
 from minserve.request import Sequence, SequenceState, by_rank
-from minserve.slo import Standing
+from minserve.slo.objectives import Standing
 
 REVIEW_EVERY_S = 0.1
 # An iteration in which no decode is due lasts at least as long as so many lone decodes, each with
@@ -93,7 +93,7 @@ class PromisedMemory:
 
 
 class DpPlanner(Planner):
-    """Admission by `minserve.planner.dynamic_program`, batches by `minserve.planner.formation`.
+    """Admission by `minserve.planner.admission.dynamic_program`, batches by `minserve.planner.batching.formation`.
 
     Args:
         model: without one nothing can be promised and every sequence is best effort.

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 
-from minserve.planner.budget import PrefillRates
-from minserve.planner.outlook import Outlook
+from minserve.planner.admission.outlook import Outlook
+from minserve.planner.admission.prefill_rates import PrefillRates
+from minserve.planner.admission.timeline import Admission, Candidate, insert_greedily
 from minserve.planner.policies.dp import DpPlanner
-from minserve.planner.timeline import Admission, Candidate, insert_greedily
 
 
 class EdfPlanner(DpPlanner):

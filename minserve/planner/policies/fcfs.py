@@ -7,10 +7,10 @@ decodes share what is left.
 
 from __future__ import annotations
 
-from minserve.planner.batch_builder import BatchBuilder
-from minserve.planner.perf_model import PerfModel
+from minserve.planner.batching.batch_builder import BatchBuilder
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.policies.base import Planner
+from minserve.planner.predict.perf_model import PerfModel
 
 
 class FcfsPlanner(Planner):

@@ -6,7 +6,7 @@ prefills in progress and then to new ones, in chunks.
 
 from __future__ import annotations
 
-from minserve.planner.batch_builder import BatchBuilder
+from minserve.planner.batching.batch_builder import BatchBuilder
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.policies.base import Planner
 

@@ -1,0 +1,105 @@
+"""``minserve serve``: answer OpenAI's HTTP API."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+from minserve.cli.flags import add_config_flags, given
+from minserve.cli.replicas import create_controller, follow, is_follower, under_torchrun
+from minserve.config import ControllerConfig, EngineConfig, ServerConfig
+
+if TYPE_CHECKING:
+    from minserve.server.engine_face import EngineFace
+
+KEY_VARIABLE = "MINSERVE_API_KEY"
+
+_SERVE_EXAMPLES = """\
+examples:
+  minserve serve
+  minserve serve --model ./Llama-3.2-1B --dtype bfloat16 --max-model-len 8192
+  minserve serve --model ./model.gguf --served-model-name chat --host 0.0.0.0
+  MINSERVE_API_KEY=secret minserve serve --port 9000
+
+The API is OpenAI's: point a client at http://HOST:PORT/v1. SIGTERM or Ctrl-C lets running
+requests finish (--shutdown-timeout); a second one ends the process at once.
+"""
+
+
+def add_serve(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="answer OpenAI's HTTP API",
+        description="Serve a model over OpenAI's HTTP API.",
+        epilog=_SERVE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_config_flags(parser, ServerConfig)
+    add_config_flags(parser, ControllerConfig)
+    add_config_flags(parser, EngineConfig)
+    parser.set_defaults(command=_serve)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    """Bind the socket, load the model, and serve until a signal comes."""
+    import asyncio
+
+    settings = given(args, ServerConfig)
+    settings.setdefault("api_key", os.environ.get(KEY_VARIABLE) or None)
+    server_config = ServerConfig(**settings)
+    engine_settings = given(args, EngineConfig)
+    EngineConfig.create(**engine_settings)  # refuse wrong settings before anything slow
+
+    controller_config = under_torchrun(ControllerConfig(**given(args, ControllerConfig)))
+    if is_follower():
+        return follow(controller_config, engine_settings, server_config)
+
+    from minserve.server import lifecycle
+
+    sock = lifecycle.bind_socket(server_config.host, server_config.port)
+    url = lifecycle.reachable_url(sock)
+
+    def load_engine() -> EngineFace:
+        if controller_config.replicas > 1:
+            return create_controller(controller_config, engine_settings, server_config)
+        from minserve import AsyncEngine
+
+        engine = AsyncEngine(**engine_settings)
+        engine.warm_up()
+        if engine.perf_model is None:
+            engine.profile(server_config.profile_seconds, progress=True)
+        unkept = engine.unattainable_classes()
+        if unkept:
+            logging.getLogger(__name__).warning(unkept)
+        return engine
+
+    def announce(engine: EngineFace, model: str) -> None:
+        chat = engine.tokenizer is not None and engine.tokenizer.has_chat_template
+        needs_key = server_config.api_key is not None
+        print(lifecycle.ready_message(url, model, chat=chat, needs_key=needs_key), flush=True)
+
+    try:
+        ended_by = asyncio.run(lifecycle.serve(sock, server_config, load_engine, announce))
+    except lifecycle.LoadInterrupted as interrupted:
+        _exit_now(_exit_code(interrupted.signal_number))
+    return _exit_code(ended_by)
+
+
+def _exit_code(signal_number: int) -> int:
+    """Return 0 for SIGTERM, the usual way to end a server, and 128 + the signal for Ctrl-C."""
+    return 0 if signal_number == signal.SIGTERM else 128 + signal_number
+
+
+def _exit_now(code: int) -> NoReturn:
+    """End the process without the interpreter's own shutdown.
+
+    That shutdown may crash while another thread is still inside torch.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)

@@ -1,0 +1,1 @@
+"""The device's side of an iteration: tensors, KV memory, forward passes."""

@@ -1,0 +1,144 @@
+"""`PagedModel`: a model, its KV cache, and forward passes over chunks of sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from minserve.engine.device import transfers
+from minserve.engine.device.batch_tensors import BatchLayout, BatchTensors, Chunk, place
+from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
+from minserve.kernels.upload import to_device
+from minserve.models.base import CausalLM
+from minserve.planner.predict.eager import is_eager
+
+
+class RecordedPasses(Protocol):
+    """Passes over decodes that the device was taught beforehand."""
+
+    def forward(self, chunks: SequenceOf[Chunk]) -> Tensor | None:
+        """Hidden states as of `PagedModel.forward`, or ``None`` where no pass fits."""
+
+
+class PagedModel:
+    """Runs chunks on one device. Knows nothing of sequences, planning or sampling.
+
+    Args:
+        kv: one cache per layer.
+
+    Attributes:
+        graphs: of passes over decodes. Set where the device has graphs, once ``kv`` is
+            allocated.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        backend: AttentionBackend,
+        kv: SequenceOf[LayerKV],
+        block_size: int,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.backend = backend
+        self.kv = kv
+        self.block_size = block_size
+        self.device = device
+        self.graphs: RecordedPasses | None = None
+
+    @property
+    def is_lost(self) -> bool:
+        """True where the device runs nothing any more. Waits for it."""
+        return transfers.is_lost(self.device)
+
+    @torch.inference_mode()
+    def forward(self, chunks: SequenceOf[Chunk], num_decodes: int) -> Tensor:
+        """Final hidden states ``[num_tokens, hidden]`` of all chunks, one behind the other.
+
+        Writes KV for their tokens. On a GPU all of it is queued, and where every chunk is
+        a decode the result holds until the next pass over decodes is queued.
+
+        Args:
+            num_decodes: how many of the first chunks are decodes: one token, or a few that
+                were drafted behind it.
+        """
+        if self.graphs is not None and not is_eager(len(chunks), num_decodes):
+            hidden = self.graphs.forward(chunks)
+            if hidden is not None:
+                return hidden
+        return self._run(chunks, num_decodes, self.kv)
+
+    def forward_tensors(
+        self,
+        inputs: BatchTensors[Tensor],
+        query_start_loc: list[int],
+        seq_lens: list[int],
+        num_decodes: int,
+        kv: SequenceOf[LayerKV],
+        lengths_known: bool = True,
+    ) -> Tensor:
+        """`forward` of inputs on the device, with what the host knows of them.
+
+        Args:
+            query_start_loc, seq_lens, lengths_known: as in `AttentionMetadata`.
+        """
+        metadata = AttentionMetadata(
+            query_start_loc=query_start_loc,
+            seq_lens=seq_lens,
+            block_tables=inputs.block_tables,
+            slot_mapping=inputs.slot_mapping,
+            block_size=self.block_size,
+            num_decodes=num_decodes,
+            lengths_known=lengths_known,
+            starts=inputs.starts,
+            lengths=inputs.lengths,
+        )
+        self.backend.prepare(metadata)
+        return self.model.forward(inputs.token_ids, inputs.positions, kv, self.backend, metadata)
+
+    def rows(self, hidden: Tensor, rows: list[int]) -> Tensor:
+        """Some rows of hidden states, ``[len(rows), hidden]``."""
+        return hidden[to_device(rows, torch.int64, self.device)]
+
+    @torch.inference_mode()
+    def dry_run(
+        self, num_tokens: int, longest: int, num_seqs: int = 1, max_queries: int = 1
+    ) -> None:
+        """Run batches of zeros, without KV of anyone being touched: one of the given size, then
+        decodes, few and many, of up to so many query tokens, and chunks of all kinds.
+
+        Warms up libraries and compiles kernels, for which no request should wait, and on a
+        GPU leaves the peak memory of the largest batch reserved, so that what is free
+        afterwards can go to the KV cache.
+
+        Args:
+            longest: most tokens of one sequence.
+            num_seqs, max_queries: of the largest batch, most sequences and most tokens of each
+                whose logits are needed.
+        """
+        longest = min(longest, num_tokens)
+        blocks = list(range(-(-longest // self.block_size)))
+        scratch = self.backend.allocate(
+            len(blocks), self.block_size, self.kv[0].key.dtype, self.device
+        )
+        kv = [scratch] * len(self.kv)
+        sizes = [min(longest, num_tokens - done) for done in range(0, num_tokens, longest)]
+        hidden = self._run([Chunk([0] * size, 0, blocks) for size in sizes], 0, kv)
+        self.model.logits(hidden[: num_seqs * max_queries])
+        for num in range(1, min(max_queries, longest) + 1):
+            for most in (1, max(1, min(num_seqs, num_tokens // num))):
+                self._run([Chunk([0] * num, longest - num, blocks)] * most, most, kv)
+        for size in self.backend.chunk_sizes:
+            if size <= longest:
+                for start in (0, longest - size):  # behind a long context it may be split
+                    self._run([Chunk([0] * size, start, blocks)], 0, kv)
+
+    def _run(self, chunks: SequenceOf[Chunk], num_decodes: int, kv: SequenceOf[LayerKV]) -> Tensor:
+        layout = BatchLayout.of(chunks)
+        host, parts = place(chunks, layout, self.block_size, self.device)
+        inputs = layout.split(host.to(self.device, non_blocking=True))
+        starts, lengths = parts.starts.tolist(), parts.lengths.tolist()
+        return self.forward_tensors(inputs, starts, lengths, num_decodes, kv)

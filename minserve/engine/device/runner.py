@@ -1,0 +1,253 @@
+"""`ModelRunner`: a batch of sequences -> tensors -> one mixed forward pass -> sampled tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from minserve.engine.device.batch_tensors import Chunk
+from minserve.engine.device.paged_model import PagedModel
+from minserve.engine.device.thread_count import ThreadCount
+from minserve.engine.sampling.sampler import Sampler
+from minserve.engine.speculation.verification import PendingTokens, Proposal, Verified
+from minserve.errors import ConfigError, GenerationError
+from minserve.kernels.attention import AttentionBackend, LayerKV
+from minserve.models.base import CausalLM
+from minserve.outputs import TokenLogprob
+from minserve.request import Sequence
+
+# Prompt logprobs need logits of every prompt row; this many rows are held at a time.
+PROMPT_LOGPROB_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """A sequence and how many of its uncomputed tokens this iteration runs.
+
+    Attributes:
+        proposal: drafted tokens to run, and verify, behind them.
+    """
+
+    seq: Sequence
+    num_tokens: int
+    proposal: Proposal | None = None
+
+    @property
+    def drafted(self) -> tuple[int, ...]:
+        return () if self.proposal is None else self.proposal.token_ids
+
+    @property
+    def samples(self) -> bool:
+        """True where the chunk reaches the newest token, so that the next one is sampled."""
+        return self.num_tokens == self.seq.num_uncomputed_tokens
+
+    @property
+    def start(self) -> int:
+        return self.seq.num_computed_tokens
+
+    @property
+    def end(self) -> int:
+        """Where the sequence's own tokens of this iteration end; drafts come behind."""
+        return self.seq.num_computed_tokens + self.num_tokens
+
+    @property
+    def chunk(self) -> Chunk:
+        own = self.seq.token_ids[self.start : self.end]
+        return Chunk([*own, *self.drafted], self.start, self.seq.block_table)
+
+
+@dataclass(slots=True)
+class RunResult:
+    """What the forward pass gave for one sequence.
+
+    Attributes:
+        sampled: the next tokens, the error that their sampling met, or ``None`` where the
+            chunk did not reach the end.
+        prompt_logprobs: of prompt tokens ``start + 1 .. end`` where asked for.
+    """
+
+    sampled: Verified | GenerationError | None = None
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+class RunningBatch(Protocol):
+    """A batch that was handed to a device."""
+
+    def results(self) -> dict[str, RunResult]:
+        """Wait for the end of the batch; what it gave, by sequence id."""
+
+
+class Runner(Protocol):
+    """What an `EngineCore` runs batches on: a model (`ModelRunner`), or a simulated device."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def is_lost(self) -> bool:
+        """True where the device runs nothing any more."""
+
+    def launch(self, batch: SequenceOf[Scheduled]) -> RunningBatch:
+        """Hand a batch to the device. Changes no sequence."""
+
+
+class _PromptRows(NamedTuple):
+    """Hidden states whose logits tell the log probabilities of a piece of a prompt.
+
+    Attributes:
+        hidden: ``[len(token_ids), hidden]``, row i predicting token i.
+        num_top: how many of the most likely tokens are asked for besides.
+    """
+
+    seq_id: str
+    hidden: Tensor
+    token_ids: list[int]
+    num_top: int
+
+
+class InFlightBatch:
+    """A batch that was handed to the device. `results` waits for what it gives.
+
+    Args:
+        seq_ids: of all sequences of the batch.
+        sampling: of those that get a token, in the order of ``pending``.
+        prompt_logprobs: computes those of a piece of a prompt, for it is seldom asked.
+    """
+
+    def __init__(
+        self,
+        seq_ids: SequenceOf[str],
+        sampling: SequenceOf[str],
+        pending: PendingTokens | None,
+        prompts: SequenceOf[_PromptRows],
+        prompt_logprobs: Callable[[_PromptRows], list[TokenLogprob]],
+    ) -> None:
+        self._seq_ids = seq_ids
+        self._sampling = sampling
+        self._pending = pending
+        self._prompts = prompts
+        self._prompt_logprobs = prompt_logprobs
+
+    @torch.inference_mode()
+    def results(self) -> dict[str, RunResult]:
+        """By sequence id.
+
+        Raises:
+            GenerationError: where a prompt's logits, asked for, contain NaN.
+        """
+        results = {seq_id: RunResult() for seq_id in self._seq_ids}
+        if self._pending is not None:
+            for seq_id, tokens in zip(self._sampling, self._pending.results(), strict=True):
+                results[seq_id].sampled = tokens
+        for rows in self._prompts:
+            results[rows.seq_id].prompt_logprobs += self._prompt_logprobs(rows)
+        return results
+
+
+class ModelRunner(PagedModel):
+    """Runs batches of the target model. Knows nothing of planning, text or requests' ends.
+
+    Attributes:
+        threads: chooses those of a pass on a CPU; ``None`` leaves torch's as they are.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        backend: AttentionBackend,
+        kv: SequenceOf[LayerKV],
+        block_size: int,
+        device: torch.device,
+    ) -> None:
+        super().__init__(model, backend, kv, block_size, device)
+        self.sampler = Sampler(fused=self.backend.in_triton)
+        self.threads: ThreadCount | None = None
+
+    def dry_run(
+        self, num_tokens: int, longest: int, num_seqs: int = 1, max_queries: int = 1
+    ) -> None:
+        """As of `PagedModel`, and what draws compile."""
+        super().dry_run(num_tokens, longest, num_seqs, max_queries)
+        self.sampler.warm_up(self.device)
+
+    def run(self, batch: SequenceOf[Scheduled]) -> dict[str, RunResult]:
+        """`launch`, and wait for the results."""
+        return self.launch(batch).results()
+
+    @torch.inference_mode()
+    def launch(self, batch: SequenceOf[Scheduled]) -> InFlightBatch:
+        """One forward pass and the choice of tokens, handed to the device.
+
+        A GPU is not waited for. Writes KV for the scheduled tokens and changes no sequence,
+        so that the same batch, or a part of it, can be run again.
+        """
+        if self.threads is not None:
+            self.threads.before_pass()
+        batch = sorted(batch, key=lambda s: not s.seq.is_decoding)
+        chunks = [item.chunk for item in batch]
+        hidden = self.forward(chunks, sum(item.seq.is_decoding for item in batch))
+        first_rows = list(accumulate((len(chunk.token_ids) for chunk in chunks), initial=0))
+        sampling = [
+            (item, first) for item, first in zip(batch, first_rows, strict=False) if item.samples
+        ]
+        return InFlightBatch(
+            [item.seq.seq_id for item in batch],
+            [item.seq.seq_id for item, _ in sampling],
+            self._sample(sampling, hidden) if sampling else None,
+            [
+                rows
+                for item, first in zip(batch, first_rows, strict=False)
+                if (rows := _prompt_rows(item, hidden[first:])) is not None
+            ],
+            self._prompt_logprobs,
+        )
+
+    def _sample(self, sampling: list[tuple[Scheduled, int]], hidden: Tensor) -> PendingTokens:
+        """Choose tokens for chunks, given with their first rows."""
+        rows: list[int] = []
+        for item, first in sampling:
+            newest = first + item.num_tokens - 1
+            rows += range(newest, newest + len(item.drafted) + 1)
+        if len(rows) < hidden.shape[0]:
+            hidden = self.rows(hidden, rows)
+        seqs = [item.seq for item, _ in sampling]
+        proposals = [item.proposal for item, _ in sampling]
+        return self.sampler.launch(self.model.logits(hidden), seqs, proposals)
+
+    def _prompt_logprobs(self, rows: _PromptRows) -> list[TokenLogprob]:
+        found: list[TokenLogprob] = []
+        for begin in range(0, len(rows.token_ids), PROMPT_LOGPROB_ROWS):
+            some = slice(begin, begin + PROMPT_LOGPROB_ROWS)
+            found += self.sampler.prompt_logprobs(
+                self.model.logits(rows.hidden[some]), rows.token_ids[some], rows.num_top
+            )
+        return found
+
+
+def model_runner(runner: Runner) -> ModelRunner:
+    """The runner, for work that needs the model itself.
+
+    Raises:
+        ConfigError: where the device is simulated.
+    """
+    if not isinstance(runner, ModelRunner):
+        raise ConfigError("a simulated device has no model to run")
+    return runner
+
+
+def _prompt_rows(item: Scheduled, hidden: Tensor) -> _PromptRows | None:
+    """Of a chunk with hidden states from its first token on: the row of prompt token p
+    predicts token p + 1.
+    """
+    num_top = item.seq.request.params.prompt_logprobs
+    last = min(item.end, item.seq.num_prompt_tokens - 1)
+    if num_top is None or item.start >= last:
+        return None
+    token_ids = item.seq.token_ids[item.start + 1 : last + 1]
+    return _PromptRows(item.seq.seq_id, hidden[: len(token_ids)], token_ids, num_top)

@@ -1,0 +1,217 @@
+"""From logits to tokens: one for each sequence, or as many as verify of those drafted for it.
+
+Knows sequences and logits, nothing of blocks, batches or text. The distributions and draws
+are those of `minserve.engine.sampling.distribution`, drafts are verified by
+`minserve.engine.speculation.verification`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minserve.engine.sampling.distribution import (
+    CHOICE,
+    DRAFT,
+    INVALID,
+    SamplingRow,
+    adjust,
+    argmax,
+    column,
+    draw,
+    index_of,
+    inverse_cdf,
+    uniforms,
+    warm_up,
+    weigh,
+)
+from minserve.engine.sampling.logprobs import logprob_tensors, token_logprobs
+from minserve.engine.speculation.verification import (
+    PendingTokens,
+    Proposal,
+    SampledToken,
+    Span,
+    Verified,
+    normalized,
+    reject,
+)
+from minserve.errors import GenerationError
+from minserve.outputs import TokenLogprob
+from minserve.request import Sequence
+
+
+class Drafted(NamedTuple):
+    """A draft model's choice for one row: the token, `INVALID` where there is none, and the
+    distribution that it was drawn from (as in `Proposal`).
+    """
+
+    token_id: int
+    probabilities: Tensor | None
+
+
+class Sampler:
+    """Chooses the next tokens of every sequence in a batch. Keeps no state.
+
+    Order per row: raw log probabilities, penalties, ``min_tokens``, then argmax, or
+    temperature, ``min_p``, ``top_k``, ``top_p`` and the draw. A row that needs none of
+    this costs one argmax, whatever the other rows ask for.
+
+    Args:
+        fused: whether Triton's kernels run on the device of the logits; the tokens are the same.
+    """
+
+    def __init__(self, *, fused: bool = False) -> None:
+        self._fused = fused
+
+    @torch.inference_mode()
+    def sample(self, logits: Tensor, seqs: list[Sequence]) -> list[SampledToken | GenerationError]:
+        """Choose one token per row.
+
+        Args:
+            logits: ``[len(seqs), vocab]``, any float dtype, any device; not changed.
+            seqs: whose next tokens they are; their ``num_output_tokens`` is the position
+                of the draw.
+
+        Returns:
+            per row, the token, or the error where the row's logits contain NaN or leave
+            no token possible. An error never affects the other rows.
+        """
+        verified = self.verify(logits, seqs, [None] * len(seqs))
+        return [v if isinstance(v, GenerationError) else v.tokens[0] for v in verified]
+
+    @torch.inference_mode()
+    def verify(
+        self, logits: Tensor, seqs: list[Sequence], proposals: SequenceOf[Proposal | None]
+    ) -> list[Verified | GenerationError]:
+        """`launch`, and wait for the results."""
+        return self.launch(logits, seqs, proposals).results()
+
+    @torch.inference_mode()
+    def launch(
+        self, logits: Tensor, seqs: list[Sequence], proposals: SequenceOf[Proposal | None]
+    ) -> PendingTokens:
+        """Accept drafted tokens such that the output is what the target alone would give.
+
+        A token drafted without chance is accepted where the target's own choice at its
+        place is the same token: the output is token for token what it would be without
+        speculation, under a seed as well. One that was drawn from a distribution q is
+        accepted with probability min(1, p / q), else drawn anew from max(0, p - q), which
+        leaves the target's distribution p unchanged (Leviathan et al., "Fast inference from
+        transformers via speculative decoding", ICML 2023).
+
+        Waits for no device: whatever needs the logits is queued behind them.
+
+        Args:
+            logits: any float dtype, not changed; per sequence one row, and one more for
+                each of its drafted tokens.
+            proposals: per sequence, what was drafted, if anything was.
+
+        Returns:
+            the tokens, or the error as in `sample`, of each sequence, on their way to the
+            host.
+        """
+        by_chance = [one is not None and one.probabilities is not None for one in proposals]
+        # These come last, so that either kind has adjacent rows.
+        order = sorted(range(len(seqs)), key=by_chance.__getitem__)
+        drawn = [one for i in order if by_chance[i] and (one := proposals[i]) is not None]
+        rows: list[SamplingRow] = []
+        spans = []
+        for i in order:
+            proposal = proposals[i]
+            drafted = () if proposal is None else proposal.token_ids
+            spans.append(Span(i, seqs[i], drafted, len(rows)))
+            rows += [SamplingRow(seqs[i], drafted[:num]) for num in range(len(drafted) + 1)]
+        if order != sorted(order):
+            logits = logits[index_of(_rows_before(spans), logits)]
+        split = spans[-len(drawn)].first if drawn else len(rows)
+        ids, nums_accepted = _choose(logits[:split], rows[:split], self._fused), None
+        if drawn:
+            others, nums_accepted = reject(logits[split:], rows[split:], drawn, fused=self._fused)
+            ids = torch.cat((ids, others))
+        return PendingTokens(logits, spans, ids, nums_accepted)
+
+    @torch.inference_mode()
+    def draft(self, logits: Tensor, rows: SequenceOf[SamplingRow]) -> list[Drafted]:
+        """A draft model's choices, such that the target is likely to accept them.
+
+        A greedy row takes the most likely token, a seeded one is drawn with the number that
+        the target will use; others have draws of their own.
+
+        Args:
+            logits: of the draft model, ``[len(rows), vocab]``; not changed.
+        """
+        if all(row.is_plain for row in rows):
+            return [Drafted(token, None) for token in argmax(logits).tolist()]
+        logits = adjust(logits.float(), rows)
+        ids, probabilities = argmax(logits), {}
+        drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
+        if drawn:
+            own = [rows[i] for i in drawn]
+            weights, is_valid = weigh(logits[index_of(drawn, logits)], own, fused=self._fused)
+            draws = uniforms(own, [CHOICE if row.is_seeded else DRAFT for row in own])
+            chosen = inverse_cdf(weights, column(draws, weights, torch.float64))
+            ids[index_of(drawn, logits)] = torch.where(is_valid, chosen, INVALID)
+            shares = normalized(weights)
+            probabilities = {
+                i: shares[place] for place, i in enumerate(drawn) if not rows[i].is_seeded
+            }
+        return [Drafted(token, probabilities.get(i)) for i, token in enumerate(ids.tolist())]
+
+    @torch.inference_mode()
+    def warm_up(self, device: torch.device) -> None:
+        """Compile the kernels of draws, for which no request should wait."""
+        if self._fused:
+            warm_up(device)
+
+    @torch.inference_mode()
+    def prompt_logprobs(
+        self, logits: Tensor, token_ids: SequenceOf[int], num_top: int
+    ) -> list[TokenLogprob]:
+        """Log probabilities of prompt tokens under the raw distribution.
+
+        Args:
+            logits: ``[len(token_ids), vocab]``, row ``i`` predicting ``token_ids[i]``.
+            num_top: how many of the most likely tokens to report besides.
+
+        Raises:
+            GenerationError: where the logits contain NaN.
+        """
+        if not len(token_ids):
+            return []
+        if bool(logits.isnan().any()):
+            raise GenerationError("the model's logits for the prompt contain NaN")
+        tops = [num_top] * len(token_ids)
+        ids = index_of(token_ids, logits)
+        return token_logprobs(token_ids, tops, logprob_tensors(logits, ids, tops))
+
+
+def _rows_before(spans: SequenceOf[Span]) -> list[int]:
+    """For each row, which one it was before the spans were put in order."""
+    firsts, row = {}, 0
+    for span in sorted(spans, key=lambda span: span.place):
+        firsts[span.place] = row
+        row += len(span.rows)
+    return [firsts[span.place] + num for span in spans for num in range(len(span.rows))]
+
+
+def _choose(logits: Tensor, rows: SequenceOf[SamplingRow], fused: bool) -> Tensor:
+    """The target's own choice for each row, ``[rows]``."""
+    special = [i for i, row in enumerate(rows) if not row.is_plain]
+    if not special:
+        return argmax(logits)
+    if len(special) < len(rows):
+        chosen, index = argmax(logits), index_of(special, logits)
+        chosen[index] = _choose(logits[index], [rows[i] for i in special], fused)
+        return chosen
+    logits = adjust(logits.float(), rows)
+    drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
+    if len(drawn) == len(rows):
+        return draw(logits, rows, fused=fused)
+    chosen = argmax(logits)
+    if drawn:
+        index = index_of(drawn, logits)
+        chosen[index] = draw(logits[index], [rows[i] for i in drawn], fused=fused)
+    return chosen

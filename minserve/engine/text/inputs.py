@@ -1,0 +1,120 @@
+"""Turns what a caller gives as a prompt into checked token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from minserve.errors import InvalidRequestError, RequestTooLongError
+
+if TYPE_CHECKING:
+    from minserve.engine.text.tokenizer import Tokenizer
+
+
+class PromptProcessor:
+    """Checks prompts and tokenizes them. Keeps no state between calls; any thread may call."""
+
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, max_model_len: int) -> None:
+        """Make a processor for one model.
+
+        Args:
+            tokenizer: ``None`` where prompts come as token ids only.
+            vocab_size: rows of the model's embedding.
+            max_model_len: most tokens of prompt and output together.
+        """
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+
+    def process(
+        self, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]]
+    ) -> tuple[str | None, tuple[int, ...]]:
+        """Check one prompt and turn it into token ids.
+
+        Args:
+            prompt: a text, token ids, or the messages of a chat.
+
+        Returns:
+            The text (for a chat: as the template wrote it; ``None`` for token ids), and the
+            token ids: at least one, fewer than ``max_model_len``, all in the vocabulary.
+
+        Raises:
+            RequestTooLongError: where no room is left for an output.
+            InvalidRequestError: for any other prompt that cannot be run.
+        """
+        param = "prompt"
+        if isinstance(prompt, str):
+            text, ids = prompt, self._encode(prompt, param, add_special_tokens=True)
+        elif not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
+            raise InvalidRequestError(
+                "a prompt is a text, a list of token ids or a list of messages, "
+                f"not {type(prompt).__name__}",
+                "prompt",
+            )
+        elif prompt and isinstance(prompt[0], Mapping):
+            param = "messages"
+            text = self._render(prompt)
+            # The template has written the special tokens already.
+            ids = self._encode(text, param, add_special_tokens=False)
+        else:
+            text, ids = None, prompt
+        self._check_ids(ids, param)
+        return text, tuple(ids)
+
+    def _render(self, messages: Sequence[Any]) -> str:
+        for i, message in enumerate(messages):
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise InvalidRequestError(
+                    f"message {i} must be an object with a 'role', not {message!r:.80}", "messages"
+                )
+        return self._need_tokenizer("messages").render_chat(messages)
+
+    def _encode(self, text: str, param: str, *, add_special_tokens: bool) -> Sequence[int]:
+        tokenizer = self._need_tokenizer(param)
+        if not text:
+            raise InvalidRequestError("the prompt is empty", param)
+        try:
+            size = len(text.encode("utf-8"))
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(
+                f"character {error.start} of the prompt is half of a surrogate pair "
+                f"(U+{ord(text[error.start]):04X}), which is no text",
+                param,
+            ) from error
+        # Tokenizing takes a second per megabyte or so, so a text that cannot fit, even were
+        # all its tokens the longest there is, is refused before it.
+        fewest_tokens = -(-size // tokenizer.max_token_bytes)
+        if fewest_tokens >= self._max_model_len:
+            raise self._too_long(f"at least {fewest_tokens}", param)
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def _need_tokenizer(self, param: str) -> Tokenizer:
+        if self._tokenizer is None:
+            raise InvalidRequestError(
+                "no tokenizer is loaded, so a prompt must be given as token ids", param
+            )
+        return self._tokenizer
+
+    def _check_ids(self, ids: Sequence[Any], param: str) -> None:
+        if not ids:
+            raise InvalidRequestError("the prompt is empty", param)
+        if len(ids) >= self._max_model_len:
+            raise self._too_long(str(len(ids)), param)
+        for i, token in enumerate(ids):
+            if isinstance(token, bool) or not isinstance(token, int):
+                raise InvalidRequestError(
+                    f"token {i} of the prompt must be an integer, not {token!r:.80}", param
+                )
+            if not 0 <= token < self._vocab_size:
+                raise InvalidRequestError(
+                    f"token {i} of the prompt is {token!r:.40}, outside the vocabulary "
+                    f"(0 to {self._vocab_size - 1})",
+                    param,
+                )
+
+    def _too_long(self, tokens: str, param: str) -> RequestTooLongError:
+        return RequestTooLongError(
+            f"the prompt has {tokens} tokens; the model's length is {self._max_model_len} tokens "
+            f"and the output needs one of them, so at most {self._max_model_len - 1} fit",
+            param,
+        )

@@ -1,0 +1,1 @@
+"""What one iteration runs: batches under construction, by deadline, with drafts."""

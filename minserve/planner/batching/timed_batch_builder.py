@@ -1,0 +1,201 @@
+"""`TimedBatchBuilder`: one iteration under construction, which knows how long it will take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+
+from minserve.planner.batching.batch_builder import BatchBuilder
+from minserve.planner.batching.draft_lengths import DraftCandidate, with_drafts
+from minserve.planner.predict.eager import is_eager
+from minserve.planner.predict.perf_model import BatchShape, PerfModel
+from minserve.request import Sequence, SequenceState
+
+
+class TimedBatchBuilder:
+    """A `BatchBuilder` that also knows how long the batch will take."""
+
+    def __init__(self, builder: BatchBuilder, model: PerfModel | None) -> None:
+        self.builder = builder
+        self.model = model
+        self.num_prefills = 0
+        self._tokens = self._seqs = self._context = self._pairs = 0
+        self._draft_steps = self._draft_tokens = 0
+        self._num_decodes = 0
+        pace = 1.0 if model is None else model.pace
+        pieces = () if model is None else model.pieces
+        # Per piece: seconds of one decode, and of each token of its context.
+        self._per_decode = [
+            (
+                pace * (p.tokens + p.seqs),
+                pace * (p.context_tokens + p.attention_pairs),
+            )
+            for p in pieces
+        ]
+        self._sums = [pace * p.base for p in pieces]
+
+    @property
+    def seconds(self) -> float:
+        """Predicted seconds of what is scheduled so far."""
+        return max(self._sums, default=0.0) if self._seqs else 0.0
+
+    def is_full(self, limit: float) -> bool:
+        """True where not one more token fits within the limit."""
+        if not self._seqs:
+            return False
+        least = (total + one for total, (one, _) in zip(self._sums, self._per_decode, strict=True))
+        return self.builder.budget <= 0 or max(least, default=0.0) > limit
+
+    def seconds_of_decodes(self, seqs: SequenceOf[Sequence]) -> float:
+        """Predicted seconds of a batch of these decodes alone."""
+        if self.model is None or not seqs:
+            return 0.0
+        context = sum(len(seq.token_ids) for seq in seqs)
+        return self.model.predict(BatchShape(len(seqs), len(seqs), context, context))
+
+    def seconds_of_rest(self, seq: Sequence) -> float:
+        """Predicted seconds of all that is left of a prefill, in a batch of its own."""
+        if self.model is None:
+            return 0.0
+        rest = (seq.num_computed_tokens, seq.num_uncomputed_tokens)
+        return self.model.predict(BatchShape.of([rest], eager=True))
+
+    def decode(self, seq: Sequence, limit: float) -> bool:
+        """Run one token, where the batch then still ends within the limit."""
+        context = len(seq.token_ids)
+        sums = [
+            total + one + each * context
+            for total, (one, each) in zip(self._sums, self._per_decode, strict=True)
+        ]
+        # The first one runs however late it is: a batch of nobody helps nobody.
+        if self._seqs and sums and max(sums) > limit:
+            return False
+        if self.builder.is_preempted(seq) or not self.builder.schedule(seq, 1):
+            return False
+        self._sums = sums
+        self._tokens += 1
+        self._seqs += 1
+        self._num_decodes += 1
+        self._context += context
+        self._pairs += context
+        return True
+
+    def prefill(
+        self,
+        seq: Sequence,
+        limit: float,
+        *,
+        whole: bool = False,
+        evict: bool = False,
+    ) -> int:
+        """Run a chunk as long as the limit allows, of a running or a waiting sequence.
+
+        Args:
+            whole: all that is left, or nothing.
+            evict: preempt best effort to start it.
+        """
+        if (
+            self.builder.budget <= 0
+            or self.builder.is_preempted(seq)
+            or self.builder.awaits_sibling(seq)
+        ):
+            return 0
+        hit = (
+            self.builder.view.memory.cached_prefix(seq)
+            if seq.state is SequenceState.WAITING
+            else None
+        )
+        start = seq.num_computed_tokens if hit is None else hit.num_tokens
+        most = wanted = seq.num_tokens - start
+        if self.model is not None:
+            fitting = self.model.max_tokens_within(limit, self.shape, start)
+            most = min(most, fitting if self._seqs else max(fitting, 1))
+        if most <= 0 or (whole and most < wanted):
+            return 0
+        if hit is not None:
+            num_tokens = self.builder.start(seq, most=most, whole=whole, evict=evict, hit=hit)
+        else:
+            num_tokens = self.builder.schedule(seq, most, whole=whole)
+        if num_tokens:
+            self._num_decodes += seq.is_decoding_behind(start)
+            self._add_chunk(start, num_tokens)
+        return num_tokens
+
+    @property
+    def shape(self) -> BatchShape:
+        """Of what is scheduled so far."""
+        return BatchShape(
+            self._tokens,
+            self._seqs,
+            self._context,
+            self._pairs,
+            self._draft_steps,
+            self._draft_tokens,
+            int(is_eager(self._seqs, self._num_decodes)),
+        )
+
+    def speculate(
+        self, candidates: SequenceOf[DraftCandidate], lengths: SequenceOf[int], limit: float
+    ) -> None:
+        """Draft up to so many tokens for scheduled decodes, as far as blocks, budget and the
+        limit allow.
+        """
+        if self.model.predict(with_drafts(self.shape, candidates, lengths)) > limit:
+            lengths = self._fitting(candidates, lengths, limit)
+        granted = [
+            self.builder.speculate(one.seq, length) if length else 0
+            for one, length in zip(candidates, lengths, strict=True)
+        ]
+        if any(granted):
+            self._grow(with_drafts(self.shape, candidates, granted))
+
+    def _fitting(
+        self, candidates: SequenceOf[DraftCandidate], lengths: SequenceOf[int], limit: float
+    ) -> list[int]:
+        """As much of these lengths as fits within the limit, first come, first served."""
+        shape, fitting = self.shape, []
+        for one, length in zip(candidates, lengths, strict=True):
+            while length and self.model.predict(with_drafts(shape, [one], [length])) > limit:
+                length -= 1
+            shape = with_drafts(shape, [one], [length])
+            fitting.append(length)
+        return fitting
+
+    def catch_up(self, one: DraftCandidate, limit: float) -> None:
+        """Let the draft model run what it lacks of a sequence, as far as the limit allows."""
+        token_s = self.model.drift * max(piece.draft_tokens for piece in self.model.pieces)
+        shape = replace(self.shape, draft_steps=max(self._draft_steps, 1))
+        left = limit - self.model.predict(shape)
+        if left <= 0:
+            return
+        num_tokens = one.lag if token_s == 0 else min(one.lag, int(left / token_s))
+        if num_tokens > 0:
+            self.builder.plan.catch_up[one.seq.seq_id] = num_tokens
+            self._grow(replace(shape, draft_tokens=self._draft_tokens + num_tokens))
+
+    def _add_chunk(self, start: int, num_tokens: int) -> None:
+        chunk, shape = BatchShape.of([(start, num_tokens)]), self.shape
+        self.num_prefills += 1
+        self._grow(
+            replace(
+                shape,
+                tokens=shape.tokens + num_tokens,
+                seqs=shape.seqs + 1,
+                context_tokens=shape.context_tokens + chunk.context_tokens,
+                attention_pairs=shape.attention_pairs + chunk.attention_pairs,
+                eager=int(is_eager(shape.seqs + 1, self._num_decodes)),
+            )
+        )
+
+    def _grow(self, shape: BatchShape) -> None:
+        """The batch has this shape now."""
+        self._tokens, self._seqs, self._context, self._pairs = (
+            shape.tokens,
+            shape.seqs,
+            shape.context_tokens,
+            shape.attention_pairs,
+        )
+        self._draft_steps, self._draft_tokens = shape.draft_steps, shape.draft_tokens
+        if self.model is not None:
+            drift = self.model.correction(shape)
+            self._sums = [drift * piece.seconds(shape) for piece in self.model.pieces]

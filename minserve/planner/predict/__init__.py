@@ -1,0 +1,1 @@
+"""What the planner expects: a batch's seconds, a request's length, a draft's acceptance."""

@@ -1,0 +1,48 @@
+"""`ArrivalSlack`: how long may a batch be where only those are kept waiting who are still to come?"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+from minserve.planner.predict.perf_model import PerfModel
+from minserve.request import Sequence
+
+# Requests that come are taken to be like the last ones that came.
+WINDOW = 64
+# For so long it is remembered that requests in a hurry came, however many others came since.
+REMEMBERED_S = 600.0
+
+
+class ArrivalSlack:
+    """How long the most urgent of recent arrivals could have waited before its prefill began."""
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=WINDOW)
+        # Of those in a hurry: when they came, and how long they could have waited.
+        self._hurried: deque[tuple[float, float]] = deque(maxlen=WINDOW)
+
+    @property
+    def least_s(self) -> float:
+        """The least slack of the last arrivals; inf where none of them was in a hurry."""
+        return min(self._recent, default=math.inf)
+
+    def least_remembered_s(self, now: float) -> float:
+        """The least slack of the last arrivals that were in a hurry; inf where there was none for
+        `REMEMBERED_S` seconds.
+        """
+        while self._hurried and self._hurried[0][0] < now - REMEMBERED_S:
+            self._hurried.popleft()
+        return min((slack_s for _, slack_s in self._hurried), default=math.inf)
+
+    def see(self, seq: Sequence, model: PerfModel, now: float) -> None:
+        """Note a sequence that has arrived."""
+        targets = seq.request.targets
+        slack_s = math.inf
+        if targets is not None:
+            alone_s = model.drift * model.zero_load_prefill_s(seq.num_prompt_tokens)
+            # Who would be late at once cannot be made so by waiting.
+            slack_s = targets.ttft_s - alone_s if targets.ttft_s > alone_s else math.inf
+        self._recent.append(slack_s)
+        if slack_s < math.inf:
+            self._hurried.append((now, slack_s))

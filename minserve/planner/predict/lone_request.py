@@ -1,0 +1,76 @@
+"""Which SLO classes could this device keep at all? Asked once, at start."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from minserve.planner.predict.perf_model import PerfModel
+from minserve.slo.objectives import SLO
+
+# A prompt and context of middling length, for objectives in absolute seconds.
+TYPICAL_TOKENS = 512
+TYPICAL_OUTPUT = 128
+# Of a miss that scatter brings about, from which on an objective is one that the device misses.
+RISK = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """An objective that a request would miss even with the device for itself.
+
+    Attributes:
+        name: of the class.
+        objective: ``ttft`` or ``tpot``, with the stage where there are several.
+        promised_s, needed_s: what the class says, and what the device takes in nine of ten
+            cases.
+    """
+
+    name: str
+    objective: str
+    promised_s: float
+    needed_s: float
+
+
+def lone_request_misses(
+    classes: Mapping[str, SLO], model: PerfModel, num_tokens: int = TYPICAL_TOKENS
+) -> list[Miss]:
+    """Objectives that a lone request misses.
+
+    Args:
+        num_tokens: of its prompt.
+    """
+    prefill_s, decode_s = (
+        model.zero_load_prefill_s(num_tokens),
+        model.zero_load_decode_s(num_tokens),
+    )
+    # The prompt is one iteration; a pace lasts for many, which even out.
+    needed_ttft = prefill_s * model.bound(1, RISK)
+    needed_tpot = decode_s * model.bound(TYPICAL_OUTPUT, RISK)
+    misses = []
+    for name, slo in classes.items():
+        targets = slo.resolve(prefill_s, decode_s)
+        if targets.ttft_s < needed_ttft:
+            misses.append(Miss(name, "ttft", targets.ttft_s, needed_ttft))
+        for number, stage in enumerate(targets.stages, 1):
+            if math.isfinite(stage.tpot_s) and stage.tpot_s < needed_tpot:
+                which = f"tpot of stage {number}" if len(targets.stages) > 1 else "tpot"
+                misses.append(Miss(name, which, stage.tpot_s, needed_tpot))
+    return misses
+
+
+def describe_misses(misses: list[Miss], num_tokens: int = TYPICAL_TOKENS) -> str:
+    """A table for the console; empty where there is nothing to say."""
+    if not misses:
+        return ""
+    lines = [
+        f"a lone request of {num_tokens} prompt tokens would miss these SLOs on this device:",
+        f"  {'class':<16} {'objective':<16} {'promised':>12} {'needed':>12}",
+    ]
+    lines += [
+        f"  {one.name:<16} {one.objective:<16} {one.promised_s * 1e3:>9.1f} ms "
+        f"{one.needed_s * 1e3:>9.1f} ms"
+        for one in misses
+    ]
+    return "\n".join(lines)

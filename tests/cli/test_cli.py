@@ -1,0 +1,298 @@
+"""The command line, mostly as real processes: exit codes, signals, what is printed where."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from waiting import PATIENCE_S, wait_until
+
+from minserve import __version__
+from minserve.cli.main import main
+from minserve.config import EngineConfig, ServerConfig
+from minserve.sampling_params import SamplingParams
+
+MINSERVE = [sys.executable, "-m", "minserve"]
+SMALL = ["--device", "cpu", "--dtype", "float32", "--threads", "1", "--num-blocks", "300"]
+PROMPT = "The quick brown fox"
+
+
+def run(*args: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*MINSERVE, *args],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+        **options,
+    )
+
+
+@contextmanager
+def process(*args: str) -> Iterator[subprocess.Popen[str]]:
+    """A minserve process with pipes; killed if the test leaves it behind."""
+    running = subprocess.Popen(
+        [*MINSERVE, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield running
+    finally:
+        running.kill()
+        running.communicate()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
+
+
+def get(port: int, path: str) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+    connection.request("GET", path)
+    response = connection.getresponse()
+    return response.status, response.read()
+
+
+def get_once_listening(port: int, path: str) -> tuple[int, bytes]:
+    def answer() -> tuple[int, bytes] | None:
+        with suppress(ConnectionRefusedError):
+            return get(port, path)
+        return None
+
+    return wait_until(answer, "nobody listens")
+
+
+def start_stream(port: int) -> http.client.HTTPResponse:
+    """A request that runs for seconds, with its first bytes already here."""
+    body = {"prompt": PROMPT, "max_tokens": 480, "n": 8, "ignore_eos": True, "stream": True}
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+    connection.request("POST", "/v1/completions", json.dumps(body))
+    response = connection.getresponse()
+    assert response.status == 200
+    assert response.read(10).startswith(b"data: ")
+    return response
+
+
+def announced_port(server: subprocess.Popen[str]) -> int:
+    """The port in the line that says the server is ready."""
+    line = server.stdout.readline()
+    assert line, server.stderr.read()
+    return int(re.search(r"http://127\.0\.0\.1:(\d+)", line)[1])
+
+
+# --- help ---
+
+
+@pytest.mark.parametrize("command", ["serve", "generate"])
+def test_help_names_every_setting(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    configs = (EngineConfig, ServerConfig if command == "serve" else SamplingParams)
+    for field in (field for config in configs for field in fields(config)):
+        assert f"--{field.name.replace('_', '-')}" in text
+    assert "examples:" in text
+
+
+def test_help_and_version_load_nothing_heavy() -> None:
+    code = (
+        "import sys; from minserve.cli.main import build_parser; build_parser().format_help();"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'aiohttp', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert run("--version").stdout == f"minserve {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["dance"],
+        ["serve", "--nonsense"],
+        ["serve", "--port", "many"],
+        ["serve", "--dtype", "int3"],
+        ["generate"],
+        ["generate", "--prompt", "x", "--chat", "--raw"],
+        ["generate", "--prompt", "x", "--logprobs", "3"],
+    ],
+)
+def test_wrong_usage_exits_with_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(args)
+    assert ended.value.code == 2
+    assert "minserve" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["serve", "--port", "70000"], "port"),
+        (["serve", "--api-key", ""], "API key"),
+        (["serve", "--max-body-mib", "nan"], "max_body_mib"),
+        (["serve", "--token-budget", "1"], "token_budget"),
+        (["serve", "--host", "host.invalid"], "host.invalid"),
+        (["generate", "--prompt", "x", "--top-p", "2"], "top_p"),
+        (["generate", "--prompt", "x", "--model", "/nowhere/at/all"], "/nowhere/at/all"),
+    ],
+)
+def test_an_error_is_one_clear_line(
+    args: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(args) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("minserve: error: ")]
+    assert says in line
+
+
+# --- generate ---
+
+
+def test_generate_prints_only_the_text(
+    tiny_llama_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["generate", "--model", str(tiny_llama_dir), *SMALL, "--temperature", "0"]
+    args += ["--prompt", PROMPT, "--max-tokens", "12"]
+    assert main([*args, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["token_ids"]) == report["usage"]["completion_tokens"] <= 12
+    assert report["finish_reason"] in ("length", "stop")
+    assert report["timings"]["generate_s"] > 0
+    assert main(args) == 0
+    assert capsys.readouterr().out == report["text"] + "\n"
+
+
+def test_generate_tells_what_became_of_drafts(
+    tiny_llama_pair: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["generate", "--model", str(tiny_llama_pair.target), "--num-blocks", "32", "--json"]
+    args += ["--draft-model", str(tiny_llama_pair.draft), "--policy", "sarathi"]
+    assert main([*args, "--temperature", "0", "--max-tokens", "24", "--prompt", "import os\n"]) == 0
+    told = json.loads(capsys.readouterr().out)["usage"]["acceptance"]
+    assert 0 <= told["accepted_tokens"] <= told["draft_tokens"]
+    assert told["draft_tokens"] > 0
+    assert told["rate"] == told["accepted_tokens"] / told["draft_tokens"]
+
+
+def test_generate_uses_the_chat_template_unless_raw(
+    tiny_llama_dir: Path, tiny_opt_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["generate", *SMALL, "--prompt", PROMPT, "--max-tokens", "2", "--json"]
+
+    def prompt_tokens(model: Path, *more: str) -> int:
+        assert main([*args, "--model", str(model), *more]) == 0
+        return json.loads(capsys.readouterr().out)["usage"]["prompt_tokens"]
+
+    assert prompt_tokens(tiny_llama_dir) == prompt_tokens(tiny_llama_dir, "--chat")
+    assert prompt_tokens(tiny_llama_dir) > prompt_tokens(tiny_llama_dir, "--raw")
+    assert prompt_tokens(tiny_opt_dir) == prompt_tokens(tiny_opt_dir, "--raw")
+    assert main([*args, "--model", str(tiny_opt_dir), "--chat"]) == 1
+    assert "chat template" in capsys.readouterr().err
+
+
+def test_generate_reports_every_output_and_logprobs(
+    tiny_llama_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["generate", "--model", str(tiny_llama_dir), *SMALL, "--prompt", PROMPT, "--n", "2"]
+    args += ["--max-tokens", "3", "--seed", "5", "--ignore-eos"]
+    assert main([*args, "--json", "--logprobs", "2", "--prompt-logprobs", "0"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [len(output["token_ids"]) for output in report["outputs"]] == [3, 3]
+    assert [len(one["top"]) for one in report["outputs"][1]["logprobs"]] == [2, 2, 2]
+    assert report["prompt_logprobs"][0] is None
+    assert main(args) == 0
+    text = capsys.readouterr().out
+    assert all(output["text"] in text for output in report["outputs"])
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_ctrl_c_ends_generate_quietly(tiny_llama_dir: Path) -> None:
+    args = ["--model", str(tiny_llama_dir), *SMALL, "--ignore-eos", "--max-tokens", "480"]
+    with process("generate", *args, "--prompt", PROMPT) as running:
+        assert running.stdout.read(1)
+        running.send_signal(signal.SIGINT)
+        assert running.wait(PATIENCE_S) == 130
+        assert running.stderr.read() == ""
+
+
+# --- serve ---
+
+
+def test_a_busy_port_is_one_line_before_any_loading() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+        result = run("serve", "--port", str(port), "--model", "/nowhere/at/all")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("minserve: error: ")
+    assert str(port) in line
+    assert "in use" in line
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_while_loading_it_answers_503_and_can_be_interrupted(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINSERVE_API_KEY", "secret")
+    port = free_port()
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 0)):
+        with process(
+            "serve", "--port", str(port), "--model", str(tiny_llama_dir), *SMALL
+        ) as server:
+            status, body = get_once_listening(port, "/health")
+            assert status == 503
+            assert "loading" in json.loads(body)["error"]["message"]
+            assert get(port, "/v1/models")[0] == 401  # the key comes from the environment
+            server.send_signal(number)
+            assert server.wait(PATIENCE_S) == code
+            assert "Traceback" not in server.stderr.read()
+
+
+def test_sigterm_lets_running_requests_finish_and_exits_0(tiny_llama_dir: Path) -> None:
+    args = ["--port", "0", "--model", str(tiny_llama_dir), *SMALL]
+    with process("serve", *args) as server:
+        port = announced_port(server)
+        command = server.stdout.readline().removeprefix("Try: ")
+        if shutil.which("curl"):
+            answer = subprocess.run(
+                command, shell=True, capture_output=True, check=True, timeout=PATIENCE_S
+            ).stdout
+            assert json.loads(answer)["choices"][0]["message"]["role"] == "assistant"
+        assert get(port, "/health")[0] == 200
+        stream = start_stream(port)
+        server.send_signal(signal.SIGTERM)
+        wait_until(lambda: get(port, "/health")[0] == 503)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+        connection.request("POST", "/v1/completions", json.dumps({"prompt": PROMPT}))
+        assert connection.getresponse().status == 503
+        rest = stream.read()
+        assert rest.endswith(b"data: [DONE]\n\n")
+        assert rest.count(b'"finish_reason":"length"') == 8
+        assert server.wait(PATIENCE_S) == 0
+        assert "Traceback" not in server.stderr.read()
+
+
+def test_what_outlasts_the_shutdown_timeout_ends_with_an_error(tiny_llama_dir: Path) -> None:
+    args = ["--port", "0", "--model", str(tiny_llama_dir), *SMALL, "--shutdown-timeout", "0"]
+    with process("serve", *args) as server:
+        stream = start_stream(announced_port(server))
+        server.send_signal(signal.SIGTERM)
+        rest = stream.read()
+        assert b"[DONE]" not in rest
+        last = rest.rstrip().rsplit(b"data: ", 1)[1]
+        assert json.loads(last)["error"]["type"] == "service_unavailable_error"
+        assert server.wait(PATIENCE_S) == 0

@@ -1,0 +1,119 @@
+"""Sequences and logits to sample from, and slow reference code for the choice."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import torch
+
+from minserve.engine.sampling.sampler import Sampler
+from minserve.engine.speculation.verification import SampledToken
+from minserve.request import Request, Sequence
+from minserve.sampling_params import SamplingParams
+
+SAMPLER = Sampler()
+
+
+VOCAB = 700  # not a multiple of the chunk size, and more than one chunk
+
+
+def make_seq(prompt=(1, 2, 3), output=(), *, seed=0, index=0, stop=(), **params) -> Sequence:
+    request = Request(
+        request_id=f"r{seed}",
+        prompt_token_ids=tuple(prompt),
+        params=SamplingParams(**{"max_tokens": 100, **params}),
+        seed=seed,
+        arrival_s=0.0,
+        stop_token_ids=frozenset(stop),
+    )
+    seq = Sequence(request, index=index)
+    seq.token_ids += output
+    return seq
+
+
+def random_logits(rows: int, vocab: int = VOCAB, seed: int = 0, scale: float = 3.0):
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def token_ids(results) -> list[int]:
+    assert all(isinstance(result, SampledToken) for result in results)
+    return [result.token_id for result in results]
+
+
+def reference_distribution(logits: list[float], seq: Sequence) -> list[float]:
+    """Exact sampling probabilities, token by token in plain Python."""
+    p, x = seq.request.params, list(logits)
+    output = Counter(seq.output_token_ids)
+    for t in set(seq.token_ids):
+        x[t] = x[t] / p.repetition_penalty if x[t] > 0 else x[t] * p.repetition_penalty
+    for t, n in output.items():
+        x[t] -= p.frequency_penalty * n + p.presence_penalty
+    if seq.num_output_tokens < p.min_tokens:
+        for t in seq.request.stop_token_ids:
+            x[t] = -math.inf
+    if p.greedy:
+        return [float(t == x.index(max(x))) for t in range(len(x))]
+    best = max(x)
+    w = [math.exp((v - best) / p.temperature) for v in x]
+    w = [v if v >= p.min_p * max(w) else 0.0 for v in w]
+    if p.top_k:
+        kth = sorted(w, reverse=True)[min(p.top_k, len(w)) - 1]
+        w = [v if v >= kth else 0.0 for v in w]
+    if p.top_p < 1.0:
+        total, mass, kept = math.fsum(w), 0.0, set()
+        for t in sorted(range(len(w)), key=lambda t: (-w[t], t)):
+            if mass >= p.top_p * total:
+                break
+            mass += w[t]
+            kept.add(t)
+        w = [v if t in kept else 0.0 for t, v in enumerate(w)]
+    total = math.fsum(w)
+    return [v / total for v in w]
+
+
+def reference_token(probabilities: list[float], u: float) -> tuple[int, float]:
+    """Inverse CDF, and how far the draw is from the nearest step."""
+    total, steps = 0.0, []
+    for token, probability in enumerate(probabilities):
+        total += probability
+        if probability:
+            steps.append((total, token))
+    token = next((t for cdf, t in steps if cdf > u), steps[-1][1])
+    return token, min(abs(cdf - u) for cdf, _ in steps)
+
+
+def chi_square_limit(degrees: int) -> float:
+    """Wilson and Hilferty's approximation of the 1 - 1e-6 quantile."""
+    a = 2 / (9 * degrees)
+    return degrees * (1 - a + 4.753 * math.sqrt(a)) ** 3
+
+
+def chi_square(counts: list[int], expected: list[float]) -> float:
+    return sum((c - e) ** 2 / e for c, e in zip(counts, expected, strict=True))
+
+
+SETTINGS = [
+    {"temperature": 0.0},
+    {"top_k": 1},
+    {},
+    {"temperature": 0.3},
+    {"temperature": 2.5},
+    {"top_k": 5},
+    {"top_k": 10_000},
+    {"top_p": 0.5},
+    {"top_p": 0.95, "temperature": 1.7},
+    {"top_p": 1e-9},
+    {"min_p": 0.1},
+    {"min_p": 1.0},
+    {"min_p": 0.02, "top_k": 20, "top_p": 0.7, "temperature": 1.3},
+    {"repetition_penalty": 1.8, "temperature": 0.0},
+    {"repetition_penalty": 0.4},
+    {"frequency_penalty": 1.1},
+    {"frequency_penalty": -2.0, "temperature": 0.0},
+    {"presence_penalty": 2.0},
+    {"repetition_penalty": 1.3, "frequency_penalty": 0.7, "presence_penalty": -0.5, "top_p": 0.8},
+    {"min_tokens": 50},
+    {"min_tokens": 50, "temperature": 0.0},
+    {"min_tokens": 4},
+]
