@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from minserve.engine.device.runner import Scheduled
+from minserve.engine.batch import Scheduled
 from minserve.planner.plan import IterationPlan, MemoryView, PlannerView, SpeculationView
 from minserve.request import Sequence
 

@@ -17,17 +17,16 @@ import torch
 
 from minserve.config import EngineConfig
 from minserve.devices import Device, find_device
+from minserve.engine.batch import RunResult, Scheduled, shape_of
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.core import EngineCore
-from minserve.engine.device.runner import RunResult, Scheduled
-from minserve.engine.speculation.verification import SampledToken, Verified
+from minserve.engine.speculation.proposal import SampledToken, Verified
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import ConfigError, GenerationError
 from minserve.models.source import ModelSource
 from minserve.planner.policies import make_planner
-from minserve.planner.predict.eager import is_eager
 from minserve.planner.predict.lengths import make_length_estimator
-from minserve.planner.predict.perf_model import BatchShape, PerfModel
+from minserve.planner.predict.perf_model import PerfModel
 from minserve.request import Sequence
 
 TOKEN_BUDGET = 8192
@@ -76,9 +75,7 @@ class SimulatedRunner:
 
     def launch(self, batch: SequenceOf[Scheduled]) -> SimulatedBatch:
         """The batch begins now."""
-        eager = is_eager(len(batch), sum(item.seq.is_decoding for item in batch))
-        shape = BatchShape.of(((item.start, item.num_tokens) for item in batch), eager=eager)
-        ends_at = time.monotonic() + self._model.profiled(shape)
+        ends_at = time.monotonic() + self._model.profiled(shape_of(batch))
         return SimulatedBatch(batch, ends_at, self._words)
 
 

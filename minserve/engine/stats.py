@@ -13,8 +13,10 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, fields, replace
 
-from minserve.engine.device.runner import Scheduled
+from minserve.engine.batch import Scheduled
 from minserve.engine.speculation.proposer import SpeculationStats
+from minserve.planner.plan import IterationPlan
+from minserve.planner.predict.perf_model import PerfModel
 from minserve.request import FinishReason, RequestEvent, Sequence
 from minserve.slo.attainment import Outcome, SLOReport
 from minserve.slo.objectives import CUSTOM
@@ -182,16 +184,14 @@ class EngineStats:
         self.decode_tokens.observe(decode)
         self.draft_tokens.observe(drafted)
 
-    def iteration(
-        self, predicted_s: float | None, profiled_s: float | None, measured_s: float
-    ) -> None:
-        """A batch has run."""
+    def iteration(self, plan: IterationPlan, model: PerfModel | None, measured_s: float) -> None:
+        """Count an iteration that has run as planned, and how long it took."""
         self.iteration_s.observe(measured_s)
-        if profiled_s is not None:
-            self.profiled_s.observe(profiled_s)
-        if predicted_s is not None:
-            self.predicted_s.observe(predicted_s)
-            self.surprises.observe(measured_s / predicted_s)
+        if model is not None:
+            self.profiled_s.observe(model.profiled(plan.shape))
+        if plan.predicted_s is not None:
+            self.predicted_s.observe(plan.predicted_s)
+            self.surprises.observe(measured_s / plan.predicted_s)
 
     def copy(self, **state: float) -> EngineStats:
         """All counts as they are, with the given fields replaced."""

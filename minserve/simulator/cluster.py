@@ -9,7 +9,8 @@ from minserve.planner.predict.lengths import LengthEstimator
 from minserve.planner.replica_load import load_of
 from minserve.simulator.events import EventLoop
 from minserve.simulator.offered_load import OfferedLoad
-from minserve.simulator.simulated_replica import SimulatedReplica, SimulatedSequence
+from minserve.simulator.simulated_replica import SimulatedReplica
+from minserve.simulator.simulated_sequence import SimulatedSequence
 from minserve.slo.objectives import Standing
 
 
@@ -61,7 +62,7 @@ class Cluster:
                 moving.append((seq, other))
             return other is not None
 
-        seconds, refused = replica.begin(self._loop.now, gives_away)
+        seconds, refused = replica.begin(gives_away)
         self._loop.at(self._loop.now + seconds, lambda: self._end(number))
         self._changed.add(number)
         for seq in refused:
@@ -75,7 +76,7 @@ class Cluster:
 
     def _end(self, number: int) -> None:
         replica = self.replicas[number]
-        for seq in replica.end(self._loop.now):
+        for seq in replica.end():
             self._tried.pop(seq.request.request_id, None)
             self._lengths.finished(seq)
             if self._routes:

@@ -9,7 +9,7 @@ from minserve.planner.predict.perf_model import PerfModel
 from minserve.request import Request
 from minserve.sampling_params import SamplingParams
 from minserve.simulator.events import EventLoop
-from minserve.simulator.simulated_replica import SimulatedSequence
+from minserve.simulator.simulated_sequence import SimulatedSequence, outputs_of
 from minserve.slo.objectives import Standing
 from minserve.workload.conversation import Conversation, Turn
 from minserve.workload.verdict import Cause, Verdict, cause_of_miss
@@ -127,15 +127,9 @@ class OfferedLoad:
             ),
         )
         self._lengths[request.request_id] = turn.output_tokens
-        seqs = [
-            SimulatedSequence(request, index, turn=turn, conversation=place.conversation)
-            for index in range(turn.n)
-        ]
-        for seq in seqs:
-            seq.siblings = seqs
         place.num_open = turn.n
         self._places[request.request_id] = place
-        self._arrive(*seqs)
+        self._arrive(*outputs_of(request, turn, place.conversation))
 
     def _note(
         self, seq: SimulatedSequence, place: _Place, cause: Cause | None, attained_mean: bool

@@ -32,7 +32,7 @@ from speculative_report import (
 from speculative_runs import _mismatch
 from speculative_synthetic import SyntheticSampler
 
-from minserve.engine.speculation.verification import SampledToken, Verified
+from minserve.engine.speculation.proposal import SampledToken, Verified
 from minserve.outputs import CompletionOutput, TokenLogprob
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams

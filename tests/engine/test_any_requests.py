@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minserve.engine.batch import RunResult, Scheduled
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.core import EngineCore
-from minserve.engine.device.runner import RunResult, Scheduled
+from minserve.engine.speculation.proposal import SampledToken, Verified
 from minserve.engine.speculation.proposer import NgramProposer
-from minserve.engine.speculation.verification import SampledToken, Verified
 from minserve.errors import SLOUnattainableError
 from minserve.outputs import OutputDelta
 from minserve.planner.policies import PROMISING, make_planner

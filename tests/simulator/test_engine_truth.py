@@ -9,10 +9,10 @@ from heapq import heappop, heappush
 import pytest
 from toy import TOY, chats, singles
 
+from minserve.engine.batch import RunResult, Scheduled
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.core import EngineCore
-from minserve.engine.device.runner import RunResult, Scheduled
-from minserve.engine.speculation.verification import SampledToken, Verified
+from minserve.engine.speculation.proposal import SampledToken, Verified
 from minserve.planner.policies import PROMISING, Planner, make_planner
 from minserve.planner.predict.lengths import QuantileLengths
 from minserve.planner.predict.perf_model import BatchShape
@@ -194,6 +194,7 @@ def simulated(
         planner_of(policy),
         BlockPool(num_blocks, BLOCK_SIZE),
         TOY.perf_model(),
+        clock=loop.clock,
         token_budget=budget,
         max_num_seqs=16,
     )

@@ -1,0 +1,91 @@
+"""`SimulatedSequence`: a sequence whose output's length is known before it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+from minserve.engine.batch import RunResult
+from minserve.engine.live_output import LENGTH_END, End
+from minserve.engine.speculation.proposal import SampledToken, Verified
+from minserve.outputs import OutputDelta, TokenLogprob
+from minserve.request import Request, Sequence
+from minserve.workload.conversation import Turn
+
+
+@dataclass(eq=False, slots=True)
+class SimulatedSequence(Sequence):
+    """A sequence whose output's length is known to the simulator, not to the planner.
+
+    To the engine core it is its own output (`minserve.engine.live_output.Output`): it has no
+    client, so that nothing is told before its end.
+
+    Attributes:
+        turn: the turn of which it is an output.
+        conversation: number of the turn's conversation.
+        siblings: all outputs of the turn, this one among them; set by the code that makes them.
+        hops: number of times that it was moved on to another replica.
+        tried: numbers of the replicas that could not promise its SLO; the siblings share the set.
+        num_left: output tokens that are still to come.
+        num_thinking_left: of these, tokens until the thinking ends.
+        next_token: the result of a pass that samples its next token without drafts: all its
+            tokens are equal.
+    """
+
+    turn: Turn = field(kw_only=True)
+    conversation: int = 0
+    siblings: list[SimulatedSequence] = field(default_factory=list)
+    hops: int = 0
+    tried: set[int] = field(default_factory=set)
+    num_left: int = 0
+    num_thinking_left: int = 0
+    next_token: RunResult = field(init=False)
+
+    def __post_init__(self) -> None:
+        # With ``slots=True`` the decorator makes a new class, which a plain `super` does not find.
+        Sequence.__post_init__(self)
+        self.siblings = self.siblings or [self]
+        self.num_left = self.turn.output_tokens
+        self.num_thinking_left = self.turn.thinking_tokens
+        self.next_token = RunResult(Verified((SampledToken(self.request.seed, None),), 0))
+
+    @property
+    def seq(self) -> SimulatedSequence:
+        return self
+
+    def append(self, tokens: SequenceOf[SampledToken], now: float) -> tuple[int, End | None]:
+        """Append tokens up to the length that the output will have."""
+        progress, num = self.progress, min(len(tokens), self.num_left)
+        for token in tokens[:num]:
+            self.token_ids.append(token.token_id)
+            if progress is not None:
+                progress.add_token(now)
+                if self.num_thinking_left:
+                    self.num_thinking_left -= 1
+                    if not self.num_thinking_left:
+                        progress.end_stage()
+        self.num_left -= num
+        return num, None if self.num_left else LENGTH_END
+
+    def add_prompt_logprobs(self, logprobs: SequenceOf[TokenLogprob]) -> None:
+        """Do nothing: no simulated request asks for them."""
+
+    def news(self) -> None:
+        """Return nothing, since there is no client."""
+
+    def last_news(self, end: End, error: Exception | None) -> OutputDelta:
+        """Return a delta that says how the output ended."""
+        return OutputDelta(
+            self.request.request_id, self.index, finish_reason=end.reason, error=error
+        )
+
+
+def outputs_of(request: Request, turn: Turn, conversation: int) -> list[SimulatedSequence]:
+    """Return new sequences for all outputs of a turn, as siblings."""
+    seqs = [
+        SimulatedSequence(request, index, turn=turn, conversation=conversation)
+        for index in range(turn.n)
+    ]
+    for seq in seqs:
+        seq.siblings, seq.tried = seqs, seqs[0].tried
+    return seqs
