@@ -83,7 +83,7 @@ class RunningBatch(Protocol):
         """Wait for the end of the batch, and return what it gave by sequence id."""
 
 
-class Runner(Protocol):
+class BatchRunner(Protocol):
     """The device of an `EngineCore`, real (`ModelRunner`) or simulated."""
 
     @property

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
-from minserve.engine.batch import Runner, RunResult, Scheduled
+from minserve.engine.batch import BatchRunner, RunResult, Scheduled
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.launch import Launch, Results
 from minserve.engine.live_output import NO_HISTORY, End, History, LiveOutput, Output
@@ -86,7 +86,7 @@ class EngineCore:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: BatchRunner,
         pool: BlockPool,
         planner: Planner,
         *,
@@ -372,9 +372,10 @@ class EngineCore:
             self._start_one(outputs[seq_id].seq)
         batch, num_outputs, speculation = [], len(outputs), plan.speculation
         for seq_id, num_tokens in plan.num_scheduled_tokens.items():
-            if seq_id not in outputs:
+            output = outputs.get(seq_id)
+            if output is None:
                 continue  # a sibling has ended it
-            seq = outputs[seq_id].seq
+            seq = output.seq
             # Asked here already, since most decodes have their block.
             if seq.num_computed_tokens + num_tokens > pool.block_size * len(seq.block_table):
                 try:
@@ -384,7 +385,7 @@ class EngineCore:
                     continue
             if speculation:
                 num_tokens -= speculation.get(seq_id, 0)
-            batch.append(Scheduled(seq, num_tokens))
+            batch.append(Scheduled(seq, num_tokens, None))
         if len(outputs) < num_outputs:
             batch = [item for item in batch if item.seq.state is SequenceState.RUNNING]
         return batch
@@ -423,19 +424,22 @@ class EngineCore:
                 self._untold.append(self._fail(output, error))
 
     def _advance(self, item: Scheduled, output: Output, result: RunResult | Exception) -> None:
+        """Count the tokens that have run, and append those that were sampled."""
         if isinstance(result, Exception):
             self._untold.append(self._fail(output, result))
             return
-        seq, num_tokens, sampled = item.seq, item.num_tokens, result.sampled
+        seq, num_tokens, _ = item
+        sampled = result.sampled
         if result.prompt_logprobs:
             output.add_prompt_logprobs(result.prompt_logprobs)
-        if self.proposer is not None and isinstance(sampled, Verified) and seq.is_decoding:
-            self._count(item, sampled)
+        if isinstance(sampled, Verified):
+            if self.proposer is not None and seq.is_decoding:
+                self._count(item, sampled)
+            self._append(seq, num_tokens, output, sampled)
+            return
         seq.num_computed_tokens += num_tokens
         self.pool.commit(seq)
-        if isinstance(sampled, Verified):
-            self._append(output, sampled)
-        elif sampled is not None:
+        if sampled is not None:
             self._untold.append(self._fail(output, sampled))
 
     def _count(self, item: Scheduled, verified: Verified) -> None:
@@ -447,19 +451,23 @@ class EngineCore:
             seq.num_accepted_tokens += verified.num_accepted
             self.speculation.add(num_drafted, verified.num_accepted)
 
-    def _append(self, output: Output, verified: Verified) -> None:
-        """Append tokens as far as the output goes, and leave nothing of the drafts beyond."""
-        seq, now = output.seq, self.clock()
-        self.stats.delivered(seq, now)
-        events = seq.events
-        events.setdefault(RequestEvent.FIRST_TOKEN, now)
+    def _append(self, seq: Sequence, num_run: int, output: Output, verified: Verified) -> None:
+        """Append tokens as far as the output goes, and leave nothing of the drafts beyond.
+
+        Args:
+            num_run: the sequence's own tokens that have run.
+        """
+        now, events = self.clock(), seq.events
+        last = events.get(RequestEvent.TOKENS)
+        if last is None:
+            events[RequestEvent.FIRST_TOKEN] = now
         events[RequestEvent.TOKENS] = now
+        self.stats.delivered(seq, last, now)
         num, end = output.append(verified.tokens, now)
+        # Each token but the last has its KV already.
+        seq.num_computed_tokens += num_run + num - 1
+        self.pool.commit(seq)
         self.stats.num_generation_tokens += num
-        if num > 1:
-            # Each token but the last has its KV already.
-            seq.num_computed_tokens += num - 1
-            self.pool.commit(seq)
         if end is not None:
             self._untold.append(self._finish(output, end))
             return

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 
-from minserve.engine.batch import Runner, RunningBatch, RunResult, Scheduled
+from minserve.engine.batch import BatchRunner, RunningBatch, RunResult, Scheduled
 from minserve.errors import DeviceLostError
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ class Launch:
         failed: True if the runner has not taken the batch.
     """
 
-    def __init__(self, runner: Runner, batch: SequenceOf[Scheduled]) -> None:
+    def __init__(self, runner: BatchRunner, batch: SequenceOf[Scheduled]) -> None:
         self._runner, self._batch = runner, batch
         self._running: RunningBatch | Exception
         try:

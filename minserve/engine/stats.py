@@ -147,9 +147,8 @@ class EngineStats:
         """A sequence left the queue for the first time."""
         self.queue_s.observe(now - seq.request.arrival_s)
 
-    def delivered(self, seq: Sequence, now: float) -> None:
-        """New tokens have come; to be told before the sequence notes the event."""
-        last = seq.events.get(RequestEvent.TOKENS)
+    def delivered(self, seq: Sequence, last: float | None, now: float) -> None:
+        """Count that new tokens have come, and when the ones before them did."""
         if last is not None:
             self.inter_token_s.observe(now - last)
             return

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 
+from minserve.engine.batch import Scheduled
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.core import EngineCore
+from minserve.engine.stats import EngineStats
 from minserve.errors import SimulationError, SLOUnattainableError
 from minserve.outputs import OutputDelta
-from minserve.planner.plan import PlannerView
+from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.policies import Planner
 from minserve.planner.predict.perf_model import PerfModel
+from minserve.request import Sequence
 from minserve.simulator.device_time import DeviceTime
 from minserve.simulator.simulated_device import SimulatedDevice, SimulatedProposer
 from minserve.simulator.simulated_sequence import SimulatedSequence
+from minserve.slo.attainment import SLOReport
 
 # After an iteration that runs nothing, the next one begins so many seconds later.
 IDLE_S = 0.001
@@ -27,6 +32,25 @@ GivesAway = Callable[[SimulatedSequence], bool]
 
 def _keep(_: SimulatedSequence) -> bool:
     return False
+
+
+class UncountedStats(EngineStats):
+    """Statistics that stay at 0: a simulation is judged by its verdicts, and read by no one else."""
+
+    def started(self, seq: Sequence, now: float) -> None:
+        pass
+
+    def delivered(self, seq: Sequence, last: float | None, now: float) -> None:
+        pass
+
+    def ended(self, seq: Sequence, report: SLOReport | None) -> None:
+        pass
+
+    def batch(self, batch: SequenceOf[Scheduled]) -> None:
+        pass
+
+    def iteration(self, plan: IterationPlan, model: PerfModel | None, measured_s: float) -> None:
+        pass
 
 
 class SimulatedReplica:
@@ -75,6 +99,7 @@ class SimulatedReplica:
             max_model_len=pool.num_blocks * pool.block_size,
             clock=clock,
             proposer=proposer,
+            stats=UncountedStats(),
         )
         self.busy = False
         self.busy_s = 0.0

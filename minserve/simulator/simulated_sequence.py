@@ -30,6 +30,7 @@ class SimulatedSequence(Sequence):
         num_thinking_left: of these, tokens until the thinking ends.
         next_token: the result of a pass that samples its next token without drafts: all its
             tokens are equal.
+        seq: the sequence itself, for it is its own output.
     """
 
     turn: Turn = field(kw_only=True)
@@ -40,30 +41,30 @@ class SimulatedSequence(Sequence):
     num_left: int = 0
     num_thinking_left: int = 0
     next_token: RunResult = field(init=False)
+    seq: SimulatedSequence = field(init=False)
 
     def __post_init__(self) -> None:
         # With ``slots=True`` the decorator makes a new class, which a plain `super` does not find.
         Sequence.__post_init__(self)
+        self.seq = self
         self.siblings = self.siblings or [self]
         self.num_left = self.turn.output_tokens
         self.num_thinking_left = self.turn.thinking_tokens
         self.next_token = RunResult(Verified((SampledToken(self.request.seed, None),), 0))
 
-    @property
-    def seq(self) -> SimulatedSequence:
-        return self
-
     def append(self, tokens: SequenceOf[SampledToken], now: float) -> tuple[int, End | None]:
         """Append tokens up to the length that the output will have."""
-        progress, num = self.progress, min(len(tokens), self.num_left)
-        for token in tokens[:num]:
-            self.token_ids.append(token.token_id)
-            if progress is not None:
-                progress.add_token(now)
-                if self.num_thinking_left:
-                    self.num_thinking_left -= 1
-                    if not self.num_thinking_left:
-                        progress.end_stage()
+        tokens = tokens[: self.num_left]
+        token_ids, progress = self.token_ids, self.progress
+        assert progress is not None, "every turn has an SLO"
+        for token in tokens:
+            token_ids.append(token.token_id)
+            progress.add_token(now)
+            if self.num_thinking_left:
+                self.num_thinking_left -= 1
+                if not self.num_thinking_left:
+                    progress.end_stage()
+        num = len(tokens)
         self.num_left -= num
         return num, None if self.num_left else LENGTH_END
 

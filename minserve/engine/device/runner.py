@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minserve.engine.batch import Runner, RunResult, Scheduled
+from minserve.engine.batch import BatchRunner, RunResult, Scheduled
 from minserve.engine.device.batch_tensors import Chunk
 from minserve.engine.device.paged_model import PagedModel
 from minserve.engine.device.thread_count import ThreadCount
@@ -158,7 +158,7 @@ class ModelRunner(PagedModel):
         return found
 
 
-def model_runner(runner: Runner) -> ModelRunner:
+def model_runner(runner: BatchRunner) -> ModelRunner:
     """The runner, for work that needs the model itself.
 
     Raises:
