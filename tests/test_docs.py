@@ -196,7 +196,7 @@ def check_make(arguments: list[str]) -> None:
 
 def check_minserve(arguments: list[str]) -> None:
     if arguments[-1] == "--help":
-        with pytest.raises(SystemExit, match="^0$"):
+        with pytest.raises(SystemExit, match=r"^0$"):
             build_parser().parse_args(arguments)
         return
     args = build_parser().parse_args(arguments)  # which ends the test where a flag is unknown
