@@ -276,7 +276,7 @@ FLAGS = flags_of_parser(build_parser())
 @pytest.mark.parametrize("page", WRITTEN, ids=name_of)
 def test_flags_and_files_that_the_text_names_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    programs = {ROOT / one for one in re.findall(r"bench/\w+\.(?:py|sh)", text)}
+    programs = {ROOT / one for one in re.findall(r"bench/[a-z_]+\.(?:py|sh)", text)}
     # Those of minserve, of programs that the page names, and of commands that it shows in full.
     known = FLAGS | {flag for one in programs for flag in re.findall(r"--[\w-]+", sources(one))}
     known |= {flag for one in fences(page) for flag in re.findall(r"--[\w-]+", one.text)}
