@@ -20,8 +20,8 @@ import pytest
 import minserve
 from minserve.cli.main import build_parser
 from minserve.simulator.simulation import POLICIES
-from minserve.slo.fields import parse_slo
 from minserve.slo.objectives import preset_classes
+from minserve.slo.slo_fields import parse_slo
 
 ROOT = Path(__file__).parents[1]
 README, GLOSSARY = ROOT / "README.md", ROOT / "docs" / "architecture.md"
@@ -316,7 +316,7 @@ def test_json_is_json_and_its_slo_is_one(fence: Fence) -> None:
 
 @pytest.mark.parametrize("fence", of_language("toml"), ids=place)
 def test_classes_in_toml_can_be_read(fence: Fence, tmp_path: Path) -> None:
-    from minserve.slo.fields import load_classes
+    from minserve.slo.slo_fields import load_classes
 
     path = tmp_path / "classes.toml"
     path.write_text(fence.text, encoding="utf-8")
