@@ -160,7 +160,7 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         """True where exactly the newest token, sampled before, remains to be computed."""
-        # Asked several times per sequence and iteration, hence without `is_decoding_behind`.
+        # Asked several times per sequence and iteration, hence without other properties and calls.
         num_tokens = len(self.token_ids)
         return num_tokens - self.num_computed_tokens == 1 and num_tokens > len(
             self.request.prompt_token_ids
@@ -170,8 +170,7 @@ class Sequence:
         """`is_decoding` once so many tokens are computed: a sequence that was preempted may find
         all but its newest token in the prefix cache.
         """
-        is_last = self.num_tokens - num_computed_tokens == 1
-        return is_last and self.num_output_tokens > 0
+        return self.num_tokens - num_computed_tokens == 1 and self.num_output_tokens > 0
 
     @property
     def has_begun(self) -> bool:
