@@ -1,7 +1,8 @@
-"""An engine core without a device: a batch takes the time that a performance model says.
+"""`SimulatedRunner`: lets a batch take the time that a performance model says, by the real clock.
 
-All else is real: planner, block pool, text, endpoint. It is for trying out how many requests
-a setup can take, and how many replicas behave together, on a machine that could not run them.
+All else is real: planner, block pool, text, endpoint. It serves to try out how many requests a
+setup can take, and how many replicas behave together, on a machine that could not run them. (On a
+virtual clock, without text and endpoint, `minserve.simulator` does the same.)
 Tokens are made up, the same for the same seed and position: words, which a tokenizer splits
 as they were joined, so that a chat that comes back is found in the prefix cache.
 """
@@ -11,7 +12,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
 
 import torch
 
@@ -46,7 +46,7 @@ class SimulatedBatch:
         self._batch, self._ends_at, self._words = batch, ends_at, words
 
     def results(self) -> dict[str, RunResult]:
-        """Waits for the end."""
+        """Wait for the end of the batch, and return made-up tokens."""
         time.sleep(max(0.0, self._ends_at - time.monotonic()))
         return {item.seq.seq_id: self._result(item) for item in self._batch}
 
@@ -64,7 +64,7 @@ class SimulatedRunner:
     """Takes the place of a `ModelRunner`.
 
     Args:
-        words: token ids to make outputs of.
+        words: token ids that outputs are made of.
     """
 
     device = torch.device("cpu")
@@ -74,19 +74,19 @@ class SimulatedRunner:
         self._model, self._words = model, words
 
     def launch(self, batch: SequenceOf[Scheduled]) -> SimulatedBatch:
-        """The batch begins now."""
+        """Begin a batch now."""
         ends_at = time.monotonic() + self._model.profiled(shape_of(batch))
         return SimulatedBatch(batch, ends_at, self._words)
 
 
 def made_up_token(seq: Sequence, words: SequenceOf[int]) -> int:
-    """The next token of a sequence, always the same one."""
+    """Return the next token of a sequence, which is always the same one."""
     number = (seq.request.seed + seq.index) * _SPREAD + seq.num_output_tokens * _STEP
     return words[(number >> 20) % len(words)]
 
 
 def find_words(tokenizer: Tokenizer) -> list[int]:
-    """Token ids of whole words with the space before them; any tokens where there are none."""
+    """Return token ids of whole words with the space before them; without any, all tokens."""
     found = [
         token
         for token in range(min(tokenizer.vocab_size, SEARCHED))
@@ -100,16 +100,17 @@ def find_words(tokenizer: Tokenizer) -> list[int]:
 def load_simulated_core(
     config: EngineConfig, source: ModelSource
 ) -> tuple[EngineCore, Tokenizer, int]:
-    """A core on the device of ``config.profile``, the model's tokenizer, and the most tokens
-    of a sequence.
+    """Load what an engine on the device of ``config.profile`` needs.
+
+    Returns:
+        a core, the model's tokenizer, and the most tokens of a sequence.
 
     Raises:
         ConfigError: where a setting does not fit a simulated device.
         WorkloadError: where the profile cannot be read.
     """
+    assert config.profile is not None, "the configuration sees to it"
     device = find_device(config.profile)
-    if config.token_budget is None:
-        config = replace(config, token_budget=TOKEN_BUDGET)
     if config.speculator not in ("auto", "off") or config.draft_model is not None:
         raise ConfigError("a simulated device drafts nothing; leave the speculator off")
     tokenizer = Tokenizer.load(source, config.tokenizer)
@@ -132,7 +133,7 @@ def load_simulated_core(
         SimulatedRunner(device.perf_model(), find_words(tokenizer)),
         BlockPool(num_blocks, config.block_size, prefix_caching=config.prefix_caching),
         planner,
-        token_budget=config.token_budget,
+        token_budget=TOKEN_BUDGET if config.token_budget is None else config.token_budget,
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
         clock=time.monotonic,

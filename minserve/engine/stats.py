@@ -1,4 +1,4 @@
-"""What an engine has done so far, in plain numbers: `EngineStats`, counted by the core.
+"""`EngineStats`: the counts of all that an engine has done so far; the core counts.
 
 Requests here are outputs: one that asks for ``n`` of them counts ``n`` times, its prompt once.
 All times are seconds on the engine's clock. A request arrives when it has been checked and its
@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from minserve.engine.batch import Scheduled
 from minserve.engine.speculation.proposer import SpeculationStats
@@ -30,11 +31,11 @@ BATCH_TOKENS = (0, *(2**e for e in range(15)))
 
 
 class Histogram:
-    """How often a number fell into which bucket, cheap enough for every token.
+    """Counts how often a number fell into which bucket; cheap enough for every token.
 
     Attributes:
         bounds: upper bounds of the buckets, rising; a bound belongs to the bucket below it.
-        counts: per bucket, and last of what was above them all.
+        counts: one for each bucket, and a last one for numbers above all bounds.
         total: sum of all numbers observed.
     """
 
@@ -51,7 +52,7 @@ class Histogram:
         self.total += value
 
     def copy(self) -> Histogram:
-        """The counts as they are."""
+        """Return a copy of the counts as they are."""
         twin = Histogram(self.bounds)
         twin.counts, twin.total = self.counts.copy(), self.total
         return twin
@@ -144,7 +145,7 @@ class EngineStats:
                 self.slo_requests.setdefault((name, outcome), 0)
 
     def started(self, seq: Sequence, now: float) -> None:
-        """A sequence left the queue for the first time."""
+        """Count that a sequence has left the queue for the first time."""
         self.queue_s.observe(now - seq.request.arrival_s)
 
     def delivered(self, seq: Sequence, last: float | None, now: float) -> None:
@@ -157,21 +158,22 @@ class EngineStats:
             self.num_prompt_tokens += seq.num_prompt_tokens
 
     def ended(self, seq: Sequence, report: SLOReport | None) -> None:
-        """A sequence has finished, for whatever reason."""
+        """Count that a sequence has finished, for any reason."""
         reason, now = seq.finish_reason, seq.events[RequestEvent.FINISHED]
+        assert reason is not None, "a finished sequence has its reason"
         self.finished[reason] += 1
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.e2e_s.observe(now - seq.request.arrival_s)
-        if report is None:
+        if report is None or seq.progress is None:
             return
-        # Whoever leaves while all is in time says nothing of the SLO.
+        # A client that leaves while all is in time says nothing of the SLO.
         if reason is FinishReason.ABORT and (report.attained or not seq.progress.is_broken(now)):
             return
         key = (report.name, report.outcome)
         self.slo_requests[key if key in self.slo_requests else (CUSTOM, report.outcome)] += 1
 
     def batch(self, batch: SequenceOf[Scheduled]) -> None:
-        """A batch is about to run; afterwards its prefills may be decodes."""
+        """Count the tokens of a batch that is about to run; its prefills may be decodes after."""
         prefill = decode = drafted = 0
         for item in batch:
             if item.seq.is_decoding:
@@ -193,11 +195,14 @@ class EngineStats:
             self.surprises.observe(measured_s / plan.predicted_s)
 
     def copy(self, **state: float) -> EngineStats:
-        """All counts as they are, with the given fields replaced."""
+        """Return all counts as they are, with the given fields replaced."""
         places = self.speculation.num_accepted_per_pos.copy()
-        own = {"speculation": replace(self.speculation, num_accepted_per_pos=places)}
+        own: dict[str, Any] = {
+            "speculation": replace(self.speculation, num_accepted_per_pos=places),
+            **state,
+        }
         for one in fields(self):
             value = getattr(self, one.name)
             if isinstance(value, (dict, Histogram)):
                 own[one.name] = value.copy()
-        return replace(self, **own, **state)
+        return replace(self, **own)

@@ -125,6 +125,11 @@ class DistServeCluster:
         self._handover: list[tuple[SimulatedSequence, PrefillReplica]] = []
         self.load: OfferedLoad | None = None
 
+    @property
+    def _load(self) -> OfferedLoad:
+        assert self.load is not None, "set before the first request arrives"
+        return self.load
+
     def arrive(self, *seqs: SimulatedSequence) -> None:
         """Take a new request, with all of its outputs, and give it to a prefill replica."""
         replica = min(self._prefills, key=lambda one: one.load(seqs[0]))
@@ -141,7 +146,7 @@ class DistServeCluster:
 
     def _end(self, replica: SimulatedReplica) -> None:
         for seq in replica.end():
-            self.load.ended(seq)
+            self._load.ended(seq)
         if isinstance(replica, PrefillReplica):
             self._handover += [(seq, replica) for seq in replica.take_prefilled()]
         self._hand_over()

@@ -12,7 +12,7 @@ from minserve.engine.stats import EngineStats
 from minserve.errors import SimulationError, SLOUnattainableError
 from minserve.outputs import OutputDelta
 from minserve.planner.plan import IterationPlan, PlannerView
-from minserve.planner.policies import Planner
+from minserve.planner.policies.base import Planner
 from minserve.planner.predict.perf_model import PerfModel
 from minserve.request import Sequence
 from minserve.simulator.device_time import DeviceTime
@@ -35,7 +35,7 @@ def _keep(_: SimulatedSequence) -> bool:
 
 
 class UncountedStats(EngineStats):
-    """Statistics that stay at 0: a simulation is judged by its verdicts, and read by no one else."""
+    """Leaves out all that costs time for each sequence: a simulation is judged by its verdicts."""
 
     def started(self, seq: Sequence, now: float) -> None:
         pass
@@ -147,7 +147,7 @@ class SimulatedReplica:
                 del self._sequences[request_id, one.index]
             return True
 
-        if self._clairvoyant:
+        if self._clairvoyant and self.planner.model is not None:
             self.planner.model.next_factor = self._device_time.factor(self._clock())
         runs = self.core.begin(takes)
         refused = [seq for seq in self._ended(self.core.take_untold()) if seq is seq.siblings[0]]

@@ -12,7 +12,8 @@ from minserve.controller.router import ROUTERS, make_router
 from minserve.devices import Device
 from minserve.engine.block_pool import BlockPool
 from minserve.errors import WorkloadError
-from minserve.planner.policies import PROMISING, Planner, make_planner
+from minserve.planner.policies import PROMISING, make_planner
+from minserve.planner.policies.base import Planner
 from minserve.planner.policies.fcfs import FcfsPlanner
 from minserve.planner.policies.sarathi import SarathiPlanner
 from minserve.planner.predict.lengths import LengthEstimator, OracleLengths, QuantileLengths
@@ -242,12 +243,12 @@ class ErringLengths(OracleLengths):
 def planner_of(setup: Setup, lengths: LengthEstimator) -> Planner:
     """Return the planner of one replica; ``distserve`` has its own planners."""
     name = "sarathi" if setup.policy == "vllm" else setup.policy
-    promises = {"lengths": lengths, "best_effort_share": setup.best_effort_share}
     return make_planner(
         name,
         chunked_prefill=name != "fcfs",
         model=setup.device.perf_model(),
-        **(promises if name in PROMISING else {}),
+        lengths=lengths,
+        best_effort_share=setup.best_effort_share,
     )
 
 
