@@ -79,31 +79,33 @@ class EngineStats:
     """Counts since the start, and the state after the newest iteration.
 
     Attributes:
-        num_running, num_waiting: now.
+        num_running, num_waiting: sequences that run and that wait now.
         kv_usage: share of the KV blocks in use, 0 to 1; cached blocks that nobody uses are free.
         num_prefix_queries, num_prefix_hits: tokens of started sequences that were looked up
             in the prefix cache, and of these those found.
         num_preemptions: times that a running sequence gave up its blocks.
-        num_prompt_tokens: of requests whose first output has begun.
-        num_generation_tokens: tokens of outputs.
+        num_prompt_tokens: prompt tokens of requests whose first output has begun.
+        num_generation_tokens: tokens of all outputs.
         finished: outputs that ended, by reason.
         slo_requests: outputs with an SLO that ended, by class and outcome. The classes are
             those of `add_classes`; any other counts as ``custom``. An aborted output counts
             only where it was late by then.
-        ttft_s: from arrival to the first token.
-        inter_token_s: between two deliveries to one output; by speculation a delivery may
+        ttft_s: seconds from arrival to the first token.
+        inter_token_s: seconds between two deliveries to one output; by speculation a delivery may
             bring several tokens.
-        e2e_s: from arrival to the last token, of outputs that stopped or reached their length.
-        queue_s: from arrival to the first start.
-        iteration_s, predicted_s, profiled_s: of iterations that ran something, with the
-            planning that they waited for; as the planner predicted them, where it could; and as
-            the device's profile has them, without what was learned since.
-        surprises: measured over predicted time of each of these.
-        planning_s: of each plan.
+        e2e_s: seconds from arrival to the last token, of outputs that stopped or reached their length.
+        queue_s: seconds from arrival to the first start.
+        iteration_s: seconds of iterations that ran something, with the planning that they waited
+            for.
+        predicted_s: seconds of the same iterations as the planner predicted them, where it could.
+        profiled_s: seconds of the same iterations by the device's profile, which knows nothing of
+            what was learned since.
+        surprises: measured over predicted seconds of each of these iterations.
+        planning_s: seconds of each plan.
         plans_ahead: plans made while an iteration ran, by whether they ``held`` when it had
             ended or were ``discarded``.
-        prefill_tokens, decode_tokens, draft_tokens: that one iteration ran.
-        speculation: what was drafted and accepted.
+        prefill_tokens, decode_tokens, draft_tokens: tokens of each kind that one iteration ran.
+        speculation: counts of drafted and accepted tokens.
         profile_completeness: share of the measurements of a full profile of the device that were
             made, 0 to 1: the profile is rough until all were, and there is none at 0.
     """

@@ -91,12 +91,21 @@ class Cluster:
         self._loop.at(self._loop.now + seconds, lambda: self._end(number))
         self._changed.add(number)
         for seq in refused:
-            self._load.refused(seq)
+            again = seq.as_new()
+            another = self._better_than(number, again)
+            if another is None:
+                self._load.refused(seq)
+            else:
+                self._hop(again, another)
         for seq, other in moving:
-            for one in seq.siblings:
-                one.hops += 1
-                one.standing = Standing.PENDING
-            self._place(seq.siblings, other)
+            self._hop(seq, other)
+
+    def _hop(self, seq: SimulatedSequence, number: int) -> None:
+        """Move a request, given by its first output, to another replica."""
+        for one in seq.siblings:
+            one.hops += 1
+            one.standing = Standing.PENDING
+        self._place(seq.siblings, number)
 
     def _end(self, number: int) -> None:
         replica = self.replicas[number]

@@ -52,6 +52,13 @@ class SimulatedSequence(Sequence):
         self.num_thinking_left = self.turn.thinking_tokens
         self.next_token = RunResult(Verified((SampledToken(self.request.seed, None),), 0))
 
+    def as_new(self) -> SimulatedSequence:
+        """Return the first output of the same request with nothing done, to be asked for again."""
+        first, *others = outputs_of(self.request, self.turn, self.conversation)
+        for one in (first, *others):
+            one.hops, one.tried = self.hops, self.tried
+        return first
+
     def append(self, tokens: SequenceOf[SampledToken], now: float) -> tuple[int, End | None]:
         """Append tokens up to the length that the output will have."""
         tokens = tokens[: self.num_left]
