@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minserve.blocks import blocks_for
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
 
 # The smallest sequence of a group has at least this share of the largest one's queries, and of its
@@ -323,7 +324,7 @@ def _prepare_group(sequences: list[int], metadata: AttentionMetadata) -> _Padded
         tokens = slice(starts[first], starts[last + 1])
     else:
         tokens = (firsts + nth).flatten()
-    num_blocks = -(-max(metadata.seq_lens[i] for i in sequences) // metadata.block_size)
+    num_blocks = blocks_for(max(metadata.seq_lens[i] for i in sequences), metadata.block_size)
     position = torch.arange(num_blocks * metadata.block_size, device=device)
     visible = position <= (lengths - queries + nth).unsqueeze(2)
     return _PaddedGroup(tokens, tables[:, :num_blocks], visible)
@@ -332,7 +333,7 @@ def _prepare_group(sequences: list[int], metadata: AttentionMetadata) -> _Padded
 def _prepare_single(i: int, metadata: AttentionMetadata) -> _Single:
     tokens = slice(metadata.query_start_loc[i], metadata.query_start_loc[i + 1])
     seq_len = metadata.seq_lens[i]
-    table = metadata.block_tables[i : i + 1, : -(-seq_len // metadata.block_size)]
+    table = metadata.block_tables[i : i + 1, : blocks_for(seq_len, metadata.block_size)]
     blocks = table[0].tolist()
     adjacent = all(after == before + 1 for before, after in pairwise(blocks))
     first = blocks[0] * metadata.block_size if adjacent else None

@@ -5,18 +5,18 @@ Knows nothing of torch: names of devices and dtypes are strings until the engine
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from minserve.errors import ConfigError
+from minserve.planner.policies.registry import POLICIES
 from minserve.slo.objectives import SLO
 
 DEFAULT_MODEL = "smollm2"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 QUANTIZATIONS = ("none", "int8")
-POLICIES = ("dp", "edf", "sarathi", "fcfs")
 LENGTH_ESTIMATORS = ("quantile", "max_tokens")
 # flash-attn pages its KV in blocks of a multiple of so many tokens.
 FLASH_ATTN_PAGE = 256
@@ -26,7 +26,7 @@ EXECUTORS = ("model", "simulated")
 ROUTERS = ("slo", "least-loaded", "round-robin")
 
 
-def option(default: Any, help: str, *, group: str, choices: tuple[str, ...] | None = None) -> Any:
+def option(default: Any, help: str, *, group: str, choices: Collection[str] | None = None) -> Any:
     """A dataclass field that carries its help text, flag group and choices."""
     return field(default=default, metadata={"help": help, "group": group, "choices": choices})
 

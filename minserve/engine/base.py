@@ -25,7 +25,7 @@ from minserve.errors import (
     InvalidRequestError,
 )
 from minserve.outputs import OutputDelta
-from minserve.planner.policies import PROMISING
+from minserve.planner.policies.registry import planner_class
 from minserve.planner.predict.lone_request import (
     TYPICAL_TOKENS,
     describe_misses,
@@ -261,7 +261,7 @@ class EngineBase:
         promised = self._promises.find(slo)
         if self.perf_model is not None:
             return
-        plans = self.config.policy in PROMISING
+        plans = planner_class(self.config.policy).promises
         if (plans and (self.speculates or promised is not None)) or (
             promised is not None and promised.needs_profile
         ):

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import dropwhile, takewhile
 
+from minserve.blocks import blocks_for
 from minserve.errors import OutOfBlocksError, PoolCorruptedError
 from minserve.planner.plan import CachedPrefix
 from minserve.request import Sequence
@@ -148,7 +149,7 @@ class BlockPool:
             OutOfBlocksError: where too few blocks are free; nothing has changed then.
         """
         end = seq.num_computed_tokens + num_tokens
-        needed = -(-end // self.block_size) - len(seq.block_table)
+        needed = blocks_for(end, self.block_size) - len(seq.block_table)
         if needed <= 0:
             return
         if needed > len(self._free):
@@ -185,7 +186,7 @@ class BlockPool:
 
     def trim(self, seq: Sequence) -> None:
         """Take back the blocks behind the computed tokens: what was grown for rejected drafts."""
-        needed = -(-seq.num_computed_tokens // self.block_size)
+        needed = blocks_for(seq.num_computed_tokens, self.block_size)
         while len(seq.block_table) > needed:
             self._drop(seq.block_table.pop())
 

@@ -40,7 +40,7 @@ from minserve.models.source import (
     find_model,
     load_config,
 )
-from minserve.planner.policies import make_planner
+from minserve.planner.policies.registry import make_planner
 from minserve.planner.predict.lengths import make_length_estimator
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from minserve.errors import (
     RequestTooLongError,
 )
 from minserve.models.source import find_model
-from minserve.planner.policies import PROMISING
+from minserve.planner.policies.registry import planner_class, promising_policies
 from minserve.planner.predict.perf_model import PerfModel
 from minserve.request import Request
 from minserve.sampling_params import SamplingParams
@@ -148,10 +148,10 @@ class Intake:
 
     def _targets(self, slo: SLO, num_prompt_tokens: int) -> Targets:
         policy = self._config.policy
-        if slo.refuses_delay and policy not in PROMISING:
+        if slo.refuses_delay and not planner_class(policy).promises:
             raise InvalidSLOError(
                 f"policy {policy} promises nothing, so it cannot refuse what it "
-                f"cannot keep; use one of {', '.join(PROMISING)}",
+                f"cannot keep; use one of {', '.join(promising_policies())}",
                 "slo.on_unattainable",
             )
         return self.promises.targets(slo, num_prompt_tokens, self.perf_model)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from minserve.blocks import blocks_for
 from minserve.engine.device.runner import Scheduled
 from minserve.planner.plan import IterationPlan, MemoryView, PlannerView, SpeculationView
 from minserve.request import Sequence
@@ -158,5 +159,5 @@ def _fits(
             start, num_held = hit.num_tokens, hit.num_tokens // size - hit.num_idle_blocks
         if not (start == starts[seq_id] if seq_id in starts else seq.is_decoding):
             return False
-        free -= max(0, -(-(start + num_tokens) // size) - num_held)
+        free -= max(0, blocks_for(start + num_tokens, size) - num_held)
     return free >= 0

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from minserve.blocks import blocks_for
 from minserve.engine.device.batch_tensors import BatchLayout, Chunk, place
 from minserve.engine.device.paged_model import PagedModel
 
@@ -104,7 +105,7 @@ class DecodeGraphs:
     def __init__(self, model: PagedModel, recorder: Recorder, limits: GraphLimits) -> None:
         self._model = model
         self._limits = limits
-        self._width = -(-limits.max_seq_len // model.block_size)
+        self._width = blocks_for(limits.max_seq_len, model.block_size)
         layouts = {most: self._layouts(most) for most in limits.max_queries}
         largest = max(own[-1].size for own in layouts.values())
         self._buffer = torch.zeros(largest, dtype=torch.int64, device=model.device)

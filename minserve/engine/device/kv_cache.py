@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from minserve.blocks import blocks_for
 from minserve.config import EngineConfig
 from minserve.errors import ConfigError
 from minserve.kernels.attention import AttentionBackend, LayerKV
@@ -58,7 +59,7 @@ def choose_num_blocks(
     """
     per_block = sum(bytes_per_block(shape, config.block_size, dtype) for shape in shapes)
     longest = config.max_model_len or shapes[0].max_positions
-    useful = config.max_num_seqs * -(-longest // config.block_size)
+    useful = config.max_num_seqs * blocks_for(longest, config.block_size)
     if device.type == "cpu":
         return _choose_on_cpu(config, shapes[0], per_block, longest, useful)
     if config.num_blocks is not None:
@@ -92,7 +93,7 @@ def _choose_on_cpu(
         share = min(machine.free_memory * CPU_SHARE_OF_FREE, CPU_MOST_GIB * GIB)
         fitting = _blocks_beside_a_pass(machine.free_memory, config, shape, per_block)
         num_blocks = min(int(share // per_block), fitting, useful)
-        least = min(useful, -(-min(longest, LEAST_TOKENS) // config.block_size))
+        least = min(useful, blocks_for(min(longest, LEAST_TOKENS), config.block_size))
         if num_blocks < least:
             raise ConfigError(
                 f"there is too little memory for a KV cache of {least * config.block_size} tokens "

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from minserve.blocks import blocks_for
 from minserve.engine.device import transfers
 from minserve.engine.device.batch_tensors import BatchLayout, BatchTensors, Chunk, place
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
@@ -120,7 +121,7 @@ class PagedModel:
                 whose logits are needed.
         """
         longest = min(longest, num_tokens)
-        blocks = list(range(-(-longest // self.block_size)))
+        blocks = list(range(blocks_for(longest, self.block_size)))
         scratch = self.backend.allocate(
             len(blocks), self.block_size, self.kv[0].key.dtype, self.device
         )

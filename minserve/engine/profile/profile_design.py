@@ -9,6 +9,7 @@ import random
 from dataclasses import dataclass, replace
 from itertools import islice, product
 
+from minserve.blocks import blocks_for
 from minserve.engine.core import EngineCore
 from minserve.engine.device.runner import model_runner
 from minserve.planner.predict.eager import is_eager
@@ -86,7 +87,7 @@ class CoreLimits:
 
     def blocks(self, num_tokens: int) -> int:
         """Blocks for so many tokens of one sequence."""
-        return -(-num_tokens // self.block_size)
+        return blocks_for(num_tokens, self.block_size)
 
     def allow(self, batch: ProfileBatch) -> bool:
         ends = [start + num_tokens for start, num_tokens in batch.runs]
