@@ -458,6 +458,16 @@ def test_detokenize_takes_ids_only() -> None:
 # --- responses ---
 
 
+@given(JSON.filter(lambda value: "inf" not in str(value)))
+def test_what_is_written_is_read_as_the_same_value_in_the_same_order(value: Any) -> None:
+    assert json.dumps(json.loads(dump_json(value))) == json.dumps(value)
+
+
+def test_numbers_that_json_lacks_are_written_as_null() -> None:
+    values = [float("nan"), float("inf"), float("-inf"), 1.0]
+    assert dump_json(values) == b"[null,null,null,1.0]"
+
+
 class LetterTokenizer:
     """Token ``i`` is the letter ``chr(97 + i)``."""
 
