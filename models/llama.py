@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
-from minserve.models.base import CausalLM, ModelShape
+from minserve.models.base import CausalLM, ModelShape, TensorSource
 from minserve.models.layers import Linear, RotaryEmbedding, WeightPlacement
 
 if TYPE_CHECKING:
     from minserve.models.config import LlamaConfig
-    from minserve.models.loader import Checkpoint
 
 
 class LlamaLayer:
@@ -23,7 +22,7 @@ class LlamaLayer:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: TensorSource,
         index: int,
         config: LlamaConfig,
         shape: ModelShape,
@@ -37,8 +36,11 @@ class LlamaLayer:
         def weight(name: str, *size: int) -> Tensor:
             return checkpoint.get(f"{prefix}{name}.weight", size)
 
+        def stored_bias(name: str, size: int) -> Tensor:
+            return checkpoint.get(f"{prefix}{name}.bias", (size,))
+
         def bias(name: str, size: int, present: bool) -> Tensor | None:
-            return checkpoint.get(f"{prefix}{name}.bias", (size,)) if present else None
+            return stored_bias(name, size) if present else None
 
         def rotated(tensor: Tensor) -> Tensor:
             return RotaryEmbedding.interleave(tensor, shape.head_dim)
@@ -70,11 +72,11 @@ class LlamaLayer:
             weight("post_attention_layernorm", hidden), config.rms_norm_eps
         )
         inner = config.intermediate_size
+        biases = None
+        if config.mlp_bias:
+            biases = (stored_bias("mlp.gate_proj", inner), stored_bias("mlp.up_proj", inner))
         self.mlp_in = placement.swiglu(
-            weight("mlp.gate_proj", inner, hidden),
-            weight("mlp.up_proj", inner, hidden),
-            bias("mlp.gate_proj", inner, config.mlp_bias),
-            bias("mlp.up_proj", inner, config.mlp_bias),
+            weight("mlp.gate_proj", inner, hidden), weight("mlp.up_proj", inner, hidden), biases
         )
         self.down = placement.linear(
             weight("mlp.down_proj", hidden, inner), bias("mlp.down_proj", hidden, config.mlp_bias)
@@ -116,7 +118,7 @@ class Llama(CausalLM):
     """The model. Its weights are read from a checkpoint and repacked for their placement."""
 
     def __init__(
-        self, checkpoint: Checkpoint, config: LlamaConfig, placement: WeightPlacement
+        self, checkpoint: TensorSource, config: LlamaConfig, placement: WeightPlacement
     ) -> None:
         self.shape = llama_shape(config)
         shape = self.shape

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from typing import Any
+from typing import Any, cast
 
 from tqdm import tqdm
 
@@ -426,10 +426,11 @@ def _as_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
     """A single prompt (text, token ids, messages) as a list of one."""
     if isinstance(prompts, str):
         return [prompts]
-    prompts = list(prompts)
-    if prompts and isinstance(prompts[0], (int, Mapping)):
-        return [prompts]
-    return prompts
+    items = list(prompts)
+    # The first item tells a prompt of ids or messages from a list of prompts.
+    if items and isinstance(items[0], (int, Mapping)):
+        return [cast("Prompt", items)]
+    return cast("list[Prompt]", items)
 
 
 def _empty_output(submission: Submission) -> RequestOutput:

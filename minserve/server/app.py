@@ -148,7 +148,7 @@ class Server:
         call = parse_tokenize(await read_object(request))
         engine = self._loaded_engine()
         self._check_model(call.model)
-        if call.messages is not None:
+        if not isinstance(call.prompt, str):
             _require_chat_template(engine)
         # In a thread: a body of megabytes takes about a second, and no other request should wait.
         tokens = await asyncio.to_thread(_tokenize, engine.tokenizer, call)
@@ -303,7 +303,8 @@ def _require_chat_template(engine: EngineFace) -> None:
 
 
 def _tokenize(tokenizer: Tokenizer, call: TokenizeCall) -> list[int]:
-    text = call.prompt if call.messages is None else tokenizer.render_chat(call.messages)
+    prompt = call.prompt
+    text = prompt if isinstance(prompt, str) else tokenizer.render_chat(prompt)
     return list(tokenizer.encode(text, add_special_tokens=call.add_special_tokens))
 
 

@@ -92,11 +92,10 @@ class GenerationCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizeCall:
-    """A /tokenize body: ``prompt`` or ``messages``, never both."""
+    """A checked /tokenize body, whose prompt is a text or messages."""
 
     model: str | None
-    prompt: str | None
-    messages: list[dict[str, str]] | None
+    prompt: str | list[dict[str, str]]
     add_special_tokens: bool
 
 
@@ -318,16 +317,19 @@ def parse_tokenize(values: dict[str, Any]) -> TokenizeCall:
     values = dict(values)
     refuse_unsupported(values, _HARMLESS_TOKENIZE)
     body = convert(values, _TokenizeBody)
-    if (body.prompt is None) == (body.messages is None):
-        raise InvalidRequestError("give either prompt or messages", "prompt")
+    prompt: str | list[dict[str, str]]
+    match body.prompt, body.messages:
+        case str(prompt), None:
+            pass
+        case None, [*messages]:
+            prompt = _plain_messages(messages)
+        case _:
+            raise InvalidRequestError("give either prompt or messages", "prompt")
     special = body.add_special_tokens
-    return TokenizeCall(
-        model=body.model,
-        prompt=body.prompt,
-        messages=None if body.messages is None else _plain_messages(body.messages),
+    if special is None:
         # A chat template writes the special tokens itself, so a chat takes none on top.
-        add_special_tokens=body.messages is None if special is None else special,
-    )
+        special = isinstance(prompt, str)
+    return TokenizeCall(model=body.model, prompt=prompt, add_special_tokens=special)
 
 
 def parse_detokenize(values: dict[str, Any]) -> tuple[str | None, list[int]]:

@@ -83,8 +83,11 @@ class BatchLayout(NamedTuple):
         """Views of a buffer ``[size]``."""
         tokens, seqs = self.num_tokens, self.num_seqs
         ends = accumulate((tokens, tokens, tokens, seqs + 1, seqs), initial=0)
-        parts = [buffer[start:end] for start, end in pairwise(ends)]
-        return BatchTensors(*parts, buffer[self.heading :].reshape(seqs, self.num_blocks))
+        token_ids, positions, slot_mapping, starts, lengths = (
+            buffer[start:end] for start, end in pairwise(ends)
+        )
+        tables = buffer[self.heading :].reshape(seqs, self.num_blocks)
+        return BatchTensors(token_ids, positions, slot_mapping, starts, lengths, tables)
 
 
 def place(

@@ -88,27 +88,41 @@ def _choose_on_cpu(
     would end the process much later, so all must fit now.
     """
     machine = Machine.look()
-    if config.num_blocks is None and config.kv_cache_gib is None:
-        share = min(machine.free_memory * CPU_SHARE_OF_FREE, CPU_MOST_GIB * GIB)
-        fitting = _blocks_beside_a_pass(machine.free_memory, config, shape, per_block)
-        num_blocks = min(int(share // per_block), fitting, useful)
-        least = min(useful, -(-min(longest, LEAST_TOKENS) // config.block_size))
-        if num_blocks < least:
-            raise ConfigError(
-                f"there is too little memory for a KV cache of {least * config.block_size} tokens "
-                f"({least * per_block / GIB:.3f} GiB) and for using it: {machine.memory_words}, of "
-                f"which the cache may take a quarter; allow more, or say with --kv-cache-gib what "
-                "it may take"
-            )
-        return num_blocks
-    num_blocks = config.num_blocks
-    if num_blocks is None:
+    if config.num_blocks is not None:
+        option, num_blocks = "--num-blocks", config.num_blocks
+    elif config.kv_cache_gib is not None:
+        option = "--kv-cache-gib"
         num_blocks = _blocks_of(config.kv_cache_gib * GIB, per_block, useful, config)
+    else:
+        return _fitting_on_cpu(machine, config, shape, per_block, longest, useful)
     if num_blocks * per_block > machine.free_memory:
         raise ConfigError(
-            f"{'--num-blocks' if config.num_blocks else '--kv-cache-gib'} asks for a KV cache of "
-            f"{num_blocks} blocks, {num_blocks * per_block / GIB:.2f} GiB, more than there is: "
+            f"{option} asks for a KV cache of {num_blocks} blocks, "
+            f"{num_blocks * per_block / GIB:.2f} GiB, more than there is: "
             f"{machine.memory_words}; lower it, or allow more"
+        )
+    return num_blocks
+
+
+def _fitting_on_cpu(
+    machine: Machine,
+    config: EngineConfig,
+    shape: ModelShape,
+    per_block: int,
+    longest: int,
+    useful: int,
+) -> int:
+    """Return the number of blocks that a CPU's free memory allows, where no setting says it."""
+    share = min(machine.free_memory * CPU_SHARE_OF_FREE, CPU_MOST_GIB * GIB)
+    fitting = _blocks_beside_a_pass(machine.free_memory, config, shape, per_block)
+    num_blocks = min(int(share // per_block), fitting, useful)
+    least = min(useful, -(-min(longest, LEAST_TOKENS) // config.block_size))
+    if num_blocks < least:
+        raise ConfigError(
+            f"there is too little memory for a KV cache of {least * config.block_size} tokens "
+            f"({least * per_block / GIB:.3f} GiB) and for using it: {machine.memory_words}, of "
+            f"which the cache may take a quarter; allow more, or say with --kv-cache-gib what "
+            "it may take"
         )
     return num_blocks
 
@@ -119,7 +133,7 @@ def _blocks_beside_a_pass(
     """How many blocks fit into memory, with room for a pass of the model over the largest batch
     that they allow: each sequence has a block of its own.
     """
-    num_tokens = config.token_budget
+    num_tokens = config.budget_on("cpu")
     if not config.chunked_prefill:
         num_tokens = max(num_tokens, config.max_model_len or shape.max_positions)
     per_seq = LOGITS_COPIES * 4 * shape.vocab_size

@@ -172,7 +172,9 @@ class Refinement:
 
     def _usual_s(self, batch: ProfileBatch) -> float:
         """Seconds that a batch should take now."""
-        return self._pace * self._core.planner.model.predict(batch.shape)
+        # The planner's model is corrected while it serves.
+        model = self._core.planner.model or self._profile.model
+        return self._pace * model.predict(batch.shape)
 
     def _finds_room(self, batch: ProfileBatch, num_blank: int) -> bool:
         """True where no cached prefix has to go for it, with so many blocks that hold none."""

@@ -121,7 +121,8 @@ class DraftModelProposer(Proposer):
         """One more token for each draft, unless its logits allow none."""
         rows = [SamplingRow(draft.seq, tuple(draft.tokens)) for draft in drafts]
         # Without penalties or draws the most likely token is the same in a trimmed head.
-        plain = self._head is not None and all(row.is_plain for row in rows)
+        plain = all(row.is_plain for row in rows)
+        head_ids = self._head_ids if plain else None
         if self._head is not None and not plain:
             full = logits.new_full((len(rows), self._vocab_size), -torch.inf)
             logits = full.index_copy_(1, self._head, logits)
@@ -131,7 +132,7 @@ class DraftModelProposer(Proposer):
             if token == INVALID:
                 draft.num_tokens = 0
                 continue
-            draft.tokens.append(self._head_ids[token] if plain else token)
+            draft.tokens.append(token if head_ids is None else head_ids[token])
             if probabilities is not None:
                 draft.probabilities.append(probabilities)
 

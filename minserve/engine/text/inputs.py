@@ -43,6 +43,8 @@ class PromptProcessor:
             InvalidRequestError: for any other prompt that cannot be run.
         """
         param = "prompt"
+        text: str | None = None
+        ids: Sequence[Any] = ()
         if isinstance(prompt, str):
             text, ids = prompt, self._encode(prompt, param, add_special_tokens=True)
         elif not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
@@ -57,9 +59,8 @@ class PromptProcessor:
             # The template has written the special tokens already.
             ids = self._encode(text, param, add_special_tokens=False)
         else:
-            text, ids = None, prompt
-        self._check_ids(ids, param)
-        return text, tuple(ids)
+            ids = prompt
+        return text, self._checked_ids(ids, param)
 
     def _render(self, messages: Sequence[Any]) -> str:
         for i, message in enumerate(messages):
@@ -87,7 +88,7 @@ class PromptProcessor:
             raise self._too_long(f"at least {fewest_tokens}", param)
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-    def _check_ids(self, ids: Sequence[Any], param: str) -> None:
+    def _checked_ids(self, ids: Sequence[Any], param: str) -> tuple[int, ...]:
         if not ids:
             raise InvalidRequestError("the prompt is empty", param)
         if len(ids) >= self._max_model_len:
@@ -103,6 +104,7 @@ class PromptProcessor:
                     f"(0 to {self._vocab_size - 1})",
                     param,
                 )
+        return tuple(ids)
 
     def _too_long(self, tokens: str, param: str) -> RequestTooLongError:
         return RequestTooLongError(

@@ -182,16 +182,17 @@ class Tokenizer:
 
         variables = {"add_generation_prompt": True, **self._special_tokens, **kwargs}
         try:
-            rendered, _ = render_jinja_template(
+            # Typed as one text, but it is the texts and where the answers in them stand.
+            texts = render_jinja_template(
                 conversations=[[dict(message) for message in messages]],
                 chat_template=self._chat_template,
                 **variables,
-            )
+            )[0]
         except Exception as error:  # a template is a program and can raise anything
             raise InvalidRequestError(
                 f"the model's chat template refused the messages: {error}", "messages"
             ) from error
-        return rendered[0]
+        return texts[0]
 
     def _special_id(self, name: str) -> int | None:
         token = self._special_tokens.get(name)
