@@ -36,11 +36,8 @@ class LlamaLayer:
         def weight(name: str, *size: int) -> Tensor:
             return checkpoint.get(f"{prefix}{name}.weight", size)
 
-        def stored_bias(name: str, size: int) -> Tensor:
-            return checkpoint.get(f"{prefix}{name}.bias", (size,))
-
         def bias(name: str, size: int, present: bool) -> Tensor | None:
-            return stored_bias(name, size) if present else None
+            return checkpoint.get(f"{prefix}{name}.bias", (size,)) if present else None
 
         def rotated(tensor: Tensor) -> Tensor:
             return RotaryEmbedding.interleave(tensor, shape.head_dim)
@@ -72,11 +69,10 @@ class LlamaLayer:
             weight("post_attention_layernorm", hidden), config.rms_norm_eps
         )
         inner = config.intermediate_size
-        biases = None
-        if config.mlp_bias:
-            biases = (stored_bias("mlp.gate_proj", inner), stored_bias("mlp.up_proj", inner))
         self.mlp_in = placement.swiglu(
-            weight("mlp.gate_proj", inner, hidden), weight("mlp.up_proj", inner, hidden), biases
+            weight("mlp.gate_proj", inner, hidden),
+            weight("mlp.up_proj", inner, hidden),
+            _swiglu_biases(checkpoint, prefix, config),
         )
         self.down = placement.linear(
             weight("mlp.down_proj", hidden, inner), bias("mlp.down_proj", hidden, config.mlp_bias)
@@ -172,6 +168,16 @@ def llama_shape(config: LlamaConfig) -> ModelShape:
         max_positions=config.max_position_embeddings,
         scale=config.head_dim**-0.5,
     )
+
+
+def _swiglu_biases(
+    checkpoint: TensorSource, prefix: str, config: LlamaConfig
+) -> tuple[Tensor, Tensor] | None:
+    if not config.mlp_bias:
+        return None
+    size = (config.intermediate_size,)
+    gate = checkpoint.get(f"{prefix}mlp.gate_proj.bias", size)
+    return gate, checkpoint.get(f"{prefix}mlp.up_proj.bias", size)
 
 
 def _cat(*tensors: Tensor | None) -> Tensor | None:

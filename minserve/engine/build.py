@@ -1,4 +1,4 @@
-"""From settings to a loaded engine core."""
+"""`load_engine` makes a loaded engine core from settings."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ SECOND_FORM_SHARE = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedEngine:
-    """A core ready to step, and what its callers need around it.
+    """A core that is ready to step, and what its callers need around it.
 
     Attributes:
-        source: of the model.
-        dtype: of weights, and of arithmetic where it differs.
+        source: where the model's files are.
+        dtype: the dtype of the weights, and that of arithmetic where it differs.
     """
 
     core: EngineCore
@@ -216,7 +216,7 @@ def _allocate_kv_cache(
         ConfigError: where not a single block fits.
     """
     if placement.device.type == "cuda":
-        torch.cuda.empty_cache()  # of what loading left, so that the dry run's peak is its own
+        torch.cuda.empty_cache()  # so that the dry run's peak does not hold what loading left
         # A prompt that may not be split runs as a whole, whatever the budget.
         budget = config.budget_on("cuda")
         most = budget if config.chunked_prefill else max(budget, longest)
@@ -246,7 +246,7 @@ def _allocate_kv_cache(
 
 
 def _log_limits(models: Iterable[PagedModel], device: torch.device) -> None:
-    """Tell, in one line, how a container's limits were met; nothing where there are none."""
+    """Log in one line how a container's limits were met, if there are any."""
     kv_bytes = None
     if device.type == "cpu":
         kv_bytes = sum(kv.key.nbytes + kv.value.nbytes for one in models for kv in one.kv)
@@ -332,8 +332,9 @@ def _record_graphs(
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a setting. ``auto`` takes a GPU where torch can use one; that there is one
-    which it cannot use is said in one line.
+    """Return the device of a setting; ``auto`` takes a GPU where torch can use one.
+
+    A GPU that torch cannot use is named in one line of the log.
 
     Raises:
         ConfigError: where a GPU is asked for and there is none that torch can use.
@@ -341,7 +342,7 @@ def choose_device(name: str) -> torch.device:
     if name == "cpu":
         return torch.device("cpu")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own words, of several lines
+        warnings.simplefilter("ignore")  # torch says the same in several lines
         if torch.cuda.is_available():
             return torch.device("cuda")
     problem = _why_no_gpu()
@@ -356,8 +357,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def _why_no_gpu() -> str | None:
-    """Why torch cannot use the NVIDIA GPU of this machine; ``None`` where there is none, or it
-    is hidden on purpose.
+    """Return why torch cannot use the NVIDIA GPU of this machine.
+
+    ``None`` stands for a machine without one, or one that is hidden on purpose.
     """
     if not NVIDIA_DEVICE.exists() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return None
@@ -375,14 +377,16 @@ def _why_no_gpu() -> str | None:
 
 
 def has_room_twice(num_parameters: int) -> bool:
-    """Whether weights in half precision can be kept in two forms without much of the free memory."""
+    """Return whether a second form of weights in half precision takes little of the free memory."""
     second_form = 2 * num_parameters
     return second_form <= SECOND_FORM_SHARE * Machine.look().free_memory
 
 
 def _set_num_threads(config: EngineConfig, device: torch.device) -> ThreadCount | None:
-    """Give torch's operations on the CPU as many threads as this process may keep busy; on a
-    CPU, what keeps an eye on that.
+    """Give torch's operations on the CPU as many threads as this process may keep busy.
+
+    Returns:
+        On a CPU, what adapts that number before each pass.
     """
     machine = Machine.look()
     if device.type != "cpu":

@@ -1,4 +1,4 @@
-"""The tensors behind the blocks: how many fit, and their allocation."""
+"""Chooses the number of KV blocks, and allocates the tensors behind them."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from minserve.models.base import ModelShape
 
 CPU_SHARE_OF_FREE = 0.25
 CPU_MOST_GIB = 4.0
-# What a pass needs besides, at its peak: float32 copies of the logits while tokens are chosen (raw,
-# adjusted, sorted, summed; with top_p 15 were measured), and of the hidden state while a layer runs.
+# A pass needs these besides, at its peak: float32 copies of the logits while tokens are chosen
+# (raw, adjusted, sorted, summed; with top_p 15 were measured), and of the hidden state while a
+# layer runs.
 LOGITS_COPIES = 16
 HIDDEN_COPIES = 16
-# And bytes that the allocator loses to fragments, and that libraries take when first used.
+# Bytes that the allocator loses to fragments, and that libraries take when first used.
 OTHER_BYTES = 96 * 2**20
-# Of a cache on a CPU whose size nobody gave: less would hold no request worth serving.
+# For a cache on a CPU whose size no setting gives: less would hold no request worth serving.
 LEAST_TOKENS = 256
 # The rest is for sampling, and for what memory is lost to fragments.
 GPU_SHARE_OF_FREE = 0.9
-# Of what is free on a GPU, for CUDA graphs: their inputs, results and the kernels' arguments.
+# Share of what is free on a GPU that CUDA graphs need, for inputs, results and arguments.
 CUDA_GRAPHS_SHARE_OF_FREE = 0.05
 
 
 def bytes_per_block(shape: ModelShape, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block over all layers, keys and values."""
+    """Return the bytes of one block over all layers, keys and values."""
     width = shape.num_kv_heads * shape.head_dim * dtype.itemsize
     return 2 * shape.num_layers * block_size * width
 
@@ -42,14 +43,14 @@ def choose_num_blocks(
     *,
     with_graphs: bool = False,
 ) -> int:
-    """Blocks that the settings ask for, or that fit into the memory that is free now.
+    """Return the number of blocks that the settings ask for, or that fit into free memory.
 
     On a GPU call it after a dry run at the largest batch, so that activations are
     counted. Never more than `max_num_seqs` sequences of full length could use.
 
     Args:
-        shapes: of the model, and of the draft model where there is one: a block holds the
-            KV of both.
+        shapes: those of the model and, where there is one, of the draft model: a block holds
+            the KV of both.
         with_graphs: leave room for CUDA graphs.
 
     Raises:
@@ -84,8 +85,10 @@ def _blocks_of(budget: float, per_block: int, useful: int, config: EngineConfig)
 def _choose_on_cpu(
     config: EngineConfig, shape: ModelShape, per_block: int, longest: int, useful: int
 ) -> int:
-    """`choose_num_blocks` on a CPU, whose pages are taken only as they are written to: too many
-    would end the process much later, so all must fit now.
+    """Do the work of `choose_num_blocks` on a CPU.
+
+    A CPU's pages are taken only as they are written to: too many would end the process much
+    later, so all must fit now.
     """
     machine = Machine.look()
     if config.num_blocks is not None:
@@ -130,8 +133,9 @@ def _fitting_on_cpu(
 def _blocks_beside_a_pass(
     num_bytes: int, config: EngineConfig, shape: ModelShape, per_block: int
 ) -> int:
-    """How many blocks fit into memory, with room for a pass of the model over the largest batch
-    that they allow: each sequence has a block of its own.
+    """Return the number of blocks that fit into memory beside a pass over the largest batch.
+
+    The largest batch is the one that the blocks allow: each sequence has a block of its own.
     """
     num_tokens = config.budget_on("cpu")
     if not config.chunked_prefill:
@@ -152,5 +156,5 @@ def allocate_kv_cache(
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[LayerKV]:
-    """One zeroed cache per layer."""
+    """Return one zeroed cache per layer."""
     return [backend.allocate(num_blocks, block_size, dtype, device) for _ in range(num_layers)]

@@ -1,4 +1,4 @@
-"""Turns what a caller gives as a prompt into checked token ids."""
+"""`PromptProcessor` turns a prompt, as a caller gives it, into checked token ids."""
 
 from __future__ import annotations
 
