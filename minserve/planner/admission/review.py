@@ -10,7 +10,7 @@ up and refused together (`minserve.planner.admission.parties`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container, Set
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
@@ -84,20 +84,34 @@ def review(
     choose: Choose,
     settings: ReviewSettings,
     acceptance: AcceptanceEstimator,
+    broken: Set[str],
+    chosen_before: Container[str] = frozenset(),
 ) -> ReviewResult:
     """Decide who is served.
 
     Args:
+        broken: ids of the sequences whose SLO is broken.
+        chosen_before: ids of the sequences that the round before chose.
         cached_tokens: of a waiting sequence, tokens in the prefix index.
         choose: the admission program.
         acceptance: of drafted tokens.
     """
     result = ReviewResult()
-    alone, parties = partition(view, now)
+    alone, parties = partition(view, broken)
     if not alone and not parties:
         return result
     round_ = _ReviewRound(
-        view, now, model, lengths, cached_tokens, settings, acceptance, alone, parties
+        view,
+        now,
+        model,
+        lengths,
+        cached_tokens,
+        settings,
+        acceptance,
+        alone,
+        parties,
+        broken,
+        chosen_before,
     )
     round_.shed_overload(result)
     if not round_.candidates:
@@ -132,8 +146,11 @@ class _ReviewRound:
         acceptance: AcceptanceEstimator,
         alone: list[Sequence],
         parties: list[Party],
+        broken: Set[str],
+        chosen_before: Container[str],
     ) -> None:
         self.view, self.now, self.settings = view, now, settings
+        self._chosen_before = chosen_before
         self._alone, self._parties = alone, parties
         self.settled = alone + [seq for party in parties for seq in party.settled]
         self.undecided = [party for party in parties if party.open]
@@ -144,8 +161,8 @@ class _ReviewRound:
             for seq in (*self.settled, *open_)
             for stage in seq.progress.targets.stages[seq.progress.stage :]
         )
-        crowded = any(
-            s.progress is None or s.progress.is_broken(now) for s in (*view.running, *view.waiting)
+        crowded = bool(broken) or any(
+            seq.progress is None for seq in (*view.running, *view.waiting)
         )
         speculation = self._speculation(acceptance, open_)
         share = 1.0 - (settings.best_effort_share if crowded else 0.0)
@@ -244,6 +261,7 @@ class _ReviewRound:
             forced=each[0].forced,
             decode_s=max(one.decode_s for one in each),
             num_seqs=len(each),
+            was_chosen=each[0].was_chosen,
         )
 
     def _single(self, seq: Sequence, start: int) -> Candidate:
@@ -257,6 +275,7 @@ class _ReviewRound:
             value=seq.request.slo.value,
             forced=seq.standing is Standing.ADMITTED,
             decode_s=self.remaining[seq.seq_id] * progress.tpot_s,
+            was_chosen=seq.seq_id in self._chosen_before,
         )
 
     def _demands(self, seq: Sequence) -> list[Demand]:

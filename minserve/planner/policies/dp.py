@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as SequenceOf
+from collections.abc import Set
 from dataclasses import dataclass, field, replace
 
 from minserve.planner.admission.dynamic_program import Admission, admit
@@ -161,10 +162,15 @@ class DpPlanner(Planner):
     def _plan(self, view: PlannerView, now: float) -> IterationPlan:
         self._round_before, self._round = self._round, replace(self._round)
         result = ReviewResult()
+        broken = {
+            seq.seq_id
+            for seq in (*view.running, *view.waiting)
+            if seq.progress is not None and seq.progress.is_broken(now)
+        }
         is_due = self.model is not None and self._is_due(view, now)
         if is_due:
-            result = self._review(view, now)
-        work = self._sort(view, now, result)
+            result = self._review(view, now, broken)
+        work = self._sort(view, result, broken)
         drafting = None
         self._round.rest -= 1
         if view.speculation is not None and self.model is not None and self._round.rest < 0:
@@ -214,7 +220,7 @@ class DpPlanner(Planner):
             if self.model is not None and seq.seq_id not in known:
                 self._arrivals.see(seq, self.model, now)
 
-    def _review(self, view: PlannerView, now: float) -> ReviewResult:
+    def _review(self, view: PlannerView, now: float, broken: Set[str]) -> ReviewResult:
         def cached_tokens(seq: Sequence) -> int:
             # Looked up once per wait: it costs hashing the prompt.
             if seq.seq_id not in self._cached:
@@ -236,50 +242,43 @@ class DpPlanner(Planner):
             self.choose,
             settings,
             self.acceptance,
+            broken,
+            self._round.chosen,
         )
         self._round.chosen, self._round.drafts = result.chosen, result.drafts
         return result
 
-    def _sort(self, view: PlannerView, now: float, result: ReviewResult) -> Work:
-        """Every sequence's role in this iteration; relegates requests whose SLO is broken."""
-        work, broken = self._roles(view, now, result, frozenset())
-        if broken:
-            # Once more, for those of their outputs that were sorted before.
-            work, _ = self._roles(view, now, result, broken)
-        for role in (work.decodes, work.prefills, work.unpromised):
-            role.sort(key=_deadline)
-        work.best_effort.sort(key=by_rank)
-        return work
-
-    def _roles(
-        self, view: PlannerView, now: float, result: ReviewResult, broken: frozenset[str]
-    ) -> tuple[Work, frozenset[str]]:
-        """The roles, yet to be ordered.
+    def _sort(self, view: PlannerView, result: ReviewResult, broken: set[str]) -> Work:
+        """Give every sequence its role in this iteration; relegate requests whose SLO is broken.
 
         Args:
-            broken: requests of several outputs, whose SLO one of these has broken; by id.
-
-        Returns:
-            with the roles, those that were found broken.
+            broken: ids of the sequences whose SLO is broken; their siblings are added.
         """
-        work, found = Work(), set(broken)
+        everyone = (*view.running, *view.waiting)
+        # All outputs of a request share its fate.
+        requests = {
+            seq.request.request_id
+            for seq in everyone
+            if seq.request.params.n > 1 and seq.seq_id in broken
+        }
+        if requests:
+            broken |= {seq.seq_id for seq in everyone if seq.request.request_id in requests}
+        work, chosen = Work(), self._round.chosen
         lone_s = 0.0 if self.model is None else self.model.predict(BatchShape.of([(0, 1)]))
-        for seq in (*view.running, *view.waiting):
+        for seq in everyone:
             seq_id, progress = seq.seq_id, seq.progress
             if seq_id in result.reject:
                 continue
-            chosen = seq_id in self._round.chosen
-            promised = chosen or seq.standing is Standing.ADMITTED
             if progress is None or self.model is None:
                 work.best_effort.append(seq)
-            elif progress.is_broken(now) or (broken and seq.request.request_id in broken):
-                if seq.request.params.n > 1:
-                    found.add(seq.request.request_id)
+            elif seq_id in broken:
                 if seq.standing is not Standing.BEST_EFFORT:
                     result.relegate[seq_id] = None
                 work.best_effort.append(seq)
-            elif not promised or seq_id in result.relegate:
-                # At a pace that not even a lone decode keeps nobody is in time.
+            elif seq_id in result.relegate or not (
+                seq_id in chosen or seq.standing is Standing.ADMITTED
+            ):
+                # At a pace that not even a lone decode keeps nothing is in time.
                 if progress.tpot_s < lone_s:
                     work.best_effort.append(seq)
                 else:
@@ -288,7 +287,10 @@ class DpPlanner(Planner):
                 work.decodes.append((progress.next_deadline_s, seq))
             else:
                 work.prefills.append((progress.next_deadline_s, seq))
-        return work, frozenset(found)
+        for role in (work.decodes, work.prefills, work.unpromised):
+            role.sort(key=_deadline)
+        work.best_effort.sort(key=by_rank)
+        return work
 
     def _longest_s(self) -> float:
         return LONGEST_ITERATION * (self.model.predict(BatchShape.of([(0, 1)])) + GUARD_S)

@@ -66,7 +66,7 @@ def test_the_bounds_rule_out_nothing_better(
     monkeypatch: pytest.MonkeyPatch, alike: bool, roomy: bool, most_seqs: int
 ) -> None:
     """On instances too large for brute force: the program without bounds, without limits."""
-    monkeypatch.setattr(dynamic_program, "MAX_STATES", 10**9)
+    monkeypatch.setattr(dynamic_program, "WIDTHS", (10**9,))
     instances = [
         random_instance(
             random.Random(seed),
@@ -80,8 +80,8 @@ def test_the_bounds_rule_out_nothing_better(
     ]
     bounded = [decide(one) for one in instances]
 
-    def nothing(rest: Rest, *_: object) -> list[list[float]]:
-        return [[math.inf] * (rest.target + 1)] * (len(rest.works) + 1)
+    def nothing(rest: Rest, limits: list[object]) -> list[list[list[float]]]:
+        return [[[math.inf] * (sum(rest.units) + 1)] * (len(rest.works) + 1)] * len(limits)
 
     monkeypatch.setattr(dynamic_program, "latest_s", nothing)
     monkeypatch.setattr(dynamic_program, "least_blocks", lambda _: None)
@@ -188,11 +188,11 @@ def test_without_tiers_only_prefill_counts() -> None:
     assert len(admit([one, one], outlook, rates).accepted) == 1
 
 
-@pytest.mark.parametrize("limit", ["MAX_CELLS", "MAX_STATES"])
+@pytest.mark.parametrize(("limit", "value"), [("MAX_CELLS", 0), ("WIDTHS", (0, 0))])
 def test_instances_beyond_a_limit_get_a_good_set_and_say_so(
-    monkeypatch: pytest.MonkeyPatch, limit: str
+    monkeypatch: pytest.MonkeyPatch, limit: str, value: int | tuple[int, ...]
 ) -> None:
-    monkeypatch.setattr(dynamic_program, limit, 0)
+    monkeypatch.setattr(dynamic_program, limit, value)
     long = Candidate(work=450, deadline_s=1.0, tier=0, blocks=1)
     got = decide(instance_of(long, long, long))
     assert got.feasible

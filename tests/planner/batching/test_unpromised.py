@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import pytest
 from loads import TIGHT, replay_of, request
 from replay import Replay
@@ -16,8 +18,8 @@ from minserve.slo.objectives import SLO, Standing
 class Refusing(DpPlanner):
     """Promises nothing to requests whose id begins with ``no``."""
 
-    def _review(self, view: PlannerView, now: float) -> ReviewResult:
-        result = super()._review(view, now)
+    def _review(self, view: PlannerView, now: float, broken: Set[str]) -> ReviewResult:
+        result = super()._review(view, now, broken)
         for seq in (*view.waiting, *view.running):
             if seq.seq_id.startswith("no"):
                 result.chosen.pop(seq.seq_id, None)
