@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 # The first exists where a GPU can be used, and the second tells its driver's version.
 NVIDIA_DEVICE, NVIDIA_DRIVER = Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version")
-# Of the memory that is free on a CPU, for weights in a second form that is faster for few rows.
+# Share of a CPU's free memory that a second form of the weights, faster for few rows, may take.
 SECOND_FORM_SHARE = 0.1
 
 

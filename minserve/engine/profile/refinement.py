@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 FIRST_IDLE_S = 2.0
 # A batch may take this share of the time for which the engine has been idle, or a decode step.
 IDLE_SHARE = 1 / 200
-# And no more than this, or than so many decode steps of a slow device, for which everybody waits
+# No more than this, or than so many decode steps of a slow device, for which all requests wait
 # anyhow: longer ones are left to `profile_core`.
 LONGEST_S = 0.5
 LONGEST_STEPS = 4.0
@@ -37,11 +37,11 @@ LONGEST_STEPS = 4.0
 REST = 9.0
 # KV blocks that are written at once, which takes tens of milliseconds.
 BLOCKS_AT_ONCE = 64
-# How long to leave the device to another process that measures for the same key.
+# Seconds for which the device is left to another process that measures for the same key.
 TURN_S = 0.5
 # Seconds of measuring after which the profile is fitted anew and kept.
 SAVE_S = 8.0
-# As complete as a profile is at most until nothing is left to do.
+# The highest completeness of a profile until nothing is left to do.
 ALMOST = 0.99
 
 

@@ -112,7 +112,7 @@ class Workbench:
                 self._core.pool.release(item.seq)
 
     def _sequence(self, num_prompt_tokens: int, num_computed_tokens: int) -> Sequence:
-        # Of tokens that are computed already nothing but their KV is read.
+        # Nothing but the KV is read of tokens that are computed already.
         tokens = self._rng.choices(self._vocab, k=num_prompt_tokens - num_computed_tokens)
         request = Request(
             request_id=f"profile-{next(self._ids)}",

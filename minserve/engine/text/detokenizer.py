@@ -11,7 +11,7 @@ from os.path import commonprefix
 
 from minserve.sampling_params import SamplingParams
 
-# What decoders put in place of bytes that are not (yet) a character.
+# Decoders put this in place of bytes that are not (yet) a character.
 REPLACEMENT = "\ufffd"
 
 # Prompt tokens decoded before the first output token, so that it gets the space that

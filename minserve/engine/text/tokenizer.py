@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from minserve.models.gguf_file import GGUFFile
     from minserve.models.source import ModelSource
 
-# How Llama 3 cuts text before merging, as published in its tokenizer.json.
+# The pattern by which Llama 3 cuts text before merging, as published in its tokenizer.json.
 _LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
