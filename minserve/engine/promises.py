@@ -8,8 +8,8 @@ from minserve.config import EngineConfig
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import ConfigError
 from minserve.planner.predict.perf_model import PerfModel
-from minserve.slo.fields import find_class, load_classes
 from minserve.slo.objectives import SLO, Targets, preset_classes
+from minserve.slo.slo_fields import find_class, load_classes
 
 THINKING_MARKER = "</think>"
 

@@ -21,8 +21,8 @@ from slo_load import (
 from slo_report import PolicyRun, PooledRuns, curves, disagreements, summary
 
 from minserve.planner.predict.perf_model import PerfModel, Piece
-from minserve.slo.fields import load_classes, parse_slo
 from minserve.slo.objectives import StageTarget, Targets
+from minserve.slo.slo_fields import load_classes, parse_slo
 from minserve.workload.answer import Answer
 from minserve.workload.conversation import Conversation, Turn
 from minserve.workload.data_files import read_prompts
