@@ -10,7 +10,7 @@ from typing import Any
 from noise_plan import Grid, NoiseCell
 from reproduce_jobs import Measured
 
-from minserve.planner.policies import PROMISING
+from minserve.simulator.simulation import promises
 from minserve.workload.report import percentile
 
 # The policy whose regret is measured.
@@ -58,7 +58,7 @@ def _row(
         row["best_other"] = best
         row["regret"] = round(others[best] - means[JUDGED], 4)
         row["spread"] = round(spread(shares[best], shares[JUDGED], offered), 4)
-        simple = [mean for policy, mean in others.items() if policy not in PROMISING]
+        simple = [mean for policy, mean in others.items() if not promises(policy)]
         if simple:
             row["simple_regret"] = round(max(simple) - means[JUDGED], 4)
     return row

@@ -36,8 +36,8 @@ from paired_turns import Cell, Pairs
 from policies_report import summary, table
 from prompt_texts import Counter
 
-from minserve.config import POLICIES
 from minserve.exit_codes import EXIT_INTERRUPTED
+from minserve.planner.policies.registry import POLICIES
 from minserve.workload.scenarios import SCENARIOS
 
 RATES, QUICK_RATES = (0.8, 1.5, 3.0, 6.0), (1.5, 6.0)

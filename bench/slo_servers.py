@@ -14,7 +14,7 @@ from slo_load import measure
 
 from minserve.errors import MinserveError
 from minserve.machine import Machine
-from minserve.planner.policies import PROMISING
+from minserve.planner.policies.registry import planner_class
 from minserve.planner.predict.perf_model import PerfModel
 from minserve.workload.client import Load
 from minserve.workload.conversation import Conversation
@@ -52,7 +52,7 @@ class PolicyVariant:
     @property
     def flags(self) -> list[str]:
         flags = ["--policy", self.policy, "--speculator", self.speculator]
-        if self.speculator != "off" and self.policy not in PROMISING:
+        if self.speculator != "off" and not planner_class(self.policy).promises:
             flags += ["--max-speculation", str(FIXED_SPECULATION)]
         if self.token_budget is not None:
             most = min(MOST_SEQS, self.token_budget)

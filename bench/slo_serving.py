@@ -55,7 +55,8 @@ from slo_report import (
 from slo_servers import DISTURBED_CORES, PROFILE_S, Fleet, PolicyVariant, SloServer, await_quiet
 from tqdm import tqdm
 
-from minserve.config import POLICIES, SPECULATORS
+from minserve.config import SPECULATORS
+from minserve.planner.policies.registry import POLICIES
 from minserve.planner.predict.perf_model import PerfModel
 from minserve.slo.objectives import SLO
 from minserve.workload.conversation import Conversation

@@ -47,7 +47,7 @@ class Scheduled(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Where the sequence's own tokens of this iteration end; drafts come behind."""
+        """The position behind the sequence's own tokens of this iteration; drafts come there."""
         return self.seq.num_computed_tokens + self.num_tokens
 
 
@@ -64,12 +64,12 @@ def shape_of(batch: SequenceOf[Scheduled]) -> BatchShape:
 
 @dataclass(slots=True)
 class RunResult:
-    """What the forward pass gave for one sequence.
+    """The result of a forward pass for one sequence.
 
     Attributes:
         sampled: the next tokens, the error that their sampling met, or ``None`` where the
             chunk did not reach the end.
-        prompt_logprobs: of prompt tokens ``start + 1 .. end`` where asked for.
+        prompt_logprobs: those of prompt tokens ``start + 1 .. end``, where asked for.
     """
 
     sampled: Verified | GenerationError | None = None
@@ -80,11 +80,11 @@ class RunningBatch(Protocol):
     """A batch that was handed to a device."""
 
     def results(self) -> Mapping[str, RunResult]:
-        """Wait for the end of the batch, and return what it gave by sequence id."""
+        """Wait for the end of the batch and return its results by sequence id."""
 
 
 class BatchRunner(Protocol):
-    """The device of an `EngineCore`, real (`ModelRunner`) or simulated."""
+    """Runs the batches of an `EngineCore`, on a model (`ModelRunner`) or a simulated device."""
 
     @property
     def device(self) -> object:

@@ -18,7 +18,8 @@ from minserve.engine.batch import RunResult, Scheduled
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.core import EngineCore
 from minserve.engine.speculation.proposal import SampledToken, Verified
-from minserve.planner.policies import PROMISING, Planner, make_planner
+from minserve.planner.policies.base import Planner
+from minserve.planner.policies.registry import make_planner, promising_policies
 from minserve.planner.predict.lengths import QuantileLengths
 from minserve.planner.predict.perf_model import BatchShape
 from minserve.request import Request, Sequence
@@ -88,7 +89,7 @@ def planner_of(policy: str, device: Device = TOY) -> Planner:
         policy,
         chunked_prefill=policy != "fcfs",
         model=device.perf_model(),
-        **({"lengths": QuantileLengths()} if policy in PROMISING else {}),
+        **({"lengths": QuantileLengths()} if policy in promising_policies() else {}),
     )
 
 

@@ -34,18 +34,18 @@ class Proposal:
 
     @property
     def drawn_from(self) -> tuple[Tensor, ...]:
-        """The ``probabilities`` of tokens that were drafted by chance."""
+        """The ``probabilities``, for a proposal that was drafted by chance."""
         assert self.probabilities is not None, "they were not drafted by chance"
         return self.probabilities
 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What came of a proposal.
+    """The result of a proposal.
 
     Attributes:
         tokens: the accepted ones and, where the target has one, its own choice behind them.
-        num_accepted: of the drafted tokens.
+        num_accepted: the number of drafted tokens that were accepted.
     """
 
     tokens: tuple[SampledToken, ...]

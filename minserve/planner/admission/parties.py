@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 
-from minserve.planner.plan import MemoryView, PlannerView
+from minserve.planner.plan import MemoryView, PlannerView, shared_blocks
 from minserve.request import Request, Sequence, SequenceState
 from minserve.slo.objectives import Standing
 
@@ -93,15 +93,6 @@ def partition(view: PlannerView, broken: Container[str]) -> tuple[list[Sequence]
         if request.params.n > 1:
             by_id[request.request_id] = parties[-1]
     return alone, [one for one in parties if not one.is_broken(broken) or one.awaits_answer]
-
-
-def shared_blocks(seq: Sequence, memory: MemoryView) -> int:
-    """Blocks of its prompt that an output shares with those of the same request that began
-    before it; 0 where it has no siblings.
-    """
-    if seq.request.params.n == 1 or not memory.may_hit(seq):
-        return 0
-    return (seq.num_prompt_tokens - 1) // memory.block_size
 
 
 def starts_of(

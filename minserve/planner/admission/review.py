@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from minserve.blocks import blocks_for
 from minserve.planner.admission.dynamic_program import Admission
 from minserve.planner.admission.outlook import (
     Demand,
@@ -236,12 +237,12 @@ class _ReviewRound:
 
     def _blocks(self, seq: Sequence) -> int:
         """At its end, but for those that a sibling is counted for."""
-        blocks = -(-(seq.num_tokens + self.remaining[seq.seq_id]) // self._block_size)
+        blocks = blocks_for(seq.num_tokens + self.remaining[seq.seq_id], self._block_size)
         return blocks - self._spared.get(seq.seq_id, 0)
 
     def _holding(self, seq: Sequence) -> Holding:
         end_s = self.now + self.remaining[seq.seq_id] * self._step_s
-        blocks_now = -(-seq.num_tokens // self._block_size) - self._spared.get(seq.seq_id, 0)
+        blocks_now = blocks_for(seq.num_tokens, self._block_size) - self._spared.get(seq.seq_id, 0)
         return Holding(blocks_now, self._blocks(seq), end_s)
 
     def _candidate(self, party: Party, cached_tokens: Callable[[Sequence], int]) -> Candidate:

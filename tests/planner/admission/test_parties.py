@@ -9,7 +9,7 @@ from replay import Replay
 from minserve.engine.block_pool import BlockPool
 from minserve.planner.admission.parties import partition, spared_blocks, starts_of
 from minserve.planner.plan import PlannerView
-from minserve.planner.policies import make_planner
+from minserve.planner.policies.registry import make_planner
 from minserve.request import Request, Sequence, SequenceState
 from minserve.sampling_params import SamplingParams
 from minserve.slo.objectives import SLO, Standing
