@@ -32,6 +32,7 @@ from minserve.planner.policies.registry import make_planner
 from minserve.planner.predict.perf_model import PerfModel, Piece
 from minserve.request import Request, Sequence, SequenceState
 from minserve.sampling_params import SamplingParams
+from minserve.slo.attainment import Progress
 from minserve.slo.objectives import SLO, Standing
 from minserve.workload.report import percentile
 
@@ -67,7 +68,7 @@ def make_view(rng: random.Random, running: int, waiting: int, tiers: int) -> Pla
         # Each sequence is on schedule, or up to two tokens ahead of it.
         tpot = seq.progress.tpot_s
         begun = -(done - 1) * tpot + rng.uniform(0.0, 2.0) * tpot
-        seq.progress.arrival_s = begun
+        seq.progress = Progress(seq.progress.targets, begun)
         for number in range(done):
             seq.progress.add_token(begun + number * tpot)
         decoding.append(seq)
