@@ -19,12 +19,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from cpu_ceilings import milliseconds
 from torch import Tensor
 from tqdm import tqdm
 
 from minserve.kernels.attention import AttentionMetadata, LayerKV
 from minserve.kernels.torch_backend import TorchBackend
+from shared.cpu_ceilings import milliseconds
 
 BLOCK_SIZE = 32
 NUM_LAYERS = 6

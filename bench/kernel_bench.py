@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_machine import choose_interpreter, machine
-from kernel_cases import KernelSetting, Scale
-from kernel_report import failures, plot, summary, table
-from kernel_rows import CUBLAS_KERNEL
-from kernel_sweep import KERNELS, problems, sweep
-from kernel_timing import Ceilings, measure_ceilings
+
+from parts.kernel_bench.report import failures, plot, summary, table
+from parts.kernel_bench.rows import CUBLAS_KERNEL
+from parts.kernel_bench.sweep import KERNELS, problems, sweep
+from shared.gpu_machine import choose_interpreter, machine
+from shared.kernel_cases import KernelSetting, Scale
+from shared.kernel_timing import Ceilings, measure_ceilings
 
 # For each flag, the flags that have no effect beside it.
 NO_EFFECT = {
@@ -80,7 +81,7 @@ def run_sweep(args: argparse.Namespace, scale: Scale) -> int:
         )
     cases, place = problems(args.only or KERNELS, scale), setting(args)
     if not args.dry:
-        from kernel_compile import precompile
+        from parts.kernel_bench.compile_only import precompile
 
         gpu = torch.cuda.get_device_properties(0)
         arch = 10 * gpu.major + gpu.minor
@@ -111,7 +112,7 @@ def main() -> int:
     args = parse()
     choose_interpreter(args.dry and not args.compile_only)
     if args.compile_only:
-        from kernel_compile import run_compile
+        from parts.kernel_bench.compile_only import run_compile
 
         return run_compile(args.only, quick=args.quick)
     if not args.dry and not torch.cuda.is_available():
@@ -120,7 +121,7 @@ def main() -> int:
     scale = Scale.DRY if args.dry else Scale.QUICK if args.quick else Scale.FULL
     torch.manual_seed(0)
     if args.tune:
-        from kernel_tune import run_tune
+        from parts.kernel_bench.tune import run_tune
 
         return run_tune(setting(args), scale, args.only, args.rep_ms, args.seconds)
     return run_sweep(args, scale)

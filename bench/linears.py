@@ -13,11 +13,11 @@ import argparse
 import json
 
 import torch
-from cpu_ceilings import ceilings, fast_bf16, pass_milliseconds
 from tqdm import tqdm
 
 from minserve.models.layers import WeightFormat, WeightPlacement
 from minserve.models.source import find_model, load_config
+from shared.cpu_ceilings import ceilings, fast_bf16, pass_milliseconds
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 # A head is run only for the last token of each sequence.

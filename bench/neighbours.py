@@ -27,13 +27,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from machine import machine
 from offline import positive
-from offline_children import child, events, script
-from paired_servers import busy_process
 from tqdm import tqdm
 
 from minserve.exit_codes import EXIT_INTERRUPTED
+from shared.children import child, events, script
+from shared.machine import machine
+from shared.servers import busy_process
 
 TOKENS = 40
 PROMPT = "Once upon a time"

@@ -1,7 +1,7 @@
 """Compares the planner's policies on the real engine: where does dp keep more SLOs than others?
 
 One minserve server runs per policy; all are up at once and idle but one. An open-loop client sends
-them the same requests in short alternating turns (`paired_turns`), at paces from easy to tight and
+them the same requests in short alternating turns (`shared/paired`), at paces from easy to tight and
 rates from idle to overload, alone on the machine and beside a process that takes a core. The idle
 speed of which SLOs are multiples is the same for all: the best of the servers', or --zero-load.
 Lone requests before and after each turn, without the busy process, measure the machine's own speed;
@@ -30,15 +30,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from paired_runs import Effort, PairedBenchmark, add_flags, caveats, open_store, say_estimate
-from paired_servers import ServerVariant, minserve_variant, started
-from paired_turns import Cell, Pairs
-from policies_report import summary, table
-from prompt_texts import Counter
-
 from minserve.config import POLICIES
 from minserve.exit_codes import EXIT_INTERRUPTED
 from minserve.workload.scenarios import SCENARIOS
+from parts.policies.report import summary, table
+from shared.paired.runs import Effort, PairedBenchmark, add_flags, caveats, open_store, say_estimate
+from shared.paired.turns import Cell, Pairs
+from shared.prompt_texts import Counter
+from shared.servers import ServerVariant, minserve_variant, started
 
 RATES, QUICK_RATES = (0.8, 1.5, 3.0, 6.0), (1.5, 6.0)
 SCENARIO_NAMES = ("mixed", "coding")

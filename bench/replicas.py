@@ -27,10 +27,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from machine import machine
-from prompt_texts import Counter
-from replicas_overhead import added_to_ttft, routing_us
-from replicas_runs import (
+from tqdm import tqdm
+
+from minserve.errors import EngineStoppedError, WorkloadError
+from minserve.workload.capacity import find_capacity
+from minserve.workload.client import LoadProgress
+from minserve.workload.endpoint import Endpoint, find_endpoint
+from minserve.workload.plots import check_can_plot, figure_of, save
+from parts.replicas.overhead import added_to_ttft, routing_us
+from parts.replicas.runs import (
     MODEL,
     PROFILES,
     ROUTERS,
@@ -42,13 +47,8 @@ from replicas_runs import (
     served,
     texts_of,
 )
-from tqdm import tqdm
-
-from minserve.errors import EngineStoppedError, WorkloadError
-from minserve.workload.capacity import find_capacity
-from minserve.workload.client import LoadProgress
-from minserve.workload.endpoint import Endpoint, find_endpoint
-from minserve.workload.plots import check_can_plot, figure_of, save
+from shared.machine import machine
+from shared.prompt_texts import Counter
 
 # A search starts at the simulator's result, takes steps of this size, and ends in a bracket so
 # wide.

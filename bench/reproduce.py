@@ -26,14 +26,13 @@ import platform
 import sys
 from pathlib import Path
 
-from reproduce_jobs import fingerprint
-from reproduce_plan import NOT_QUICK, SECTIONS, Plan, jobs_of
-from reproduce_plots import draw_all
-from reproduce_report import details, markdown, summary
-from reproduce_run import Done, ResultStore, run_all
-
 from minserve.machine import Machine
 from minserve.workload.plots import GET_MATPLOTLIB
+from parts.reproduce.plan import NOT_QUICK, SECTIONS, Plan, jobs_of
+from parts.reproduce.plots import draw_all
+from parts.reproduce.report import details, markdown, summary
+from shared.simulated.jobs import fingerprint
+from shared.simulated.run import Done, ResultStore, run_all
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

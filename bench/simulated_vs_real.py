@@ -7,7 +7,7 @@ in seconds are the same, and they are judged in the same way. Requests of the fi
 seconds only load the servers; they are left out on both sides.
 
 A profile describes the forward pass on an idle device. Other delays that the client sees are
-measured in the same run, and given to the simulator (`simulated_report.Inputs`, printed):
+measured in the same run, and given to the simulator (`Inputs`, printed):
 
     slowness   device time of the run's iterations over the profile's: client, HTTP and model
                share the cores, and the machine's own speed drifts
@@ -47,10 +47,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
-from machine import machine
 from prometheus_client.parser import text_string_to_metric_families
-from simulated_report import ATTAINMENT_GOAL, MEDIAN_GOAL, ComparedRun, Inputs, plot, print_table
-from slo_servers import DISTURBED_CORES, PROFILE_S, await_quiet, cpu_seconds
 from tqdm import tqdm
 
 from minserve.devices import Device, find_device
@@ -72,6 +69,16 @@ from minserve.workload.texts import fill
 from minserve.workload.turn_targets import Speed
 from minserve.workload.verdict import Verdict
 from minserve.workload.zero_load import measure_speed
+from parts.simulated_vs_real.report import (
+    ATTAINMENT_GOAL,
+    MEDIAN_GOAL,
+    ComparedRun,
+    Inputs,
+    plot,
+    print_table,
+)
+from shared.machine import machine
+from shared.slo_servers import DISTURBED_CORES, PROFILE_S, await_quiet, cpu_seconds
 
 # Scenarios whose conversations have one turn each.
 SCENARIOS = ("chatbot", "coding", "summarization", "mixed")

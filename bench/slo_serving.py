@@ -1,8 +1,8 @@
 """Measures how many requests per second keep their SLOs under each of the planner's policies.
 
 It starts one real HTTP server per policy, drives them one after another with the same traces
-(`slo_load.py`: coding, chat and summarization requests, each with its own SLO) and prints
-attainment, goodput and capacity by the client's clock (`slo_report.py`). A server is idle while
+(`shared/slo_load.py`: coding, chat and summarization requests, each with its own SLO) and prints
+attainment, goodput and capacity by the client's clock (`parts/slo_serving/report.py`). A server is idle while
 another one is measured; the order of the policies rotates. The sarathi policy is tried with
 several token budgets, and the best one at each rate counts. Client and server share the machine,
 as they would on a laptop. Every request has a `max_tokens` equal to its length and ignores the
@@ -33,26 +33,6 @@ from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
-from machine import machine
-from slo_load import (
-    BURSTINESS,
-    CLASSES,
-    LONE_TOKENS,
-    Prompt,
-    make_workload,
-    slo_fields,
-    write_classes,
-)
-from slo_report import (
-    PolicyRun,
-    disagreements,
-    plot,
-    print_capacity,
-    print_promises,
-    print_table,
-    summary,
-)
-from slo_servers import DISTURBED_CORES, PROFILE_S, Fleet, PolicyVariant, SloServer, await_quiet
 from tqdm import tqdm
 
 from minserve.config import POLICIES, SPECULATORS
@@ -61,6 +41,33 @@ from minserve.slo.objectives import SLO
 from minserve.workload.conversation import Conversation
 from minserve.workload.data_files import read_prompts
 from minserve.workload.report import share
+from parts.slo_serving.report import (
+    PolicyRun,
+    disagreements,
+    plot,
+    print_capacity,
+    print_promises,
+    print_table,
+    summary,
+)
+from shared.machine import machine
+from shared.slo_load import (
+    BURSTINESS,
+    CLASSES,
+    LONE_TOKENS,
+    Prompt,
+    make_workload,
+    slo_fields,
+    write_classes,
+)
+from shared.slo_servers import (
+    DISTURBED_CORES,
+    PROFILE_S,
+    Fleet,
+    PolicyVariant,
+    SloServer,
+    await_quiet,
+)
 
 RATES = (0.3, 0.6, 1.0, 1.4, 1.8)
 SARATHI_BUDGETS = (64, 128)

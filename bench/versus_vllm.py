@@ -2,7 +2,7 @@
 
 Nothing is simulated. Both serve the same model and are up at once. An open-loop client drives one
 of them at a time with a scenario of the SLOs-Serve evaluation (arXiv 2504.08784), in short
-alternating turns with the same requests (`paired_turns`). Hosts of virtual machines change their
+alternating turns with the same requests (`shared/paired`). Hosts of virtual machines change their
 speed by a factor of two within minutes. A lone request's time before and after each turn measures
 it, and pairs whose turns were at different speeds are left out. Capacity is the most requests per
 second at which 90% of all offered requests keep their SLO by the client's clock, interpolated
@@ -34,24 +34,23 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from offline_peers import TORCH_VERSION, VLLM_VERSION, cores, peer_dtype
-from paired_runs import Effort, PairedBenchmark, add_flags, caveats, open_store, say_estimate
-from paired_servers import ServerVariant, started
-from paired_turns import Cell, Pairs
-from prompt_texts import Counter
-from versus_report import plot, summary, table
-from versus_servers import (
+from minserve.errors import WorkloadError
+from minserve.exit_codes import EXIT_INTERRUPTED
+from minserve.workload.plots import check_can_plot
+from minserve.workload.scenarios import SCENARIOS
+from parts.versus_vllm.report import plot, summary, table
+from shared.contending_servers import (
     PEER_HOME,
     SERVED_NAME,
     export_with_tokenizer,
     our_variant,
     vllm_variant,
 )
-
-from minserve.errors import WorkloadError
-from minserve.exit_codes import EXIT_INTERRUPTED
-from minserve.workload.plots import check_can_plot
-from minserve.workload.scenarios import SCENARIOS
+from shared.paired.runs import Effort, PairedBenchmark, add_flags, caveats, open_store, say_estimate
+from shared.paired.turns import Cell, Pairs
+from shared.peers import TORCH_VERSION, VLLM_VERSION, cores, peer_dtype
+from shared.prompt_texts import Counter
+from shared.servers import ServerVariant, started
 
 RATES = {"mixed": (3.0, 6.0, 12.0), "coding": (2.0, 5.0), "chatbot": (4.0, 8.0)}
 QUICK_RATES = {"mixed": (3.0, 12.0)}

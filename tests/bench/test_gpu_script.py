@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from gpu_stages import Stage, environment, last_line, link_packages, run_stage
 from waiting import wait_until
+
+from parts.gpu.stages import Stage, environment, last_line, link_packages, run_stage
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,21 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import offline_limits
-import offline_measure
-import offline_servers
 import pytest
-from machine import INSTRUCTIONS, instructions, machine
 from offline import OfflineBenchmark, parse_args, summary
-from offline_children import child, events, run_child
-from offline_contenders import Contender, minserve_contenders, tensor_types
-from offline_engines import Minserve, Vllm
-from offline_limits import PASSES, MeasuredLimits, best, shares
-from offline_measure import BATCHES, MIXED_STEPS, PREFILL, Prompt, measure
-from offline_report import ROWS, best_of, medians, plot, ratios, share_table, table
-from offline_servers import STREAMS, RandomLoad, measure_server, mixed_rows, steady_rate
-from paired_servers import ServerVariant
-from prompt_texts import MARK_TOKENS
 from scripted_server import ScriptedServer, scripted_server
 from waiting import wait_until
 
@@ -39,6 +26,19 @@ from minserve.workload.answer import Answer, Ending
 from minserve.workload.conversation import Turn
 from minserve.workload.endpoint import Endpoint
 from minserve.workload.texts import estimate_tokens
+from parts.offline import limits as offline_limits
+from parts.offline import measure as offline_measure
+from parts.offline import servers as offline_servers
+from parts.offline.contenders import Contender, minserve_contenders, tensor_types
+from parts.offline.engines import Minserve, Vllm
+from parts.offline.limits import PASSES, MeasuredLimits, best, shares
+from parts.offline.measure import BATCHES, MIXED_STEPS, PREFILL, Prompt, measure
+from parts.offline.report import ROWS, best_of, medians, plot, ratios, share_table, table
+from parts.offline.servers import STREAMS, RandomLoad, measure_server, mixed_rows, steady_rate
+from shared.children import child, events, run_child
+from shared.machine import INSTRUCTIONS, instructions, machine
+from shared.prompt_texts import MARK_TOKENS
+from shared.servers import ServerVariant
 
 # A pass of n tokens that takes 1 ms and 0.01 ms per token.
 BASE_S, TOKEN_S = 1e-3, 1e-5

@@ -8,25 +8,32 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import paired_runs
 import policies
 import pytest
 import versus_vllm
 from paired import CELL, result
-from paired_runs import Effort, PairedBenchmark, best_of, best_reference, estimate_s, open_store
-from paired_servers import VariantServer, Watch, busy_process, minserve_variant, started
-from paired_turns import Cell, Pairs, TurnStore
-from policies_report import summary as policies_summary
-from policies_report import table as policies_table
-from prompt_texts import MARK_TOKENS, marked
 from scripted_server import ScriptedServer, scripted_server
-from versus_report import plot, summary, table
 
 from minserve.workload.endpoint import Endpoint
 from minserve.workload.reference import Reference
 from minserve.workload.scenarios import SCENARIOS
 from minserve.workload.texts import estimate_tokens, fill
 from minserve.workload.zero_load import ZeroLoad
+from parts.policies.report import summary as policies_summary
+from parts.policies.report import table as policies_table
+from parts.versus_vllm.report import plot, summary, table
+from shared.paired import runs as paired_runs
+from shared.paired.runs import (
+    Effort,
+    PairedBenchmark,
+    best_of,
+    best_reference,
+    estimate_s,
+    open_store,
+)
+from shared.paired.turns import Cell, Pairs, TurnStore
+from shared.prompt_texts import MARK_TOKENS, marked
+from shared.servers import VariantServer, Watch, busy_process, minserve_variant, started
 
 EFFORT = Effort(seconds=0.3, pairs=2, lengths=0.01, seed=0, rounds=1)
 # Of which twice and four times are kept by any server.

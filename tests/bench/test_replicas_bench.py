@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 from replicas import Results, by_scenario, table
-from replicas_overhead import routing_us
-from replicas_runs import ROUTERS, ReplicaCase, Slowed
 
 from minserve.errors import WorkloadError
 from minserve.simulator.simulation import simulate
+from parts.replicas.overhead import routing_us
+from parts.replicas.runs import ROUTERS, ReplicaCase, Slowed
 
 SETTINGS = {"seconds": 30.0}
 

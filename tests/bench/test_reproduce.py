@@ -11,18 +11,18 @@ from pathlib import Path
 
 import pytest
 from reproduce import evaluate, main
-from reproduce_cases import Case, Size, attainment, cut_below, measures_of
-from reproduce_jobs import Job, Point, Result, Search, case_of
-from reproduce_plan import SECTIONS, WITH, WITHOUT, Plan, baseline, chunks, jobs_of, promise
-from reproduce_report import capacity_table, ratios, summary
-from reproduce_run import FILE, ResultStore, run_all
-from reproduce_search import best_of, geomean
 
 from minserve.devices import PUBLISHED
 from minserve.planner.predict.perf_model import BatchShape
 from minserve.simulator.simulation import simulate
 from minserve.workload.capacity import LEVEL, Measure, find_capacity
 from minserve.workload.verdict import Cause
+from parts.reproduce.plan import SECTIONS, WITH, WITHOUT, Plan, baseline, chunks, jobs_of, promise
+from parts.reproduce.report import capacity_table, ratios, summary
+from shared.simulated.cases import Case, Size, attainment, cut_below, measures_of
+from shared.simulated.jobs import Job, Point, Result, Search, case_of
+from shared.simulated.run import FILE, ResultStore, run_all
+from shared.simulated.search import best_of, geomean
 
 OPT = "opt-6.7b-a100"
 TINY = Size(requests=15, repeats=1, tolerance=0.2, coarse=8)

@@ -10,15 +10,6 @@ from itertools import pairwise
 
 import pytest
 from scripted_server import scripted_server
-from slo_load import (
-    CLASSES,
-    Prompt,
-    make_workload,
-    measure,
-    slo_fields,
-    write_classes,
-)
-from slo_report import PolicyRun, PooledRuns, curves, disagreements, summary
 
 from minserve.planner.predict.perf_model import PerfModel, Piece
 from minserve.slo.fields import load_classes, parse_slo
@@ -27,6 +18,15 @@ from minserve.workload.answer import Answer
 from minserve.workload.conversation import Conversation, Turn
 from minserve.workload.data_files import read_prompts
 from minserve.workload.verdict import Cause, Verdict
+from parts.slo_serving.report import PolicyRun, PooledRuns, curves, disagreements, summary
+from shared.slo_load import (
+    CLASSES,
+    Prompt,
+    make_workload,
+    measure,
+    slo_fields,
+    write_classes,
+)
 
 MODEL = PerfModel([Piece(tokens=0.002, base=0.02)])
 SLOS = {work.name: work.slo(2.5, 5.0) for work in CLASSES}
