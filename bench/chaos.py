@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from minserve.workload.data_files import read_prompts
 from minserve.workload.server_process import ServerProcess
+from shared.program import run_program
 
 MODEL = "smollm2"
 REPLICA_TIMEOUT_S = 3.0
@@ -269,4 +270,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

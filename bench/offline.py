@@ -25,14 +25,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
-from minserve.errors import WorkloadError
 from minserve.exit_codes import EXIT_INTERRUPTED
 from minserve.workload.plots import check_can_plot
 from parts.offline.contenders import (
@@ -48,6 +46,7 @@ from parts.offline.servers import RandomLoad, measure_server
 from shared.children import Event, run_child, say, script
 from shared.machine import machine
 from shared.peers import peer_dtype
+from shared.program import positive, run_program
 from shared.prompt_texts import Counter
 
 PEERS = ("vllm", "llama.cpp")
@@ -88,17 +87,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--rate and --seconds must be above 0")
     args.quantization, args.peer = unique(args.quantization), unique(args.peer)
     return args
-
-
-def positive(text: str) -> int:
-    """Return a whole number of at least 1.
-
-    Raises:
-        argparse.ArgumentTypeError: for any other text.
-    """
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 1, not {text!r}")
-    return int(text)
 
 
 def parts(text: str) -> list[str]:
@@ -230,12 +218,7 @@ def show(result: dict[str, Any], labels: Sequence[str]) -> None:
 def main() -> None:
     args = parse_args()
     if args.plot:
-        try:
-            check_can_plot(args.plot)
-        except WorkloadError as error:
-            sys.exit(str(error))
-    # So that SIGTERM ends the child processes too.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        check_can_plot(args.plot)
     ours = minserve_contenders(args.model, args.dtype, args.quantization, args.repeats)
     peers = peers_of(args)
     say(json.dumps(machine()))
@@ -257,4 +240,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

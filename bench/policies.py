@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -36,6 +35,7 @@ from minserve.workload.scenarios import SCENARIOS
 from parts.policies.report import summary, table
 from shared.paired.runs import Effort, PairedBenchmark, add_flags, caveats, open_store, say_estimate
 from shared.paired.turns import Cell, Pairs
+from shared.program import names, numbers, run_program
 from shared.prompt_texts import Counter
 from shared.servers import ServerVariant, minserve_variant, started
 
@@ -50,12 +50,6 @@ START_S = 20.0
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    def numbers(text: str) -> list[float]:
-        return sorted({float(part) for part in text.split(",")})
-
-    def names(text: str) -> list[str]:
-        return text.split(",")
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -112,8 +106,6 @@ def make_variants(args: argparse.Namespace, served_name: str) -> list[ServerVari
 
 def main() -> None:
     args = parse_args()
-    # So that SIGTERM stops the servers too.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     cells, name = cells_of(args), Path(args.model).name
     variants = make_variants(args, name)
     policies = [variant.label for variant in variants]
@@ -133,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

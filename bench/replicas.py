@@ -48,6 +48,7 @@ from parts.replicas.runs import (
     texts_of,
 )
 from shared.machine import machine
+from shared.program import names, run_program
 from shared.prompt_texts import Counter
 
 # A search starts at the simulator's result, takes steps of this size, and ends in a bracket so
@@ -215,9 +216,6 @@ def plot(results: Results, cases: list[ReplicaCase], file: Path) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    def names(text: str) -> list[str]:
-        return text.split(",")
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -273,4 +271,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

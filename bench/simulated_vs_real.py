@@ -35,7 +35,6 @@ import argparse
 import asyncio
 import json
 import math
-import signal
 import statistics
 import subprocess
 import sys
@@ -51,7 +50,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from tqdm import tqdm
 
 from minserve.devices import Device, find_device
-from minserve.errors import MinserveError
 from minserve.planner.policies import PROMISING
 from minserve.simulator.simulation import Setup, simulate
 from minserve.slo.objectives import SLO
@@ -78,6 +76,7 @@ from parts.simulated_vs_real.report import (
     print_table,
 )
 from shared.machine import machine
+from shared.program import names, numbers, run_program
 from shared.slo_servers import DISTURBED_CORES, PROFILE_S, await_quiet, cpu_seconds
 
 # Scenarios whose conversations have one turn each.
@@ -400,12 +399,6 @@ def compare(args: argparse.Namespace, device: Device, server: PolicyServer, poli
 
 
 def parse_args() -> argparse.Namespace:
-    def numbers(text: str) -> list[float]:
-        return [float(part) for part in text.split(",")]
-
-    def names(text: str) -> list[str]:
-        return text.split(",")
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -444,8 +437,6 @@ def main() -> None:
         return
     if args.plot:
         check_can_plot(args.plot)
-    # So that SIGTERM stops the servers too.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     started = time.perf_counter()
     device = read_profile(args)
     work = points(args, device)
@@ -487,7 +478,4 @@ def report(args: argparse.Namespace, rows: Sequence[ComparedRun], seconds: float
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MinserveError as error:
-        sys.exit(str(error))
+    run_program(main)

@@ -27,14 +27,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from minserve.errors import WorkloadError
 from minserve.exit_codes import EXIT_INTERRUPTED
 from minserve.workload.plots import check_can_plot
 from minserve.workload.scenarios import SCENARIOS
@@ -49,6 +47,7 @@ from shared.contending_servers import (
 from shared.paired.runs import Effort, PairedBenchmark, add_flags, caveats, open_store, say_estimate
 from shared.paired.turns import Cell, Pairs
 from shared.peers import TORCH_VERSION, VLLM_VERSION, cores, peer_dtype
+from shared.program import names, run_program
 from shared.prompt_texts import Counter
 from shared.servers import ServerVariant, started
 
@@ -76,7 +75,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="vLLM's; default: bfloat16 where the CPU multiplies it in hardware")  # fmt: skip
     parser.add_argument("--speculator", choices=["ngram", "draft"],
                         help="minserve's speculator; default: its own choice")  # fmt: skip
-    parser.add_argument("--scenarios", type=lambda text: text.split(","), metavar="LIST",
+    parser.add_argument("--scenarios", type=names, metavar="LIST",
                         help=f"some of those with rates; default: {','.join(RATES)}")  # fmt: skip
     parser.add_argument("--rates", type=named_rates, nargs="+", metavar="SCENARIO=LIST",
                         help="requests per second, as in mixed=3,6,12")  # fmt: skip
@@ -157,12 +156,7 @@ def main() -> None:
     args = parse_args()
     check_vllm(args.vllm_python)
     if args.plot:
-        try:
-            check_can_plot(args.plot)
-        except WorkloadError as error:
-            sys.exit(str(error))
-    # So that SIGTERM stops the servers too.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        check_can_plot(args.plot)
     dtype, cells = args.dtype or peer_dtype(), cells_of(args)
     variants = make_variants(args, dtype)
     labels = [variant.label for variant in variants]
@@ -186,4 +180,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)
