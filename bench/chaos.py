@@ -29,7 +29,7 @@ import aiohttp
 from tqdm import tqdm
 
 from minserve.workload.data_files import read_prompts
-from minserve.workload.server_process import ServerProcess
+from minserve.workload.server_process import ServerProcess, minserve_command
 from shared.program import run_program
 
 MODEL = "smollm2"
@@ -262,7 +262,7 @@ def main() -> int:
         "--model", MODEL, "--dtype", "float32", "--replicas", str(args.replicas),
         "--replica-timeout", str(REPLICA_TIMEOUT_S),
     ]  # fmt: skip
-    with ServerProcess(flags) as server:
+    with ServerProcess(minserve_command(*flags)) as server:
         result = asyncio.run(run(server.url, args))
     print(json.dumps(result))
     bad = result["lost"] + result["doubled"] + result["mismatched"]

@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from minserve.exit_codes import EXIT_INTERRUPTED
 from shared.children import child, events, script
+from shared.cpu_time import busy_process
 from shared.machine import machine
 from shared.program import positive, run_program
-from shared.servers import busy_process
 
 TOKENS = 40
 PROMPT = "Once upon a time"

@@ -25,19 +25,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from minserve.config import POLICIES
 from minserve.exit_codes import EXIT_INTERRUPTED
 from minserve.workload.scenarios import SCENARIOS
+from minserve.workload.server_process import ServerCommand
 from parts.policies.report import summary, table
 from shared.paired.runs import Effort, PairedBenchmark, add_flags, caveats, open_store, say_estimate
 from shared.paired.turns import Cell, Pairs
 from shared.program import names, numbers, run_program
 from shared.prompt_texts import Counter
-from shared.servers import ServerVariant, minserve_variant, started
+from shared.servers import profiled_minserve, started
 
 RATES, QUICK_RATES = (0.8, 1.5, 3.0, 6.0), (1.5, 6.0)
 SCENARIO_NAMES = ("mixed", "coding")
@@ -93,10 +93,10 @@ def cells_of(args: argparse.Namespace) -> list[Cell]:
     ]  # fmt: skip
 
 
-def make_variants(args: argparse.Namespace, served_name: str) -> list[ServerVariant]:
+def make_variants(args: argparse.Namespace, served_name: str) -> list[ServerCommand]:
     """Return a server for each policy, without drafts, whose lengths are another policy."""
     return [
-        minserve_variant(
+        profiled_minserve(
             policy, "--model", args.model, "--served-model-name", served_name, "--policy", policy,
             "--speculator", "off", "--kv-cache-gib", str(KV_GIB),
         )
@@ -113,7 +113,7 @@ def main() -> None:
     effort = Effort(seconds=args.seconds, pairs=args.pairs, lengths=args.lengths, seed=args.seed,
                     rounds=1 if args.quick else 2)  # fmt: skip
     say_estimate(cells, effort, policies, START_S * len(policies), store)
-    with tempfile.TemporaryDirectory() as logs, started(variants, Path(logs)) as servers:
+    with started(variants) as servers:
         done = PairedBenchmark(effort, store, servers, Counter(args.model)).run(cells)
     result = summary(Pairs(store.results), cells, policies)
     print(table(result))

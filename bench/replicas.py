@@ -19,7 +19,6 @@ The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import time
 import urllib.request
@@ -32,7 +31,7 @@ from tqdm import tqdm
 from minserve.errors import EngineStoppedError, WorkloadError
 from minserve.workload.capacity import find_capacity
 from minserve.workload.client import LoadProgress
-from minserve.workload.endpoint import Endpoint, find_endpoint
+from minserve.workload.endpoint import Endpoint
 from minserve.workload.plots import check_can_plot, figure_of, save
 from parts.replicas.overhead import added_to_ttft, routing_us
 from parts.replicas.runs import (
@@ -109,7 +108,7 @@ def measure(case: ReplicaCase, results: Results, args: argparse.Namespace, count
     runs = results.runs.setdefault(case.name, {})
     with served(slowed, case) as server, tqdm(desc=case.name, unit="req", leave=False) as bar:
         wait_until_up(server.url, case.replicas)
-        endpoint = asyncio.run(find_endpoint(server.url, None, chat=False))
+        endpoint = server.endpoint
 
         def attainment(rate: float, repeat: int) -> float:
             known = runs.setdefault(f"{rate:.4g}", [])

@@ -58,11 +58,11 @@ from minserve.workload.capacity import find_capacity
 from minserve.workload.client import Load, ask, drive
 from minserve.workload.conversation import Conversation, Turn
 from minserve.workload.draws import draw_scenario
-from minserve.workload.endpoint import Endpoint, find_endpoint, open_session
+from minserve.workload.endpoint import Endpoint, open_session
 from minserve.workload.plots import check_can_plot
 from minserve.workload.report import share
 from minserve.workload.scenarios import find_scenario
-from minserve.workload.server_process import ServerProcess
+from minserve.workload.server_process import ServerProcess, minserve_command
 from minserve.workload.texts import fill
 from minserve.workload.turn_targets import Speed
 from minserve.workload.verdict import Verdict
@@ -75,9 +75,10 @@ from parts.simulated_vs_real.report import (
     plot,
     print_table,
 )
+from shared.cpu_time import DISTURBED_CORES, await_quiet, cpu_seconds
 from shared.machine import machine
 from shared.program import names, numbers, run_program
-from shared.slo_servers import DISTURBED_CORES, PROFILE_S, await_quiet, cpu_seconds
+from shared.servers import PROFILE_S
 
 # Scenarios whose conversations have one turn each.
 SCENARIOS = ("chatbot", "coding", "summarization", "mixed")
@@ -137,15 +138,16 @@ class PolicyServer:
     """A `minserve serve` of one policy, and the values of its metrics."""
 
     def __init__(self, args: argparse.Namespace, policy: str) -> None:
-        self._process = ServerProcess(
-            ["--model", args.model, *_threads(args), "--policy", policy,
-             "--token-budget", str(args.token_budget), "--max-num-seqs", str(args.max_num_seqs),
-             "--block-size", str(BLOCK_SIZE), "--num-blocks", str(KV_TOKENS // BLOCK_SIZE),
-             "--best-effort-share", str(BEST_EFFORT_SHARE), "--no-prefix-caching",
-             "--speculator", "off"]
+        command = minserve_command(
+            "--model", args.model, *_threads(args), "--policy", policy,
+            "--token-budget", str(args.token_budget), "--max-num-seqs", str(args.max_num_seqs),
+            "--block-size", str(BLOCK_SIZE), "--num-blocks", str(KV_TOKENS // BLOCK_SIZE),
+            "--best-effort-share", str(BEST_EFFORT_SHARE), "--no-prefix-caching",
+            "--speculator", "off", label=policy,
         )  # fmt: skip
+        self._process = ServerProcess(command)
         try:
-            self.endpoint = asyncio.run(find_endpoint(self._process.url))
+            self.endpoint = self._process.endpoint
             # This also warms the server up.
             self.speed = asyncio.run(measure_speed(self.endpoint))
         except BaseException:

@@ -29,13 +29,12 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from minserve.exit_codes import EXIT_INTERRUPTED
 from minserve.workload.plots import check_can_plot
 from minserve.workload.scenarios import SCENARIOS
+from minserve.workload.server_process import ServerCommand
 from parts.versus_vllm.report import plot, summary, table
 from shared.contending_servers import (
     PEER_HOME,
@@ -49,7 +48,7 @@ from shared.paired.turns import Cell, Pairs
 from shared.peers import TORCH_VERSION, VLLM_VERSION, cores, peer_dtype
 from shared.program import names, run_program
 from shared.prompt_texts import Counter
-from shared.servers import ServerVariant, started
+from shared.servers import started
 
 RATES = {"mixed": (3.0, 6.0, 12.0), "coding": (2.0, 5.0), "chatbot": (4.0, 8.0)}
 QUICK_RATES = {"mixed": (3.0, 12.0)}
@@ -140,7 +139,7 @@ def check_vllm(python: str) -> None:
         )
 
 
-def make_variants(args: argparse.Namespace, dtype: str) -> list[ServerVariant]:
+def make_variants(args: argparse.Namespace, dtype: str) -> list[ServerCommand]:
     """Return the servers to compare, minserve first."""
     folder = str(export_with_tokenizer(args.model, dtype))
     return [
@@ -165,7 +164,7 @@ def main() -> None:
     effort = Effort(seconds=args.seconds, pairs=args.pairs, lengths=args.lengths, seed=args.seed,
                     rounds=1 if args.quick else 2)  # fmt: skip
     say_estimate(cells, effort, labels, START_S * len(args.vllm_budgets), store)
-    with tempfile.TemporaryDirectory() as logs, started(variants, Path(logs)) as servers:
+    with started(variants) as servers:
         done = PairedBenchmark(effort, store, servers, Counter(args.model)).run(cells)
     pairs = Pairs(store.results)
     result = summary(pairs, cells, labels[0], labels[1:])

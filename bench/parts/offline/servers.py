@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import random
 import statistics
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from minserve.slo.objectives import SLO
 from minserve.workload.answer import Answer, Ending
 from minserve.workload.arrivals import gamma_arrivals
 from minserve.workload.client import run_load
 from minserve.workload.conversation import Conversation, Turn
+from minserve.workload.server_process import ServerCommand
 from minserve.workload.zero_load import ZeroLoad
 from parts.offline.measure import OUTPUT, PROMPT
 from shared.prompt_texts import with_texts
-from shared.servers import Served, ServerVariant, started
+from shared.servers import Served, started
 
 STREAMS = 32
 WARM_UP_TOKENS = 16
@@ -61,7 +60,7 @@ class RandomLoad:
 
 
 def measure_server(
-    variant: ServerVariant, load: RandomLoad, repeats: int, count: Count
+    variant: ServerCommand, load: RandomLoad, repeats: int, count: Count
 ) -> dict[str, list[float]]:
     """Start a server, measure it and stop it.
 
@@ -72,7 +71,7 @@ def measure_server(
     Returns:
         the values of rows whose names begin with ``server``.
     """
-    with tempfile.TemporaryDirectory() as logs, started([variant], Path(logs)) as servers:
+    with started([variant]) as servers:
         [server] = servers.values()
         _drive(server, _streams(WARM_UP_TOKENS, count, "warm up"))
         full = [_full_batch(server, count, f"full {i}") for i in range(repeats)]

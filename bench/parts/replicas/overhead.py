@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import random
 import statistics
@@ -21,9 +20,8 @@ from minserve.slo.objectives import SLO
 from minserve.workload.arrivals import gamma_arrivals
 from minserve.workload.client import run_load
 from minserve.workload.conversation import Conversation, Turn
-from minserve.workload.endpoint import find_endpoint
 from minserve.workload.report import Report
-from minserve.workload.server_process import ServerProcess
+from minserve.workload.server_process import ServerProcess, minserve_command
 from parts.replicas.runs import MODEL, profile_file
 from shared.prompt_texts import Counter, with_texts
 
@@ -54,8 +52,8 @@ def added_to_ttft(seconds: float, pairs: int, seed: int) -> dict[str, Any]:
                  "--num-blocks", "20000", "--max-model-len", "2048"]  # fmt: skip
         endpoints = {}
         for name, replicas in (("direct", 1), ("controller", 2)):
-            server = stack.enter_context(ServerProcess([*flags, "--replicas", str(replicas)]))
-            endpoints[name] = asyncio.run(find_endpoint(server.url, None, chat=False))
+            command = minserve_command(*flags, "--replicas", str(replicas), label=name)
+            endpoints[name] = stack.enter_context(ServerProcess(command)).endpoint
         bar = stack.enter_context(tqdm(total=2 * (pairs + 1), desc="overhead", unit="run"))
         for pair in range(-1, pairs):
             for name, endpoint in endpoints.items():

@@ -18,7 +18,7 @@ from minserve.workload.conversation import Conversation
 from minserve.workload.endpoint import Endpoint
 from minserve.workload.report import Report
 from minserve.workload.scenarios import SCENARIOS, Scenario
-from minserve.workload.server_process import ServerProcess
+from minserve.workload.server_process import ServerProcess, minserve_command
 from shared.prompt_texts import with_texts
 
 PROFILES = {"chatbot": "opt-6.7b-a100", "coding": "opt-6.7b-a100", "tools": "toolllama-7b-a100"}
@@ -146,7 +146,7 @@ def served(slowed: Slowed, case: ReplicaCase) -> Iterator[ServerProcess]:
     """Run a server for this case while the context lasts."""
     with (
         profile_file(slowed.device.perf_model(), slowed.device.name) as profile,
-        ServerProcess(slowed.flags(case, profile)) as server,
+        ServerProcess(minserve_command(*slowed.flags(case, profile))) as server,
     ):
         yield server
 

@@ -22,12 +22,12 @@ from minserve.workload.reference import Reference
 from minserve.workload.report import Report
 from minserve.workload.scenarios import SCENARIOS
 from minserve.workload.zero_load import ZeroLoad, measure_speed
+from shared.cpu_time import Cores, Watch, await_quiet, busy_process
 from shared.machine import machine
 from shared.paired.turns import Cell, Result, Slot, TurnStore, schedule
 from shared.peers import CACHE
 from shared.prompt_texts import with_texts
-from shared.servers import Cores, Served, Watch, busy_process
-from shared.slo_servers import await_quiet
+from shared.servers import Served
 
 WARM_UP_S = 8.0
 # Seconds before a turn: vLLM's worker spins for a second after its last work.
