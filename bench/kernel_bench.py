@@ -25,9 +25,10 @@ import torch
 from parts.kernel_bench.report import failures, plot, summary, table
 from parts.kernel_bench.rows import CUBLAS_KERNEL
 from parts.kernel_bench.sweep import KERNELS, problems, sweep
-from shared.gpu_machine import choose_interpreter, machine
+from shared.interpreter import choose_interpreter
 from shared.kernel_cases import KernelSetting, Scale
 from shared.kernel_timing import Ceilings, measure_ceilings
+from shared.machine import gpu_machine
 
 # For each flag, the flags that have no effect beside it.
 NO_EFFECT = {
@@ -71,7 +72,7 @@ def setting(args: argparse.Namespace) -> KernelSetting:
 
 def run_sweep(args: argparse.Namespace, scale: Scale) -> int:
     """Measure the ceilings, run the sweep, and print the table and the goals."""
-    machine_words, ceilings, started = machine(), None, time.perf_counter()
+    machine_words, ceilings, started = gpu_machine(), None, time.perf_counter()
     if not args.dry:
         ceilings = Ceilings(*(round(x, 1) for x in measure_ceilings(rep_ms=200.0)))
         print(
@@ -99,7 +100,7 @@ def run_sweep(args: argparse.Namespace, scale: Scale) -> int:
     finally:
         if args.dry:
             print("dry run: nothing below is a measurement")
-        print("\n".join(table(rows)))
+        print(table(rows))
     if args.plot is not None:
         plot(rows, args.plot, machine_words["device"])
     for failure in failures(rows):

@@ -33,6 +33,7 @@ from minserve.workload.capacity import find_capacity
 from minserve.workload.client import LoadProgress
 from minserve.workload.endpoint import Endpoint
 from minserve.workload.plots import check_can_plot, figure_of, save
+from minserve.workload.tables import text_table
 from parts.replicas.overhead import added_to_ttft, routing_us
 from parts.replicas.runs import (
     MODEL,
@@ -184,16 +185,17 @@ def by_scenario(values: dict[str, float | None], cases: list[ReplicaCase]) -> di
     return found
 
 
-def table(results: Results, cases: list[ReplicaCase]) -> str:
+def capacity_table(results: Results, cases: list[ReplicaCase]) -> str:
     """Return the capacities as a table."""
-    lines = [f"{'':32}{'measured':>10}{'simulated':>11}{'per replica':>13}"]
+    rows = []
     for case in cases:
         rate, expected = results.capacity.get(case.name), results.expected.get(case.name)
         if expected is None:
             continue
-        own = ("-", "-") if rate is None else (f"{rate:.2f}", f"{rate / case.replicas:.2f}")
-        lines.append(f"{case.name:32}{own[0]:>10}{expected:>11.2f}{own[1]:>13}")
-    return "\n".join(lines)
+        measured, each = (None, None) if rate is None else (rate, rate / case.replicas)
+        values = (None if one is None else f"{one:.2f}" for one in (measured, expected, each))
+        rows.append((case.name, *values))
+    return text_table(("", "measured", "simulated", "per replica"), rows)
 
 
 def plot(results: Results, cases: list[ReplicaCase], file: Path) -> None:
@@ -255,7 +257,7 @@ def main() -> None:
     for case in tqdm(cases, unit="capacity"):
         if case.name not in results.capacity:
             measure(case, results, args, count)
-    print(table(results, cases))
+    print(capacity_table(results, cases))
     if args.plot is not None:
         plot(results, cases, args.plot)
     print(

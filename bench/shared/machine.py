@@ -1,4 +1,4 @@
-"""`machine`: the machine on which a benchmark's figures were measured."""
+"""The machine on which a benchmark's figures were measured, as JSON values."""
 
 from __future__ import annotations
 
@@ -14,13 +14,24 @@ INSTRUCTIONS = ("avx2", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
 
 
 def machine() -> dict[str, Any]:
-    """Return the processor, its cores, its fast instruction sets, and the version of torch."""
+    """Describe the CPU: return the processor, its cores, its fast instruction sets, and the version of torch."""
     return {
         "cpu": cpu_name(),
         "instructions": instructions(_cpuinfo()),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": psutil.cpu_count(logical=False),
         "torch": torch.__version__,
+    }
+
+
+def gpu_machine() -> dict[str, str]:
+    """Describe the GPU: return its name, ``cpu`` if there is none, and the versions used."""
+    import triton
+
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
     }
 
 

@@ -183,9 +183,10 @@ def _prepare(args: argparse.Namespace, url: str, draw: Draw) -> Experiment:
     """
     import asyncio
 
+    from minserve.machine import machine_words
     from minserve.workload.endpoint import find_endpoint
     from minserve.workload.experiment import Experiment
-    from minserve.workload.reference import Reference, machine_words
+    from minserve.workload.reference import Reference
 
     name = None if args.url is None else args.model
     endpoint = asyncio.run(find_endpoint(url, name, chat=args.endpoint == "chat"))

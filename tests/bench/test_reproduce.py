@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import reproduce
 from reproduce import evaluate, main
 
 from minserve.devices import PUBLISHED
@@ -19,6 +20,7 @@ from minserve.workload.capacity import LEVEL, Measure, find_capacity
 from minserve.workload.verdict import Cause
 from parts.reproduce.plan import SECTIONS, WITH, WITHOUT, Plan, baseline, chunks, jobs_of, promise
 from parts.reproduce.report import capacity_table, ratios, summary
+from shared.simulated import jobs
 from shared.simulated.cases import Case, Size, attainment, cut_below, measures_of
 from shared.simulated.jobs import Job, Point, Result, Search, case_of
 from shared.simulated.run import FILE, ResultStore, run_all
@@ -267,3 +269,26 @@ def test_an_unknown_section_is_one_clear_line(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["--only", "capacity,lunch"])
     assert "no section lunch; there are capacity," in capsys.readouterr().err
+
+
+# --- the store's keys ---
+
+
+def test_results_are_of_the_code_that_makes_them() -> None:
+    bench = Path(reproduce.__file__).parent
+    own = [Path(jobs.__file__).with_name(name) for name in jobs.MEASURING]
+    assert [path for path in own if not path.is_file()] == []
+    assert bench.parent / "minserve" == jobs.PACKAGE
+    assert [name for name in jobs.SOURCES if not (jobs.PACKAGE / name).exists()] == []
+
+
+def test_other_code_has_other_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "minserve"
+    for name in jobs.SOURCES:
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text("x = 1\n")
+    monkeypatch.setattr(jobs, "PACKAGE", package)
+    before = jobs.fingerprint.__wrapped__()
+    assert jobs.fingerprint.__wrapped__() == before
+    (package / jobs.SOURCES[-1]).write_text("x = 2\n")
+    assert jobs.fingerprint.__wrapped__() != before

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[3]
 # Import names of packages that the stages need, and of packages that they can do without.
 NEEDED = (
     "torch", "triton", "numpy", "transformers", "tokenizers", "safetensors", "psutil", "tqdm",
-    "jinja2", "pytest", "pytest_timeout",
+    "tabulate", "jinja2", "pytest", "pytest_timeout",
 )  # fmt: skip
 OPTIONAL = ("flash_attn", "gguf", "matplotlib", "xdist")
 GPU_TESTS = (
@@ -185,7 +185,7 @@ def last_line(text: str) -> Any:
 
 def machine(env: dict[str, str]) -> dict[str, str]:
     """Return device and versions. Another process finds them, so that this one needs no GPU."""
-    code = "import json; from shared.gpu_machine import machine; print(json.dumps(machine()))"
+    code = "import json; from shared.machine import gpu_machine; print(json.dumps(gpu_machine()))"
     words = subprocess.run(
         [sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True
     ).stdout

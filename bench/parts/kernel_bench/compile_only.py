@@ -22,6 +22,7 @@ from tqdm import tqdm
 from triton.compiler import CompiledKernel
 
 from minserve.machine import Machine
+from minserve.workload.tables import text_table
 from parts.kernel_bench.attention import BLOCK_SIZE, UniformBatch, attention_problem
 from parts.kernel_bench.rows import kv_problem, norm_problem, silu_mul_problem
 from parts.kernel_bench.triton_aot import ARCHS, KIB, MULTIPROCESSORS, Built, compiling_for, inspect
@@ -215,13 +216,10 @@ def run_compile(only: Sequence[str] | None, *, quick: bool) -> int:
             for failure in result.failures:
                 tqdm.write(f"{result.kernel} {result.label} sm_{result.arch}: {failure}")
     results.sort(key=lambda r: (r.kernel, r.label, r.arch))
-    print(
-        f"{'kernel':<11}{'case':<44}{'arch':>6}{'function':>30}{'warps':>7}{'stages':>8}"
-        f"{'regs':>6}{'spills':>8}{'KiB':>7}  instructions"
-    )
-    for result in results:
-        for kernel in result.kernels:
-            print(_line(result, kernel))
+    headings = ("kernel", "case", "arch", "function", "warps", "stages", "regs", "spills", "KiB",
+                "instructions")  # fmt: skip
+    lines = [_cells(result, kernel) for result in results for kernel in result.kernels]
+    print(text_table(headings, lines, left=2))
     failures = [
         f"{r.kernel} {r.label} sm_{r.arch}: {failure}" for r in results for failure in r.failures
     ]
@@ -242,11 +240,18 @@ def run_compile(only: Sequence[str] | None, *, quick: bool) -> int:
     return 1 if failures else 0
 
 
-def _line(result: Compiled, kernel: Built) -> str:
+def _cells(result: Compiled, kernel: Built) -> tuple[object, ...]:
     return (
-        f"{result.kernel:<11}{result.label:<44}{result.arch:>6}{kernel.name:>30}"
-        f"{kernel.num_warps:>7}{kernel.num_stages:>8}{kernel.registers:>6}{kernel.spill_bytes:>8}"
-        f"{kernel.shared / KIB:>7.1f}  {kernel.instructions or '-'}"
+        result.kernel,
+        result.label,
+        result.arch,
+        kernel.name,
+        kernel.num_warps,
+        kernel.num_stages,
+        kernel.registers,
+        kernel.spill_bytes,
+        f"{kernel.shared / KIB:.1f}",
+        kernel.instructions or None,
     )
 
 

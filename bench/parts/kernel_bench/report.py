@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from minserve.workload.tables import text_table
 from parts.kernel_bench.attention import GOAL_CHUNK, GOAL_DECODE, GOAL_LONE
 from shared.kernel_cases import OURS
 from shared.kernel_timing import Ceilings
@@ -22,21 +23,24 @@ RESULTS = (
 )  # fmt: skip
 
 
-def table(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield a line per case; milliseconds are medians; x is a competitor's time over minserve's."""
+def table(rows: Sequence[Row]) -> str:
+    """Return a line per case; milliseconds are medians; x is a competitor's time over minserve's."""
     names = list(dict.fromkeys(n for row in rows for n in (*row["ms"], *row["failed"])))
     others = [name for name in names if name != OURS]
-    yield (
-        f"{'kernel':<11}{'case':<44}{'ms':>9}{'GB/s':>8}{'TFLOP/s':>9}{'share':>7}"
-        + "".join(f"{name:>12}" for name in others)
-    )
-    for row in rows:
-        cells = "".join(f"{_ratio(row, name):>12}" for name in others)
-        ms = f"{row['ms'][OURS][1]:9.4f}" if OURS in row["ms"] else f"{'failed':>9}"
-        yield (
-            f"{row['kernel']:<11}{_case(row):<44}{ms}{_cell(row, 'gb_s', 8, '.0f')}"
-            f"{_cell(row, 'tflop_s', 9, '.1f')}{_cell(row, 'share', 7, '.2f')}{cells}"
+    headings = ("kernel", "case", "ms", "GB/s", "TFLOP/s", "share", *others)
+    cells = [
+        (
+            row["kernel"],
+            _case(row),
+            f"{row['ms'][OURS][1]:.4f}" if OURS in row["ms"] else "failed",
+            _cell(row, "gb_s", ".0f"),
+            _cell(row, "tflop_s", ".1f"),
+            _cell(row, "share", ".2f"),
+            *(_ratio(row, name) for name in others),
         )
+        for row in rows
+    ]
+    return text_table(headings, cells, left=2)
 
 
 def _case(row: Row) -> str:
@@ -44,13 +48,13 @@ def _case(row: Row) -> str:
     return " ".join(str(v) if k == "model" else f"{k} {v}" for k, v in case.items())
 
 
-def _cell(row: Row, name: str, width: int, form: str) -> str:
-    return f"{row[name]:{width}{form}}" if row.get(name) else f"{'-':>{width}}"
+def _cell(row: Row, name: str, form: str) -> str | None:
+    return format(row[name], form) if row.get(name) else None
 
 
-def _ratio(row: Row, name: str) -> str:
+def _ratio(row: Row, name: str) -> str | None:
     if row.get("dry") or name not in row["ms"] or OURS not in row["ms"]:
-        return "-"
+        return None
     return f"{row['ms'][name][1] / row['ms'][OURS][1]:.2f}x"
 
 
@@ -115,16 +119,11 @@ def _is_decode(row: Row, batch: int, context: int) -> bool:
 
 def plot(rows: Sequence[Row], file: Path, title: str) -> None:
     """Draw the shares of the ceilings, with a panel per kernel and a line per model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from minserve.workload.plots import grid_of, save
 
     rows = [row for row in rows if "share" in row]
     kernels = list(dict.fromkeys(row["kernel"] for row in rows))
-    figure, axes = pyplot.subplots(
-        1, max(1, len(kernels)), figsize=(4 * max(1, len(kernels)), 3.6), sharey=True, squeeze=False
-    )
+    figure, axes = grid_of(1, max(1, len(kernels)), panel_inches=(4.0, 3.6), sharey=True)
     for axis, kernel in zip(axes[0], kernels, strict=False):
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in rows:
@@ -133,9 +132,6 @@ def plot(rows: Sequence[Row], file: Path, title: str) -> None:
         for model, points in lines.items():
             axis.plot(*zip(*sorted(points), strict=True), marker=".", label=model)
         axis.set(title=kernel, xlabel="MB moved at least", xscale="log", ylim=(0, 1.1))
-        axis.legend(fontsize=6)
     axes[0][0].set_ylabel("share of the machine's ceiling")
     figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+    save(figure, file)

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from minserve.workload.plots import BLUES, GREYS, grid_of, save
+from minserve.workload.tables import text_table
+
 Values = Mapping[str, float]
 
 
@@ -41,7 +44,6 @@ ROWS: Mapping[str, Metric] = {
     "peak_memory_gib": Metric("GiB", "peak memory", more_is_better=False),
 }
 PANELS_PER_LINE = 5
-OURS, GREYS = ("#1f6feb", "#54aeff", "#b6e3ff"), ("#b6bcc4", "#7d8590", "#424a53")
 
 
 def medians(turns: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -96,14 +98,12 @@ def table(columns: Mapping[str, Values], *, units: bool = True) -> str:
     Args:
         units: False for ratios, which have none.
     """
-    width = max(12, *(len(name) + 2 for name in columns))
-    lines = [f"{'':24}{'':14}" + "".join(f"{name:>{width}}" for name in columns)]
-    for row, kind in ROWS.items():
-        if any(row in values for values in columns.values()):
-            cells = (str(values.get(row, "-")) for values in columns.values())
-            unit = kind.unit if units else ""
-            lines.append(f"{row:24}{unit:14}" + "".join(f"{cell:>{width}}" for cell in cells))
-    return "\n".join(lines)
+    rows = [
+        (row, kind.unit if units else "", *(values.get(row) for values in columns.values()))
+        for row, kind in ROWS.items()
+        if any(row in values for values in columns.values())
+    ]
+    return text_table(("", "", *columns), rows, left=2)
 
 
 def share_table(limits: Mapping[str, Any], shares: Values) -> str:
@@ -112,13 +112,11 @@ def share_table(limits: Mapping[str, Any], shares: Values) -> str:
     Args:
         limits: as returned by `MeasuredLimits.to_dict`.
     """
-    lines = [f"{'':24}{'limit':>10}{'reached':>10}{'linears ms':>13}{'streaming ms':>15}"]
+    rows = []
     for row, share in shares.items():
         one = limits["rows"][row]
-        lines.append(
-            f"{row:24}{one['limit']:>10}{share:>10.0%}{one['linears_ms']:>13}{one['streaming_ms']:>15}"
-        )
-    return "\n".join(lines)
+        rows.append((row, one["limit"], f"{share:.0%}", one["linears_ms"], one["streaming_ms"]))
+    return text_table(("", "limit", "reached", "linears ms", "streaming ms"), rows)
 
 
 def plot(columns: Mapping[str, Values], file: str) -> None:
@@ -127,20 +125,13 @@ def plot(columns: Mapping[str, Values], file: str) -> None:
     Args:
         columns: values by engine; the bars of minserve are blue.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows = [row for row in ROWS if any(row in values for values in columns.values())]
     num_lines = -(-len(rows) // PANELS_PER_LINE)
     num_columns = min(len(rows), PANELS_PER_LINE)
-    figure, panels = pyplot.subplots(
-        num_lines, num_columns, figsize=(3.4 * num_columns, 3.2 * num_lines), squeeze=False
-    )
+    figure, panels = grid_of(num_lines, num_columns, panel_inches=(3.4, 3.2))
     for panel in panels.flat[len(rows) :]:
         panel.remove()
-    ours, greys = iter(OURS * len(columns)), iter(GREYS * len(columns))
+    ours, greys = iter(BLUES * len(columns)), iter(GREYS * len(columns))
     colours = {
         name: next(ours if name.startswith("minserve") else greys) for name in columns
     }  # fmt: skip
@@ -154,11 +145,8 @@ def plot(columns: Mapping[str, Values], file: str) -> None:
         panel.set_ylabel(ROWS[row].unit)
         names = [name.replace(", ", "\n").replace(" ", "\n") for name in shown]
         panel.set_xticks(range(len(shown)), names, fontsize=7)
-        panel.spines[["top", "right"]].set_visible(False)
         panel.margins(y=0.15)
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
-    pyplot.close(figure)
+    save(figure, file)
 
 
 def _rounded(value: float) -> float:

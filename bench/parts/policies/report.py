@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from minserve.workload.tables import text_table
 from shared.paired.curves import (
     Capacities,
     Difference,
@@ -99,22 +100,24 @@ def table(result: Mapping[str, Any]) -> str:
     """Return lines for the terminal: a row per cell."""
     cells = result["cells"]
     policies = list(next(iter(cells.values()))["policies"])
-    width = max(map(len, cells)) + 2
-    lines = [
-        f"% of offered requests that kept their SLO; {OURS} less the best simple policy\n"
-        f"{'cell':{width}}"
-        + "".join(f"{policy:>9}" for policy in policies)
-        + f"{'best':>9}{'difference (95%)':>22}{'pairs':>7}{'left out':>10}"
-    ]
+    headings = ("cell", *policies, "best", "difference (95%)", "pairs", "left out")
+    rows = []
     for name, cell in cells.items():
-        row = f"{name:{width}}"
-        row += "".join(f"{percent(cell['policies'][one]['attainment']):>9}" for one in policies)
         best = cell["best_simple"]
-        row += (
-            f"{best or '-':>9}{in_percent(cell['difference']):>22}{cell['difference']['pairs']:>7}"
+        rows.append(
+            (
+                name,
+                *(percent(cell["policies"][one]["attainment"]) for one in policies),
+                best,
+                in_percent(cell["difference"]),
+                cell["difference"]["pairs"],
+                sum(cell["left_out"][best].values()) if best else 0,
+            )
         )
-        left_out = sum(cell["left_out"][best].values()) if best else 0
-        lines.append(f"{row}{left_out:>10}")
+    lines = [
+        f"% of offered requests that kept their SLO; {OURS} less the best simple policy",
+        text_table(headings, rows),
+    ]
     lines += [
         f"{OURS} is {word} beyond the spread in {len(result[word])} of {len(cells)} cells"
         + "".join(f"\n  {name}" for name in result[word])

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from minserve.workload.plots import attainment_figure, draw_attainment, figure_of, save
+from minserve.workload.plots import (
+    BLUE,
+    GREY,
+    POLICY_COLOURS,
+    RED,
+    SLATE,
+    attainment_figure,
+    draw_attainment,
+    figure_of,
+    save,
+)
 from parts.reproduce.plan import (
     BASELINES,
     HEADLINE,
@@ -17,15 +27,6 @@ from parts.reproduce.plan import (
 )
 from parts.reproduce.report import GOALS, capacity_table, first_mode, name_of, ratios, scaling_of
 from shared.simulated.jobs import Measured
-
-COLOURS = {
-    "dp": "#1f6feb",
-    "edf": "#2da44e",
-    "sarathi": "#bf8700",
-    "vllm": "#8250df",
-    "fcfs": "#7d8590",
-    "distserve": "#cf222e",
-}
 
 
 def draw_all(plan: Plan, found: Measured, folder: Path, stem: str) -> list[Path]:
@@ -56,16 +57,14 @@ def _capacity(plan: Plan, found: Measured):
         rows = [first_mode(table[one]) for one in ready]
         heights = [row.get(policy, 0.0) / row["best"] for row in rows]
         places = [place + (i - 2.5) * 0.14 for place in range(len(ready))]
-        bars.bar(places, heights, 0.13, color=COLOURS[policy], label=policy)
+        bars.bar(places, heights, 0.13, color=POLICY_COLOURS[policy], label=policy)
     names = [name_of(one) for one in ready]
     bars.set_xticks(range(len(ready)), names, rotation=20)
     bars.set(ylabel="capacity over the best baseline's")
     over = {one: ratios(table, [one], "best") for one in ready}
     drawn = {name: value for each in over.values() if each for name, value in each.items()}
-    ratio.bar(list(drawn), list(drawn.values()), 0.6, color=COLOURS["dp"])
-    ratio.axhline(
-        GOALS["over best"], linestyle="--", color=COLOURS["fcfs"], label="goal of the mean"
-    )
+    ratio.bar(list(drawn), list(drawn.values()), 0.6, color=BLUE)
+    ratio.axhline(GOALS["over best"], linestyle="--", color=SLATE, label="goal of the mean")
     ratio.set_xticks(range(len(drawn)), list(drawn), rotation=20)
     ratio.set(ylabel="dp over the best baseline")
     return figure
@@ -82,8 +81,8 @@ def _scaling(plan: Plan, found: Measured):
             marker = "o" if len(counts) > 2 else "s"
             panel.plot(counts, [row[str(n)] for n in counts], marker=marker, label=name)
         most = max(int(n) for row in lines.values() for n in row)
-        panel.plot([1, most], [1, most], "--", color=COLOURS["fcfs"], label="linear")
-        goal = {"color": COLOURS["distserve"], "label": "the paper's dp"}
+        panel.plot([1, most], [1, most], "--", color=SLATE, label="linear")
+        goal = {"color": RED, "label": "the paper's dp"}
         panel.plot([4], [GOALS[scenario]], "*", markersize=12, **goal)
         panel.set(xlabel="replicas", ylabel="capacity over one replica's", title=scenario)
     return figure
@@ -105,7 +104,7 @@ def _curves(plan: Plan, found: Measured):
     figure, panels = attainment_figure(list(panels_of))
     for panel, lines in zip(panels, panels_of.values(), strict=True):
         for policy, line in lines.items():
-            draw_attainment(panel, policy, line, color=COLOURS[policy])
+            draw_attainment(panel, policy, line, color=POLICY_COLOURS[policy])
     return figure
 
 
@@ -123,15 +122,15 @@ def _bursts(plan: Plan, found: Measured):
             if policy == "dp":
                 rates = [count / result["bin_s"] for count in result["arrivals"]]
                 times = [result["bin_s"] * (j + 0.5) for j in range(len(rates))]
-                running.fill_between(times, rates, alpha=0.3, color="#b6bcc4", label="arrivals/s")
+                running.fill_between(times, rates, alpha=0.3, color=GREY, label="arrivals/s")
             times, shares = zip(*_shares(result), strict=True)
-            attained.plot(times, shares, color=COLOURS[policy], label=policy)
+            attained.plot(times, shares, color=POLICY_COLOURS[policy], label=policy)
             for part, style in (("promised", "-"), ("best_effort", ":")):
                 values = result[part]
                 if any(values):
                     times = [result["bin_s"] * (j + 0.5) for j in range(len(values))]
                     label = f"{policy}{', best effort' if style == ':' else ''}"
-                    running.plot(times, values, style, color=COLOURS[policy], label=label)
+                    running.plot(times, values, style, color=POLICY_COLOURS[policy], label=label)
         attained.set(xlabel="arrival (s)", ylabel="% attaining their SLO", title=load)
         running.set(xlabel="time (s)", ylabel="running sequences", title=load)
     return figure
@@ -163,6 +162,8 @@ def _sensitivity(plan: Plan, found: Measured):
     for panel, ((scenario, axis), policies) in zip(panels, sorted(lines.items()), strict=True):
         for policy, row in policies.items():
             xs = sorted(row)
-            panel.plot(xs, [row[x] for x in xs], marker="o", color=COLOURS[policy], label=policy)
+            panel.plot(
+                xs, [row[x] for x in xs], marker="o", color=POLICY_COLOURS[policy], label=policy
+            )
         panel.set(xlabel=names[axis], ylabel="capacity, requests/s per GPU", title=scenario)
     return figure

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from minserve.workload.tables import text_table
 from parts.reproduce.plan import (
     ABLATED,
     BASELINES,
@@ -314,14 +315,8 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> st
     """Return a table as Markdown; empty without rows."""
     if not rows:
         return ""
-    cells = [[_cell(one) for one in row] for row in (head, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "| " + " | ".join(one.ljust(w) for one, w in zip(row, widths, strict=True)) + " |"
-        for row in cells
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join([f"## {title}", "", *lines])
+    cells = [[_cell(one) for one in row] for row in rows]
+    return f"## {title}\n\n{text_table(head, cells, left=len(head), markdown=True)}"
 
 
 def _cell(value: Any) -> str:

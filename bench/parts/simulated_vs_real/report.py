@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from minserve.workload.plots import POLICY_COLOURS, grid_of, save
 from minserve.workload.report import Part, Percentiles
+from minserve.workload.tables import text_table
 from minserve.workload.verdict import Verdict
 
 # Medians of the simulation must be within this share of the real ones, attainments within
@@ -15,7 +17,6 @@ from minserve.workload.verdict import Verdict
 MEDIAN_GOAL = 0.10
 ATTAINMENT_GOAL = 0.05
 ROUNDING = 1e-9
-COLOURS = {"dp": "tab:blue", "edf": "tab:green", "sarathi": "tab:orange", "fcfs": "tab:red"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,34 +119,46 @@ def errors(real: Sequence[Verdict], simulated: Sequence[Verdict]) -> dict[str, f
 def print_table(rows: Sequence[ComparedRun]) -> None:
     """Print a line per row: the real values, the simulated ones, and the errors."""
     print("\nreal / simulated (error)")
-    print(
-        f"{'policy':9}{'scenario':10}{'req/s':>6}{'n':>5}"
-        + "".join(f"{name:>24}" for name in ("TTFT p50 ms", "p90", "TPOT p50 ms", "p90"))
-        + f"{'attained %':>24}  goals"
-    )
-    for row in rows:
-        real, ours, found = Part.of(row.real), Part.of(row.simulated), row.errors
-        line = f"{row.policy:9}{row.scenario:10}{row.rate:6.2f}{real.offered:5d}"
-        line += _pair(real.ttft_s, ours.ttft_s, found, "ttft")
-        line += _pair(real.tpot_s, ours.tpot_s, found, "tpot")
-        pair = f"{100 * real.attainment:.1f} / {100 * ours.attainment:.1f}"
-        pair += f" ({100 * found['attainment']:+.1f})"
-        line += f"{pair:>24}"
-        print(f"{line}  {'met' if row.within_goals else 'missed'}{', disturbed' * row.disturbed}")
+    headings = ("policy", "scenario", "req/s", "n", "TTFT p50 ms", "p90", "TPOT p50 ms", "p90",
+                "attained %", "goals")  # fmt: skip
+    print(text_table(headings, map(_compared_cells, rows), left=2))
     print("\nwhat the simulation was told beside the profile, and its errors without that")
-    print(
-        f"{'policy':9}{'scenario':10}{'req/s':>6}{'slowness':>10}{'planning':>10}{'gap':>8}"
-        f"{'request':>9}{'noise':>7}{'TTFT p50':>14}{'TPOT p50':>10}{'attained':>10}{'cores, worst':>14}"
-    )
-    for row in rows:
-        told, found = row.inputs, row.blind_errors
-        print(
-            f"{row.policy:9}{row.scenario:10}{row.rate:6.2f}{told.slowness:10.2f}"
-            f"{1e3 * told.planning_s:7.2f} ms{1e3 * told.gap_s:5.2f} ms"
-            f"{1e3 * told.request_s:6.1f} ms{told.noise:7.3f}{100 * found['ttft_p50']:+13.0f}%"
-            f"{100 * found['tpot_p50']:+9.0f}%{100 * found['attainment']:+10.1f}"
-            f"{row.cores_elsewhere:7.2f},{row.worst_elsewhere:6.2f}"
-        )
+    headings = ("policy", "scenario", "req/s", "slowness", "planning", "gap", "request", "noise",
+                "TTFT p50", "TPOT p50", "attained", "cores, worst")  # fmt: skip
+    print(text_table(headings, map(_told_cells, rows), left=2))
+
+
+def _compared_cells(row: ComparedRun) -> list[object]:
+    real, ours, found = Part.of(row.real), Part.of(row.simulated), row.errors
+    return [
+        row.policy,
+        row.scenario,
+        f"{row.rate:.2f}",
+        real.offered,
+        *_pairs(real.ttft_s, ours.ttft_s, found, "ttft"),
+        *_pairs(real.tpot_s, ours.tpot_s, found, "tpot"),
+        f"{100 * real.attainment:.1f} / {100 * ours.attainment:.1f} "
+        f"({100 * found['attainment']:+.1f})",
+        f"{'met' if row.within_goals else 'missed'}{', disturbed' * row.disturbed}",
+    ]
+
+
+def _told_cells(row: ComparedRun) -> list[object]:
+    told, found = row.inputs, row.blind_errors
+    return [
+        row.policy,
+        row.scenario,
+        f"{row.rate:.2f}",
+        f"{told.slowness:.2f}",
+        f"{1e3 * told.planning_s:.2f} ms",
+        f"{1e3 * told.gap_s:.2f} ms",
+        f"{1e3 * told.request_s:.1f} ms",
+        f"{told.noise:.3f}",
+        f"{100 * found['ttft_p50']:+.0f}%",
+        f"{100 * found['tpot_p50']:+.0f}%",
+        f"{100 * found['attainment']:+.1f}",
+        f"{row.cores_elsewhere:.2f}, {row.worst_elsewhere:.2f}",
+    ]
 
 
 def plot(rows: Sequence[ComparedRun], file: str) -> None:
@@ -154,15 +167,8 @@ def plot(rows: Sequence[ComparedRun], file: str) -> None:
     There is a column for each scenario and rate, and a colour for each policy. Real distributions
     are solid lines, simulated ones are dashed.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     columns = list(dict.fromkeys((row.scenario, row.rate) for row in rows))
-    figure, panels = pyplot.subplots(
-        2, len(columns), figsize=(3.6 * len(columns), 6), squeeze=False, sharey=True
-    )
+    figure, panels = grid_of(2, len(columns), panel_inches=(3.6, 3.0), sharey=True)
     for row in rows:
         column = columns.index((row.scenario, row.rate))
         for verdicts, style, side in ((row.real, "-", "real"), (row.simulated, "--", "simulated")):
@@ -174,7 +180,7 @@ def plot(rows: Sequence[ComparedRun], file: str) -> None:
                 came = sorted(1e3 * one for one in times if one is not None)
                 # Requests without a token keep the curve below the top.
                 shares = [100 * (i + 1) / len(times) for i in range(len(came))]
-                panel.step(came, shares, style, where="post", color=COLOURS[row.policy],
+                panel.step(came, shares, style, where="post", color=POLICY_COLOURS[row.policy],
                            label=f"{row.policy}, {side}")  # fmt: skip
     for (scenario, rate), column in zip(columns, panels.T, strict=True):
         column[0].set_title(f"{scenario}, {rate:.2g} requests/s", fontsize=10)
@@ -185,18 +191,16 @@ def plot(rows: Sequence[ComparedRun], file: str) -> None:
     for panel in panels[:, 0]:
         panel.set_ylabel("% of requests")
     panels[0, 0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(file, dpi=150)
-    pyplot.close(figure)
+    save(figure, file)
 
 
-def _pair(real: Percentiles, ours: Percentiles, found: dict[str, float], name: str) -> str:
-    cells = ""
+def _pairs(
+    real: Percentiles, ours: Percentiles, found: dict[str, float], name: str
+) -> Iterator[str]:
+    """Yield the cells of the median and of the 90% quantile."""
     for q in ("p50", "p90"):
         pair = f"{1e3 * getattr(real, q):.1f} / {1e3 * getattr(ours, q):.1f}"
-        pair += f" ({100 * found[f'{name}_{q}']:+.0f}%)"
-        cells += f"{pair:>24}"
-    return cells
+        yield f"{pair} ({100 * found[f'{name}_{q}']:+.0f}%)"
 
 
 def _relative(ours: float, real: float) -> float:

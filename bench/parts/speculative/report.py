@@ -17,11 +17,12 @@ from itertools import zip_longest
 from typing import Any
 
 from minserve.engine.speculation.proposer import SpeculationStats
+from minserve.workload.plots import COLOURS, SLATE, figure_of
+from minserve.workload.tables import text_table
 
 BAR_WIDTH = 30
 SYNTHETIC = "SYNTHETIC "
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers differ too.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000")
 MARKERS = "osD^vPX"
 
 
@@ -256,45 +257,49 @@ def histogram(shares: Sequence[float]) -> list[str]:
 
 def table(results: Iterable[CaseResult]) -> list[str]:
     """Return lines: a row per case, kind of lengths and batch size, then acceptance by position."""
-    head = (
-        f"{'case':34}{'lengths':>10}{'batch':>6}{'speed ratio':>13}{'(min-max)':>14}{'tok/s':>8}"
-        f"{'without':>9}{'tok/step':>10}{'accepted':>10}{'length':>8}{'speculated':>12}{'same':>7}"
-    )
-    lines, bars = [], []
+    headings = ("case", "lengths", "batch", "speed ratio", "(min-max)", "tok/s", "without",
+                "tok/step", "accepted", "length", "speculated", "same")  # fmt: skip
+    rows, missing, bars = [], [], []
     every = list(results)
     for one in every:
         mark = SYNTHETIC if one.synthetic else ""
         if one.missing is not None:
-            lines.append(f"{mark}{one.name}: missing, {one.missing}")
+            missing.append(f"{mark}{one.name}: missing, {one.missing}")
             continue
-        lines += [mark + _row(one.name, cell) for cell in one.cells]
+        rows += [_cells(mark + one.name, cell) for cell in one.cells]
         if one.counts.by_position:
             where = ", of the lossless check" if one.counts is one.forced else ""
             bars.append(f"{mark}{one.name}: accepted by position{where}")
             bars += [mark + line for line in histogram(one.counts.by_position)]
     mark = SYNTHETIC if any(one.synthetic for one in every) else ""
-    return [mark + head, *lines, *bars]
+    lines = text_table((mark + headings[0], *headings[1:]), rows).splitlines()
+    return [*lines, *missing, *bars]
 
 
-def _row(name: str, cell: SpeculationCell) -> str:
+def _cells(name: str, cell: SpeculationCell) -> tuple[object, ...]:
     counts, without = cell.counts, pooled(without for _, without in cell.pairs)
     spread = f"({min(cell.ratios):.2f}-{max(cell.ratios):.2f})"
     return (
-        f"{name:34}{cell.lengths:>10}{cell.batch:6}{cell.speedup:13.2f}{spread:>14}"
-        f"{counts.rate:8.1f}{without.rate:9.1f}{_text(counts.tokens_per_step, '.2f'):>10}"
-        f"{_text(counts.acceptance, '.0%'):>10}{_text(counts.mean_length, '.1f'):>8}"
-        f"{_text(counts.speculated_share, '.0%'):>12}{_text(cell.identical, '.0%'):>7}"
+        name,
+        cell.lengths,
+        cell.batch,
+        f"{cell.speedup:.2f}",
+        spread,
+        f"{counts.rate:.1f}",
+        f"{without.rate:.1f}",
+        _text(counts.tokens_per_step, ".2f"),
+        _text(counts.acceptance, ".0%"),
+        _text(counts.mean_length, ".1f"),
+        _text(counts.speculated_share, ".0%"),
+        _text(cell.identical, ".0%"),
     )
 
 
 def plot(results: Sequence[CaseResult], file: str) -> None:
     """Save two panels: acceptance by position, and the speed ratio by batch size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    figure, (left, right) = figure_of(2, panel_inches=(5.5, 4.2))
     shown = [one for one in results if one.cells]
     for i, one in enumerate(shown):
         style: Mapping[str, Any] = {
@@ -307,19 +312,18 @@ def plot(results: Sequence[CaseResult], file: str) -> None:
         left.plot(range(1, len(shares) + 1), shares, **style)
         cells = sorted((c for c in one.cells if c.lengths == "adaptive"), key=lambda c: c.batch)
         right.plot([str(c.batch) for c in cells], [c.speedup for c in cells], **style)
-    right.axhline(1.0, color="#7d8590", linestyle=":", linewidth=1.2)
+    right.axhline(1.0, color=SLATE, linestyle=":", linewidth=1.2)
     left.set(xlabel="position in the proposal", ylabel="% accepted of those drafted there")
     left.set_ylim(0, 102)
     left.xaxis.get_major_locator().set_params(integer=True)
     right.set(xlabel="batch size", ylabel="decode speed over that without speculation")
     right.set_ylim(bottom=0)
-    for panel in (left, right):
-        panel.spines[["top", "right"]].set_visible(False)
     handles, labels = right.get_legend_handles_labels()
     rows = max(1, -(-len(shown) // 4))
     figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False, fontsize=8)
     figure.tight_layout(rect=(0, 0.05 + 0.045 * rows, 1, 1))
     figure.savefig(file, dpi=110)
+    pyplot.close(figure)
 
 
 def _share(part: float, whole: float) -> float | None:
@@ -330,5 +334,5 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
 
 
-def _text(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def _text(value: float | None, form: str) -> str | None:
+    return None if value is None else format(value, form)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minserve.workload.plots import COLOURS, attainment_figure, draw_attainment, save
+from minserve.workload.tables import text_table
 from shared.paired.curves import (
     Capacities,
     Difference,
@@ -21,6 +22,7 @@ from shared.paired.curves import (
 from shared.paired.turns import RULE, Cell, Pairs
 
 OURS_COLOUR = COLOURS[0]
+HEADINGS = ("scenario", "req/s", "ours", "theirs", "difference (95%)", "pairs", "left out")
 
 
 def summary(pairs: Pairs, cells: Sequence[Cell], ours: str, peers: Sequence[str]) -> dict[str, Any]:
@@ -70,24 +72,30 @@ def table(result: Mapping[str, Any]) -> str:
     """Return lines for the terminal: the rates of each scenario, then its capacities."""
     lines = []
     for peer, found in result["peers"].items():
-        lines.append(
-            f"beside {peer}: % of offered requests that kept their SLO\n"
-            f"{'req/s':>8}{'ours':>8}{'theirs':>8}{'difference (95%)':>24}{'pairs':>7}{'left out':>10}"
-        )
+        lines.append(f"beside {peer}: % of offered requests that kept their SLO")
+        rows = [
+            (group, *_cells(rate, row))
+            for group, one in found["scenarios"].items()
+            for rate, row in one["rates"].items()
+        ]
+        lines.append(text_table(HEADINGS, rows))
         for group, one in found["scenarios"].items():
-            lines += [group, *(_row(rate, row) for rate, row in one["rates"].items())]
-            lines.append(f"  {_capacity(one['capacity'])}")
+            lines.append(f"{group}: {_capacity(one['capacity'])}")
         if found["ratio"] is not None:
             lines.append(f"geometric mean of the ratios: {found['ratio']:.2f}")
-        rows = [row for one in found["scenarios"].values() for row in one["rates"].values()]
-        lines.append(left_out_words(row["left_out"] for row in rows))
+        measured = [row for one in found["scenarios"].values() for row in one["rates"].values()]
+        lines.append(left_out_words(row["left_out"] for row in measured))
     return "\n".join(lines)
 
 
-def _row(rate: str, row: Mapping[str, Any]) -> str:
+def _cells(rate: str, row: Mapping[str, Any]) -> tuple[object, ...]:
     return (
-        f"{rate:>8}{percent(row['ours']):>8}{percent(row['theirs']):>8}"
-        f"{in_percent(row['difference']):>24}{row['difference']['pairs']:>7}{sum(row['left_out'].values()):>10}"
+        rate,
+        percent(row["ours"]),
+        percent(row["theirs"]),
+        in_percent(row["difference"]),
+        row["difference"]["pairs"],
+        sum(row["left_out"].values()),
     )
 
 

@@ -1,22 +1,11 @@
-"""The machine that benches run on: name and versions, and the choice of Triton's interpreter."""
+"""The choice of Triton's interpreter, in which kernels run without a GPU."""
 
 from __future__ import annotations
 
 import os
 import sys
 
-import torch
-import triton
 from triton import knobs
-
-
-def machine() -> dict[str, str]:
-    """Return the device and the versions for which results hold."""
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-    }
 
 
 def choose_interpreter(wanted: bool) -> None:
