@@ -124,9 +124,9 @@ async def replicas(session: aiohttp.ClientSession) -> list[dict[str, Any]]:
         return (await response.json())["replicas"]
 
 
-async def all_up(session: aiohttp.ClientSession, timeout_s: float = DRAIN_S) -> bool:
+async def all_up(session: aiohttp.ClientSession) -> bool:
     """Wait until every replica is up; returns False if the time runs out."""
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + DRAIN_S
     while time.monotonic() < deadline:
         if all(one["state"] == "up" for one in await replicas(session)):
             return True

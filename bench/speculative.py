@@ -63,7 +63,6 @@ MOST_PROMPTS = 300
 # The longest prompt in tokens, and the largest batch of such prompts for which there are blocks.
 MOST_PROMPT, MOST_BATCH = 224, 24
 CODE_PROMPT, SYNTHETIC_PROMPT = 96, 128
-CHAT = "{text}"
 EXTRACT = "Repeat the key sentences of the following abstract word by word.\n\n{text}"
 EDIT = (
     "Rename the first argument of this Python function to `data`, and change nothing else. "

@@ -1,6 +1,7 @@
 """The problems that `kernel_bench.py` compiles and times, and the contestants that solve them.
 
-Neither this file nor the files of problems import Triton before a contestant is built, so
+Neither this file nor the files of problems import Triton before a contestant is built, so that
+`kernel_bench.py` can choose the interpreter first.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +44,11 @@ def test_every_file_at_the_top_is_a_program() -> None:
     assert [
         n for n, p in PROGRAMS.items() if 'if __name__ == "__main__":' not in p.read_text()
     ] == []
+
+
+def test_the_readme_of_the_folder_names_every_program() -> None:
+    named = re.findall(r"^\| `(\w+)\.py` \|", (BENCH / "README.md").read_text(), re.MULTILINE)
+    assert named == sorted(PROGRAMS)
 
 
 def test_every_folder_of_parts_has_its_program() -> None:

@@ -91,7 +91,7 @@ class Capacities:
     """The capacities of two servers, from the pairs of all rates.
 
     Attributes:
-        ours, theirs: requests per second at which attainment falls below the level.
+        ours, theirs: requests per second at which attainment falls below `LEVEL`.
         ratio: ours over theirs; ``None`` if both are bounds that do not bound their ratio.
         intervals: 95% intervals of ``ours``, ``theirs`` and ``ratio``, by resampling pairs; rates
             beyond the tried ones count as the nearest tried rate.
@@ -103,7 +103,7 @@ class Capacities:
     intervals: Mapping[str, tuple[float, float]]
 
     @classmethod
-    def of(cls, curve: Curve, *, level: float = LEVEL, seed: int = 0) -> Capacities | None:
+    def of(cls, curve: Curve, *, seed: int = 0) -> Capacities | None:
         """Return the capacities of two servers.
 
         Args:
@@ -116,12 +116,12 @@ class Capacities:
         curve = {rate: list(pairs) for rate, pairs in sorted(curve.items()) if pairs}
         if not curve:
             return None
-        ours, theirs = _points(curve, level)
+        ours, theirs = _points(curve)
         rng = random.Random(seed)
         drawn: dict[str, list[float]] = {"ours": [], "theirs": [], "ratio": []}
         for _ in range(RESAMPLES):
             again = {rate: rng.choices(pairs, k=len(pairs)) for rate, pairs in curve.items()}
-            one, other = _points(again, level)
+            one, other = _points(again)
             for name, value in (
                 ("ours", one.value), ("theirs", other.value), ("ratio", one.value / other.value)
             ):  # fmt: skip
@@ -199,14 +199,14 @@ def in_percent(difference: Mapping[str, Any]) -> str:
     return f"{100 * difference['mean']:+.1f}{bounds}"
 
 
-def _points(curve: Curve, level: float) -> tuple[BoundedValue, BoundedValue]:
+def _points(curve: Curve) -> tuple[BoundedValue, BoundedValue]:
     """Return the capacities of both servers, linearly between the means at each rate."""
     lowest, highest = min(curve), max(curve)
     found = []
     for side in (0, 1):
         rate = crossing(
             {rate: statistics.fmean(pair[side] for pair in pairs) for rate, pairs in curve.items()},
-            level,
+            LEVEL,
         )
         if rate is None:
             found.append(BoundedValue(lowest, "at most"))
