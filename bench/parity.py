@@ -30,7 +30,7 @@ from minserve.models.layers import WeightPlacement
 from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
 from minserve.models.source import find_model, load_config
-from minserve.planner.policies import make_planner
+from minserve.planner.policies.registry import make_planner
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
 

@@ -28,8 +28,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from minserve.config import POLICIES
 from minserve.exit_codes import EXIT_INTERRUPTED
+from minserve.planner.policies.registry import POLICIES
 from minserve.workload.scenarios import SCENARIOS
 from minserve.workload.server_process import ServerCommand
 from parts.policies.report import summary, table

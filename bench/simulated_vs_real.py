@@ -45,7 +45,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minserve.devices import Device, find_device
-from minserve.planner.policies import PROMISING
+from minserve.planner.policies.registry import planner_class
 from minserve.simulator.simulation import Setup, simulate
 from minserve.slo.objectives import SLO
 from minserve.workload.capacity import find_capacity
@@ -171,7 +171,7 @@ def setup_of(
         max_num_seqs=args.max_num_seqs,
         kv_tokens=KV_TOKENS,
         best_effort_share=BEST_EFFORT_SHARE,
-        lengths="told" if policy in PROMISING else "quantile",
+        lengths="told" if planner_class(policy).promises else "quantile",
         slowness=inputs.slowness,
         overhead_s=inputs.planning_s + inputs.gap_s,
         request_s=inputs.request_s,

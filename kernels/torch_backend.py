@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minserve.blocks import blocks_for
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
 
 # The smallest sequence of a group has at least this share of the largest one's queries, and of its
@@ -78,16 +79,14 @@ class _PaddedGroup:
         tokens: the group's rows of the batch: a slice where adjacent, else int64 indices.
         tables: int64 ``[sequences, blocks]``.
         visible: bool ``[sequences, queries, padded length]``: true where a query sees a key.
-        gathered: keys and values; made by the first layer.
-        bias: 0 where visible, else -inf, ``[sequences * kv heads, group * queries or 1,
-            padded length]``; made by the first layer.
+        gathered: keys, values, and a bias of 0 where visible, else -inf, ``[sequences * kv heads,
+            group * queries or 1, padded length]``; made by the first layer.
     """
 
     tokens: slice | Tensor
     tables: Tensor
     visible: Tensor
-    gathered: tuple[_Gathered, _Gathered] | None = None
-    bias: Tensor | None = None
+    gathered: tuple[_Gathered, _Gathered, Tensor] | None = None
 
 
 @dataclass(slots=True)
@@ -198,18 +197,18 @@ class TorchBackend(AttentionBackend):
         """Return ``[tokens, num_heads * head_dim]`` of similar sequences together."""
         num_seqs, num_queries, _ = group.visible.shape
         if group.gathered is None:
-            group.gathered = self._place(group.tables, kv)
-            group.bias = self._bias(group.visible, kv.key.dtype)
+            bias = self._bias(group.visible, kv.key.dtype)
+            group.gathered = (*self._place(group.tables, kv), bias)
         # Values are gathered after the softmax, not with the keys: so each core multiplies by the
         # values that it has gathered itself, which are in its own cache.
-        keys, values = group.gathered
+        keys, values, bias = group.gathered
         key = keys.read(kv)
         dtype, per_kv_head = query.dtype, self.num_heads // self.num_kv_heads
         if num_queries > 1:
             query = query.view(num_seqs, num_queries, self.num_kv_heads, per_kv_head, self.head_dim)
             query = query.permute(0, 2, 3, 1, 4)
         query = query.reshape(key.shape[0], -1, self.head_dim).to(key.dtype)
-        scores = torch.baddbmm(group.bias, query, key.mT, alpha=self.scale)
+        scores = torch.baddbmm(bias, query, key.mT, alpha=self.scale)
         out = torch.bmm(torch.softmax(scores, dim=-1), values.read(kv)).to(dtype)
         if num_queries > 1:
             out = out.view(num_seqs, self.num_kv_heads, per_kv_head, num_queries, self.head_dim)
@@ -323,7 +322,7 @@ def _prepare_group(sequences: list[int], metadata: AttentionMetadata) -> _Padded
         tokens = slice(starts[first], starts[last + 1])
     else:
         tokens = (firsts + nth).flatten()
-    num_blocks = -(-max(metadata.seq_lens[i] for i in sequences) // metadata.block_size)
+    num_blocks = blocks_for(max(metadata.seq_lens[i] for i in sequences), metadata.block_size)
     position = torch.arange(num_blocks * metadata.block_size, device=device)
     visible = position <= (lengths - queries + nth).unsqueeze(2)
     return _PaddedGroup(tokens, tables[:, :num_blocks], visible)
@@ -332,7 +331,7 @@ def _prepare_group(sequences: list[int], metadata: AttentionMetadata) -> _Padded
 def _prepare_single(i: int, metadata: AttentionMetadata) -> _Single:
     tokens = slice(metadata.query_start_loc[i], metadata.query_start_loc[i + 1])
     seq_len = metadata.seq_lens[i]
-    table = metadata.block_tables[i : i + 1, : -(-seq_len // metadata.block_size)]
+    table = metadata.block_tables[i : i + 1, : blocks_for(seq_len, metadata.block_size)]
     blocks = table[0].tolist()
     adjacent = all(after == before + 1 for before, after in pairwise(blocks))
     first = blocks[0] * metadata.block_size if adjacent else None

@@ -54,7 +54,7 @@ def read_limits(root: Path = Path("/")) -> CgroupLimits:
     """
     groups = list(_groups(root))
     cpus = [found for group in groups if (found := _cpus(group)) is not None]
-    memory = [found for group in groups if (found := _memory(group)) is not None]
+    memory = [limit for group in groups if (limit := _memory(group)) is not None]
     return CgroupLimits(
         min(cpus, default=None), min(memory, key=lambda one: one.free, default=None)
     )
@@ -139,8 +139,9 @@ def _cpus(group: Path) -> float | None:
     if (both := _read(group / "cpu.max")) is not None:
         quota, _, period = both.partition(" ")
     # "max" and -1 are no limit.
-    known = quota is not None and quota.isdecimal() and period is not None and period.isdecimal()
-    return int(quota) / int(period) if known and int(period) else None
+    if quota is None or period is None or not (quota.isdecimal() and period.isdecimal()):
+        return None
+    return int(quota) / int(period) if int(period) else None
 
 
 def _memory(group: Path) -> MemoryLimit | None:

@@ -5,19 +5,21 @@ Knows nothing of torch: names of devices and dtypes are strings until the engine
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from minserve.errors import ConfigError
+from minserve.planner.policies.registry import POLICIES
 from minserve.slo.objectives import SLO
 
 DEFAULT_MODEL = "smollm2"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 QUANTIZATIONS = ("none", "int8")
-POLICIES = ("dp", "edf", "sarathi", "fcfs")
 LENGTH_ESTIMATORS = ("quantile", "max_tokens")
+# Most tokens of an iteration, unless the settings say. A GPU needs thousands to be busy.
+TOKEN_BUDGETS = {"cuda": 8192, "cpu": 512}
 # flash-attn pages its KV in blocks of a multiple of so many tokens.
 FLASH_ATTN_PAGE = 256
 ATTENTION_BACKENDS = ("auto", "torch", "triton", "flash-attn")
@@ -26,7 +28,7 @@ EXECUTORS = ("model", "simulated")
 ROUTERS = ("slo", "least-loaded", "round-robin")
 
 
-def option(default: Any, help: str, *, group: str, choices: tuple[str, ...] | None = None) -> Any:
+def option(default: Any, help: str, *, group: str, choices: Collection[str] | None = None) -> Any:
     """A dataclass field that carries its help text, flag group and choices."""
     return field(default=default, metadata={"help": help, "group": group, "choices": choices})
 
@@ -220,11 +222,8 @@ class EngineConfig:
             raise ConfigError(f"speculator draft needs a draft_model for {self.model}")
         if self.num_blocks is not None and self.kv_cache_gib is not None:
             raise ConfigError("give num_blocks or kv_cache_gib, not both")
-        if self.token_budget is not None and self.token_budget < self.max_num_seqs:
-            raise ConfigError(
-                f"token_budget ({self.token_budget}) must be at least max_num_seqs "
-                f"({self.max_num_seqs}): each running sequence takes one token per iteration"
-            )
+        if self.token_budget is not None:
+            self._check_budget(self.token_budget)
         if self.attention_backend == "flash-attn" and self.block_size % FLASH_ATTN_PAGE:
             raise ConfigError(
                 "attention_backend flash-attn needs a block_size of a multiple of "
@@ -236,6 +235,23 @@ class EngineConfig:
                 raise ConfigError(
                     f"{f.name} must be one of {', '.join(choices)}, not {getattr(self, f.name)!r}"
                 )
+
+    def budget_on(self, device: str) -> int:
+        """Return the most tokens of an iteration on a device of a type, ``cuda`` or ``cpu``.
+
+        Raises:
+            ConfigError: where the type's default is too small for ``max_num_seqs``.
+        """
+        budget = self.token_budget or TOKEN_BUDGETS[device]
+        self._check_budget(budget)
+        return budget
+
+    def _check_budget(self, token_budget: int) -> None:
+        if token_budget < self.max_num_seqs:
+            raise ConfigError(
+                f"token_budget ({token_budget}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}): each running sequence takes one token per iteration"
+            )
 
     @classmethod
     def create(cls, model: str = DEFAULT_MODEL, **settings: Any) -> EngineConfig:

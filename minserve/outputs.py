@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 from minserve.request import FinishReason
 from minserve.slo.attainment import SLOReport, worst_report
@@ -61,7 +61,7 @@ class OutputDelta(NamedTuple):
     """
 
     request_id: str
-    index: int = 0
+    index: int = 0  # type: ignore[assignment]  # hides tuple.index, which has no use here
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] | None = None
@@ -73,6 +73,27 @@ class OutputDelta(NamedTuple):
     num_accepted_tokens: int = 0
     error: Exception | None = None
     slo: SLOReport | None = None
+
+
+class ReplicaReport(TypedDict):
+    """How a replica stands, for people and programs.
+
+    Attributes:
+        state: the value of a `ReplicaState`.
+        for_s: seconds since it entered that state.
+        pid, host: of its process; ``None`` where none is connected.
+        requests: number of requests that are with it now.
+        routed, lost: requests sent to it, and processes of it lost, since the start.
+    """
+
+    replica: int
+    state: str
+    for_s: float
+    pid: int | None
+    host: str | None
+    requests: int
+    routed: int
+    lost: int
 
 
 @dataclass(slots=True, kw_only=True)

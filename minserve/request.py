@@ -157,17 +157,17 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         """True where exactly the newest token, sampled before, remains to be computed."""
-        return self.is_decoding_behind(self.num_computed_tokens)
+        # Asked several times per sequence and iteration, hence without other properties and calls.
+        num_tokens = len(self.token_ids)
+        return num_tokens - self.num_computed_tokens == 1 and num_tokens > len(
+            self.request.prompt_token_ids
+        )
 
     def is_decoding_behind(self, num_computed_tokens: int) -> bool:
         """`is_decoding` once so many tokens are computed: a sequence that was preempted may find
         all but its newest token in the prefix cache.
         """
-        # Asked several times per sequence and iteration, hence without the properties above.
-        num_tokens = len(self.token_ids)
-        return num_tokens - num_computed_tokens == 1 and num_tokens > len(
-            self.request.prompt_token_ids
-        )
+        return self.num_tokens - num_computed_tokens == 1 and self.num_output_tokens > 0
 
     @property
     def has_begun(self) -> bool:

@@ -65,14 +65,16 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else _list("stop", self.stop)
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", _list("stop_token_ids", self.stop_token_ids))
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        object.__setattr__(self, "stop", _tuple("stop", stop, "a string or a list of strings"))
+        ids = _tuple("stop_token_ids", self.stop_token_ids, "a list of token ids")
+        object.__setattr__(self, "stop_token_ids", ids)
         if self.top_k == -1 and not isinstance(self.top_k, bool):
             object.__setattr__(self, "top_k", 0)
         for name in ("ignore_eos", "skip_special_tokens"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidRequestError(f"{name} must be True or False", name)
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise InvalidRequestError(f"{name} must be true or false, not {value!r:.80}", name)
         self._check_integers()
         self._check_numbers()
         self._check_stops()
@@ -136,11 +138,11 @@ def _integer(name: str, value: object, low: int, high: int | None = None) -> Non
         raise InvalidRequestError(f"{name} must be {bound}, not {value!s:.40}", name)
 
 
-def _list(name: str, value: object) -> tuple:
+def _tuple(name: str, value: object, wanted: str) -> tuple:
     if value is None:
         return ()
     if not isinstance(value, (list, tuple, set, frozenset)):
-        raise InvalidRequestError(f"{name} must be a list, not {value!r:.80}", name)
+        raise InvalidRequestError(f"{name} must be {wanted}, not {value!r:.80}", name)
     return tuple(value)
 
 

@@ -15,6 +15,6 @@ def copy_slots(one: T) -> T:
     """
     kind = type(one)
     twin = kind.__new__(kind)
-    for name in kind.__slots__:
+    for name in kind.__dict__["__slots__"]:
         setattr(twin, name, getattr(one, name))
     return twin

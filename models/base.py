@@ -5,11 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
+from minserve.models.layers import WeightPlacement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,14 +34,29 @@ class ModelShape:
     scale: float
 
 
+class TensorSource(Protocol):
+    """A model's tensors by name, such as a checkpoint."""
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Return a tensor, which must have the given shape.
+
+        Raises:
+            ModelLoadError: if it is missing or has another shape.
+        """
+
+
 class CausalLM(ABC):
     """A decoder over a flat batch of tokens; each layer reads and writes its paged KV.
 
     Attributes:
+        embed: the tokens' embeddings, ``[vocab_size, width]``.
+        placement: where the weights are, and in which form.
         linear_dtype: dtype of the linear weights; set by `build_model`.
     """
 
     shape: ModelShape
+    embed: Tensor
+    placement: WeightPlacement
     linear_dtype: torch.dtype
 
     @abstractmethod

@@ -168,17 +168,17 @@ class WeightPlacement:
         self,
         gate: Tensor,
         up: Tensor,
-        gate_bias: Tensor | None = None,
-        up_bias: Tensor | None = None,
+        biases: tuple[Tensor, Tensor] | None = None,
     ) -> Linear:
         """Return ``silu(gate(x)) * up(x)`` as a function of ``x`` (SwiGLU; Shazeer, 2020)."""
         if self.has_two_forms:
-            return self._twice(lambda one: one.swiglu(gate, up, gate_bias, up_bias), gate, up)
+            return self._twice(lambda one: one.swiglu(gate, up, biases), gate, up)
         if self.format is WeightFormat.ONEDNN:
-            gated = OneDnnLinear(gate.to(self.weight_dtype), self._maybe(gate_bias), "swish")
-            factor = OneDnnLinear(up.to(self.weight_dtype), self._maybe(up_bias))
+            gate_bias, up_bias = map(self.tensor, biases) if biases else (None, None)
+            gated = OneDnnLinear(gate.to(self.weight_dtype), gate_bias, "swish")
+            factor = OneDnnLinear(up.to(self.weight_dtype), up_bias)
             return lambda x: factor.times(x, gated(x))
-        bias = None if gate_bias is None else torch.cat((gate_bias, up_bias))
+        bias = None if biases is None else torch.cat(biases)
         both, silu_mul = self.linear(torch.cat((gate, up)), bias), self.silu_mul
         return lambda x: silu_mul(both(x))
 
@@ -193,7 +193,7 @@ class WeightPlacement:
             return OneDnnLinear(weight.to(self.weight_dtype), self._maybe(bias), "relu")
         linear = self.linear(weight, bias)
         if self.fused and is_relu and isinstance(linear, DenseLinear) and linear.bias is not None:
-            return linear.relu
+            return DenseReluLinear(linear.weight, linear.bias)
         return lambda x: activation(linear(x))
 
     def _twice(self, make: Callable[[WeightPlacement], Linear], *weights: Tensor) -> Linear:
@@ -251,8 +251,17 @@ class DenseLinear:
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
-    def relu(self, x: Tensor) -> Tensor:
-        """Return ``relu(x W^T + b)``; on a GPU, cuBLASLt adds and clamps within the matmul."""
+
+class DenseReluLinear:
+    """``relu(x W^T + b)`` with the plain weight; cuBLASLt adds and clamps within the matmul."""
+
+    __slots__ = ("bias", "weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self.weight = weight
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
         return torch._addmm_activation(self.bias, x, self.weight.t(), use_gelu=False)
 
 

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
-from minserve.models.base import CausalLM, ModelShape
+from minserve.models.base import CausalLM, ModelShape, TensorSource
 from minserve.models.layers import Linear, RotaryEmbedding, WeightPlacement
 
 if TYPE_CHECKING:
     from minserve.models.config import LlamaConfig
-    from minserve.models.loader import Checkpoint
 
 
 class LlamaLayer:
@@ -23,7 +22,7 @@ class LlamaLayer:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: TensorSource,
         index: int,
         config: LlamaConfig,
         shape: ModelShape,
@@ -73,8 +72,7 @@ class LlamaLayer:
         self.mlp_in = placement.swiglu(
             weight("mlp.gate_proj", inner, hidden),
             weight("mlp.up_proj", inner, hidden),
-            bias("mlp.gate_proj", inner, config.mlp_bias),
-            bias("mlp.up_proj", inner, config.mlp_bias),
+            _swiglu_biases(checkpoint, prefix, config),
         )
         self.down = placement.linear(
             weight("mlp.down_proj", hidden, inner), bias("mlp.down_proj", hidden, config.mlp_bias)
@@ -116,7 +114,7 @@ class Llama(CausalLM):
     """The model. Its weights are read from a checkpoint and repacked for their placement."""
 
     def __init__(
-        self, checkpoint: Checkpoint, config: LlamaConfig, placement: WeightPlacement
+        self, checkpoint: TensorSource, config: LlamaConfig, placement: WeightPlacement
     ) -> None:
         self.shape = llama_shape(config)
         shape = self.shape
@@ -170,6 +168,16 @@ def llama_shape(config: LlamaConfig) -> ModelShape:
         max_positions=config.max_position_embeddings,
         scale=config.head_dim**-0.5,
     )
+
+
+def _swiglu_biases(
+    checkpoint: TensorSource, prefix: str, config: LlamaConfig
+) -> tuple[Tensor, Tensor] | None:
+    if not config.mlp_bias:
+        return None
+    size = (config.intermediate_size,)
+    gate = checkpoint.get(f"{prefix}mlp.gate_proj.bias", size)
+    return gate, checkpoint.get(f"{prefix}mlp.up_proj.bias", size)
 
 
 def _cat(*tensors: Tensor | None) -> Tensor | None:

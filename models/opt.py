@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
-from minserve.models.base import CausalLM, ModelShape
+from minserve.models.base import CausalLM, ModelShape, TensorSource
 from minserve.models.layers import Activation, Linear, Norm, WeightPlacement
 
 if TYPE_CHECKING:
     from minserve.models.config import OPTConfig
-    from minserve.models.loader import Checkpoint
 
 # fairseq reserved the first rows of the position table.
 POSITION_OFFSET = 2
@@ -27,7 +26,7 @@ class OPTLayer:
     """A decoder layer. ``pre_norm`` is false only for OPT-350m."""
 
     def __init__(
-        self, checkpoint: Checkpoint, index: int, config: OPTConfig, placement: WeightPlacement
+        self, checkpoint: TensorSource, index: int, config: OPTConfig, placement: WeightPlacement
     ) -> None:
         hidden, prefix = config.hidden_size, f"model.decoder.layers.{index}."
         self.pre_norm = config.do_layer_norm_before
@@ -100,7 +99,7 @@ class OPT(CausalLM):
     """The model. Its weights are read from a checkpoint and repacked for their placement."""
 
     def __init__(
-        self, checkpoint: Checkpoint, config: OPTConfig, placement: WeightPlacement
+        self, checkpoint: TensorSource, config: OPTConfig, placement: WeightPlacement
     ) -> None:
         self.shape = opt_shape(config)
         self.placement = placement
@@ -175,7 +174,9 @@ def opt_shape(config: OPTConfig) -> ModelShape:
     )
 
 
-def _norm(checkpoint: Checkpoint, name: str, config: OPTConfig, placement: WeightPlacement) -> Norm:
+def _norm(
+    checkpoint: TensorSource, name: str, config: OPTConfig, placement: WeightPlacement
+) -> Norm:
     size = config.hidden_size
     if not config.layer_norm_elementwise_affine:
         return placement.layer_norm(size, None, None)

@@ -4,7 +4,7 @@ Weights are quantized symmetrically per output channel at load. Activations are 
 token at each call, to 8 bits as well, within FBGEMM's kernel, which multiplies integers and
 sums them in int32. Weights and activations are rotated first. The product stays the same, and no
 channel stands out and takes the precision of the others (QuaRot, Ashkboos et al., 2024).
-docs/quantization.md compares speed and quality with those of other forms.
+docs/cpu.md says what this form saves and what it costs.
 """
 
 from __future__ import annotations

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from minserve.models.base import CausalLM
+from minserve.models.base import CausalLM, TensorSource
 from minserve.models.config import LlamaConfig, ModelConfig
 from minserve.models.layers import WeightPlacement
 from minserve.models.llama import Llama
 from minserve.models.opt import OPT
 
-if TYPE_CHECKING:
-    from minserve.models.loader import Checkpoint
-
 
 def build_model(
-    checkpoint: Checkpoint, config: ModelConfig, placement: WeightPlacement
+    checkpoint: TensorSource, config: ModelConfig, placement: WeightPlacement
 ) -> CausalLM:
     """Read a model's weights into the class of its family.
 

@@ -18,6 +18,7 @@ HOMES = {
 
 # A room may import itself, its neighbours named here, and the ground.
 GROUND = {
+    "blocks",
     "cgroups",
     "cpu_name",
     "errors",
@@ -48,6 +49,15 @@ ALLOWED: dict[str, set[str]] = {
 }
 
 
+# The planner's rooms, each with those that it may import beside the files of `planner/` itself.
+PLANNER_ROOMS: dict[str, set[str]] = {
+    "predict": set(),
+    "batching": {"predict"},
+    "admission": {"predict", "batching"},
+    "policies": {"predict", "batching", "admission"},
+}
+
+
 def modules() -> dict[str, Path]:
     """Dotted name -> file of every module of the package."""
     found = {}
@@ -60,6 +70,11 @@ def modules() -> dict[str, Path]:
 
 def room(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
+
+
+def planner_room(module: str) -> str:
+    """Return the room of the planner that a module is in, else an empty text."""
+    return module.split(".")[2] if module.startswith("minserve.planner.") else ""
 
 
 def imports(path: Path) -> set[str]:
@@ -96,11 +111,20 @@ def test_a_module_imports_only_downwards(module: str) -> None:
             assert there == here or there in GROUND | ALLOWED[here], f"{module} imports {name}"
 
 
+@pytest.mark.parametrize("module", sorted(one for one in ALL if room(one) == "planner"))
+def test_a_room_of_the_planner_imports_only_downwards(module: str) -> None:
+    here = planner_room(module)
+    for name in imports(ALL[module]):
+        there = planner_room(name)
+        if here in PLANNER_ROOMS and there in PLANNER_ROOMS:
+            assert there == here or there in PLANNER_ROOMS[here], f"{module} imports {name}"
+
+
 @pytest.mark.parametrize(
     ("names", "without"),
     [
         (
-            sorted(GROUND - {"planner", "slo"} | {"slo.objectives", "slo.fields"}),
+            sorted(GROUND - {"planner", "slo"} | {"slo.objectives", "slo.slo_fields"}),
             ("torch", "numpy"),
         ),
         (["planner.policies", "planner.predict.perf_fit"], ("torch", "aiohttp")),

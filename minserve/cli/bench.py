@@ -21,9 +21,9 @@ from minserve.cli.workload import (
     make_draw,
     say,
 )
-from minserve.config import POLICIES
 from minserve.errors import WorkloadError
 from minserve.exit_codes import EXIT_ERROR, EXIT_INTERRUPTED
+from minserve.planner.policies.registry import POLICIES
 
 if TYPE_CHECKING:
     from minserve.workload.capacity import Capacity

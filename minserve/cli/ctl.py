@@ -69,7 +69,8 @@ def _ask(url: str, *, post: bool) -> dict[str, Any]:
     try:
         request = urllib.request.Request(url, data=b"" if post else None)
         if key:
-            request.add_header("Authorization", f"Bearer {key}".encode())
+            # Headers are sent as Latin-1; so the key's bytes are those of UTF-8.
+            request.add_header("Authorization", f"Bearer {key}".encode().decode("latin-1"))
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
             told = json.loads(answer.read())
         if not all(row.keys() >= set(COLUMNS) for row in told["replicas"]):

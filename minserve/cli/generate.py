@@ -95,7 +95,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _as_prompt(engine: Engine, text: str, chat: bool | None) -> str | list[dict[str, str]]:
-    has_template = engine.tokenizer is not None and engine.tokenizer.has_chat_template
+    has_template = engine.tokenizer.has_chat_template
     if chat and not has_template:
         raise ConfigError("this model has no chat template; use --raw")
     if has_template and chat is not False:

@@ -79,7 +79,7 @@ def _serve(args: argparse.Namespace) -> int:
         return engine
 
     def announce(engine: EngineFace, model: str) -> None:
-        chat = engine.tokenizer is not None and engine.tokenizer.has_chat_template
+        chat = engine.tokenizer.has_chat_template
         needs_key = server_config.api_key is not None
         print(lifecycle.ready_message(url, model, chat=chat, needs_key=needs_key), flush=True)
 

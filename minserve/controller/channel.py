@@ -20,7 +20,7 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import torch
-from torch.distributed import PrefixStore, ProcessGroupGloo, Store
+from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, Store
 
 from minserve.errors import ProtocolError, ReplicaLostError
 
@@ -53,7 +53,7 @@ class Channel:
     ) -> None:
         self._peer = 1 - rank
         self._patience = _NEVER if patience_s == float("inf") else timedelta(seconds=patience_s)
-        options = ProcessGroupGloo._Options()
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # not in torch's stubs
         # Without this, gloo would listen on whatever address the host's name resolves to.
         options._devices = [ProcessGroupGloo.create_device(hostname=address)]
         options._timeout = timedelta(seconds=join_s)
@@ -100,16 +100,15 @@ class Channel:
 
     def _send(self, data: bytearray) -> None:
         try:
-            self._group.send([torch.frombuffer(data, dtype=torch.uint8)], self._peer, 0).wait(
-                self._patience
-            )
+            tensor = torch.frombuffer(data, dtype=torch.uint8)
+            self._group.send([tensor], self._peer, 0).wait(self._patience)  # type: ignore[attr-defined]  # not in torch's stubs
         except RuntimeError as error:
             raise ReplicaLostError(f"the connection is lost: {_first_line(error)}") from None
 
     def _receive(self, num_bytes: int) -> bytes:
         buffer = torch.empty(num_bytes, dtype=torch.uint8)
         try:
-            self._group.recv([buffer], self._peer, 0).wait(self._patience)
+            self._group.recv([buffer], self._peer, 0).wait(self._patience)  # type: ignore[attr-defined]  # not in torch's stubs
         except RuntimeError as error:
             raise ReplicaLostError(f"the connection is lost: {_first_line(error)}") from None
         return buffer.numpy().tobytes()

@@ -34,7 +34,7 @@ from minserve.errors import (
     ReplicaLostError,
     SLOUnattainableError,
 )
-from minserve.outputs import OutputDelta
+from minserve.outputs import OutputDelta, ReplicaReport
 from minserve.planner.predict.lengths import make_length_estimator
 from minserve.planner.predict.perf_model import PerfModel
 from minserve.request import FinishReason
@@ -264,7 +264,7 @@ class Controller:
 
     # --- replicas ---
 
-    def replicas(self) -> list[dict[str, object]]:
+    def replicas(self) -> list[ReplicaReport]:
         """Return the state of each replica, for people and programs."""
         # A list first, because metrics are read from another thread.
         running = Counter(flight.replica for flight in list(self._flights.values()))

@@ -13,7 +13,10 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import NamedTuple
 
-from torch.distributed import DistStoreError, TCPStore
+from torch.distributed import (  # type: ignore[attr-defined]  # TCPStore is not in its exports
+    DistStoreError,
+    TCPStore,
+)
 
 from minserve.errors import ConfigError, ReplicaLostError, ReplicaRefusedError
 

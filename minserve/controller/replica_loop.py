@@ -30,6 +30,7 @@ from minserve.engine.core import IDLE_S
 from minserve.engine.live_output import History
 from minserve.engine.relay import RelayEngine
 from minserve.errors import (
+    ConfigError,
     GenerationError,
     InvalidRequestError,
     MinserveError,
@@ -239,10 +240,14 @@ def connect(spec: ReplicaSpec, engine: RelayEngine) -> Channel:
     """Announce an engine to the controller and return the channel once it is accepted.
 
     Raises:
+        ConfigError: if the engine does not know its device's speed.
         ReplicaLostError: if no controller answers.
         ReplicaRefusedError: if the controller refuses this replica; it holds the reason.
         ProtocolError: if the controller answers with another message.
     """
+    model = engine.perf_model
+    if model is None:
+        raise ConfigError("a replica must be profiled before it joins, for its router")
     meeting = announce(spec.store_host, spec.store_port, spec.index)
     channel = Channel(
         pair_store(meeting.store, spec.index, meeting.epoch),
@@ -251,7 +256,6 @@ def connect(spec: ReplicaSpec, engine: RelayEngine) -> Channel:
         patience_s=float("inf"),
         join_s=JOIN_S,
     )
-    model = engine.perf_model
     channel.send(
         m.encode(
             m.Hello(

@@ -26,6 +26,7 @@ from minserve.controller.rendezvous import Arrival, Rendezvous
 from minserve.controller.router import Ask
 from minserve.engine.stats import EngineStats
 from minserve.errors import MinserveError, ProtocolError, ReplicaRefusedError
+from minserve.outputs import ReplicaReport
 from minserve.planner.replica_load import ReplicaLoad
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class Replica:
     def is_up(self) -> bool:
         return self.state is ReplicaState.UP
 
-    def describe(self, num_requests: int) -> dict[str, object]:
+    def describe(self, num_requests: int) -> ReplicaReport:
         """How it stands, for people and programs; so many requests are with it now."""
         process = self.hello if self.is_connected else None
         return {
@@ -137,7 +138,7 @@ class ReplicaTable:
         patience_s: float,
         *,
         joined: Callable[[Replica, m.Hello], None],
-        told: Callable[[Replica, m.News | m.Stats | m.Withdrawn], None],
+        told: Callable[[Replica, m.News | m.Heartbeat | m.Withdrawn], None],
         lost: Callable[[Replica, Exception], None],
     ) -> None:
         self.replicas = [Replica(number) for number in range(num_replicas)]
@@ -222,8 +223,9 @@ class ReplicaTable:
         self._connect(replica, arrival.epoch, channel, hello)
 
     def _open(self, arrival: Arrival) -> tuple[Channel, m.Hello]:
+        store = self._rendezvous.store.clone()  # type: ignore[attr-defined]  # not in torch's stubs
         channel = Channel(
-            pair_store(self._rendezvous.store.clone(), arrival.replica, arrival.epoch),
+            pair_store(store, arrival.replica, arrival.epoch),
             CONTROLLER,
             address=self._rendezvous.host,
             patience_s=self._patience_s,

@@ -1,4 +1,4 @@
-"""What both engines share: loading, profiling, and queueing what the `Intake` has checked."""
+"""`EngineBase`: both engines load, profile and queue checked requests in the same way."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from minserve.errors import (
     InvalidRequestError,
 )
 from minserve.outputs import OutputDelta
-from minserve.planner.policies import PROMISING
+from minserve.planner.policies.registry import planner_class
 from minserve.planner.predict.lone_request import (
     TYPICAL_TOKENS,
     describe_misses,
@@ -48,8 +48,8 @@ class Submission:
     """A checked request: its sequences, ready to be queued.
 
     Args:
-        text: of the prompt, where it was given as text.
-        histories: by output, what was told of it before; those that are missing have ended.
+        text: the prompt, where it was given as text.
+        histories: by output, what its client was told before; missing outputs have ended.
             ``None``: all outputs are new.
     """
 
@@ -68,7 +68,7 @@ class Submission:
 
 
 class EngineBase:
-    """Loading, and turning prompts into sequences."""
+    """Loads the model, and turns prompts into sequences."""
 
     def __init__(self, model: str = DEFAULT_MODEL, **settings: Any) -> None:
         """Load a model.
@@ -127,11 +127,11 @@ class EngineBase:
 
     @property
     def speculation_stats(self) -> SpeculationStats:
-        """What was drafted and accepted since the start; the engine goes on counting in it."""
+        """The running counts of drafted and accepted tokens since the start."""
         return self._core.speculation
 
     def unattainable_classes(self) -> str:
-        """A table of the SLO classes that not even a lone request would be kept; often empty."""
+        """Return a table of the SLO classes that even a lone request would miss; often empty."""
         if self.perf_model is None:
             return ""
         num_tokens = min(TYPICAL_TOKENS, self.max_model_len)
@@ -139,7 +139,7 @@ class EngineBase:
         return describe_misses(misses, num_tokens)
 
     def warm_up(self) -> None:
-        """Load what only the first chat would need, and all other requests would wait for."""
+        """Load what the first chat needs, so that no request waits for it."""
         if self.tokenizer.has_chat_template:
             # A template may refuse this chat; by then it is loaded.
             with suppress(InvalidRequestError):
@@ -148,14 +148,14 @@ class EngineBase:
     def profile(self, seconds: float, *, progress: bool = False) -> Profile:
         """Take this device's speed from the cache, or measure it, and keep what was measured.
 
-        Call it before the first request; engines call it by themselves with a few seconds
-        where SLOs need it. A profile that came of a few seconds is rough, and one that was
-        measured on a busy machine is poor: their margin for noise is wider. Engines that run in
-        a loop of their own refine either while nothing runs.
+        Call it before the first request; where SLOs need it, engines call it by themselves with
+        a few seconds. A profile of a few seconds is rough, and one that was measured on a busy
+        machine is poor: both have a wider margin for noise. Engines that run in a loop of their
+        own refine such profiles while nothing runs.
 
         Args:
-            seconds: at most, for measuring. A cached profile that was allowed less, and is not
-                complete, is gone on with.
+            seconds: the longest time for measuring. A cached profile that was allowed less and
+                is not complete is continued.
             progress: show a progress bar.
 
         Raises:
@@ -178,7 +178,7 @@ class EngineBase:
         return profile
 
     def _measure(self, seconds: float, progress: bool, kept: Profile | None) -> Profile:
-        """Measure, going on from what is kept, and keep it."""
+        """Continue the kept profile by measuring, and keep the result."""
         profile = profile_core(
             self._core, self.model_name, seconds=seconds, progress=progress, kept=kept
         )
@@ -218,10 +218,10 @@ class EngineBase:
 
         Args:
             idle_s: for how long there has been no work.
-            is_wanted: whether there is some now.
+            is_wanted: tells whether there is work now.
 
         Returns:
-            seconds after which to call again, if there is still no work; ``None`` where nothing
+            Seconds after which to call again, if there is still no work; ``None`` where nothing
             is left to refine.
         """
         if self._refinement is None:
@@ -230,13 +230,13 @@ class EngineBase:
             rest_s = self._refinement.step(idle_s, is_wanted)
             self._core.stats.profile_completeness = self._refinement.completeness
         except Exception:
-            # Nobody's request depends on it.
+            # No request depends on it.
             log.exception("refining the profile failed; it stays as it is")
             self._refinement = rest_s = None
         return rest_s
 
     def keep_profile(self) -> None:
-        """Keep what was refined so far, for the next start; at an engine's end."""
+        """At the engine's end, keep what was refined so far for the next start."""
         if self._refinement is None:
             return
         try:
@@ -257,11 +257,11 @@ class EngineBase:
         return Submission(*self._intake.request(prompt, params, priority, cache_salt, slo))
 
     def _ready_for(self, slo: SLO | str | None) -> None:
-        """Know the device's speed before a promise, or the length of a draft, depends on it."""
+        """Make sure that the device's speed is known before a promise or a draft depends on it."""
         promised = self._promises.find(slo)
         if self.perf_model is not None:
             return
-        plans = self.config.policy in PROMISING
+        plans = planner_class(self.config.policy).promises
         if (plans and (self.speculates or promised is not None)) or (
             promised is not None and promised.needs_profile
         ):
@@ -274,11 +274,11 @@ class EngineBase:
         return 0.0 if began is None else time.monotonic() - began
 
     def _iterate(self) -> list[OutputDelta]:
-        """One iteration; whatever goes wrong ends the requests in flight, not the engine.
+        """Run one iteration. An error in it ends the requests in flight, but not the engine.
 
         Raises:
-            DeviceLostError: where no iteration can go right any more. What this one brought
-                before waits for the core's `take_untold`.
+            DeviceLostError: where no further iteration can succeed. The deltas that this one
+                brought before are left for the core's `take_untold`.
         """
         self._step_began = time.monotonic()
         try:

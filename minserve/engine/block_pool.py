@@ -1,4 +1,4 @@
-"""Which KV block belongs to whom. Knows nothing of tensors: a block is a number.
+"""`BlockPool` keeps account of who uses which KV block. To it a block is a number, no tensor.
 
 A block is in use (one or more block tables name it) or free. A free block that
 still holds an indexed prefix is free all the same: it stays findable until it is
@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import dropwhile, takewhile
 
+from minserve.blocks import blocks_for
 from minserve.errors import OutOfBlocksError, PoolCorruptedError
 from minserve.planner.plan import CachedPrefix
 from minserve.request import Sequence
@@ -30,7 +31,7 @@ _ROOT_SERIAL = 0
 
 
 def block_digest(parent: bytes, token_ids: list[int], cache_salt: str) -> bytes:
-    """Name of a full block: SHA-256 of its parent's name, its tokens and the salt.
+    """Return the name of a full block: SHA-256 of its parent's name, its tokens and the salt.
 
     Args:
         parent: digest of the block before it; empty for the first one.
@@ -100,18 +101,18 @@ class BlockPool:
         return sum(1 for _ in takewhile(lambda block: self._entry_of[block] is None, self._free))
 
     def num_releasable_blocks(self, seq: Sequence) -> int:
-        """Blocks that become free when ``seq`` is released (those nobody shares)."""
+        """Return the number of blocks that only ``seq`` uses, so that its release frees them."""
         return sum(self._refs[block] == 1 for block in seq.block_table)
 
     def may_hit(self, seq: Sequence) -> bool:
-        """True where a sequence begins with the blocks that are cached of its tokens."""
+        """Return whether a sequence begins with the blocks that are cached of its tokens."""
         # Log probabilities of the prompt need its forward pass.
         return self.prefix_caching and seq.request.params.prompt_logprobs is None
 
     def cached_prefix(self, seq: Sequence) -> CachedPrefix:
-        """The longest cached prefix of ``seq``: whole blocks, at most all tokens but the last.
+        """Return the longest cached prefix of ``seq``: whole blocks, without the last token.
 
-        Changes nothing but the memo of digests in ``seq.block_hashes``.
+        This changes nothing but the memo of digests in ``seq.block_hashes``.
         """
         num_blocks = num_idle = 0
         for entry in self._matches(seq):
@@ -122,11 +123,12 @@ class BlockPool:
     def attach(self, seq: Sequence) -> int:
         """Give a sequence without blocks the cached blocks that it begins with.
 
-        Takes as many free blocks as ``cached_prefix`` says are idle. Blocks for the
+        This takes as many free blocks as ``cached_prefix`` says are idle. Blocks for the
         other tokens come from `grow`.
 
         Returns:
-            tokens whose KV the sequence now has; the caller sets ``num_computed_tokens``.
+            The number of tokens whose KV the sequence now has; the caller sets
+            ``num_computed_tokens``.
         """
         assert not seq.block_table, f"{seq!r} already holds blocks"
         if not self.may_hit(seq):
@@ -148,7 +150,7 @@ class BlockPool:
             OutOfBlocksError: where too few blocks are free; nothing has changed then.
         """
         end = seq.num_computed_tokens + num_tokens
-        needed = -(-end // self.block_size) - len(seq.block_table)
+        needed = blocks_for(end, self.block_size) - len(seq.block_table)
         if needed <= 0:
             return
         if needed > len(self._free):
@@ -184,8 +186,8 @@ class BlockPool:
         self._num_committed[seq.seq_id] = num_full
 
     def trim(self, seq: Sequence) -> None:
-        """Take back the blocks behind the computed tokens: what was grown for rejected drafts."""
-        needed = -(-seq.num_computed_tokens // self.block_size)
+        """Take back the blocks behind the computed tokens, which were grown for rejected drafts."""
+        needed = blocks_for(seq.num_computed_tokens, self.block_size)
         while len(seq.block_table) > needed:
             self._drop(seq.block_table.pop())
 
@@ -203,7 +205,7 @@ class BlockPool:
     def check_integrity(self, live: Iterable[Sequence]) -> None:
         """Check every invariant of the pool against all sequences that hold blocks.
 
-        Costs time in proportion to the pool; meant for idle moments and tests.
+        This takes time in proportion to the pool, so it is for idle moments and tests.
 
         Raises:
             PoolCorruptedError: naming the first invariant found broken.
@@ -216,7 +218,7 @@ class BlockPool:
         _require(self._num_committed.keys() <= holders, "a commit count outlives its sequence")
 
     def _matches(self, seq: Sequence) -> Iterator[_Entry]:
-        """Index entries of the longest cached prefix, first block first."""
+        """Return the index entries of the longest cached prefix, first block first."""
         if not self.may_hit(seq):
             return
         parent_serial = _ROOT_SERIAL
@@ -228,7 +230,7 @@ class BlockPool:
             yield entry
 
     def _lookup(self, seq: Sequence, position: int, parent_serial: int) -> _Entry | None:
-        """The entry equal to the full block at ``position``, reached through that parent."""
+        """Return the entry that equals the full block at ``position`` behind that parent."""
         hashes, start = seq.block_hashes, position * self.block_size
         digest = hashes[position] if position < len(hashes) else self._digest(seq, position)
         entry = self._index.get(digest)
@@ -271,7 +273,7 @@ class BlockPool:
                 self._free.move_to_end(block, last=False)
 
     def _drop(self, block: int) -> None:
-        """One user of a block fewer; the last one frees it."""
+        """Take one user off a block; the last one frees it."""
         self._refs[block] -= 1
         if self._refs[block] == 0:
             self._free[block] = None
@@ -279,8 +281,10 @@ class BlockPool:
                 self._free.move_to_end(block, last=False)
 
     def _next_free(self, behind: int | None) -> int:
-        """The free block to hand out: the neighbour behind a block where that is blank, since a
-        sequence whose blocks lie side by side is read without being gathered.
+        """Return the free block to hand out next.
+
+        It is the neighbour behind a given block, where that is blank: a sequence whose blocks
+        lie side by side is read without being gathered.
         """
         if behind is not None and behind + 1 in self._free and self._entry_of[behind + 1] is None:
             return behind + 1
@@ -295,7 +299,7 @@ class BlockPool:
         return seq.token_ids[start : start + self.block_size]
 
     def _digest(self, seq: Sequence, position: int) -> bytes:
-        """Digest of the full block at ``position``, memoized as far as it was ever asked for."""
+        """Return the digest of the full block at ``position``; it is computed once."""
         hashes = seq.block_hashes
         while len(hashes) <= position:
             parent = hashes[-1] if hashes else b""

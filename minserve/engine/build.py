@@ -1,4 +1,4 @@
-"""From settings to a loaded engine core."""
+"""`load_engine` makes a loaded engine core from settings."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import re
 import time
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -27,7 +28,12 @@ from minserve.engine.speculation.draft_model_proposer import MOST_DECODE_TOKENS,
 from minserve.engine.speculation.proposer import NgramProposer, Proposer
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import ConfigError
-from minserve.kernels.attention import choose_attention_backend, make_attention_backend
+from minserve.kernels.attention import (
+    AttentionBackend,
+    LayerKV,
+    choose_attention_backend,
+    make_attention_backend,
+)
 from minserve.machine import Machine
 from minserve.models.base import CausalLM, ModelShape
 from minserve.models.draft_model import DraftModel, load_draft_model
@@ -40,26 +46,24 @@ from minserve.models.source import (
     find_model,
     load_config,
 )
-from minserve.planner.policies import make_planner
+from minserve.planner.policies.registry import make_planner
 from minserve.planner.predict.lengths import make_length_estimator
 
 log = logging.getLogger(__name__)
 
-# Most tokens of an iteration, unless the settings say. A GPU needs thousands to be busy.
-TOKEN_BUDGETS = {"cuda": 8192, "cpu": 512}
-# There where a GPU can be used, and what tells its driver's version.
+# The first exists where a GPU can be used, and the second tells its driver's version.
 NVIDIA_DEVICE, NVIDIA_DRIVER = Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version")
-# Of the memory that is free on a CPU, for weights in a second form that is faster for few rows.
+# Share of a CPU's free memory that a second form of the weights, faster for few rows, may take.
 SECOND_FORM_SHARE = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedEngine:
-    """A core ready to step, and what its callers need around it.
+    """A core that is ready to step, and what its callers need around it.
 
     Attributes:
-        source: of the model.
-        dtype: of weights, and of arithmetic where it differs.
+        source: where the model's files are.
+        dtype: the dtype of the weights, and that of arithmetic where it differs.
     """
 
     core: EngineCore
@@ -79,45 +83,20 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         BackendUnavailableError: where the attention backend asked for cannot run here.
     """
     if config.executor == "simulated":
-        source = find_model(config.model)
-        core, tokenizer, max_model_len = load_simulated_core(config, source)
-        return LoadedEngine(
-            core=core,
-            tokenizer=tokenizer,
-            source=source,
-            dtype="simulated",
-            max_model_len=max_model_len,
-            vocab_size=tokenizer.vocab_size,
-        )
+        return _load_simulated_engine(config)
     started = time.perf_counter()
     device = choose_device(config.device)
+    token_budget = config.budget_on(device.type)
     threads = _set_num_threads(config, device)
-    if config.token_budget is None:
-        config = replace(config, token_budget=TOKEN_BUDGETS[device.type])
     source = find_model(config.model)
     attention = choose_attention_backend(config.attention_backend, device)
-    with open_checkpoint(source) as checkpoint:
-        twice = device.type == "cpu" and has_room_twice(checkpoint.num_parameters())
-        placement = WeightPlacement.choose(
-            device,
-            config.dtype,
-            fused=attention != "torch",
-            twice=twice,
-            quantization=config.quantization,
-        )
-        model = build_model(checkpoint, load_config(source), placement)
-    dtype = dtype_words(placement.linear_dtype, placement.dtype)
+    model, placement = _load_model(config, source, device, attention)
     tokenizer = Tokenizer.load(source, config.tokenizer)
-    draft_model = _load_draft_model(config, model, tokenizer, placement)
-    runner = ModelRunner(model, *_probe(attention, model.shape, config.block_size, placement))
+    parts = _PartMaker(attention, config.block_size, placement)
+    proposer = _make_proposer(config, model, tokenizer, parts)
+    runner = ModelRunner(model, *parts.of(model.shape))
     runner.threads = threads
-    paged_draft = None
-    if draft_model is not None:
-        probe = _probe(attention, draft_model.model.shape, config.block_size, placement)
-        paged_draft = PagedModel(draft_model.model, *probe)
-    proposer = _make_proposer(config, draft_model, paged_draft, model.shape.vocab_size)
-    max_queries = 1 if proposer is None else 1 + proposer.max_tokens
-    num_blocks, max_model_len = _make_ready(config, runner, paged_draft, placement, max_queries)
+    num_blocks, max_model_len = _make_ready(config, runner, proposer, placement)
     core = EngineCore(
         runner,
         BlockPool(num_blocks, config.block_size, prefix_caching=config.prefix_caching),
@@ -127,13 +106,14 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
             lengths=make_length_estimator(config.length_estimator),
             best_effort_share=config.best_effort_share,
         ),
-        token_budget=config.token_budget,
+        token_budget=token_budget,
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
         clock=time.monotonic,
         proposer=proposer,
         plans_ahead=device.type == "cuda",
     )
+    dtype = dtype_words(placement.linear_dtype, placement.dtype)
     log.info(
         "%s on %s: %s, %s attention, %d KV blocks of %d tokens, ready in %.1f s",
         source.name,
@@ -154,20 +134,45 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     )
 
 
+def _load_simulated_engine(config: EngineConfig) -> LoadedEngine:
+    source = find_model(config.model)
+    core, tokenizer, max_model_len = load_simulated_core(config, source)
+    return LoadedEngine(
+        core=core,
+        tokenizer=tokenizer,
+        source=source,
+        dtype="simulated",
+        max_model_len=max_model_len,
+        vocab_size=tokenizer.vocab_size,
+    )
+
+
+def _load_model(
+    config: EngineConfig, source: ModelSource, device: torch.device, attention: str
+) -> tuple[CausalLM, WeightPlacement]:
+    """Read the model's weights, and return with them where and in which form they are."""
+    with open_checkpoint(source) as checkpoint:
+        twice = device.type == "cpu" and has_room_twice(checkpoint.num_parameters())
+        placement = WeightPlacement.choose(
+            device,
+            config.dtype,
+            fused=attention != "torch",
+            twice=twice,
+            quantization=config.quantization,
+        )
+        return build_model(checkpoint, load_config(source), placement), placement
+
+
 def _make_ready(
     config: EngineConfig,
     runner: ModelRunner,
-    paged_draft: PagedModel | None,
+    proposer: Proposer | None,
     placement: WeightPlacement,
-    max_queries: int,
 ) -> tuple[int, int]:
     """Warm the models up, give them their KV caches and record their CUDA graphs.
 
-    Args:
-        max_queries: most tokens that verify a sequence's drafts, 1 where nobody drafts.
-
     Returns:
-        the number of KV blocks, and the most tokens of a sequence.
+        The number of KV blocks, and the most tokens of a sequence.
 
     Raises:
         ConfigError: where the cache does not hold what the settings ask for.
@@ -176,9 +181,10 @@ def _make_ready(
     with_graphs = (
         config.cuda_graphs and placement.device.type == "cuda" and runner.backend.supports_graphs
     )
-    models = {runner: max_queries}
-    if paged_draft is not None:
-        models[paged_draft] = MOST_DECODE_TOKENS
+    # A decode of the model has the newest token, and the drafted ones that it verifies.
+    models: dict[PagedModel, int] = {runner: 1 if proposer is None else 1 + proposer.max_tokens}
+    if isinstance(proposer, DraftModelProposer):
+        models[proposer.model] = MOST_DECODE_TOKENS
     num_blocks = _allocate_kv_cache(config, models, placement, longest, with_graphs)
     _log_limits(models, placement.device)
     capacity = num_blocks * config.block_size
@@ -200,19 +206,20 @@ def _allocate_kv_cache(
     longest: int,
     with_graphs: bool,
 ) -> int:
-    """Give the models their KV caches; how many blocks each has.
+    """Give the models their KV caches, and return the number of blocks of each.
 
     Args:
-        models: with the most query tokens of a decode of each.
-        longest: most tokens of a sequence.
+        models: each with the most query tokens of one of its decodes.
+        longest: the most tokens of a sequence.
 
     Raises:
         ConfigError: where not a single block fits.
     """
     if placement.device.type == "cuda":
-        torch.cuda.empty_cache()  # of what loading left, so that the dry run's peak is its own
+        torch.cuda.empty_cache()  # so that the dry run's peak does not hold what loading left
         # A prompt that may not be split runs as a whole, whatever the budget.
-        most = config.token_budget if config.chunked_prefill else max(config.token_budget, longest)
+        budget = config.budget_on("cuda")
+        most = budget if config.chunked_prefill else max(budget, longest)
         num_tokens = min(most, config.max_num_seqs * longest)
         for one, max_queries in models.items():
             one.dry_run(num_tokens, longest, config.max_num_seqs, max_queries)
@@ -239,7 +246,7 @@ def _allocate_kv_cache(
 
 
 def _log_limits(models: Iterable[PagedModel], device: torch.device) -> None:
-    """Tell, in one line, how a container's limits were met; nothing where there are none."""
+    """Log in one line how a container's limits were met, if there are any."""
     kv_bytes = None
     if device.type == "cpu":
         kv_bytes = sum(kv.key.nbytes + kv.value.nbytes for one in models for kv in one.kv)
@@ -247,19 +254,27 @@ def _log_limits(models: Iterable[PagedModel], device: torch.device) -> None:
         log.info("%s", words)
 
 
-def _probe(attention: str, shape: ModelShape, block_size: int, placement: WeightPlacement) -> tuple:
-    """What a `PagedModel` needs beside its model, with a KV cache of one block for now."""
-    backend = make_attention_backend(
-        attention, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.scale
-    )
-    kv = backend.allocate(1, block_size, placement.dtype, placement.device)
-    return backend, [kv] * shape.num_layers, block_size, placement.device
+class _PartMaker(NamedTuple):
+    """Makes what a `PagedModel` needs beside its model."""
+
+    attention: str
+    block_size: int
+    placement: WeightPlacement
+
+    def of(self, shape: ModelShape) -> tuple[AttentionBackend, list[LayerKV], int, torch.device]:
+        """Return a backend, a KV cache of one block for now, the block size and the device."""
+        backend = make_attention_backend(
+            self.attention, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.scale
+        )
+        device = self.placement.device
+        kv = backend.allocate(1, self.block_size, self.placement.dtype, device)
+        return backend, [kv] * shape.num_layers, self.block_size, device
 
 
 def _load_draft_model(
     config: EngineConfig, model: CausalLM, tokenizer: Tokenizer, placement: WeightPlacement
 ) -> DraftModel | None:
-    """The draft model that the settings ask for.
+    """Return the draft model that the settings ask for, or ``None``.
 
     Raises:
         ConfigError: where its vocabulary is not the model's.
@@ -280,27 +295,36 @@ def _has_tokenizer(source: ModelSource) -> bool:
 
 
 def _make_proposer(
-    config: EngineConfig,
-    draft_model: DraftModel | None,
-    paged_draft: PagedModel | None,
-    vocab_size: int,
+    config: EngineConfig, model: CausalLM, tokenizer: Tokenizer, parts: _PartMaker
 ) -> Proposer | None:
-    if draft_model is not None:
-        return DraftModelProposer(
-            config.max_speculation, paged_draft, vocab_size, draft_model.head_token_ids
-        )
-    return NgramProposer(config.max_speculation) if config.speculator == "ngram" else None
+    """Return the proposer that the settings ask for; a draft model is loaded.
+
+    Raises:
+        ConfigError: where the draft model has another vocabulary than the model.
+    """
+    draft = _load_draft_model(config, model, tokenizer, parts.placement)
+    if draft is None:
+        return NgramProposer(config.max_speculation) if config.speculator == "ngram" else None
+    paged = PagedModel(draft.model, *parts.of(draft.model.shape))
+    return DraftModelProposer(
+        config.max_speculation, paged, model.shape.vocab_size, draft.head_token_ids
+    )
 
 
 def _record_graphs(
     config: EngineConfig, models: Mapping[PagedModel, int], max_model_len: int
 ) -> None:
-    """Record the CUDA graphs of models, given with the most query tokens of a decode of each."""
-    recorder = CudaRecorder(next(iter(models)).device)
+    """Record the CUDA graphs of models.
+
+    Args:
+        models: each with the most query tokens of one of its decodes.
+    """
+    device = next(iter(models)).device
+    recorder = CudaRecorder(device)
     for one, max_queries in models.items():
         limits = GraphLimits(
             max_num_seqs=config.max_num_seqs,
-            max_num_tokens=config.token_budget,
+            max_num_tokens=config.budget_on(device.type),
             max_seq_len=max_model_len,
             max_queries=(1, max_queries) if max_queries > 1 else (1,),
         )
@@ -308,8 +332,9 @@ def _record_graphs(
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a setting. ``auto`` takes a GPU where torch can use one; that there is one
-    which it cannot use is said in one line.
+    """Return the device of a setting; ``auto`` takes a GPU where torch can use one.
+
+    A GPU that torch cannot use is named in one line of the log.
 
     Raises:
         ConfigError: where a GPU is asked for and there is none that torch can use.
@@ -317,7 +342,7 @@ def choose_device(name: str) -> torch.device:
     if name == "cpu":
         return torch.device("cpu")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own words, of several lines
+        warnings.simplefilter("ignore")  # torch says the same in several lines
         if torch.cuda.is_available():
             return torch.device("cuda")
     problem = _why_no_gpu()
@@ -332,8 +357,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def _why_no_gpu() -> str | None:
-    """Why torch cannot use the NVIDIA GPU of this machine; ``None`` where there is none, or it
-    is hidden on purpose.
+    """Return why torch cannot use the NVIDIA GPU of this machine.
+
+    ``None`` stands for a machine without one, or one that is hidden on purpose.
     """
     if not NVIDIA_DEVICE.exists() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return None
@@ -351,14 +377,16 @@ def _why_no_gpu() -> str | None:
 
 
 def has_room_twice(num_parameters: int) -> bool:
-    """Whether weights in half precision can be kept in two forms without much of the free memory."""
+    """Return whether a second form of weights in half precision takes little of the free memory."""
     second_form = 2 * num_parameters
     return second_form <= SECOND_FORM_SHARE * Machine.look().free_memory
 
 
 def _set_num_threads(config: EngineConfig, device: torch.device) -> ThreadCount | None:
-    """Give torch's operations on the CPU as many threads as this process may keep busy; on a
-    CPU, what keeps an eye on that.
+    """Give torch's operations on the CPU as many threads as this process may keep busy.
+
+    Returns:
+        On a CPU, what adapts that number before each pass.
     """
     machine = Machine.look()
     if device.type != "cpu":

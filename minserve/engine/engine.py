@@ -1,4 +1,4 @@
-"""`Engine` (blocking) and `AsyncEngine` (asyncio): the same core with other I/O."""
+"""`Engine` blocks and `AsyncEngine` works with asyncio; both run the same core."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from typing import Any
+from typing import Any, cast
 
 from tqdm import tqdm
 
@@ -57,12 +57,12 @@ class Engine(EngineBase):
         Args:
             prompts: one prompt or a list of them; a prompt is a text, a list of token
                 ids, or a list of chat messages (``{"role": ..., "content": ...}``).
-            params: for all prompts, or one for each.
-            slo: latency asked for, as an `SLO` or a class's name; default: the engine's.
+            params: the sampling settings of all prompts, or one for each.
+            slo: the latency asked for, as an `SLO` or a class's name; default: the engine's.
             progress: show a progress bar of finished outputs.
 
         Returns:
-            one output per prompt, in order.
+            One output per prompt, in order.
 
         Raises:
             InvalidRequestError: before anything runs, if a prompt cannot be served.
@@ -112,7 +112,7 @@ class Engine(EngineBase):
         return (delta for _, delta in self._drain([submission]))
 
     def _drain(self, submissions: list[Submission]) -> Iterator[tuple[int, OutputDelta]]:
-        """Run requests to their end; yields which one and its delta, in order of events."""
+        """Run requests to their end; yield which one and its delta, in order of events."""
         mine = {s.request.request_id: i for i, s in enumerate(submissions)}
         unfinished = sum(len(s.sequences) for s in submissions)
         mailbox: deque[OutputDelta] = deque()
@@ -135,7 +135,7 @@ class Engine(EngineBase):
                 self._core.check_integrity()
 
     def _step(self) -> None:
-        """One iteration; its deltas go to the mailboxes of whoever reads them."""
+        """Run one iteration and put its deltas into the mailboxes of their readers."""
         try:
             deltas = self._core.step()
         except Exception:
@@ -149,7 +149,7 @@ class Engine(EngineBase):
 
 
 class RequestHandle:
-    """A request in flight: iterate for its deltas, `abort` to stop it.
+    """A request in flight: iterate over it for its deltas, and `abort` it to stop it.
 
     Iteration ends when all ``n`` outputs have finished; a failure is the last delta of
     its output, with ``finish_reason`` ERROR and ``error`` set.
@@ -204,8 +204,9 @@ class AsyncEngine(EngineBase):
 
     @property
     def iteration_s(self) -> float:
-        """Seconds that the current iteration has taken so far, or for which none has begun
-        although there are unfinished outputs.
+        """Seconds that the current iteration has taken so far.
+
+        Without one, it is the time for which none has begun although there is work.
         """
         if self._step_began is None and self._num_unfinished:
             return time.monotonic() - max(self._step_ended, self._submitted_s)
@@ -217,26 +218,26 @@ class AsyncEngine(EngineBase):
         return self._accepting and self._thread is not None and self._thread.is_alive()
 
     def stats(self) -> EngineStats:
-        """What was counted up to the end of the newest iteration.
+        """The counts up to the end of the newest iteration.
 
-        From any thread, at once, even while an iteration runs. A request's own counts are in
-        it before its last delta is out. It is shared and never changes: leave it so.
+        Any thread may ask, even while an iteration runs. A request's own counts are in it
+        before its last delta is out. It is shared and never changes: leave it so.
         """
         return self._stats
 
     @property
     def replica_set(self) -> None:
-        """``None``: there is this engine alone."""
+        """Always ``None``, since there is this engine alone."""
         return None
 
     def stats_by_replica(self) -> Mapping[str, EngineStats]:
-        """`stats` under the number 0, for callers that serve several engines as well as one."""
+        """Return `stats` under the number 0, for callers that also serve several engines."""
         return {"0": self._stats}
 
     async def start(self) -> None:
-        """Start the core's thread. Does nothing if it runs.
+        """Start the core's thread, unless it runs.
 
-        Where the device was never profiled, measures it for a few seconds first (`profile`).
+        A device that was never profiled is measured for a few seconds first (`profile`).
         """
         if self._thread is not None:
             return
@@ -278,7 +279,7 @@ class AsyncEngine(EngineBase):
         Args:
             priority: lower runs earlier.
             cache_salt: cached prefixes are shared only between requests of equal salt.
-            slo: latency asked for, as an `SLO` or a class's name; default: the engine's.
+            slo: the latency asked for, as an `SLO` or a class's name; default: the engine's.
                 One that cannot be kept and asks to be refused ends its handle's first
                 output with `SLOUnattainableError`.
 
@@ -330,7 +331,7 @@ class AsyncEngine(EngineBase):
             self._wake.notify()
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
-        """The core's thread. Should the core itself break, every request hears of it."""
+        """Do the work of the core's thread. If the core itself breaks, every request is told."""
         try:
             self._serve(loop)
             self.keep_profile()
@@ -354,8 +355,9 @@ class AsyncEngine(EngineBase):
                     loop.call_soon_threadsafe(self._publish, deltas)
 
     def _wait(self) -> None:
-        """Until there is something to do. In the meantime the pool's books are checked, and a
-        rough profile is refined.
+        """Wait until there is something to do.
+
+        In the meantime the pool's books are checked, and a rough profile is refined.
         """
         since = time.monotonic()
         if self._sleep(IDLE_S):
@@ -368,7 +370,7 @@ class AsyncEngine(EngineBase):
                 return
 
     def _sleep(self, seconds: float | None) -> bool:
-        """At most so long, or for ever; True once there is something to do."""
+        """Wait for so many seconds, or for ever; return whether there is something to do."""
         with self._wake:
             return self._wake.wait_for(self._has_business, seconds)
 
@@ -390,10 +392,10 @@ class AsyncEngine(EngineBase):
         return deltas, False
 
     def _fail_all(self, untold: list[OutputDelta], error: Exception) -> None:
-        """On the loop: end every request in flight, and accept no more.
+        """On the loop, end every request in flight, and accept no more.
 
         Args:
-            untold: what was still to be published.
+            untold: the deltas that were still to be published.
         """
         self._accepting = False
         self._publish(untold)
@@ -407,7 +409,7 @@ class AsyncEngine(EngineBase):
         )
 
     def _publish(self, deltas: list[OutputDelta]) -> None:
-        """On the loop: hand each delta to its request."""
+        """On the loop, hand each delta to its request."""
         for delta in deltas:
             handle = self._handles.get(delta.request_id)
             if handle is None:
@@ -423,13 +425,14 @@ class AsyncEngine(EngineBase):
 
 
 def _as_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
-    """A single prompt (text, token ids, messages) as a list of one."""
+    """Return a list of prompts, also for a single prompt (text, token ids, messages)."""
     if isinstance(prompts, str):
         return [prompts]
-    prompts = list(prompts)
-    if prompts and isinstance(prompts[0], (int, Mapping)):
-        return [prompts]
-    return prompts
+    items = list(prompts)
+    # The first item tells a prompt of ids or messages from a list of prompts.
+    if items and isinstance(items[0], (int, Mapping)):
+        return [cast("Prompt", items)]
+    return cast("list[Prompt]", items)
 
 
 def _empty_output(submission: Submission) -> RequestOutput:

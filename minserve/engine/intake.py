@@ -1,4 +1,4 @@
-"""`Intake`: from what a caller asks for to a checked `Request`. Needs no weights.
+"""`Intake` makes a checked `Request` from what a caller asks for. It needs no weights.
 
 An engine has one; so has a controller of several engines, which draws seeds and resolves
 promises before it chooses who runs them.
@@ -24,7 +24,7 @@ from minserve.errors import (
     RequestTooLongError,
 )
 from minserve.models.source import find_model
-from minserve.planner.policies import PROMISING
+from minserve.planner.policies.registry import planner_class, promising_policies
 from minserve.planner.predict.perf_model import PerfModel
 from minserve.request import Request
 from minserve.sampling_params import SamplingParams
@@ -34,7 +34,7 @@ Prompt = str | SequenceOf[int] | SequenceOf[Mapping[str, Any]]
 
 
 def load_tokenizer(config: EngineConfig) -> Tokenizer:
-    """The tokenizer of a model, without the model.
+    """Load the tokenizer of a model, without the model.
 
     Raises:
         ModelLoadError: where it cannot be read.
@@ -43,11 +43,11 @@ def load_tokenizer(config: EngineConfig) -> Tokenizer:
 
 
 def check_room(num_outputs: int, num_unfinished: int, max_queue: int, num_engines: int = 1) -> None:
-    """Whether a call's outputs may be queued.
+    """Check that a call's outputs may be queued.
 
     Args:
-        num_unfinished: outputs that are waiting or running already.
-        max_queue: outputs of each engine.
+        num_unfinished: the number of outputs that wait or run already.
+        max_queue: the most outputs of each engine.
 
     Raises:
         InvalidRequestError: for more than any engine ever takes.
@@ -70,10 +70,11 @@ class Intake:
 
     Args:
         max_model_len, vocab_size: the model's.
-        clock: monotonic seconds.
+        clock: tells monotonic seconds.
 
     Attributes:
-        perf_model: what slowdowns are multiples of; ``None`` until it is known.
+        perf_model: the device's speed, of which slowdowns are multiples; ``None`` until it is
+            known.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class Intake:
         cache_salt: str = "",
         slo: SLO | str | None = None,
     ) -> tuple[str | None, Request]:
-        """The prompt's text (``None`` for token ids), and the request.
+        """Return the prompt's text (``None`` for token ids) and the request.
 
         Raises:
             InvalidRequestError: where it can never be served as it stands.
@@ -148,10 +149,10 @@ class Intake:
 
     def _targets(self, slo: SLO, num_prompt_tokens: int) -> Targets:
         policy = self._config.policy
-        if slo.refuses_delay and policy not in PROMISING:
+        if slo.refuses_delay and not planner_class(policy).promises:
             raise InvalidSLOError(
                 f"policy {policy} promises nothing, so it cannot refuse what it "
-                f"cannot keep; use one of {', '.join(PROMISING)}",
+                f"cannot keep; use one of {', '.join(promising_policies())}",
                 "slo.on_unattainable",
             )
         return self.promises.targets(slo, num_prompt_tokens, self.perf_model)

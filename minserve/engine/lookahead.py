@@ -1,8 +1,8 @@
-"""Planning an iteration while the one before it runs on the device.
+"""Plans an iteration while the one before it runs on the device.
 
-A plan made ahead is made from a guess at what will be: `project` is that guess, and `confirm`
-says later what of the plan still holds. It holds nearly always, less the sequences that ended
-meanwhile. Where it does not, an iteration is planned from what is.
+Such a plan is made from a guess at the state to come: `project` is that guess, and `confirm`
+says later which part of the plan still holds. Nearly always that is the plan without the
+sequences that ended meanwhile. Where it is not, the iteration is planned anew.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from minserve.blocks import blocks_for
 from minserve.engine.device.runner import Scheduled
 from minserve.planner.plan import IterationPlan, MemoryView, PlannerView, SpeculationView
 from minserve.request import Sequence
@@ -20,8 +21,8 @@ class PlanAhead:
     """A plan, and what it relies on.
 
     Attributes:
-        seen: ids of all sequences that it was made for.
-        starts: of each chunk of a prefill, how many tokens are computed before it.
+        seen: the ids of all sequences that it was made for.
+        starts: for each chunk of a prefill, the number of tokens that are computed before it.
     """
 
     plan: IterationPlan
@@ -30,7 +31,7 @@ class PlanAhead:
 
     @classmethod
     def of(cls, plan: IterationPlan, view: PlannerView) -> PlanAhead:
-        """Of a plan and the view that it was made from."""
+        """Return a plan with what it relies on of the view that it was made from."""
         starts = {
             seq.seq_id: seq.num_computed_tokens
             for seq in view.running
@@ -45,7 +46,7 @@ class PlanAhead:
 
 @dataclass(frozen=True, slots=True)
 class _ProjectedSpeculation:
-    """Who drafts, asked about sequences whose newest token nobody knows yet.
+    """The proposer, asked about sequences whose newest token is not known yet.
 
     Attributes:
         known: the sequences as they are.
@@ -67,14 +68,14 @@ class _ProjectedSpeculation:
 
 
 def project(view: PlannerView, batch: Iterable[Scheduled], at: float) -> PlannerView:
-    """The engine's state when a batch will have run, as far as that can be told.
+    """Return the engine's state after a batch, as far as that can be told while it runs.
 
-    Each sequence of the batch that samples has one token more, of drafts none is accepted,
-    and none ends but those that reach ``max_tokens``. The view's sequences do not change.
+    Each sequence of the batch that samples has one token more, no draft is accepted, and only
+    sequences that reach ``max_tokens`` end. The view's sequences do not change.
 
     Args:
         view: the state while the batch runs.
-        at: when its tokens come.
+        at: the time at which its tokens come.
     """
     num_tokens = {item.seq.seq_id: item.num_tokens for item in batch}
     running = [
@@ -92,21 +93,21 @@ def project(view: PlannerView, batch: Iterable[Scheduled], at: float) -> Planner
 
 
 def confirm(ahead: PlanAhead, view: PlannerView, now: float) -> IterationPlan | None:
-    """What of a plan made ahead can be carried out.
+    """Return the part of a plan made ahead that can be carried out.
 
     Args:
-        view: the state as it has come to be.
+        view: the state that has come to be.
         now: seconds on the engine's monotonic clock.
 
     Returns:
-        the plan itself, or one without the sequences that ended and without drafts that are
+        The plan itself, or one without the sequences that ended and without drafts that are
         no longer possible, with the shape still to be reckoned; ``None`` where it is better
-        planned anew.
+        to plan anew.
     """
     plan = ahead.plan
     live = {seq.seq_id: seq for seq in (*view.running, *view.waiting)}
     if not live.keys() <= ahead.seen:
-        return None  # somebody has come
+        return None  # a sequence has come
     # Nobody is given up, refused or preempted by a guess: blocks may be free by now that were
     # not when it was made.
     if plan.reject or plan.relegate or plan.preempt or now > plan.start_by_s:
@@ -123,7 +124,7 @@ def confirm(ahead: PlanAhead, view: PlannerView, now: float) -> IterationPlan | 
 def _with_possible_drafts(
     plan: IterationPlan, live: Mapping[str, Sequence], proposer: SpeculationView
 ) -> IterationPlan:
-    """The plan with no more drafts than can be made now, nor behind an output's last token."""
+    """Return the plan without drafts that cannot be made now or lie behind an output's end."""
     scheduled, speculation = dict(plan.num_scheduled_tokens), {}
     for seq_id, planned in plan.speculation.items():
         seq = live[seq_id]
@@ -147,7 +148,7 @@ def _fits(
     live: Mapping[str, Sequence],
     memory: MemoryView,
 ) -> bool:
-    """True where each sequence stands where the plan has it, and the blocks suffice."""
+    """Return whether each sequence stands where the plan has it, and the blocks suffice."""
     size, starting = memory.block_size, set(plan.start)
     free = memory.num_free_blocks
     for seq_id, num_tokens in plan.num_scheduled_tokens.items():
@@ -158,5 +159,5 @@ def _fits(
             start, num_held = hit.num_tokens, hit.num_tokens // size - hit.num_idle_blocks
         if not (start == starts[seq_id] if seq_id in starts else seq.is_decoding):
             return False
-        free -= max(0, -(-(start + num_tokens) // size) - num_held)
+        free -= max(0, blocks_for(start + num_tokens, size) - num_held)
     return free >= 0

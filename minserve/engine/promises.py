@@ -1,4 +1,4 @@
-"""From what a request asks for to seconds on this device: classes, defaults, markers."""
+"""`Promises` turns the SLOs that requests ask for into seconds on this device."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from minserve.config import EngineConfig
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import ConfigError
 from minserve.planner.predict.perf_model import PerfModel
-from minserve.slo.fields import find_class, load_classes
 from minserve.slo.objectives import SLO, Targets, preset_classes
+from minserve.slo.slo_fields import find_class, load_classes
 
 THINKING_MARKER = "</think>"
 
 
 class Promises:
-    """The SLO classes of an engine, and what they mean here.
+    """The SLO classes of an engine, and what they mean on its device.
 
     Attributes:
-        classes: by name.
-        default: of requests that bring none; ``None`` promises them nothing.
-        thinking_marker: text that ends this model's thinking, or ``None``.
+        classes: the classes by name.
+        default: the SLO of requests that bring none; ``None`` promises them nothing.
+        thinking_marker: the text that ends this model's thinking, or ``None``.
 
     Raises:
         ConfigError: for a classes file that cannot be read or an unknown default class.
@@ -38,7 +38,7 @@ class Promises:
             self.thinking_marker = THINKING_MARKER
 
     def find(self, slo: SLO | str | None) -> SLO | None:
-        """The SLO in force: the one given, the class of that name, or the default.
+        """Return the SLO in force: the one given, the class of that name, or the default.
 
         Raises:
             InvalidSLOError: for an unknown class.
@@ -48,7 +48,7 @@ class Promises:
         return slo if isinstance(slo, SLO) else find_class(slo, self.classes, "slo")
 
     def targets(self, slo: SLO, num_prompt_tokens: int, model: PerfModel | None) -> Targets:
-        """The SLO in seconds for a prompt of that length.
+        """Return the SLO in seconds for a prompt of that length.
 
         Args:
             model: needed where the SLO is a multiple of the device's speed.
@@ -63,7 +63,7 @@ class Promises:
         )
 
     def marker_ids(self, slo: SLO | None) -> Mapping[str, int]:
-        """Of the SLO's stage markers, those that are a single token."""
+        """Return those of the SLO's stage markers that are a single token, with their ids."""
         markers = () if slo is None else [s.until for s in slo.stages if s.until is not None]
         found = {marker: self._token_of(marker) for marker in markers}
         return {marker: token for marker, token in found.items() if token is not None}

@@ -1,7 +1,7 @@
-"""`RelayEngine`: the core for a caller that has its own loop and its own clients' wishes.
+"""`RelayEngine` runs a core for a caller that has its own loop and its own clients.
 
-It takes requests that an `Intake` elsewhere has checked, also such as began elsewhere, and
-gives back all news of an iteration at once.
+It takes requests that an `Intake` elsewhere has checked, also requests that began elsewhere,
+and returns all news of an iteration at once.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ log = logging.getLogger(__name__)
 
 
 class IterationNews(NamedTuple):
-    """What came of an iteration.
+    """The news of an iteration.
 
     Attributes:
-        declined: ids of requests that are promised nothing now and have not begun.
-        load: behind it.
+        declined: the ids of requests that are promised nothing now and have not begun.
+        load: the engine's load after it.
     """
 
     deltas: list[OutputDelta]
@@ -36,7 +36,7 @@ class IterationNews(NamedTuple):
 
 
 class RelayEngine(EngineBase):
-    """Blocking, and not thread-safe."""
+    """An engine whose methods block and are not thread-safe."""
 
     @property
     def has_work(self) -> bool:
@@ -44,25 +44,25 @@ class RelayEngine(EngineBase):
 
     @property
     def fingerprint(self) -> str:
-        """Of the model's files."""
+        """The fingerprint of the model's files."""
         return fingerprint(self._loaded.source)
 
     @property
     def dtype(self) -> str:
-        """Of weights, and of arithmetic where it differs."""
+        """The dtype of weights, and that of arithmetic where it differs."""
         return self._loaded.dtype
 
     @property
     def clock_s(self) -> float:
-        """Now, on the clock that arrivals and histories are on."""
+        """The time now, on the clock of arrivals and histories."""
         return self._core.clock()
 
     def add(self, request: Request, histories: Mapping[int, History]) -> None:
         """Queue outputs of a request.
 
         Args:
-            request: with its arrival on this engine's clock.
-            histories: of the outputs that are to be run, by index.
+            request: the request, with its arrival on this engine's clock.
+            histories: by index, what clients were told of the outputs that are to be run.
 
         Raises:
             InvalidRequestError: if it was checked against another model.
@@ -71,23 +71,23 @@ class RelayEngine(EngineBase):
         self._enqueue(Submission(None, request, histories))
 
     def abort(self, request_id: str) -> list[OutputDelta]:
-        """End a request; unknown ones are ignored."""
+        """End a request; an unknown one is ignored."""
         return self._core.abort(request_id)
 
     def withdraw(self, request_id: str) -> bool:
-        """Forget a request without a word, unless it has begun; whether it was forgotten."""
+        """Forget a request without news, unless it has begun; return whether it was forgotten."""
         return self._core.withdraw(request_id)
 
     def step(self) -> IterationNews:
-        """One iteration; whatever goes wrong ends the requests in flight, not the engine.
+        """Run one iteration. An error in it ends the requests in flight, but not the engine.
 
         Raises:
-            DeviceLostError: where no iteration can go right any more.
+            DeviceLostError: where no further iteration can succeed.
         """
         return IterationNews(self._iterate(), self._core.declined, self.load())
 
     def check_integrity(self) -> None:
-        """Check the pool's books; for engines that have been idle for `core.IDLE_S`.
+        """Check the pool's books, on an engine that has been idle for `core.IDLE_S`.
 
         Raises:
             PoolCorruptedError: where they do not add up, which is a bug.
@@ -95,11 +95,11 @@ class RelayEngine(EngineBase):
         self._core.check_integrity()
 
     def load(self) -> ReplicaLoad:
-        """How much there is to do."""
+        """Return how much there is to do."""
         return load_of(self._core.planner, self._core.view())
 
     def snapshot(self) -> EngineStats:
-        """What was counted so far, as a copy."""
+        """Return a copy of the counts so far."""
         return self._core.snapshot()
 
     def _check_fits(self, request: Request, histories: Mapping[int, History]) -> None:

@@ -24,7 +24,7 @@ from minserve.engine.speculation.verification import SampledToken, Verified
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import ConfigError, GenerationError
 from minserve.models.source import ModelSource
-from minserve.planner.policies import make_planner
+from minserve.planner.policies.registry import make_planner
 from minserve.planner.predict.eager import is_eager
 from minserve.planner.predict.lengths import make_length_estimator
 from minserve.planner.predict.perf_model import BatchShape, PerfModel

@@ -175,3 +175,12 @@ class PlannerView:
     token_budget: int
     max_num_seqs: int
     speculation: SpeculationView | None = None
+
+
+def shared_blocks(seq: Sequence, memory: MemoryView) -> int:
+    """Blocks of its prompt that an output shares with those of the same request that began
+    before it; 0 where it has no siblings.
+    """
+    if seq.request.params.n == 1 or not memory.may_hit(seq):
+        return 0
+    return (seq.num_prompt_tokens - 1) // memory.block_size

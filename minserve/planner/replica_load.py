@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from minserve.planner.plan import PlannerView
-from minserve.planner.policies import PROMISING
 from minserve.planner.policies.base import Planner
+from minserve.planner.policies.promising import PromisingPlanner
 from minserve.slo.objectives import Standing
 
 
@@ -36,7 +36,7 @@ def load_of(planner: Planner, view: PlannerView) -> ReplicaLoad:
     Policies that promise nothing owe every sequence its pace; of those that promise, best
     effort is owed nothing.
     """
-    promises = planner.name in PROMISING
+    promises = isinstance(planner, PromisingPlanner)
     prefill, rate, tightest, held = 0, 0.0, math.inf, 0
     for seq in (*view.running, *view.waiting):
         if seq.progress is None or (promises and seq.standing is Standing.BEST_EFFORT):

@@ -148,11 +148,10 @@ class Server:
         call = parse_tokenize(await read_object(request))
         engine = self._loaded_engine()
         self._check_model(call.model)
-        tokenizer = _require_tokenizer(engine)
-        if call.messages is not None:
+        if not isinstance(call.prompt, str):
             _require_chat_template(engine)
         # In a thread: a body of megabytes takes about a second, and no other request should wait.
-        tokens = await asyncio.to_thread(_tokenize, tokenizer, call)
+        tokens = await asyncio.to_thread(_tokenize, engine.tokenizer, call)
         return _json(
             {"tokens": tokens, "count": len(tokens), "max_model_len": engine.max_model_len}
         )
@@ -167,7 +166,7 @@ class Server:
                 raise InvalidRequestError(
                     f"tokens: {token} is outside the vocabulary of {engine.vocab_size}", "tokens"
                 )
-        decode = _require_tokenizer(engine).decode
+        decode = engine.tokenizer.decode
         text = await asyncio.to_thread(decode, tokens, skip_special_tokens=False)
         return _json({"prompt": text})
 
@@ -296,21 +295,16 @@ async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamRe
         return error_response(to_http_error(error))
 
 
-def _require_tokenizer(engine: EngineFace) -> Tokenizer:
-    if engine.tokenizer is None:
-        raise InvalidRequestError("this model has no tokenizer; send token ids")
-    return engine.tokenizer
-
-
 def _require_chat_template(engine: EngineFace) -> None:
-    if engine.tokenizer is None or not engine.tokenizer.has_chat_template:
+    if not engine.tokenizer.has_chat_template:
         raise InvalidRequestError(
             "this model has no chat template; use /v1/completions", "messages"
         )
 
 
 def _tokenize(tokenizer: Tokenizer, call: TokenizeCall) -> list[int]:
-    text = call.prompt if call.messages is None else tokenizer.render_chat(call.messages)
+    prompt = call.prompt
+    text = prompt if isinstance(prompt, str) else tokenizer.render_chat(prompt)
     return list(tokenizer.encode(text, add_special_tokens=call.add_special_tokens))
 
 

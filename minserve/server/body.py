@@ -2,7 +2,8 @@
 
 Python's own JSON reader takes more than JSON: NaN, duplicate keys, integers of any
 length, halves of surrogate pairs. Each of these is refused here, so that the code that uses
-the object need not think of them.
+the object need not think of them. msgspec checks the types of fields, but does not read the JSON:
+it would keep the last of duplicate keys in silence.
 """
 
 from __future__ import annotations
@@ -10,17 +11,39 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
+import msgspec
 from aiohttp import ClientPayloadError, web
 
 from minserve.errors import InvalidRequestError
 from minserve.server.errors import HttpError
 
-INT_BOUND = 2**63
 MAX_DIGITS = 20  # of an integer; enough for every 64-bit number
 _LONG_NUMBER = re.compile(rf"[0-9]{{{MAX_DIGITS + 1}}}")
-_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+
+# msgspec names the place in a value at the end of its message, in the form of a JSON path.
+_PLACE = " - at `$"
+_STEP = re.compile(r"\.(\w+)|\[(\d+)\]")
+_FIELD = re.compile(
+    r"Object (missing required|contains unknown) field `(.*?)`(?: - at `\$(.*)`)?", re.DOTALL
+)
+_TYPE = re.compile(r"`([^`]*)`")
+_WORDS = {
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a string",
+    "array": "a list",
+    "object": "an object",
+}
+
+_T = TypeVar("_T")
+
+
+class Form(msgspec.Struct, forbid_unknown_fields=True):
+    """The fields of a JSON object, their types and what stands for those that are not given."""
 
 
 async def read_object(request: web.Request) -> dict[str, Any]:
@@ -47,6 +70,9 @@ async def read_object(request: web.Request) -> dict[str, Any]:
 def parse_object(raw: bytes) -> dict[str, Any]:
     """Parse strict JSON that must be an object.
 
+    Fields of objects that are ``null`` are left out, at any depth: ``null`` means "not given" for
+    every field, because clients send it with that meaning.
+
     Raises:
         InvalidRequestError: naming what is wrong with it.
     """
@@ -55,7 +81,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise InvalidRequestError("the request body is not UTF-8") from None
     hooks: dict[str, Any] = {
-        "object_pairs_hook": _unique_keys,
+        "object_pairs_hook": _given_fields,
         "parse_constant": _refuse_constant,
         "parse_float": _finite_float,
     }
@@ -63,26 +89,25 @@ def parse_object(raw: bytes) -> dict[str, Any]:
         hooks["parse_int"] = _bounded_int
     try:
         value = json.loads(text, **hooks)
+        msgspec.json.encode(value)  # Half of a surrogate pair can be read, but not written.
     except RecursionError:
         raise InvalidRequestError("the request body is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise InvalidRequestError("a string holds half of a surrogate pair") from None
     except ValueError as error:
         raise InvalidRequestError(f"the request body is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise InvalidRequestError("the request body must be a JSON object")
-    if _SURROGATE_ESCAPE.search(text):
-        _refuse_lone_surrogates(value)
     return value
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _given_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise InvalidRequestError(f"the field {key!r} appears twice")
-            seen.add(key)
-    return result
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise InvalidRequestError(f"the field {twice!r} appears twice")
+    return {key: value for key, value in result.items() if value is not None}
 
 
 def _refuse_constant(name: str) -> float:
@@ -102,112 +127,67 @@ def _bounded_int(text: str) -> int:
     return int(text)
 
 
-def _refuse_lone_surrogates(value: Any) -> None:
-    """Refuse a value with half of a surrogate pair in it. A loop, so that depth cannot overflow."""
-    stack = [value]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, str):
-            if not item.isascii() and any("\ud800" <= char <= "\udfff" for char in item):
-                raise InvalidRequestError("a string holds half of a surrogate pair")
-        elif isinstance(item, dict):
-            stack.extend(item)
-            stack.extend(item.values())
-        elif isinstance(item, list):
-            stack.extend(item)
+def convert(value: Any, form: type[_T], where: str = "") -> _T:
+    """Return a JSON value as an instance of a type, such as a `Form`, without any coercion.
+
+    Args:
+        value: the value, as `parse_object` returns it.
+        form: the type.
+        where: the place of the value in the body; empty for the body itself.
+
+    Raises:
+        InvalidRequestError: naming the field, what it must be and what it is.
+    """
+    try:
+        return msgspec.convert(value, form)
+    except msgspec.ValidationError as error:
+        text = str(error)
+    if field := _FIELD.fullmatch(text):
+        place = f"{where}{field[3] or ''}.{field[2]}".removeprefix(".")
+        is_missing = field[1].startswith("missing")
+        raise refusal(place, "is required" if is_missing else "is not supported by this server")
+    problem, found, path = text.rpartition(_PLACE)
+    if not found:  # the value as a whole
+        problem, path = text, ""
+    place = f"{where}{path.removesuffix('`')}".removeprefix(".")
+    for name, index in _STEP.findall(path):
+        value = value[name or int(index)]
+    if problem.startswith("Invalid enum value"):
+        raise refusal(place, f"{brief(value)} is not supported")
+    expected = _TYPE.sub(_plain_words, problem.removeprefix("Expected ").partition(", got ")[0])
+    raise refusal(place, f"must be {expected}, not {brief(value)}")
 
 
-class Fields:
-    """Takes typed fields out of a JSON object, then refuses the fields that were not taken.
+def _plain_words(types: re.Match[str]) -> str:
+    return " or ".join(_WORDS.get(one, one) for one in types[1].split(" | ") if one != "null")
 
-    ``null`` means "not given" for every field, because clients send it with that meaning.
+
+def refuse_unsupported(values: dict[str, Any], harmless: Mapping[str, tuple[Any, ...]]) -> None:
+    """Take fields that are not implemented out of an object.
 
     Args:
         values: the object.
-        where: prefix of field names in error messages, such as ``"messages[0]."``.
+        harmless: the fields, each with the values that ask for nothing.
+
+    Raises:
+        InvalidRequestError: if one of them has another value.
     """
-
-    def __init__(self, values: dict[str, Any], where: str = "") -> None:
-        self._left = {name: value for name, value in values.items() if value is not None}
-        self._where = where
-
-    def take(self, name: str) -> Any:
-        """Take the raw value; ``None`` where the field is not given."""
-        return self._left.pop(name, None)
-
-    def integer(self, name: str, low: int = -INT_BOUND, high: int = INT_BOUND - 1) -> int | None:
-        """Take an integer (no bool, no 1.0) in ``low..high``; ``None`` where it is not given."""
-        value = self.take(name)
-        if value is None:
-            return None
-        if not is_integer(value):
-            raise self.error(name, f"must be an integer, not {brief(value)}")
-        if not low <= value <= high:
-            raise self.error(name, f"must be between {low} and {high}, not {value}")
-        return value
-
-    def number(self, name: str) -> float | None:
-        """Take a finite number (no bool); ``None`` where it is not given."""
-        value = self.take(name)
-        if value is None or is_integer(value) or isinstance(value, float):
-            return value
-        raise self.error(name, f"must be a number, not {brief(value)}")
-
-    def boolean(self, name: str, default: bool = False) -> bool:
-        """Take ``true`` or ``false``; ``default`` where the field is not given."""
-        value = self.take(name)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.error(name, f"must be true or false, not {brief(value)}")
-        return value
-
-    def string(self, name: str) -> str | None:
-        """Take a string; ``None`` where it is not given."""
-        value = self.take(name)
-        if value is not None and not isinstance(value, str):
-            raise self.error(name, f"must be a string, not {brief(value)}")
-        return value
-
-    def object(self, name: str) -> Fields:
-        """Take a nested object's fields; those of an empty object where it is not given."""
-        value = self.take(name)
-        if value is not None and not isinstance(value, dict):
-            raise self.error(name, f"must be an object, not {brief(value)}")
-        return Fields(value or {}, f"{self._where}{name}.")
-
-    def only(self, name: str, *harmless: Any) -> None:
-        """Take an unsupported field; refuse it unless its value is absent or in ``harmless``."""
-        value = self.take(name)
-        if value is None or any(type(value) is type(one) and value == one for one in harmless):
-            return
-        raise self.error(name, f"{brief(value)} is not supported")
-
-    def finish(self) -> None:
-        """Refuse the fields that were not taken.
-
-        Raises:
-            InvalidRequestError: naming the first of these fields.
-        """
-        for name in self._left:
-            raise self.error(name, "is not supported by this server")
-
-    def error(self, name: str, problem: str) -> InvalidRequestError:
-        """Return an error about one field, ready to raise."""
-        full = f"{self._where}{name}"
-        return InvalidRequestError(f"{full}: {problem}", full)
+    for name, accepted in harmless.items():
+        value = values.pop(name, None)
+        if value is not None and not any(type(value) is type(x) and value == x for x in accepted):
+            raise refusal(name, f"{brief(value)} is not supported")
 
 
-def is_integer(value: Any) -> bool:
-    """Return whether JSON would write the value as an integer; a ``bool`` is an integer in Python
-    only.
-    """
-    return isinstance(value, int) and not isinstance(value, bool)
+def refusal(param: str, problem: str) -> InvalidRequestError:
+    """Return an error about one field, ready to raise."""
+    return InvalidRequestError(f"{param}: {problem}", param)
 
 
 def brief(value: Any) -> str:
     """Return a value as text for an error message, cut to 60 characters."""
-    if isinstance(value, (list, dict)):
-        return "a list" if isinstance(value, list) else "an object"
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    if isinstance(value, dict):
+        return "an object"
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

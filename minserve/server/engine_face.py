@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from minserve.config import EngineConfig
-from minserve.outputs import OutputDelta
+from minserve.outputs import OutputDelta, ReplicaReport
 from minserve.sampling_params import SamplingParams
 from minserve.slo.objectives import SLO
 
@@ -56,7 +56,7 @@ class ReplicaSet(Protocol):
     @property
     def routing(self) -> RoutingCounts: ...
 
-    def replicas(self) -> list[dict[str, object]]:
+    def replicas(self) -> list[ReplicaReport]:
         """The state of each replica, in the order of their numbers; may be called from any thread."""
 
     async def drain(self, number: int) -> None:

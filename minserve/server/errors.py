@@ -45,7 +45,8 @@ class HttpError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
+        # A header that the message repeats may hold bytes that are not UTF-8.
+        self.message = message.encode("utf-8", "replace").decode()
         self.kind = kind
         self.param = param
         self.code = code

@@ -17,6 +17,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 from aiohttp import web
@@ -95,18 +96,14 @@ async def serve(
     ended = _first_signal()
     try:
         await web.SockSite(runner, sock, backlog=BACKLOG).start()
-        loading = _in_thread(load_engine)
-        await asyncio.wait({loading, ended}, return_when=asyncio.FIRST_COMPLETED)
-        if ended.done():
-            raise LoadInterrupted(ended.result())
-        engine = loading.result()
+        engine = await _unless(ended, _in_thread(load_engine))
         starting = asyncio.ensure_future(engine.start())
-        await asyncio.wait({starting, ended}, return_when=asyncio.FIRST_COMPLETED)
-        if ended.done():
+        try:
+            await _unless(ended, starting)
+        except LoadInterrupted:
             starting.cancel()
             await engine.stop()
-            raise LoadInterrupted(ended.result())
-        starting.result()
+            raise
         # The loaded objects stay to the end. A garbage collection that goes through all of them
         # would stop every stream for 0.1 s now and then.
         gc.collect()
@@ -171,25 +168,34 @@ def _first_signal() -> asyncio.Future[int]:
     return ended
 
 
+async def _unless(ended: asyncio.Future[int], work: asyncio.Future[T]) -> T:
+    """Wait for some work and return its result.
+
+    Raises:
+        LoadInterrupted: if a signal comes first.
+    """
+    either: set[asyncio.Future[T] | asyncio.Future[int]] = {work, ended}
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    if ended.done():
+        raise LoadInterrupted(ended.result())
+    return work.result()
+
+
 def _in_thread(function: Callable[[], T]) -> asyncio.Future[T]:
     """Run a blocking function in a daemon thread, so that a signal need not wait for it."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if future.cancelled():
-            return
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
+    def settle(report: Callable[[], None]) -> None:
+        if not future.cancelled():
+            report()
 
     def run() -> None:
         try:
-            outcome = (function(), None)
+            report = partial(future.set_result, function())
         except BaseException as error:
-            outcome = (None, error)
-        loop.call_soon_threadsafe(settle, *outcome)
+            report = partial(future.set_exception, error)
+        loop.call_soon_threadsafe(settle, report)
 
     threading.Thread(target=run, name="load-model", daemon=True).start()
     return future

@@ -15,13 +15,9 @@ LOWEST_LOGPROB = -9999.0
 
 
 class LogprobWriter:
-    """Writes log probabilities with the text of their tokens.
+    """Writes log probabilities with the text of their tokens, which the tokenizer gives."""
 
-    tokenizer: gives the text of the tokens; without it they are called ``token_id:17``.
-        tokenizer: gives the text of tokens; without it a token is called ``token_id:17``.
-    """
-
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
     def completion(
@@ -51,7 +47,7 @@ class LogprobWriter:
             "text_offset": [],
         }
         for token_id, entry in zip(token_ids, entries, strict=True):
-            text = self._text(token_id)
+            text = self._tokenizer.token_text(token_id)
             arrays["tokens"].append(text)
             arrays["token_logprobs"].append(None if entry is None else _finite(entry.logprob))
             arrays["top_logprobs"].append(None if entry is None else self._alternatives(entry))
@@ -74,18 +70,15 @@ class LogprobWriter:
     def _alternatives(self, entry: TokenLogprob) -> dict[str, float]:
         result: dict[str, float] = {}
         for token_id, logprob in (*entry.top, (entry.token_id, entry.logprob)):
-            result.setdefault(self._text(token_id), _finite(logprob))
+            result.setdefault(self._tokenizer.token_text(token_id), _finite(logprob))
         return result
 
     def _object(self, token_id: int, logprob: float) -> dict[str, Any]:
-        named = self._tokenizer is not None
-        raw = list(self._tokenizer.token_bytes(token_id)) if named else None
-        return {"token": self._text(token_id), "logprob": _finite(logprob), "bytes": raw}
-
-    def _text(self, token_id: int) -> str:
-        if self._tokenizer is None:
-            return f"token_id:{token_id}"
-        return self._tokenizer.token_text(token_id)
+        return {
+            "token": self._tokenizer.token_text(token_id),
+            "logprob": _finite(logprob),
+            "bytes": list(self._tokenizer.token_bytes(token_id)),
+        }
 
 
 def join_arrays(first: dict[str, list[Any]], second: dict[str, list[Any]]) -> dict[str, list[Any]]:

@@ -7,17 +7,18 @@ asks for nothing (an empty tool list, ``best_of: 1``) is accepted, because clien
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, TypeVar
+
+from msgspec import Meta, field
 
 from minserve.errors import InvalidRequestError
-from minserve.sampling_params import MAX_LOGPROBS, SEED_MAX, SEED_MIN, SamplingParams
-from minserve.server.body import Fields, brief, is_integer
+from minserve.sampling_params import MAX_LOGPROBS, SamplingParams
+from minserve.server.body import Form, brief, convert, refusal, refuse_unsupported
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 COMPLETION_MAX_TOKENS = 16
-INT32_MAX = 2**31 - 1
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 # Fields that are not implemented, with the values that ask for nothing.
@@ -45,17 +46,20 @@ _HARMLESS_CHAT: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "tools": ([],),
 }
-# Labels for the client's own records; no value of theirs changes the result.
-_LABELS = ("user", "safety_identifier", "prompt_cache_key")
-_LABEL_FLAGS = ("store", "parallel_tool_calls")
-_NUMBERS = (
-    "temperature",
-    "top_p",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-)
+_HARMLESS_TOKENIZE: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "return_token_strs": (False,),
+}
+# Fields that `SamplingParams` has by the same name and whose values it checks.
+_SETTINGS = {setting.name for setting in fields(SamplingParams)} - {
+    "max_tokens",
+    "logprobs",
+    "prompt_logprobs",
+}
+
+_TokenId = Annotated[int, Meta(ge=0)]
+_Positive = Annotated[int, Meta(ge=1)]
+_Nothing = tuple[()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,12 +92,83 @@ class GenerationCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizeCall:
-    """A /tokenize body: ``prompt`` or ``messages``, never both."""
+    """A checked /tokenize body, whose prompt is a text or messages."""
 
     model: str | None
-    prompt: str | None
-    messages: list[dict[str, str]] | None
+    prompt: str | list[dict[str, str]]
     add_special_tokens: bool
+
+
+class _StreamOptions(Form):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False
+
+
+class _TextPart(Form):
+    text: str
+    type: Literal["text"] = "text"
+
+
+class _Message(Form):
+    """A message of a chat. An answer comes back in the next turn with its empty fields."""
+
+    role: str
+    content: str | list[_TextPart]
+    name: str | None = None
+    tool_calls: _Nothing = ()
+    annotations: _Nothing = ()
+
+
+_Messages = Annotated[list[_Message], Meta(min_length=1)]
+
+
+class _Body(Form):
+    """The fields that both endpoints share, beside `_SETTINGS` and `_HARMLESS`."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: _StreamOptions = field(default_factory=_StreamOptions)
+    include_acceptance: bool = False
+    priority: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] = 0
+    cache_salt: str = ""
+    # Labels for the client's own records; no value of theirs changes the result.
+    user: str = ""
+    safety_identifier: str = ""
+    prompt_cache_key: str = ""
+    store: bool = False
+    parallel_tool_calls: bool = True
+
+
+_B = TypeVar("_B", bound=_Body)
+
+
+class _CompletionBody(_Body):
+    prompt: Any = None
+    echo: bool = False
+    best_of: int = 1
+    max_tokens: int = COMPLETION_MAX_TOKENS
+    logprobs: int | None = None
+
+
+class _ChatBody(_Body, kw_only=True):
+    messages: _Messages
+    max_tokens: _Positive | None = None
+    max_completion_tokens: _Positive | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] = 0
+
+
+class _TokenizeBody(Form):
+    model: str | None = None
+    prompt: str | None = None
+    messages: _Messages | None = None
+    add_special_tokens: bool | None = None
+
+
+class _DetokenizeBody(Form, kw_only=True):
+    model: str | None = None
+    tokens: list
 
 
 def parse_completion(values: dict[str, Any]) -> GenerationCall:
@@ -102,33 +177,20 @@ def parse_completion(values: dict[str, Any]) -> GenerationCall:
     Raises:
         InvalidRequestError: if a field is wrong; the error names it.
     """
-    fields = Fields(values)
-    prompts = parse_prompts(fields.take("prompt"))
-    echo = fields.boolean("echo")
-    n = fields.integer("n")
-    if fields.integer("best_of") not in (None, 1, n):
-        raise fields.error("best_of", "only 1 (or the same as n) is supported")
-    max_tokens = fields.integer("max_tokens")
-    drop_output = echo and max_tokens == 0
-    if drop_output:
-        if fields.integer("min_tokens", 0):
-            raise fields.error("min_tokens", "is larger than max_tokens (0)")
-        max_tokens = 1
-    logprobs = fields.integer("logprobs")
-    _refuse_unsupported(fields, _HARMLESS_COMPLETION)
-    return _finish_call(
-        fields,
-        chat=False,
-        prompts=prompts,
-        echo=echo,
-        drop_output=drop_output,
-        params={
-            "n": n,
-            "max_tokens": COMPLETION_MAX_TOKENS if max_tokens is None else max_tokens,
-            "logprobs": logprobs,
-            "prompt_logprobs": logprobs if echo else None,
-        },
+    body, settings = _read(values, _CompletionBody, _HARMLESS_COMPLETION)
+    prompts = parse_prompts(body.prompt)
+    if body.best_of not in (1, settings.get("n", 1)):
+        raise refusal("best_of", "only 1 (or the same as n) is supported")
+    drop_output = body.echo and body.max_tokens == 0
+    if drop_output and settings.get("min_tokens"):
+        raise refusal("min_tokens", "is larger than max_tokens (0)")
+    params = SamplingParams(
+        **settings,
+        max_tokens=1 if drop_output else body.max_tokens,
+        logprobs=body.logprobs,
+        prompt_logprobs=body.logprobs if body.echo else None,
     )
+    return _call(body, prompts, params, chat=False, echo=body.echo, drop_output=drop_output)
 
 
 def parse_chat(values: dict[str, Any]) -> GenerationCall:
@@ -137,102 +199,51 @@ def parse_chat(values: dict[str, Any]) -> GenerationCall:
     Raises:
         InvalidRequestError: if a field is wrong; the error names it.
     """
-    fields = Fields(values)
-    messages = parse_messages(fields.take("messages"))
-    older = fields.integer("max_tokens", 1)
-    newer = fields.integer("max_completion_tokens", 1)
-    wanted = fields.boolean("logprobs")
-    top = fields.integer("top_logprobs", 0, MAX_LOGPROBS)
-    if top and not wanted:
-        raise fields.error("top_logprobs", "needs logprobs: true")
-    _refuse_unsupported(fields, _HARMLESS_CHAT)
-    return _finish_call(
-        fields,
-        chat=True,
-        prompts=[messages],
-        params={
-            "n": fields.integer("n"),
-            "max_tokens": older if newer is None else newer,
-            "logprobs": (top or 0) if wanted else None,
-        },
+    body, settings = _read(values, _ChatBody, _HARMLESS_CHAT)
+    if body.top_logprobs and not body.logprobs:
+        raise refusal("top_logprobs", "needs logprobs: true")
+    newer = body.max_completion_tokens
+    params = SamplingParams(
+        **settings,
+        # Without a limit in a chat, the output may grow to the model's length.
+        max_tokens=body.max_tokens if newer is None else newer,
+        logprobs=body.top_logprobs if body.logprobs else None,
     )
+    return _call(body, [_plain_messages(body.messages)], params, chat=True)
 
 
-def _finish_call(fields: Fields, *, params: dict[str, Any], **call: Any) -> GenerationCall:
-    """Take the fields that both endpoints share and refuse the rest."""
-    model = fields.string("model")
-    options = fields.object("stream_options")
-    include_usage = options.boolean("include_usage")
-    continuous_usage = options.boolean("continuous_usage_stats")
-    options.only("include_obfuscation", False)
-    options.finish()
-    stream = fields.boolean("stream")
-    include_acceptance = fields.boolean("include_acceptance")
-    if include_acceptance and stream and not include_usage:
-        raise fields.error(
+def _read(
+    values: dict[str, Any], form: type[_B], harmless: dict[str, tuple[Any, ...]]
+) -> tuple[_B, dict[str, Any]]:
+    """Return the body, and the sampling settings in it, which `SamplingParams` checks itself."""
+    values = dict(values)
+    settings = {name: values.pop(name) for name in _SETTINGS if name in values}
+    refuse_unsupported(values, _HARMLESS | harmless)
+    return convert(values, form), settings
+
+
+def _call(
+    body: _Body, prompts: list[Prompt], params: SamplingParams, **more: bool
+) -> GenerationCall:
+    options = body.stream_options
+    if options.include_obfuscation:
+        raise refusal("stream_options.include_obfuscation", "true is not supported")
+    if body.include_acceptance and body.stream and not options.include_usage:
+        raise refusal(
             "include_acceptance", "needs stream_options.include_usage: it is told in that chunk"
         )
-    priority = fields.integer("priority") or 0
-    cache_salt = fields.string("cache_salt") or ""
-    sampling = _parse_sampling(fields, params)
-    fields.finish()
     return GenerationCall(
-        model=model,
-        params=sampling,
-        stream=stream,
-        include_usage=include_usage,
-        continuous_usage=continuous_usage,
-        include_acceptance=include_acceptance,
-        priority=priority,
-        cache_salt=cache_salt,
-        **call,
+        model=body.model,
+        prompts=prompts,
+        params=params,
+        stream=body.stream,
+        include_usage=options.include_usage,
+        continuous_usage=options.continuous_usage_stats,
+        include_acceptance=body.include_acceptance,
+        priority=body.priority,
+        cache_salt=body.cache_salt,
+        **more,
     )
-
-
-def _parse_sampling(fields: Fields, params: dict[str, Any]) -> SamplingParams:
-    """Build the sampling settings; `SamplingParams` itself checks their ranges."""
-    given = {name: value for name, value in params.items() if value is not None}
-    # Without a limit in a chat, the output may grow to the model's length.
-    given["max_tokens"] = params["max_tokens"]
-    for name in _NUMBERS:
-        value = fields.number(name)
-        if value is not None:
-            given[name] = value
-    given["seed"] = fields.integer("seed", SEED_MIN, SEED_MAX)
-    given["min_tokens"] = fields.integer("min_tokens", 0) or 0
-    given["top_k"] = fields.integer("top_k", -1, INT32_MAX) or 0
-    given["stop"] = _parse_stop(fields)
-    given["stop_token_ids"] = _parse_stop_token_ids(fields)
-    given["ignore_eos"] = fields.boolean("ignore_eos")
-    given["skip_special_tokens"] = fields.boolean("skip_special_tokens", default=True)
-    return SamplingParams(**given)
-
-
-def _parse_stop(fields: Fields) -> tuple[str, ...]:
-    value = fields.take("stop")
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        return (value,)
-    if not isinstance(value, list):
-        raise fields.error("stop", f"must be a string or a list of strings, not {brief(value)}")
-    if not all(isinstance(item, str) for item in value):
-        raise fields.error("stop", "must hold strings only")
-    return tuple(value)
-
-
-def _parse_stop_token_ids(fields: Fields) -> tuple[int, ...]:
-    value = fields.take("stop_token_ids")
-    return () if value is None or value == [] else tuple(parse_token_ids(value, "stop_token_ids"))
-
-
-def _refuse_unsupported(fields: Fields, more: Mapping[str, tuple[Any, ...]]) -> None:
-    for name, harmless in (*_HARMLESS.items(), *more.items()):
-        fields.only(name, *harmless)
-    for name in _LABELS:
-        fields.string(name)
-    for name in _LABEL_FLAGS:
-        fields.boolean(name)
 
 
 def parse_prompts(value: Any) -> list[Prompt]:
@@ -271,68 +282,30 @@ def parse_token_ids(value: Any, param: str) -> list[int]:
     """
     if not isinstance(value, list) or not value:
         raise InvalidRequestError(f"{param} must be a non-empty list of token ids", param)
-    for item in value:
-        if not is_integer(item) or item < 0:
-            raise InvalidRequestError(
-                f"{param}: token ids are integers from 0 up, not {brief(item)}", param
-            )
-    return value
+    try:
+        return convert(value, list[_TokenId], param)
+    except InvalidRequestError as error:  # It names the item; clients look for the field.
+        raise InvalidRequestError(str(error), param) from None
 
 
-def parse_messages(value: Any) -> list[dict[str, str]]:
-    """Check chat messages, and join the text parts of each with newlines.
-
-    Returns:
-        Messages with ``role``, ``content`` and, where given, ``name``.
+def _plain_messages(messages: list[_Message]) -> list[dict[str, str]]:
+    """Return messages as chat templates take them; the text parts of each joined with newlines.
 
     Raises:
-        InvalidRequestError: naming the message and its field.
+        InvalidRequestError: naming the message with an unknown role.
     """
-    if value is None:
-        raise InvalidRequestError("messages is required", "messages")
-    if not isinstance(value, list) or not value:
-        raise InvalidRequestError("messages must be a non-empty list", "messages")
-    return [_parse_message(item, f"messages[{i}]") for i, item in enumerate(value)]
-
-
-def _parse_message(value: Any, where: str) -> dict[str, str]:
-    if not isinstance(value, dict):
-        raise InvalidRequestError(f"{where} must be an object, not {brief(value)}", where)
-    fields = Fields(value, f"{where}.")
-    role = fields.string("role")
-    if role not in ROLES:
-        raise fields.error("role", f"must be one of {', '.join(ROLES)}, not {brief(role)}")
-    # OpenAI's later name for the same role; chat templates know only the older name.
-    message = {"role": "system" if role == "developer" else role}
-    message["content"] = _parse_content(fields.take("content"), f"{where}.content")
-    name = fields.string("name")
-    if name is not None:
-        message["name"] = name
-    # An assistant's answer comes back in the next turn with its empty fields.
-    for unused in ("tool_calls", "annotations"):
-        fields.only(unused, [])
-    fields.finish()
-    return message
-
-
-def _parse_content(value: Any, where: str) -> str:
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        problem = f"{where} must be a string or a list of text parts"
-        raise InvalidRequestError(problem, where)
-    texts = []
-    for i, part in enumerate(value):
-        if not isinstance(part, dict):
-            raise InvalidRequestError(f"{where}[{i}] must be an object", f"{where}[{i}]")
-        fields = Fields(part, f"{where}[{i}].")
-        fields.only("type", "text")
-        text = fields.string("text")
-        if text is None:
-            raise fields.error("text", "is required")
-        fields.finish()
-        texts.append(text)
-    return "\n".join(texts)
+    plain = []
+    for i, message in enumerate(messages):
+        role, content = message.role, message.content
+        if role not in ROLES:
+            problem = f"must be one of {', '.join(ROLES)}, not {brief(role)}"
+            raise refusal(f"messages[{i}].role", problem)
+        if not isinstance(content, str):
+            content = "\n".join(part.text for part in content)
+        # "developer" is OpenAI's later name for the role that chat templates call "system".
+        one = {"role": "system" if role == "developer" else role, "content": content}
+        plain.append(one if message.name is None else {**one, "name": message.name})
+    return plain
 
 
 def parse_tokenize(values: dict[str, Any]) -> TokenizeCall:
@@ -341,23 +314,22 @@ def parse_tokenize(values: dict[str, Any]) -> TokenizeCall:
     Raises:
         InvalidRequestError: if a field is wrong; the error names it.
     """
-    fields = Fields(values)
-    model = fields.string("model")
-    prompt = fields.string("prompt")
-    messages = fields.take("messages")
-    if (prompt is None) == (messages is None):
-        raise InvalidRequestError("give either prompt or messages", "prompt")
-    # A chat template writes the special tokens itself, so a chat takes none on top.
-    special = fields.boolean("add_special_tokens", default=messages is None)
-    fields.only("add_generation_prompt", True)
-    fields.only("return_token_strs", False)
-    fields.finish()
-    return TokenizeCall(
-        model=model,
-        prompt=prompt,
-        messages=None if messages is None else parse_messages(messages),
-        add_special_tokens=special,
-    )
+    values = dict(values)
+    refuse_unsupported(values, _HARMLESS_TOKENIZE)
+    body = convert(values, _TokenizeBody)
+    prompt: str | list[dict[str, str]]
+    match body.prompt, body.messages:
+        case str(prompt), None:
+            pass
+        case None, [*messages]:
+            prompt = _plain_messages(messages)
+        case _:
+            raise InvalidRequestError("give either prompt or messages", "prompt")
+    special = body.add_special_tokens
+    if special is None:
+        # A chat template writes the special tokens itself, so a chat takes none on top.
+        special = isinstance(prompt, str)
+    return TokenizeCall(model=body.model, prompt=prompt, add_special_tokens=special)
 
 
 def parse_detokenize(values: dict[str, Any]) -> tuple[str | None, list[int]]:
@@ -369,10 +341,5 @@ def parse_detokenize(values: dict[str, Any]) -> tuple[str | None, list[int]]:
     Raises:
         InvalidRequestError: if a field is wrong; the error names it.
     """
-    fields = Fields(values)
-    model = fields.string("model")
-    tokens = fields.take("tokens")
-    if tokens != []:
-        tokens = parse_token_ids(tokens, "tokens")
-    fields.finish()
-    return model, tokens
+    body = convert(values, _DetokenizeBody)
+    return body.model, body.tokens and parse_token_ids(body.tokens, "tokens")

@@ -80,7 +80,7 @@ class Reply:
         call: GenerationCall,
         handles: Sequence[Handle],
         model: str,
-        tokenizer: Tokenizer | None,
+        tokenizer: Tokenizer,
     ) -> None:
         self._call = call
         self._groups = [_PromptChoices(handle, call) for handle in handles]
@@ -194,8 +194,6 @@ class Reply:
     def _prompt_text(self, group: _PromptChoices) -> str:
         if group.handle.prompt is not None:
             return group.handle.prompt
-        if self._tokenizer is None:
-            return ""
         return self._tokenizer.decode(group.handle.prompt_token_ids, skip_special_tokens=False)
 
     def _final_usage(self) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import Any
 from minserve.errors import InvalidSLOError
 from minserve.server.engine_face import EngineFace
 from minserve.slo.attainment import SLOReport
-from minserve.slo.fields import find_class, parse_slo, seconds
 from minserve.slo.objectives import SLO
+from minserve.slo.slo_fields import find_class, parse_slo, seconds
 
 _PREFIXES = ("x-slo-", "x-llm-d-slo-")
 # If both names are given, the later one in this list wins.

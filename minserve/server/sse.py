@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 _HEADERS = {
@@ -13,18 +13,16 @@ _HEADERS = {
     # Reverse proxies that buffer would turn a stream of tokens into one late block.
     "X-Accel-Buffering": "no",
 }
-_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_encoder = msgspec.json.Encoder()
 
 
 def dump_json(value: Any) -> bytes:
-    """Return a value as compact JSON in UTF-8.
+    """Return a value as compact JSON in UTF-8; NaN and infinity, which JSON lacks, as ``null``.
 
     Raises:
-        ValueError: for NaN or infinity, which JSON cannot carry.
+        UnicodeEncodeError: for a string with half of a surrogate pair.
     """
-    # Model text is valid Unicode; "replace" only guards against a lone surrogate in a
-    # header or path that an error message repeats.
-    return _encoder.encode(value).encode("utf-8", "replace")
+    return _encoder.encode(value)
 
 
 class EventStream:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from minserve.engine.block_pool import BlockPool
 from minserve.errors import SimulationError
 from minserve.planner.plan import IterationPlan, PlannerView
-from minserve.planner.policies import Planner
+from minserve.planner.policies.base import Planner
 from minserve.planner.predict.eager import is_eager
 from minserve.planner.predict.perf_model import BatchShape, PerfModel
 from minserve.request import Sequence, SequenceState, by_rank

@@ -12,8 +12,14 @@ from minserve.controller.router import ROUTERS, make_router
 from minserve.devices import Device
 from minserve.engine.block_pool import BlockPool
 from minserve.errors import WorkloadError
-from minserve.planner.policies import PROMISING, Planner, make_planner
+from minserve.planner.policies.base import Planner
 from minserve.planner.policies.fcfs import FcfsPlanner
+from minserve.planner.policies.registry import (
+    POLICIES,
+    make_planner,
+    planner_class,
+    promising_policies,
+)
 from minserve.planner.policies.sarathi import SarathiPlanner
 from minserve.planner.predict.lengths import LengthEstimator, OracleLengths, QuantileLengths
 from minserve.planner.predict.perf_model import PerfModel
@@ -38,14 +44,23 @@ BLOCK_SIZE = 16
 MAX_NUM_SEQS = 256
 VLLM_BUDGET = 2048
 SARATHI_BUDGET = 512
-# The budget of `dp` and `edf`, whose batches are limited by time.
-WIDE_BUDGET = 8192
-POLICIES = (*PROMISING, "vllm", "sarathi", "fcfs", "distserve")
+# Baselines that only a simulation has: `sarathi` under the budget of vLLM, and DistServe.
+BASELINES = ("vllm", "distserve")
 LENGTHS = ("quantile", "told", "oracle")
 MOST_REPLICAS = 4096
 MOST_SPECULATION = 64
 MOST_SPEED_STEP = 100.0
 LEAST_STALL_EVERY_S = 0.1
+
+
+def known_policies() -> tuple[str, ...]:
+    """Return the names of all policies that can be simulated."""
+    return (*POLICIES, *BASELINES)
+
+
+def promises(policy: str) -> bool:
+    """Return True if a policy promises SLOs."""
+    return policy not in BASELINES and planner_class(policy).promises
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +128,7 @@ class Setup:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_choice("policy", self.policy, POLICIES)
+        _check_choice("policy", self.policy, known_policies())
         _check_choice("router", self.router, tuple(ROUTERS))
         _check_choice("estimate of lengths", self.lengths, LENGTHS)
         _check_range("number of replicas", self.replicas, 1, MOST_REPLICAS)
@@ -142,10 +157,10 @@ class Setup:
         device, apart = self.device, self.policy == "distserve"
         if self.length_error and self.lengths != "oracle":
             raise WorkloadError("an error of lengths needs an oracle that can err")
-        if self.clairvoyant and self.policy not in PROMISING:
+        if self.clairvoyant and not promises(self.policy):
             raise WorkloadError(
                 f"{self.policy} plans nothing by the time of iterations; a clairvoyant planner is "
-                f"one of {', '.join(PROMISING)}"
+                f"one of {', '.join(promising_policies())}"
             )
         if self.max_speculation and apart:
             raise WorkloadError("distserve drafts nothing; choose another policy to speculate")
@@ -190,9 +205,9 @@ class Setup:
         """The largest number of tokens of an iteration."""
         if self.token_budget is not None:
             return self.token_budget
-        if self.policy in PROMISING:
-            return WIDE_BUDGET
-        return SARATHI_BUDGET if self.policy == "sarathi" else VLLM_BUDGET
+        if self.policy in BASELINES:
+            return VLLM_BUDGET
+        return planner_class(self.policy).token_budget
 
 
 MakePlanner = Callable[[Setup, LengthEstimator], Planner]
@@ -241,12 +256,12 @@ class ErringLengths(OracleLengths):
 def planner_of(setup: Setup, lengths: LengthEstimator) -> Planner:
     """Return the planner of one replica; ``distserve`` has its own planners."""
     name = "sarathi" if setup.policy == "vllm" else setup.policy
-    promises = {"lengths": lengths, "best_effort_share": setup.best_effort_share}
     return make_planner(
         name,
         chunked_prefill=name != "fcfs",
         model=setup.device.perf_model(),
-        **(promises if name in PROMISING else {}),
+        lengths=lengths,
+        best_effort_share=setup.best_effort_share,
     )
 
 

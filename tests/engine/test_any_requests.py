@@ -19,7 +19,7 @@ from minserve.engine.speculation.proposer import NgramProposer
 from minserve.engine.speculation.verification import SampledToken, Verified
 from minserve.errors import SLOUnattainableError
 from minserve.outputs import OutputDelta
-from minserve.planner.policies import PROMISING, make_planner
+from minserve.planner.policies.registry import PROMISING, make_planner
 from minserve.planner.predict.perf_model import BatchShape, PerfModel, Piece
 from minserve.request import FinishReason, Request, Sequence
 from minserve.sampling_params import SamplingParams

@@ -11,7 +11,7 @@ import torch
 from minserve.engine.device.batch_tensors import Chunk
 from minserve.engine.device.paged_model import PagedModel
 from minserve.kernels.attention import make_attention_backend
-from minserve.models.layers import DenseLinear, WeightFormat, WeightPlacement
+from minserve.models.layers import DenseReluLinear, WeightFormat, WeightPlacement
 from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
 from minserve.models.source import find_model, load_config
@@ -77,7 +77,7 @@ def test_relu_rides_in_the_matmul_and_changes_nothing(has_bias: bool, rows: int)
     weight, x = torch.randn(48, 96), torch.randn(rows, 96).to(DEVICE)
     bias = torch.randn(48) if has_bias else None
     linear = placement(fused=True).activated_linear(weight, bias, torch.relu_)
-    assert (getattr(linear, "__func__", None) is DenseLinear.relu) == has_bias
+    assert isinstance(linear, DenseReluLinear) == has_bias
     want = placement(fused=False).activated_linear(weight, bias, torch.relu_)(x)
     torch.testing.assert_close(linear(x), want, rtol=1e-5, atol=1e-5)
     assert (want >= 0).all()

@@ -9,7 +9,7 @@ from replay import Replay
 
 from minserve.engine.block_pool import BlockPool
 from minserve.planner.plan import IterationPlan, PlannerView
-from minserve.planner.policies import Planner
+from minserve.planner.policies.base import Planner
 from minserve.planner.predict.perf_model import BatchShape, PerfModel
 from minserve.request import Sequence, SequenceState
 

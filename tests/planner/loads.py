@@ -8,7 +8,7 @@ import random
 from replay import Replay, make_sequence
 
 from minserve.engine.block_pool import BlockPool
-from minserve.planner.policies import make_planner
+from minserve.planner.policies.registry import make_planner
 from minserve.planner.predict.perf_model import PerfModel, Piece
 from minserve.request import Sequence
 from minserve.slo.objectives import SLO

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from minserve.engine.block_pool import BlockPool
 from minserve.planner.plan import IterationPlan, PlannerView
-from minserve.planner.policies import Planner
+from minserve.planner.policies.base import Planner
 from minserve.planner.predict.perf_model import BatchShape, PerfModel
 from minserve.request import Request, Sequence, SequenceState
 from minserve.sampling_params import SamplingParams

@@ -13,7 +13,7 @@ from replay import Replay, make_sequence
 
 from minserve.engine.block_pool import BlockPool
 from minserve.planner.plan import IterationPlan
-from minserve.planner.policies import make_planner
+from minserve.planner.policies.registry import make_planner
 from minserve.slo.objectives import SLO, OnUnattainable, Standing
 
 
@@ -77,13 +77,13 @@ def test_what_best_effort_is_given_by_the_plan_under_way_is_not_given_again() ->
     for _ in range(4):
         replay.step()
     planner = replay.planner
-    owed = planner._owed_now()
+    owed = planner.best_effort_owed_s
     under_way = planner.plan(replay.view(), now=replay.now)
     under_way = replace(under_way, best_effort_s=owed, best_effort_waits=False)
     planner.started(under_way)
-    assert planner._owed_now() == 0.0
+    assert planner.best_effort_owed_s == 0.0
     planner.observe(under_way, under_way.predicted_s)
-    assert planner._owed_now() == 0.0
+    assert planner.best_effort_owed_s == 0.0
 
 
 def test_a_prefill_beside_promised_decodes_may_not_begin_late_and_plain_decodes_may() -> None:

@@ -8,7 +8,7 @@ import pytest
 from loads import replay_of, request
 from replay import Replay
 
-from minserve.planner.policies import PROMISING
+from minserve.planner.policies.registry import promising_policies
 from minserve.planner.replica_load import ReplicaLoad, load_of
 from minserve.request import Sequence
 from minserve.slo.objectives import SLO, DecodeStage, Standing
@@ -75,7 +75,7 @@ def test_prefills_and_paces_of_whoever_is_owed_them_add_up(policy: str) -> None:
     assert found.num_sequences == 3
 
 
-@pytest.mark.parametrize("policy", PROMISING)
+@pytest.mark.parametrize("policy", promising_policies())
 def test_under_a_promise_memory_is_owed_for_the_output_too(policy: str) -> None:
     guess = 128  # of outputs of which nothing is known
     held = 120 + (guess - 10) + 200 + guess + 70 + guess
@@ -87,7 +87,7 @@ def test_without_promises_memory_is_what_there_is_of_each_sequence(policy: str) 
     assert load(with_three(policy)).free_tokens == CAPACITY - 120 - 200 - 70
 
 
-@pytest.mark.parametrize("policy", PROMISING)
+@pytest.mark.parametrize("policy", promising_policies())
 def test_outputs_are_counted_as_long_as_the_planner_expects_them(policy: str) -> None:
     replay = replay_with(policy)
     for i in range(20):
@@ -98,7 +98,7 @@ def test_outputs_are_counted_as_long_as_the_planner_expects_them(policy: str) ->
     assert load(replay).free_tokens == CAPACITY - 70 - 30
 
 
-@pytest.mark.parametrize("policy", PROMISING)
+@pytest.mark.parametrize("policy", promising_policies())
 def test_best_effort_is_owed_nothing_where_there_are_promises(policy: str) -> None:
     replay = with_three(policy, Standing.BEST_EFFORT)
     found = load(replay)
@@ -161,7 +161,7 @@ def test_what_was_computed_is_no_longer_to_be_done(policy: str) -> None:
     assert load(replay) == ReplicaLoad(free_tokens=CAPACITY)
 
 
-@pytest.mark.parametrize("policy", PROMISING)
+@pytest.mark.parametrize("policy", promising_policies())
 def test_more_than_there_is_may_be_owed(policy: str) -> None:
     replay = replay_with(policy)
     replay.waiting = [request(f"r{i}", 300, 50, 0.0, SLOW) for i in range(8)]

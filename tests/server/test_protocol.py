@@ -26,12 +26,17 @@ from minserve.server.sse import dump_json
 HELLO = [{"role": "user", "content": "hello"}]
 
 
+def sent(**fields: Any) -> dict[str, Any]:
+    """Return a body as the endpoints parse it: read from JSON."""
+    return parse_object(json.dumps(fields).encode())
+
+
 def completion(**fields: Any) -> Any:
-    return parse_completion({"prompt": "hello", **fields})
+    return parse_completion(sent(**{"prompt": "hello", **fields}))
 
 
 def chat(**fields: Any) -> Any:
-    return parse_chat({"messages": HELLO, **fields})
+    return parse_chat(sent(**{"messages": HELLO, **fields}))
 
 
 # --- JSON ---
@@ -109,10 +114,11 @@ FIELD_NAMES = st.sampled_from(
 @given(st.dictionaries(FIELD_NAMES | st.text(), JSON, max_size=6))
 def test_any_body_is_parsed_or_refused_but_never_crashes(body: dict[str, Any]) -> None:
     for parse in (parse_completion, parse_chat, parse_tokenize, parse_detokenize):
-        try:
-            parse(body)
-        except InvalidRequestError as error:
-            dump_json({"message": str(error), "param": error.param})
+        for read in (dict, lambda value: sent(**value)):
+            try:
+                parse(read(body))
+            except InvalidRequestError as error:
+                dump_json({"message": str(error), "param": error.param})
 
 
 # --- fields ---
@@ -272,6 +278,49 @@ def test_a_value_that_cannot_be_honoured_is_refused_by_name(name: str, value: An
     assert caught.value.param == name
 
 
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"temprature": 1}, "temprature: is not supported by this server"),
+        ({"stream": 1}, "stream: must be true or false, not 1"),
+        ({"model": 5}, "model: must be a string, not 5"),
+        ({"max_tokens": 1.0}, "max_tokens: must be an integer, not 1.0"),
+        ({"n": 200}, "n must be between 1 and 128, not 200"),
+        ({"priority": 2**63}, f"priority: must be an integer <= {2**63 - 1}, not {2**63}"),
+        ({"stop": 5}, "stop must be a string or a list of strings, not 5"),
+        ({"ignore_eos": 0}, "ignore_eos must be true or false, not 0"),
+        ({"stream_options": []}, "stream_options: must be an object, not an empty list"),
+        (
+            {"stream_options": {"include_usage": "no"}},
+            'stream_options.include_usage: must be true or false, not "no"',
+        ),
+        ({"prompt": [1, -2]}, "prompt[1]: must be an integer >= 0, not -2"),
+        ({"x - at `$.n[9].y`": 1}, "x - at `$.n[9].y`: is not supported by this server"),
+        ({"x` - at `$.n[9].y": 1}, ": is not supported by this server"),
+        ({"suffix": "end"}, 'suffix: "end" is not supported'),
+    ],
+)
+def test_an_error_says_what_was_expected_and_what_came(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        completion(**fields)
+    assert str(caught.value).endswith(says)
+
+
+def test_numbers_are_not_coerced() -> None:
+    for value in ("5", 5.0, True, [5], {"value": 5}):
+        for name in ("max_tokens", "logprobs", "priority", "n", "seed", "top_k", "min_tokens"):
+            with pytest.raises(InvalidRequestError) as caught:
+                completion(**{name: value})
+            assert caught.value.param == name
+
+
+def test_a_null_field_is_not_given_at_any_depth() -> None:
+    raw = b"""{"prompt": "a", "n": null, "new": null, "stream_options": {"new": null}, "stop": null}"""
+    assert parse_completion(parse_object(raw)) == completion(prompt="a")
+    with pytest.raises(InvalidRequestError, match="twice"):
+        parse_object(b'{"n": null, "n": 2}')
+
+
 def test_a_stream_without_a_usage_chunk_cannot_tell_the_acceptance() -> None:
     asked = {"include_acceptance": True, "stream": True}
     for parse in (completion, chat):
@@ -407,6 +456,16 @@ def test_detokenize_takes_ids_only() -> None:
 
 
 # --- responses ---
+
+
+@given(JSON.filter(lambda value: "inf" not in str(value)))
+def test_what_is_written_is_read_as_the_same_value_in_the_same_order(value: Any) -> None:
+    assert json.dumps(json.loads(dump_json(value))) == json.dumps(value)
+
+
+def test_numbers_that_json_lacks_are_written_as_null() -> None:
+    values = [float("nan"), float("inf"), float("-inf"), 1.0]
+    assert dump_json(values) == b"[null,null,null,1.0]"
 
 
 class LetterTokenizer:

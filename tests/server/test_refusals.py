@@ -169,6 +169,9 @@ def test_large_and_compressed_bodies(server: RunningServer) -> None:
     )
     assert status == 415
     error_of(raw)
+    status, _, raw = post(server, "/v1/completions", b"{}", {"Content-Encoding": b"\xff"})
+    assert status == 415
+    assert "compressed (?)" in error_of(raw)["message"]
 
 
 def test_a_chunked_body_over_the_limit(server: RunningServer) -> None:

@@ -10,7 +10,7 @@ from toy import TIGHT, TOY, chats, run, single, singles
 
 from minserve.controller.router import make_router
 from minserve.engine.block_pool import BlockPool
-from minserve.planner.policies import make_planner
+from minserve.planner.policies.registry import make_planner
 from minserve.planner.predict.lengths import QuantileLengths
 from minserve.planner.predict.perf_model import PerfModel
 from minserve.planner.replica_load import load_of

@@ -10,7 +10,7 @@ import pytest
 from toy import TOY, run, singles
 
 from minserve.planner.plan import IterationPlan
-from minserve.planner.policies import Planner
+from minserve.planner.policies.base import Planner
 from minserve.planner.policies.sarathi import SarathiPlanner
 from minserve.planner.predict.lengths import LengthEstimator
 from minserve.planner.predict.perf_model import PerfModel

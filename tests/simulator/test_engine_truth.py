@@ -13,7 +13,8 @@ from minserve.engine.block_pool import BlockPool
 from minserve.engine.core import EngineCore
 from minserve.engine.device.runner import RunResult, Scheduled
 from minserve.engine.speculation.verification import SampledToken, Verified
-from minserve.planner.policies import PROMISING, Planner, make_planner
+from minserve.planner.policies.base import Planner
+from minserve.planner.policies.registry import make_planner, promising_policies
 from minserve.planner.predict.lengths import QuantileLengths
 from minserve.planner.predict.perf_model import BatchShape
 from minserve.request import Request, Sequence
@@ -81,7 +82,7 @@ def planner_of(policy: str) -> Planner:
         policy,
         chunked_prefill=policy != "fcfs",
         model=TOY.perf_model(),
-        **({"lengths": QuantileLengths()} if policy in PROMISING else {}),
+        **({"lengths": QuantileLengths()} if policy in promising_policies() else {}),
     )
 
 

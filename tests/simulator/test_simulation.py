@@ -16,7 +16,7 @@ from minserve.devices import PUBLISHED, find_device
 from minserve.engine.block_pool import BlockPool
 from minserve.errors import SimulationError, WorkloadError
 from minserve.planner.plan import IterationPlan, PlannerView
-from minserve.planner.policies import Planner
+from minserve.planner.policies.base import Planner
 from minserve.planner.policies.sarathi import SarathiPlanner
 from minserve.planner.predict.perf_model import BatchShape, PerfModel, Piece
 from minserve.request import Request, Sequence
@@ -255,7 +255,7 @@ def test_a_policy_that_runs_nothing_is_found_out() -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"policy": "best"}, "no policy 'best'; there are dp, edf, vllm"),
+        ({"policy": "best"}, "no policy 'best'; there are dp, edf, sarathi"),
         ({"router": "magic"}, "no router 'magic'"),
         ({"lengths": "guess"}, "no estimate of lengths 'guess'"),
         ({"replicas": 0}, "number of replicas must be at least 1 and at most 4096, not 0"),

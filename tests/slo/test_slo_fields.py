@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minserve.errors import ConfigError, InvalidSLOError
-from minserve.slo.fields import find_class, load_classes, parse_slo, seconds
 from minserve.slo.objectives import SLO, DecodeStage, OnUnattainable, preset_classes
+from minserve.slo.slo_fields import find_class, load_classes, parse_slo, seconds
 
 CLASSES = {
     **preset_classes(),

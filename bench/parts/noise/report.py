@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from minserve.planner.policies import PROMISING
+from minserve.simulator.simulation import promises
 from minserve.workload.report import percentile
 from parts.noise.grid import Grid, NoiseCell
 from shared.simulated.jobs import Measured
@@ -57,7 +57,7 @@ def _row(
         row["best_other"] = best
         row["regret"] = round(others[best] - means[JUDGED], 4)
         row["spread"] = round(spread(shares[best], shares[JUDGED], offered), 4)
-        simple = [mean for policy, mean in others.items() if policy not in PROMISING]
+        simple = [mean for policy, mean in others.items() if not promises(policy)]
         if simple:
             row["simple_regret"] = round(max(simple) - means[JUDGED], 4)
     return row

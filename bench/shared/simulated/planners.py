@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
 
 from minserve.planner.admission.review import ReviewResult
 from minserve.planner.batching.formation import Work
 from minserve.planner.plan import IterationPlan, PlannerView, Refusal
-from minserve.planner.policies import Planner
-from minserve.planner.policies.dp import GUARD_S, DpPlanner
+from minserve.planner.policies.base import Planner
+from minserve.planner.policies.promising import GUARD_S, DpPlanner
 from minserve.planner.predict.lengths import LengthEstimator
-from minserve.planner.predict.perf_model import BatchShape
+from minserve.planner.predict.perf_model import BatchShape, PerfModel
 from minserve.request import Sequence, SequenceState
 from minserve.simulator.simulation import MakePlanner, Setup
 from minserve.slo.objectives import Standing
@@ -32,13 +32,15 @@ class NoPendingPlanner(DpPlanner):
         super().finished(seq)
         self._declined.discard(seq.seq_id)
 
-    def _review(self, view: PlannerView, now: float) -> ReviewResult:
+    def review(
+        self, view: PlannerView, now: float, model: PerfModel, broken: Set[str]
+    ) -> ReviewResult:
         shown = replace(
             view,
             waiting=[self._shown(seq) for seq in view.waiting],
             running=[self._shown(seq) for seq in view.running],
         )
-        result = super()._review(shown, now)
+        result = super().review(shown, now, model, broken - self._declined)
         for seq in (*view.waiting, *view.running):
             if seq.standing is Standing.PENDING and seq.seq_id not in result.chosen:
                 result.relegate[seq.seq_id] = None
@@ -62,8 +64,8 @@ class NoBestEffortPlanner(DpPlanner):
 
     name = "dp"
 
-    def _sort(self, view: PlannerView, now: float, result: ReviewResult) -> Work:
-        work = super()._sort(view, now, result)
+    def roles(self, view: PlannerView, now: float, result: ReviewResult, broken: set[str]) -> Work:
+        work = super().roles(view, now, result, broken)
         for seq in [seq for seq in work.best_effort if _untouched(seq)]:
             work.best_effort.remove(seq)
             result.relegate.pop(seq.seq_id, None)
@@ -85,12 +87,12 @@ class FixedBatchPlanner(DpPlanner):
     name = "dp"
     token_budget: int
 
-    def _longest_s(self) -> float:
-        return self.model.predict(BatchShape.of([(0, self.token_budget)], eager=True))
+    def longest_s(self, model: PerfModel) -> float:
+        return model.predict(BatchShape.of([(0, self.token_budget)], eager=True))
 
-    def _sort(self, view: PlannerView, now: float, result: ReviewResult) -> Work:
-        work = super()._sort(view, now, result)
-        due = now + GUARD_S + self.model.margin * self._longest_s()
+    def roles(self, view: PlannerView, now: float, result: ReviewResult, broken: set[str]) -> Work:
+        work = super().roles(view, now, result, broken)
+        due = now + GUARD_S + self.model.margin * self.longest_s(self.model)
         work.decodes = [(due, seq) for _, seq in work.decodes]
         return work
 

@@ -1,4 +1,4 @@
-"""A batch's inputs: chunks of sequences -> one buffer of integers -> one copy to the device."""
+"""Lays a batch's inputs out in one buffer of integers, which takes one copy to the device."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class BatchLayout(NamedTuple):
     """The size of a batch, and with it the places of its inputs in a buffer.
 
     Attributes:
-        num_tokens, num_seqs: padding included.
-        num_blocks: width of the block tables.
+        num_tokens, num_seqs: their numbers, padding included.
+        num_blocks: the width of the block tables.
     """
 
     num_tokens: int
@@ -62,7 +62,7 @@ class BatchLayout(NamedTuple):
 
     @classmethod
     def of(cls, chunks: SequenceOf[Chunk]) -> BatchLayout:
-        """Just large enough for the chunks."""
+        """Return a layout that is just large enough for the chunks."""
         return cls(
             sum(len(chunk.token_ids) for chunk in chunks),
             len(chunks),
@@ -80,27 +80,30 @@ class BatchLayout(NamedTuple):
         return self.heading + self.num_seqs * self.num_blocks
 
     def split(self, buffer: Array) -> BatchTensors[Array]:
-        """Views of a buffer ``[size]``."""
+        """Return the views of a buffer ``[size]``."""
         tokens, seqs = self.num_tokens, self.num_seqs
         ends = accumulate((tokens, tokens, tokens, seqs + 1, seqs), initial=0)
-        parts = [buffer[start:end] for start, end in pairwise(ends)]
-        return BatchTensors(*parts, buffer[self.heading :].reshape(seqs, self.num_blocks))
+        token_ids, positions, slot_mapping, starts, lengths = (
+            buffer[start:end] for start, end in pairwise(ends)
+        )
+        tables = buffer[self.heading :].reshape(seqs, self.num_blocks)
+        return BatchTensors(token_ids, positions, slot_mapping, starts, lengths, tables)
 
 
 def place(
     chunks: SequenceOf[Chunk], layout: BatchLayout, block_size: int, device: torch.device
 ) -> tuple[Tensor, BatchTensors[np.ndarray]]:
-    """Lay out a batch in host memory, for one copy to the device that is not waited for.
+    """Lay out a batch in host memory, for one copy to the device without waiting for it.
 
     Padding has token 0 at position 0 without a slot; sequences of padding have no tokens
     and length 0.
 
     Args:
         layout: at least large enough for the chunks.
-        device: where it will go.
+        device: the device to which it will be copied.
 
     Returns:
-        the buffer, int64 ``[layout.size]``, and its parts.
+        The buffer, int64 ``[layout.size]``, and its parts.
     """
     host = transfers.empty_on_host(layout.size, device)
     parts = layout.split(host.numpy())

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from minserve.blocks import blocks_for
 from minserve.engine.device.batch_tensors import BatchLayout, Chunk, place
 from minserve.engine.device.paged_model import PagedModel
 
@@ -32,15 +33,15 @@ Replay = Callable[[], Tensor]
 
 
 class Recorder(ABC):
-    """What records work on a device."""
+    """Records work on a device, to be replayed."""
 
     @abstractmethod
     def record(self, work: Callable[[], Tensor]) -> Replay:
         """Record what ``work`` queues, which must wait for nothing.
 
         Returns:
-            what queues it again, with the same memory read and written, and gives the same
-            tensor as ``work`` did: its values hold until the next replay.
+            A function that queues the work again, with the same memory read and written, and
+            returns the same tensor as ``work`` did. Its values hold until the next replay.
         """
 
 
@@ -72,14 +73,14 @@ class CudaRecorder(Recorder):
 
 @dataclass(frozen=True, slots=True)
 class GraphLimits:
-    """For which batches there are graphs.
+    """The largest batches for which there are graphs.
 
     Attributes:
         max_num_seqs: most sequences.
         max_num_tokens: most tokens altogether.
         max_seq_len: most tokens of a sequence, those that have KV already included.
-        max_queries: most tokens of each sequence that are run; a family of graphs each,
-            ascending. 1 for plain decodes, ``1 + speculation length`` for verifications.
+        max_queries: the most tokens of each sequence that are run, ascending; there is a family
+            of graphs for each. Plain decodes have 1, verifications ``1 + speculation length``.
     """
 
     max_num_seqs: int
@@ -95,16 +96,16 @@ class _Graph:
 
 
 class DecodeGraphs:
-    """Graphs of a model's passes over decodes.
+    """The graphs of a model's passes over decodes.
 
     Args:
-        model: whose weights and KV stay where they are from now on.
+        model: the model. Its weights and KV must stay where they are from now on.
     """
 
     def __init__(self, model: PagedModel, recorder: Recorder, limits: GraphLimits) -> None:
         self._model = model
         self._limits = limits
-        self._width = -(-limits.max_seq_len // model.block_size)
+        self._width = blocks_for(limits.max_seq_len, model.block_size)
         layouts = {most: self._layouts(most) for most in limits.max_queries}
         largest = max(own[-1].size for own in layouts.values())
         self._buffer = torch.zeros(largest, dtype=torch.int64, device=model.device)
@@ -120,7 +121,7 @@ class DecodeGraphs:
         """Queue a replay for decodes, or verifications.
 
         Returns:
-            final hidden states ``[num_tokens, hidden]``, which hold until the next replay;
+            The final hidden states ``[num_tokens, hidden]``, which hold until the next replay;
             ``None``, with nothing done, where no graph is large enough.
         """
         needed = BatchLayout.of(chunks)
@@ -131,7 +132,7 @@ class DecodeGraphs:
         return graph.replay()[: needed.num_tokens]
 
     def _layouts(self, most: int) -> list[BatchLayout]:
-        """Of one family, ascending."""
+        """Return the layouts of one family, ascending."""
         limits = self._limits
         largest = min(limits.max_num_tokens, most * limits.max_num_seqs)
         return [
@@ -140,7 +141,7 @@ class DecodeGraphs:
         ]
 
     def _find(self, chunks: SequenceOf[Chunk], needed: BatchLayout) -> _Graph | None:
-        """The smallest graph of the first family that fits."""
+        """Return the smallest graph of the first family that fits."""
         if needed.num_seqs > self._limits.max_num_seqs or needed.num_blocks > self._width:
             return None
         num_queries = max(len(chunk.token_ids) for chunk in chunks)
@@ -151,11 +152,11 @@ class DecodeGraphs:
         return None
 
     def _fill(self, chunks: SequenceOf[Chunk], layout: BatchLayout, num_blocks: int) -> None:
-        """Put a padded batch where the graph of a layout looks for it.
+        """Copy a padded batch to where the graph of a layout reads it.
 
         Args:
-            num_blocks: of its block tables, that this batch has. Behind them may stand ids of
-                earlier batches, where no length lets anyone look.
+            num_blocks: the width of this batch's block tables. Behind it may stand ids of
+                earlier batches, which are never read, being beyond every length.
         """
         model, inputs = self._model, self._buffer[: layout.size]
         if layout.size <= SENT_WHOLE:
@@ -170,7 +171,7 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def _record(self, recorder: Recorder, layout: BatchLayout, most: int) -> _Graph:
-        """One graph.
+        """Record one graph.
 
         What the backend knows of the batch on the host must hold for every batch that the
         graph will be replayed for, so it is the worst: every sequence as long as can be and
@@ -197,10 +198,10 @@ class DecodeGraphs:
 
 
 def padded_sizes(largest: int) -> list[int]:
-    """Numbers of tokens to record graphs for, ascending; the last one is ``largest``.
+    """Return the numbers of tokens to record graphs for, ascending; the last one is ``largest``.
 
-    Small ones are a few tokens apart. Of large ones padding is at most an eighth, or some
-    tokens, so that there are not too many of them.
+    Small ones are a few tokens apart. Large ones are further apart, so that there are not too
+    many of them, but padding is at most an eighth of a batch, or some tokens.
     """
     sizes, size = list(SMALLEST_SIZES), STEP
     while size < largest:

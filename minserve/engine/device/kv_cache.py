@@ -1,4 +1,4 @@
-"""The tensors behind the blocks: how many fit, and their allocation."""
+"""Chooses the number of KV blocks, and allocates the tensors behind them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from minserve.blocks import blocks_for
 from minserve.config import EngineConfig
 from minserve.errors import ConfigError
 from minserve.kernels.attention import AttentionBackend, LayerKV
@@ -14,22 +15,23 @@ from minserve.models.base import ModelShape
 
 CPU_SHARE_OF_FREE = 0.25
 CPU_MOST_GIB = 4.0
-# What a pass needs besides, at its peak: float32 copies of the logits while tokens are chosen (raw,
-# adjusted, sorted, summed; with top_p 15 were measured), and of the hidden state while a layer runs.
+# A pass needs these besides, at its peak: float32 copies of the logits while tokens are chosen
+# (raw, adjusted, sorted, summed; with top_p 15 were measured), and of the hidden state while a
+# layer runs.
 LOGITS_COPIES = 16
 HIDDEN_COPIES = 16
-# And bytes that the allocator loses to fragments, and that libraries take when first used.
+# Bytes that the allocator loses to fragments, and that libraries take when first used.
 OTHER_BYTES = 96 * 2**20
-# Of a cache on a CPU whose size nobody gave: less would hold no request worth serving.
+# For a cache on a CPU whose size no setting gives: less would hold no request worth serving.
 LEAST_TOKENS = 256
 # The rest is for sampling, and for what memory is lost to fragments.
 GPU_SHARE_OF_FREE = 0.9
-# Of what is free on a GPU, for CUDA graphs: their inputs, results and the kernels' arguments.
+# Share of what is free on a GPU that CUDA graphs need, for inputs, results and arguments.
 CUDA_GRAPHS_SHARE_OF_FREE = 0.05
 
 
 def bytes_per_block(shape: ModelShape, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block over all layers, keys and values."""
+    """Return the bytes of one block over all layers, keys and values."""
     width = shape.num_kv_heads * shape.head_dim * dtype.itemsize
     return 2 * shape.num_layers * block_size * width
 
@@ -42,14 +44,14 @@ def choose_num_blocks(
     *,
     with_graphs: bool = False,
 ) -> int:
-    """Blocks that the settings ask for, or that fit into the memory that is free now.
+    """Return the number of blocks that the settings ask for, or that fit into free memory.
 
     On a GPU call it after a dry run at the largest batch, so that activations are
     counted. Never more than `max_num_seqs` sequences of full length could use.
 
     Args:
-        shapes: of the model, and of the draft model where there is one: a block holds the
-            KV of both.
+        shapes: those of the model and, where there is one, of the draft model: a block holds
+            the KV of both.
         with_graphs: leave room for CUDA graphs.
 
     Raises:
@@ -58,7 +60,7 @@ def choose_num_blocks(
     """
     per_block = sum(bytes_per_block(shape, config.block_size, dtype) for shape in shapes)
     longest = config.max_model_len or shapes[0].max_positions
-    useful = config.max_num_seqs * -(-longest // config.block_size)
+    useful = config.max_num_seqs * blocks_for(longest, config.block_size)
     if device.type == "cpu":
         return _choose_on_cpu(config, shapes[0], per_block, longest, useful)
     if config.num_blocks is not None:
@@ -84,31 +86,47 @@ def _blocks_of(budget: float, per_block: int, useful: int, config: EngineConfig)
 def _choose_on_cpu(
     config: EngineConfig, shape: ModelShape, per_block: int, longest: int, useful: int
 ) -> int:
-    """`choose_num_blocks` on a CPU, whose pages are taken only as they are written to: too many
-    would end the process much later, so all must fit now.
+    """Do the work of `choose_num_blocks` on a CPU.
+
+    A CPU's pages are taken only as they are written to: too many would end the process much
+    later, so all must fit now.
     """
     machine = Machine.look()
-    if config.num_blocks is None and config.kv_cache_gib is None:
-        share = min(machine.free_memory * CPU_SHARE_OF_FREE, CPU_MOST_GIB * GIB)
-        fitting = _blocks_beside_a_pass(machine.free_memory, config, shape, per_block)
-        num_blocks = min(int(share // per_block), fitting, useful)
-        least = min(useful, -(-min(longest, LEAST_TOKENS) // config.block_size))
-        if num_blocks < least:
-            raise ConfigError(
-                f"there is too little memory for a KV cache of {least * config.block_size} tokens "
-                f"({least * per_block / GIB:.3f} GiB) and for using it: {machine.memory_words}, of "
-                f"which the cache may take a quarter; allow more, or say with --kv-cache-gib what "
-                "it may take"
-            )
-        return num_blocks
-    num_blocks = config.num_blocks
-    if num_blocks is None:
+    if config.num_blocks is not None:
+        option, num_blocks = "--num-blocks", config.num_blocks
+    elif config.kv_cache_gib is not None:
+        option = "--kv-cache-gib"
         num_blocks = _blocks_of(config.kv_cache_gib * GIB, per_block, useful, config)
+    else:
+        return _fitting_on_cpu(machine, config, shape, per_block, longest, useful)
     if num_blocks * per_block > machine.free_memory:
         raise ConfigError(
-            f"{'--num-blocks' if config.num_blocks else '--kv-cache-gib'} asks for a KV cache of "
-            f"{num_blocks} blocks, {num_blocks * per_block / GIB:.2f} GiB, more than there is: "
+            f"{option} asks for a KV cache of {num_blocks} blocks, "
+            f"{num_blocks * per_block / GIB:.2f} GiB, more than there is: "
             f"{machine.memory_words}; lower it, or allow more"
+        )
+    return num_blocks
+
+
+def _fitting_on_cpu(
+    machine: Machine,
+    config: EngineConfig,
+    shape: ModelShape,
+    per_block: int,
+    longest: int,
+    useful: int,
+) -> int:
+    """Return the number of blocks that a CPU's free memory allows, where no setting says it."""
+    share = min(machine.free_memory * CPU_SHARE_OF_FREE, CPU_MOST_GIB * GIB)
+    fitting = _blocks_beside_a_pass(machine.free_memory, config, shape, per_block)
+    num_blocks = min(int(share // per_block), fitting, useful)
+    least = min(useful, blocks_for(min(longest, LEAST_TOKENS), config.block_size))
+    if num_blocks < least:
+        raise ConfigError(
+            f"there is too little memory for a KV cache of {least * config.block_size} tokens "
+            f"({least * per_block / GIB:.3f} GiB) and for using it: {machine.memory_words}, of "
+            f"which the cache may take a quarter; allow more, or say with --kv-cache-gib what "
+            "it may take"
         )
     return num_blocks
 
@@ -116,10 +134,11 @@ def _choose_on_cpu(
 def _blocks_beside_a_pass(
     num_bytes: int, config: EngineConfig, shape: ModelShape, per_block: int
 ) -> int:
-    """How many blocks fit into memory, with room for a pass of the model over the largest batch
-    that they allow: each sequence has a block of its own.
+    """Return the number of blocks that fit into memory beside a pass over the largest batch.
+
+    The largest batch is the one that the blocks allow: each sequence has a block of its own.
     """
-    num_tokens = config.token_budget
+    num_tokens = config.budget_on("cpu")
     if not config.chunked_prefill:
         num_tokens = max(num_tokens, config.max_model_len or shape.max_positions)
     per_seq = LOGITS_COPIES * 4 * shape.vocab_size
@@ -138,5 +157,5 @@ def allocate_kv_cache(
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[LayerKV]:
-    """One zeroed cache per layer."""
+    """Return one zeroed cache per layer."""
     return [backend.allocate(num_blocks, block_size, dtype, device) for _ in range(num_layers)]

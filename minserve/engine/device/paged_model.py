@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from minserve.blocks import blocks_for
 from minserve.engine.device import transfers
 from minserve.engine.device.batch_tensors import BatchLayout, BatchTensors, Chunk, place
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
@@ -17,10 +18,10 @@ from minserve.planner.predict.eager import is_eager
 
 
 class RecordedPasses(Protocol):
-    """Passes over decodes that the device was taught beforehand."""
+    """Passes over decodes that were recorded beforehand."""
 
     def forward(self, chunks: SequenceOf[Chunk]) -> Tensor | None:
-        """Hidden states as of `PagedModel.forward`, or ``None`` where no pass fits."""
+        """Return hidden states as `PagedModel.forward` does, or ``None`` where no pass fits."""
 
 
 class PagedModel:
@@ -30,8 +31,8 @@ class PagedModel:
         kv: one cache per layer.
 
     Attributes:
-        graphs: of passes over decodes. Set where the device has graphs, once ``kv`` is
-            allocated.
+        graphs: recorded passes over decodes; set once ``kv`` is allocated, if the device has
+            graphs.
     """
 
     def __init__(
@@ -51,14 +52,14 @@ class PagedModel:
 
     @property
     def is_lost(self) -> bool:
-        """True where the device runs nothing any more. Waits for it."""
+        """True where the device runs nothing any more. Asking waits for the device."""
         return transfers.is_lost(self.device)
 
     @torch.inference_mode()
     def forward(self, chunks: SequenceOf[Chunk], num_decodes: int) -> Tensor:
-        """Final hidden states ``[num_tokens, hidden]`` of all chunks, one behind the other.
+        """Return final hidden states ``[num_tokens, hidden]`` of all chunks, one behind the other.
 
-        Writes KV for their tokens. On a GPU all of it is queued, and where every chunk is
+        It writes the KV of their tokens. On a GPU all of it is queued, and where every chunk is
         a decode the result holds until the next pass over decodes is queued.
 
         Args:
@@ -80,7 +81,7 @@ class PagedModel:
         kv: SequenceOf[LayerKV],
         lengths_known: bool = True,
     ) -> Tensor:
-        """`forward` of inputs on the device, with what the host knows of them.
+        """Do the work of `forward` for inputs on the device, with what the host knows of them.
 
         Args:
             query_start_loc, seq_lens, lengths_known: as in `AttentionMetadata`.
@@ -100,27 +101,27 @@ class PagedModel:
         return self.model.forward(inputs.token_ids, inputs.positions, kv, self.backend, metadata)
 
     def rows(self, hidden: Tensor, rows: list[int]) -> Tensor:
-        """Some rows of hidden states, ``[len(rows), hidden]``."""
+        """Return some rows of hidden states, ``[len(rows), hidden]``."""
         return hidden[to_device(rows, torch.int64, self.device)]
 
     @torch.inference_mode()
     def dry_run(
         self, num_tokens: int, longest: int, num_seqs: int = 1, max_queries: int = 1
     ) -> None:
-        """Run batches of zeros, without KV of anyone being touched: one of the given size, then
-        decodes, few and many, of up to so many query tokens, and chunks of all kinds.
+        """Run batches of zeros that touch no sequence's KV.
 
-        Warms up libraries and compiles kernels, for which no request should wait, and on a
-        GPU leaves the peak memory of the largest batch reserved, so that what is free
-        afterwards can go to the KV cache.
+        The first has the given size; then come decodes, few and many, of up to so many query
+        tokens, and chunks of all kinds. This warms up libraries and compiles kernels, for which
+        no request should wait. On a GPU it leaves the peak memory of the largest batch reserved,
+        so that what is free afterwards can go to the KV cache.
 
         Args:
-            longest: most tokens of one sequence.
-            num_seqs, max_queries: of the largest batch, most sequences and most tokens of each
-                whose logits are needed.
+            longest: the most tokens of one sequence.
+            num_seqs, max_queries: the most sequences of the largest batch, and the most tokens
+                of each whose logits are needed.
         """
         longest = min(longest, num_tokens)
-        blocks = list(range(-(-longest // self.block_size)))
+        blocks = list(range(blocks_for(longest, self.block_size)))
         scratch = self.backend.allocate(
             len(blocks), self.block_size, self.kv[0].key.dtype, self.device
         )

@@ -1,4 +1,4 @@
-"""`ModelRunner`: a batch of sequences -> tensors -> one mixed forward pass -> sampled tokens."""
+"""`ModelRunner` runs a batch of sequences in one mixed forward pass and samples their tokens."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Scheduled:
 
     @property
     def end(self) -> int:
-        """Where the sequence's own tokens of this iteration end; drafts come behind."""
+        """The position behind the sequence's own tokens of this iteration; drafts come there."""
         return self.seq.num_computed_tokens + self.num_tokens
 
     @property
@@ -64,12 +64,12 @@ class Scheduled:
 
 @dataclass(slots=True)
 class RunResult:
-    """What the forward pass gave for one sequence.
+    """The result of a forward pass for one sequence.
 
     Attributes:
         sampled: the next tokens, the error that their sampling met, or ``None`` where the
             chunk did not reach the end.
-        prompt_logprobs: of prompt tokens ``start + 1 .. end`` where asked for.
+        prompt_logprobs: those of prompt tokens ``start + 1 .. end``, where asked for.
     """
 
     sampled: Verified | GenerationError | None = None
@@ -80,11 +80,11 @@ class RunningBatch(Protocol):
     """A batch that was handed to a device."""
 
     def results(self) -> dict[str, RunResult]:
-        """Wait for the end of the batch; what it gave, by sequence id."""
+        """Wait for the end of the batch and return its results by sequence id."""
 
 
 class Runner(Protocol):
-    """What an `EngineCore` runs batches on: a model (`ModelRunner`), or a simulated device."""
+    """Runs the batches of an `EngineCore`, on a model (`ModelRunner`) or a simulated device."""
 
     @property
     def device(self) -> torch.device: ...
@@ -102,7 +102,7 @@ class _PromptRows(NamedTuple):
 
     Attributes:
         hidden: ``[len(token_ids), hidden]``, row i predicting token i.
-        num_top: how many of the most likely tokens are asked for besides.
+        num_top: the number of most likely tokens that are asked for besides.
     """
 
     seq_id: str
@@ -115,9 +115,9 @@ class InFlightBatch:
     """A batch that was handed to the device. `results` waits for what it gives.
 
     Args:
-        seq_ids: of all sequences of the batch.
-        sampling: of those that get a token, in the order of ``pending``.
-        prompt_logprobs: computes those of a piece of a prompt, for it is seldom asked.
+        seq_ids: the ids of all sequences of the batch.
+        sampling: the ids of those that get a token, in the order of ``pending``.
+        prompt_logprobs: computes the log probabilities of a piece of a prompt.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class InFlightBatch:
 
     @torch.inference_mode()
     def results(self) -> dict[str, RunResult]:
-        """By sequence id.
+        """Wait for the device and return the results by sequence id.
 
         Raises:
             GenerationError: where a prompt's logits, asked for, contain NaN.
@@ -154,7 +154,7 @@ class ModelRunner(PagedModel):
     """Runs batches of the target model. Knows nothing of planning, text or requests' ends.
 
     Attributes:
-        threads: chooses those of a pass on a CPU; ``None`` leaves torch's as they are.
+        threads: chooses the number of threads of a pass on a CPU; ``None`` leaves torch's as it is.
     """
 
     def __init__(
@@ -172,20 +172,20 @@ class ModelRunner(PagedModel):
     def dry_run(
         self, num_tokens: int, longest: int, num_seqs: int = 1, max_queries: int = 1
     ) -> None:
-        """As of `PagedModel`, and what draws compile."""
+        """Do the dry run of `PagedModel`, and compile what draws need."""
         super().dry_run(num_tokens, longest, num_seqs, max_queries)
         self.sampler.warm_up(self.device)
 
     def run(self, batch: SequenceOf[Scheduled]) -> dict[str, RunResult]:
-        """`launch`, and wait for the results."""
+        """Launch a batch and wait for its results."""
         return self.launch(batch).results()
 
     @torch.inference_mode()
     def launch(self, batch: SequenceOf[Scheduled]) -> InFlightBatch:
-        """One forward pass and the choice of tokens, handed to the device.
+        """Hand one forward pass and the choice of tokens to the device.
 
-        A GPU is not waited for. Writes KV for the scheduled tokens and changes no sequence,
-        so that the same batch, or a part of it, can be run again.
+        It does not wait for a GPU. It writes the KV of the scheduled tokens and changes no
+        sequence, so that the same batch, or a part of it, can be run again.
         """
         if self.threads is not None:
             self.threads.before_pass()
@@ -209,7 +209,7 @@ class ModelRunner(PagedModel):
         )
 
     def _sample(self, sampling: list[tuple[Scheduled, int]], hidden: Tensor) -> PendingTokens:
-        """Choose tokens for chunks, given with their first rows."""
+        """Choose tokens for chunks, each given with its first row."""
         rows: list[int] = []
         for item, first in sampling:
             newest = first + item.num_tokens - 1
@@ -231,7 +231,7 @@ class ModelRunner(PagedModel):
 
 
 def model_runner(runner: Runner) -> ModelRunner:
-    """The runner, for work that needs the model itself.
+    """Return the runner, for work that needs the model itself.
 
     Raises:
         ConfigError: where the device is simulated.
@@ -242,9 +242,7 @@ def model_runner(runner: Runner) -> ModelRunner:
 
 
 def _prompt_rows(item: Scheduled, hidden: Tensor) -> _PromptRows | None:
-    """Of a chunk with hidden states from its first token on: the row of prompt token p
-    predicts token p + 1.
-    """
+    """Return the rows of a chunk that predict prompt tokens: the row of token p predicts p + 1."""
     num_top = item.seq.request.params.prompt_logprobs
     last = min(item.end, item.seq.num_prompt_tokens - 1)
     if num_top is None or item.start >= last:

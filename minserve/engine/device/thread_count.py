@@ -1,7 +1,7 @@
-"""`ThreadCount`: how many threads share a pass on a CPU: at most as many as cores are idle.
+"""`ThreadCount` chooses how many threads share a pass on a CPU: at most as many as cores are idle.
 
 Threads that share a pass wait for each other behind every operation. One that has to share
-its core with somebody else's program holds up all of them, hundreds of times a pass: on two
+its core with another program holds up all of them, hundreds of times a pass: on two
 cores beside one busy program two threads take many times as long as one
 (bench/neighbours.py). So the machine is looked at now and then, and threads are left out
 while others are busy on their cores.
@@ -31,9 +31,9 @@ class Usage(NamedTuple):
     """Processor time up to a moment, in seconds.
 
     Attributes:
-        at: of a monotonic clock.
-        busy: of all programs, over the processors that this process may run on.
-        own: of this process.
+        at: the moment, on a monotonic clock.
+        busy: the time of all programs, over the processors that this process may run on.
+        own: the time of this process.
     """
 
     at: float
@@ -42,7 +42,7 @@ class Usage(NamedTuple):
 
     @classmethod
     def look(cls) -> Usage:
-        """As it is now."""
+        """Return the usage up to now."""
         processors = psutil.cpu_times(percpu=True)
         if hasattr(os, "sched_getaffinity"):
             allowed = os.sched_getaffinity(0)
@@ -59,14 +59,14 @@ class ThreadCount:
     """Chooses the threads of each pass; call it from the thread that runs them.
 
     Args:
-        most: threads that a pass has alone on the machine.
-        cores: that this process may run on.
+        most: the threads of a pass that is alone on the machine.
+        cores: the number of cores that this process may run on.
         look: tells the machine's usage.
 
-    The number is torch's for the thread that calls, and stays so behind the pass.
+    It sets torch's number for the thread that calls, which stays so after the pass.
 
     Attributes:
-        now: threads that passes have at the moment.
+        now: the number of threads that passes have at the moment.
     """
 
     def __init__(self, most: int, cores: int, look: Callable[[], Usage] = Usage.look) -> None:
@@ -76,7 +76,7 @@ class ThreadCount:
         self._last = self._usage()
 
     def before_pass(self) -> None:
-        """Set torch's threads for the next pass. Costs a tenth of a millisecond at each look."""
+        """Set torch's threads for the next pass. Each look takes a tenth of a millisecond."""
         last = self._last
         if self.most > 1 and last is not None and time.monotonic() - last.at >= LOOK_S:
             self._last = self._usage()
@@ -88,7 +88,7 @@ class ThreadCount:
         torch.set_num_threads(self.now)
 
     def _usage(self) -> Usage | None:
-        """The machine's usage; ``None``, and never again, where the system does not tell."""
+        """Return the machine's usage; ``None`` from then on where the system does not tell it."""
         try:
             return self._look()
         except (OSError, psutil.Error) as error:
@@ -101,9 +101,9 @@ class ThreadCount:
 
 
 def num_fitting(most: int, cores: int, before: Usage, after: Usage) -> int:
-    """Of so many threads, for how many other programs leave a core; at least one.
+    """Return for how many of so many threads other programs leave a core; at least one.
 
-    Threads beyond the cores were asked for by whoever knows why, and stay.
+    Threads beyond the cores were asked for on purpose, and stay.
     """
     others = (after.busy - before.busy) - (after.own - before.own)
     taken = others / (after.at - before.at) - max(0, cores - most)

@@ -1,7 +1,7 @@
-"""Numbers between host and device, such that the host waits for the device only where it asks to.
+"""Copies numbers between host and device so that the host waits only where it asks to.
 
-A GPU runs behind the host: work is queued, and a copy from ordinary memory, or the question
-what a tensor holds, stops the host until the queue is empty. Copies from and to pinned
+A GPU runs behind the host: work is queued, and a copy from ordinary memory, or a look at a
+tensor's values, stops the host until the queue is empty. Copies from and to pinned
 memory are queued like everything else.
 """
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 def runs_behind(device: torch.device) -> bool:
-    """True where looking at a tensor makes the host wait; false where its values are at hand."""
+    """Return whether a look at a tensor's values makes the host wait for the device."""
     return device.type != "cpu"
 
 
 def is_lost(device: torch.device) -> bool:
-    """True where a device runs nothing any more, as a GPU after an access to the wrong memory."""
+    """Return whether a device runs nothing any more, as a GPU after a wrong memory access."""
     if device.type != "cuda":
         return False
     try:
@@ -28,7 +28,7 @@ def is_lost(device: torch.device) -> bool:
 
 
 def empty_on_host(size: int, device: torch.device) -> Tensor:
-    """int64 ``[size]`` in host memory, from or to which a device copies without being waited for.
+    """Return int64 ``[size]`` in host memory, to or from which a device copies without a wait.
 
     torch keeps pinned memory for the next caller, and hands it out again only when the
     copies that were queued meanwhile have ended.
@@ -57,7 +57,7 @@ class HostCopy:
             self._event.record()
 
     def wait(self) -> list[Tensor]:
-        """The tensors on the host, as soon as they are there."""
+        """Wait for the tensors and return them, on the host."""
         if self._host is None:
             return list(self._tensors)
         if self._event is not None:

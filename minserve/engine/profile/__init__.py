@@ -1,1 +1,1 @@
-"""How fast a model is on this device: measured, kept, refined."""
+"""Measures, keeps and refines how fast a model is on this device."""

@@ -1,4 +1,4 @@
-"""Profiles on disk, one JSON file per `ProfileKey`, under the user's cache folder."""
+"""Keeps profiles on disk, one JSON file per `ProfileKey`, under the user's cache folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 # Below this R2 on held-out shapes a profile is poor; fewer shapes than that cannot tell.
 POOR_R2 = 0.8
 LEAST_HELD_OUT = 5
-# How often somebody who waits for a profile looks.
+# Seconds between two looks of a process that waits for a profile.
 POLL_S = 0.05
 # Files of another format are measured anew.
 FORMAT = 4
@@ -38,13 +38,13 @@ FORMAT = 4
 
 @dataclass(frozen=True, slots=True)
 class ProfileKey:
-    """What a profile holds for.
+    """The model, device and settings that a profile holds for.
 
     Attributes:
-        model: name, family and shape.
+        model: its name, family and shape.
         device: the CPU's or GPU's product name.
-        dtype: of linear weights, and of activations where they differ.
-        threads: of the CPU.
+        dtype: the dtype of linear weights, and that of activations where they differ.
+        threads: the number of threads on the CPU.
         attention: the backend, and whether passes over decodes alone are CUDA graphs.
     """
 
@@ -57,7 +57,7 @@ class ProfileKey:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """A measured batch and what a fit that never saw its shape says of it."""
+    """A measured batch, and its time as predicted by a fit that never saw its shape."""
 
     shape: BatchShape
     measured_s: float
@@ -69,14 +69,14 @@ class Profile:
     """One device's measured speed with one model.
 
     Attributes:
-        torch: its version.
-        model: fitted to all samples.
-        quality: on the held-out shapes, by a fit to the others.
-        held_out: these shapes.
-        runs: seconds of every repeat of every shape.
-        measured_at: when the last of them was, ISO 8601, UTC.
-        seconds: that measuring all of them took.
-        allowed_s: that it was allowed at a start; a rough profile was allowed little.
+        torch: the version of torch.
+        model: the model fitted to all samples.
+        quality: how well a fit to the other shapes predicts the held-out shapes.
+        held_out: the held-out shapes.
+        runs: the seconds of every repeat of every shape.
+        measured_at: the time of the last of them, ISO 8601, UTC.
+        seconds: the time that all measuring took.
+        allowed_s: the time that a start allowed for it; a rough profile was allowed little.
     """
 
     key: ProfileKey
@@ -100,11 +100,11 @@ class Profile:
         return self.quality.r2 < POOR_R2 and self.quality.num_samples >= LEAST_HELD_OUT
 
     def new_model(self) -> PerfModel:
-        """A copy of the model, for one planner to correct online."""
+        """Return a copy of the model, which one planner may correct online."""
         return PerfModel(self.model.pieces, margin=self.model.margin)
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """Return the profile as JSON values."""
         return {
             "format": FORMAT,
             "key": asdict(self.key),
@@ -120,10 +120,10 @@ class Profile:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Profile:
-        """A profile as `to_dict` wrote it.
+        """Return a profile from what `to_dict` returned.
 
         Raises:
-            ValueError, TypeError, KeyError: where it is not one, or of another format.
+            ValueError, TypeError, KeyError: where it is not a profile, or has another format.
         """
         if values["format"] != FORMAT:
             raise ValueError(f"format {values['format']!r}, not {FORMAT}")
@@ -141,8 +141,9 @@ class Profile:
 
 
 def profile_key(core: EngineCore, model_name: str) -> ProfileKey:
-    """The key of a loaded model on its device. Names alone do not tell models apart, so
-    family and shape go in with them.
+    """Return the key of a loaded model on its device.
+
+    Names alone do not tell models apart, so family and shape are part of it.
     """
     runner = model_runner(core.runner)
     shape = runner.model.shape
@@ -161,7 +162,7 @@ def profile_key(core: EngineCore, model_name: str) -> ProfileKey:
 
 
 def profile_path(key: ProfileKey) -> Path:
-    """Where the key's profile is kept, whether it exists or not."""
+    """Return the file in which the key's profile is kept, whether it exists or not."""
     base = os.environ.get("XDG_CACHE_HOME")
     cache = Path(base) if base else Path.home() / ".cache"
     text = json.dumps(asdict(key), sort_keys=True)
@@ -172,7 +173,7 @@ def profile_path(key: ProfileKey) -> Path:
 
 
 def load(key: ProfileKey) -> Profile | None:
-    """The kept profile; ``None``, with a warning where a file is unusable, if there is none."""
+    """Return the kept profile, or ``None``; an unusable file is warned of."""
     path = profile_path(key)
     try:
         profile = Profile.from_dict(json.loads(path.read_text(encoding="utf-8")))
@@ -188,7 +189,7 @@ def load(key: ProfileKey) -> Profile | None:
 
 
 def save(profile: Profile) -> Path:
-    """Keep a profile in place of the key's older one. Readers see the one or the other.
+    """Keep a profile in place of the key's older one. Readers see one of the two, whole.
 
     Raises:
         OSError: where the folder cannot be written.
@@ -211,10 +212,10 @@ def alone_with(key: ProfileKey, wait_s: float) -> Iterator[bool]:
     """Keep other processes from measuring for the same key, which would disturb both.
 
     Args:
-        wait_s: how long to wait for the end of what another one measures.
+        wait_s: how long to wait for another process to end its measuring.
 
     Yields:
-        whether the caller is alone; where no lock can be taken in the folder, it is.
+        True where the caller is alone, or no lock can be taken in the folder.
     """
     path = profile_path(key).with_suffix(".lock")
     try:
@@ -244,10 +245,10 @@ def _lock(file: int, deadline: float) -> bool:
 
 
 def _seconds(runs: Any) -> tuple[float, ...]:
-    """The runs of a file.
+    """Return the runs in a file, checked.
 
     Raises:
-        ValueError, TypeError: where they are none.
+        ValueError, TypeError: where they are not seconds of runs.
     """
     seconds = tuple(map(float, runs))
     if not seconds or not all(0.0 < each < float("inf") for each in seconds):
@@ -265,8 +266,10 @@ def _device_name(device: torch.device) -> str:
 
 
 def _dtypes(runner: ModelRunner) -> str:
-    """Of weights and arithmetic, and of a second form of the weights, for which there may be room
-    at one start and not at another.
+    """Return the words for the dtypes of weights and arithmetic.
+
+    They name a second form of the weights too, for which there may be room at one start and
+    not at another.
     """
     words = dtype_words(runner.model.linear_dtype, runner.kv[0].key.dtype)
     return f"{words} and float16" if runner.model.placement.has_two_forms else words
@@ -277,6 +280,6 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def dtype_words(weights: torch.dtype, arithmetic: torch.dtype) -> str:
-    """As in ``bfloat16``, or in ``bfloat16 in float32``."""
+    """Return the words for two dtypes, such as ``bfloat16``, or ``bfloat16 in float32``."""
     stored, computed = _name(weights), _name(arithmetic)
     return stored if stored == computed else f"{stored} in {computed}"

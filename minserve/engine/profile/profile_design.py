@@ -1,4 +1,4 @@
-"""Which batches a profile measures: `design`. Knows nothing of tensors or clocks.
+"""`design` chooses the batches that a profile measures. It knows nothing of tensors or clocks.
 
 Batches are those that a server runs: decodes, prefill chunks and mixes of both.
 """
@@ -9,6 +9,7 @@ import random
 from dataclasses import dataclass, replace
 from itertools import islice, product
 
+from minserve.blocks import blocks_for
 from minserve.engine.core import EngineCore
 from minserve.engine.device.runner import model_runner
 from minserve.planner.predict.eager import is_eager
@@ -30,11 +31,11 @@ DRAFT_CONTEXT = 48
 
 @dataclass(frozen=True, slots=True)
 class ProfileBatch:
-    """What to measure.
+    """A batch to measure.
 
     Attributes:
-        decodes: per decoding sequence, the tokens computed already.
-        chunks: per prefill chunk, the tokens computed already and those to run.
+        decodes: the number of tokens computed already, per decoding sequence.
+        chunks: the numbers of tokens computed already and to run, per prefill chunk.
         graphs: whether the device has CUDA graphs of passes over decodes.
     """
 
@@ -44,24 +45,24 @@ class ProfileBatch:
 
     @property
     def runs(self) -> list[tuple[int, int]]:
-        """Per sequence, the tokens computed already and those to run."""
+        """The numbers of tokens computed already and to run, per sequence."""
         return [*((start, 1) for start in self.decodes), *self.chunks]
 
     @property
     def shape(self) -> BatchShape:
-        """``eager`` is 0 without graphs: no batch differs from another in that then."""
+        """The batch's shape. Without graphs ``eager`` is 0, since all batches are eager then."""
         eager = self.graphs and is_eager(len(self.decodes) + len(self.chunks), len(self.decodes))
         return BatchShape.of(self.runs, eager=eager)
 
 
 @dataclass(frozen=True, slots=True)
 class CoreLimits:
-    """What a core can run.
+    """The largest batches that a core can run.
 
     Attributes:
-        token_budget, max_num_seqs: of one batch.
-        longest: tokens of a sequence.
-        num_blocks, block_size: of the pool.
+        token_budget, max_num_seqs: the most tokens and sequences of one batch.
+        longest: the most tokens of a sequence.
+        num_blocks, block_size: the size of the pool.
         graphs: whether passes over decodes are CUDA graphs.
     """
 
@@ -85,8 +86,8 @@ class CoreLimits:
         )
 
     def blocks(self, num_tokens: int) -> int:
-        """Blocks for so many tokens of one sequence."""
-        return -(-num_tokens // self.block_size)
+        """Return the number of blocks for so many tokens of one sequence."""
+        return blocks_for(num_tokens, self.block_size)
 
     def allow(self, batch: ProfileBatch) -> bool:
         ends = [start + num_tokens for start, num_tokens in batch.runs]
@@ -100,7 +101,7 @@ class CoreLimits:
 
 
 def design(limits: CoreLimits, num_batches: int, seed: int) -> list[ProfileBatch]:
-    """At most so many batches, all different, the simplest ones first.
+    """Return at most so many batches, all different, the simplest ones first.
 
     The others are decodes, prefill chunks and mixes in turn, log-uniform between short and
     the limits. Their points are the additive recurrence R_d (Roberts, "The unreasonable
@@ -122,7 +123,7 @@ def design(limits: CoreLimits, num_batches: int, seed: int) -> list[ProfileBatch
 
 
 def _simplest(limits: CoreLimits) -> list[ProfileBatch]:
-    """Few and short sequences; from one to the next one feature of the model moves."""
+    """Return batches of few and short sequences, each with one feature changed to the next."""
     far = min(512, limits.longest // 2)
     return [
         ProfileBatch(decodes=(SHORTEST_CONTEXT,)),
@@ -139,16 +140,16 @@ def _simplest(limits: CoreLimits) -> list[ProfileBatch]:
 
 
 def _batch(limits: CoreLimits, u: list[float], kind: str, rng: random.Random) -> ProfileBatch:
-    """The batch at a point of the unit cube."""
+    """Return the batch at a point of the unit cube."""
     chunks = () if kind == "decodes" else _chunks(limits, u, reserve=int(kind == "mix"))
     return ProfileBatch(() if kind == "chunks" else _decodes(limits, u, chunks, rng), chunks)
 
 
 def _chunks(limits: CoreLimits, u: list[float], *, reserve: int) -> tuple[tuple[int, int], ...]:
-    """A chunk behind a context, several prompts, or one.
+    """Return a chunk behind a context, several prompts, or one.
 
     Args:
-        reserve: tokens and blocks to leave for decodes.
+        reserve: the tokens and blocks to leave for decodes.
     """
     most = max(1, min(limits.token_budget, limits.longest) - reserve)
     num_tokens = _log_uniform(u[2], min(SHORTEST_CHUNK, most), most)
@@ -165,7 +166,7 @@ def _chunks(limits: CoreLimits, u: list[float], *, reserve: int) -> tuple[tuple[
 def _decodes(
     limits: CoreLimits, u: list[float], chunks: tuple[tuple[int, int], ...], rng: random.Random
 ) -> tuple[int, ...]:
-    """Decodes beside the chunks, within what these leave; at least one."""
+    """Return decodes that fit beside the chunks; at least one."""
     free = limits.num_blocks - sum(limits.blocks(start + n) for start, n in chunks)
     seqs = limits.max_num_seqs - len(chunks)
     tokens = limits.token_budget - sum(n for _, n in chunks)

@@ -1,4 +1,4 @@
-"""A picture of a profile: predicted against measured seconds. Needs the extra `plot`."""
+"""Draws a profile: predicted against measured seconds. It needs the extra `plot`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TO_MS = 1e3
 
 
 def can_plot() -> bool:
-    """True where matplotlib is installed."""
+    """Return whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 

@@ -1,6 +1,6 @@
-"""`profile_core`: measures batches on an idle core and fits the device's performance model.
+"""`profile_core` measures batches on an idle core and fits the device's performance model.
 
-What is measured adds up: a `Survey` goes on from the runs of a kept profile, whether in one go
+Measurements add up: a `Survey` continues from the runs of a kept profile, whether in one go
 (here) or a batch now and then (`minserve.engine.profile.refinement`).
 """
 
@@ -70,15 +70,15 @@ def profile_core(
 ) -> Profile:
     """Measure batches on an idle core and fit its performance model.
 
-    Ends early where everything is measured well enough. Blocks of cached prefixes may be
+    It ends early where everything is measured well enough. Blocks of cached prefixes may be
     evicted; nothing else of the core changes.
 
     Args:
-        model_name: for the profile's key.
-        seconds: to measure for; two are enough for a rough model of a small one.
+        model_name: the name for the profile's key.
+        seconds: the time to measure for; two are enough for a rough profile of a small model.
         progress: show a bar on stderr.
-        seed: of the choice of batches.
-        kept: what was measured before, to go on from.
+        seed: decides the choice of batches.
+        kept: the profile to continue from.
 
     Raises:
         ProfileError: where the core is at work, or can run too few different batches.
@@ -102,12 +102,12 @@ class Survey:
     """The batches of a core's design, and how long they took.
 
     Args:
-        seed: of the choice of batches.
+        seed: decides the choice of batches.
         kept: an older profile; its runs count as if they had been measured here.
 
     Attributes:
-        batches: of the design, the simplest first.
-        times: seconds of every run, by shape; also of shapes that other settings measured.
+        batches: the batches of the design, the simplest first.
+        times: the seconds of every run, by shape, shapes measured by other settings included.
     """
 
     def __init__(
@@ -122,22 +122,22 @@ class Survey:
             self.take(kept)
 
     def take(self, kept: Profile) -> None:
-        """Go on from this profile alone."""
+        """Continue from this profile alone."""
         self.times, self._seconds = {}, 0.0
         self.add(kept.runs, kept.seconds)
 
     def add(self, runs: Mapping[BatchShape, SequenceOf[float]], seconds: float) -> None:
-        """Count runs in that were measured elsewhere.
+        """Add runs that were measured elsewhere.
 
         Args:
-            seconds: that measuring them took.
+            seconds: the time that measuring them took.
         """
         for shape, more in runs.items():
             self.times.setdefault(shape, []).extend(more)
         self._seconds += seconds
 
     def measure(self, batch: ProfileBatch) -> float:
-        """Run a batch once more; its seconds."""
+        """Run a batch once more and return its seconds."""
         started = time.perf_counter()
         found = self.bench.time(batch)
         self.add({batch.shape: [found]}, time.perf_counter() - started)
@@ -145,20 +145,20 @@ class Survey:
 
     @property
     def num_steady(self) -> int:
-        """Shapes of which two repeats took about as long."""
+        """The number of shapes of which two repeats took about as long."""
         return sum(map(agree, self.times.values()))
 
     def runs(self, batch: ProfileBatch) -> list[float]:
-        """Seconds of the batch's runs so far."""
+        """Return the seconds of the batch's runs so far."""
         return self.times.get(batch.shape, [])
 
     def wants(self, batch: ProfileBatch, least: int) -> bool:
-        """True where there are fewer runs of a batch than that, or they disagree."""
+        """Return whether a batch has fewer runs than that, or runs that disagree."""
         runs = self.runs(batch)
         return len(runs) < least or (not agree(runs) and len(runs) < MOST_REPEATS)
 
     def guess(self, batch: ProfileBatch) -> float:
-        """Seconds of a batch by those measured so far."""
+        """Return the seconds of a batch as guessed from those measured so far."""
         return fit(self._samples(), max_pieces=1).profiled(batch.shape)
 
     def profile(
@@ -168,12 +168,12 @@ class Survey:
         *,
         only_steady: bool = False,
     ) -> Profile:
-        """What the runs so far say. Takes up to a second or two.
+        """Return a profile fitted to the runs so far. It takes up to a second or two.
 
         Args:
-            allowed_s: what measuring was allowed to take.
-            poll: called every few milliseconds; whatever it raises ends this.
-            only_steady: leave out what was not repeated, or never twice in about the same time.
+            allowed_s: the time that measuring was allowed to take.
+            poll: called every few milliseconds; an error that it raises ends the fit.
+            only_steady: leave out shapes without two repeats of about the same time.
 
         Raises:
             ProfileError: where the runs are too few.
@@ -210,7 +210,7 @@ class Survey:
 
 
 def _missed(samples: list[ProfileSample]) -> list[float]:
-    """Of each sample, measured over predicted seconds by a fit to all others."""
+    """Return, for each sample, measured over predicted seconds by a fit to all others."""
     others = [[*samples[:i], *samples[i + 1 :]] for i in range(len(samples))]
     return [
         one.seconds / fit(rest, max_pieces=1).profiled(one.shape)
@@ -221,14 +221,14 @@ def _missed(samples: list[ProfileSample]) -> list[float]:
 def _split(
     samples: list[ProfileSample], rng: random.Random
 ) -> tuple[list[ProfileSample], list[ProfileSample]]:
-    """A random quarter, and the others."""
+    """Return a random quarter, and the others."""
     shuffled = rng.sample(samples, len(samples))
     num_unseen = round(HELD_OUT_SHARE * len(samples))
     return shuffled[:num_unseen], shuffled[num_unseen:]
 
 
 def _measure(survey: Survey, seconds: float, rng: random.Random, bar: tqdm) -> None:
-    """Measure what there is time for.
+    """Measure as many batches as there is time for.
 
     New batches take turns with repeats of old ones, so that a disturbance of some seconds
     hits many batches once and none always. Slow drift of the machine needs no more than that.
@@ -265,9 +265,9 @@ def _measure(survey: Survey, seconds: float, rng: random.Random, bar: tqdm) -> N
 
 
 def measure_drafting(core: EngineCore) -> tuple[float, float]:
-    """Seconds of each forward pass of the draft model, and of each token in it.
+    """Return the seconds of each forward pass of the draft model, and of each token in it.
 
-    Both 0 where nothing is drafted, or by lookup. Takes a second or so for a small model.
+    Both are 0 where no draft model is used. It takes a second or so for a small model.
 
     Raises:
         ProfileError: where the core is at work.

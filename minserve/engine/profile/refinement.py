@@ -1,12 +1,12 @@
-"""`Refinement`: makes a rough profile a full one while the engine has nothing to do.
+"""`Refinement` makes a rough profile a full one while the engine has nothing to do.
 
-It measures one batch at a time and rests in between, so that whoever comes waits for a part of
-one batch at most, and seldom. The longer nobody came, the less likely somebody comes just now,
+It measures one batch at a time and rests in between, so that a new request waits for a part of
+one batch at most, and seldom. The longer no request came, the less likely one comes just now,
 so the length of a batch is limited by how long the engine has been idle. Cached prefixes are left
 alone: only blocks that hold none are used.
 
-What is measured is kept in the profile cache now and then, added to what other processes have
-measured for the same key meanwhile; a later start goes on from there.
+Now and then the measurements are kept in the profile cache, together with those of other
+processes for the same key; a later start continues from there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 FIRST_IDLE_S = 2.0
 # A batch may take this share of the time for which the engine has been idle, or a decode step.
 IDLE_SHARE = 1 / 200
-# And no more than this, or than so many decode steps of a slow device, for which everybody waits
+# No more than this, or than so many decode steps of a slow device, for which all requests wait
 # anyhow: longer ones are left to `profile_core`.
 LONGEST_S = 0.5
 LONGEST_STEPS = 4.0
@@ -37,23 +37,23 @@ LONGEST_STEPS = 4.0
 REST = 9.0
 # KV blocks that are written at once, which takes tens of milliseconds.
 BLOCKS_AT_ONCE = 64
-# How long to leave the device to another process that measures for the same key.
+# Seconds for which the device is left to another process that measures for the same key.
 TURN_S = 0.5
 # Seconds of measuring after which the profile is fitted anew and kept.
 SAVE_S = 8.0
-# As complete as a profile is at most until nothing is left to do.
+# The highest completeness of a profile until nothing is left to do.
 ALMOST = 0.99
 
 
 class _WorkArrived(Exception):
-    """Somebody wants the engine."""
+    """Raised when a request wants the engine."""
 
 
 class Refinement:
-    """What a profile still lacks, measured in idle moments.
+    """Measures in idle moments what a profile still lacks.
 
     Args:
-        profile: to refine.
+        profile: the profile to refine.
         publish: called with each refined profile, in the thread that calls `step` or `save`.
     """
 
@@ -71,19 +71,17 @@ class Refinement:
         self._fresh: Times = {}
         self._unwritable = False
         self._fresh_s = 0.0
-        # Of the newest run over what was expected: a profile may be of a much busier hour.
+        # Newest run over expected time: the profile may come from a much busier hour.
         self._pace = 1.0
 
     @property
     def profile(self) -> Profile:
-        """As last fitted."""
+        """The profile as it was last fitted."""
         return self._profile
 
     @property
     def completeness(self) -> float:
-        """Share of the runs of a full profile that were made, 0 to 1; 1 once it is fitted to
-        all of them.
-        """
+        """The share of a full profile's runs that were made, 0 to 1; 1 once it is fitted to all."""
         unfinished = self._unfinished()
         if not unfinished and not self._fresh:
             return 1.0
@@ -96,10 +94,10 @@ class Refinement:
 
         Args:
             idle_s: for how long the core has been idle.
-            is_wanted: whether somebody wants the core. Looked at between any two runs.
+            is_wanted: tells whether a request wants the core; asked between any two runs.
 
         Returns:
-            seconds after which to call again, if the core is still idle; ``None`` where there is
+            Seconds after which to call again, if the core is still idle; ``None`` where there is
             nothing to measure until it has worked again.
         """
         if idle_s < FIRST_IDLE_S:
@@ -124,10 +122,10 @@ class Refinement:
             return REST * (time.perf_counter() - started)
 
     def save(self, is_wanted: Callable[[], bool] = lambda: False) -> None:
-        """Fit the profile anew and keep it, where anything was measured since the last time.
+        """Fit the profile anew and keep it, if anything was measured since the last time.
 
         Args:
-            is_wanted: whether somebody wants the core; it is left for another time then.
+            is_wanted: tells whether a request wants the core; then it waits for another time.
         """
 
         def poll() -> None:
@@ -137,7 +135,7 @@ class Refinement:
         if not self._fresh:
             return
         with suppress(_WorkArrived), profile_cache.alone_with(self._profile.key, TURN_S):
-            # What could not be written is in this process's profile alone.
+            # After a failed write, only this process's profile has the newest runs.
             kept = self._profile
             if not self._unwritable:
                 kept = profile_cache.load(self._profile.key) or kept
@@ -159,7 +157,7 @@ class Refinement:
 
     @property
     def _least(self) -> int:
-        """Runs that every batch needs: more of them where the machine was busy meanwhile."""
+        """The number of runs that every batch needs: more where the machine was busy meanwhile."""
         return MOST_REPEATS if self._profile.is_poor else REPEATS
 
     def _batches_in_reach(self) -> list[ProfileBatch]:
@@ -171,18 +169,21 @@ class Refinement:
         return [one for one in self._batches_in_reach() if self._survey.wants(one, self._least)]
 
     def _usual_s(self, batch: ProfileBatch) -> float:
-        """Seconds that a batch should take now."""
-        return self._pace * self._core.planner.model.predict(batch.shape)
+        """Return the seconds that a batch should take now."""
+        # The planner's model is corrected while it serves.
+        model = self._core.planner.model or self._profile.model
+        return self._pace * model.predict(batch.shape)
 
     def _finds_room(self, batch: ProfileBatch, num_blank: int) -> bool:
-        """True where no cached prefix has to go for it, with so many blocks that hold none."""
+        """Return whether a batch fits into so many blank blocks, so that cached prefixes stay."""
         needed = sum(self._limits.blocks(start + num_tokens) for start, num_tokens in batch.runs)
         return needed <= num_blank
 
     def _measure(self, batch: ProfileBatch, is_wanted: Callable[[], bool]) -> None:
-        """Run a batch twice, as batches in service follow each other. The first run, on a device
-        that rested, counts where it was no slower. A part of the KV is written instead, where
-        some that the batch reads never was.
+        """Run a batch twice, as batches in service follow each other.
+
+        The first run, on a device that rested, counts only where it was no slower. Where some
+        of the KV that the batch reads was never written, a part of it is written instead.
         """
         bench = self._survey.bench
         if not bench.prepare(batch, BLOCKS_AT_ONCE) or is_wanted():

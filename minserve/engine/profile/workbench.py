@@ -1,7 +1,7 @@
-"""`Workbench`: times batches of synthetic sequences on a core and leaves nothing behind.
+"""`Workbench` times batches of synthetic sequences on a core and leaves nothing behind.
 
-The sequences' blocks are the pool's and the KV that they read was written, so that memory costs
-what it does in service.
+The sequences' blocks are the pool's and the KV that they read was written, so that memory takes
+as long as in service.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Workbench:
     """Runs batches of synthetic sequences on an idle core.
 
     Args:
-        params: of the sequences. The default draws from the whole vocabulary.
+        params: the sequences' sampling settings; the default draws from the whole vocabulary.
     """
 
     def __init__(self, core: EngineCore, seed: int, params: SamplingParams | None = None) -> None:
@@ -43,7 +43,7 @@ class Workbench:
         self._written: set[int] = set()
 
     def time(self, batch: ProfileBatch) -> float:
-        """Seconds that the runner takes for the batch."""
+        """Return the seconds that the runner takes for the batch."""
         with self._scheduled(batch) as scheduled:
             self._write_kv(scheduled)
             self._synchronize()
@@ -53,15 +53,19 @@ class Workbench:
             return time.perf_counter() - started
 
     def prepare(self, batch: ProfileBatch, most_blocks: int) -> bool:
-        """Write KV into at most so many of the blocks that the batch will hold, which takes time
-        of its own; True once none is left to write.
+        """Write KV into at most so many of the blocks that the batch will hold.
+
+        Returns:
+            True once no block is left to write.
         """
         with self._scheduled(batch) as scheduled:
             return self._write_kv(scheduled, most_blocks)
 
     def time_drafts(self, num_seqs: int, num_steps: int) -> dict[tuple[int, int], list[float]]:
-        """Seconds of drafting, by forward passes and tokens run: behind contexts whose draft KV
-        is missing, and then behind the same with it.
+        """Return the seconds of drafting, by forward passes and tokens run.
+
+        It is measured behind contexts whose draft KV is missing, and then behind the same
+        contexts with it.
         """
         proposer = self._core.proposer
         assert proposer is not None, "only who drafts is timed"
@@ -87,9 +91,9 @@ class Workbench:
 
     @contextmanager
     def _scheduled(self, batch: ProfileBatch) -> Iterator[list[Scheduled]]:
-        """The batch's sequences, holding blocks for as long as the context lasts.
+        """Yield the batch's sequences, which hold blocks for as long as the context lasts.
 
-        Nothing is committed, so that the prefix index never hears of them.
+        Nothing is committed, so the prefix index never sees them.
         """
         scheduled: list[Scheduled] = []
         try:
@@ -108,7 +112,7 @@ class Workbench:
                 self._core.pool.release(item.seq)
 
     def _sequence(self, num_prompt_tokens: int, num_computed_tokens: int) -> Sequence:
-        # Of tokens that are computed already nothing but their KV is read.
+        # Nothing but the KV is read of tokens that are computed already.
         tokens = self._rng.choices(self._vocab, k=num_prompt_tokens - num_computed_tokens)
         request = Request(
             request_id=f"profile-{next(self._ids)}",
@@ -122,7 +126,7 @@ class Workbench:
         return seq
 
     def _write_kv(self, scheduled: SequenceOf[Scheduled], most: int | None = None) -> bool:
-        """Fill blocks seen for the first time: memory never written reads faster.
+        """Fill blocks that are used for the first time: memory never written reads faster.
 
         Returns:
             True where no block is left to fill.

@@ -1,7 +1,7 @@
 """The distribution that a token is drawn from, and the draw: pure functions of logits and rows.
 
-Knows nothing of batches, blocks or text. Randomness is counter based: each draw is a pure
-function of (seed, output index, position, stream), so that a seeded output depends neither
+The module knows nothing of batches, blocks or text. Randomness is counter based: each draw is a
+pure function of (seed, output index, position, stream), so that a seeded output depends neither
 on its neighbours in the batch nor on preemptions. Nothing here waits for a device.
 """
 
@@ -42,7 +42,7 @@ _CHUNK = 256
 
 
 class SamplingRow(NamedTuple):
-    """Where a token is to be chosen: behind a sequence's tokens and some drafted ones."""
+    """A place where a token is to be chosen: behind a sequence's tokens and some drafted ones."""
 
     seq: Sequence
     drafted: tuple[int, ...] = ()
@@ -53,12 +53,12 @@ class SamplingRow(NamedTuple):
 
     @property
     def position(self) -> int:
-        """Which output token it is, from 0 on."""
+        """The position of the token in the output, from 0 on."""
         return self.seq.num_output_tokens + len(self.drafted)
 
     @property
     def token_ids(self) -> list[int]:
-        """Everything before the token."""
+        """The ids of all tokens before it."""
         return self.seq.token_ids + list(self.drafted) if self.drafted else self.seq.token_ids
 
     @property
@@ -78,19 +78,21 @@ class SamplingRow(NamedTuple):
         return params.greedy and not params.has_penalties and not self.must_go_on
 
     def uniform(self, stream: int) -> float:
-        """This token's draw of a stream."""
+        """Return this token's draw from a stream, in [0, 1)."""
         return uniform(self.seq.request.seed, self.seq.index, self.position, stream)
 
 
 def philox(counter: tuple[int, int], key: int) -> tuple[int, int]:
-    """Philox2x64-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+    """Return random words by Philox2x64-10.
+
+    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 
     Args:
         counter: two unsigned 64-bit words.
         key: one unsigned 64-bit word.
 
     Returns:
-        two independent uniform 64-bit words.
+        Two independent uniform 64-bit words.
     """
     low, high = counter
     for _ in range(_PHILOX_ROUNDS):
@@ -101,7 +103,7 @@ def philox(counter: tuple[int, int], key: int) -> tuple[int, int]:
 
 
 def uniform(seed: int, index: int, position: int, stream: int = 0) -> float:
-    """A uniform number in [0, 1) with 53 random bits; the same arguments give the same number.
+    """Return a uniform number in [0, 1) with 53 random bits, the same for the same arguments.
 
     Args:
         seed: any 64-bit integer, signed or not.
@@ -114,7 +116,7 @@ def uniform(seed: int, index: int, position: int, stream: int = 0) -> float:
 
 
 def uniforms(rows: SequenceOf[SamplingRow], streams: SequenceOf[int]) -> list[float]:
-    """`SamplingRow.uniform` of each row and its stream."""
+    """Return `SamplingRow.uniform` of each row and its stream."""
     if len(rows) < _FEWEST_AT_ONCE:
         return [row.uniform(stream) for row, stream in zip(rows, streams, strict=True)]
     num = len(rows)
@@ -129,7 +131,7 @@ def uniforms(rows: SequenceOf[SamplingRow], streams: SequenceOf[int]) -> list[fl
 
 
 def _high_word(x: np.ndarray) -> np.ndarray:
-    """The upper 64 of the 128 bits of each product with Philox's multiplier, in 32-bit steps."""
+    """Return the upper 64 of the 128 bits of each product with Philox's multiplier."""
     half, lower = np.uint64(32), np.uint64(2**32 - 1)
     a_high, a_low = np.uint64(_PHILOX_MULTIPLIER >> 32), np.uint64(_PHILOX_MULTIPLIER) & lower
     x_high, x_low = x >> half, x & lower
@@ -143,12 +145,12 @@ def index_of(rows: SequenceOf[int] | SequenceOf[SequenceOf[int]], like: Tensor) 
 
 
 def column(values: SequenceOf[float], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """One number per row, ``[rows, 1]``."""
+    """Return one number per row, ``[rows, 1]``."""
     return to_device(values, dtype, like.device).unsqueeze(1)
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """The lowest id of the most likely token, ``[rows]``; `INVALID` for a row without one."""
+    """Return the lowest id of the most likely token, ``[rows]``, or `INVALID`."""
     ids = _argmax(logits)
     # argmax takes NaN for the largest number, so the value found tells of any NaN.
     best = logits.gather(-1, ids.unsqueeze(1)).squeeze(1)
@@ -156,7 +158,7 @@ def argmax(logits: Tensor) -> Tensor:
 
 
 def _argmax(logits: Tensor) -> Tensor:
-    """`torch.argmax`, on a CPU in two levels: there amax is some twenty times as fast."""
+    """Do `torch.argmax`, on a CPU in two levels: there amax is some twenty times as fast."""
     vocab = logits.shape[1]
     whole = vocab // _CHUNK * _CHUNK
     if logits.device.type != "cpu" or not whole or not logits.is_contiguous():
@@ -174,12 +176,12 @@ def _argmax(logits: Tensor) -> Tensor:
 
 
 def adjust(logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
-    """Logits ``[rows, vocab]`` after penalties, and without ends that would come too early."""
+    """Return logits ``[rows, vocab]`` after penalties, and without ends that come too early."""
     return _mask_early_stops(_penalize(logits, rows), rows)
 
 
 def _penalize(logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
-    """Repetition, then frequency and presence penalties, at the few tokens that have any."""
+    """Apply repetition, then frequency and presence penalties, at the few tokens that have any."""
     repeated = [
         (i, token, row.params.repetition_penalty)
         for i, row in enumerate(rows)
@@ -217,7 +219,7 @@ def _mask_early_stops(logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
 def _cells(
     entries: list[tuple[int, int, float]], like: Tensor
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """(row, token, value) triples as an index into ``[rows, vocab]`` and the values there."""
+    """Return (row, token, value) triples as an index into ``[rows, vocab]`` and its values."""
     rows, tokens, values = zip(*entries, strict=True)
     return (index_of(rows, like), index_of(tokens, like)), column(values, like).squeeze(1)
 
@@ -225,11 +227,11 @@ def _cells(
 def draw(
     logits: Tensor, rows: SequenceOf[SamplingRow], stream: int = CHOICE, *, fused: bool = False
 ) -> Tensor:
-    """One token id per row, ``[rows]``, sampled by inverse CDF; `INVALID` where none can be.
+    """Sample one token id per row, ``[rows]``, by inverse CDF; `INVALID` where none is possible.
 
     Args:
         logits: float32 ``[rows, vocab]`` from `adjust`.
-        fused: as of `weigh`.
+        fused: as in `weigh`.
     """
     weights, is_valid = weigh(logits, rows, fused=fused)
     draws = uniforms(rows, [stream] * len(rows))
@@ -240,14 +242,14 @@ def draw(
 def weigh(
     logits: Tensor, rows: SequenceOf[SamplingRow], *, fused: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The distribution of each row, after temperature and truncation.
+    """Return the distribution of each row, after temperature and truncation.
 
     Args:
         logits: float32 ``[rows, vocab]`` from `adjust`.
         fused: whether to truncate in one Triton kernel; it keeps what plain torch keeps.
 
     Returns:
-        weights, float32 ``[rows, >= vocab]``, not normalized and filled up with zeros to
+        Weights, float32 ``[rows, >= vocab]``, not normalized and filled up with zeros to
         whole chunks of the vocabulary; and bool ``[rows]``, false where the logits contain
         NaN or leave no token possible.
     """
@@ -262,7 +264,7 @@ def weigh(
 
 
 def _padded_exp(x: Tensor) -> Tensor:
-    """``exp(x)``, filled up with zeros to whole chunks of the vocabulary."""
+    """Return ``exp(x)``, filled up with zeros to whole chunks of the vocabulary."""
     rows, vocab = x.shape
     weights = x.new_zeros(rows, -(-vocab // _CHUNK) * _CHUNK)
     torch.exp(x, out=weights[:, :vocab])
@@ -270,13 +272,13 @@ def _padded_exp(x: Tensor) -> Tensor:
 
 
 def warm_up(device: torch.device) -> None:
-    """Compile what `weigh` launches where it is fused."""
+    """Compile the kernels that a fused `weigh` launches."""
     weights = torch.ones(1, _CHUNK, device=device)
     _truncate(weights, [SamplingParams(top_p=0.5)], _CHUNK, fused=True)
 
 
 def _truncate(weights: Tensor, params: SequenceOf[SamplingParams], vocab: int, fused: bool) -> None:
-    """Set to 0 what min_p, then top_k, then top_p leave out."""
+    """Set the weights to 0 that min_p, then top_k, then top_p leave out."""
     limits = TruncationLimits(
         [p.min_p for p in params],
         [p.top_k if p.top_k < vocab else 0 for p in params],
@@ -293,7 +295,7 @@ def _truncate(weights: Tensor, params: SequenceOf[SamplingParams], vocab: int, f
 
 
 def _chunk_sums(weights: Tensor) -> Tensor:
-    """Float64 ``[rows, chunks]``: the sum of each chunk of the vocabulary.
+    """Return float64 ``[rows, chunks]``: the sum of each chunk of the vocabulary.
 
     The few numbers of one chunk are summed in float32, whose error is that of ``exp``.
     """
@@ -301,7 +303,7 @@ def _chunk_sums(weights: Tensor) -> Tensor:
 
 
 def inverse_cdf(weights: Tensor, draws: Tensor) -> Tensor:
-    """The token at which the cumulated probability, in order of ids, exceeds the draw.
+    """Return the token at which the cumulated probability, in order of ids, exceeds the draw.
 
     Two levels, chunks of the vocabulary and then tokens of one chunk, so that the
     sequential float64 sum runs over a few hundred numbers instead of the whole vocabulary.
@@ -312,7 +314,7 @@ def inverse_cdf(weights: Tensor, draws: Tensor) -> Tensor:
         draws: float64 ``[rows, 1]`` in [0, 1).
 
     Returns:
-        ids ``[rows]``, never of a token with weight 0 (of any token in a NaN row).
+        Ids ``[rows]``, never that of a token with weight 0; any id for a NaN row.
     """
     sums = _chunk_sums(weights)
     targets = draws * sums.sum(-1, keepdim=True)
@@ -324,7 +326,7 @@ def inverse_cdf(weights: Tensor, draws: Tensor) -> Tensor:
 
 
 def _first_above(weights: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the running sum of ``weights`` first exceeds ``targets``, among positive weights.
+    """Find where the running sum of ``weights`` first exceeds ``targets``, among positive weights.
 
     Round-off can push a target out of the range of sums, and a parallel scan need not be
     monotone to the last bit: the target is clamped and weights of 0 are left out.
@@ -334,7 +336,7 @@ def _first_above(weights: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         targets: float64 ``[rows, 1]``.
 
     Returns:
-        the indices and the sums of all weights before them, both ``[rows, 1]``.
+        The indices and the sums of all weights before them, both ``[rows, 1]``.
     """
     cdf = weights.cumsum(-1)
     reached = cdf.masked_fill(weights <= 0.0, 0.0)

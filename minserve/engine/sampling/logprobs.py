@@ -1,4 +1,4 @@
-"""Log probabilities of tokens under the raw distribution, and of the most likely ones beside them."""
+"""Computes log probabilities under the raw distribution: of tokens, and of the likeliest ones."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _FLOAT_MAX = torch.finfo(torch.float32).max
 
 
 def logprob_tensors(logits: Tensor, ids: Tensor, num_top: SequenceOf[int]) -> tuple[Tensor, ...]:
-    """What `token_logprobs` needs, computed where the logits are.
+    """Compute what `token_logprobs` needs, on the device of the logits.
 
     Args:
         logits: raw, ``[rows, vocab]``. A row with NaN gives nonsense.
-        ids: int64 ``[rows]``, of the tokens in question.
-        num_top: how many of the most likely tokens each row wants.
+        ids: int64 ``[rows]``, the tokens in question.
+        num_top: the number of most likely tokens that each row wants.
 
     Returns:
-        of the tokens: log probabilities, float64 ``[rows]``, and ranks from 1 on, int64;
-        the most likely ones, int64 ``[rows, max(num_top)]``, and their log probabilities.
+        The tokens' log probabilities, float64 ``[rows]``, and ranks from 1 on, int64; the most
+        likely tokens, int64 ``[rows, max(num_top)]``, and their log probabilities.
     """
     logprobs = logits.float().clamp(max=_FLOAT_MAX).log_softmax(-1)
     own = logprobs.gather(-1, ids.unsqueeze(1))
@@ -34,7 +34,7 @@ def logprob_tensors(logits: Tensor, ids: Tensor, num_top: SequenceOf[int]) -> tu
 def token_logprobs(
     token_ids: SequenceOf[int], num_top: SequenceOf[int], tensors: SequenceOf[Tensor]
 ) -> list[TokenLogprob]:
-    """One for each row of what `logprob_tensors` gave, now on the host."""
+    """Return one `TokenLogprob` per row of what `logprob_tensors` returned, now on the host."""
     table = zip(token_ids, num_top, *(tensor.tolist() for tensor in tensors), strict=True)
     return [
         TokenLogprob(token, logprob, rank, tuple(zip(ids[:top], values[:top], strict=True)))

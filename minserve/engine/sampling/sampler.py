@@ -1,6 +1,6 @@
-"""From logits to tokens: one for each sequence, or as many as verify of those drafted for it.
+"""`Sampler` turns logits into tokens: one for each sequence, or those verified of its drafts.
 
-Knows sequences and logits, nothing of blocks, batches or text. The distributions and draws
+It knows sequences and logits, but nothing of blocks, batches or text. The distributions and draws
 are those of `minserve.engine.sampling.distribution`, drafts are verified by
 `minserve.engine.speculation.verification`.
 """
@@ -44,8 +44,10 @@ from minserve.request import Sequence
 
 
 class Drafted(NamedTuple):
-    """A draft model's choice for one row: the token, `INVALID` where there is none, and the
-    distribution that it was drawn from (as in `Proposal`).
+    """A draft model's choice for one row.
+
+    It is the token, `INVALID` where there is none, and the distribution that it was drawn from
+    (as in `Proposal`).
     """
 
     token_id: int
@@ -72,11 +74,11 @@ class Sampler:
 
         Args:
             logits: ``[len(seqs), vocab]``, any float dtype, any device; not changed.
-            seqs: whose next tokens they are; their ``num_output_tokens`` is the position
-                of the draw.
+            seqs: the sequences whose next tokens they are; their ``num_output_tokens`` is the
+                position of the draw.
 
         Returns:
-            per row, the token, or the error where the row's logits contain NaN or leave
+            Per row, the token, or the error where the row's logits contain NaN or leave
             no token possible. An error never affects the other rows.
         """
         verified = self.verify(logits, seqs, [None] * len(seqs))
@@ -86,7 +88,7 @@ class Sampler:
     def verify(
         self, logits: Tensor, seqs: list[Sequence], proposals: SequenceOf[Proposal | None]
     ) -> list[Verified | GenerationError]:
-        """`launch`, and wait for the results."""
+        """Launch a verification and wait for its results."""
         return self.launch(logits, seqs, proposals).results()
 
     @torch.inference_mode()
@@ -102,7 +104,7 @@ class Sampler:
         leaves the target's distribution p unchanged (Leviathan et al., "Fast inference from
         transformers via speculative decoding", ICML 2023).
 
-        Waits for no device: whatever needs the logits is queued behind them.
+        It waits for no device: all work on the logits is queued behind them.
 
         Args:
             logits: any float dtype, not changed; per sequence one row, and one more for
@@ -110,8 +112,7 @@ class Sampler:
             proposals: per sequence, what was drafted, if anything was.
 
         Returns:
-            the tokens, or the error as in `sample`, of each sequence, on their way to the
-            host.
+            The tokens of each sequence, or the error as in `sample`, on their way to the host.
         """
         by_chance = [one is not None and one.probabilities is not None for one in proposals]
         # These come last, so that either kind has adjacent rows.
@@ -135,13 +136,13 @@ class Sampler:
 
     @torch.inference_mode()
     def draft(self, logits: Tensor, rows: SequenceOf[SamplingRow]) -> list[Drafted]:
-        """A draft model's choices, such that the target is likely to accept them.
+        """Return a draft model's choices, such that the target is likely to accept them.
 
         A greedy row takes the most likely token, a seeded one is drawn with the number that
         the target will use; others have draws of their own.
 
         Args:
-            logits: of the draft model, ``[len(rows), vocab]``; not changed.
+            logits: those of the draft model, ``[len(rows), vocab]``; not changed.
         """
         if all(row.is_plain for row in rows):
             return [Drafted(token, None) for token in argmax(logits).tolist()]
@@ -170,11 +171,11 @@ class Sampler:
     def prompt_logprobs(
         self, logits: Tensor, token_ids: SequenceOf[int], num_top: int
     ) -> list[TokenLogprob]:
-        """Log probabilities of prompt tokens under the raw distribution.
+        """Return log probabilities of prompt tokens under the raw distribution.
 
         Args:
             logits: ``[len(token_ids), vocab]``, row ``i`` predicting ``token_ids[i]``.
-            num_top: how many of the most likely tokens to report besides.
+            num_top: the number of most likely tokens to report besides.
 
         Raises:
             GenerationError: where the logits contain NaN.
@@ -189,7 +190,7 @@ class Sampler:
 
 
 def _rows_before(spans: SequenceOf[Span]) -> list[int]:
-    """For each row, which one it was before the spans were put in order."""
+    """Return, for each row, which one it was before the spans were put in order."""
     firsts, row = {}, 0
     for span in sorted(spans, key=lambda span: span.place):
         firsts[span.place] = row
@@ -198,7 +199,7 @@ def _rows_before(spans: SequenceOf[Span]) -> list[int]:
 
 
 def _choose(logits: Tensor, rows: SequenceOf[SamplingRow], fused: bool) -> Tensor:
-    """The target's own choice for each row, ``[rows]``."""
+    """Return the target's own choice for each row, ``[rows]``."""
     special = [i for i, row in enumerate(rows) if not row.is_plain]
     if not special:
         return argmax(logits)

@@ -1,1 +1,1 @@
-"""Speculative decoding: who drafts tokens, and how they are verified."""
+"""Speculative decoding: proposers draft tokens, and the target model verifies them."""

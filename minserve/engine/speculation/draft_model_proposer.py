@@ -1,8 +1,9 @@
-"""`DraftModelProposer`: a small model of the same vocabulary drafts, all sequences together.
+"""`DraftModelProposer` drafts with a small model of the same vocabulary, for all sequences at once.
 
 The draft model's KV lies beside the target's: a KV block holds both for its tokens, so that
-one block table and one pool account for both. It is computed lazily. What a sequence's draft
-KV lacks, of its prompt or of iterations without speculation, is run when it speculates next.
+one block table and one pool account for both. It is computed lazily: tokens of a sequence that
+have no draft KV yet, from its prompt or from iterations without speculation, are run when it
+speculates next.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class DraftModelProposer(Proposer):
         model: the draft model with its KV cache, whose blocks are those of the target's.
         head_token_ids: int64 ``[head]``: the tokens that its logits stand for, where its
             head is trimmed to some of the vocabulary; ``None`` for all.
-        vocab_size: of the target.
+        vocab_size: that of the target.
     """
 
     name = "draft"
@@ -47,7 +48,7 @@ class DraftModelProposer(Proposer):
         self.model = model
         self._vocab_size = vocab_size
         self._head = head_token_ids
-        # The same where the chosen tokens are, on the host.
+        # A copy on the host, where the chosen tokens are.
         self._head_ids = None if head_token_ids is None else head_token_ids.tolist()
         self._sampler = Sampler(fused=model.backend.in_triton)
         # Per sequence, tokens whose draft KV was written.
@@ -91,7 +92,7 @@ class DraftModelProposer(Proposer):
         return {d.seq.seq_id: d.proposal for d in drafts if d.tokens}
 
     def _first_pass(self, ends: list[tuple[Sequence, int]], num_rows: int) -> Tensor | None:
-        """Run what the draft KV of sequences lacks up to an end; logits of the first ones."""
+        """Run tokens without draft KV up to an end; return the logits of the first sequences."""
         chunks = []
         for seq, end in ends:
             start = self._num_computed(seq)
@@ -110,7 +111,7 @@ class DraftModelProposer(Proposer):
         return self._logits(self.model.rows(hidden, [last[i] for i in range(num_rows)]))
 
     def _next_pass(self, drafts: list[_Draft]) -> Tensor:
-        """Logits behind the newest drafted token of each."""
+        """Return the logits behind the newest drafted token of each."""
         chunks = [
             Chunk(draft.tokens[-1:], draft.seq.num_tokens + len(draft.tokens) - 1, draft.table)
             for draft in drafts
@@ -118,10 +119,11 @@ class DraftModelProposer(Proposer):
         return self._logits(self.model.forward(chunks, len(chunks)))
 
     def _extend(self, drafts: list[_Draft], logits: Tensor) -> None:
-        """One more token for each draft, unless its logits allow none."""
+        """Add one more token to each draft, unless its logits allow none."""
         rows = [SamplingRow(draft.seq, tuple(draft.tokens)) for draft in drafts]
         # Without penalties or draws the most likely token is the same in a trimmed head.
-        plain = self._head is not None and all(row.is_plain for row in rows)
+        plain = all(row.is_plain for row in rows)
+        head_ids = self._head_ids if plain else None
         if self._head is not None and not plain:
             full = logits.new_full((len(rows), self._vocab_size), -torch.inf)
             logits = full.index_copy_(1, self._head, logits)
@@ -131,7 +133,7 @@ class DraftModelProposer(Proposer):
             if token == INVALID:
                 draft.num_tokens = 0
                 continue
-            draft.tokens.append(self._head_ids[token] if plain else token)
+            draft.tokens.append(token if head_ids is None else head_ids[token])
             if probabilities is not None:
                 draft.probabilities.append(probabilities)
 
@@ -139,12 +141,12 @@ class DraftModelProposer(Proposer):
         return self.model.model.logits(hidden)
 
     def _num_computed(self, seq: Sequence) -> int:
-        """Tokens of a sequence that have draft KV."""
+        """Return the number of a sequence's tokens that have draft KV."""
         written = self._num_written.get(seq.seq_id)
         return self._num_cached(seq) if written is None else written
 
     def _num_cached(self, seq: Sequence) -> int:
-        """Tokens at the beginning of a sequence whose blocks came with their draft KV."""
+        """Return the number of a sequence's first tokens whose blocks came with their draft KV."""
         num = 0
         for block, digest in zip(seq.block_table, seq.block_hashes, strict=False):
             if self._digests.get(block) != digest:
@@ -153,7 +155,7 @@ class DraftModelProposer(Proposer):
         return num * self.model.block_size
 
     def _note(self, seq: Sequence, start: int, end: int) -> None:
-        """Draft KV of these tokens of a sequence is about to be written."""
+        """Note that draft KV of these tokens of a sequence is about to be written."""
         size = self.model.block_size
         for place in range(start // size):
             if place < len(seq.block_hashes):
@@ -164,7 +166,7 @@ class DraftModelProposer(Proposer):
 
 
 class _Draft:
-    """One sequence's draft in the making."""
+    """The draft of one sequence while it is made."""
 
     __slots__ = ("num_tokens", "probabilities", "seq", "table", "tokens")
 

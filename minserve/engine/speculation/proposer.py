@@ -1,4 +1,4 @@
-"""Who proposes tokens ahead of the target: the interface, and prompt lookup.
+"""`Proposer` proposes tokens ahead of the target: the interface, and prompt lookup.
 
 A proposer reads sequences and never changes them. What it proposes is only ever a guess:
 `Sampler.verify` decides, so that a bad proposal costs time and nothing else.
@@ -21,11 +21,11 @@ SHORTEST_NGRAM = 2
 
 @dataclass(frozen=True, slots=True)
 class DraftRequest:
-    """What a sequence's next verification asks of its proposer.
+    """The work of a proposer for a sequence's next verification.
 
     Attributes:
-        num_tokens: how many to draft; 0 only lets the draft model catch up.
-        num_catch_up: how many of the tokens that the draft model lacks it may run.
+        num_tokens: the number of tokens to draft; 0 only lets the draft model catch up.
+        num_catch_up: the most tokens that the draft model may run of those that it lacks.
     """
 
     seq: Sequence
@@ -37,8 +37,8 @@ class Proposer(ABC):
     """Drafts tokens for decoding sequences.
 
     Attributes:
-        name: as in ``--speculator``.
-        max_tokens: most tokens drafted for a sequence in one iteration.
+        name: its name in ``--speculator``.
+        max_tokens: the most tokens drafted for a sequence in one iteration.
     """
 
     name: str
@@ -48,21 +48,21 @@ class Proposer(ABC):
 
     @abstractmethod
     def limit(self, seq: Sequence) -> int:
-        """How many tokens it can propose for a decoding sequence now, at most ``max_tokens``."""
+        """Return how many tokens it can propose for a decode now, at most ``max_tokens``."""
 
     def lag(self, seq: Sequence) -> int:
-        """Tokens that a draft model has to run before it can propose behind the newest one."""
+        """Return how many tokens a draft model has to run before it can propose the next ones."""
         return 0
 
     @abstractmethod
     def propose(self, wanted: SequenceOf[DraftRequest]) -> dict[str, Proposal]:
-        """Proposals by sequence id; shorter than asked for, or none, where it knows no more."""
+        """Return proposals by sequence id; shorter than asked for, or none, if it knows no more."""
 
     def roll_back(self, seq: Sequence) -> None:  # noqa: B027 - most proposers need not
-        """A proposal was verified: what was drafted beyond the computed tokens is void."""
+        """Note that a proposal was verified: drafts beyond the computed tokens are void."""
 
     def forget(self, seq: Sequence) -> None:  # noqa: B027 - most proposers keep little
-        """The sequence ended or gave up its blocks."""
+        """Note that the sequence ended or gave up its blocks."""
 
 
 @dataclass(slots=True)
@@ -71,8 +71,9 @@ class SpeculationStats:
 
     Attributes:
         num_drafts: proposals verified.
-        num_draft_tokens, num_accepted_tokens: tokens in them, and of these those accepted.
-        num_accepted_per_pos: of these, how many at each place of a proposal.
+        num_draft_tokens: tokens in these proposals.
+        num_accepted_tokens: accepted ones of these tokens.
+        num_accepted_per_pos: accepted tokens at each place of a proposal.
     """
 
     num_drafts: int = 0
@@ -92,9 +93,9 @@ class SpeculationStats:
 
 
 class NgramProposer(Proposer):
-    """Prompt lookup: what followed the last time that the text ended like this.
+    """Prompt lookup: it proposes the tokens that followed the last time the text ended like this.
 
-    Saxena, "Prompt lookup decoding" (2023). Needs no model, and shines where the output
+    Saxena, "Prompt lookup decoding" (2023). It needs no model, and shines where the output
     repeats the prompt: summaries, edits of code, retrieved passages.
     """
 
@@ -127,7 +128,7 @@ class NgramProposer(Proposer):
 
 
 class _NgramIndex:
-    """Where each n-gram of one sequence last ended.
+    """The places where each n-gram of one sequence last ended.
 
     Attributes:
         start_of_continuation: position of the token that followed the longest known end of

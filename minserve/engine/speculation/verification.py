@@ -1,6 +1,6 @@
-"""Drafted tokens, their rejection sampling, and the tokens that come of them.
+"""Drafted tokens, their rejection sampling, and the tokens that result.
 
-Knows sequences and logits, nothing of blocks, batches or text.
+The module knows sequences and logits, but nothing of blocks, batches or text.
 """
 
 from __future__ import annotations
@@ -55,18 +55,18 @@ class Proposal:
 
     @property
     def drawn_from(self) -> tuple[Tensor, ...]:
-        """The ``probabilities`` of tokens that were drafted by chance."""
+        """The ``probabilities``, for a proposal that was drafted by chance."""
         assert self.probabilities is not None, "they were not drafted by chance"
         return self.probabilities
 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What came of a proposal.
+    """The result of a proposal.
 
     Attributes:
         tokens: the accepted ones and, where the target has one, its own choice behind them.
-        num_accepted: of the drafted tokens.
+        num_accepted: the number of drafted tokens that were accepted.
     """
 
     tokens: tuple[SampledToken, ...]
@@ -77,8 +77,8 @@ class Span(NamedTuple):
     """A sequence's rows of the logits.
 
     Attributes:
-        place: of the sequence in the batch.
-        drafted: tokens; behind each of them is a row.
+        place: the sequence's place in the batch.
+        drafted: the drafted tokens; behind each of them is a row.
         first: the row behind the newest token.
     """
 
@@ -98,9 +98,9 @@ class PendingTokens:
     Args:
         logits: raw, ``[rows, vocab]``.
         spans: the sequences, in order of their rows.
-        ids: int64 ``[rows]``: the target's choices, with which drafts are compared. Of the
-            last sequences, drafted by chance: the drafts, and in place of the first one
-            that was not accepted, or behind the last one, the target's choice.
+        ids: int64 ``[rows]``: the target's choices, with which drafts are compared. The last
+            sequences, drafted by chance, have their drafts there, and in place of the first
+            draft that was not accepted, or behind the last one, the target's choice.
         nums_accepted: int64, for each of these last sequences; ``None`` for none.
     """
 
@@ -160,7 +160,7 @@ class PendingTokens:
         return [by_place[place] for place in range(len(tokens))]
 
     def _tokens(self, ids: Tensor, nums_accepted: Tensor | None = None) -> list[list[int]]:
-        """Of each span, the accepted drafts and the target's choice behind them."""
+        """Return, for each span, the accepted drafts and the target's choice behind them."""
         chosen = ids.tolist()
         by_chance = [] if nums_accepted is None else nums_accepted.tolist()
         nums: list[int | None] = [None] * (len(self._spans) - len(by_chance)) + by_chance
@@ -211,16 +211,15 @@ def reject(
     *,
     fused: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Rejection sampling of drafts that were drawn from distributions.
+    """Do rejection sampling of drafts that were drawn from distributions.
 
     Args:
         logits: ``[rows, vocab]``, not changed; for each proposal a row per token, and one.
-        fused: as of `weigh`.
+        fused: as in `weigh`.
 
     Returns:
-        int64 ``[rows]``: the drafts, and behind the accepted ones of each proposal what the
-        target has there, `INVALID` where it has nothing; and int64 ``[proposals]``: how
-        many are accepted.
+        int64 ``[rows]``: the drafts, and behind the accepted ones of each proposal the target's
+        token, `INVALID` where it has none; and int64 ``[proposals]``: how many are accepted.
     """
     weights, is_valid = weigh(adjust(logits.float(), rows), rows, fused=fused)
     p = normalized(weights)
@@ -243,7 +242,7 @@ def _nums_accepted(
     starts: SequenceOf[int],
     proposals: SequenceOf[Proposal],
 ) -> Tensor:
-    """How many of the tokens of each proposal are accepted, in order until the first that is not.
+    """Return how many tokens of each proposal are accepted, in order until the first that is not.
 
     Args:
         p: the target's distributions ``[rows, vocab]``, of which each proposal has one per
@@ -275,11 +274,11 @@ def _nums_accepted(
 def _at_ends(
     ends: Tensor, p: Tensor, rows: SequenceOf[SamplingRow], proposals: SequenceOf[Proposal]
 ) -> tuple[Tensor, Tensor]:
-    """What chooses the target's token at the row where each proposal ends.
+    """Return what chooses the target's token at the row where each proposal ends.
 
     Returns:
-        the distribution, float32 ``[proposals, >= vocab]``: what is left of p without that
-        of the draft rejected there, or p where none was; and the number to draw with, float64
+        The distribution, float32 ``[proposals, >= vocab]``: p without the distribution of the
+        draft that was rejected there, or p where none was; and the number to draw with, float64
         ``[proposals, 1]``.
     """
     streams = [s for one in proposals for s in (*[RESIDUAL] * len(one.token_ids), CHOICE)]
@@ -299,12 +298,12 @@ def _at_ends(
 
 
 def _residual(p: Tensor, q: Tensor) -> Tensor:
-    """What is left of distributions p ``[..., >= vocab]`` without q, not normalized."""
+    """Return what is left of distributions p ``[..., >= vocab]`` without q, not normalized."""
     residual = (p - q).clamp_(min=0.0)
     # Where p and q are the same but for rounding, nothing is left.
     return torch.where(residual.sum(-1, keepdim=True) > 0, residual, p)
 
 
 def normalized(weights: Tensor) -> Tensor:
-    """Weights as probabilities, float32."""
+    """Return weights as probabilities, float32."""
     return weights / weights.sum(-1, keepdim=True, dtype=torch.float64).float()

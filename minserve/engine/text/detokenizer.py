@@ -1,6 +1,6 @@
-"""Tokens to text as they arrive: whole characters only, and never past a stop string.
+"""Turns tokens into text as they arrive: whole characters only, and never past a stop string.
 
-Knows nothing of tokenizers but a ``decode`` function.
+The module knows nothing of tokenizers but a ``decode`` function.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from os.path import commonprefix
 
 from minserve.sampling_params import SamplingParams
 
-# What decoders put in place of bytes that are not (yet) a character.
+# Decoders put this in place of bytes that are not (yet) a character.
 REPLACEMENT = "\ufffd"
 
 # Prompt tokens decoded before the first output token, so that it gets the space that
@@ -22,9 +22,9 @@ _MAX_CHARACTER_TOKENS = 4
 
 
 class IncrementalDetokenizer:
-    """Text of one output, token by token.
+    """Turns one output into text, token by token.
 
-    Two stages. The first decodes a short window of tokens twice, without and with the
+    It has two stages. The first decodes a short window of tokens twice, without and with the
     new one, and takes the difference, as text-generation-inference and vLLM do: a token's
     text depends on the tokens before it, so tokens cannot be decoded one by one. A window
     that ends within a character waits for the rest of it. The second looks for stop
@@ -63,7 +63,7 @@ class IncrementalDetokenizer:
         """Take new output tokens (without the stop token, which has no text).
 
         Returns:
-            the new text that is safe to send, and the stop string that ended the output
+            The new text that is safe to send, and the stop string that ended the output
             or ``None``. The text ends before the stop string.
         """
         sent = []
@@ -79,7 +79,7 @@ class IncrementalDetokenizer:
         return "".join(sent), None
 
     def flush(self) -> str:
-        """The text still held back, at the end of an output that no stop string ended."""
+        """Return the text still held back, at the end of an output that no stop string ended."""
         if self._stopped:
             return ""
         self._stopped = True
@@ -89,7 +89,7 @@ class IncrementalDetokenizer:
         return self._decode(token_ids, self._params.skip_special_tokens) if token_ids else ""
 
     def _difference(self, text: str) -> str:
-        """What ``text`` of the window adds to the text already read.
+        """Return what ``text`` of the window adds to the text already read.
 
         The common part, and not merely the length, is taken off: where the prompt ends
         within a character, the U+FFFD read there turns into that character.
@@ -99,7 +99,7 @@ class IncrementalDetokenizer:
         return text[len(commonprefix((self._read_text, text))) :]
 
     def _read(self, token_id: int) -> str:
-        """First stage: the text that one more token completes, possibly none."""
+        """Do the first stage: return the text that one more token completes, possibly none."""
         self._window.append(token_id)
         text, end = self._text(self._window), len(self._window)
         if text.endswith(REPLACEMENT):
@@ -118,10 +118,10 @@ class IncrementalDetokenizer:
         return new_text
 
     def _undecided_from(self, text: str) -> int:
-        """Where in the window the tokens begin that may still become a character.
+        """Return where in the window the tokens begin that may still become a character.
 
-        Normally all unread ones. But tokens that no longer can (a model babbling bytes)
-        must not pile up: once there are more than a character has bytes, the window is
+        Normally these are all unread ones. But tokens that no longer can (a model babbling
+        bytes) must not pile up: once there are more than a character has bytes, the window is
         cut at the last token border that does not cut a character.
         """
         size = len(self._window)
@@ -133,7 +133,7 @@ class IncrementalDetokenizer:
         return self._num_read
 
     def _release(self, new_text: str) -> tuple[str, str | None]:
-        """Second stage: split held-back and new text into what is safe and what is not."""
+        """Do the second stage: split held-back and new text into a safe part and the rest."""
         text = self._held_back + new_text
         if not self._params.stop or self.num_tokens < self._params.min_tokens:
             return text, None
@@ -152,6 +152,6 @@ class IncrementalDetokenizer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that begins ``stop`` without completing it."""
+    """Return the length of the longest end of ``text`` that begins ``stop`` but is shorter."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,4 +1,4 @@
-"""Turns what a caller gives as a prompt into checked token ids."""
+"""`PromptProcessor` turns a prompt, as a caller gives it, into checked token ids."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 class PromptProcessor:
     """Checks prompts and tokenizes them. Keeps no state between calls; any thread may call."""
 
-    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, max_model_len: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, max_model_len: int) -> None:
         """Make a processor for one model.
 
         Args:
-            tokenizer: ``None`` where prompts come as token ids only.
+            tokenizer: the model's.
             vocab_size: rows of the model's embedding.
             max_model_len: most tokens of prompt and output together.
         """
@@ -43,6 +43,8 @@ class PromptProcessor:
             InvalidRequestError: for any other prompt that cannot be run.
         """
         param = "prompt"
+        text: str | None = None
+        ids: Sequence[Any] = ()
         if isinstance(prompt, str):
             text, ids = prompt, self._encode(prompt, param, add_special_tokens=True)
         elif not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
@@ -57,9 +59,8 @@ class PromptProcessor:
             # The template has written the special tokens already.
             ids = self._encode(text, param, add_special_tokens=False)
         else:
-            text, ids = None, prompt
-        self._check_ids(ids, param)
-        return text, tuple(ids)
+            ids = prompt
+        return text, self._checked_ids(ids, param)
 
     def _render(self, messages: Sequence[Any]) -> str:
         for i, message in enumerate(messages):
@@ -67,10 +68,9 @@ class PromptProcessor:
                 raise InvalidRequestError(
                     f"message {i} must be an object with a 'role', not {message!r:.80}", "messages"
                 )
-        return self._need_tokenizer("messages").render_chat(messages)
+        return self._tokenizer.render_chat(messages)
 
     def _encode(self, text: str, param: str, *, add_special_tokens: bool) -> Sequence[int]:
-        tokenizer = self._need_tokenizer(param)
         if not text:
             raise InvalidRequestError("the prompt is empty", param)
         try:
@@ -83,19 +83,12 @@ class PromptProcessor:
             ) from error
         # Tokenizing takes a second per megabyte or so, so a text that cannot fit, even were
         # all its tokens the longest there is, is refused before it.
-        fewest_tokens = -(-size // tokenizer.max_token_bytes)
+        fewest_tokens = -(-size // self._tokenizer.max_token_bytes)
         if fewest_tokens >= self._max_model_len:
             raise self._too_long(f"at least {fewest_tokens}", param)
-        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-    def _need_tokenizer(self, param: str) -> Tokenizer:
-        if self._tokenizer is None:
-            raise InvalidRequestError(
-                "no tokenizer is loaded, so a prompt must be given as token ids", param
-            )
-        return self._tokenizer
-
-    def _check_ids(self, ids: Sequence[Any], param: str) -> None:
+    def _checked_ids(self, ids: Sequence[Any], param: str) -> tuple[int, ...]:
         if not ids:
             raise InvalidRequestError("the prompt is empty", param)
         if len(ids) >= self._max_model_len:
@@ -111,6 +104,7 @@ class PromptProcessor:
                     f"(0 to {self._vocab_size - 1})",
                     param,
                 )
+        return tuple(ids)
 
     def _too_long(self, tokens: str, param: str) -> RequestTooLongError:
         return RequestTooLongError(

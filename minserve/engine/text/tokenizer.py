@@ -1,6 +1,6 @@
-"""Text to token ids and back. Knows nothing of requests or models.
+"""`Tokenizer` turns text into token ids and back. It knows nothing of requests or models.
 
-Works on the Rust tokenizer itself (`tokenizers.Tokenizer`), not on transformers' wrapper
+It works on the Rust tokenizer itself (`tokenizers.Tokenizer`), not on transformers' wrapper
 around it: the wrapper sets truncation and padding on each call, which fails with "Already
 borrowed" when another thread is using the tokenizer. `encode`, `decode` and the rest only
 read, so one `Tokenizer` may be used from any number of threads.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from minserve.models.gguf_file import GGUFFile
     from minserve.models.source import ModelSource
 
-# How Llama 3 cuts text before merging, as published in its tokenizer.json.
+# The pattern by which Llama 3 cuts text before merging, as published in its tokenizer.json.
 _LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -79,7 +79,7 @@ class Tokenizer:
         self.eos_token_ids = frozenset(eos_token_ids) | ({eos} if eos is not None else set())
 
     def has_vocabulary_of(self, other: Tokenizer) -> bool:
-        """True where every token has the same id in both."""
+        """Return whether every token has the same id in both."""
         mine, theirs = (t._backend.get_vocab(with_added_tokens=True) for t in (self, other))
         return mine == theirs
 
@@ -117,7 +117,7 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; special tokens written out in it become single ids.
+        """Return the token ids of a text; special tokens written out in it become single ids.
 
         Args:
             add_special_tokens: add what the model wants around a text (often a BOS).
@@ -129,15 +129,15 @@ class Tokenizer:
         return encoding.ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids. Bytes that are no UTF-8 (yet) become U+FFFD."""
+        """Return the text of token ids. Bytes that are no UTF-8 (yet) become U+FFFD."""
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def token_text(self, token_id: int) -> str:
-        """One token as text, with its leading space; special tokens as they are written."""
+        """Return one token as text, with its leading space; special tokens as they are written."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The exact bytes of one token, which may be part of a character; empty if unknown."""
+        """Return the exact bytes of one token, perhaps part of a character; empty if unknown."""
         added = self._added.get(token_id)
         if added is not None:
             return added.content.encode()
@@ -166,7 +166,7 @@ class Tokenizer:
         Args:
             messages: dicts with ``role`` and ``content``, in order.
             kwargs: further variables of the template; ``add_generation_prompt`` is true
-                unless given.
+                unless it is given.
 
         Raises:
             InvalidRequestError: where the model has no template, or the template refuses
@@ -182,16 +182,17 @@ class Tokenizer:
 
         variables = {"add_generation_prompt": True, **self._special_tokens, **kwargs}
         try:
-            rendered, _ = render_jinja_template(
+            # Typed as one text, but it is the texts and where the answers in them stand.
+            texts = render_jinja_template(
                 conversations=[[dict(message) for message in messages]],
                 chat_template=self._chat_template,
                 **variables,
-            )
+            )[0]
         except Exception as error:  # a template is a program and can raise anything
             raise InvalidRequestError(
                 f"the model's chat template refused the messages: {error}", "messages"
             ) from error
-        return rendered[0]
+        return texts[0]
 
     def _special_id(self, name: str) -> int | None:
         token = self._special_tokens.get(name)
@@ -199,7 +200,7 @@ class Tokenizer:
 
 
 def _byte_of_char() -> dict[str, int]:
-    """GPT-2's alphabet: printable Latin-1 bytes stand for themselves, others from U+0100 on."""
+    """Return GPT-2's alphabet: printable Latin-1 bytes as themselves, others from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {
@@ -211,7 +212,7 @@ _BYTE_OF_CHAR = _byte_of_char()
 
 
 def _alphabet(backend: RustTokenizer) -> str | None:
-    """How the vocabulary spells bytes, told from the decoder that undoes it."""
+    """Return how the vocabulary spells bytes, which its decoder tells."""
     decoder = backend.decoder.__getstate__().decode() if backend.decoder else ""
     if '"ByteLevel"' in decoder:
         return _BYTE_LEVEL
@@ -227,7 +228,7 @@ def _eos_of_gguf(gguf: GGUFFile) -> set[int]:
 
 
 def _eos_of_folder(folder: Path) -> set[int]:
-    """The ids in generation_config.json and config.json, each an int or a list."""
+    """Return the ids in generation_config.json and config.json, each an int or a list there."""
     from minserve.models.source import read_json
 
     ids: set[int] = set()
@@ -316,7 +317,7 @@ def _byte_level_bpe(gguf: GGUFFile, tokens: list[str]) -> RustTokenizer:
 
 
 def _pre_tokenizer(gguf: GGUFFile, name: str) -> PreTokenizer:
-    """How text is cut before merging, by llama.cpp's name for it."""
+    """Return how text is cut before merging, by llama.cpp's name for it."""
     from tokenizers import Regex, pre_tokenizers
 
     if name == "gpt-2":
@@ -339,7 +340,7 @@ def _pre_tokenizer(gguf: GGUFFile, name: str) -> PreTokenizer:
 
 
 def _sentencepiece_bpe(gguf: GGUFFile, tokens: list[str]) -> RustTokenizer:
-    """Llama 2's kind: SentencePiece's BPE, whose merges follow from the tokens' scores."""
+    """Return Llama 2's kind: SentencePiece's BPE, whose merges follow from the tokens' scores."""
     from tokenizers import Tokenizer as RustTokenizer
     from tokenizers import decoders, models, normalizers
 
@@ -366,7 +367,7 @@ def _sentencepiece_bpe(gguf: GGUFFile, tokens: list[str]) -> RustTokenizer:
 
 
 def _merges_from_scores(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """Every split of a token into two tokens, best resulting token first."""
+    """Return every split of a token into two tokens, best resulting token first."""
     found = []
     for token, index in vocab.items():
         for cut in range(1, len(token)):

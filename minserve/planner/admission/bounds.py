@@ -9,42 +9,20 @@ set can reach; what they let pass may still be infeasible.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from minserve.planner.admission.fluid_clock import FluidClock
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 # Of quotients that are to be rounded up.
 ROUNDING = 1e-9
-
-
-class Clock:
-    """Time as the tokens that could be prefilled by then at given rates.
-
-    Args:
-        starts: ``[J]`` of segments; the last one never ends.
-        rates: ``[J]``, above 0.
-    """
-
-    # Seconds after the last start that are told apart.
-    FAR_S = 1e8
-
-    def __init__(self, starts: Floats, rates: Floats) -> None:
-        self._times = np.concatenate((starts, starts[-1:] + self.FAR_S))
-        self._tokens = np.zeros(len(self._times))
-        np.cumsum(rates * np.diff(self._times), out=self._tokens[1:])
-
-    def tokens(self, times: Floats) -> Floats:
-        """-inf before the first start."""
-        return np.interp(times, self._times, self._tokens, left=-np.inf)
-
-    def times(self, tokens: Floats) -> Floats:
-        """-inf for what was over before the first start."""
-        return np.interp(tokens, self._tokens, self._times, left=-np.inf, right=np.inf)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,39 +71,46 @@ def slowdown(rates: Floats, fastest: Floats, sizes: Ints) -> Floats:
     return np.maximum.accumulate(left[::-1])[::-1]
 
 
-def latest_s(rest: Rest, clock: Clock, left: Floats) -> list[list[float]]:
-    """Until when those accepted must be done, if the target is to be reached after all.
+def latest_s(rest: Rest, limits: SequenceOf[tuple[FluidClock, Floats]]) -> list[list[list[float]]]:
+    """Return until when those accepted must be done, if the target is to be reached after all.
 
     Args:
-        left: `slowdown`, relative to the clock.
+        limits: clocks, and for each of them the `slowdown` relative to it, ``[most + 1]``.
 
     Returns:
-        by number of candidates behind, and units accepted (at most the target).
+        seconds, by clock, number of candidates behind, and units accepted.
     """
     num, target, pad = len(rest.works), rest.target, max(rest.units)
-    # How many sequences are accepted at least.
+    # The least number of sequences that are accepted.
     under_way = np.where(rest.forced, rest.seqs, 0)
     dense = max(units / seqs for units, seqs in zip(rest.units, rest.seqs, strict=True))
     size = np.cumsum([0, *under_way])[:-1, None] + np.ceil(np.arange(target) / dense - ROUNDING)
-    cost = rest.works[:, None] / left.take(size.astype(np.int64), mode="clip")
-    due = clock.tokens(rest.deadlines)
-    latest = np.full((num + 1, target + pad), np.inf)
-    latest[num, :target] = -np.inf
-    latest[num, target - 1] = clock.tokens(rest.end_s)
+    at = size.astype(np.int64)
+    cost = rest.works[:, None] / np.stack([left.take(at, mode="clip") for _, left in limits])
+    due = np.stack([clock.tokens(rest.deadlines) for clock, _ in limits])
+    # In tokens: all clocks go through one recursion.
+    latest = np.full((num + 1, len(limits), target + pad), np.inf)
+    latest[num, :, :target] = -np.inf
+    latest[num, :, target - 1] = [clock.tokens(rest.end_s) for clock, _ in limits]
     for k in range(num - 1, -1, -1):
-        row, later, units = latest[k, :target], latest[k + 1], rest.units[k]
-        np.minimum(later[units : units + target], due[k, ...], out=row)
-        row -= cost[k]
+        row, later, units = latest[k, :, :target], latest[k + 1], rest.units[k]
+        np.minimum(later[:, units : units + target], due[:, k, None], out=row)
+        row -= cost[:, k]
         if not rest.forced[k]:
-            np.maximum(row, later[:target], out=row)
-    return clock.times(loosened(latest[:, : target + 1])).tolist()
+            np.maximum(row, later[:, :target], out=row)
+    tokens = loosened(latest[:, :, :target])
+    more = [math.inf] * (sum(rest.units) + 1 - target)
+    return [
+        [row + more for row in clock.times(tokens[:, kind]).tolist()]
+        for kind, (clock, _) in enumerate(limits)
+    ]
 
 
 def least_blocks(rest: Rest) -> list[list[float]]:
     """How many more blocks the target takes at least.
 
     Returns:
-        by number of candidates behind, and units accepted (at most the target).
+        by number of candidates behind, and units accepted.
     """
     num, target, pad = len(rest.works), rest.target, max(rest.units)
     least = np.zeros((num + 1, target + pad))
@@ -137,4 +122,5 @@ def least_blocks(rest: Rest) -> list[list[float]]:
         np.add(later[units : units + target], rest.blocks[k], out=row)
         if not rest.forced[k]:
             np.minimum(row, later[:target], out=row)
-    return least[:, : target + 1].tolist()
+    more = [0.0] * (sum(rest.units) + 1 - target)
+    return [row + more for row in least[:, :target].tolist()]

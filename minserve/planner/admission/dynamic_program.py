@@ -27,15 +27,16 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minserve.planner.admission import fluid_clock
 from minserve.planner.admission.bounds import (
     ROUNDING,
-    Clock,
     Rest,
     latest_s,
     least_blocks,
     loosened,
     slowdown,
 )
+from minserve.planner.admission.fluid_clock import NO_RATE, FluidClock
 from minserve.planner.admission.outlook import Outlook
 from minserve.planner.admission.prefill_rates import PrefillRates
 from minserve.planner.admission.timeline import (
@@ -47,21 +48,23 @@ from minserve.planner.admission.timeline import (
     simulate,
 )
 
-# Count vectors, and states visited, beyond which a decision would take too long.
+# Count vectors beyond which a decision would take too long.
 MAX_CELLS = 50_000
-MAX_STATES = 2500
+# States kept behind each candidate, per pass. A narrow pass takes little time and nearly always
+# finds the best set; with that as the set to beat, a wider one mostly has no state to leave out.
+WIDTHS = (16, 32)
 # Values that are no multiples of the smallest are rounded to so many units in all.
 MAX_UNITS = 256
-# Tokens per second where there is no budget: nothing gets done, yet no division by 0.
-NO_RATE = 1e-9
 # Share of the time until the last deadline.
 WORTH_A_CLOCK = 0.1
 
 
 def admit(candidates: SequenceOf[Candidate], outlook: Outlook, rates: PrefillRates) -> Admission:
-    """The most valuable set that keeps every deadline, of these the one that is done first.
+    """Return the most valuable set that keeps every deadline.
 
-    Beyond `MAX_CELLS` it is that of `insert_greedily`, beyond `MAX_STATES` the best one found.
+    Of several such sets it is the one done first, as far as the first pass finds it. Beyond
+    `MAX_CELLS` it is the set of `insert_greedily`. Where the last pass had to leave states out, it
+    is the best set that was found, and not proven to be the best.
     """
     program = _Program(candidates, outlook, rates)
     if program.most_seqs == sum(c.num_seqs for c in candidates):
@@ -85,6 +88,10 @@ def _forced_alone(
     if not timeline.feasible:
         return Admission((), False, 0.0, math.inf)
     return Admission(tuple(forced), True, sum(c.value for c in under_way), max(timeline.done_s))
+
+
+# Named tuples have a slow constructor, and there may be a thousand states.
+_NEW = tuple.__new__
 
 
 class _Row(NamedTuple):
@@ -142,8 +149,9 @@ class _Program:
         self._outlook, self._rates = outlook, rates
         self._starts = [*outlook.starts.tolist(), math.inf]
         self._free_from = outlook.free_from
+        self._free = self._free_from[-1]
         # Nobody accepted: no set leaves prefill more.
-        self._clock = Clock(outlook.starts, np.maximum(rates(outlook.counts), NO_RATE))
+        self._clock = FluidClock(outlook.starts, np.maximum(rates(outlook.counts), NO_RATE))
         self._index, self.most_seqs = self._hopeful(candidates)
         self._candidates = [candidates[i] for i in self._index]
         num_tiers = outlook.counts.shape[1]
@@ -204,13 +212,13 @@ class _Program:
         best = self._good_set()
         if best is None:
             return None
-        found = self._search(best) if any(self._units) else best
-        state = last = found or best
+        last, is_proven = self._search(best) if any(self._units) else (best, True)
+        state = last
         accepted = []
         while state.before is not None:
             accepted.append(self._index[state.position])
             state = state.before
-        return Admission(tuple(accepted[::-1]), True, last.value, last.now, found is not None)
+        return Admission(tuple(accepted[::-1]), True, last.value, last.now, is_proven)
 
     def _fill(self) -> None:
         """Rates of every cell that can be reached, and a clock for each kind of set.
@@ -229,9 +237,11 @@ class _Program:
         size = counts.sum(axis=0)
         kept = (size <= self.most_seqs).nonzero()[0]
         self._counts, size = counts.take(kept, axis=1), size.take(kept)
-        self._column = np.full(self.num_cells, -1)
-        self._column[kept] = np.arange(len(kept))
+        column = np.full(self.num_cells, -1)
+        column[kept] = np.arange(len(kept))
+        self._column = column.tolist()
         self._table = self._rates.of_sums(self._outlook.counts, self._counts[:-1].T)
+        self._rates_of = np.ascontiguousarray(self._table.T)
         # Seconds, until the last deadline, in which nobody of a tier or a tighter one decodes.
         last_s = max((c.deadline_s for c in self._candidates), default=0.0)
         spans = np.diff(np.minimum(self._starts, last_s))
@@ -241,30 +251,30 @@ class _Program:
             for tier, count in enumerate(self._counts[:-1])
             if count.any() and absent[tier] > WORTH_A_CLOCK * spans.sum()
         ]
-        self._clocks, self._left = [], []
+        self._limits = []
         for tier in (None, *self._kinds):
             columns = slice(None) if tier is None else self._counts[tier].nonzero()[0]
             rates = np.maximum(self._table[:, columns], NO_RATE)
             fastest = rates.max(axis=1)
-            self._clocks.append(Clock(self._outlook.starts, fastest))
-            self._left.append(slowdown(rates, fastest, size[columns]))
+            clock = FluidClock(self._outlook.starts, fastest)
+            self._limits.append((clock, slowdown(rates, fastest, size[columns])))
         # Looked up for hundreds of cells, hence found for all of them at once.
-        self._is_slow = self._table.min(axis=0) < NO_RATE
-        self._kind = np.zeros(len(kept), dtype=np.int64)
+        self._is_slow = (self._table.min(axis=0) < NO_RATE).tolist()
+        kind = np.zeros(len(kept), dtype=np.int64)
         for number, tier in reversed(list(enumerate(self._kinds, 1))):
-            self._kind[self._counts[tier] > 0] = number
+            kind[self._counts[tier] > 0] = number
+        self._kind = kind.tolist()
 
     def _row(self, cell: int) -> _Row | None:
         """``None`` for a cell of more than can be accepted."""
-        column = int(self._column[cell]) if self._is_plain else self._column_of(cell)
+        column = self._column[cell] if self._is_plain else self._column_of(cell)
         if column < 0:
             return None
-        rates = self._table[:, column].tolist()
-        steady = 0
+        rates, steady = self._rates_of[column].tolist(), 0
         if self._is_slow[column]:
             steady = first_steady(rates)
             rates = [max(rate, NO_RATE) for rate in rates]
-        self._rows[cell] = row = _Row(rates, steady, int(self._kind[column]))
+        self._rows[cell] = row = _NEW(_Row, (rates, steady, self._kind[column]))
         return row
 
     def _column_of(self, cell: int) -> int:
@@ -275,7 +285,7 @@ class _Program:
             if count not in places:
                 return -1
             place = place * len(places) + places[count]
-        return int(self._column[place])
+        return self._column[place]
 
     def _count_units(self) -> None:
         """Values as whole numbers: exactly, where all are multiples of the smallest."""
@@ -288,42 +298,53 @@ class _Program:
         self._units = [
             0 if c.forced else math.ceil(c.value / self._unit - ROUNDING) for c in self._candidates
         ]
+        # What `_extend` needs of each candidate, at hand: it runs hundreds of times.
+        self._items = [
+            (stride, blocks, c.work, c.deadline_s, c.tier is not None, units, c.value)
+            for c, stride, blocks, units in zip(
+                self._candidates, self._strides, self._blocks, self._units, strict=True
+            )
+        ]
 
-    def _extend(self, state: _DpState, k: int) -> _DpState | None:
-        """Accept the candidate at position ``k`` too; ``None`` where that is infeasible."""
-        candidate = self._candidates[k]
-        end, segment, cell, row, blocks, units, value, _, _ = state
-        cell += self._strides[k]
-        after = self._rows.get(cell) or self._row(cell)
-        if after is None:
-            return None
-        blocks += self._blocks[k]
-        while blocks > self._free_from[segment]:
-            segment += 1
-            if segment == len(self._free_from):
-                return None
-            end = self._starts[segment]
-        left = candidate.work
-        while True:
-            begin, until, rate = end, self._starts[segment + 1], row.rates[segment]
-            end += left / rate
-            if end <= until:
-                break
-            left -= rate * (until - begin)
-            end = until
-            segment += 1
-        if segment < after.steady and candidate.tier is not None:
-            if after.steady == len(self._free_from):
-                return None
-            segment, end = after.steady, self._starts[after.steady]
-        if end > candidate.deadline_s:
-            return None
-        units += self._units[k]
-        value += candidate.value
-        return _DpState(end, segment, cell, after, blocks, units, value, k, state)
+    def _extend(self, states: SequenceOf[_DpState], k: int) -> list[_DpState]:
+        """Accept the candidate at position ``k`` too, in every state in which that is feasible."""
+        stride, more_blocks, work, deadline_s, is_paced, more_units, more_value = self._items[k]
+        rows, starts, free_from = self._rows, self._starts, self._free_from
+        grown = []
+        for state in states:
+            end, segment, cell, row, blocks, units, value, _, _ = state
+            cell += stride
+            after = rows.get(cell) or self._row(cell)
+            if after is None:
+                continue
+            blocks += more_blocks
+            if blocks > free_from[segment]:
+                segment = next((j for j, free in enumerate(free_from) if blocks <= free), None)
+                if segment is None:
+                    continue
+                end = starts[segment]
+            end, segment, left = fluid_clock.run(work, end, segment, row[0], starts, deadline_s)
+            if left > 0:
+                continue
+            if segment < after[1] and is_paced:
+                segment = after[1]
+                if segment == len(free_from) or starts[segment] > deadline_s:
+                    continue
+                end = starts[segment]
+            units += more_units
+            value += more_value
+            new = _NEW(_DpState, (end, segment, cell, after, blocks, units, value, k, state))
+            grown.append(new)
+        return grown
+
+    def _extend_one(self, state: _DpState, k: int) -> _DpState | None:
+        grown = self._extend((state,), k)
+        return grown[0] if grown else None
 
     def _good_set(self) -> _DpState | None:
-        """The best of some sets by Moore's rule; ``None`` where the forced ones do not fit."""
+        """The best of some sets by Moore's rule and the one chosen before, as far as it still fits;
+        ``None`` where the forced ones do not fit.
+        """
         work = max((c.work for c in self._candidates), default=0.0) or 1.0
         blocks = max(self._blocks, default=0) or 1
         sets = []
@@ -333,7 +354,18 @@ class _Program:
                 for c in self._candidates
             ]
             sets.append(self._by_moore(weights))
-        return None if sets[0] is None else max(sets, key=_merit)
+        if sets[0] is None:
+            return None
+        known = self._nobody()
+        for k, c in enumerate(self._candidates):
+            if c.was_chosen or c.forced:
+                after = self._extend_one(known, k)
+                if after is None and c.forced:
+                    break
+                known = after or known
+        else:
+            sets.append(known)
+        return max(sets, key=_merit)
 
     def _by_moore(self, weights: SequenceOf[float]) -> _DpState | None:
         """In deadline order; whenever one does not fit, the heaviest so far is dropped."""
@@ -341,7 +373,7 @@ class _Program:
         # Who is accepted, by position, each after the state before it.
         path: list[tuple[_DpState, int]] = []
         for k, candidate in enumerate(self._candidates):
-            after = self._extend(state, k)
+            after = self._extend_one(state, k)
             while after is None:
                 heaviest = max(
                     (at for at, (_, i) in enumerate(path) if not self._candidates[i].forced),
@@ -355,8 +387,8 @@ class _Program:
                 other, rest = path[heaviest][0], []
                 for _, i in path[heaviest + 1 :]:
                     rest.append((other, i))
-                    other = self._extend(other, i)
-                after = self._extend(other, k)
+                    other = self._extend_one(other, i)
+                after = self._extend_one(other, k)
                 if after is None and not candidate.forced:
                     break
                 state, path = other, path[:heaviest] + rest
@@ -370,46 +402,101 @@ class _Program:
     def _nobody(self) -> _DpState:
         return _DpState(self._starts[0], 0, 0, self._row(0))
 
-    def _search(self, best: _DpState) -> _DpState | None:
-        """The program.
+    def _search(self, best: _DpState) -> tuple[_DpState, bool]:
+        """Look for the best set, in passes: each goes on from the states that the one before it
+        put off, as far as they may still lead to something better than what was found meanwhile.
 
         Args:
             best: a set to be better than: more valuable, or as valuable and done earlier.
 
         Returns:
-            the best set; ``None`` beyond `MAX_STATES`.
+            the best set that was found, and whether it is proven that none is more valuable.
         """
-        rest = self._rest(best)
-        latest = [latest_s(rest, *one) for one in zip(self._clocks, self._left, strict=True)]
-        free, target = self._free_from[-1], rest.target
-        least = least_blocks(rest) if self._is_tight else None
-        frontier, num_states = [self._nobody()], 0
-        for k, candidate in enumerate(self._candidates):
-            num_states += len(frontier)
-            if num_states > MAX_STATES:
-                return None
-            late = [of_kind[k + 1] for of_kind in latest]
-            few = least[k + 1] if least else None
-            groups: dict[int, list[_DpState]] = {}
-            for state in frontier:
-                grown = self._extend(state, k)
-                for one in (grown,) if candidate.forced else (state, grown):
-                    if one is None:
-                        continue
-                    units = one.units if one.units < target else target
-                    if one.now > late[one.row.kind][units]:
-                        continue
-                    if few and one.blocks + few[units] > free:
-                        continue
-                    group = groups.get(one.cell)
-                    if group is None:
-                        groups[one.cell] = [one]
-                    else:
-                        _offer(group, one)
-            frontier = [state for group in groups.values() for state in group]
-        return max([best, *frontier], key=_merit)
+        todo: list[list[_DpState]] = [[] for _ in range(len(self._candidates) + 1)]
+        todo[0].append(self._nobody())
+        for number, width in enumerate(WIDTHS):
+            # A set of the same value that is done earlier is worth a look, not a second one.
+            rest = self._rest(best, or_earlier=number == 0)
+            latest = latest_s(rest, self._limits)
+            least = least_blocks(rest) if self._is_tight else None
+            best = max([best, *self._pass(todo, latest, least, width)], key=_merit)
+            if not any(todo):
+                return best, True
+        return best, False
 
-    def _rest(self, best: _DpState) -> Rest:
+    def _pass(
+        self,
+        todo: list[list[_DpState]],
+        latest: list[list[list[float]]],
+        least: list[list[float]] | None,
+        width: int,
+    ) -> list[_DpState]:
+        """Go through the candidates once, and decide on each in at most so many states.
+
+        Args:
+            todo: by position, states in which the candidate there is still to be decided on. They
+                are taken out, and those that are put off are put in.
+
+        Returns:
+            states in which all candidates are decided on.
+        """
+        frontier: list[_DpState] = []
+        for k in range(len(self._candidates)):
+            if todo[k]:
+                late = [of_kind[k] for of_kind in latest]
+                frontier += self._hopeful_of(todo[k], late, least and least[k])
+                todo[k] = []
+            if len(frontier) > width:
+                frontier.sort(key=_backlog)
+                todo[k] = frontier[width:]
+                del frontier[width:]
+            if frontier:
+                late = [of_kind[k + 1] for of_kind in latest]
+                frontier = self._next(frontier, k, late, least and least[k + 1])
+        return frontier
+
+    def _next(
+        self,
+        frontier: list[_DpState],
+        k: int,
+        late: list[list[float]],
+        few: list[float] | None,
+    ) -> list[_DpState]:
+        """Decide on the candidate at position ``k`` in every state.
+
+        Args:
+            late, few: by `bounds`, until when a state must be done, per kind of clock and number
+                of units, and how many more blocks it takes, per number of units.
+
+        Returns:
+            the states that may still reach the target, none of them dominated by another.
+        """
+        grown = self._extend(frontier, k)
+        states = grown if self._candidates[k].forced else frontier + grown
+        groups: dict[int, list[_DpState]] = {}
+        for one in self._hopeful_of(states, late, few):
+            group = groups.get(one[2])
+            if group is None:
+                groups[one[2]] = [one]
+            else:
+                _offer(group, one)
+        return [state for group in groups.values() for state in group]
+
+    def _hopeful_of(
+        self, states: list[_DpState], late: list[list[float]], few: list[float] | None
+    ) -> list[_DpState]:
+        """Return those states that may still reach the target; arguments as in `_next`."""
+        # By index, since names of a named tuple are looked up slowly: 0 is `now`, 3 the row, 4
+        # the blocks, 5 the units.
+        if few is None:
+            return [one for one in states if one[0] <= late[one[3][2]][one[5]]]
+        return [
+            one
+            for one in states
+            if one[0] <= late[one[3][2]][one[5]] and one[4] + few[one[5]] <= self._free
+        ]
+
+    def _rest(self, best: _DpState, *, or_earlier: bool) -> Rest:
         """The target: one unit more than the best set has, or as much value as it has."""
         target = best.units + 1
         if not self._is_whole:
@@ -423,7 +510,7 @@ class _Program:
             seqs=[c.num_seqs for c in self._candidates],
             forced=[c.forced for c in self._candidates],
             target=target,
-            end_s=best.now if self._is_whole else -math.inf,
+            end_s=best.now if self._is_whole and or_earlier else -math.inf,
         )
 
 
@@ -438,6 +525,11 @@ def _sums(sizes: SequenceOf[int], most: int) -> list[int]:
 
 def _merit(state: _DpState) -> tuple[float, float]:
     return state.value, -state.now
+
+
+def _backlog(state: _DpState) -> tuple[int, float]:
+    """Least for the state that is kept first: of most value, and of these done first."""
+    return -state.units, state.now
 
 
 def _offer(group: list[_DpState], one: _DpState) -> None:

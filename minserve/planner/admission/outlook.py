@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,8 +55,7 @@ class Outlook:
         return np.minimum.accumulate(self.free_blocks[::-1])[::-1].tolist()
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
+class Demand(NamedTuple):
     """A sequence of one tier needs its tokens from ``start_s`` to ``end_s``."""
 
     tier: int
@@ -63,8 +63,7 @@ class Demand:
     end_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Holding:
+class Holding(NamedTuple):
     """A sequence holds blocks, and ever more of them, until ``end_s`` (inf: for good).
 
     Attributes:

@@ -19,10 +19,10 @@ the prompt are asked for, each output computes and holds a prompt of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 
-from minserve.planner.plan import MemoryView, PlannerView
+from minserve.planner.plan import MemoryView, PlannerView, shared_blocks
 from minserve.request import Request, Sequence, SequenceState
 from minserve.slo.objectives import Standing
 
@@ -43,11 +43,13 @@ class Party:
     settled: list[Sequence]
     open: list[Sequence]
 
-    def is_broken(self, now: float) -> bool:
-        """True where the request's SLO can no longer be attained."""
-        if len(self.live) == 1:
-            return self.live[0].progress.is_broken(now)
-        return any(seq.progress.is_broken(now) for seq in self.live)
+    def is_broken(self, broken: Container[str]) -> bool:
+        """Return True if the request's SLO can no longer be attained.
+
+        Args:
+            broken: ids of the sequences whose SLO is broken.
+        """
+        return any(seq.seq_id in broken for seq in self.live)
 
     @property
     def awaits_answer(self) -> bool:
@@ -60,10 +62,14 @@ class Party:
         )
 
 
-def partition(view: PlannerView, now: float) -> tuple[list[Sequence], list[Party]]:
-    """Who decodes under a promise and has no siblings; and the other requests with an SLO.
+def partition(view: PlannerView, broken: Container[str]) -> tuple[list[Sequence], list[Party]]:
+    """Return the sequences without siblings that decode under a promise, and the other requests
+    with an SLO.
 
-    Whose SLO is broken is neither, unless it has yet to hear that it is refused.
+    A request whose SLO is broken is left out, unless it has yet to hear that it is refused.
+
+    Args:
+        broken: ids of the sequences whose SLO is broken.
     """
     alone: list[Sequence] = []
     parties: list[Party] = []
@@ -75,7 +81,7 @@ def partition(view: PlannerView, now: float) -> tuple[list[Sequence], list[Party
         settled = seq.standing is Standing.ADMITTED and seq.is_decoding
         if request.params.n == 1:
             if settled:
-                if not progress.is_broken(now):
+                if seq.seq_id not in broken:
                     alone.append(seq)
                 continue
         elif (party := by_id.get(request.request_id)) is not None:
@@ -86,16 +92,7 @@ def partition(view: PlannerView, now: float) -> tuple[list[Sequence], list[Party
         parties.append(Party(request, seq.standing, [seq], *own))
         if request.params.n > 1:
             by_id[request.request_id] = parties[-1]
-    return alone, [one for one in parties if not one.is_broken(now) or one.awaits_answer]
-
-
-def shared_blocks(seq: Sequence, memory: MemoryView) -> int:
-    """Blocks of its prompt that an output shares with those of the same request that began
-    before it; 0 where it has no siblings.
-    """
-    if seq.request.params.n == 1 or not memory.may_hit(seq):
-        return 0
-    return (seq.num_prompt_tokens - 1) // memory.block_size
+    return alone, [one for one in parties if not one.is_broken(broken) or one.awaits_answer]
 
 
 def starts_of(

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from minserve.planner.admission.outlook import Tier
 from minserve.planner.predict.acceptance import cautious_tokens
-from minserve.planner.predict.perf_model import PerfModel
+from minserve.planner.predict.perf_model import EAGER, TOKEN, BatchShape, PerfModel, Piece
 
 INFEASIBLE = -1.0
 # Lengths per tier that are kept: those that are best somewhere near the present counts.
@@ -160,22 +160,16 @@ class _FixedLengths:
         drift, steps = model.drift, max(lengths, default=0)
         # Per piece: seconds of the constant (and of a chunk as a sequence of the batch), of
         # what prefills make it take beyond that, of one decode of each tier, of a prefill token.
-        bases = [drift * (p.base + p.seqs + p.draft_steps * steps) + guard_s for p in model.pieces]
+        constant = BatchShape(seqs=1, draft_steps=steps)
+        bases = [drift * p.seconds(constant) + guard_s for p in model.pieces]
         self._decode = drift * np.array(
             [
-                [
-                    p.tokens * (1 + length)
-                    + p.seqs
-                    + p.context_tokens * (tier.context_tokens + 1 + length)
-                    + p.attention_pairs * (1 + length) * (tier.context_tokens + 1 + length / 2)
-                    + p.draft_tokens * length
-                    for tier, length in zip(tiers, lengths, strict=True)
-                ]
+                [_decode_s(p, tier, length) for tier, length in zip(tiers, lengths, strict=True)]
                 for p in model.pieces
             ]
         ).reshape(len(model.pieces), len(tiers))
         self._pieces = [
-            (base, drift * p.eager, drift * p.tokens, decodes)
+            (base, drift * p.added(EAGER), drift * p.added(TOKEN), decodes)
             for base, p, decodes in zip(bases, model.pieces, self._decode.tolist(), strict=True)
         ]
 
@@ -234,6 +228,13 @@ class _FixedLengths:
                 rate[left < 0] = INFEASIBLE
         rate[rate < 0] = INFEASIBLE
         return rate
+
+
+def _decode_s(piece: Piece, tier: Tier, length: int) -> float:
+    """Return the profiled seconds that a decode of a tier with so many drafts adds to a batch."""
+    own = replace(BatchShape.of([(0, 1 + length)]), draft_tokens=length)
+    context_token = BatchShape(context_tokens=1, attention_pairs=1 + length)
+    return piece.added(own) + tier.context_tokens * piece.added(context_token)
 
 
 def _candidates(

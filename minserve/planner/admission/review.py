@@ -10,12 +10,13 @@ up and refused together (`minserve.planner.admission.parties`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container, Set
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from minserve.blocks import blocks_for
 from minserve.planner.admission.dynamic_program import Admission
 from minserve.planner.admission.outlook import (
     Demand,
@@ -84,20 +85,34 @@ def review(
     choose: Choose,
     settings: ReviewSettings,
     acceptance: AcceptanceEstimator,
+    broken: Set[str],
+    chosen_before: Container[str] = frozenset(),
 ) -> ReviewResult:
     """Decide who is served.
 
     Args:
+        broken: ids of the sequences whose SLO is broken.
+        chosen_before: ids of the sequences that the round before chose.
         cached_tokens: of a waiting sequence, tokens in the prefix index.
         choose: the admission program.
         acceptance: of drafted tokens.
     """
     result = ReviewResult()
-    alone, parties = partition(view, now)
+    alone, parties = partition(view, broken)
     if not alone and not parties:
         return result
     round_ = _ReviewRound(
-        view, now, model, lengths, cached_tokens, settings, acceptance, alone, parties
+        view,
+        now,
+        model,
+        lengths,
+        cached_tokens,
+        settings,
+        acceptance,
+        alone,
+        parties,
+        broken,
+        chosen_before,
     )
     round_.shed_overload(result)
     if not round_.candidates:
@@ -132,8 +147,11 @@ class _ReviewRound:
         acceptance: AcceptanceEstimator,
         alone: list[Sequence],
         parties: list[Party],
+        broken: Set[str],
+        chosen_before: Container[str],
     ) -> None:
         self.view, self.now, self.settings = view, now, settings
+        self._chosen_before = chosen_before
         self._alone, self._parties = alone, parties
         self.settled = alone + [seq for party in parties for seq in party.settled]
         self.undecided = [party for party in parties if party.open]
@@ -144,8 +162,8 @@ class _ReviewRound:
             for seq in (*self.settled, *open_)
             for stage in seq.progress.targets.stages[seq.progress.stage :]
         )
-        crowded = any(
-            s.progress is None or s.progress.is_broken(now) for s in (*view.running, *view.waiting)
+        crowded = bool(broken) or any(
+            seq.progress is None for seq in (*view.running, *view.waiting)
         )
         speculation = self._speculation(acceptance, open_)
         share = 1.0 - (settings.best_effort_share if crowded else 0.0)
@@ -219,12 +237,12 @@ class _ReviewRound:
 
     def _blocks(self, seq: Sequence) -> int:
         """At its end, but for those that a sibling is counted for."""
-        blocks = -(-(seq.num_tokens + self.remaining[seq.seq_id]) // self._block_size)
+        blocks = blocks_for(seq.num_tokens + self.remaining[seq.seq_id], self._block_size)
         return blocks - self._spared.get(seq.seq_id, 0)
 
     def _holding(self, seq: Sequence) -> Holding:
         end_s = self.now + self.remaining[seq.seq_id] * self._step_s
-        blocks_now = -(-seq.num_tokens // self._block_size) - self._spared.get(seq.seq_id, 0)
+        blocks_now = blocks_for(seq.num_tokens, self._block_size) - self._spared.get(seq.seq_id, 0)
         return Holding(blocks_now, self._blocks(seq), end_s)
 
     def _candidate(self, party: Party, cached_tokens: Callable[[Sequence], int]) -> Candidate:
@@ -244,6 +262,7 @@ class _ReviewRound:
             forced=each[0].forced,
             decode_s=max(one.decode_s for one in each),
             num_seqs=len(each),
+            was_chosen=each[0].was_chosen,
         )
 
     def _single(self, seq: Sequence, start: int) -> Candidate:
@@ -257,6 +276,7 @@ class _ReviewRound:
             value=seq.request.slo.value,
             forced=seq.standing is Standing.ADMITTED,
             decode_s=self.remaining[seq.seq_id] * progress.tpot_s,
+            was_chosen=seq.seq_id in self._chosen_before,
         )
 
     def _demands(self, seq: Sequence) -> list[Demand]:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minserve.planner.admission import fluid_clock
+from minserve.planner.admission.fluid_clock import NO_RATE
 from minserve.planner.admission.outlook import Outlook
 from minserve.planner.admission.prefill_rates import PrefillRates
 from minserve.slo.attainment import ROUNDING_S
@@ -32,6 +34,7 @@ class Candidate:
         forced: it is promised already and must be in the set.
         decode_s: predicted duration of the longest decode.
         num_seqs: how many outputs, each with a slot and a place in the tier.
+        was_chosen: it was chosen in the round before: a hint where to look for a good set.
     """
 
     work: float
@@ -42,6 +45,7 @@ class Candidate:
     forced: bool = False
     decode_s: float = math.inf
     num_seqs: int = 1
+    was_chosen: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +178,7 @@ class _Rows:
         more = np.array(path, dtype=np.int64).reshape(len(path), len(self.idle))
         values = self._rates.of_sums(self._counts, more).T
         for counts, row in zip(path, values.tolist(), strict=True):
-            self._rows[counts] = [max(rate, 0.0) for rate in row], first_steady(row)
+            self._rows[counts] = [max(rate, NO_RATE) for rate in row], first_steady(row)
 
 
 def _changed(counts: tuple[int, ...], tier: int, change: int) -> tuple[int, ...]:
@@ -219,16 +223,16 @@ class _Walk:
                 return False
             self._advance()
         left = candidate.work
-        while left > 0:
-            rate, until = self._rates[self._segment], self._next_event_s()
-            if rate > 0 and self.now + left / rate <= until:
-                self.now += left / rate
-                break
+        while True:
+            until = self._ends[0][0] if self._ends else math.inf
+            self.now, self._segment, left = fluid_clock.run(
+                left, self.now, self._segment, self._rates, self._rows.starts, min(until, deadline)
+            )
+            if left <= 0:
+                return self.now <= deadline and self._join(candidate, deadline)
             if until > deadline:
                 return False
-            left -= rate * (until - self.now)
             self._advance()
-        return self.now <= deadline and self._join(candidate, deadline)
 
     def _join(self, candidate: Candidate, deadline: float) -> bool:
         """The candidate begins to decode, as soon as there is room for its pace."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 
-from minserve.planner.admission.parties import shared_blocks
-from minserve.planner.plan import CachedPrefix, IterationPlan, PlannerView
+from minserve.blocks import blocks_for
+from minserve.planner.plan import CachedPrefix, IterationPlan, PlannerView, shared_blocks
 from minserve.request import Sequence, SequenceState
 
 # A start leaves this share of the pool free, so that the sequences that already
@@ -69,7 +69,7 @@ class BatchBuilder:
             if num_tokens == 0:
                 return 0
         end = seq.num_computed_tokens + num_tokens
-        needed = max(0, -(-end // self._block_size) - len(seq.block_table))
+        needed = max(0, blocks_for(end, self._block_size) - len(seq.block_table))
         while needed > self._free and self._preempt_one_behind(seq):
             pass
         if needed > self._free:
@@ -224,7 +224,7 @@ class BatchBuilder:
         return 0 if whole else max(self.budget, 0)
 
     def _blocks_of(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)
+        return blocks_for(num_tokens, self._block_size)
 
     def _new_blocks(self, seq: Sequence) -> int:
         """Blocks for what is scheduled of a running sequence."""
@@ -232,7 +232,7 @@ class BatchBuilder:
 
     def _blocks_for(self, seq: Sequence, num_tokens: int) -> int:
         end = seq.num_computed_tokens + num_tokens
-        needed = -(-end // self._block_size) - len(seq.block_table)
+        needed = blocks_for(end, self._block_size) - len(seq.block_table)
         return needed if needed > 0 else 0
 
     def _tokens_in(self, seq: Sequence, num_free: int) -> int:
@@ -248,7 +248,7 @@ class BatchBuilder:
         if self._running_promises is None:
             self._running_promises, size = 0, self._block_size
             for seq in self.view.running:
-                lacks = -(-len(seq.token_ids) // size) - len(seq.block_table)
+                lacks = blocks_for(len(seq.token_ids), size) - len(seq.block_table)
                 if lacks > 0 and not self.is_preempted(seq):
                     self._running_promises += max(0, lacks - self._new_blocks(seq))
         return self._running_promises + self._starting_promises

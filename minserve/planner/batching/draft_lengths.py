@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from minserve.planner.plan import SpeculationView
 from minserve.planner.predict.acceptance import AcceptanceEstimator, expected_tokens
-from minserve.planner.predict.perf_model import BatchShape, PerfModel, Piece
+from minserve.planner.predict.perf_model import EAGER, BatchShape, PerfModel, Piece
 from minserve.request import Sequence
 
 # A gain smaller than this is less than predictions are good for.
@@ -146,6 +146,12 @@ def with_drafts(
     )
 
 
+# What drafted tokens add to a batch: each one, each token that one attends to, and each token
+# that the draft model runs.
+_DRAFTED = BatchShape(tokens=1, context_tokens=1)
+_PAIR, _DRAFT = BatchShape(attention_pairs=1), BatchShape(draft_tokens=1)
+
+
 class _Tokens:
     """All tokens that could be drafted for some decodes, the most valuable first.
 
@@ -183,13 +189,9 @@ class _Tokens:
         num = np.arange(1, len(drafted) + 1)
         seconds = np.zeros(len(num))
         for piece in pieces:
-            own = piece.seconds(shape) + piece.draft_steps * max(steps - shape.draft_steps, 0)
-            each = piece.tokens + piece.context_tokens
-            np.maximum(
-                seconds,
-                own + each * num + piece.attention_pairs * pairs + piece.draft_tokens * drafted,
-                out=seconds,
-            )
+            own = piece.seconds(replace(shape, draft_steps=max(steps, shape.draft_steps)))
+            each, pair, draft = (piece.added(part) for part in (_DRAFTED, _PAIR, _DRAFT))
+            np.maximum(seconds, own + each * num + pair * pairs + draft * drafted, out=seconds)
         return self._value[kept].cumsum(), seconds
 
     def lengths(self, steps: int, num: int) -> tuple[int, ...]:
@@ -263,10 +265,9 @@ def most_left_to_prefills(
         return none
     steep, drift = model.steepest, model.drift
     plain_s = drift * steep.seconds(shape)
-    constant_s = (drift * (steep.base + steep.eager) + guard_s) / num_decodes
+    constant_s = (drift * steep.seconds(EAGER) + guard_s) / num_decodes
     worth_s = [
-        drift * (steep.seconds(BatchShape.of([(one.seq.num_tokens - 1, 1)])) - steep.base)
-        + constant_s
+        drift * steep.added(BatchShape.of([(one.seq.num_tokens - 1, 1)])) + constant_s
         for one in candidates
     ]
     tokens = _Tokens(candidates, worth_s)

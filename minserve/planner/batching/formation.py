@@ -40,7 +40,7 @@ from minserve.planner.batching.draft_lengths import (
 from minserve.planner.batching.timed_batch_builder import TimedBatchBuilder
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.predict.acceptance import cautious_tokens
-from minserve.planner.predict.perf_model import PerfModel
+from minserve.planner.predict.perf_model import EAGER, BatchShape, PerfModel
 from minserve.request import Sequence, SequenceState
 
 Due = tuple[float, Sequence]
@@ -230,8 +230,9 @@ def _allowed_s(
     if not waiting:
         return allowed_s(stakes, batch.model)
     drift, steep = batch.model.drift, batch.model.steepest
-    work_s = drift * steep.tokens * sum(seq.num_uncomputed_tokens for seq in waiting)
-    start_s = drift * steep.eager
+    tokens = sum(seq.num_uncomputed_tokens for seq in waiting)
+    work_s = drift * steep.added(BatchShape(tokens=tokens))
+    start_s = drift * steep.added(EAGER)
     return allowed_s(
         stakes,
         batch.model,

@@ -8,8 +8,13 @@ from dataclasses import replace
 from minserve.planner.batching.batch_builder import BatchBuilder
 from minserve.planner.batching.draft_lengths import DraftCandidate, with_drafts
 from minserve.planner.predict.eager import is_eager
-from minserve.planner.predict.perf_model import BatchShape, PerfModel
+from minserve.planner.predict.perf_model import CONTEXT_TOKEN, DECODE, BatchShape, PerfModel
 from minserve.request import Sequence, SequenceState
+
+
+def decodes_alone(seqs: SequenceOf[Sequence]) -> BatchShape:
+    """Return the shape of a batch of these decodes and nothing else."""
+    return BatchShape.of_decodes(len(seqs), sum(len(seq.token_ids) for seq in seqs))
 
 
 class TimedBatchBuilder:
@@ -25,13 +30,7 @@ class TimedBatchBuilder:
         pace = 1.0 if model is None else model.pace
         pieces = () if model is None else model.pieces
         # Per piece: seconds of one decode, and of each token of its context.
-        self._per_decode = [
-            (
-                pace * (p.tokens + p.seqs),
-                pace * (p.context_tokens + p.attention_pairs),
-            )
-            for p in pieces
-        ]
+        self._per_decode = [(pace * p.added(DECODE), pace * p.added(CONTEXT_TOKEN)) for p in pieces]
         self._sums = [pace * p.base for p in pieces]
 
     @property
@@ -50,8 +49,7 @@ class TimedBatchBuilder:
         """Predicted seconds of a batch of these decodes alone."""
         if self.model is None or not seqs:
             return 0.0
-        context = sum(len(seq.token_ids) for seq in seqs)
-        return self.model.predict(BatchShape(len(seqs), len(seqs), context, context))
+        return self.model.predict(decodes_alone(seqs))
 
     def seconds_of_rest(self, seq: Sequence) -> float:
         """Predicted seconds of all that is left of a prefill, in a batch of its own."""

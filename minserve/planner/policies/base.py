@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
+from minserve.errors import ConfigError
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.predict.eager import is_eager
+from minserve.planner.predict.lengths import LengthEstimator
 from minserve.planner.predict.perf_model import BatchShape, PerfModel
 from minserve.request import Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannerSettings:
+    """What a planner is made with.
+
+    Attributes:
+        model: the device's speed; it may be set later (``planner.model``). A policy that promises
+            SLOs promises nothing without it.
+        chunked_prefill: False for whole prompts, which not every policy can run.
+        lengths: guesses output lengths, for the policies that promise SLOs; ``None`` learns them.
+        best_effort_share: the least share of the device's time that best effort gets while
+            promises are kept, in [0, 1).
+    """
+
+    model: PerfModel | None = None
+    chunked_prefill: bool = True
+    lengths: LengthEstimator | None = None
+    best_effort_share: float = 0.05
 
 
 class Planner(ABC):
@@ -20,17 +42,40 @@ class Planner(ABC):
         model: the device's speed; with it every policy predicts its iterations.
 
     Attributes:
+        name: of the policy.
+        promises: True if the policy promises SLOs.
+        token_budget: most tokens of an iteration where nothing else is asked for.
         num_plans: made since the start.
         num_preemptions, num_starts: of sequences, by the plans carried out.
     """
 
-    name: str
+    name: ClassVar[str]
+    promises: ClassVar[bool] = False
+    token_budget: ClassVar[int] = 2048
 
     def __init__(self, model: PerfModel | None = None) -> None:
         self.model = model
         self.num_plans = 0
         self.num_preemptions = 0
         self.num_starts = 0
+
+    @classmethod
+    def create(cls, settings: PlannerSettings) -> Planner:
+        """Return a planner with these settings, of which a policy takes what it knows.
+
+        Raises:
+            ConfigError: for a setting that the policy cannot honour.
+        """
+        cls.check_chunks(settings)
+        return cls(settings.model)
+
+    @classmethod
+    def check_chunks(cls, settings: PlannerSettings) -> None:
+        """Raise `ConfigError` where prefills must not be chunked: most policies always chunk."""
+        if not settings.chunked_prefill:
+            raise ConfigError(
+                f"{cls.name} always chunks prefills; use --policy fcfs without chunking"
+            )
 
     def plan(self, view: PlannerView, now: float) -> IterationPlan:
         """Plan one iteration; then either `started` or `discarded` says what became of it.

@@ -1,8 +1,7 @@
-"""Greedy admission by deadline, each step checked by simulation.
+"""`edf`: requests are promised their SLO earliest deadline first, each if all still fit.
 
-The later planner of SLOs-Serve's authors: requests are inserted earliest deadline first, and
-each stays if the event simulation of the whole set meets every deadline. Everything else is
-as in `dp`, so that the two differ in nothing but who is admitted.
+The later planner of SLOs-Serve's authors works like this. It differs from `dp` in nothing but
+who is admitted.
 """
 
 from __future__ import annotations
@@ -12,17 +11,15 @@ from collections.abc import Sequence as SequenceOf
 from minserve.planner.admission.outlook import Outlook
 from minserve.planner.admission.prefill_rates import PrefillRates
 from minserve.planner.admission.timeline import Admission, Candidate, insert_greedily
-from minserve.planner.policies.dp import DpPlanner
+from minserve.planner.policies.promising import PromisingPlanner
 
 
-class EdfPlanner(DpPlanner):
-    """`DpPlanner` with greedy insertion in place of the dynamic program."""
+class EdfPlanner(PromisingPlanner):
+    """Admits by greedy insertion; each step is checked by an event simulation of the whole set."""
 
     name = "edf"
 
-    @staticmethod
     def choose(
-        candidates: SequenceOf[Candidate], outlook: Outlook, rates: PrefillRates
+        self, candidates: SequenceOf[Candidate], outlook: Outlook, rates: PrefillRates
     ) -> Admission:
-        """Who of the candidates is served."""
         return insert_greedily(candidates, outlook, rates)

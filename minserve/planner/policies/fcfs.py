@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from minserve.planner.batching.batch_builder import BatchBuilder
 from minserve.planner.plan import IterationPlan, PlannerView
-from minserve.planner.policies.base import Planner
+from minserve.planner.policies.base import Planner, PlannerSettings
 from minserve.planner.predict.perf_model import PerfModel
 
 
@@ -25,6 +25,10 @@ class FcfsPlanner(Planner):
     def __init__(self, model: PerfModel | None = None, *, chunked_prefill: bool = True) -> None:
         super().__init__(model)
         self.chunked_prefill = chunked_prefill
+
+    @classmethod
+    def create(cls, settings: PlannerSettings) -> FcfsPlanner:
+        return cls(settings.model, chunked_prefill=settings.chunked_prefill)
 
     def _plan(self, view: PlannerView, now: float) -> IterationPlan:
         return self._plan_chunked(view) if self.chunked_prefill else self._plan_whole(view)

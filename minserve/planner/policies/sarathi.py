@@ -15,6 +15,7 @@ class SarathiPlanner(Planner):
     """Decodes first, then chunked prefills under the token budget."""
 
     name = "sarathi"
+    token_budget = 512
 
     def _plan(self, view: PlannerView, now: float) -> IterationPlan:
         builder = BatchBuilder(view)

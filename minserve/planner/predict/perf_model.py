@@ -64,6 +64,17 @@ class BatchShape:
             pairs += num_tokens * start + num_tokens * (num_tokens + 1) // 2
         return cls(tokens, seqs, context, pairs, eager=int(eager))
 
+    @classmethod
+    def of_decodes(cls, num: int, context_tokens: int) -> BatchShape:
+        """Return the shape of so many plain decodes with so many tokens of context together."""
+        return cls(num, num, context_tokens, context_tokens)
+
+
+# The parts of a plain decode: its token and its place, and each token that it attends to.
+DECODE = BatchShape(tokens=1, seqs=1)
+CONTEXT_TOKEN = BatchShape(context_tokens=1, attention_pairs=1)
+TOKEN, EAGER = BatchShape(tokens=1), BatchShape(eager=1)
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -79,6 +90,15 @@ class Piece:
     base: float = 0.0
 
     def seconds(self, shape: BatchShape) -> float:
+        """Return the seconds of a batch of this shape."""
+        return self.added(shape) + self.base
+
+    def added(self, shape: BatchShape) -> float:
+        """Return the seconds that a part of this shape adds to a batch.
+
+        This is the one place that turns features into seconds; what must be quick adds up the
+        seconds of its parts.
+        """
         return (
             self.tokens * shape.tokens
             + self.seqs * shape.seqs
@@ -87,7 +107,6 @@ class Piece:
             + self.draft_steps * shape.draft_steps
             + self.draft_tokens * shape.draft_tokens
             + self.eager * shape.eager
-            + self.base
         )
 
     def slowed(self, factor: float) -> Piece:

@@ -138,11 +138,3 @@ def test_ids_that_the_model_does_not_have_are_refused_also_from_text(tokenizer):
     small = PromptProcessor(tokenizer, 100, MAX_LEN)
     with pytest.raises(InvalidRequestError, match="outside the vocabulary"):
         small.process("Hello world")
-
-
-def test_without_a_tokenizer_only_ids_work():
-    prompts = PromptProcessor(None, 100, MAX_LEN)
-    assert prompts.process([1, 2]) == (None, (1, 2))
-    for prompt in ("text", CHAT):
-        with pytest.raises(InvalidRequestError, match="no tokenizer"):
-            prompts.process(prompt)

@@ -66,7 +66,7 @@ def test_the_bounds_rule_out_nothing_better(
     monkeypatch: pytest.MonkeyPatch, alike: bool, roomy: bool, most_seqs: int
 ) -> None:
     """On instances too large for brute force: the program without bounds, without limits."""
-    monkeypatch.setattr(dynamic_program, "MAX_STATES", 10**9)
+    monkeypatch.setattr(dynamic_program, "WIDTHS", (10**9,))
     instances = [
         random_instance(
             random.Random(seed),
@@ -80,8 +80,8 @@ def test_the_bounds_rule_out_nothing_better(
     ]
     bounded = [decide(one) for one in instances]
 
-    def nothing(rest: Rest, *_: object) -> list[list[float]]:
-        return [[math.inf] * (rest.target + 1)] * (len(rest.works) + 1)
+    def nothing(rest: Rest, limits: list[object]) -> list[list[list[float]]]:
+        return [[[math.inf] * (sum(rest.units) + 1)] * (len(rest.works) + 1)] * len(limits)
 
     monkeypatch.setattr(dynamic_program, "latest_s", nothing)
     monkeypatch.setattr(dynamic_program, "least_blocks", lambda _: None)
@@ -188,16 +188,42 @@ def test_without_tiers_only_prefill_counts() -> None:
     assert len(admit([one, one], outlook, rates).accepted) == 1
 
 
-@pytest.mark.parametrize("limit", ["MAX_CELLS", "MAX_STATES"])
-def test_instances_beyond_a_limit_get_a_good_set_and_say_so(
-    monkeypatch: pytest.MonkeyPatch, limit: str
+def test_instances_with_too_many_counts_get_a_good_set_and_say_so(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dynamic_program, limit, 0)
+    monkeypatch.setattr(dynamic_program, "MAX_CELLS", 0)
     long = Candidate(work=450, deadline_s=1.0, tier=0, blocks=1)
     got = decide(instance_of(long, long, long))
     assert got.feasible
     assert len(got.accepted) == 1
     assert not got.exact
+
+
+def test_a_search_cut_short_finds_a_feasible_set_and_says_whether_it_is_proven(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    instances = [random_instance(random.Random(seed), num_candidates=13) for seed in range(300)]
+    best = [decide(one) for one in instances]
+    monkeypatch.setattr(dynamic_program, "WIDTHS", (1, 1))
+    cut_short = [decide(one) for one in instances]
+    assert all(one.exact for one in best)
+    assert sum(not one.exact for one in cut_short) > 10
+    for instance, got, most in zip(instances, cut_short, best, strict=True):
+        chosen = [instance.candidates[i] for i in got.accepted]
+        assert simulate(chosen, instance.outlook, instance.rates).feasible
+        assert got.value == most.value if got.exact else got.value <= most.value
+
+
+def test_a_set_that_was_chosen_before_changes_nothing_but_where_the_search_begins() -> None:
+    for seed in range(300):
+        instance = random_instance(random.Random(seed), num_candidates=12)
+        first = decide(instance)
+        hinted = [
+            replace(one, was_chosen=(i in first.accepted) != (i == seed % 12))
+            for i, one in enumerate(instance.candidates)
+        ]
+        again = decide(Instance(hinted, instance.outlook, instance.rates))
+        assert (again.feasible, again.value) == (first.feasible, first.value), seed
 
 
 def test_values_that_are_no_multiples_of_one_another_are_compared_exactly() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 from loads import device
 from replay import Replay
@@ -11,7 +9,7 @@ from replay import Replay
 from minserve.engine.block_pool import BlockPool
 from minserve.planner.admission.parties import partition, spared_blocks, starts_of
 from minserve.planner.plan import PlannerView
-from minserve.planner.policies import make_planner
+from minserve.planner.policies.registry import make_planner
 from minserve.request import Request, Sequence, SequenceState
 from minserve.sampling_params import SamplingParams
 from minserve.slo.objectives import SLO, Standing
@@ -77,7 +75,7 @@ def run(pool: BlockPool, seq: Sequence, num_tokens: int, *sampled: int) -> None:
 
 
 def starts(pool: BlockPool, *seqs: Sequence) -> list[int]:
-    _, (party,) = partition(view_of(pool, *seqs), 0.0)
+    _, (party,) = partition(view_of(pool, *seqs), frozenset())
     return starts_of(party, pool, lambda seq: pool.cached_prefix(seq).num_tokens)
 
 
@@ -117,7 +115,7 @@ def test_an_output_that_gave_up_its_blocks_counts_from_what_is_cached_of_it() ->
 
 def spared(pool: BlockPool, *seqs: Sequence) -> dict[str, int]:
     remaining = {seq.seq_id: seq.index + 1 for seq in seqs}
-    return spared_blocks(partition(view_of(pool, *seqs), 0.0)[1], pool, remaining)
+    return spared_blocks(partition(view_of(pool, *seqs), frozenset())[1], pool, remaining)
 
 
 def test_shared_blocks_are_held_once_by_whoever_goes_on_for_longest() -> None:
@@ -239,11 +237,12 @@ def test_one_broken_output_takes_the_promise_from_its_siblings() -> None:
 def test_a_request_that_has_begun_is_not_refused() -> None:
     pool = BlockPool(40, 16)
     first, second = outputs("a", 2, slo=STRICT)
-    _, (party,) = partition(view_of(pool, first, second), 0.0)
+    _, (party,) = partition(view_of(pool, first, second), frozenset())
     assert party.awaits_answer
-    _, (left,) = partition(view_of(pool, second), 0.0)
+    _, (left,) = partition(view_of(pool, second), frozenset())
     assert not left.awaits_answer, "the first one has ended"
     run(pool, first, 20)
-    _, (party,) = partition(view_of(pool, first, second), 0.0)
+    _, (party,) = partition(view_of(pool, first, second), frozenset())
     assert not party.awaits_answer
-    assert party.is_broken(math.inf)
+    assert party.is_broken({second.seq_id})
+    assert not party.is_broken({"another"})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import pytest
 from loads import TIGHT, replay_of, request
 from replay import Replay
@@ -9,6 +11,7 @@ from replay import Replay
 from minserve.planner.admission.review import ReviewResult
 from minserve.planner.plan import PlannerView
 from minserve.planner.policies.dp import DpPlanner
+from minserve.planner.predict.perf_model import PerfModel
 from minserve.request import Sequence, SequenceState
 from minserve.slo.objectives import SLO, Standing
 
@@ -16,8 +19,10 @@ from minserve.slo.objectives import SLO, Standing
 class Refusing(DpPlanner):
     """Promises nothing to requests whose id begins with ``no``."""
 
-    def _review(self, view: PlannerView, now: float) -> ReviewResult:
-        result = super()._review(view, now)
+    def review(
+        self, view: PlannerView, now: float, model: PerfModel, broken: Set[str]
+    ) -> ReviewResult:
+        result = super().review(view, now, model, broken)
         for seq in (*view.waiting, *view.running):
             if seq.seq_id.startswith("no"):
                 result.chosen.pop(seq.seq_id, None)

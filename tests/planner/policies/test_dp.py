@@ -16,8 +16,8 @@ from loads import (
 from replay import Replay
 
 from minserve.engine.block_pool import BlockPool
-from minserve.planner.policies import make_planner
-from minserve.planner.policies.dp import GUARD_S
+from minserve.planner.policies.promising import GUARD_S
+from minserve.planner.policies.registry import make_planner
 from minserve.planner.predict.lengths import BoundLengths
 from minserve.planner.predict.perf_model import PerfModel, Piece
 from minserve.request import Sequence
@@ -337,7 +337,7 @@ def test_best_effort_that_runs_in_every_batch_is_owed_nothing() -> None:
     for _ in range(100):
         replay.step()
     assert len(replay.running) == 2
-    assert replay.planner._owed_now() == 0.0
+    assert replay.planner.best_effort_owed_s == 0.0
 
 
 def _prefill_beside_best_effort(*beside: Sequence) -> float:

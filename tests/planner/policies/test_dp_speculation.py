@@ -13,8 +13,8 @@ from minserve.engine.block_pool import BlockPool
 from minserve.planner.batching.draft_lengths import MOST_LAG, Drafting, DraftsForPrefills
 from minserve.planner.batching.formation import BatchLimits, Work, form_batch
 from minserve.planner.plan import IterationPlan, PlannerView
-from minserve.planner.policies import make_planner
-from minserve.planner.policies.dp import GUARD_S
+from minserve.planner.policies.promising import GUARD_S
+from minserve.planner.policies.registry import make_planner
 from minserve.planner.predict.acceptance import AcceptanceEstimator
 from minserve.planner.predict.perf_model import BatchShape, PerfModel, Piece
 from minserve.request import Sequence, SequenceState
@@ -312,7 +312,7 @@ def test_where_short_batches_waste_their_constant_cost_drafts_keep_more_promises
 def test_the_limits_of_a_batch_hold_for_its_drafts() -> None:
     limits = BatchLimits(longest_s=0.0205, guard_s=GUARD_S)
     replay = replay_of(proposer=ReplayProposer(6), acceptance=0.9)
-    replay.planner._limits = lambda *_: limits
+    replay.planner.limits = lambda *_: limits
     plans = []
     replay.check = lambda _, plan: plans.append(plan)
     replay.run(decodes(1))

@@ -9,7 +9,8 @@ from replay import Replay, make_sequence
 
 from minserve.engine.block_pool import BlockPool
 from minserve.errors import ConfigError
-from minserve.planner.policies import Planner, make_planner
+from minserve.planner.policies.base import Planner
+from minserve.planner.policies.registry import make_planner
 
 POLICIES = [("sarathi", True), ("fcfs", True), ("fcfs", False), ("dp", True), ("edf", True)]
 
