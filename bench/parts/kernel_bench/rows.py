@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minserve.kernels.attention import make_attention_backend
-from minserve.models.layers import LAYER_NORM_EPS, DenseLinear, LayerNorm, Norm, RMSNorm, silu_mul
+from minserve.models.layers import (
+    LAYER_NORM_EPS,
+    DenseReluLinear,
+    LayerNorm,
+    Norm,
+    RMSNorm,
+    silu_mul,
+)
 from parts.kernel_bench.attention import BLOCK_SIZE, UniformBatch
 from shared.kernel_cases import OURS, Contestant, Heads, KernelSetting, Problem, Scale
 from shared.synthetic_models import SHAPES
@@ -111,7 +118,7 @@ def bias_relu_problem(model: str, tokens: int, setting: KernelSetting) -> Proble
         [(tokens, hidden)],
         rows + weight.nbytes,
         {
-            OURS: DenseLinear(weight, bias).relu,
+            OURS: DenseReluLinear(weight, bias),
             "torch": lambda x: F.linear(x, weight, bias).relu_(),
         },
         lambda x: F.linear(x.float(), weight.float(), bias.float()).relu_(),

@@ -11,7 +11,8 @@ from minserve.planner.admission.review import ReviewResult
 from minserve.planner.batching.formation import Work
 from minserve.planner.plan import IterationPlan, PlannerView, Refusal
 from minserve.planner.policies.base import Planner
-from minserve.planner.policies.promising import GUARD_S, DpPlanner
+from minserve.planner.policies.dp import DpPlanner
+from minserve.planner.policies.promising import GUARD_S
 from minserve.planner.predict.lengths import LengthEstimator
 from minserve.planner.predict.perf_model import BatchShape, PerfModel
 from minserve.request import Sequence, SequenceState
