@@ -21,7 +21,6 @@ import statistics
 import time
 from dataclasses import dataclass
 
-from planner_instances import best_by_brute_force, random_instance
 from tqdm import tqdm
 
 from minserve.engine.block_pool import BlockPool
@@ -35,6 +34,7 @@ from minserve.sampling_params import SamplingParams
 from minserve.slo.attainment import Progress
 from minserve.slo.objectives import SLO, Standing
 from minserve.workload.report import percentile
+from parts.planner.instances import best_by_brute_force, random_instance
 
 A100 = (Piece(tokens=6.878e-5, base=0.0248), Piece(tokens=7.523e-5, base=0.003033))
 TPOTS = (0.05, 0.075, 0.1)
