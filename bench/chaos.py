@@ -29,7 +29,8 @@ import aiohttp
 from tqdm import tqdm
 
 from minserve.workload.data_files import read_prompts
-from minserve.workload.server_process import ServerProcess
+from minserve.workload.server_process import ServerProcess, minserve_command
+from shared.program import run_program
 
 MODEL = "smollm2"
 REPLICA_TIMEOUT_S = 3.0
@@ -123,9 +124,9 @@ async def replicas(session: aiohttp.ClientSession) -> list[dict[str, Any]]:
         return (await response.json())["replicas"]
 
 
-async def all_up(session: aiohttp.ClientSession, timeout_s: float = DRAIN_S) -> bool:
+async def all_up(session: aiohttp.ClientSession) -> bool:
     """Wait until every replica is up; returns False if the time runs out."""
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + DRAIN_S
     while time.monotonic() < deadline:
         if all(one["state"] == "up" for one in await replicas(session)):
             return True
@@ -261,7 +262,7 @@ def main() -> int:
         "--model", MODEL, "--dtype", "float32", "--replicas", str(args.replicas),
         "--replica-timeout", str(REPLICA_TIMEOUT_S),
     ]  # fmt: skip
-    with ServerProcess(flags) as server:
+    with ServerProcess(minserve_command(*flags)) as server:
         result = asyncio.run(run(server.url, args))
     print(json.dumps(result))
     bad = result["lost"] + result["doubled"] + result["mismatched"]
@@ -269,4 +270,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -19,12 +19,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from cpu_ceilings import milliseconds
 from torch import Tensor
 from tqdm import tqdm
 
 from minserve.kernels.attention import AttentionMetadata, LayerKV
 from minserve.kernels.torch_backend import TorchBackend
+from minserve.workload.tables import text_table
+from shared.cpu_ceilings import milliseconds
 
 BLOCK_SIZE = 32
 NUM_LAYERS = 6
@@ -187,19 +188,17 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     print(f"{args.threads} threads, {args.dtype}; microseconds a layer (error, plain = 1)")
-    print(f"{'sequences x (context + tokens)':32}" + "".join(f"{name:>20}" for name in FORMS))
-    rows = []
+    rows, cells = [], []
     for size in tqdm(CASES, desc="Measuring", unit="case", leave=False):
         case = make_case(tuple(args.heads), getattr(torch, args.dtype), size)
         found = measure(case, args.repeats)
         num_seqs, context, num_tokens = size
-        cells = (f"{f['us']:.0f} ({f['error']:.1f})" for f in found.values())
-        tqdm.write(
-            f"{f'{num_seqs} x ({context} + {num_tokens})':32}" + "".join(f"{c:>20}" for c in cells)
-        )
+        measured = (f"{one['us']:.0f} ({one['error']:.1f})" for one in found.values())
+        cells.append((f"{num_seqs} x ({context} + {num_tokens})", *measured))
         rows.append(
             {"sequences": num_seqs, "context": context, "tokens": num_tokens, "forms": found}
         )
+    print(text_table(("sequences x (context + tokens)", *FORMS), cells))
     print(
         json.dumps(
             {

@@ -27,9 +27,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from gpu_machine import choose_interpreter, machine
-from kernel_timing import measure_ceilings
-from synthetic_models import SHAPES, linear_weights, random_weights, write_shape
 from tqdm import tqdm
 
 from minserve.config import EngineConfig
@@ -40,6 +37,10 @@ from minserve.engine.profile.profile_design import ProfileBatch
 from minserve.engine.profile.profiler import Workbench, profile_core
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
+from shared.interpreter import choose_interpreter
+from shared.kernel_timing import measure_ceilings
+from shared.machine import gpu_machine
+from shared.synthetic_models import SHAPES, linear_weights, random_weights, write_shape
 
 GOAL_MODEL, GOAL_BATCH, GOAL_RATIO = "opt-6.7b", 64, 1.15
 GOAL_R2 = 0.95
@@ -314,7 +315,7 @@ def main() -> int:
     if not args.dry and not torch.cuda.is_available():
         print("no CUDA device here; try --dry", file=sys.stderr)
         return 2
-    effort, words = DRY if args.dry else FULL, machine()
+    effort, words = DRY if args.dry else FULL, gpu_machine()
     copy_gb_s = None if args.dry else round(measure_ceilings(rep_ms=200.0).copy_gb_s, 1)
     results: list[dict[str, Any]] = []
     failures: list[str] = []

@@ -9,4 +9,4 @@
 # PYTHON chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-exec "${PYTHON:-python3}" bench/gpu_stages.py "$@"
+exec "${PYTHON:-python3}" bench/parts/gpu/stages.py "$@"

@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_machine import choose_interpreter, machine
-from kernel_cases import KernelSetting, Scale
-from kernel_report import failures, plot, summary, table
-from kernel_rows import CUBLAS_KERNEL
-from kernel_sweep import KERNELS, problems, sweep
-from kernel_timing import Ceilings, measure_ceilings
+
+from parts.kernel_bench.report import failures, plot, summary, table
+from parts.kernel_bench.rows import CUBLAS_KERNEL
+from parts.kernel_bench.sweep import KERNELS, problems, sweep
+from shared.interpreter import choose_interpreter
+from shared.kernel_cases import KernelSetting, Scale
+from shared.kernel_timing import Ceilings, measure_ceilings
+from shared.machine import gpu_machine
 
 # For each flag, the flags that have no effect beside it.
 NO_EFFECT = {
@@ -70,7 +72,7 @@ def setting(args: argparse.Namespace) -> KernelSetting:
 
 def run_sweep(args: argparse.Namespace, scale: Scale) -> int:
     """Measure the ceilings, run the sweep, and print the table and the goals."""
-    machine_words, ceilings, started = machine(), None, time.perf_counter()
+    machine_words, ceilings, started = gpu_machine(), None, time.perf_counter()
     if not args.dry:
         ceilings = Ceilings(*(round(x, 1) for x in measure_ceilings(rep_ms=200.0)))
         print(
@@ -80,7 +82,7 @@ def run_sweep(args: argparse.Namespace, scale: Scale) -> int:
         )
     cases, place = problems(args.only or KERNELS, scale), setting(args)
     if not args.dry:
-        from kernel_compile import precompile
+        from parts.kernel_bench.compile_only import precompile
 
         gpu = torch.cuda.get_device_properties(0)
         arch = 10 * gpu.major + gpu.minor
@@ -98,7 +100,7 @@ def run_sweep(args: argparse.Namespace, scale: Scale) -> int:
     finally:
         if args.dry:
             print("dry run: nothing below is a measurement")
-        print("\n".join(table(rows)))
+        print(table(rows))
     if args.plot is not None:
         plot(rows, args.plot, machine_words["device"])
     for failure in failures(rows):
@@ -111,7 +113,7 @@ def main() -> int:
     args = parse()
     choose_interpreter(args.dry and not args.compile_only)
     if args.compile_only:
-        from kernel_compile import run_compile
+        from parts.kernel_bench.compile_only import run_compile
 
         return run_compile(args.only, quick=args.quick)
     if not args.dry and not torch.cuda.is_available():
@@ -120,7 +122,7 @@ def main() -> int:
     scale = Scale.DRY if args.dry else Scale.QUICK if args.quick else Scale.FULL
     torch.manual_seed(0)
     if args.tune:
-        from kernel_tune import run_tune
+        from parts.kernel_bench.tune import run_tune
 
         return run_tune(setting(args), scale, args.only, args.rep_ms, args.seconds)
     return run_sweep(args, scale)

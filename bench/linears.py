@@ -13,11 +13,12 @@ import argparse
 import json
 
 import torch
-from cpu_ceilings import ceilings, fast_bf16, pass_milliseconds
 from tqdm import tqdm
 
 from minserve.models.layers import WeightFormat, WeightPlacement
 from minserve.models.source import find_model, load_config
+from minserve.workload.tables import text_table
+from shared.cpu_ceilings import ceilings, fast_bf16, pass_milliseconds
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 # A head is run only for the last token of each sequence.
@@ -74,14 +75,15 @@ def sweep(
     return times
 
 
-def print_table(title: str, table: dict[str, dict[int, float]]) -> None:
+def print_table(title: str, times: dict[str, dict[int, float]]) -> None:
     """Print a line for each number of rows, with a column for each form."""
     print(title)
-    print(f"{'rows':>6}" + "".join(f"{name:>18}" for name in table))
-    for rows in next(iter(table.values())):
-        best = min(table, key=lambda name: table[name][rows])
-        cells = (f"{table[n][rows]}{'*' if n == best else ' '}" for n in table)
-        print(f"{rows:>6}" + "".join(f"{cell:>18}" for cell in cells))
+    lines = []
+    for rows in next(iter(times.values())):
+        best = min(times, key=lambda name: times[name][rows])
+        cells = (f"{times[name][rows]}{'*' if name == best else ''}" for name in times)
+        lines.append((rows, *cells))
+    print(text_table(("rows", *times), lines, left=0))
 
 
 def main() -> None:
@@ -95,13 +97,13 @@ def main() -> None:
     limits = ceilings()
     print(f"{args.threads} threads; ceilings: {limits}")
     num_layers, shapes, head = linear_shapes(args.model)
-    table, head_table = {}, {}
+    layers, head_times = {}, {}
     for name, placement in tqdm(forms().items(), desc="Measuring", unit="form"):
-        table[name] = sweep(placement, num_layers, shapes)
-        head_table[name] = sweep(placement, 1, [head], HEAD_ROWS)
-    print_table("milliseconds for all linears of all layers; * is the fastest", table)
-    print_table("milliseconds for the head", head_table)
-    print(json.dumps({"ceilings": limits, "ms": table, "head_ms": head_table}))
+        layers[name] = sweep(placement, num_layers, shapes)
+        head_times[name] = sweep(placement, 1, [head], HEAD_ROWS)
+    print_table("milliseconds for all linears of all layers; * is the fastest", layers)
+    print_table("milliseconds for the head", head_times)
+    print(json.dumps({"ceilings": limits, "ms": layers, "head_ms": head_times}))
 
 
 if __name__ == "__main__":

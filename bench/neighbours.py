@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import statistics
 import sys
 import threading
@@ -27,13 +26,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from machine import machine
-from offline import positive
-from offline_children import child, events, script
-from paired_servers import busy_process
 from tqdm import tqdm
 
 from minserve.exit_codes import EXIT_INTERRUPTED
+from shared.children import child, events, script
+from shared.cpu_time import busy_process
+from shared.machine import machine
+from shared.program import positive, run_program
 
 TOKENS = 40
 PROMPT = "Once upon a time"
@@ -215,8 +214,6 @@ def main() -> None:
     if args.child:
         CHILDREN[args.child](args)
         return
-    # So that SIGTERM ends the child processes too.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     found = []
     try:
         with tqdm(total=2 * args.turns * (1 + len(args.variants)), unit="turn") as bar:
@@ -237,4 +234,4 @@ def _name(env: Mapping[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -35,14 +35,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from noise_plan import FILTERS, POLICIES, Grid
-from noise_report import rows_of, summary, table
-from reproduce_jobs import fingerprint
-from reproduce_run import Done, ResultStore, run_all
-
 from minserve.errors import WorkloadError
 from minserve.machine import Machine
 from minserve.workload.plots import check_can_plot
+from parts.noise.grid import FILTERS, POLICIES, Grid
+from parts.noise.report import rows_of, summary, table
+from shared.simulated.jobs import fingerprint
+from shared.simulated.run import Done, ResultStore, run_all
 
 RESULTS = Path(__file__).resolve().parent / "results" / "noise.json"
 
@@ -170,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.json:
         print(table(figures))
     if args.plot is not None:
-        from noise_plots import draw
+        from parts.noise.plots import draw
 
         draw(results, args.plot)
     for job, error in done.errors.items():

@@ -25,30 +25,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from machine import machine
-from offline_children import Event, run_child, say, script
-from offline_contenders import (
+from tqdm import tqdm
+
+from minserve.exit_codes import EXIT_INTERRUPTED
+from minserve.workload.plots import check_can_plot
+from parts.offline.contenders import (
     QUANTIZATIONS,
     Contender,
     llama_cpp_contender,
     minserve_contenders,
     vllm_contenders,
 )
-from offline_limits import best, shares
-from offline_peers import peer_dtype
-from offline_report import best_of, medians, plot, ratios, share_table, table
-from offline_servers import RandomLoad, measure_server
-from prompt_texts import Counter
-from tqdm import tqdm
-
-from minserve.errors import WorkloadError
-from minserve.exit_codes import EXIT_INTERRUPTED
-from minserve.workload.plots import check_can_plot
+from parts.offline.limits import best, shares
+from parts.offline.report import best_of, medians, plot, ratios, share_table, table
+from parts.offline.servers import RandomLoad, measure_server
+from shared.children import Event, run_child, say, script
+from shared.machine import machine
+from shared.peers import peer_dtype
+from shared.program import positive, run_program
+from shared.prompt_texts import Counter
 
 PEERS = ("vllm", "llama.cpp")
 PARTS = ("engine", "server", "limits")
@@ -90,17 +89,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def positive(text: str) -> int:
-    """Return a whole number of at least 1.
-
-    Raises:
-        argparse.ArgumentTypeError: for any other text.
-    """
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 1, not {text!r}")
-    return int(text)
-
-
 def parts(text: str) -> list[str]:
     """Return the parts that a list names, each once.
 
@@ -133,7 +121,7 @@ class OfflineBenchmark:
     """All turns of one run of this program.
 
     Attributes:
-        turns: for each contender's label, the turns that `offline_report.medians` takes.
+        turns: for each contender's label, the turns that `medians` takes.
         limits: for each minserve's label, the limits measured in each turn.
         versions: versions of the engines.
     """
@@ -174,7 +162,7 @@ class OfflineBenchmark:
 
     def _measure_limits(self, contender: Contender) -> dict[str, Any]:
         flags = [] if contender.quantization is None else ["--quantization", contender.quantization]
-        command = script(sys.executable, "offline_limits.py", "--model", self._args.model,
+        command = script(sys.executable, "parts/offline/limits.py", "--model", self._args.model,
                          "--dtype", self._args.dtype, *flags)  # fmt: skip
         found = run_child(f"limits of {contender.label}", command, {})
         return found["events"]["limits"]["limits"]
@@ -230,12 +218,7 @@ def show(result: dict[str, Any], labels: Sequence[str]) -> None:
 def main() -> None:
     args = parse_args()
     if args.plot:
-        try:
-            check_can_plot(args.plot)
-        except WorkloadError as error:
-            sys.exit(str(error))
-    # So that SIGTERM ends the child processes too.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        check_can_plot(args.plot)
     ours = minserve_contenders(args.model, args.dtype, args.quantization, args.repeats)
     peers = peers_of(args)
     say(json.dumps(machine()))
@@ -257,4 +240,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -21,7 +21,6 @@ import statistics
 import time
 from dataclasses import dataclass
 
-from planner_instances import best_by_brute_force, random_instance
 from tqdm import tqdm
 
 from minserve.engine.block_pool import BlockPool
@@ -32,8 +31,10 @@ from minserve.planner.policies.registry import make_planner
 from minserve.planner.predict.perf_model import PerfModel, Piece
 from minserve.request import Request, Sequence, SequenceState
 from minserve.sampling_params import SamplingParams
+from minserve.slo.attainment import Progress
 from minserve.slo.objectives import SLO, Standing
 from minserve.workload.report import percentile
+from parts.planner.instances import best_by_brute_force, random_instance
 
 A100 = (Piece(tokens=6.878e-5, base=0.0248), Piece(tokens=7.523e-5, base=0.003033))
 TPOTS = (0.05, 0.075, 0.1)
@@ -67,7 +68,7 @@ def make_view(rng: random.Random, running: int, waiting: int, tiers: int) -> Pla
         # Each sequence is on schedule, or up to two tokens ahead of it.
         tpot = seq.progress.tpot_s
         begun = -(done - 1) * tpot + rng.uniform(0.0, 2.0) * tpot
-        seq.progress.arrival_s = begun
+        seq.progress = Progress(seq.progress.targets, begun)
         for number in range(done):
             seq.progress.add_token(begun + number * tpot)
         decoding.append(seq)

@@ -1,7 +1,7 @@
 """Compares the planner's policies on the real engine: where does dp keep more SLOs than others?
 
 One minserve server runs per policy; all are up at once and idle but one. An open-loop client sends
-them the same requests in short alternating turns (`paired_turns`), at paces from easy to tight and
+them the same requests in short alternating turns (`shared/paired`), at paces from easy to tight and
 rates from idle to overload, alone on the machine and beside a process that takes a core. The idle
 speed of which SLOs are multiples is the same for all: the best of the servers', or --zero-load.
 Lone requests before and after each turn, without the busy process, measure the machine's own speed;
@@ -24,21 +24,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-
-from paired_runs import Effort, PairedBenchmark, add_flags, caveats, open_store, say_estimate
-from paired_servers import ServerVariant, minserve_variant, started
-from paired_turns import Cell, Pairs
-from policies_report import summary, table
-from prompt_texts import Counter
 
 from minserve.exit_codes import EXIT_INTERRUPTED
 from minserve.planner.policies.registry import POLICIES
 from minserve.workload.scenarios import SCENARIOS
+from minserve.workload.server_process import ServerCommand
+from parts.policies.report import summary, table
+from shared.paired.runs import Effort, PairedBenchmark, add_flags, caveats, open_store, say_estimate
+from shared.paired.turns import Cell, Pairs
+from shared.program import names, numbers, run_program
+from shared.prompt_texts import Counter
+from shared.servers import profiled_minserve, started
 
 RATES, QUICK_RATES = (0.8, 1.5, 3.0, 6.0), (1.5, 6.0)
 SCENARIO_NAMES = ("mixed", "coding")
@@ -51,12 +50,6 @@ START_S = 20.0
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    def numbers(text: str) -> list[float]:
-        return sorted({float(part) for part in text.split(",")})
-
-    def names(text: str) -> list[str]:
-        return text.split(",")
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -100,10 +93,10 @@ def cells_of(args: argparse.Namespace) -> list[Cell]:
     ]  # fmt: skip
 
 
-def make_variants(args: argparse.Namespace, served_name: str) -> list[ServerVariant]:
+def make_variants(args: argparse.Namespace, served_name: str) -> list[ServerCommand]:
     """Return a server for each policy, without drafts, whose lengths are another policy."""
     return [
-        minserve_variant(
+        profiled_minserve(
             policy, "--model", args.model, "--served-model-name", served_name, "--policy", policy,
             "--speculator", "off", "--kv-cache-gib", str(KV_GIB),
         )
@@ -113,8 +106,6 @@ def make_variants(args: argparse.Namespace, served_name: str) -> list[ServerVari
 
 def main() -> None:
     args = parse_args()
-    # So that SIGTERM stops the servers too.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     cells, name = cells_of(args), Path(args.model).name
     variants = make_variants(args, name)
     policies = [variant.label for variant in variants]
@@ -122,7 +113,7 @@ def main() -> None:
     effort = Effort(seconds=args.seconds, pairs=args.pairs, lengths=args.lengths, seed=args.seed,
                     rounds=1 if args.quick else 2)  # fmt: skip
     say_estimate(cells, effort, policies, START_S * len(policies), store)
-    with tempfile.TemporaryDirectory() as logs, started(variants, Path(logs)) as servers:
+    with started(variants) as servers:
         done = PairedBenchmark(effort, store, servers, Counter(args.model)).run(cells)
     result = summary(Pairs(store.results), cells, policies)
     print(table(result))
@@ -134,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from minserve import Engine, SamplingParams
 from minserve.config import QUANTIZATIONS
 from minserve.cpu_name import cpu_name
+from minserve.workload.tables import text_table
 
 WINDOW = 256
 PROMPT, OUTPUT = 32, 64
@@ -126,9 +127,8 @@ def main() -> None:
         rows[name] = {key: round(value, 4) for key, value in asdict(quality).items()}
         if not args.no_speed:
             rows[name] |= speed(engine)
-    print(" " * 16 + "".join(f"{name:>12}" for name in rows))
-    for key in next(iter(rows.values())):
-        print(f"{key:>16}" + "".join(f"{row[key]:>12}" for row in rows.values()))
+    keys = next(iter(rows.values()))
+    print(text_table(("", *rows), [(key, *(row[key] for row in rows.values())) for key in keys]))
     threads = torch.get_num_threads()
     print(json.dumps({"device": cpu_name(), "threads": threads, "forms": rows}))
 

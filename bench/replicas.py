@@ -19,7 +19,6 @@ The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import time
 import urllib.request
@@ -27,10 +26,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from machine import machine
-from prompt_texts import Counter
-from replicas_overhead import added_to_ttft, routing_us
-from replicas_runs import (
+from tqdm import tqdm
+
+from minserve.errors import EngineStoppedError, WorkloadError
+from minserve.workload.capacity import find_capacity
+from minserve.workload.client import LoadProgress
+from minserve.workload.endpoint import Endpoint
+from minserve.workload.plots import check_can_plot, figure_of, save
+from minserve.workload.tables import text_table
+from parts.replicas.overhead import added_to_ttft, routing_us
+from parts.replicas.runs import (
     MODEL,
     PROFILES,
     ROUTERS,
@@ -42,13 +47,9 @@ from replicas_runs import (
     served,
     texts_of,
 )
-from tqdm import tqdm
-
-from minserve.errors import EngineStoppedError, WorkloadError
-from minserve.workload.capacity import find_capacity
-from minserve.workload.client import LoadProgress
-from minserve.workload.endpoint import Endpoint, find_endpoint
-from minserve.workload.plots import check_can_plot, figure_of, save
+from shared.machine import machine
+from shared.program import names, run_program
+from shared.prompt_texts import Counter
 
 # A search starts at the simulator's result, takes steps of this size, and ends in a bracket so
 # wide.
@@ -108,7 +109,7 @@ def measure(case: ReplicaCase, results: Results, args: argparse.Namespace, count
     runs = results.runs.setdefault(case.name, {})
     with served(slowed, case) as server, tqdm(desc=case.name, unit="req", leave=False) as bar:
         wait_until_up(server.url, case.replicas)
-        endpoint = asyncio.run(find_endpoint(server.url, None, chat=False))
+        endpoint = server.endpoint
 
         def attainment(rate: float, repeat: int) -> float:
             known = runs.setdefault(f"{rate:.4g}", [])
@@ -184,16 +185,17 @@ def by_scenario(values: dict[str, float | None], cases: list[ReplicaCase]) -> di
     return found
 
 
-def table(results: Results, cases: list[ReplicaCase]) -> str:
+def capacity_table(results: Results, cases: list[ReplicaCase]) -> str:
     """Return the capacities as a table."""
-    lines = [f"{'':32}{'measured':>10}{'simulated':>11}{'per replica':>13}"]
+    rows = []
     for case in cases:
         rate, expected = results.capacity.get(case.name), results.expected.get(case.name)
         if expected is None:
             continue
-        own = ("-", "-") if rate is None else (f"{rate:.2f}", f"{rate / case.replicas:.2f}")
-        lines.append(f"{case.name:32}{own[0]:>10}{expected:>11.2f}{own[1]:>13}")
-    return "\n".join(lines)
+        measured, each = (None, None) if rate is None else (rate, rate / case.replicas)
+        values = (None if one is None else f"{one:.2f}" for one in (measured, expected, each))
+        rows.append((case.name, *values))
+    return text_table(("", "measured", "simulated", "per replica"), rows)
 
 
 def plot(results: Results, cases: list[ReplicaCase], file: Path) -> None:
@@ -215,9 +217,6 @@ def plot(results: Results, cases: list[ReplicaCase], file: Path) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    def names(text: str) -> list[str]:
-        return text.split(",")
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -258,7 +257,7 @@ def main() -> None:
     for case in tqdm(cases, unit="capacity"):
         if case.name not in results.capacity:
             measure(case, results, args, count)
-    print(table(results, cases))
+    print(capacity_table(results, cases))
     if args.plot is not None:
         plot(results, cases, args.plot)
     print(
@@ -273,4 +272,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -22,18 +22,16 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import sys
 from pathlib import Path
 
-from reproduce_jobs import fingerprint
-from reproduce_plan import NOT_QUICK, SECTIONS, Plan, jobs_of
-from reproduce_plots import draw_all
-from reproduce_report import details, markdown, summary
-from reproduce_run import Done, ResultStore, run_all
-
-from minserve.machine import Machine
+from minserve.machine import Machine, machine_words
 from minserve.workload.plots import GET_MATPLOTLIB
+from parts.reproduce.plan import NOT_QUICK, SECTIONS, Plan, jobs_of
+from parts.reproduce.plots import draw_all
+from parts.reproduce.report import details, markdown, summary
+from shared.simulated.jobs import fingerprint
+from shared.simulated.run import Done, ResultStore, run_all
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -60,9 +58,9 @@ def evaluate(
     }
     stem = "reproduce-quick" if plan.quick else "reproduce"
     folder.mkdir(parents=True, exist_ok=True)
-    text = f"# {command}\n\n{_machine()}; {len(known)} jobs, {seconds:.0f} s of one core.\n"
+    text = f"# {command}\n\n{machine_words()}; {len(known)} jobs, {seconds:.0f} s of one core.\n"
     (folder / f"{stem}.md").write_text(f"{text}\n{tables}\n", encoding="utf-8")
-    whole = {**figures, "source": fingerprint(), "machine": _machine()}
+    whole = {**figures, "source": fingerprint(), "machine": machine_words()}
     whole["details"] = details(plan, store)
     (folder / f"{stem}.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     print(tables, flush=True)
@@ -74,10 +72,6 @@ def evaluate(
     for job, error in done.errors.items():
         print(f"failed: {error}\n  {job}", file=sys.stderr)
     return done, figures
-
-
-def _machine() -> str:
-    return f"{os.cpu_count()} cores of {platform.machine()}, Python {platform.python_version()}"
 
 
 def _sections(text: str) -> list[str]:

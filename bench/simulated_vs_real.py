@@ -7,7 +7,7 @@ in seconds are the same, and they are judged in the same way. Requests of the fi
 seconds only load the servers; they are left out on both sides.
 
 A profile describes the forward pass on an idle device. Other delays that the client sees are
-measured in the same run, and given to the simulator (`simulated_report.Inputs`, printed):
+measured in the same run, and given to the simulator (`Inputs`, printed):
 
     slowness   device time of the run's iterations over the profile's: client, HTTP and model
                share the cores, and the machine's own speed drifts
@@ -32,46 +32,49 @@ Rates are shares of the capacity that the simulator finds for dp. The last line 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
-import math
-import signal
 import statistics
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
-from machine import machine
-from prometheus_client.parser import text_string_to_metric_families
-from simulated_report import ATTAINMENT_GOAL, MEDIAN_GOAL, ComparedRun, Inputs, plot, print_table
-from slo_servers import DISTURBED_CORES, PROFILE_S, await_quiet, cpu_seconds
 from tqdm import tqdm
 
 from minserve.devices import Device, find_device
-from minserve.errors import MinserveError
 from minserve.planner.policies.registry import planner_class
 from minserve.simulator.simulation import Setup, simulate
 from minserve.slo.objectives import SLO
-from minserve.workload.answer import Answer
 from minserve.workload.capacity import find_capacity
-from minserve.workload.client import Load, ask, drive
+from minserve.workload.client import Load
 from minserve.workload.conversation import Conversation, Turn
 from minserve.workload.draws import draw_scenario
-from minserve.workload.endpoint import Endpoint, find_endpoint, open_session
 from minserve.workload.plots import check_can_plot
 from minserve.workload.report import share
 from minserve.workload.scenarios import find_scenario
-from minserve.workload.server_process import ServerProcess
 from minserve.workload.texts import fill
-from minserve.workload.turn_targets import Speed
 from minserve.workload.verdict import Verdict
-from minserve.workload.zero_load import measure_speed
+from parts.simulated_vs_real.real_server import (
+    BEST_EFFORT_SHARE,
+    KV_TOKENS,
+    PolicyServer,
+    thread_flags,
+)
+from parts.simulated_vs_real.report import (
+    ATTAINMENT_GOAL,
+    MEDIAN_GOAL,
+    ComparedRun,
+    Inputs,
+    plot,
+    print_table,
+)
+from shared.cpu_time import DISTURBED_CORES, await_quiet
+from shared.machine import machine
+from shared.program import names, numbers, run_program
+from shared.servers import PROFILE_S
 
 # Scenarios whose conversations have one turn each.
 SCENARIOS = ("chatbot", "coding", "summarization", "mixed")
@@ -81,18 +84,10 @@ SHARES = (0.5, 0.85)
 # Seconds before and after the requests that count.
 LEAD_S = 8.0
 TAIL_S = 4.0
-BLOCK_SIZE = 16
-KV_TOKENS = 32768
-BEST_EFFORT_SHARE = 0.05
-# The quantile of iterations' surprise from which their scatter is computed.
-QUANTILE = 0.99
-LONE_REQUESTS = 3
-LONE_TOKENS = 32
 CAPACITY_S = 120.0
 # Seeds of the scatter.
 SIMULATIONS = 5
 # Cores that other processes may take in one slice of a run: the run's mean would hide a stall.
-SLICE_S = 2.0
 DISTURBED_SLICE = 0.5
 
 
@@ -108,7 +103,7 @@ def child_profile(model: str, threads: int | None) -> None:
 
 def read_profile(args: argparse.Namespace) -> Device:
     """Return the device as the servers know it."""
-    command = [sys.executable, __file__, "--child", "--model", args.model, *_threads(args)]
+    command = [sys.executable, __file__, "--child", "--model", args.model, *thread_flags(args)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit("profiling failed")
@@ -117,147 +112,6 @@ def read_profile(args: argparse.Namespace) -> Device:
         sys.exit(f"R2 of the profile is {found['r2']:.2f}: try again when the machine is idle")
     print(f"profile {found['file']}, R2 {found['r2']:.2f}")
     return find_device(found["file"])
-
-
-def _threads(args: argparse.Namespace) -> list[str]:
-    return [] if args.threads is None else ["--threads", str(args.threads)]
-
-
-# By name and, for a bucket, its upper bound.
-Metrics = Mapping[tuple[str, str], float]
-
-
-class PolicyServer:
-    """A `minserve serve` of one policy, and the values of its metrics."""
-
-    def __init__(self, args: argparse.Namespace, policy: str) -> None:
-        self._process = ServerProcess(
-            ["--model", args.model, *_threads(args), "--policy", policy,
-             "--token-budget", str(args.token_budget), "--max-num-seqs", str(args.max_num_seqs),
-             "--block-size", str(BLOCK_SIZE), "--num-blocks", str(KV_TOKENS // BLOCK_SIZE),
-             "--best-effort-share", str(BEST_EFFORT_SHARE), "--no-prefix-caching",
-             "--speculator", "off"]
-        )  # fmt: skip
-        try:
-            self.endpoint = asyncio.run(find_endpoint(self._process.url))
-            # This also warms the server up.
-            self.speed = asyncio.run(measure_speed(self.endpoint))
-        except BaseException:
-            self.stop()
-            raise
-
-    def stop(self) -> None:
-        self._process.stop()
-
-    def run(
-        self, workload: Sequence[Conversation], model: Speed
-    ) -> tuple[Load, Inputs, list[float]]:
-        """Send a workload to the server.
-
-        Returns:
-            the answers, the inputs of a simulation, and the cores that other processes took in each
-            slice of the run.
-        """
-        return asyncio.run(self._run(workload, model))
-
-    async def _run(
-        self, workload: Sequence[Conversation], model: Speed
-    ) -> tuple[Load, Inputs, list[float]]:
-        idle = self._metrics()
-        await _lone_requests(self.endpoint)
-        before = self._metrics()
-        load, slices = Load(workload), []
-        watch = asyncio.create_task(_watch(psutil.Process(self._process.pid), slices))
-        await drive(self.endpoint, load, model)
-        watch.cancel()
-        inputs = told(load.answers, _since(before, idle), _since(self._metrics(), before))
-        return load, inputs, slices
-
-    def _metrics(self) -> Metrics:
-        with urllib.request.urlopen(f"{self._process.url}/metrics") as response:
-            families = text_string_to_metric_families(response.read().decode())
-        return {
-            (sample.name.removeprefix("minserve:"), sample.labels.get("le", "")): sample.value
-            for family in families
-            for sample in family.samples
-            if set(sample.labels) <= {"le"}
-        }
-
-
-async def _watch(server: psutil.Process, slices: list[float]) -> None:
-    """Note the cores that processes other than server and client take, slice by slice."""
-
-    def elsewhere() -> float:
-        return cpu_seconds() - cpu_seconds(server) - cpu_seconds(psutil.Process())
-
-    then, before = time.perf_counter(), elsewhere()
-    while True:
-        await asyncio.sleep(SLICE_S)
-        now, after = time.perf_counter(), elsewhere()
-        slices.append((after - before) / (now - then))
-        then, before = now, after
-
-
-def _since(now: Metrics, before: Metrics) -> Metrics:
-    return {key: value - before.get(key, 0.0) for key, value in now.items()}
-
-
-async def _lone_requests(endpoint: Endpoint) -> None:
-    """Send short prompts, one after another: iterations of one token each, with gaps between."""
-    turn = Turn(slo=SLO(ttft=1e6), prompt_tokens=1, output_tokens=LONE_TOKENS)
-    async with open_session(endpoint.url) as session:
-        for _ in range(LONE_REQUESTS):
-            targets = turn.slo.resolve(0.0, 0.0)
-            answer = Answer(turn, targets, time.perf_counter())
-            await ask(session, endpoint, answer, endpoint.body(["Once"], LONE_TOKENS))
-
-
-def told(answers: Sequence[Answer], lone: Metrics, run: Metrics) -> Inputs:
-    """Return what the simulator does not know by itself, from two differences of metrics.
-
-    Scatter is a factor that is above 1 on average; the slowness is given without that factor.
-
-    Args:
-        lone: difference over the lone requests.
-        run: difference over the whole run.
-    """
-    planning_s = run["planning_seconds_sum", ""]
-    device_s = run["iteration_seconds_sum", ""] - planning_s
-    waits = [one.token_times[0] - one.due_s for one in answers if one.token_times]
-    engine_s = _mean(run, "time_to_first_token_seconds")
-    gap_s = _mean(lone, "inter_token_latency_seconds") - _mean(lone, "iteration_seconds")
-    worst = quantile_of(run, "iteration_surprise", QUANTILE)
-    noise = max(0.0, math.log(worst)) / statistics.NormalDist().inv_cdf(QUANTILE)
-    return Inputs(
-        slowness=device_s / run["iteration_profiled_seconds_sum", ""] / math.exp(noise**2 / 2),
-        planning_s=planning_s / run["iteration_seconds_count", ""],
-        gap_s=max(0.0, gap_s),
-        request_s=max(0.0, statistics.fmean(waits) - engine_s),
-        noise=noise,
-    )
-
-
-def quantile_of(metrics: Metrics, name: str, q: float) -> float:
-    """Return a quantile of a histogram, interpolated linearly within a bucket.
-
-    Values above all bounds count as the highest bound.
-    """
-    buckets = sorted(
-        (float(bound), count)
-        for (sample, bound), count in metrics.items()
-        if sample == f"{name}_bucket"
-    )
-    wanted, low, below = q * buckets[-1][1], 0.0, 0.0
-    for high, count in buckets:
-        if count >= wanted and count > below:
-            inside = (wanted - below) / (count - below)
-            return low if math.isinf(high) else low + inside * (high - low)
-        low, below = high, count
-    return low
-
-
-def _mean(metrics: Metrics, name: str) -> float:
-    return metrics[f"{name}_sum", ""] / metrics[f"{name}_count", ""]
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,12 +247,6 @@ def compare(args: argparse.Namespace, device: Device, server: PolicyServer, poli
 
 
 def parse_args() -> argparse.Namespace:
-    def numbers(text: str) -> list[float]:
-        return [float(part) for part in text.split(",")]
-
-    def names(text: str) -> list[str]:
-        return text.split(",")
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -437,8 +285,6 @@ def main() -> None:
         return
     if args.plot:
         check_can_plot(args.plot)
-    # So that SIGTERM stops the servers too.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     started = time.perf_counter()
     device = read_profile(args)
     work = points(args, device)
@@ -480,7 +326,4 @@ def report(args: argparse.Namespace, rows: Sequence[ComparedRun], seconds: float
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MinserveError as error:
-        sys.exit(str(error))
+    run_program(main)

@@ -39,17 +39,23 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from machine import machine
-from speculative_report import SYNTHETIC, CaseResult, plot, summary, table
-from speculative_runs import Group, SpeculationCase, SpeculationEffort, check_lossless, measure
-from speculative_synthetic import synthetic_loader
-from synthetic_models import SHAPES, write_shape
 from tqdm import tqdm
 
 from minserve import Engine
 from minserve.errors import MinserveError
 from minserve.models.source import EMBEDDED_DRAFT, find_model, load_config
 from minserve.workload import data_files
+from parts.speculative.report import SYNTHETIC, CaseResult, plot, summary, table
+from parts.speculative.runs import (
+    Group,
+    SpeculationCase,
+    SpeculationEffort,
+    check_lossless,
+    measure,
+)
+from parts.speculative.synthetic import synthetic_loader
+from shared.machine import machine
+from shared.synthetic_models import SHAPES, write_shape
 
 ROOT = Path(__file__).parent.parent
 # So many prompts of a set are used, from its beginning.
@@ -57,7 +63,6 @@ MOST_PROMPTS = 300
 # The longest prompt in tokens, and the largest batch of such prompts for which there are blocks.
 MOST_PROMPT, MOST_BATCH = 224, 24
 CODE_PROMPT, SYNTHETIC_PROMPT = 96, 128
-CHAT = "{text}"
 EXTRACT = "Repeat the key sentences of the following abstract word by word.\n\n{text}"
 EDIT = (
     "Rename the first argument of this Python function to `data`, and change nothing else. "

@@ -2,7 +2,7 @@
 
 Nothing is simulated. Both serve the same model and are up at once. An open-loop client drives one
 of them at a time with a scenario of the SLOs-Serve evaluation (arXiv 2504.08784), in short
-alternating turns with the same requests (`paired_turns`). Hosts of virtual machines change their
+alternating turns with the same requests (`shared/paired`). Hosts of virtual machines change their
 speed by a factor of two within minutes. A lone request's time before and after each turn measures
 it, and pairs whose turns were at different speeds are left out. Capacity is the most requests per
 second at which 90% of all offered requests keep their SLO by the client's clock, interpolated
@@ -27,31 +27,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
-from offline_peers import TORCH_VERSION, VLLM_VERSION, cores, peer_dtype
-from paired_runs import Effort, PairedBenchmark, add_flags, caveats, open_store, say_estimate
-from paired_servers import ServerVariant, started
-from paired_turns import Cell, Pairs
-from prompt_texts import Counter
-from versus_report import plot, summary, table
-from versus_servers import (
+from minserve.exit_codes import EXIT_INTERRUPTED
+from minserve.workload.plots import check_can_plot
+from minserve.workload.scenarios import SCENARIOS
+from minserve.workload.server_process import ServerCommand
+from parts.versus_vllm.report import plot, summary, table
+from shared.contending_servers import (
     PEER_HOME,
     SERVED_NAME,
     export_with_tokenizer,
     our_variant,
     vllm_variant,
 )
-
-from minserve.errors import WorkloadError
-from minserve.exit_codes import EXIT_INTERRUPTED
-from minserve.workload.plots import check_can_plot
-from minserve.workload.scenarios import SCENARIOS
+from shared.paired.runs import Effort, PairedBenchmark, add_flags, caveats, open_store, say_estimate
+from shared.paired.turns import Cell, Pairs
+from shared.peers import TORCH_VERSION, VLLM_VERSION, cores, peer_dtype
+from shared.program import names, run_program
+from shared.prompt_texts import Counter
+from shared.servers import started
 
 RATES = {"mixed": (3.0, 6.0, 12.0), "coding": (2.0, 5.0), "chatbot": (4.0, 8.0)}
 QUICK_RATES = {"mixed": (3.0, 12.0)}
@@ -77,7 +74,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="vLLM's; default: bfloat16 where the CPU multiplies it in hardware")  # fmt: skip
     parser.add_argument("--speculator", choices=["ngram", "draft"],
                         help="minserve's speculator; default: its own choice")  # fmt: skip
-    parser.add_argument("--scenarios", type=lambda text: text.split(","), metavar="LIST",
+    parser.add_argument("--scenarios", type=names, metavar="LIST",
                         help=f"some of those with rates; default: {','.join(RATES)}")  # fmt: skip
     parser.add_argument("--rates", type=named_rates, nargs="+", metavar="SCENARIO=LIST",
                         help="requests per second, as in mixed=3,6,12")  # fmt: skip
@@ -142,7 +139,7 @@ def check_vllm(python: str) -> None:
         )
 
 
-def make_variants(args: argparse.Namespace, dtype: str) -> list[ServerVariant]:
+def make_variants(args: argparse.Namespace, dtype: str) -> list[ServerCommand]:
     """Return the servers to compare, minserve first."""
     folder = str(export_with_tokenizer(args.model, dtype))
     return [
@@ -158,12 +155,7 @@ def main() -> None:
     args = parse_args()
     check_vllm(args.vllm_python)
     if args.plot:
-        try:
-            check_can_plot(args.plot)
-        except WorkloadError as error:
-            sys.exit(str(error))
-    # So that SIGTERM stops the servers too.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        check_can_plot(args.plot)
     dtype, cells = args.dtype or peer_dtype(), cells_of(args)
     variants = make_variants(args, dtype)
     labels = [variant.label for variant in variants]
@@ -172,7 +164,7 @@ def main() -> None:
     effort = Effort(seconds=args.seconds, pairs=args.pairs, lengths=args.lengths, seed=args.seed,
                     rounds=1 if args.quick else 2)  # fmt: skip
     say_estimate(cells, effort, labels, START_S * len(args.vllm_budgets), store)
-    with tempfile.TemporaryDirectory() as logs, started(variants, Path(logs)) as servers:
+    with started(variants) as servers:
         done = PairedBenchmark(effort, store, servers, Counter(args.model)).run(cells)
     pairs = Pairs(store.results)
     result = summary(pairs, cells, labels[0], labels[1:])
@@ -187,4 +179,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

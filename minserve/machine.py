@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import os
+import platform
 from dataclasses import dataclass
 
 import psutil
 
 from minserve.cgroups import read_limits
+from minserve.cpu_name import cpu_name
 
 log = logging.getLogger(__name__)
 
@@ -118,3 +120,10 @@ class Machine:
         if self.memory_limit is not None and kv_bytes is not None:
             words.append(f"{self.memory_words}: KV cache of {kv_bytes / GIB:.2f} GiB")
         return "; ".join(words)
+
+
+def machine_words() -> str:
+    """Describe this machine in a few words, for people and to be compared."""
+    quota = Machine.look().cpu_quota
+    limited = "" if quota is None else f" limited to {quota:g}"
+    return f"{cpu_name()}, {os.cpu_count()} cores{limited}, {platform.system()}"

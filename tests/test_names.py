@@ -21,8 +21,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = [ROOT / name for name in ("bench", "examples", "tests")]
-# pytest looks for files of this name and keeps several of them apart.
-OF_PYTEST = "conftest"
+# pytest looks for files of the first name and keeps several of them apart; the second stands for
+# its folder.
+NOT_IMPORTED_BY_NAME = ("conftest", "__init__")
 ROOMS = [ROOT / name for name in ("minserve", "kernels", "models", "bench", "examples")]
 # Calls that take a package by its name: find_spec, import_module, _is_package_available, ...
 PROBES = re.compile(r"find_spec|import|available|version|distribution")
@@ -45,7 +46,7 @@ def own_paths() -> list[Path]:
     folders = {parent for path in files for parent in path.parents}
     folders -= {*FOLDERS, ROOT, *ROOT.parents}
     named = sorted(path for path in modules | folders if path.stem.isidentifier())
-    return [path for path in named if path.stem != OF_PYTEST]
+    return [path for path in named if path.stem not in NOT_IMPORTED_BY_NAME]
 
 
 def installed_modules() -> Iterator[Path]:

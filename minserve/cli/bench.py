@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import signal
 import sys
@@ -67,7 +68,12 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     _add_server_flags(parser.add_argument_group("server"))
     _add_speed_flags(parser.add_argument_group("speed of the idle server"))
     add_workload_flags(parser.add_argument_group("workload"))
-    add_report_flags(parser.add_argument_group("report"))
+    report = parser.add_argument_group("report")
+    add_report_flags(report)
+    report.add_argument(
+        "--verdicts", type=Path, metavar="FILE.jsonl",
+        help="also write what became of every request to this new file, a JSON object a line",
+    )  # fmt: skip
     parser.set_defaults(command=_bench)
 
 
@@ -139,6 +145,11 @@ def _check(args: argparse.Namespace) -> None:
         Reference.load(args.zero_load)
     if args.save_zero_load is not None:
         check_can_save(args.save_zero_load)
+    if args.verdicts is not None:
+        if args.verdicts.exists():
+            raise WorkloadError(f"{args.verdicts} exists already; name another file")
+        if not os.access(args.verdicts.parent, os.W_OK):
+            raise WorkloadError(f"cannot write {args.verdicts}: no folder that can be written")
 
 
 @contextmanager
@@ -148,7 +159,7 @@ def _served(args: argparse.Namespace) -> Iterator[str]:
         yield args.url
         return
 
-    from minserve.workload.server_process import ServerProcess
+    from minserve.workload.server_process import ServerProcess, minserve_command
 
     flags = shlex.split(args.serve_args)
     for name, value in (("--model", args.model), ("--policy", args.policy)):
@@ -158,7 +169,7 @@ def _served(args: argparse.Namespace) -> Iterator[str]:
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     say("starting minserve serve; the first time it measures this device for some 40 s")
     try:
-        with ServerProcess(flags) as server:
+        with ServerProcess(minserve_command(*flags, label="the server")) as server:
             yield server.url
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -172,9 +183,10 @@ def _prepare(args: argparse.Namespace, url: str, draw: Draw) -> Experiment:
     """
     import asyncio
 
+    from minserve.machine import machine_words
     from minserve.workload.endpoint import find_endpoint
     from minserve.workload.experiment import Experiment
-    from minserve.workload.reference import Reference, machine_words
+    from minserve.workload.reference import Reference
 
     name = None if args.url is None else args.model
     endpoint = asyncio.run(find_endpoint(url, name, chat=args.endpoint == "chat"))
@@ -304,6 +316,8 @@ def _print(
             print(report.table())
         if capacity is not None:
             print(f"\n{in_words(capacity)}")
+    if args.verdicts is not None:
+        _write_verdicts(args.verdicts, experiment.runs)
     if args.plot is not None and experiment.runs:
         _plot(args, experiment, pooled)
 
@@ -341,6 +355,16 @@ def _as_json(
         "capacity": None if capacity is None else capacity.to_dict(),
         "interrupted": interrupted,
     }
+
+
+def _write_verdicts(file: Path, runs: Sequence[ExperimentRun]) -> None:
+    """Write a line for every request: the rate and seed of its run, then its verdict."""
+    lines = [
+        json.dumps({"target_rate": run.rate, "seed": run.seed, **verdict.to_dict()})
+        for run in runs
+        for verdict in run.load.verdicts()
+    ]
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _plot(

@@ -93,13 +93,7 @@ def _reason(error: urllib.error.HTTPError) -> str:
 
 
 def _table(replicas: list[dict[str, Any]]) -> str:
-    rows = [
-        COLUMNS,
-        *(["-" if one[c] is None else str(one[c]) for c in COLUMNS] for one in replicas),
-    ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    from minserve.workload.tables import text_table
+
+    rows = [[one[column] for column in COLUMNS] for one in replicas]
+    return text_table(COLUMNS, rows, left=len(COLUMNS))

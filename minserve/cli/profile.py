@@ -39,7 +39,6 @@ examples:
 The profile is kept under ~/.cache/minserve/profiles (XDG_CACHE_HOME) for this model, device,
 dtype and number of threads; the planner predicts with it. Measure on an idle machine.
 """
-WIDTH = 19
 # Field of a piece, heading, and the factor from seconds to the milliseconds of the heading.
 _COLUMNS = (
     ("tokens", "per token", 1e3),
@@ -168,20 +167,29 @@ def _print_tables(profile: Profile) -> None:
 
 def _print_pieces(pieces: Sequence[Piece]) -> None:
     """Print one line per piece; features that no piece uses are left out."""
+    from minserve.workload.tables import text_table
+
     used = [column for column in _COLUMNS if any(getattr(piece, column[0]) for piece in pieces)]
-    print("  ".join(f"{heading:>{WIDTH}}" for _, heading, _ in used))
-    for piece in pieces:
-        print("  ".join(f"{getattr(piece, name) * unit:{WIDTH}.4g}" for name, _, unit in used))
+    rows = [[f"{getattr(piece, name) * unit:.4g}" for name, _, unit in used] for piece in pieces]
+    print(text_table([heading for _, heading, _ in used], rows, left=0))
 
 
 def _print_rows(held_out: Sequence[Prediction]) -> None:
     """Print some held-out batches, from the shortest to the longest."""
+    from minserve.workload.tables import text_table
+
     rows = sorted(held_out, key=lambda prediction: prediction.measured_s)
     step = max(1, -(-len(rows) // NUM_ROWS))
-    print(f"{'tokens':>8}{'seqs':>6}{'context':>9}{'measured':>12}{'predicted':>12}{'error':>8}")
-    for row in rows[::step]:
-        shape, error = row.shape, row.predicted_s / row.measured_s - 1
-        print(
-            f"{shape.tokens:>8}{shape.seqs:>6}{shape.context_tokens:>9}"
-            f"{row.measured_s * 1e3:>9.1f} ms{row.predicted_s * 1e3:>9.1f} ms{error:>+8.1%}"
+    cells = [
+        (
+            row.shape.tokens,
+            row.shape.seqs,
+            row.shape.context_tokens,
+            f"{row.measured_s * 1e3:.1f} ms",
+            f"{row.predicted_s * 1e3:.1f} ms",
+            f"{row.predicted_s / row.measured_s - 1:+.1%}",
         )
+        for row in rows[::step]
+    ]
+    headings = ("tokens", "seqs", "context", "measured", "predicted", "error")
+    print(text_table(headings, cells, left=0))

@@ -54,13 +54,20 @@ class Progress:
         first_token_s: time of the first token; ``None`` before it came.
         worst_token_lateness_s: largest lateness in seconds of the tokens after a stage's first;
             negative while every token was early, ``None`` before there is one.
+        next_deadline_s: the time at which the next token is due; inf if nothing is promised. The
+            first token of a later stage has no deadline in the SLO. For planning it is due one
+            token's time after the newest token, so that the output does not stall.
+        breaks_s: the time after which the SLO can no longer be attained, if no token comes until
+            then; -inf where it is broken already.
     """
 
     __slots__ = (
         "_closed",
         "_times",
         "arrival_s",
+        "breaks_s",
         "first_token_s",
+        "next_deadline_s",
         "stage",
         "targets",
         "worst_token_lateness_s",
@@ -74,6 +81,7 @@ class Progress:
         self.worst_token_lateness_s: float | None = None
         self._times: _StageTimes | None = None
         self._closed: list[tuple[int, _StageTimes]] = []
+        self._look_ahead()
 
     def add_token(self, now: float) -> None:
         """Note that a token came. A stage that ends at a count ends here by itself."""
@@ -90,6 +98,8 @@ class Progress:
                 self.worst_token_lateness_s = lateness
         if target.tokens is not None and times.num_gaps + 1 >= target.tokens:
             self.end_stage()
+        else:
+            self._look_ahead()
 
     def with_token(self, now: float) -> Progress:
         """Return a copy to which one more token has come."""
@@ -107,6 +117,29 @@ class Progress:
                 self._closed.append((self.stage, self._times))
             self.stage += 1
             self._times = None
+        self._look_ahead()
+
+    def _look_ahead(self) -> None:
+        """Work out when the next token is due, and until when the SLO can be attained.
+
+        Both are asked for each sequence in each iteration, and change with its tokens alone.
+        """
+        worst, first, times = self.worst_token_lateness_s, self.first_token_s, self._times
+        if first is None:
+            self.next_deadline_s = self.arrival_s + self.targets.ttft_s
+            self.breaks_s = self.next_deadline_s + ROUNDING_S
+            return
+        if times is not None:
+            tpot_s = self.targets.stages[self.stage].tpot_s
+            self.next_deadline_s = times.first_s + (times.num_gaps + 1) * tpot_s
+            self.breaks_s = self.next_deadline_s + ROUNDING_S
+        else:
+            # The first token of a later stage is never late.
+            closed = self._closed
+            self.next_deadline_s = closed[-1][1].last_s + self.tpot_s if closed else math.inf
+            self.breaks_s = math.inf
+        if self.late_ttft or (worst is not None and worst > ROUNDING_S):
+            self.breaks_s = -math.inf
 
     @property
     def marker(self) -> str | None:
@@ -127,20 +160,6 @@ class Progress:
         return count - (0 if self._times is None else self._times.num_gaps + 1)
 
     @property
-    def next_deadline_s(self) -> float:
-        """The time at which the next token is due; inf if nothing is promised.
-
-        The first token of a later stage has no deadline in the SLO. For planning it is due
-        one token's time after the newest token, so that the output does not stall.
-        """
-        if self.first_token_s is None:
-            return self.arrival_s + self.targets.ttft_s
-        times = self._times
-        if times is None:
-            return self._closed[-1][1].last_s + self.tpot_s if self._closed else math.inf
-        return times.first_s + (times.num_gaps + 1) * self.targets.stages[self.stage].tpot_s
-
-    @property
     def late_ttft(self) -> bool:
         """True if the first token came too late."""
         if self.first_token_s is None:
@@ -155,19 +174,7 @@ class Progress:
 
     def is_broken(self, now: float) -> bool:
         """Return True if the SLO can no longer be attained, whatever comes."""
-        # Called for each sequence in each iteration, so it does not use the properties above.
-        worst, first = self.worst_token_lateness_s, self.first_token_s
-        if worst is not None and worst > ROUNDING_S:
-            return True
-        if first is None:
-            return now > self.arrival_s + self.targets.ttft_s + ROUNDING_S
-        if first - self.arrival_s > self.targets.ttft_s + ROUNDING_S:
-            return True
-        times = self._times
-        if times is None:
-            return False  # the first token of a later stage is never late
-        due = times.first_s + (times.num_gaps + 1) * self.targets.stages[self.stage].tpot_s
-        return now > due + ROUNDING_S
+        return now > self.breaks_s
 
     @property
     def attained(self) -> bool:

@@ -19,8 +19,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GET_MATPLOTLIB = "pip install 'minserve[plot]'"
-COLOURS = ("#1f6feb", "#2da44e", "#bf8700", "#cf222e", "#8250df", "#7d8590")
+BLUE, GREEN, AMBER, RED, PURPLE, SLATE = (
+    "#1f6feb", "#2da44e", "#bf8700", "#cf222e", "#8250df", "#7d8590",
+)  # fmt: skip
+COLOURS = (BLUE, GREEN, AMBER, RED, PURPLE, SLATE)
 GREY = "#b6bcc4"
+# Shades for things of one kind, from the one that matters most.
+BLUES, GREYS = (BLUE, "#54aeff", "#b6e3ff"), (GREY, SLATE, "#424a53")
+# Each policy has its colour in all pictures.
+POLICY_COLOURS = {
+    "dp": BLUE,
+    "edf": GREEN,
+    "sarathi": AMBER,
+    "vllm": PURPLE,
+    "fcfs": SLATE,
+    "distserve": RED,
+}
 # Attainment over time is drawn in this many slices of the run.
 SLICES = 20
 
@@ -184,17 +198,40 @@ def _draw_over_time(panel: Axes, verdicts: Sequence[Verdict], seconds: float, co
 
 
 def figure_of(num_panels: int, **options: Any) -> tuple[Figure, Sequence[Axes]]:
+    """Return a figure with panels side by side."""
+    figure, panels = grid_of(1, num_panels, **options)
+    return figure, panels[0]
+
+
+def grid_of(
+    num_rows: int,
+    num_columns: int,
+    *,
+    panel_inches: tuple[float, float] = (5.0, 3.6),
+    **options: Any,
+) -> tuple[Figure, Any]:
+    """Return a figure with rows of panels, and the panels as an array of two dimensions.
+
+    Args:
+        panel_inches: width and height of a panel.
+        options: of matplotlib's ``subplots``.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    width, height = panel_inches
     figure, panels = pyplot.subplots(
-        1, num_panels, figsize=(5 * num_panels, 3.6), squeeze=False, **options
+        num_rows,
+        num_columns,
+        figsize=(width * num_columns, height * num_rows),
+        squeeze=False,
+        **options,
     )
-    for panel in panels[0]:
+    for panel in panels.flat:
         panel.spines[["top", "right"]].set_visible(False)
-    return figure, panels[0]
+    return figure, panels
 
 
 def save(figure: Figure, file: str | Path) -> None:

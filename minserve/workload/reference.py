@@ -10,16 +10,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from minserve.cpu_name import cpu_name
 from minserve.errors import WorkloadError
-from minserve.machine import Machine
+from minserve.machine import machine_words
 from minserve.workload.zero_load import ZeroLoad
 
 FORMAT = "minserve zero load, 1"
@@ -138,10 +136,3 @@ def check_can_save(path: str | Path) -> None:
         )
     if not os.access(path.parent, os.W_OK):
         raise WorkloadError(f"cannot write the zero load {path}: no folder that can be written")
-
-
-def machine_words() -> str:
-    """Describe this machine, for people and to be compared."""
-    quota = Machine.look().cpu_quota
-    limited = "" if quota is None else f" limited to {quota:g}"
-    return f"{cpu_name()}, {os.cpu_count()} cores{limited}, {platform.system()}"

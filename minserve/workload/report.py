@@ -12,11 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from minserve.workload.tables import text_table
 from minserve.workload.verdict import Cause, Verdict
 
 QUANTILES = (0.5, 0.9, 0.99)
 ALL = "all"
-_HEADINGS = ("ttft p50", "p90", "p99", "tpot p50", "p90", "p99")
+_HEADINGS = ("class", "offered", "attained", "mean form", "ttft p50", "p90", "p99",
+             "tpot p50", "p90", "p99")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,14 +177,9 @@ class Report:
         parts = dict(self.classes)
         if len(parts) != 1:
             parts[ALL] = self.total
-        width = max(map(len, (*parts, "class"))) + 2
-        lines = [
-            f"{'class':{width}}{'offered':>8}{'attained':>10}{'mean form':>11}"
-            + "".join(f"{heading:>10}" for heading in _HEADINGS)
-        ]
-        lines += [f"{name:{width}}{_row(part)}" for name, part in parts.items()]
         counts = [f"{n} {cause.value}" for cause in Cause if (n := self.total.misses.get(cause))]
-        lines += [
+        lines = [
+            text_table(_HEADINGS, [(name, *_cells(part)) for name, part in parts.items()]),
             f"misses: {', '.join(counts) or 'none'}; best effort: {self.total.best_effort}",
             f"offered {self.rate:.3g} requests/s for {self.seconds:.1f} s; goodput "
             f"{self.goodput:.3g} requests/s, {self.goodput_tokens:.3g} output tokens/s",
@@ -205,10 +202,15 @@ def _at(ordered: Sequence[float], q: float) -> float:
     return ordered[max(0, math.ceil(q * len(ordered)) - 1)] if ordered else math.nan
 
 
-def _row(part: Part) -> str:
-    row = f"{part.offered:8d}{_percent(part.attainment):>10}{_percent(part.attainment_mean):>11}"
+def _cells(part: Part) -> list[str]:
+    """Return the cells of a row of the table, behind its name."""
     times = [getattr(one, q) for one in (part.ttft_s, part.tpot_s) for q in ("p50", "p90", "p99")]
-    return row + "".join(f"{_readable(seconds):>10}" for seconds in times)
+    return [
+        str(part.offered),
+        _percent(part.attainment),
+        _percent(part.attainment_mean),
+        *map(_readable, times),
+    ]
 
 
 def _percent(one: float) -> str:

@@ -6,8 +6,9 @@ Attainment is that of `minserve.slo.attainment`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
+from typing import Any
 
 from minserve.slo.attainment import Progress
 
@@ -54,6 +55,11 @@ class Verdict:
     @property
     def attained(self) -> bool:
         return self.cause is None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values, with the cause by its name in lower case."""
+        cause = None if self.cause is None else self.cause.name.lower()
+        return {**asdict(self), "cause": cause}
 
 
 def cause_of_miss(progress: Progress, *, done: bool) -> Cause | None:

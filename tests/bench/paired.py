@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from paired_turns import Cell, Result
+from shared.paired.turns import Cell, Result
 
 CELL = Cell(scenario="mixed", rate=2.0, tight=2.0, loose=4.0)
 

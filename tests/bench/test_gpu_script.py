@@ -9,8 +9,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from gpu_stages import Stage, environment, last_line, link_packages, run_stage
 from waiting import wait_until
+
+from parts.gpu import stages as gpu_stages
+from parts.gpu.stages import (
+    GPU_TESTS,
+    NEEDED,
+    Stage,
+    environment,
+    last_line,
+    link_packages,
+    run_stage,
+    stages,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,6 +78,36 @@ def test_draws_with_top_p_are_timed_beside_greedy_ones(dry_run: tuple[dict, dict
     for row in dry_run[1]["stages"]["engine"]["rows"]:
         assert row["drawn"]["greedy_ms"] > 0
         assert row["drawn"]["top_p_ms"] > 0
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_the_files_that_stages_name_exist(dry: bool, tmp_path: Path):
+    words = [word for stage in stages(dry, tmp_path) for word in stage.command]
+    named = [word for word in words if word.startswith(("bench/", "tests/"))]
+    assert {"bench/kernel_bench.py", "bench/engine_gpu.py"} <= {*named}
+    assert {*GPU_TESTS} <= {*named} or dry
+    assert [word for word in named if not (ROOT / word).exists()] == []
+
+
+def test_the_script_starts_the_stages():
+    called = [w for w in (ROOT / "bench/gpu.sh").read_text().split() if w.endswith(".py")]
+    assert [(ROOT / word).resolve() for word in called] == [Path(gpu_stages.__file__).resolve()]
+
+
+def test_nothing_is_imported_that_is_not_named_as_needed(tmp_path: Path):
+    """Packages of minserve that the stages do without may be missing on a machine with a GPU."""
+    link_packages(tmp_path)
+    absent = ("aiohttp", "gguf", "huggingface_hub", "msgspec", "prometheus_client", "matplotlib")
+    assert not {*absent} & {*NEEDED}
+    code = (
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({absent}))\n"
+        "import parts.kernel_bench.report, parts.kernel_bench.sweep, shared.machine"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_failed_stage_is_reported(tmp_path: Path):

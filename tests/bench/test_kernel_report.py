@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_attention import UniformBatch, attention_problem
-from kernel_cases import OURS, Heads, KernelSetting, Scale
-from kernel_report import absent, failures, summary, table
-from kernel_sweep import KERNELS, _rates, problems
-from kernel_timing import Ceilings, checked
-from synthetic_models import SHAPES, linear_weights
+
+from parts.kernel_bench.attention import UniformBatch, attention_problem
+from parts.kernel_bench.report import absent, failures, summary, table
+from parts.kernel_bench.sweep import KERNELS, _rates, problems
+from shared.kernel_cases import OURS, Heads, KernelSetting, Scale
+from shared.kernel_timing import Ceilings, checked
+from shared.synthetic_models import SHAPES, linear_weights
 
 CPU = KernelSetting(torch.device("cpu"), torch.float32, cache_bytes=0)
 CEILINGS = Ceilings(copy_gb_s=1000.0, matmul_tflop_s=100.0)
@@ -63,7 +64,7 @@ def test_a_kernel_of_our_own_that_failed_is_a_failure_and_a_competitor_is_absent
     assert failures([row]) == []
     assert absent([row, broken]) == {"flash-attn": "decode m batch 64 context 2048: not installed"}
     assert failures([broken]) == ["decode m batch 64 context 2048: wrong: relative error 0.5"]
-    assert "failed" in list(table([row, broken]))[2]
+    assert "failed" in table([row, broken]).splitlines()[2]
 
 
 def test_bytes_and_flops_of_a_batch():

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton_aot import KIB, Built, compiling_for
+
+from parts.kernel_bench.triton_aot import KIB, Built, compiling_for
 
 ROOT = Path(__file__).parents[2]
 KERNELS = {"decode", "prefill", "rms_norm", "layer_norm", "silu_mul", "write_kv", "truncation"}
@@ -19,7 +20,7 @@ KERNELS = {"decode", "prefill", "rms_norm", "layer_norm", "silu_mul", "write_kv"
 TOO_LARGE = """
 import torch
 from unittest import mock
-from kernel_compile import cases, compile_case
+from parts.kernel_bench.compile_only import cases, compile_case
 from minserve.kernels.triton.chunked_prefill import PrefillTile
 
 case = next(case for case in cases(quick=True) if case.kernel == "prefill")

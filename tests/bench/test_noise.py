@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 from noise import main
-from noise_cases import CPU, GPU, Base, Noisy, Run, Setting, Weather
-from noise_plan import POLICIES, SCENARIOS, TIGHTS, Grid
-from noise_plots import draw
-from noise_report import rows_of, spread, summary, table
-from reproduce_jobs import Job, Result
+
+from parts.noise.cases import CPU, GPU, Base, Noisy, Run, Setting, Weather
+from parts.noise.grid import POLICIES, SCENARIOS, TIGHTS, Grid
+from parts.noise.plots import draw
+from parts.noise.report import rows_of, spread, summary, table
+from shared.simulated.jobs import Job, Result
 
 AXES = ("scenario", "kind", "noise", "load", "tight")
 CODING = Setting(device=CPU, tight=1.4, scenario="coding")

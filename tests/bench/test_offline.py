@@ -13,21 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import offline_limits
-import offline_measure
-import offline_servers
 import pytest
-from machine import INSTRUCTIONS, instructions, machine
 from offline import OfflineBenchmark, parse_args, summary
-from offline_children import child, events, run_child
-from offline_contenders import Contender, minserve_contenders, tensor_types
-from offline_engines import Minserve, Vllm
-from offline_limits import PASSES, MeasuredLimits, best, shares
-from offline_measure import BATCHES, MIXED_STEPS, PREFILL, Prompt, measure
-from offline_report import ROWS, best_of, medians, plot, ratios, share_table, table
-from offline_servers import STREAMS, RandomLoad, measure_server, mixed_rows, steady_rate
-from paired_servers import ServerVariant
-from prompt_texts import MARK_TOKENS
 from scripted_server import ScriptedServer, scripted_server
 from waiting import wait_until
 
@@ -39,7 +26,20 @@ from minserve.slo.objectives import StageTarget, Targets
 from minserve.workload.answer import Answer, Ending
 from minserve.workload.conversation import Turn
 from minserve.workload.endpoint import Endpoint
+from minserve.workload.server_process import ServerCommand
 from minserve.workload.texts import estimate_tokens
+from parts.offline import limits as offline_limits
+from parts.offline import measure as offline_measure
+from parts.offline import servers as offline_servers
+from parts.offline.contenders import Contender, minserve_contenders, tensor_types
+from parts.offline.engines import Minserve, Vllm
+from parts.offline.limits import PASSES, MeasuredLimits, best, shares
+from parts.offline.measure import BATCHES, MIXED_STEPS, PREFILL, Prompt, measure
+from parts.offline.report import ROWS, best_of, medians, plot, ratios, share_table, table
+from parts.offline.servers import STREAMS, RandomLoad, measure_server, mixed_rows, steady_rate
+from shared.children import child, events, run_child
+from shared.machine import INSTRUCTIONS, instructions, machine
+from shared.prompt_texts import MARK_TOKENS
 
 # A pass of n tokens that takes 1 ms and 0.01 ms per token.
 BASE_S, TOKEN_S = 1e-3, 1e-5
@@ -310,7 +310,7 @@ def in_place_of_real_ones(
         endpoint = Endpoint(script.url, "scripted")
 
         @contextmanager
-        def started(variants: Sequence[ServerVariant], _: Path) -> Iterator[dict[str, Scripted]]:
+        def started(variants: Sequence[ServerCommand]) -> Iterator[dict[str, Scripted]]:
             yield {one.label: Scripted(endpoint) for one in variants}
 
         monkeypatch.setattr(offline_servers, "started", started)
@@ -322,7 +322,7 @@ def test_a_server_is_measured_with_full_batches_and_a_random_load(
 ) -> None:
     load = RandomLoad(rate=20.0, seconds=0.5, tokens_out=3)
     with in_place_of_real_ones(monkeypatch, usage="continuous", gap_s=0.002) as script:
-        rows = measure_server(ServerVariant("scripted", []), load, 1, estimate_tokens)
+        rows = measure_server(ServerCommand("scripted", []), load, 1, estimate_tokens)
     assert len(rows["server_b32"]) == 1
     assert set(rows) == {row for row in ROWS if row.startswith("server")} - {"server_b32_share"}
     lengths = [body["max_tokens"] for body in script.bodies]
@@ -340,7 +340,7 @@ def test_a_server_that_leaves_requests_unanswered_is_not_measured(
         in_place_of_real_ones(monkeypatch),
         pytest.raises(SystemExit, match="scripted did not answer everything"),
     ):
-        measure_server(ServerVariant("scripted", []), RandomLoad(), 1, estimate_tokens)
+        measure_server(ServerCommand("scripted", []), RandomLoad(), 1, estimate_tokens)
 
 
 def test_only_known_instructions_of_the_first_processor_count() -> None:

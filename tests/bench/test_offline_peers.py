@@ -5,10 +5,11 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-import offline_peers
 import pytest
-from offline_peers import LLAMA_CPP_VERSION, gguf_of, llama_cpp_python, vllm_python
-from versus_servers import vllm_variant
+
+from shared import peers as offline_peers
+from shared.contending_servers import vllm_variant
+from shared.peers import LLAMA_CPP_VERSION, gguf_of, llama_cpp_python, vllm_python
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import pytest
 from paired import CELL, result
-from paired_curves import Capacities, Difference, by_group, curve_of, in_percent
-from paired_turns import Pairs
+
+from shared.paired.curves import Capacities, Difference, by_group, curve_of, in_percent
+from shared.paired.turns import Pairs
 
 RATES = (1.0, 2.0, 4.0, 8.0)
 

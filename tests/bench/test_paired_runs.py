@@ -8,25 +8,33 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import paired_runs
 import policies
 import pytest
 import versus_vllm
 from paired import CELL, result
-from paired_runs import Effort, PairedBenchmark, best_of, best_reference, estimate_s, open_store
-from paired_servers import VariantServer, Watch, busy_process, minserve_variant, started
-from paired_turns import Cell, Pairs, TurnStore
-from policies_report import summary as policies_summary
-from policies_report import table as policies_table
-from prompt_texts import MARK_TOKENS, marked
 from scripted_server import ScriptedServer, scripted_server
-from versus_report import plot, summary, table
 
 from minserve.workload.endpoint import Endpoint
 from minserve.workload.reference import Reference
 from minserve.workload.scenarios import SCENARIOS
 from minserve.workload.texts import estimate_tokens, fill
 from minserve.workload.zero_load import ZeroLoad
+from parts.policies.report import summary as policies_summary
+from parts.policies.report import table as policies_table
+from parts.versus_vllm.report import plot, summary, table
+from shared.cpu_time import Watch, busy_process
+from shared.paired import runs as paired_runs
+from shared.paired.runs import (
+    Effort,
+    PairedBenchmark,
+    best_of,
+    best_reference,
+    estimate_s,
+    open_store,
+)
+from shared.paired.turns import Cell, Pairs, TurnStore
+from shared.prompt_texts import MARK_TOKENS, marked
+from shared.servers import profiled_minserve, started
 
 EFFORT = Effort(seconds=0.3, pairs=2, lengths=0.01, seed=0, rounds=1)
 # Of which twice and four times are kept by any server.
@@ -270,18 +278,13 @@ def test_cells_that_were_not_measured_stand_empty() -> None:
 # --- processes ---
 
 
-def test_a_server_is_started_watched_and_stopped(tmp_path: Path, tiny_llama_dir: Path) -> None:
+def test_a_server_is_started_watched_and_stopped(tiny_llama_dir: Path) -> None:
     flags = ["--model", str(tiny_llama_dir), "--device", "cpu", "--dtype", "float32", "--threads",
              "1", "--num-blocks", "300", "--profile-seconds", "0.5"]  # fmt: skip
-    with started([minserve_variant("tiny", *flags)], tmp_path) as servers:
+    with started([profiled_minserve("tiny", *flags)]) as servers:
         server = servers["tiny"]
         watch = Watch(servers, "tiny")
         assert server.endpoint.takes_slo
         assert server.cpu_seconds() > 0
         assert watch.cores().idle == 0
     assert server.cpu_seconds() == 0
-
-
-def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="/nowhere/at/all"):
-        VariantServer(minserve_variant("none", "--model", "/nowhere/at/all"), tmp_path)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from paired import CELL, result
-from paired_turns import Pairs, TurnStore, schedule
 
 from minserve.workload.reference import Reference
 from minserve.workload.zero_load import ZeroLoad
+from shared.paired.turns import Pairs, TurnStore, schedule
 
 OTHER = replace(CELL, rate=4.0)
 SYSTEMS = ["a", "b", "c", "d"]

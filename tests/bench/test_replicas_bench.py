@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from replicas import Results, by_scenario, table
-from replicas_overhead import routing_us
-from replicas_runs import ROUTERS, ReplicaCase, Slowed
+from replicas import Results, by_scenario, capacity_table
 
 from minserve.errors import WorkloadError
 from minserve.simulator.simulation import simulate
+from parts.replicas.overhead import routing_us
+from parts.replicas.runs import ROUTERS, ReplicaCase, Slowed
 
 SETTINGS = {"seconds": 30.0}
 
@@ -50,7 +50,7 @@ def test_one_replica_counts_for_every_router() -> None:
     rates = {case.name: 4.0 * case.replicas for case in cases}
     assert by_scenario(rates, cases)["chatbot"] == {r: {"1": 4.0, "2": 8.0} for r in ROUTERS}
     results = Results(None, SETTINGS, capacity=rates, expected={cases[0].name: 4.2})
-    assert table(results, cases).splitlines()[1].split()[-3:] == ["4.00", "4.20", "4.00"]
+    assert capacity_table(results, cases).splitlines()[1].split()[-3:] == ["4.00", "4.20", "4.00"]
 
 
 @pytest.mark.parametrize("router", ROUTERS)

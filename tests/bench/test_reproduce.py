@@ -10,19 +10,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import reproduce
 from reproduce import evaluate, main
-from reproduce_cases import Case, Size, attainment, cut_below, measures_of
-from reproduce_jobs import Job, Point, Result, Search, case_of
-from reproduce_plan import SECTIONS, WITH, WITHOUT, Plan, baseline, chunks, jobs_of, promise
-from reproduce_report import capacity_table, ratios, summary
-from reproduce_run import FILE, ResultStore, run_all
-from reproduce_search import best_of, geomean
 
 from minserve.devices import PUBLISHED
 from minserve.planner.predict.perf_model import BatchShape
 from minserve.simulator.simulation import simulate
 from minserve.workload.capacity import LEVEL, Measure, find_capacity
 from minserve.workload.verdict import Cause
+from parts.reproduce.plan import SECTIONS, WITH, WITHOUT, Plan, baseline, chunks, jobs_of, promise
+from parts.reproduce.report import capacity_table, ratios, summary
+from shared.simulated import jobs
+from shared.simulated.cases import Case, Size, attainment, cut_below, measures_of
+from shared.simulated.jobs import Job, Point, Result, Search, case_of
+from shared.simulated.run import FILE, ResultStore, run_all
+from shared.simulated.search import best_of, geomean
 
 OPT = "opt-6.7b-a100"
 TINY = Size(requests=15, repeats=1, tolerance=0.2, coarse=8)
@@ -267,3 +269,26 @@ def test_an_unknown_section_is_one_clear_line(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["--only", "capacity,lunch"])
     assert "no section lunch; there are capacity," in capsys.readouterr().err
+
+
+# --- the store's keys ---
+
+
+def test_results_are_of_the_code_that_makes_them() -> None:
+    bench = Path(reproduce.__file__).parent
+    own = [Path(jobs.__file__).with_name(name) for name in jobs.MEASURING]
+    assert [path for path in own if not path.is_file()] == []
+    assert bench.parent / "minserve" == jobs.PACKAGE
+    assert [name for name in jobs.SOURCES if not (jobs.PACKAGE / name).exists()] == []
+
+
+def test_other_code_has_other_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "minserve"
+    for name in jobs.SOURCES:
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text("x = 1\n")
+    monkeypatch.setattr(jobs, "PACKAGE", package)
+    before = jobs.fingerprint.__wrapped__()
+    assert jobs.fingerprint.__wrapped__() == before
+    (package / jobs.SOURCES[-1]).write_text("x = 2\n")
+    assert jobs.fingerprint.__wrapped__() != before

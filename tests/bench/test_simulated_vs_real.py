@@ -8,14 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from simulated_report import ComparedRun, Inputs, errors, plot, print_table
-from simulated_vs_real import LEAD_S, as_sent, counted, quantile_of, told
+from simulated_vs_real import LEAD_S, as_sent, counted
 
 from minserve.slo.objectives import SLO, StageTarget, Targets
 from minserve.workload.answer import Answer
 from minserve.workload.client import Load
 from minserve.workload.conversation import Turn
 from minserve.workload.verdict import Cause, Verdict
+from parts.simulated_vs_real.real_server import quantile_of, told
+from parts.simulated_vs_real.report import ComparedRun, Inputs, errors, plot, print_table
 
 TARGETS = Targets(ttft_s=0.5, stages=(StageTarget(tpot_s=0.1),))
 TURN = Turn(slo=SLO(ttft_slowdown=5, tpot_slowdown=2, name="chatbot"), prompt_tokens=20,

@@ -15,7 +15,12 @@ from speculative import (
     num_runs,
     parse,
 )
-from speculative_report import (
+
+from minserve.engine.speculation.proposal import SampledToken, Verified
+from minserve.outputs import CompletionOutput, TokenLogprob
+from minserve.request import Request, Sequence
+from minserve.sampling_params import SamplingParams
+from parts.speculative.report import (
     BAR_WIDTH,
     SYNTHETIC,
     CaseResult,
@@ -29,13 +34,8 @@ from speculative_report import (
     summary,
     table,
 )
-from speculative_runs import _mismatch
-from speculative_synthetic import SyntheticSampler
-
-from minserve.engine.speculation.proposal import SampledToken, Verified
-from minserve.outputs import CompletionOutput, TokenLogprob
-from minserve.request import Request, Sequence
-from minserve.sampling_params import SamplingParams
+from parts.speculative.runs import _mismatch
+from parts.speculative.synthetic import SyntheticSampler
 
 WITHOUT = Counts(tokens=100, seconds=10.0, passes=100, iterations=100)
 WITH = Counts(
@@ -251,7 +251,7 @@ def test_synthetic_mode_on_the_tiny_shape(capsys: pytest.CaptureFixture[str]):
 
 
 def test_plot_is_written(tmp_path: Path):
-    from speculative_report import plot
+    from parts.speculative.report import plot
 
     plot([result(cells=[cell(1), cell(4)])], str(tmp_path / "plot.png"))
     assert (tmp_path / "plot.png").stat().st_size > 0

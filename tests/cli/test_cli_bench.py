@@ -87,6 +87,26 @@ def test_json_alone_is_on_stdout(
     assert found["interrupted"] is False
 
 
+def test_the_verdict_of_every_request_is_written(
+    idle_slow: ScriptedServer, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "verdicts.jsonl"
+    flags = ("--rate", "30,60", "--repeats", "2", "--verdicts", str(file))
+    found = bench_json(idle_slow, capsys, *EASY, *flags)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["target_rate"], row["seed"]) for row in rows[::6]] == [
+        (30, 0),
+        (30, 1),
+        (60, 0),
+        (60, 1),
+    ]
+    assert len(rows) == 4 * 6
+    assert all(row["cause"] is None and row["ttft_s"] > 0 for row in rows)
+    assert sum(row["output_tokens"] for row in rows) == sum(
+        run["output_tokens"] for run in found["runs"]
+    )
+
+
 def test_one_zero_load_gives_every_server_the_same_slos(
     idle_slow: ScriptedServer, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -213,6 +233,8 @@ def test_a_late_client_is_told(
         ([*WORKLOAD, "--rate", "1", "--zero-load", __file__], "holds no zero load"),
         ([*WORKLOAD, "--rate", "1", "--save-zero-load", __file__], "exists already"),
         ([*WORKLOAD, "--rate", "1", "--save-zero-load", "/no/x.json"], "no folder"),
+        ([*WORKLOAD, "--rate", "1", "--verdicts", __file__], "exists already"),
+        ([*WORKLOAD, "--rate", "1", "--verdicts", "/no/x.jsonl"], "no folder"),
         (["--trace", "/nowhere.csv"], "nowhere.csv"),
         (["--trace", "x.csv", "--burstiness", "2"], "its own arrivals"),
         (["--scenario", "chatbot", "--rate", "1"], "no server answers at http://127.0.0.1:9"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from waiting import PATIENCE_S
 
-from minserve.workload.server_process import ServerProcess
+from minserve.workload.server_process import ServerProcess, minserve_command
 
 SCRIPT = """
 import gc, os, signal, sys
@@ -59,7 +59,7 @@ def test_a_first_start_makes_promises_and_the_next_one_measures_nothing(
             return answer.read().decode()
 
     generous = {"ttft_ms": 60_000, "tpot_ms": 10_000}
-    with ServerProcess(flags) as server:
+    with ServerProcess(minserve_command(*flags)) as server:
         assert json.loads(ask(f"{server.url}/health"))["status"] == "ok"
         assert "Profiling" in server.last_words()
         body = {"prompt": "The rain", "max_tokens": 8, "slo": generous}
@@ -71,6 +71,6 @@ def test_a_first_start_makes_promises_and_the_next_one_measures_nothing(
     assert 0.0 < float(line.split()[1]) < 1.0
     (kept,) = (tmp_path / "minserve" / "profiles").glob("*.json")
     assert json.loads(kept.read_text())["allowed_s"] == 0.5
-    with ServerProcess(flags) as server:
+    with ServerProcess(minserve_command(*flags)) as server:
         assert json.loads(ask(f"{server.url}/health"))["status"] == "ok"
         assert "Profiling" not in server.last_words()

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from minserve.errors import WorkloadError
-from minserve.machine import Machine
-from minserve.workload.reference import Reference, check_can_save, machine_words
+from minserve.machine import Machine, machine_words
+from minserve.workload.reference import Reference, check_can_save
 from minserve.workload.zero_load import ZeroLoad
 
 SPEED = ZeroLoad(base_s=0.02, per_token_s=0.001, decode_s=0.03, characters_per_token=4.2)

@@ -50,9 +50,9 @@ from minserve.planner.admission.timeline import (
 
 # Count vectors beyond which a decision would take too long.
 MAX_CELLS = 50_000
-# States kept behind each candidate, per pass. A narrow pass takes little time and nearly always
-# finds the best set; with that as the set to beat, a wider one mostly has no state to leave out.
-WIDTHS = (16, 32)
+# States decided on behind each candidate, per pass. The first pass nearly always finds the best
+# set; the second mostly proves it. What is left after it is not worth its time.
+WIDTHS = (16, 16)
 # Values that are no multiples of the smallest are rounded to so many units in all.
 MAX_UNITS = 256
 # Share of the time until the last deadline.
@@ -414,11 +414,14 @@ class _Program:
         """
         todo: list[list[_DpState]] = [[] for _ in range(len(self._candidates) + 1)]
         todo[0].append(self._nobody())
-        for number, width in enumerate(WIDTHS):
-            # A set of the same value that is done earlier is worth a look, not a second one.
-            rest = self._rest(best, or_earlier=number == 0)
-            latest = latest_s(rest, self._limits)
-            least = least_blocks(rest) if self._is_tight else None
+        bounded: _DpState | None = None
+        for width in WIDTHS:
+            if best is not bounded:
+                # A set of the same value that is done earlier is worth a look, not a second one.
+                rest = self._rest(best, or_earlier=bounded is None)
+                latest = latest_s(rest, self._limits)
+                least = least_blocks(rest) if self._is_tight else None
+                bounded = best
             best = max([best, *self._pass(todo, latest, least, width)], key=_merit)
             if not any(todo):
                 return best, True

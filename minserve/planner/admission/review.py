@@ -369,7 +369,7 @@ class _ReviewRound:
         under_way = [candidates[i] for i in forced]
         admission = choose(under_way, self._outlook, self.whole_rates)
         if not admission.feasible:
-            optional = [replace(candidate, forced=False) for candidate in under_way]
+            optional = [candidate._replace(forced=False) for candidate in under_way]
             more = sum(candidate.num_seqs for candidate in under_way)
             slots = replace(self._outlook, free_seqs=self._outlook.free_seqs + more)
             admission = choose(optional, slots, self.whole_rates)

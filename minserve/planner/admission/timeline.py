@@ -11,6 +11,7 @@ import math
 from bisect import insort
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,8 +22,7 @@ from minserve.planner.admission.prefill_rates import PrefillRates
 from minserve.slo.attainment import ROUNDING_S
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A request with outputs that do not decode yet. They are accepted together or not at all.
 
     Attributes:

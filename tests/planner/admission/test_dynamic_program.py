@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -102,7 +101,7 @@ def test_the_program_finds_the_best_set_without_a_good_one_to_begin_with(
         instance = random_instance(
             rng, num_candidates=8, alike=seed % 2 == 0, roomy=False, most_seqs=1 + seed % 3
         )
-        candidates = [replace(c, forced=False) for c in instance.candidates]
+        candidates = [c._replace(forced=False) for c in instance.candidates]
         instance = Instance(candidates, instance.outlook, instance.rates)
         got, best = decide(instance), best_by_brute_force(instance)
         assert got.value >= best[0], seed
@@ -219,7 +218,7 @@ def test_a_set_that_was_chosen_before_changes_nothing_but_where_the_search_begin
         instance = random_instance(random.Random(seed), num_candidates=12)
         first = decide(instance)
         hinted = [
-            replace(one, was_chosen=(i in first.accepted) != (i == seed % 12))
+            one._replace(was_chosen=(i in first.accepted) != (i == seed % 12))
             for i, one in enumerate(instance.candidates)
         ]
         again = decide(Instance(hinted, instance.outlook, instance.rates))
@@ -232,7 +231,7 @@ def test_values_that_are_no_multiples_of_one_another_are_compared_exactly() -> N
         instance = random_instance(
             random.Random(seed), num_candidates=7, alike=False, most_seqs=1 + seed % 3
         )
-        candidates = [replace(c, value=rng.uniform(0.5, 2.0)) for c in instance.candidates]
+        candidates = [c._replace(value=rng.uniform(0.5, 2.0)) for c in instance.candidates]
         instance = Instance(candidates, instance.outlook, instance.rates)
         got, best = decide(instance), best_by_brute_force(instance)
         if best is not None:
@@ -253,9 +252,9 @@ def test_a_request_of_many_outputs_takes_its_slots_blocks_and_pace_all_at_once()
     assert decide(instance_of(many, one)).accepted == (0, 1)
     assert decide(instance_of(many, one, free_seqs=5)).accepted == (1,)
     assert decide(instance_of(many, one, free_blocks=7)).accepted == (1,)
-    crowd = replace(many, num_seqs=51)
+    crowd = many._replace(num_seqs=51)
     assert decide(instance_of(crowd, one, free_seqs=100)).accepted == (1,)
-    crowd = replace(many, num_seqs=49)
+    crowd = many._replace(num_seqs=49)
     assert decide(instance_of(crowd, one, free_seqs=100)).accepted == (0, 1)
 
 

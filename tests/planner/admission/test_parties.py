@@ -227,7 +227,7 @@ def test_one_broken_output_takes_the_promise_from_its_siblings() -> None:
     while not all(seq.num_output_tokens > 2 for seq in seqs):
         replay.step()
     assert {seq.standing for seq in seqs} == {Standing.ADMITTED}
-    seqs[2].progress.worst_token_lateness_s = 0.5
+    seqs[2].progress.add_token(seqs[2].progress.next_deadline_s + 0.5)
     replay.step()
     assert {seq.standing for seq in seqs} == {Standing.BEST_EFFORT}
     replay.run([])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -39,7 +38,7 @@ def done_s(instance: Instance) -> tuple[float, ...]:
 
 def held(candidates: list[Candidate]) -> list[Candidate]:
     """The same, but never released."""
-    return [replace(c, decode_s=math.inf) for c in candidates]
+    return [c._replace(decode_s=math.inf) for c in candidates]
 
 
 def test_without_releases_it_is_the_model_of_the_program() -> None:
@@ -97,7 +96,7 @@ def test_decodes_of_the_accepted_slow_whoever_is_next() -> None:
     first = Candidate(work=100, deadline_s=1.0, tier=0, blocks=1)
     second = Candidate(work=100, deadline_s=1.0, tier=0, blocks=1)
     assert done_s(instance_of(first, second)) == pytest.approx((0.2, 0.2 + 100 / 490))
-    unpaced = replace(first, tier=None)
+    unpaced = first._replace(tier=None)
     assert done_s(instance_of(unpaced, second)) == pytest.approx((0.2, 0.4))
 
 
@@ -106,9 +105,9 @@ def test_all_outputs_of_a_request_join_and_leave_together() -> None:
     second = Candidate(work=100, deadline_s=1.0, tier=0, blocks=1)
     # Ten decodes leave 400 of 500 tokens per second, for the 0.3 s that they take.
     assert done_s(instance_of(many, second)) == pytest.approx((0.2, 0.2 + 100 / 400))
-    later = replace(second, work=200)
+    later = second._replace(work=200)
     assert done_s(instance_of(many, later)) == pytest.approx((0.2, 0.5 + 80 / 500))
-    crowd = replace(many, num_seqs=51)
+    crowd = many._replace(num_seqs=51)
     assert done_s(instance_of(crowd, second)) == (math.inf, math.inf)
 
 
@@ -122,8 +121,8 @@ def test_who_is_done_waits_until_its_pace_can_be_kept_for_good() -> None:
     one = Candidate(work=50, deadline_s=2.0, tier=0, blocks=1)
     crowded = {"starts": (0.0, 1.0, 1.5), "counts": (0, 50, 10), "free_blocks": (9, 9, 9)}
     assert done_s(instance_of(one, **crowded)) == pytest.approx((1.5,))
-    assert done_s(instance_of(replace(one, tier=None), **crowded)) == pytest.approx((0.1,))
-    assert done_s(instance_of(replace(one, deadline_s=1.4), **crowded)) == (math.inf,)
+    assert done_s(instance_of(one._replace(tier=None), **crowded)) == pytest.approx((0.1,))
+    assert done_s(instance_of(one._replace(deadline_s=1.4), **crowded)) == (math.inf,)
 
 
 def test_blocks_that_will_be_needed_again_are_not_free() -> None:

@@ -209,7 +209,7 @@ def test_a_broken_promise_is_relegated_and_harms_nobody_else() -> None:
     while not all(s.is_decoding for s in load):
         replay.step()
     victim = load[0]
-    victim.progress.worst_token_lateness_s = 1.0
+    victim.progress.add_token(victim.progress.next_deadline_s + 1.0)
     replay.step()
     assert victim.standing is Standing.BEST_EFFORT
     replay.run([])

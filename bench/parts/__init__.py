@@ -1,0 +1,1 @@
+"""The parts of each program of `bench/`, in a folder of the program's name."""

@@ -1,0 +1,242 @@
+"""The stages of `gpu.sh`, each with its time limit; a stage that fails does not stop the others.
+
+It writes one JSON file with all figures and one log, both named after the device. The last
+line is JSON; the exit status is 0 if every stage passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).resolve().parents[3]
+# Import names of packages that the stages need, and of packages that they can do without.
+NEEDED = (
+    "torch", "triton", "numpy", "transformers", "tokenizers", "safetensors", "psutil", "tqdm",
+    "tabulate", "jinja2", "pytest", "pytest_timeout",
+)  # fmt: skip
+OPTIONAL = ("flash_attn", "gguf", "matplotlib", "xdist")
+GPU_TESTS = (
+    "tests/minserve_kernels",
+    "tests/models/test_fused_layers.py",
+    "tests/engine/device/test_cuda_graphs.py",
+    "tests/engine/device/test_launch.py",
+    "tests/engine/test_triton_engine.py",
+)
+TEST_WORKERS = 12
+KILL_GRACE_S = 5.0
+DRY_LIMIT_S = 300
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command and its limit in seconds.
+
+    Attributes:
+        rows: the file of JSON lines that it writes beside its last line; ``None`` if it has none.
+    """
+
+    name: str
+    command: list[str]
+    limit_s: float
+    rows: Path | None = None
+
+
+def stages(dry: bool, scratch: Path) -> list[Stage]:
+    """Return the stages.
+
+    On a GPU all limits together leave a part of the 8 minutes for starting. On a CPU, which may be
+    busy, they only end stages that hang.
+    """
+    python, dry_flag = sys.executable, ["--dry"] if dry else []
+    kernel_rows, engine_rows = scratch / "kernels.jsonl", scratch / "engine.jsonl"
+    tests = ["tests/minserve_kernels/test_attention.py"] if dry else list(GPU_TESTS)
+    if not dry and importlib.util.find_spec("xdist"):
+        tests += ["-n", str(TEST_WORKERS)]  # most of their time is compilation
+    limits = (DRY_LIMIT_S,) * 3 if dry else (140, 140, 180)
+    seconds = [] if dry else ["--seconds", "110"]
+    return [
+        Stage(
+            "tests",
+            [
+                python, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:benchmark",
+                "--disable-warnings", "-rfs", "--durations=15", *tests,
+            ],
+            limits[0],
+        ),
+        Stage(
+            "kernels",
+            [python, "bench/kernel_bench.py", *seconds, "--out", str(kernel_rows), *dry_flag],
+            limits[1],
+            kernel_rows,
+        ),
+        Stage(
+            "engine",
+            [
+                python, "bench/engine_gpu.py", "--profile-seconds", "1" if dry else "20",
+                "--out", str(engine_rows), *dry_flag,
+            ],
+            limits[2],
+            engine_rows,
+        ),
+    ]  # fmt: skip
+
+
+def link_packages(folder: Path) -> None:
+    """Make the checkout importable from a folder, with the layout of an installation."""
+    package = folder / "minserve"
+    package.mkdir()
+    for path in (*(ROOT / "minserve").iterdir(), ROOT / "kernels", ROOT / "models"):
+        if path.name != "__pycache__":
+            (package / path.name).symlink_to(path)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Return the stages' environment: imports from that folder, no network, unbuffered output."""
+    paths = [str(folder), str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        # Without this the current folder would come first, where minserve has no kernels and
+        # models.
+        "PYTHONSAFEPATH": "1",
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        # Test workers share the cores, and the CPU's work beside a GPU's is small.
+        "OMP_NUM_THREADS": "2",
+    }
+
+
+def run_stage(stage: Stage, env: dict[str, str], scratch: Path, log: IO[str]) -> dict[str, Any]:
+    """Run one stage to its end or its limit. Its stdout is shown; all output goes to the log."""
+    print(f"== {stage.name} (at most {stage.limit_s:.0f} s)", flush=True)
+    # Results name no machine's folders.
+    words = (Path(word).name if Path(word).is_absolute() else word for word in stage.command)
+    log.write(f"== {stage.name}: {' '.join(words)}\n")
+    log.flush()
+    out, started = scratch / f"{stage.name}.out", time.monotonic()
+    with out.open("w") as file:
+        process = subprocess.Popen(
+            stage.command, cwd=ROOT, env=env, stdout=file, stderr=log, start_new_session=True
+        )
+        try:
+            status: int | None = process.wait(stage.limit_s)
+        except subprocess.TimeoutExpired:
+            status = None
+            stop(process)
+    seconds = round(time.monotonic() - started, 1)
+    text = out.read_text(errors="replace")
+    log.write(text)
+    print(text, end="", flush=True)
+    result: dict[str, Any] = {
+        "passed": status == 0,
+        "exit": "time limit" if status is None else status,
+        "seconds": seconds,
+        "summary": last_line(text),
+    }
+    if stage.rows is not None and stage.rows.exists():
+        result["rows"] = list(whole_rows(stage.rows.read_text()))
+    words = "passed" if result["passed"] else f"FAILED ({result['exit']}); the log says more"
+    print(f"== {stage.name} {words}, {seconds:.0f} s", flush=True)
+    return result
+
+
+def whole_rows(text: str) -> Iterator[Any]:
+    """Yield the parsed lines of JSON that were written to their end."""
+    for line in text.splitlines():
+        with suppress(ValueError):
+            yield json.loads(line)
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End a stage and all processes that it started."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(KILL_GRACE_S)
+
+
+def last_line(text: str) -> Any:
+    """Return a stage's last line: parsed if it is JSON, else as text; ``None`` without output."""
+    lines = text.strip().splitlines()
+    if not lines:
+        return None
+    try:
+        return json.loads(lines[-1])
+    except ValueError:
+        return lines[-1]
+
+
+def machine(env: dict[str, str]) -> dict[str, str]:
+    """Return device and versions. Another process finds them, so that this one needs no GPU."""
+    code = "import json; from shared.machine import gpu_machine; print(json.dumps(gpu_machine()))"
+    words = subprocess.run(
+        [sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True
+    ).stdout
+    return json.loads(words.strip().splitlines()[-1])
+
+
+def missing(names: tuple[str, ...]) -> list[str]:
+    """Return the names that cannot be imported."""
+    return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="bench/gpu.sh", description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", metavar="DIR")
+    parser.add_argument("--dry", action="store_true", help="tiny, on a CPU, in the interpreter")
+    args = parser.parse_args()
+    if lacking := missing(NEEDED):
+        print(f"missing Python packages: {', '.join(lacking)}", file=sys.stderr)
+        return 2
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        link_packages(scratch)
+        env = environment(scratch)
+        words = machine(env)
+        if words["device"] == "cpu" and not args.dry:
+            print("no CUDA device here; try --dry", file=sys.stderr)
+            return 2
+        args.out.mkdir(parents=True, exist_ok=True)
+        slug = re.sub(r"[^a-z0-9]+", "-", words["device"].lower()).strip("-")
+        slug += "-dry" if args.dry else ""
+        log_file, json_file = args.out / f"{slug}.log", args.out / f"{slug}.json"
+        print(f"{words}; not installed: {', '.join(missing(OPTIONAL)) or 'nothing'}", flush=True)
+        results: dict[str, dict[str, Any]] = {}
+        with log_file.open("w", encoding="utf-8") as log:
+            for stage in stages(args.dry, scratch):
+                results[stage.name] = run_stage(stage, env, scratch, log)
+                # Written after each stage, in case the machine is lost before the last one.
+                report = {
+                    **words,
+                    "dry": args.dry,
+                    "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "seconds": round(time.monotonic() - started, 1),
+                    "passed": all(result["passed"] for result in results.values()),
+                    "stages": results,
+                }
+                json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    brief = {n: {k: v for k, v in r.items() if k != "rows"} for n, r in results.items()}
+    print(json.dumps({**report, "stages": brief, "written": str(json_file)}))
+    return 0 if report["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

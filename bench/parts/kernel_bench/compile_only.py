@@ -1,0 +1,259 @@
+"""`kernel_bench.py --compile-only`: compiles what the wrappers launch, for GPUs that are absent.
+
+The problems are those of the sweep, with more shapes of heads. Their contestant ``minserve`` runs
+as it is, except for the launches (`triton_aot.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
+from functools import partial
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from tqdm import tqdm
+from triton.compiler import CompiledKernel
+
+from minserve.machine import Machine
+from minserve.workload.tables import text_table
+from parts.kernel_bench.attention import BLOCK_SIZE, UniformBatch, attention_problem
+from parts.kernel_bench.rows import kv_problem, norm_problem, silu_mul_problem
+from parts.kernel_bench.triton_aot import ARCHS, KIB, MULTIPROCESSORS, Built, compiling_for, inspect
+from parts.kernel_bench.truncation import KERNEL as TRUNCATION_KERNEL
+from parts.kernel_bench.truncation import truncation_problem
+from shared.kernel_cases import OURS, Heads, KernelSetting, Make
+from shared.synthetic_models import SHAPES
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+GROUPS = (1, 4, 8)  # query heads per KV head
+NUM_KV_HEADS = 8
+# Block sizes change the arithmetic of addresses, in the same way for all groups.
+OTHER_BLOCK_SIZES, OTHERS_GROUP = (16, 128), 4
+# Query tokens and context of a decode: one split, several, and with four drafted tokens.
+DECODES = ((1, 48), (1, 4096), (5, 4096))
+CHUNKS = (64, 512, 8192)
+PAST = 4096
+TOKENS = 64
+# For fp16 the same code has another type name than for bfloat16: a part of the cases is enough.
+FP16_HEAD_DIMS = (64, 128)
+NORM_MODELS = ("opt-125m", "opt-6.7b", "opt-30b", "llama-3.1-8b", "llama-3.1-70b")
+WORKERS, MOST_WORKERS = 2, 15
+
+
+class CompileCase(NamedTuple):
+    """A problem to compile.
+
+    Attributes:
+        kernel: the kernel's name in the table.
+        label: the rest of its row.
+        make: makes the problem.
+        needs_wgmma: true if on sm_90 it must multiply with that architecture's instructions.
+    """
+
+    kernel: str
+    label: str
+    dtype: torch.dtype
+    make: Make
+    needs_wgmma: bool = False
+
+
+class Compiled(NamedTuple):
+    """The kernels of one case on one architecture; ``failures`` says what went wrong."""
+
+    kernel: str
+    label: str
+    arch: int
+    kernels: list[Built]
+    failures: list[str]
+
+
+def cases(quick: bool) -> Iterator[CompileCase]:
+    """Yield the cases that the server launches for heads of usual sizes.
+
+    They are in bfloat16, and a part of them in float16 too. With ``quick`` there is each kernel at
+    every head dimension, with one kind of groups and blocks.
+    """
+    for heads, block_size, dtype in _attention_shapes(quick):
+        where = f"{_name(dtype)} D{heads.head_dim} G{heads[0] // heads[1]} B{block_size}"
+        for queries, context in DECODES:
+            make = _attention(heads, queries, context - queries, block_size, decode=True)
+            yield CompileCase("decode", f"{where} {queries} of {context}", dtype, make)
+        for chunk in CHUNKS:
+            make = _attention(heads, chunk, PAST, block_size, decode=False)
+            yield CompileCase(
+                "prefill", f"{where} {chunk} of {PAST + chunk}", dtype, make, needs_wgmma=True
+            )
+    for head_dim in HEAD_DIMS:
+        heads = Heads(4 * NUM_KV_HEADS, NUM_KV_HEADS, head_dim)
+        for block_size in (BLOCK_SIZE,) if quick else (BLOCK_SIZE, *OTHER_BLOCK_SIZES):
+            for rope in (False, True):
+                make = partial(kv_problem, "", heads, TOKENS, block_size, rope)
+                label = f"bfloat16 D{head_dim} G4 B{block_size} rope {rope}"
+                yield CompileCase("write_kv", label, torch.bfloat16, make)
+    for model in ("opt-6.7b", "llama-3.1-8b") if quick else NORM_MODELS:
+        for residual in (False, True):
+            kernel = "layer_norm" if model.startswith("opt") else "rms_norm"
+            make = partial(norm_problem, model, TOKENS, residual=residual)
+            yield CompileCase(kernel, f"bfloat16 {model} residual {residual}", torch.bfloat16, make)
+        if "intermediate_size" in SHAPES[model]:
+            make = partial(silu_mul_problem, model, TOKENS)
+            yield CompileCase("silu_mul", f"bfloat16 {model}", torch.bfloat16, make)
+    make = partial(truncation_problem, "llama-3.1-8b", TOKENS, "wide")
+    yield CompileCase(TRUNCATION_KERNEL, "float32 llama-3.1-8b", torch.float32, make)
+
+
+def _attention_shapes(quick: bool) -> Iterator[tuple[Heads, int, torch.dtype]]:
+    """Yield heads, block size and dtype."""
+    for head_dim in HEAD_DIMS:
+        for group in (OTHERS_GROUP,) if quick else GROUPS:
+            heads = Heads(group * NUM_KV_HEADS, NUM_KV_HEADS, head_dim)
+            yield heads, BLOCK_SIZE, torch.bfloat16
+            if group == OTHERS_GROUP and not quick:
+                for block_size in OTHER_BLOCK_SIZES:
+                    yield heads, block_size, torch.bfloat16
+                if head_dim in FP16_HEAD_DIMS:
+                    yield heads, BLOCK_SIZE, torch.float16
+
+
+def _attention(heads: Heads, queries: int, past: int, block_size: int, *, decode: bool) -> Make:
+    batch = UniformBatch(
+        model="",
+        heads=heads,
+        seqs=4 if decode else 1,
+        queries=queries,
+        past=past,
+        decode=decode,
+        block_size=block_size,
+    )
+    return partial(attention_problem, batch)
+
+
+def launched_kernels(
+    make: Make, dtype: torch.dtype, arch: int, multiprocessors: int
+) -> list[CompiledKernel]:
+    """Compile what minserve launches for a problem, each kernel once. Nothing is run."""
+    from minserve.kernels import triton_backend
+
+    setting = KernelSetting(torch.device("cpu"), dtype, cache_bytes=0, filled=False)
+    # Tiles and splits depend on the device, which is a CPU here, so its traits are replaced.
+    device = triton_backend.DeviceProperties(multiprocessors, arch)
+    described = mock.patch.object(triton_backend, "describe", return_value=device)
+    with torch.inference_mode(), described, compiling_for(arch) as launched:
+        make(setting).contestants[OURS]().runs[0]()
+    return list({kernel.hash: kernel for kernel in launched}.values())
+
+
+def compile_case(case: CompileCase, arch: int) -> Compiled:
+    """Compile all kernels that one case launches on one architecture."""
+    failures, kernels = [], []
+    try:
+        compiled = launched_kernels(case.make, case.dtype, arch, MULTIPROCESSORS[arch])
+        kernels = [inspect(kernel) for kernel in compiled]
+    except Exception as error:  # a kernel that does not compile must not hide the others
+        failures.append(f"{type(error).__name__}: {error}".strip().partition("\n")[0][:300])
+    else:
+        if not kernels:
+            failures.append("it launched no kernel")
+        if case.needs_wgmma and arch >= 90 and not any(k.instructions == "wgmma" for k in kernels):
+            failures.append("no wgmma on sm_90")
+    failures += [f"{kernel.name}: {what}" for kernel in kernels for what in kernel.problems()]
+    return Compiled(case.kernel, case.label, arch, kernels, failures)
+
+
+def precompile(makes: Sequence[Make], dtype: torch.dtype, arch: int, multiprocessors: int) -> None:
+    """Fill Triton's cache for a device, on all cores.
+
+    To compile one kernel after the other would take longer than to time them. A failure is not
+    reported here, since it shows again when the kernel runs.
+    """
+    # Each worker imports torch anew.
+    workers = min(MOST_WORKERS, Machine.look().num_processes - 1)
+    with _pool(max(1, workers)) as pool:
+        pending = [
+            pool.submit(_precompile_one, make, dtype, arch, multiprocessors) for make in makes
+        ]
+        for _ in tqdm(as_completed(pending), "Compiling", len(pending), mininterval=1.0):
+            pass
+
+
+def _precompile_one(make: Make, dtype: torch.dtype, arch: int, multiprocessors: int) -> None:
+    with suppress(Exception):
+        launched_kernels(make, dtype, arch, multiprocessors)
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    """Return new processes with one core each, in which Triton's driver is not chosen yet."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(
+        workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
+    )
+
+
+def run_compile(only: Sequence[str] | None, *, quick: bool) -> int:
+    """Compile everything, print the table and the line of JSON, and return the exit status.
+
+    Args:
+        only: names of kernels; ``None`` for all.
+    """
+    started = time.perf_counter()
+    wanted = [case for case in cases(quick) if not only or case.kernel in only]
+    if not wanted:
+        print(f"nothing of {', '.join(only or ())} is compiled by Triton", file=sys.stderr)
+        return 2
+    tasks = [(case, arch) for case in wanted for arch in ARCHS]
+    results: list[Compiled] = []
+    with _pool(WORKERS) as pool:
+        pending = [pool.submit(compile_case, *task) for task in tasks]
+        for done in tqdm(as_completed(pending), total=len(tasks), unit="case", mininterval=1.0):
+            results.append(result := done.result())
+            for failure in result.failures:
+                tqdm.write(f"{result.kernel} {result.label} sm_{result.arch}: {failure}")
+    results.sort(key=lambda r: (r.kernel, r.label, r.arch))
+    headings = ("kernel", "case", "arch", "function", "warps", "stages", "regs", "spills", "KiB",
+                "instructions")  # fmt: skip
+    lines = [_cells(result, kernel) for result in results for kernel in result.kernels]
+    print(text_table(headings, lines, left=2))
+    failures = [
+        f"{r.kernel} {r.label} sm_{r.arch}: {failure}" for r in results for failure in r.failures
+    ]
+    for failure in failures:
+        print(f"FAILED {failure}")
+    built = {k.digest: k for result in results for k in result.kernels}.values()
+    summary = {
+        "kernels": len(built),
+        "cases": len(results),
+        "spills": sum(kernel.spill_bytes for kernel in built),
+        "archs": list(ARCHS),
+        "max_shared": max((kernel.shared for kernel in built), default=0),
+        "max_registers": max((kernel.registers for kernel in built), default=0),
+        "seconds": round(time.perf_counter() - started, 1),
+        "failures": failures,
+    }
+    print(json.dumps(summary))
+    return 1 if failures else 0
+
+
+def _cells(result: Compiled, kernel: Built) -> tuple[object, ...]:
+    return (
+        result.kernel,
+        result.label,
+        result.arch,
+        kernel.name,
+        kernel.num_warps,
+        kernel.num_stages,
+        kernel.registers,
+        kernel.spill_bytes,
+        f"{kernel.shared / KIB:.1f}",
+        kernel.instructions or None,
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

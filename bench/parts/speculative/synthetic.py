@@ -1,0 +1,66 @@
+"""Acceptance by chance for `speculative.py`, with models of random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from minserve import Engine
+from minserve.engine.sampling.distribution import ACCEPTANCE, SamplingRow
+from minserve.engine.sampling.sampler import Sampler
+from minserve.engine.speculation.draft_model_proposer import DraftModelProposer
+from minserve.engine.speculation.proposal import Proposal, SampledToken, Verified
+from minserve.errors import GenerationError
+from minserve.request import Sequence as EngineSequence
+from shared.synthetic_models import random_weights
+
+
+class SyntheticSampler(Sampler):
+    """Accepts each drafted token with a fixed probability, whatever the models' outputs are.
+
+    The real verification runs too, for its cost. A draw is a function of the request's seed and
+    the output position, so it does not depend on the rest of the batch.
+    """
+
+    def __init__(self, rate: float, *, fused: bool = False) -> None:
+        super().__init__(fused=fused)
+        self._rate = rate
+
+    def verify(
+        self,
+        logits: torch.Tensor,
+        seqs: list[EngineSequence],
+        proposals: Sequence[Proposal | None],
+    ) -> list[Verified | GenerationError]:
+        """Do as `Sampler.verify`, except for which tokens are accepted."""
+        results = super().verify(logits, seqs, proposals)
+        return [
+            one if proposal is None or isinstance(one, GenerationError)
+            else self._decide(one, seq, proposal.token_ids)
+            for one, seq, proposal in zip(results, seqs, proposals, strict=True)
+        ]  # fmt: skip
+
+    def _decide(self, real: Verified, seq: EngineSequence, drafted: tuple[int, ...]) -> Verified:
+        num = 0
+        while num < len(drafted):
+            if SamplingRow(seq, drafted[:num]).uniform(ACCEPTANCE) >= self._rate:
+                break
+            num += 1
+        accepted = tuple(SampledToken(token, None) for token in drafted[:num])
+        return Verified((*accepted, real.tokens[-1]), len(accepted))
+
+
+def synthetic_loader(rate: float, device: str) -> Callable[..., Engine]:
+    """Return a maker of engines with random weights, whose samplers accept at ``rate``."""
+
+    def load(target: str, **settings: Any) -> Engine:
+        with random_weights(device):
+            engine = Engine(target, **settings)
+        if isinstance(engine._core.proposer, DraftModelProposer):
+            runner = engine._core.runner
+            runner.sampler = SyntheticSampler(rate, fused=runner.backend.in_triton)
+        return engine
+
+    return load
