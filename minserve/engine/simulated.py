@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 
 import torch
 
@@ -111,6 +112,8 @@ def load_simulated_core(
     """
     assert config.profile is not None, "the configuration sees to it"
     device = find_device(config.profile)
+    budget = TOKEN_BUDGET if config.token_budget is None else config.token_budget
+    config = replace(config, token_budget=budget)  # checks the other settings against it
     if config.speculator not in ("auto", "off") or config.draft_model is not None:
         raise ConfigError("a simulated device drafts nothing; leave the speculator off")
     tokenizer = Tokenizer.load(source, config.tokenizer)
@@ -133,7 +136,7 @@ def load_simulated_core(
         SimulatedRunner(device.perf_model(), find_words(tokenizer)),
         BlockPool(num_blocks, config.block_size, prefix_caching=config.prefix_caching),
         planner,
-        token_budget=TOKEN_BUDGET if config.token_budget is None else config.token_budget,
+        token_budget=budget,
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
         clock=time.monotonic,
