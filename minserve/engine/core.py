@@ -154,8 +154,7 @@ class EngineCore:
     def abort(self, request_id: str, error: MinserveError | None = None) -> list[OutputDelta]:
         """End all outputs of a request now and free their blocks; unknown ids are ignored.
 
-        Not to be called between the two halves of an iteration, since the device may still
-        write to the blocks.
+        Not allowed between the halves of an iteration: the device may still write to the blocks.
 
         Returns:
             a last delta for each, ERROR where an error is given, else ABORT.
