@@ -36,10 +36,10 @@ def load_of(planner: Planner, view: PlannerView) -> ReplicaLoad:
     Policies that promise nothing owe every sequence its pace; of those that promise, best
     effort is owed nothing.
     """
-    promises = isinstance(planner, PromisingPlanner)
+    lengths = planner.lengths if isinstance(planner, PromisingPlanner) else None
     prefill, rate, tightest, held = 0, 0.0, math.inf, 0
     for seq in (*view.running, *view.waiting):
-        if seq.progress is None or (promises and seq.standing is Standing.BEST_EFFORT):
+        if seq.progress is None or (lengths is not None and seq.standing is Standing.BEST_EFFORT):
             continue
         pace = seq.progress.tpot_s
         rate += 1.0 / pace
@@ -47,8 +47,8 @@ def load_of(planner: Planner, view: PlannerView) -> ReplicaLoad:
         if not seq.is_decoding:
             prefill += seq.num_uncomputed_tokens
         held += seq.num_tokens
-        if promises:
-            held += planner.lengths.remaining(seq)
+        if lengths is not None:
+            held += lengths.remaining(seq)
     return ReplicaLoad(
         prefill_tokens=prefill,
         decode_rate=rate,

@@ -91,7 +91,7 @@ def latest_s(rest: Rest, limits: SequenceOf[tuple[FluidClock, Floats]]) -> list[
     # In tokens: all clocks go through one recursion.
     latest = np.full((num + 1, len(limits), target + pad), np.inf)
     latest[num, :, :target] = -np.inf
-    latest[num, :, target - 1] = [clock.tokens(rest.end_s) for clock, _ in limits]
+    latest[num, :, target - 1] = [clock.tokens(np.array(rest.end_s)) for clock, _ in limits]
     for k in range(num - 1, -1, -1):
         row, later, units = latest[k, :, :target], latest[k + 1], rest.units[k]
         np.minimum(later[:, units : units + target], due[:, k, None], out=row)

@@ -268,8 +268,10 @@ class _Program:
     def _row(self, cell: int) -> _Row | None:
         """``None`` for a cell of more than can be accepted."""
         column = self._column[cell] if self._is_plain else self._column_of(cell)
-        if column < 0:
-            return None
+        return None if column < 0 else self._row_at(cell, column)
+
+    def _row_at(self, cell: int, column: int) -> _Row:
+        """Return the row of a cell that has this column of the table, and keep it."""
         rates, steady = self._rates_of[column].tolist(), 0
         if self._is_slow[column]:
             steady = first_steady(rates)
@@ -319,8 +321,8 @@ class _Program:
                 continue
             blocks += more_blocks
             if blocks > free_from[segment]:
-                segment = next((j for j, free in enumerate(free_from) if blocks <= free), None)
-                if segment is None:
+                segment = next((j for j, free in enumerate(free_from) if blocks <= free), -1)
+                if segment < 0:
                     continue
                 end = starts[segment]
             end, segment, left = fluid_clock.run(work, end, segment, row[0], starts, deadline_s)
@@ -353,9 +355,10 @@ class _Program:
                 ((1 - share) * c.work / work + share * c.blocks / blocks) / c.value
                 for c in self._candidates
             ]
-            sets.append(self._by_moore(weights))
-        if sets[0] is None:
-            return None
+            found = self._by_moore(weights)
+            if found is None:
+                return None
+            sets.append(found)
         known = self._nobody()
         for k, c in enumerate(self._candidates):
             if c.was_chosen or c.forced:
@@ -387,7 +390,8 @@ class _Program:
                 other, rest = path[heaviest][0], []
                 for _, i in path[heaviest + 1 :]:
                     rest.append((other, i))
-                    other = self._extend_one(other, i)
+                    # Without the heaviest one they still fit.
+                    (other,) = self._extend((other,), i)
                 after = self._extend_one(other, k)
                 if after is None and not candidate.forced:
                     break
@@ -400,7 +404,7 @@ class _Program:
         return state
 
     def _nobody(self) -> _DpState:
-        return _DpState(self._starts[0], 0, 0, self._row(0))
+        return _DpState(self._starts[0], 0, 0, self._row_at(0, 0))
 
     def _search(self, best: _DpState) -> tuple[_DpState, bool]:
         """Look for the best set, in passes: each goes on from the states that the one before it
@@ -447,7 +451,8 @@ class _Program:
         for k in range(len(self._candidates)):
             if todo[k]:
                 late = [of_kind[k] for of_kind in latest]
-                frontier += self._hopeful_of(todo[k], late, least and least[k])
+                few = None if least is None else least[k]
+                frontier += self._hopeful_of(todo[k], late, few)
                 todo[k] = []
             if len(frontier) > width:
                 frontier.sort(key=_backlog)
@@ -455,7 +460,8 @@ class _Program:
                 del frontier[width:]
             if frontier:
                 late = [of_kind[k + 1] for of_kind in latest]
-                frontier = self._next(frontier, k, late, least and least[k + 1])
+                few = None if least is None else least[k + 1]
+                frontier = self._next(frontier, k, late, few)
         return frontier
 
     def _next(

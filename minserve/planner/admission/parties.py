@@ -56,7 +56,7 @@ class Party:
         """True where a request that would rather be refused than late has not begun."""
         return (
             self.standing is Standing.PENDING
-            and self.request.slo.refuses_delay
+            and self.request.refuses_delay
             and len(self.live) == self.request.params.n
             and not any(seq.has_begun for seq in self.live)
         )

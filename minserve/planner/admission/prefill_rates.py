@@ -68,7 +68,7 @@ class PrefillRates:
             _FixedLengths(model, self.tiers, lengths, tpots, window_s, guard_s, share)
             for lengths, tpots in _candidates(self.tiers, speculation)
         ]
-        if len(self._choices) > 1:
+        if speculation is not None and len(self._choices) > 1:
             self._choices = _best_near(self._choices, speculation.near)
         # Attention beyond the mean of a token: what makes a long prompt cost more than
         # its tokens, as tokens of the steepest piece.

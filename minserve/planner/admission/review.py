@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from minserve.blocks import blocks_for
-from minserve.planner.admission.dynamic_program import Admission
 from minserve.planner.admission.outlook import (
     Demand,
     Holding,
@@ -27,7 +26,7 @@ from minserve.planner.admission.outlook import (
 )
 from minserve.planner.admission.parties import Party, partition, spared_blocks, starts_of
 from minserve.planner.admission.prefill_rates import PrefillRates, TierSpeculation
-from minserve.planner.admission.timeline import Candidate
+from minserve.planner.admission.timeline import Admission, Candidate
 from minserve.planner.batching.draft_lengths import NO_DRAFTS, DraftsForPrefills
 from minserve.planner.plan import PlannerView, Refusal
 from minserve.planner.predict.acceptance import AcceptanceEstimator
@@ -160,7 +159,7 @@ class _ReviewRound:
         self.tiers, self.index = group_tiers(
             (stage.tpot_s, seq.num_tokens)
             for seq in (*self.settled, *open_)
-            for stage in seq.progress.targets.stages[seq.progress.stage :]
+            for stage in seq.slo_progress.stages_left
         )
         crowded = bool(broken) or any(
             seq.progress is None for seq in (*view.running, *view.waiting)
@@ -175,7 +174,7 @@ class _ReviewRound:
         self._spared = spared_blocks(parties, view.memory, self.remaining)
         # Decodes keep step with each other, whatever they were promised: what counts for memory
         # is in which order they end.
-        self._step_s = min((s.progress.tpot_s for s in self.settled), default=math.inf)
+        self._step_s = min((s.slo_progress.tpot_s for s in self.settled), default=math.inf)
         self.demands = {s.seq_id: self._demands(s) for s in self.settled}
         self.candidates = [self._candidate(party, cached_tokens) for party in self.undecided]
 
@@ -202,7 +201,7 @@ class _ReviewRound:
         vectors = [tuple(members)]
         for seqs in (self.settled, open_):
             for seq in seqs:
-                tier = self.index.get(seq.progress.tpot_s)
+                tier = self.index.get(seq.slo_progress.tpot_s)
                 if tier is not None:
                     members[tier] += 1
                     totals[tier] += acceptance.rate(seq)
@@ -223,12 +222,12 @@ class _ReviewRound:
             return NO_DRAFTS
         counts = [0] * len(self.tiers)
         for seq in self.settled:
-            tier = self.index.get(seq.progress.tpot_s)
+            tier = self.index.get(seq.slo_progress.tpot_s)
             if tier is not None:
                 counts[tier] += 1
-        for i in accepted:
-            if self.candidates[i].tier is not None:
-                counts[self.candidates[i].tier] += self.candidates[i].num_seqs
+        for candidate in (self.candidates[i] for i in accepted):
+            if candidate.tier is not None:
+                counts[candidate.tier] += candidate.num_seqs
         by_tier = self.rates.thresholds(counts)
         return DraftsForPrefills(
             {tpot: by_tier[tier] for tpot, tier in self.index.items() if tier in by_tier},
@@ -267,13 +266,13 @@ class _ReviewRound:
 
     def _single(self, seq: Sequence, start: int) -> Candidate:
         """One output, of which so many tokens are computed when its prefill begins."""
-        progress = seq.progress
+        progress = seq.slo_progress
         return Candidate(
             work=0.0 if seq.is_decoding else self.rates.work(start, seq.num_tokens),
             deadline_s=min(progress.next_deadline_s - self.settings.guard_s, self.now + FAR_S),
             tier=self.index.get(progress.tpot_s),
             blocks=self._blocks(seq),
-            value=seq.request.slo.value,
+            value=seq.request.value,
             forced=seq.standing is Standing.ADMITTED,
             decode_s=self.remaining[seq.seq_id] * progress.tpot_s,
             was_chosen=seq.seq_id in self._chosen_before,
@@ -281,7 +280,7 @@ class _ReviewRound:
 
     def _demands(self, seq: Sequence) -> list[Demand]:
         """What a decoding sequence needs if it goes no faster than promised, by stage."""
-        progress, left = seq.progress, self.remaining[seq.seq_id]
+        progress, left = seq.slo_progress, self.remaining[seq.seq_id]
         stages = progress.targets.stages
         at = max(self.now, progress.next_deadline_s - progress.tpot_s)
         demands = []

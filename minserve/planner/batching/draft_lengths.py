@@ -90,6 +90,7 @@ class Drafting:
 
     Attributes:
         view: who drafts.
+        model: weighs drafts against the time that they take.
         acceptance: how often drafts are accepted.
         remaining: tokens that an output is likely still to have.
         for_prefills: what drafting is worth while prefills wait.
@@ -97,6 +98,7 @@ class Drafting:
     """
 
     view: SpeculationView
+    model: PerfModel
     acceptance: AcceptanceEstimator
     remaining: Callable[[Sequence], int]
     for_prefills: DraftsForPrefills
@@ -104,7 +106,7 @@ class Drafting:
 
     def candidate(self, seq: Sequence) -> DraftCandidate:
         """A decoding sequence as a candidate; its last token comes from the target alone."""
-        left = seq.request.params.max_tokens - seq.num_output_tokens - 1
+        left = seq.request.max_tokens - seq.num_output_tokens - 1
         limit = self.view.limit(seq)
         self.acceptance.asked(limit > 0)
         limit = max(0, min(limit, left))
@@ -116,7 +118,7 @@ class Drafting:
         """
         found = {}
         for seq in seqs:
-            threshold = self.for_prefills.thresholds.get(seq.progress.tpot_s)
+            threshold = self.for_prefills.thresholds.get(seq.slo_progress.tpot_s)
             if threshold is not None:
                 one = self.candidate(seq)
                 length = one.length(threshold, self.view.max_tokens)

@@ -117,33 +117,28 @@ def form_batch(
     candidates: dict[str, DraftCandidate] = {}
     if drafting is not None and work.prefills:
         candidates = drafting.candidates_for_prefills(seq for _, seq in work.decodes)
-    must, may = _split_decodes(work, batch, limit, limits, now, candidates)
+    paces = [seq.slo_progress.tpot_s for _, seq in work.decodes]
+    with_drafts = _with_drafts(paces, work, candidates) if candidates else paces
+    must, may = _split_decodes(work, batch, limit, limits, now, min(with_drafts, default=0.0))
     within = _must_end_s(work.decodes, decodes_s, stakes, limits, now)
     run = [seq for _, seq in must if batch.decode(seq, within)]
-    if candidates:
+    if drafting is not None and candidates:
         own = [one for seq in run if (one := candidates.get(seq.seq_id)) is not None]
         needed = drafting.for_prefills.needed
-        _draft_for_prefills(batch, own, len(work.decodes), limit, limits.guard_s, needed)
+        _draft_for_prefills(
+            batch, drafting.model, own, len(work.decodes), limit, limits.guard_s, needed=needed
+        )
     given = 0.0
     if limits.best_effort_s > 0:
         overdue = batch.seconds + limits.best_effort_s
         given = _best_effort(batch, work, limits, min(overdue, limit, calm))
-    for deadline, seq in work.prefills:
-        if batch.is_full(limit):
-            break
-        # One that ends in this batch gets its first token at the batch's end: in time for the
-        # guard time too, or else just in time, which may still be good enough.
-        latest = deadline - now
-        if batch.prefill(seq, min(limit, latest), whole=True, evict=True):
-            soon = latest - limits.guard_s
-            until = soon if batch.seconds <= soon else latest
-            limit, due = min(limit, until), min(due, until)
-        else:
-            batch.prefill(seq, limit, evict=True)
+    until = _prefill_promised(batch, work, limits, limit, now)
+    limit, due = min(limit, until), min(due, until)
     for _, seq in may:
         batch.decode(seq, limit)
-    given += _fill_up(batch, work, limits, limit, calm, now)
-    if drafting is not None and model is not None:
+    # The credit of admitted decodes is not for others.
+    given += _fill_up(batch, work, limits, min([limit, *paces]), calm, now)
+    if drafting is not None:
         _draft_with_the_rest(batch, view, len(work.decodes), drafting, limit, limits.guard_s)
     plan = batch.builder.plan
     plan.shape, plan.best_effort_s = batch.shape, given
@@ -245,7 +240,7 @@ def _allowed_s(
 
 def _value(seq: Sequence) -> float:
     """An output's part in the value of its request."""
-    return seq.request.slo.value / seq.request.params.n
+    return seq.request.value / seq.request.params.n
 
 
 def _split_decodes(
@@ -254,18 +249,21 @@ def _split_decodes(
     limit: float,
     limits: BatchLimits,
     now: float,
-    candidates: Mapping[str, DraftCandidate],
+    pace_s: float,
 ) -> tuple[list[Due], list[Due]]:
-    """Decodes that must run now, and those that could also run in the next iteration."""
+    """Return the decodes that must run now, and those that could also run in the next iteration.
+
+    Args:
+        pace_s: seconds until the first of them must come round again.
+    """
     if not work.prefills:
         return work.decodes, []
     # The next iteration has to hold all those that skip this one, and prefills that end now.
     # It should also be as long as the tightest pace allows, since each one has a constant
     # cost: whoever would cut it short runs now.
     everyone = batch.seconds_of_decodes([seq for _, seq in (*work.decodes, *work.prefills)])
-    pace = min((_pace_s(seq, candidates) for _, seq in work.decodes), default=0.0)
     margin = 1.0 if batch.model is None else batch.model.bound(1, USUAL_RISK)
-    following = max(margin * everyone + 2 * limits.guard_s, min(pace, limits.longest_s))
+    following = max(margin * everyone + 2 * limits.guard_s, min(pace_s, limits.longest_s))
     horizon = now + max(limit, everyone) + following
     for i, (deadline, _) in enumerate(work.decodes):
         if deadline > horizon:
@@ -273,24 +271,58 @@ def _split_decodes(
     return work.decodes, []
 
 
-def _pace_s(seq: Sequence, candidates: Mapping[str, DraftCandidate]) -> float:
-    """Seconds until a decode must come round again, which with drafts is later."""
-    one = candidates.get(seq.seq_id)
-    if one is None:
-        return seq.progress.tpot_s
-    return cautious_tokens(one.acceptance, one.limit) * seq.progress.tpot_s
+def _with_drafts(
+    paces: list[float], work: Work, candidates: Mapping[str, DraftCandidate]
+) -> list[float]:
+    """Return the seconds until each decode must come round again, which is later with drafts.
+
+    Args:
+        paces: seconds per token of each decode.
+    """
+    drafts = [candidates.get(seq.seq_id) for _, seq in work.decodes]
+    return [
+        pace if one is None else pace * cautious_tokens(one.acceptance, one.limit)
+        for pace, one in zip(paces, drafts, strict=True)
+    ]
+
+
+def _prefill_promised(
+    batch: TimedBatchBuilder, work: Work, limits: BatchLimits, limit: float, now: float
+) -> float:
+    """Run prefills under a promise, earliest deadline first.
+
+    Args:
+        limit: seconds that the batch may take.
+
+    Returns:
+        seconds until the first token of one of them is due that ends in this batch; inf if none
+        ends in it.
+    """
+    due = math.inf
+    for deadline, seq in work.prefills:
+        if batch.is_full(limit):
+            break
+        # One that ends in this batch gets its first token at the batch's end: in time for the
+        # guard time too, or else just in time, which may still be good enough.
+        latest = deadline - now
+        if batch.prefill(seq, min(limit, latest), whole=True, evict=True):
+            soon = latest - limits.guard_s
+            due = min(due, soon if batch.seconds <= soon else latest)
+            limit = min(limit, due)
+        else:
+            batch.prefill(seq, limit, evict=True)
+    return due
 
 
 def _fill_up(
-    batch: TimedBatchBuilder, work: Work, limits: BatchLimits, limit: float, calm: float, now: float
+    batch: TimedBatchBuilder, work: Work, limits: BatchLimits, spare: float, calm: float, now: float
 ) -> float:
-    """Run who is promised nothing; returns the predicted seconds of best effort.
+    """Run sequences that are promised nothing, and return the predicted seconds of best effort.
 
     Args:
-        calm: what is not worth a risk may run until the batch takes so long.
+        spare: seconds that the batch may take for the sake of sequences that may be in time.
+        calm: seconds that it may take for the sake of best effort.
     """
-    # The credit of admitted decodes is not for them.
-    spare = min([limit, *(seq.progress.tpot_s for _, seq in work.decodes)])
     decodes = [(deadline, seq) for deadline, seq in work.unpromised if seq.is_decoding]
     prefills = [(deadline, seq) for deadline, seq in work.unpromised if not seq.is_decoding]
     for _, seq in decodes:
@@ -393,10 +425,12 @@ class _Room:
 
 def _draft_for_prefills(
     batch: TimedBatchBuilder,
+    model: PerfModel,
     candidates: list[DraftCandidate],
     num_decodes: int,
     limit: float,
     guard_s: float,
+    *,
     needed: bool,
 ) -> None:
     """Draft for the decodes of a batch such that most is left to prefills; where drafts are
@@ -411,7 +445,7 @@ def _draft_for_prefills(
     if needed:
         lengths = tuple(one.limit for one in ready)
     else:
-        lengths = most_left_to_prefills(batch.model, batch.shape, num_decodes, ready, guard_s)
+        lengths = most_left_to_prefills(model, batch.shape, num_decodes, ready, guard_s)
     batch.speculate(ready, lengths, limit)
 
 
@@ -447,7 +481,7 @@ def _draft_with_the_rest(
         and (one := drafting.candidate(seq)).limit > 0
     ]
     num_decodes = max(num_promised, len(decodes))
-    _draft_for_prefills(batch, own, num_decodes, limit, guard_s, needed=False)
+    _draft_for_prefills(batch, drafting.model, own, num_decodes, limit, guard_s, needed=False)
 
 
 def _draft_for_speed(
@@ -457,8 +491,9 @@ def _draft_for_speed(
     candidates = [one for seq in decodes if (one := drafting.candidate(seq)).limit > 0]
     # Whoever must catch up first is counted as if it had, to see what that is worth.
     ready = [one if one.lag <= MOST_LAG else replace(one, lag=0) for one in candidates]
-    plain_s, token_s = batch.seconds, batch.model.drift * batch.model.pieces[0].draft_tokens
-    best = most_tokens_per_second(batch.model, batch.shape, len(decodes), ready, limit)
+    model = drafting.model
+    plain_s, token_s = batch.seconds, model.drift * model.pieces[0].draft_tokens
+    best = most_tokens_per_second(model, batch.shape, len(decodes), ready, limit)
     drafting.declined = bool(candidates) and not any(best.lengths)
     lengths = []
     for one, length in zip(candidates, best.lengths, strict=True):

@@ -47,16 +47,16 @@ class TimedBatchBuilder:
 
     def seconds_of_decodes(self, seqs: SequenceOf[Sequence]) -> float:
         """Predicted seconds of a batch of these decodes alone."""
-        if self.model is None or not seqs:
-            return 0.0
-        return self.model.predict(decodes_alone(seqs))
+        return self._predict(decodes_alone(seqs)) if seqs else 0.0
 
     def seconds_of_rest(self, seq: Sequence) -> float:
         """Predicted seconds of all that is left of a prefill, in a batch of its own."""
-        if self.model is None:
-            return 0.0
         rest = (seq.num_computed_tokens, seq.num_uncomputed_tokens)
-        return self.model.predict(BatchShape.of([rest], eager=True))
+        return self._predict(BatchShape.of([rest], eager=True))
+
+    def _predict(self, shape: BatchShape) -> float:
+        """Return the predicted seconds of a batch; 0 without a model, which times nothing."""
+        return 0.0 if self.model is None else self.model.predict(shape)
 
     def decode(self, seq: Sequence, limit: float) -> bool:
         """Run one token, where the batch then still ends within the limit."""
@@ -138,7 +138,7 @@ class TimedBatchBuilder:
         """Draft up to so many tokens for scheduled decodes, as far as blocks, budget and the
         limit allow.
         """
-        if self.model.predict(with_drafts(self.shape, candidates, lengths)) > limit:
+        if self._predict(with_drafts(self.shape, candidates, lengths)) > limit:
             lengths = self._fitting(candidates, lengths, limit)
         granted = [
             self.builder.speculate(one.seq, length) if length else 0
@@ -153,7 +153,7 @@ class TimedBatchBuilder:
         """As much of these lengths as fits within the limit, first come, first served."""
         shape, fitting = self.shape, []
         for one, length in zip(candidates, lengths, strict=True):
-            while length and self.model.predict(with_drafts(shape, [one], [length])) > limit:
+            while length and self._predict(with_drafts(shape, [one], [length])) > limit:
                 length -= 1
             shape = with_drafts(shape, [one], [length])
             fitting.append(length)
@@ -161,9 +161,11 @@ class TimedBatchBuilder:
 
     def catch_up(self, one: DraftCandidate, limit: float) -> None:
         """Let the draft model run what it lacks of a sequence, as far as the limit allows."""
-        token_s = self.model.drift * max(piece.draft_tokens for piece in self.model.pieces)
+        model, token_s = self.model, 0.0
+        if model is not None:
+            token_s = model.drift * max(piece.draft_tokens for piece in model.pieces)
         shape = replace(self.shape, draft_steps=max(self._draft_steps, 1))
-        left = limit - self.model.predict(shape)
+        left = limit - self._predict(shape)
         if left <= 0:
             return
         num_tokens = one.lag if token_s == 0 else min(one.lag, int(left / token_s))

@@ -210,7 +210,8 @@ class PromisingPlanner(Planner):
         if view.speculation is None or self.model is None or not weighs:
             return None
         drafts = self._rounds.drafts
-        return Drafting(view.speculation, self.acceptance, self.lengths.remaining, drafts)
+        remaining = self.lengths.remaining
+        return Drafting(view.speculation, self.model, self.acceptance, remaining, drafts)
 
     def roles(self, view: PlannerView, now: float, result: ReviewResult, broken: set[str]) -> Work:
         """Give every sequence its role in this iteration; relegate requests whose SLO is broken.

@@ -15,6 +15,7 @@ what is expected, `bound` what it may take.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
@@ -276,7 +277,7 @@ def residual_quantile(values: Iterable[float], quantile: float) -> float:
     return ordered[min(len(ordered) - 1, math.ceil(quantile * len(ordered)) - 1)]
 
 
-def _longest_chunk(piece: Piece, limit: float, shape: BatchShape, start: int) -> float:
+def _longest_chunk(piece: Piece, limit: float, shape: BatchShape, start: int) -> int:
     """Largest n with piece(shape + a chunk of n tokens after ``start``) <= limit.
 
     The chunk adds n tokens, a sequence, start + n context and n x start + n (n + 1) / 2
@@ -288,5 +289,5 @@ def _longest_chunk(piece: Piece, limit: float, shape: BatchShape, start: int) ->
     square = piece.attention_pairs / 2
     linear = piece.tokens + piece.context_tokens + piece.attention_pairs * (start + 0.5)
     if square == 0:
-        return math.inf if linear == 0 else math.floor(left / linear)
+        return sys.maxsize if linear == 0 else math.floor(left / linear)
     return math.floor((math.sqrt(linear**2 + 4 * square * left) - linear) / (2 * square))
