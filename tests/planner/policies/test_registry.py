@@ -105,6 +105,26 @@ def test_servers_offer_a_new_policy(own_policies: Path, command: tuple[str, ...]
     assert "{dp,edf,sarathi,fcfs,lifo,one}" in done.stdout.replace("\n", "").replace(" ", "")
 
 
+def test_the_reproduction_takes_new_policies(own_policies: Path) -> None:
+    code = (
+        "from parts.reproduce.plan import Plan, capacities\n"
+        "from shared.simulated.cases import Case\n"
+        "from minserve.simulator.simulation import simulate\n"
+        "scenario, device = Plan(quick=True).combinations[0]\n"
+        "print(*sorted({one[2] for one in capacities(Plan(quick=True))}))\n"
+        "for policy in ('lifo', 'one'):\n"
+        "    case = Case(scenario=scenario, device=device, policy=policy)\n"
+        "    done = simulate(case.workload(1.0, 20, 0), case.setup(0), make=case.make)\n"
+        "    print(policy, len(done.verdicts))\n"
+    )
+    path = os.pathsep.join([str(own_policies), str(ROOT / "bench")])
+    done = run(Path(path), "-c", code)
+    assert done.returncode == 0, done.stderr
+    measured, *lines = done.stdout.splitlines()
+    assert {"dp", "edf", "lifo", "one", "vllm"} <= set(measured.split())
+    assert lines == ["lifo 20", "one 20"]
+
+
 def test_every_policy_has_the_name_that_it_is_registered_by() -> None:
     assert {name: make_planner(name).name for name in POLICIES} == {n: n for n in POLICIES}
     assert promising_policies() == ["dp", "edf"]
