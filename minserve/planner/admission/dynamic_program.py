@@ -1,12 +1,14 @@
-"""Who is served: the dynamic program over prefill deadlines, tier counts, memory and budget.
+"""The dynamic program of admission over prefill deadlines, tier counts, memory and budget.
 
 After SLOs-Serve (arXiv 2504.08784). A candidate is a request with all of its outputs that are
-to be decided on. Candidates in deadline order; a state is how many outputs of each tier are
-accepted, their blocks and value, and when the last of their prefills is done. That time stands for the leftover budget: for equal counts, the earlier, the more is left. The
+to be decided on. The program goes through the candidates in deadline order. A state says how many
+outputs of each tier are accepted, their blocks and value, and when the last of their prefills is
+done. That time stands for the leftover budget: for equal counts, the earlier, the more is left. The
 paper's own pruning gets this comparison wrong; here the frontier is exact, for this reason:
 
-    When a candidate is done, as a function of when the one before it was, never falls: who
-    starts earlier has done at least as much at any later time, and can always wait.
+    The time at which a candidate is done, as a function of the time at which the one before it
+    was, never falls: a candidate that starts earlier has done at least as much at any later time,
+    and can always wait.
 
 So a state with the same counts that is later, with no fewer blocks and no more value, leads
 nowhere that the other does not. Accepted candidates hold their tier and blocks for good in
@@ -14,8 +16,8 @@ the program. `simulate` releases them at their predicted ends, which only takes 
 by the same argument it never finds an accepted set infeasible.
 
 The program is fast because it looks for little: a set found by Moore's rule is mostly of the
-highest value already, and `minserve.planner.admission.bounds` tells which states cannot lead to a better
-one. Of the thousands of states a few dozen are left.
+highest value already, and `minserve.planner.admission.bounds` tells which states cannot lead to a
+better one. Of the thousands of states a few dozen are left.
 """
 
 from __future__ import annotations
@@ -81,7 +83,10 @@ def admit(candidates: SequenceOf[Candidate], outlook: Outlook, rates: PrefillRat
 def _forced_alone(
     candidates: SequenceOf[Candidate], outlook: Outlook, rates: PrefillRates
 ) -> Admission:
-    """The forced ones do not fit for good; they may if they are released in time."""
+    """Return the forced candidates if they fit once blocks are released in time.
+
+    They do not fit for good.
+    """
     forced = [i for i in by_deadline(candidates) if candidates[i].forced]
     under_way = [candidates[i] for i in forced]
     timeline = simulate(under_way, outlook, rates)
@@ -95,12 +100,12 @@ _NEW = tuple.__new__
 
 
 class _Row(NamedTuple):
-    """What a cell leaves.
+    """The rates that a cell leaves.
 
     Attributes:
-        rates: of prefill, per segment.
+        rates: prefill rate of each segment.
         steady: the first segment from which on all decodes keep their pace.
-        kind: of clock that bounds it.
+        kind: number of the kind of clock that bounds the cell.
     """
 
     rates: list[float]
@@ -109,15 +114,15 @@ class _Row(NamedTuple):
 
 
 class _DpState(NamedTuple):
-    """Some of the first candidates accepted.
+    """A set of the first candidates that is accepted.
 
     Attributes:
-        now: when the last of them is done.
-        segment: of the outlook that ``now`` lies in.
-        cell: index of their counts; ``row`` is what that leaves.
-        blocks: that they hold.
-        units: of value, of those that are not forced.
-        position: of the last one accepted, after those of ``before``.
+        now: time in seconds at which the last of their prefills is done.
+        segment: index of the segment that ``now`` lies in.
+        cell: index of their counts; ``row`` holds the rates that these leave.
+        blocks: number of blocks that they hold.
+        units: their value in units, without the forced ones.
+        position: position of the last one accepted, after those of ``before``.
     """
 
     now: float
@@ -134,13 +139,13 @@ class _DpState(NamedTuple):
 class _Program:
     """One admission to decide, in deadline order; hopeless candidates are left out at once.
 
-    A cell is a count vector, written as one number. Candidates without a pace have a dimension
-    of their own, which demands nothing. Of the cells only those are looked at whose counts are
-    sums of some candidates' outputs.
+    A cell is a count vector, written as one number. Candidates without a pace have a dimension of
+    their own, which demands nothing. Of the cells only those are looked at whose counts are sums of
+    some candidates' outputs.
 
     Attributes:
-        num_cells: of these.
-        most_seqs: outputs that can be accepted at most.
+        num_cells: number of these cells.
+        most_seqs: the most outputs that can be accepted.
     """
 
     def __init__(
@@ -150,7 +155,7 @@ class _Program:
         self._starts = [*outlook.starts.tolist(), math.inf]
         self._free_from = outlook.free_from
         self._free = self._free_from[-1]
-        # Nobody accepted: no set leaves prefill more.
+        # None accepted: no set leaves prefill more.
         self._clock = FluidClock(outlook.starts, np.maximum(rates(outlook.counts), NO_RATE))
         self._index, self.most_seqs = self._hopeful(candidates)
         self._candidates = [candidates[i] for i in self._index]
@@ -179,10 +184,11 @@ class _Program:
         self._rows: dict[int, _Row] = {}
 
     def _hopeful(self, candidates: SequenceOf[Candidate]) -> tuple[list[int], int]:
-        """Those not late behind nobody but the forced, and how many outputs can be served at most.
+        """Return the candidates that are in time if only the forced are accepted beside them, and
+        the most outputs that can be served.
 
-        The number of candidates is that of Moore (Management Science, 1968): in deadline order, drop the
-        longest so far whenever one is late.
+        The number of candidates is that of Moore (Management Science, 1968): in deadline order,
+        drop the longest so far whenever one is late.
         """
         order = by_deadline(candidates)
         deadlines = np.array([candidates[i].deadline_s for i in order])
@@ -206,7 +212,7 @@ class _Program:
         return index, min(sum(seqs), max(0, self._outlook.free_seqs) + forced)
 
     def solve(self) -> Admission | None:
-        """``None`` where not even the forced ones fit."""
+        """Return the best set that was found; ``None`` if not even the forced candidates fit."""
         self._fill()
         self._count_units()
         best = self._good_set()
@@ -221,10 +227,10 @@ class _Program:
         return Admission(tuple(accepted[::-1]), True, last.value, last.now, is_proven)
 
     def _fill(self) -> None:
-        """Rates of every cell that can be reached, and a clock for each kind of set.
+        """Compute the rates of every cell that can be reached, and a clock for each kind of set.
 
-        The tightest TPOT present sets how often the constant cost of a batch is paid. Sets
-        with one of a tier that is tighter than all who run for long have a clock of their own.
+        The tightest TPOT present sets how often the constant cost of a batch is paid. Sets with one
+        of a tier that is tighter than all that run for long have a clock of their own.
         """
         shape = [len(own) for own in self._totals]
         places = np.indices(shape).reshape(len(shape), self.num_cells)
@@ -266,10 +272,12 @@ class _Program:
         self._kind = kind.tolist()
 
     def _row(self, cell: int) -> _Row | None:
-        """``None`` for a cell of more than can be accepted."""
+        """Return the row of a cell; ``None`` for a cell with more outputs than can be accepted."""
         column = self._column[cell] if self._is_plain else self._column_of(cell)
-        if column < 0:
-            return None
+        return None if column < 0 else self._row_at(cell, column)
+
+    def _row_at(self, cell: int, column: int) -> _Row:
+        """Return the row of a cell that has this column of the table, and keep it."""
         rates, steady = self._rates_of[column].tolist(), 0
         if self._is_slow[column]:
             steady = first_steady(rates)
@@ -278,7 +286,7 @@ class _Program:
         return row
 
     def _column_of(self, cell: int) -> int:
-        """Of the table; below 0 for a cell that is not in it."""
+        """Return a cell's column of the table; below 0 for a cell that is not in it."""
         place = 0
         for unit, places in zip(self._units_of, self._places, strict=True):
             count, cell = divmod(cell, unit)
@@ -288,7 +296,7 @@ class _Program:
         return self._column[place]
 
     def _count_units(self) -> None:
-        """Values as whole numbers: exactly, where all are multiples of the smallest."""
+        """Count values as whole numbers of units: exactly, if all are multiples of the smallest."""
         values = [c.value for c in self._candidates if not c.forced]
         self._unit = min(values, default=1.0)
         most = MAX_UNITS * self._unit
@@ -319,8 +327,8 @@ class _Program:
                 continue
             blocks += more_blocks
             if blocks > free_from[segment]:
-                segment = next((j for j, free in enumerate(free_from) if blocks <= free), None)
-                if segment is None:
+                segment = next((j for j, free in enumerate(free_from) if blocks <= free), -1)
+                if segment < 0:
                     continue
                 end = starts[segment]
             end, segment, left = fluid_clock.run(work, end, segment, row[0], starts, deadline_s)
@@ -342,8 +350,8 @@ class _Program:
         return grown[0] if grown else None
 
     def _good_set(self) -> _DpState | None:
-        """The best of some sets by Moore's rule and the one chosen before, as far as it still fits;
-        ``None`` where the forced ones do not fit.
+        """Return the best of some sets by Moore's rule and the set chosen before, as far as it
+        still fits; ``None`` if the forced candidates do not fit.
         """
         work = max((c.work for c in self._candidates), default=0.0) or 1.0
         blocks = max(self._blocks, default=0) or 1
@@ -353,9 +361,10 @@ class _Program:
                 ((1 - share) * c.work / work + share * c.blocks / blocks) / c.value
                 for c in self._candidates
             ]
-            sets.append(self._by_moore(weights))
-        if sets[0] is None:
-            return None
+            found = self._by_moore(weights)
+            if found is None:
+                return None
+            sets.append(found)
         known = self._nobody()
         for k, c in enumerate(self._candidates):
             if c.was_chosen or c.forced:
@@ -368,7 +377,7 @@ class _Program:
         return max(sets, key=_merit)
 
     def _by_moore(self, weights: SequenceOf[float]) -> _DpState | None:
-        """In deadline order; whenever one does not fit, the heaviest so far is dropped."""
+        """Accept candidates in deadline order; if one does not fit, drop the heaviest so far."""
         state = self._nobody()
         # Who is accepted, by position, each after the state before it.
         path: list[tuple[_DpState, int]] = []
@@ -387,7 +396,8 @@ class _Program:
                 other, rest = path[heaviest][0], []
                 for _, i in path[heaviest + 1 :]:
                     rest.append((other, i))
-                    other = self._extend_one(other, i)
+                    # Without the heaviest one they still fit.
+                    (other,) = self._extend((other,), i)
                 after = self._extend_one(other, k)
                 if after is None and not candidate.forced:
                     break
@@ -400,7 +410,7 @@ class _Program:
         return state
 
     def _nobody(self) -> _DpState:
-        return _DpState(self._starts[0], 0, 0, self._row(0))
+        return _DpState(self._starts[0], 0, 0, self._row_at(0, 0))
 
     def _search(self, best: _DpState) -> tuple[_DpState, bool]:
         """Look for the best set, in passes: each goes on from the states that the one before it
@@ -437,8 +447,8 @@ class _Program:
         """Go through the candidates once, and decide on each in at most so many states.
 
         Args:
-            todo: by position, states in which the candidate there is still to be decided on. They
-                are taken out, and those that are put off are put in.
+            todo: states in which a candidate is still to be decided on, by the candidate's
+                position. They are taken out, and those that are put off are put in.
 
         Returns:
             states in which all candidates are decided on.
@@ -447,7 +457,8 @@ class _Program:
         for k in range(len(self._candidates)):
             if todo[k]:
                 late = [of_kind[k] for of_kind in latest]
-                frontier += self._hopeful_of(todo[k], late, least and least[k])
+                few = None if least is None else least[k]
+                frontier += self._hopeful_of(todo[k], late, few)
                 todo[k] = []
             if len(frontier) > width:
                 frontier.sort(key=_backlog)
@@ -455,7 +466,8 @@ class _Program:
                 del frontier[width:]
             if frontier:
                 late = [of_kind[k + 1] for of_kind in latest]
-                frontier = self._next(frontier, k, late, least and least[k + 1])
+                few = None if least is None else least[k + 1]
+                frontier = self._next(frontier, k, late, few)
         return frontier
 
     def _next(
@@ -468,8 +480,9 @@ class _Program:
         """Decide on the candidate at position ``k`` in every state.
 
         Args:
-            late, few: by `bounds`, until when a state must be done, per kind of clock and number
-                of units, and how many more blocks it takes, per number of units.
+            late: time in seconds until which a state must be done, by kind of clock and number of
+                units.
+            few: number of blocks that it takes beside its own, by number of units.
 
         Returns:
             the states that may still reach the target, none of them dominated by another.
@@ -500,7 +513,7 @@ class _Program:
         ]
 
     def _rest(self, best: _DpState, *, or_earlier: bool) -> Rest:
-        """The target: one unit more than the best set has, or as much value as it has."""
+        """Return the target: one unit more than the best set has, or as much value as it has."""
         target = best.units + 1
         if not self._is_whole:
             forced = sum(c.value for c in self._candidates if c.forced)
@@ -518,7 +531,7 @@ class _Program:
 
 
 def _sums(sizes: SequenceOf[int], most: int) -> list[int]:
-    """What some of the sizes add up to, from 0 for none of them to at most ``most``."""
+    """Return the sums of some of the sizes, from 0 for none of them to at most ``most``."""
     # Bit s of the number is set where s is such a sum.
     found, mask = 1, (1 << (most + 1)) - 1
     for size in sizes:
@@ -531,12 +544,14 @@ def _merit(state: _DpState) -> tuple[float, float]:
 
 
 def _backlog(state: _DpState) -> tuple[int, float]:
-    """Least for the state that is kept first: of most value, and of these done first."""
+    """Return a key that is least for the state to keep first: of most value, then done first."""
     return -state.units, state.now
 
 
 def _offer(group: list[_DpState], one: _DpState) -> None:
-    """Add it to the states of a cell unless one dominates it; take out whom it dominates."""
+    """Add a state to those of its cell unless one of these dominates it; take out those it
+    dominates.
+    """
     for other in group:
         if other.now <= one.now and other.blocks <= one.blocks and other.value >= one.value:
             return

@@ -1,4 +1,4 @@
-"""Which SLO classes could this device keep at all? Asked once, at start."""
+"""Finds, once at start, the SLO classes that this device cannot keep even for a lone request."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ RISK = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Miss:
-    """An objective that a request would miss even with the device for itself.
+    """An objective that a request would miss even if it had the device for itself.
 
     Attributes:
-        name: of the class.
-        objective: ``ttft`` or ``tpot``, with the stage where there are several.
-        promised_s, needed_s: what the class says, and what the device takes in nine of ten
-            cases.
+        name: name of the class.
+        objective: ``ttft`` or ``tpot``, with the stage if there are several.
+        promised_s: seconds that the class promises.
+        needed_s: seconds that the device stays within in nine of ten cases.
     """
 
     name: str
@@ -36,10 +36,10 @@ class Miss:
 def lone_request_misses(
     classes: Mapping[str, SLO], model: PerfModel, num_tokens: int = TYPICAL_TOKENS
 ) -> list[Miss]:
-    """Objectives that a lone request misses.
+    """Return the objectives that a lone request misses.
 
     Args:
-        num_tokens: of its prompt.
+        num_tokens: number of tokens of its prompt.
     """
     prefill_s, decode_s = (
         model.zero_load_prefill_s(num_tokens),
@@ -61,7 +61,7 @@ def lone_request_misses(
 
 
 def describe_misses(misses: list[Miss], num_tokens: int = TYPICAL_TOKENS) -> str:
-    """A table for the console; empty where there is nothing to say."""
+    """Return a table of the misses for the console; an empty text if there are none."""
     if not misses:
         return ""
     lines = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,25 +16,12 @@ from minserve.planner.policies.registry import POLICIES, make_planner, promising
 
 ROOT = Path(__file__).parents[3]
 
-# Promises nothing, and runs the newest sequences first.
-LIFO = """
-from minserve.planner.batching.batch_builder import BatchBuilder
-from minserve.planner.policies.base import Planner
-
-
-class LifoPlanner(Planner):
-    name = "lifo"
-
-    def _plan(self, view, now):
-        builder = BatchBuilder(view)
-        builder.decodes()
-        for seq in view.running:
-            if not seq.is_decoding and not builder.is_preempted(seq):
-                builder.schedule(seq, seq.num_uncomputed_tokens, whole=False)
-        for seq in reversed(view.waiting):
-            builder.start(seq)
-        return builder.plan
-"""
+# The example of a new policy, which promises nothing and starts the newest requests first.
+(LIFO,) = re.findall(
+    r"^```python\n(.*?)^```$",
+    (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
+    re.MULTILINE | re.DOTALL,
+)
 # Promises an SLO to the most urgent request alone.
 ONE = """
 from minserve.planner.admission.timeline import insert_greedily
