@@ -36,8 +36,8 @@ from minserve.planner.admission.bounds import (
     latest_s,
     least_blocks,
     loosened,
-    slowdown,
 )
+from minserve.planner.admission.cells import NEW, Cells, Row
 from minserve.planner.admission.fluid_clock import NO_RATE, FluidClock
 from minserve.planner.admission.outlook import Outlook
 from minserve.planner.admission.prefill_rates import PrefillRates
@@ -45,7 +45,6 @@ from minserve.planner.admission.timeline import (
     Admission,
     Candidate,
     by_deadline,
-    first_steady,
     insert_greedily,
     simulate,
 )
@@ -75,7 +74,7 @@ def admit(candidates: SequenceOf[Candidate], outlook: Outlook, rates: PrefillRat
             done_s = max(everyone.done_s, default=float(outlook.starts[0]))
             order = tuple(by_deadline(candidates))
             return Admission(order, True, sum(c.value for c in candidates), done_s)
-    if program.num_cells > MAX_CELLS:
+    if program.cells.num_cells > MAX_CELLS:
         return insert_greedily(candidates, outlook, rates)
     return program.solve() or _forced_alone(candidates, outlook, rates)
 
@@ -95,24 +94,6 @@ def _forced_alone(
     return Admission(tuple(forced), True, sum(c.value for c in under_way), max(timeline.done_s))
 
 
-# Named tuples have a slow constructor, and there may be a thousand states.
-_NEW = tuple.__new__
-
-
-class _Row(NamedTuple):
-    """The rates that a cell leaves.
-
-    Attributes:
-        rates: prefill rate of each segment.
-        steady: the first segment from which on all decodes keep their pace.
-        kind: number of the kind of clock that bounds the cell.
-    """
-
-    rates: list[float]
-    steady: int
-    kind: int
-
-
 class _DpState(NamedTuple):
     """A set of the first candidates that is accepted.
 
@@ -128,7 +109,7 @@ class _DpState(NamedTuple):
     now: float
     segment: int
     cell: int
-    row: _Row
+    row: Row
     blocks: int = 0
     units: int = 0
     value: float = 0.0
@@ -139,12 +120,7 @@ class _DpState(NamedTuple):
 class _Program:
     """One admission to decide, in deadline order; hopeless candidates are left out at once.
 
-    A cell is a count vector, written as one number. Candidates without a pace have a dimension of
-    their own, which demands nothing. Of the cells only those are looked at whose counts are sums of
-    some candidates' outputs.
-
     Attributes:
-        num_cells: number of these cells.
         most_seqs: the most outputs that can be accepted.
     """
 
@@ -159,29 +135,10 @@ class _Program:
         self._clock = FluidClock(outlook.starts, np.maximum(rates(outlook.counts), NO_RATE))
         self._index, self.most_seqs = self._hopeful(candidates)
         self._candidates = [candidates[i] for i in self._index]
-        num_tiers = outlook.counts.shape[1]
-        sizes: list[list[int]] = [[] for _ in range(num_tiers + 1)]
-        for c in self._candidates:
-            sizes[num_tiers if c.tier is None else c.tier].append(c.num_seqs)
-        # Without requests of several outputs a cell's number is also its place in the grid.
-        self._is_plain = all(c.num_seqs == 1 for c in self._candidates)
-        self._totals = [
-            list(range(len(own) + 1)) if self._is_plain else _sums(own, self.most_seqs)
-            for own in sizes
-        ]
-        self.num_cells = math.prod(len(own) for own in self._totals)
-        # Of a cell's number, per dimension: one more output is so much.
-        self._units_of = [
-            math.prod(sum(own) + 1 for own in sizes[d + 1 :]) for d in range(num_tiers + 1)
-        ]
-        self._strides = [
-            c.num_seqs * self._units_of[num_tiers if c.tier is None else c.tier]
-            for c in self._candidates
-        ]
+        self.cells = Cells(self._candidates, outlook, self.most_seqs)
         blocks = [c.blocks for c in self._candidates]
         self._is_tight = sum(blocks) > self._free_from[0]
         self._blocks = blocks if self._is_tight else [0] * len(blocks)
-        self._rows: dict[int, _Row] = {}
 
     def _hopeful(self, candidates: SequenceOf[Candidate]) -> tuple[list[int], int]:
         """Return the candidates that are in time if only the forced are accepted beside them, and
@@ -213,7 +170,8 @@ class _Program:
 
     def solve(self) -> Admission | None:
         """Return the best set that was found; ``None`` if not even the forced candidates fit."""
-        self._fill()
+        last_s = max((c.deadline_s for c in self._candidates), default=0.0)
+        self.cells.fill(self._rates, last_s)
         self._count_units()
         best = self._good_set()
         if best is None:
@@ -225,75 +183,6 @@ class _Program:
             accepted.append(self._index[state.position])
             state = state.before
         return Admission(tuple(accepted[::-1]), True, last.value, last.now, is_proven)
-
-    def _fill(self) -> None:
-        """Compute the rates of every cell that can be reached, and a clock for each kind of set.
-
-        The tightest TPOT present sets how often the constant cost of a batch is paid. Sets with one
-        of a tier that is tighter than all that run for long have a clock of their own.
-        """
-        shape = [len(own) for own in self._totals]
-        places = np.indices(shape).reshape(len(shape), self.num_cells)
-        counts = places
-        if not self._is_plain:
-            counts = np.stack(
-                [np.array(own)[at] for own, at in zip(self._totals, places, strict=True)]
-            )
-            self._places = [{total: at for at, total in enumerate(own)} for own in self._totals]
-        size = counts.sum(axis=0)
-        kept = (size <= self.most_seqs).nonzero()[0]
-        self._counts, size = counts.take(kept, axis=1), size.take(kept)
-        column = np.full(self.num_cells, -1)
-        column[kept] = np.arange(len(kept))
-        self._column = column.tolist()
-        self._table = self._rates.of_sums(self._outlook.counts, self._counts[:-1].T)
-        self._rates_of = np.ascontiguousarray(self._table.T)
-        # Seconds, until the last deadline, in which nobody of a tier or a tighter one decodes.
-        last_s = max((c.deadline_s for c in self._candidates), default=0.0)
-        spans = np.diff(np.minimum(self._starts, last_s))
-        absent = spans @ (np.cumsum(self._outlook.counts, axis=1) == 0)
-        self._kinds = [
-            tier
-            for tier, count in enumerate(self._counts[:-1])
-            if count.any() and absent[tier] > WORTH_A_CLOCK * spans.sum()
-        ]
-        self._limits = []
-        for tier in (None, *self._kinds):
-            columns = slice(None) if tier is None else self._counts[tier].nonzero()[0]
-            rates = np.maximum(self._table[:, columns], NO_RATE)
-            fastest = rates.max(axis=1)
-            clock = FluidClock(self._outlook.starts, fastest)
-            self._limits.append((clock, slowdown(rates, fastest, size[columns])))
-        # Looked up for hundreds of cells, hence found for all of them at once.
-        self._is_slow = (self._table.min(axis=0) < NO_RATE).tolist()
-        kind = np.zeros(len(kept), dtype=np.int64)
-        for number, tier in reversed(list(enumerate(self._kinds, 1))):
-            kind[self._counts[tier] > 0] = number
-        self._kind = kind.tolist()
-
-    def _row(self, cell: int) -> _Row | None:
-        """Return the row of a cell; ``None`` for a cell with more outputs than can be accepted."""
-        column = self._column[cell] if self._is_plain else self._column_of(cell)
-        return None if column < 0 else self._row_at(cell, column)
-
-    def _row_at(self, cell: int, column: int) -> _Row:
-        """Return the row of a cell that has this column of the table, and keep it."""
-        rates, steady = self._rates_of[column].tolist(), 0
-        if self._is_slow[column]:
-            steady = first_steady(rates)
-            rates = [max(rate, NO_RATE) for rate in rates]
-        self._rows[cell] = row = _NEW(_Row, (rates, steady, self._kind[column]))
-        return row
-
-    def _column_of(self, cell: int) -> int:
-        """Return a cell's column of the table; below 0 for a cell that is not in it."""
-        place = 0
-        for unit, places in zip(self._units_of, self._places, strict=True):
-            count, cell = divmod(cell, unit)
-            if count not in places:
-                return -1
-            place = place * len(places) + places[count]
-        return self._column[place]
 
     def _count_units(self) -> None:
         """Count values as whole numbers of units: exactly, if all are multiples of the smallest."""
@@ -310,19 +199,19 @@ class _Program:
         self._items = [
             (stride, blocks, c.work, c.deadline_s, c.tier is not None, units, c.value)
             for c, stride, blocks, units in zip(
-                self._candidates, self._strides, self._blocks, self._units, strict=True
+                self._candidates, self.cells.strides, self._blocks, self._units, strict=True
             )
         ]
 
     def _extend(self, states: SequenceOf[_DpState], k: int) -> list[_DpState]:
         """Accept the candidate at position ``k`` too, in every state in which that is feasible."""
         stride, more_blocks, work, deadline_s, is_paced, more_units, more_value = self._items[k]
-        rows, starts, free_from = self._rows, self._starts, self._free_from
+        rows, starts, free_from = self.cells.rows, self._starts, self._free_from
         grown = []
         for state in states:
             end, segment, cell, row, blocks, units, value, _, _ = state
             cell += stride
-            after = rows.get(cell) or self._row(cell)
+            after = rows.get(cell) or self.cells.row(cell)
             if after is None:
                 continue
             blocks += more_blocks
@@ -341,7 +230,7 @@ class _Program:
                 end = starts[segment]
             units += more_units
             value += more_value
-            new = _NEW(_DpState, (end, segment, cell, after, blocks, units, value, k, state))
+            new = NEW(_DpState, (end, segment, cell, after, blocks, units, value, k, state))
             grown.append(new)
         return grown
 
@@ -410,7 +299,7 @@ class _Program:
         return state
 
     def _nobody(self) -> _DpState:
-        return _DpState(self._starts[0], 0, 0, self._row_at(0, 0))
+        return _DpState(self._starts[0], 0, 0, self.cells.row_at(0, 0))
 
     def _search(self, best: _DpState) -> tuple[_DpState, bool]:
         """Look for the best set, in passes: each goes on from the states that the one before it
@@ -429,7 +318,7 @@ class _Program:
             if best is not bounded:
                 # A set of the same value that is done earlier is worth a look, not a second one.
                 rest = self._rest(best, or_earlier=bounded is None)
-                latest = latest_s(rest, self._limits)
+                latest = latest_s(rest, self.cells.limits)
                 least = least_blocks(rest) if self._is_tight else None
                 bounded = best
             best = max([best, *self._pass(todo, latest, least, width)], key=_merit)
@@ -528,15 +417,6 @@ class _Program:
             target=target,
             end_s=best.now if self._is_whole and or_earlier else -math.inf,
         )
-
-
-def _sums(sizes: SequenceOf[int], most: int) -> list[int]:
-    """Return the sums of some of the sizes, from 0 for none of them to at most ``most``."""
-    # Bit s of the number is set where s is such a sum.
-    found, mask = 1, (1 << (most + 1)) - 1
-    for size in sizes:
-        found |= (found << size) & mask
-    return [total for total in range(found.bit_length()) if found >> total & 1]
 
 
 def _merit(state: _DpState) -> tuple[float, float]:
