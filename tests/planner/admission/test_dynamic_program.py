@@ -7,7 +7,6 @@ import random
 
 import numpy as np
 import pytest
-from planner_instances import Instance, all_done_s, best_by_brute_force, random_instance
 
 from minserve.planner.admission import dynamic_program
 from minserve.planner.admission.bounds import Rest
@@ -16,6 +15,7 @@ from minserve.planner.admission.outlook import Outlook, Tier
 from minserve.planner.admission.prefill_rates import PrefillRates
 from minserve.planner.admission.timeline import Candidate, simulate
 from minserve.planner.predict.perf_model import PerfModel, Piece
+from parts.planner.instances import Instance, all_done_s, best_by_brute_force, random_instance
 
 NUM_BLOCKS_OF_SEEDS = 12
 SEEDS_PER_BLOCK = 125
