@@ -31,6 +31,9 @@ class RequestEvent(Enum):
     PREEMPTED = "preempted"
     FINISHED = "finished"
 
+    # Each event is one object. `Enum` would hash its name, in Python, for every token noted.
+    __hash__ = object.__hash__
+
 
 class SequenceState(Enum):
     WAITING = "waiting"

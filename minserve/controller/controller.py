@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 from minserve.config import ControllerConfig, EngineConfig
 from minserve.controller import messages as m
+from minserve.controller.flight_placement import FlightPlacement
 from minserve.controller.flights import Flight, FlightHandle, ending
-from minserve.controller.placement import Placement
 from minserve.controller.processes import STOP_S, Watcher
 from minserve.controller.rendezvous import Rendezvous
 from minserve.controller.replicas import Replica, ReplicaState, ReplicaTable
@@ -72,7 +72,7 @@ class _Service(NamedTuple):
     """What the controller can make only once the first replica has told of its model."""
 
     intake: Intake
-    placement: Placement
+    placement: FlightPlacement
 
 
 class Controller:
@@ -118,7 +118,7 @@ class Controller:
         return self._ready().intake
 
     @property
-    def _placement(self) -> Placement:
+    def _placement(self) -> FlightPlacement:
         return self._ready().placement
 
     def _ready(self) -> _Service:
@@ -330,7 +330,8 @@ class Controller:
             intake.perf_model = model
             router = make_router(self._settings.router, len(self.table.replicas), model)
             lengths = make_length_estimator(self.config.length_estimator)
-            self._service = _Service(intake, Placement(router, lengths))
+            placement = FlightPlacement(router, lengths, self._settings.hop_limit)
+            self._service = _Service(intake, placement)
         self._placement.joined(replica)
         self._land_grounded()
         self._tell_change()
@@ -431,7 +432,7 @@ class Controller:
         """
         if flight.has_begun or flight.replica is None:
             return False
-        other = self._better_than(flight, flight.replica)
+        other = self._placement.better_than(flight.replica, flight, self._absent())
         if other is None:
             return False
         self._hop(flight, other)
@@ -443,16 +444,10 @@ class Controller:
         """
         if flight.moving_to is not None or flight.has_begun:
             return
-        other = self._better_than(flight, replica.number)
+        other = self._placement.better_than(replica.number, flight, self._absent())
         if other is not None:
             flight.moving_to = other
             replica.post(m.Withdraw(flight.request.request_id))
-
-    def _better_than(self, flight: Flight, number: int) -> int | None:
-        flight.tried.add(number)
-        if len(flight.tried) > self._settings.hop_limit:
-            return None
-        return self._placement.choose_better(flight, flight.tried | self._absent())
 
     def _move(self, request_id: str, replica: Replica) -> None:
         """Send on a request that a replica has given back."""

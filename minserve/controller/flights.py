@@ -38,7 +38,7 @@ class Flight:
     Attributes:
         request: its arrival is in seconds on the controller's clock.
         outputs: the delivered part of each output, by its index.
-        sequence: the request in the form that estimators of output lengths take.
+        seq: the request in the form that estimators of output lengths take.
         chunks: hashes of its prompt, as `PrefixMap` takes them.
         replica: number of the replica that runs it; ``None`` while none does.
         tried: replicas that could not promise its SLO.
@@ -48,7 +48,7 @@ class Flight:
 
     request: Request
     outputs: list[OutputSoFar]
-    sequence: Sequence
+    seq: Sequence
     chunks: Chunks
     replica: int | None = None
     tried: set[int] = field(default_factory=set)
@@ -60,7 +60,7 @@ class Flight:
         """Return the flight of a request of which nothing was delivered."""
         outputs = [OutputSoFar() for _ in range(request.params.n)]
         chunks = chunks_of(request.prompt_token_ids, request.cache_salt)
-        return cls(request=request, outputs=outputs, sequence=Sequence(request), chunks=chunks)
+        return cls(request=request, outputs=outputs, seq=Sequence(request), chunks=chunks)
 
     @property
     def has_begun(self) -> bool:

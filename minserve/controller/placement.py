@@ -1,72 +1,115 @@
-"""`Placement`: chooses the replica of each request with a router, and keeps the router informed."""
+"""`Placement`: chooses the replica of each request with a router, and keeps the router informed.
+
+The controller and the simulator place their requests with it. They differ in where they know cached
+prefixes from (`Placement.cached_tokens`), and in how a request gets to its replica.
+"""
 
 from __future__ import annotations
 
 import math
-import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
+from typing import Generic, Protocol, TypeVar
 
-from minserve.controller.flights import Flight
-from minserve.controller.prefixes import PrefixMap, chunks_of
-from minserve.controller.replicas import Replica
-from minserve.controller.router import Ask, Router
+from minserve.controller.router import NOBODY, Ask, Router
 from minserve.planner.predict.lengths import LengthEstimator
+from minserve.planner.replica_load import ReplicaLoad
+from minserve.request import Request, Sequence
 
 
-class Placement:
-    """Chooses replicas for flights, and learns from how flights end.
+class Placeable(Protocol):
+    """A request as a placement sees it.
 
-    Args:
-        lengths: learns how long outputs are.
+    Attributes:
+        tried: numbers of the replicas that could not promise its SLO.
     """
 
-    def __init__(self, router: Router, lengths: LengthEstimator) -> None:
+    tried: set[int]
+
+    @property
+    def request(self) -> Request:
+        """The request; its arrival is on the clock of the placement."""
+
+    @property
+    def seq(self) -> Sequence:
+        """One of its outputs, in the form that estimators of output lengths take."""
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens of the prompt and of the longest output so far."""
+
+    @property
+    def has_begun(self) -> bool:
+        """True if it has a token, or an output that ended."""
+
+
+Placed = TypeVar("Placed", bound=Placeable)
+
+
+class Placement(ABC, Generic[Placed]):
+    """Chooses replicas for requests.
+
+    Args:
+        lengths: guesses how long outputs are.
+        hop_limit: number of times that a request may be moved on, while its replica promises it
+            nothing and it has not begun.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        lengths: LengthEstimator,
+        hop_limit: int,
+        clock: Callable[[], float],
+    ) -> None:
         self._router, self._lengths = router, lengths
-        self._prefixes = PrefixMap()
+        self._hop_limit, self._clock = hop_limit, clock
 
-    def joined(self, replica: Replica) -> None:
-        """Note that a replica has joined, with an empty prefix cache."""
-        self._prefixes.forget(replica.number)
-        self._router.report(replica.number, replica.load)
+    @abstractmethod
+    def cached_tokens(self, one: Placed) -> Mapping[int, int]:
+        """Return by replica the leading tokens of a request that it is believed to hold."""
 
-    def reported(self, replica: Replica) -> None:
-        """Give the router the replica's reported load, plus the requests on their way to it."""
-        self._router.report(replica.number, replica.load)
-        for _, ask in replica.under_way:
-            self._router.count_in(replica.number, ask)
+    def report(self, number: int, load: ReplicaLoad, under_way: Iterable[Ask] = ()) -> None:
+        """Give the router a replica's load.
 
-    def ask(self, flight: Flight) -> Ask:
-        """Return what a flight needs from a replica: tokens, deadline and pace."""
-        request = flight.request
+        Args:
+            under_way: the requests on their way to it, which the load does not include.
+        """
+        self._router.report(number, load)
+        for ask in under_way:
+            self._router.count_in(number, ask)
+
+    def ask(self, one: Placed) -> Ask:
+        """Return what a request needs from a replica: tokens, deadline and pace."""
+        request = one.request
         ttft_s, tpot_s = math.inf, math.inf
         if request.targets is not None:
             ttft_s = request.targets.ttft_s
             tpot_s = request.targets.stages[0].tpot_s
         return Ask(
-            prompt_tokens=flight.num_tokens,
-            output_tokens=self._lengths.remaining(flight.sequence),
+            prompt_tokens=one.num_tokens,
+            output_tokens=self._lengths.remaining(one.seq),
             # A request that has begun has no deadline of a first token left to keep.
-            deadline_s=math.inf if flight.has_begun else request.arrival_s + ttft_s,
+            deadline_s=math.inf if one.has_begun else request.arrival_s + ttft_s,
             tpot_s=tpot_s,
-            cached_tokens=self._prefixes.cached(flight.chunks, len(request.prompt_token_ids)),
+            cached_tokens=self.cached_tokens(one),
         )
 
-    def choose(self, ask: Ask, absent: AbstractSet[int]) -> int:
-        """Return the replica for a flight; at least one replica must not be in ``absent``."""
-        return self._router.choose(ask, time.monotonic(), absent)
+    def choose(self, ask: Ask, absent: AbstractSet[int] = NOBODY) -> int:
+        """Return the replica for a request; at least one replica must not be in ``absent``."""
+        return self._router.choose(ask, self._clock(), absent)
 
-    def choose_better(self, flight: Flight, without: AbstractSet[int]) -> int | None:
-        """Return another replica that may promise a flight its SLO; ``None`` if there is none."""
-        return self._router.choose_better(self.ask(flight), time.monotonic(), without)
+    def better_than(
+        self, number: int, one: Placed, absent: AbstractSet[int] = NOBODY
+    ) -> int | None:
+        """Note that a replica promises a request nothing, and return the next one to try.
 
-    def placed(self, flight: Flight, number: int) -> None:
-        """Note that a replica is going to compute a flight's prompt."""
-        self._prefixes.note(number, flight.chunks)
-
-    def ended(self, flight: Flight, index: int) -> None:
-        """Note that an output ended by itself: its length, and which replica holds its KV."""
-        request, seq = flight.request, flight.sequence
-        seq.token_ids = [*request.prompt_token_ids, *flight.outputs[index].token_ids]
-        self._lengths.finished(seq)
-        if flight.replica is not None:
-            self._prefixes.note(flight.replica, chunks_of(seq.token_ids, request.cache_salt))
+        Returns:
+            ``None`` if no other replica may promise the SLO, or the request has moved enough.
+        """
+        one.tried.add(number)
+        if len(one.tried) > self._hop_limit:
+            return None
+        return self._router.choose_better(self.ask(one), self._clock(), one.tried | absent)

@@ -170,8 +170,10 @@ class BlockPool:
         Where an equal block is indexed already, that one stays and the sequence keeps
         its own copy unindexed, so that a block table never changes under a running batch.
         """
+        if not self.prefix_caching:
+            return
         num_full = min(seq.num_computed_tokens // self.block_size, len(seq.block_table))
-        if not self.prefix_caching or num_full <= self._num_committed.get(seq.seq_id, 0):
+        if num_full <= self._num_committed.get(seq.seq_id, 0):
             return
         # The nearest own block in the index ends a chain that is known to be right.
         # Without one (all copies so far) the chain is followed from the start.

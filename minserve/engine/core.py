@@ -2,12 +2,14 @@
 
 Single-threaded and without I/O: engines add and abort requests between two steps and
 pass on the deltas that a step returns. What an iteration has brought is told even if the rest
-of it fails; what goes wrong with one request ends it alone. Nothing but this file and
-`LiveOutput`, which appends tokens for it, changes a `Sequence`.
+of it fails; what goes wrong with one request ends it alone. Nothing but this file, the
+`SequenceTable` that it keeps and the `Output`, which appends tokens for it, changes a `Sequence`.
 
-Where the device runs by itself, an iteration is planned while the one before it runs
-(`minserve.engine.lookahead`)::
+An iteration has two halves. `begin` ends when the device has the batch, and `end` waits for its
+results: `step` is both. On a virtual clock each half is an event of its own. Where the device
+runs by itself, an iteration is planned while the one before it runs (`minserve.engine.lookahead`)::
 
+    half     begin ............................. end ......... begin ...
     host     settle start launch │ plan the next │ wait   apply │ settle start launch │ ...
     device                       └─ batch ───────────────┘      └─ ...                └─ batch
 """
@@ -15,21 +17,21 @@ Where the device runs by itself, an iteration is planned while the one before it
 from __future__ import annotations
 
 import logging
-from bisect import insort
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
+from typing import NamedTuple
 
+from minserve.engine.batch import BatchRunner, RunResult, Scheduled
 from minserve.engine.block_pool import BlockPool
-from minserve.engine.device.runner import Runner, RunResult, Scheduled
-from minserve.engine.live_output import NO_HISTORY, History, LiveOutput
+from minserve.engine.launch import Launch, Results
+from minserve.engine.live_output import NO_HISTORY, End, History, LiveOutput, Output
 from minserve.engine.lookahead import PlanAhead, confirm, project
+from minserve.engine.sequence_table import SequenceTable
+from minserve.engine.speculation.proposal import Proposal, Verified
 from minserve.engine.speculation.proposer import DraftRequest, Proposer
-from minserve.engine.speculation.verification import Proposal, SampledToken, Verified
 from minserve.engine.stats import EngineStats
 from minserve.engine.text.detokenizer import IncrementalDetokenizer
 from minserve.errors import (
-    DeviceLostError,
     GenerationError,
     InvalidPlanError,
     MinserveError,
@@ -39,7 +41,7 @@ from minserve.outputs import OutputDelta
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.plan_check import faults_of
 from minserve.planner.policies.base import Planner
-from minserve.request import FinishReason, RequestEvent, Sequence, SequenceState, by_rank
+from minserve.request import FinishReason, RequestEvent, Sequence, SequenceState
 from minserve.slo.objectives import Standing
 
 log = logging.getLogger(__name__)
@@ -48,28 +50,43 @@ log = logging.getLogger(__name__)
 IDLE_S = 0.5
 
 
+class _InFlight(NamedTuple):
+    """An iteration between its two halves.
+
+    Attributes:
+        began_s: when it began, planning included.
+    """
+
+    plan: IterationPlan
+    batch: list[Scheduled]
+    began_s: float
+    launch: Launch
+
+
 class EngineCore:
     """Runs sequences to their end.
 
     Args:
         runner: carries out batches; must not change sequences.
-        max_model_len: most tokens of a sequence; whoever adds one sees to it.
+        max_model_len: most tokens of a sequence; the caller of `add` sees to it.
         clock: monotonic seconds.
         proposer: drafts tokens where the planner asks for it; ``None`` never does.
         plans_ahead: plan each iteration while the one before it runs. Worth it where the
             device does not need the thread that plans; otherwise a plan made at the last
             moment knows more.
+        stats: counts what happens; ``None`` makes new ones.
 
     Attributes:
-        stats: what was counted so far; `snapshot` adds what others count.
+        stats: all that was counted so far; `snapshot` adds what others count.
         declined: ids of the requests that the newest plan promises nothing and that have not
             begun: another engine may have room for them.
-        speculation: of these, what was drafted and accepted.
+        speculation: of the stats, what was drafted and accepted.
+        table: the outputs under way.
     """
 
     def __init__(
         self,
-        runner: Runner,
+        runner: BatchRunner,
         pool: BlockPool,
         planner: Planner,
         *,
@@ -79,6 +96,7 @@ class EngineCore:
         clock: Callable[[], float],
         proposer: Proposer | None = None,
         plans_ahead: bool = False,
+        stats: EngineStats | None = None,
     ) -> None:
         self.runner = runner
         self.pool = pool
@@ -89,24 +107,23 @@ class EngineCore:
         self.clock = clock
         self.proposer = proposer
         self.plans_ahead = plans_ahead
-        self.stats = EngineStats()
+        self.stats = EngineStats() if stats is None else stats
         self.speculation = self.stats.speculation
-        self.waiting: list[Sequence] = []
-        self.running: list[Sequence] = []
+        self.table = SequenceTable()
+        self.waiting, self.running = self.table.waiting, self.table.running
         self.declined: list[str] = []
         self._ahead: PlanAhead | None = None
-        self._outputs: dict[str, LiveOutput] = {}
-        self._by_request: dict[str, list[str]] = {}
+        self._in_flight: _InFlight | None = None
         self._untold: list[OutputDelta] = []
 
     @property
     def has_work(self) -> bool:
-        return bool(self._outputs)
+        return bool(self.table.outputs)
 
     @property
     def num_unfinished(self) -> int:
-        """Outputs waiting or running."""
-        return len(self._outputs)
+        """The number of outputs that wait or run."""
+        return len(self.table.outputs)
 
     def add(
         self,
@@ -120,69 +137,115 @@ class EngineCore:
         Args:
             marker_ids: of the SLO's stage markers, those that are one token (and may be
                 missing from the text, as special tokens are).
-            history: what was told of it before, by another engine; it goes on behind that as
-                if it had been preempted here.
+            history: the part of it that was told before, by another engine; it goes on behind
+                that as if it had been preempted here.
         """
-        seq.events[RequestEvent.QUEUED] = self.clock()
         output = LiveOutput(seq, detokenizer, marker_ids or {})
-        self._outputs[seq.seq_id] = output
         if history.token_ids:
             output.recall(history)
-        self._by_request.setdefault(seq.request.request_id, []).append(seq.seq_id)
-        insort(self.waiting, seq, key=by_rank)
+        self.enqueue(output)
+
+    def enqueue(self, output: Output) -> None:
+        """Queue an output, whose request fits the model and the pool."""
+        output.seq.events[RequestEvent.QUEUED] = self.clock()
+        self.table.add(output)
 
     def abort(self, request_id: str, error: MinserveError | None = None) -> list[OutputDelta]:
         """End all outputs of a request now and free their blocks; unknown ids are ignored.
 
+        Not to be called between the two halves of an iteration, since the device may still
+        write to the blocks.
+
         Returns:
             a last delta for each, ERROR where an error is given, else ABORT.
         """
-        reason = FinishReason.ABORT if error is None else FinishReason.ERROR
-        return [
-            self._finish(self._outputs[seq_id], reason, error=error)
-            for seq_id in list(self._by_request.get(request_id, ()))
-        ]
+        assert self._in_flight is None, "blocks of a running batch cannot be freed"
+        end = End(FinishReason.ABORT if error is None else FinishReason.ERROR)
+        return [self._finish(one, end, error) for one in self.table.of_request(request_id)]
 
     def abort_all(self, error: MinserveError) -> list[OutputDelta]:
         """`abort` for every request."""
-        return [d for request_id in list(self._by_request) for d in self.abort(request_id, error)]
+        return [delta for one in self.table.request_ids for delta in self.abort(one, error)]
 
     def withdraw(self, request_id: str) -> bool:
         """Forget a request, unless one of its outputs has begun: then it stays."""
-        if request_id not in self._by_request or not self._request_has_not_begun(request_id):
+        outputs = self.table.of_request(request_id)
+        if not outputs or self.table.has_begun(request_id):
             return False
-        for seq_id in self._by_request.pop(request_id):
-            self.waiting.remove(self._outputs.pop(seq_id).seq)
+        for output in outputs:
+            self.table.remove(output.seq)
         return True
 
     def step(self) -> list[OutputDelta]:
-        """One iteration. Returns what is to be published; `take_untold` does where it fails."""
-        started = self.clock()
+        """Run one iteration.
+
+        Returns:
+            all deltas that are to be published; `take_untold` does where it fails.
+        """
+        try:
+            self.begin()
+            return self.end()
+        finally:
+            # Ctrl-C may have come between the two.
+            self._in_flight = None
+
+    def begin(self, takes: Callable[[str], bool] | None = None) -> bool:
+        """Plan an iteration and hand its batch to the device.
+
+        Args:
+            takes: called with the id of each request that the plan promises nothing and that has
+                not begun; returns True if the caller takes it away, so that it is withdrawn.
+
+        Returns:
+            True if the device has a batch now.
+        """
+        assert self._in_flight is None, "the iteration before has not ended"
+        began_s = self.clock()
         self.declined = []
         plan = self._checked(self.plan())
         self._settle(plan)
+        if takes is not None and self.declined:
+            plan = self._give_away(plan, takes)
         batch = self._start(plan)
         self.planner.started(plan)
-        if batch:
-            batch = self._draft(batch, plan)
-            self.stats.batch(batch)
-            ends_at = started + (plan.predicted_s or 0.0)
-            results = self.run(batch, lambda: self._plan_ahead(batch, ends_at))
-            self._apply(batch, results)
-            seconds = self.clock() - started
-            self.planner.observe(plan, seconds)
-            model = self.planner.model
-            profiled_s = None if model is None else model.profiled(plan.shape)
-            self.stats.iteration(plan.predicted_s, profiled_s, seconds)
+        if not batch:
+            return False
+        batch = self._draft(batch, plan)
+        self.stats.batch(batch)
+        launch = Launch(self.runner, batch)
+        self._in_flight = _InFlight(plan, batch, began_s, launch)
+        if self.plans_ahead and not launch.failed:
+            self._plan_ahead(batch, began_s + (plan.predicted_s or 0.0))
+        return True
+
+    def end(self, took_s: float | None = None) -> list[OutputDelta]:
+        """Wait for the batch on the device, if there is one, and apply its results.
+
+        Args:
+            took_s: seconds of the iteration. By default the clock tells; a difference of its
+                times has lost digits that a simulation knows.
+
+        Returns:
+            all deltas that are to be published; `take_untold` does where it fails.
+
+        Raises:
+            DeviceLostError: if the device is beyond running anything.
+        """
+        in_flight, self._in_flight = self._in_flight, None
+        if in_flight is not None:
+            self._apply(in_flight.batch, in_flight.launch.results())
+            seconds = self.clock() - in_flight.began_s if took_s is None else took_s
+            self.planner.observe(in_flight.plan, seconds)
+            self.stats.iteration(in_flight.plan, self.planner.model, seconds)
         return self.take_untold()
 
     def take_untold(self) -> list[OutputDelta]:
-        """What no step has returned, since it failed; each delta is told once."""
+        """Return the deltas that no step has returned, since it failed; each is told once."""
         deltas, self._untold = self._untold, []
         return deltas
 
     def snapshot(self) -> EngineStats:
-        """What was counted so far and how things stand, as a copy; between two steps."""
+        """Return a copy of what was counted so far and how things stand, between two steps."""
         pool = self.pool
         return self.stats.copy(
             num_running=len(self.running),
@@ -201,8 +264,19 @@ class EngineCore:
         """
         self.pool.check_integrity(self.running)
 
+    def view(self) -> PlannerView:
+        """Return the state as the planner sees it."""
+        return PlannerView(
+            waiting=self.waiting,
+            running=self.running,
+            memory=self.pool,
+            token_budget=self.token_budget,
+            max_num_seqs=self.max_num_seqs,
+            speculation=self.proposer,
+        )
+
     def plan(self) -> IterationPlan:
-        """What runs now: as planned ahead, where that still holds, else as planned now."""
+        """Return the plan for now: the one made ahead, where that still holds, else a new one."""
         view, ahead, self._ahead = self.view(), self._ahead, None
         if ahead is not None:
             plan = confirm(ahead, view, self.clock())
@@ -216,8 +290,6 @@ class EngineCore:
 
     def _plan_ahead(self, batch: SequenceOf[Scheduled], ends_at: float) -> None:
         """Plan the next iteration while a batch runs."""
-        if not self.plans_ahead:
-            return
         at = max(ends_at, self.clock())
         try:
             view = project(self.view(), batch, at)
@@ -231,17 +303,6 @@ class EngineCore:
             self.planner.discarded()
             log.exception("planning ahead failed; the next iteration is planned when it is due")
 
-    def view(self) -> PlannerView:
-        """The state as the planner sees it."""
-        return PlannerView(
-            waiting=self.waiting,
-            running=self.running,
-            memory=self.pool,
-            token_budget=self.token_budget,
-            max_num_seqs=self.max_num_seqs,
-            speculation=self.proposer,
-        )
-
     def _ask_planner(self, view: PlannerView, now: float) -> IterationPlan:
         started = self.clock()
         plan = self.planner.plan(view, now)
@@ -249,18 +310,26 @@ class EngineCore:
         return plan
 
     def _checked(self, plan: IterationPlan) -> IterationPlan:
-        """What of a plan can be carried out; whom it contradicts itself about ends here."""
+        """Return the part of a plan that can be carried out.
+
+        The requests about which it contradicts itself or the state end here.
+        """
         view = self.view()
         faults = faults_of(plan, view)
         if not faults:
             return plan
+        outputs = self.table.outputs
         for seq_id, fault in faults.items():
-            if seq_id in self._outputs:
-                self._end_request(self._outputs[seq_id].seq, f"{seq_id} {fault}")
+            if seq_id in outputs:
+                self._end_request(outputs[seq_id].seq, f"{seq_id} {fault}")
             else:
                 log.error("a plan of %s names %s, which %s", self.planner.name, seq_id, fault)
-        plan = plan.only(self._outputs)
-        self.planner.reckon(plan, view)
+        return self._rest_of(plan)
+
+    def _rest_of(self, plan: IterationPlan) -> IterationPlan:
+        """Return a plan without the sequences that are gone."""
+        plan = plan.only(self.table.outputs)
+        self.planner.reckon(plan, self.view())
         return plan
 
     def _end_request(self, seq: Sequence, why: str) -> None:
@@ -271,49 +340,58 @@ class EngineCore:
 
     def _settle(self, plan: IterationPlan) -> None:
         """Carry out what the planner promises, gives up and refuses."""
+        outputs = self.table.outputs
         for seq_id in plan.admit:
-            self._outputs[seq_id].seq.standing = Standing.ADMITTED
+            outputs[seq_id].seq.standing = Standing.ADMITTED
         for seq_id in plan.relegate:
-            self._outputs[seq_id].seq.standing = Standing.BEST_EFFORT
-        self.declined = self._unpromised(plan)
+            outputs[seq_id].seq.standing = Standing.BEST_EFFORT
+        unpromised = [outputs[seq_id].seq for seq_id in (*plan.relegate, *plan.declined)]
+        ids = dict.fromkeys(seq.request.request_id for seq in unpromised)
+        self.declined = [one for one in ids if not self.table.has_begun(one)]
         for seq_id, refusal in plan.reject.items():
-            if seq_id in self._outputs:  # a sibling's refusal may have ended it already
-                request_id = self._outputs[seq_id].seq.request.request_id
+            if seq_id in outputs:  # a sibling's refusal may have ended it already
+                request_id = outputs[seq_id].seq.request.request_id
                 self._untold += self.abort(request_id, refusal.error())
 
-    def _unpromised(self, plan: IterationPlan) -> list[str]:
-        """Ids of requests that a plan promises nothing and that have not begun."""
-        seqs = [self._outputs[seq_id].seq for seq_id in (*plan.declined, *plan.relegate)]
-        ids = dict.fromkeys(seq.request.request_id for seq in seqs)
-        return [one for one in ids if self._request_has_not_begun(one)]
-
-    def _request_has_not_begun(self, request_id: str) -> bool:
-        outputs = (self._outputs[seq_id] for seq_id in self._by_request[request_id])
-        return not any(output.seq.has_begun for output in outputs)
+    def _give_away(self, plan: IterationPlan, takes: Callable[[str], bool]) -> IterationPlan:
+        """Offer the declined requests, and return the plan for those that stay."""
+        taken = [one for one in self.declined if takes(one)]
+        for request_id in taken:
+            self.withdraw(request_id)
+            self.declined.remove(request_id)
+        return self._rest_of(plan) if taken else plan
 
     def _start(self, plan: IterationPlan) -> list[Scheduled]:
         """Carry out preemptions and starts, and make room for the scheduled tokens."""
+        outputs, pool = self.table.outputs, self.pool
         for seq_id in plan.preempt:
-            self._preempt(self._outputs[seq_id].seq)
+            self._preempt(outputs[seq_id].seq)
         # All prefix hits are attached before any block is handed out, lest the growth of one
         # sequence evict another's hit.
         for seq_id in plan.start:
-            self._start_one(self._outputs[seq_id].seq)
-        batch = []
+            self._start_one(outputs[seq_id].seq)
+        batch, num_outputs, speculation = [], len(outputs), plan.speculation
         for seq_id, num_tokens in plan.num_scheduled_tokens.items():
-            if seq_id not in self._outputs:
+            output = outputs.get(seq_id)
+            if output is None:
                 continue  # a sibling has ended it
-            seq = self._outputs[seq_id].seq
-            try:
-                self.pool.grow(seq, num_tokens)
-            except OutOfBlocksError as error:
-                self._end_request(seq, str(error))
-            else:
-                batch.append(Scheduled(seq, num_tokens - plan.speculation.get(seq_id, 0)))
-        return [item for item in batch if item.seq.state is SequenceState.RUNNING]
+            seq = output.seq
+            # Asked here already, since most decodes have their block.
+            if seq.num_computed_tokens + num_tokens > pool.block_size * len(seq.block_table):
+                try:
+                    pool.grow(seq, num_tokens)
+                except OutOfBlocksError as error:
+                    self._end_request(seq, str(error))
+                    continue
+            if speculation:
+                num_tokens -= speculation.get(seq_id, 0)
+            batch.append(Scheduled(seq, num_tokens, None))
+        if len(outputs) < num_outputs:
+            batch = [item for item in batch if item.seq.state is SequenceState.RUNNING]
+        return batch
 
     def _draft(self, batch: list[Scheduled], plan: IterationPlan) -> list[Scheduled]:
-        """The batch with the proposals that the plan asks for."""
+        """Return the batch with the proposals that the plan asks for."""
         if self.proposer is None or not (plan.speculation or plan.catch_up):
             return batch
         wanted = [
@@ -325,151 +403,98 @@ class EngineCore:
         try:
             proposals = self.proposer.propose(wanted)
         except Exception:
-            # Nobody's request depends on a guess.
+            # No request depends on a guess.
             log.exception("drafting failed; this iteration goes on without")
             for one in wanted:
                 self.proposer.forget(one.seq)
-        return [replace(item, proposal=proposals.get(item.seq.seq_id)) for item in batch]
+        return [item._replace(proposal=proposals.get(item.seq.seq_id)) for item in batch]
 
-    def run(
-        self, batch: SequenceOf[Scheduled], meanwhile: Callable[[], None] = lambda: None
-    ) -> dict[str, RunResult | Exception]:
-        """Run the batch; where that fails, each sequence alone, to find whose error it is.
-
-        Args:
-            meanwhile: called while the device has the batch; must not raise.
-
-        Raises:
-            DeviceLostError: where it is nobody's: the device is beyond running anything.
-        """
-        try:
-            launched = self.runner.launch(batch)
-            meanwhile()
-            return dict(launched.results())
-        except Exception as error:
-            if self.runner.is_lost:
-                raise DeviceLostError(
-                    f"{self.runner.device} runs nothing any more; restart the process ({error})"
-                ) from error
-            if len(batch) == 1:
-                log.exception("running %s failed", batch[0].seq)
-                return {batch[0].seq.seq_id: error}
-            log.warning("a batch failed (%s); running its sequences one by one", error)
-            return {k: v for item in batch for k, v in self.run([item]).items()}
-
-    def _apply(
-        self, batch: SequenceOf[Scheduled], results: Mapping[str, RunResult | Exception]
-    ) -> None:
+    def _apply(self, batch: SequenceOf[Scheduled], results: Results) -> None:
         """Advance every sequence of the batch by its result."""
+        outputs = self.table.outputs
         for item in batch:
-            output = self._outputs[item.seq.seq_id]
+            seq_id = item.seq.seq_id
+            output = outputs[seq_id]
             try:
-                self._advance(item, output, results[item.seq.seq_id])
+                self._advance(item, output, results[seq_id])
             except Exception as error:
                 log.exception("taking up the tokens of %s failed", item.seq)
-                if item.seq.seq_id not in self._outputs:
+                if seq_id not in outputs:
                     raise  # it has ended, so that this is not its own error
                 self._untold.append(self._fail(output, error))
 
-    def _advance(self, item: Scheduled, output: LiveOutput, result: RunResult | Exception) -> None:
+    def _advance(self, item: Scheduled, output: Output, result: RunResult | Exception) -> None:
+        """Count the tokens that have run, and append those that were sampled."""
         if isinstance(result, Exception):
             self._untold.append(self._fail(output, result))
             return
-        seq = item.seq
-        if seq.num_computed_tokens == 0:
-            output.prompt_logprobs.clear()
-        if not output.told_prompt:
-            output.prompt_logprobs += result.prompt_logprobs
-        seq.num_computed_tokens += item.num_tokens
+        seq, num_tokens, _ = item
+        sampled = result.sampled
+        if result.prompt_logprobs:
+            output.add_prompt_logprobs(result.prompt_logprobs)
+        if isinstance(sampled, Verified):
+            if self.proposer is not None and seq.is_decoding:
+                self._count(item, sampled)
+            self._append(seq, num_tokens, output, sampled)
+            return
+        seq.num_computed_tokens += num_tokens
         self.pool.commit(seq)
-        if isinstance(result.sampled, GenerationError):
-            self._untold.append(self._fail(output, result.sampled))
-        elif result.sampled is not None:
-            self._count(item, result.sampled)
-            self._untold.append(self._append(output, result.sampled.tokens))
-            self._roll_back(item)
+        if sampled is not None:
+            self._untold.append(self._fail(output, sampled))
 
     def _count(self, item: Scheduled, verified: Verified) -> None:
-        """Keep count of what became of a proposal."""
+        """Keep count of what became of a decode's proposal."""
         num_drafted, seq = len(item.drafted), item.seq
-        if self.proposer is not None:
-            self.planner.verified(seq, num_drafted, verified.num_accepted)
+        self.planner.verified(seq, num_drafted, verified.num_accepted)
         if num_drafted:
             seq.num_draft_tokens += num_drafted
             seq.num_accepted_tokens += verified.num_accepted
             self.speculation.add(num_drafted, verified.num_accepted)
 
-    def _roll_back(self, item: Scheduled) -> None:
-        """Leave nothing of the drafts that were not accepted."""
-        seq = item.seq
-        if self.proposer is not None and seq.state is SequenceState.RUNNING:
+    def _append(self, seq: Sequence, num_run: int, output: Output, verified: Verified) -> None:
+        """Append tokens as far as the output goes, and leave nothing of the drafts beyond.
+
+        Args:
+            num_run: the sequence's own tokens that have run.
+        """
+        now, events = self.clock(), seq.events
+        last = events.get(RequestEvent.TOKENS)
+        if last is None:
+            events[RequestEvent.FIRST_TOKEN] = now
+        events[RequestEvent.TOKENS] = now
+        self.stats.delivered(seq, last, now)
+        num, end = output.append(verified.tokens, now)
+        # Each token but the last has its KV already.
+        seq.num_computed_tokens += num_run + num - 1
+        self.pool.commit(seq)
+        self.stats.num_generation_tokens += num
+        if end is not None:
+            self._untold.append(self._finish(output, end))
+            return
+        news = output.news()
+        if news is not None:
+            self._untold.append(news)
+        if self.proposer is not None:
             self.pool.trim(seq)
             self.proposer.roll_back(seq)
 
-    def _append(self, output: LiveOutput, tokens: SequenceOf[SampledToken]) -> OutputDelta:
-        """Append tokens, each behind the KV of the one before it, as far as the output goes."""
-        seq, now = output.seq, self.clock()
-        self.stats.delivered(seq, now)
-        seq.events.setdefault(RequestEvent.FIRST_TOKEN, now)
-        seq.events[RequestEvent.TOKENS] = now
-        text, end = output.append(tokens[0].token_id, now)
-        num = 1
-        while end is None and num < len(tokens):
-            seq.num_computed_tokens += 1
-            self.pool.commit(seq)
-            more_text, end = output.append(tokens[num].token_id, now)
-            text, num = text + more_text, num + 1
-        self.stats.num_generation_tokens += num
-        news = {
-            "text": text,
-            "token_ids": tuple([token.token_id for token in tokens[:num]]),
-            "logprobs": None
-            if tokens[0].logprob is None
-            else tuple([token.logprob for token in tokens[:num]]),
-        }
-        if end is None:
-            return output.delta(**news)
-        return self._finish(output, end.reason, stop_reason=end.stop_reason, **news)
-
-    def _fail(self, output: LiveOutput, error: Exception) -> OutputDelta:
+    def _fail(self, output: Output, error: Exception) -> OutputDelta:
         if not isinstance(error, MinserveError):
             error = GenerationError(f"generation failed: {type(error).__name__}: {error}")
-        return self._finish(output, FinishReason.ERROR, error=error)
+        return self._finish(output, End(FinishReason.ERROR), error)
 
-    def _finish(
-        self,
-        output: LiveOutput,
-        reason: FinishReason,
-        *,
-        text: str = "",
-        stop_reason: str | int | None = None,
-        **news: object,
-    ) -> OutputDelta:
+    def _finish(self, output: Output, end: End, error: Exception | None = None) -> OutputDelta:
         """End a sequence, free its blocks and forget it."""
         seq = output.seq
-        wants_text = output.detokenizer is not None and reason is not FinishReason.ERROR
-        if wants_text and not isinstance(stop_reason, str):
-            text += output.detokenizer.flush()
-        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+        delta = output.last_news(end, error)
+        if end.reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.planner.finished(seq)
-        delta = output.delta(
-            text=text,
-            finish_reason=reason,
-            stop_reason=stop_reason,
-            slo=output.report(news.get("error")),
-            **news,
-        )
-        (self.running if seq.state is SequenceState.RUNNING else self.waiting).remove(seq)
+        self.table.remove(seq)
         self._release(seq)
         seq.state = SequenceState.FINISHED
-        seq.finish_reason, seq.stop_reason = reason, stop_reason
+        seq.finish_reason, seq.stop_reason = end
         seq.events[RequestEvent.FINISHED] = self.clock()
         self.stats.ended(seq, delta.slo)
-        del self._outputs[seq.seq_id]
-        siblings = self._by_request[seq.request.request_id]
-        siblings.remove(seq.seq_id)
-        if not siblings:
-            del self._by_request[seq.request.request_id]
         return delta
 
     def _start_one(self, seq: Sequence) -> None:
@@ -478,10 +503,8 @@ class EngineCore:
         if seq.num_preemptions == 0:
             seq.num_cached_tokens = seq.num_computed_tokens
             self.stats.started(seq, now)
-        seq.state = SequenceState.RUNNING
         seq.events[RequestEvent.SCHEDULED] = now
-        self.waiting.remove(seq)
-        insort(self.running, seq, key=by_rank)
+        self.table.run(seq)
 
     def _release(self, seq: Sequence) -> None:
         self.pool.release(seq)
@@ -493,7 +516,5 @@ class EngineCore:
         self._release(seq)
         seq.num_computed_tokens = 0
         seq.num_preemptions += 1
-        seq.state = SequenceState.WAITING
         seq.events[RequestEvent.PREEMPTED] = self.clock()
-        self.running.remove(seq)
-        insort(self.waiting, seq, key=by_rank)
+        self.table.wait(seq)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from minserve.blocks import blocks_for
-from minserve.engine.device.runner import Scheduled
+from minserve.engine.batch import Scheduled
 from minserve.planner.plan import IterationPlan, MemoryView, PlannerView, SpeculationView
 from minserve.request import Sequence
 

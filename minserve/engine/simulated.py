@@ -1,7 +1,8 @@
-"""An engine core without a device: a batch takes the time that a performance model says.
+"""`SimulatedRunner`: lets a batch take the time that a performance model says, by the real clock.
 
-All else is real: planner, block pool, text, endpoint. It is for trying out how many requests
-a setup can take, and how many replicas behave together, on a machine that could not run them.
+All else is real: planner, block pool, text, endpoint. It serves to try out how many requests a
+setup can take, and how many replicas behave together, on a machine that could not run them. (On a
+virtual clock, without text and endpoint, `minserve.simulator` does the same.)
 Tokens are made up, the same for the same seed and position: words, which a tokenizer splits
 as they were joined, so that a chat that comes back is found in the prefix cache.
 """
@@ -17,17 +18,16 @@ import torch
 
 from minserve.config import EngineConfig
 from minserve.devices import Device, find_device
+from minserve.engine.batch import RunResult, Scheduled, shape_of
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.core import EngineCore
-from minserve.engine.device.runner import RunResult, Scheduled
-from minserve.engine.speculation.verification import SampledToken, Verified
+from minserve.engine.speculation.proposal import SampledToken, Verified
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import ConfigError, GenerationError
 from minserve.models.source import ModelSource
 from minserve.planner.policies.registry import make_planner
-from minserve.planner.predict.eager import is_eager
 from minserve.planner.predict.lengths import make_length_estimator
-from minserve.planner.predict.perf_model import BatchShape, PerfModel
+from minserve.planner.predict.perf_model import PerfModel
 from minserve.request import Sequence
 
 TOKEN_BUDGET = 8192
@@ -47,7 +47,7 @@ class SimulatedBatch:
         self._batch, self._ends_at, self._words = batch, ends_at, words
 
     def results(self) -> dict[str, RunResult]:
-        """Waits for the end."""
+        """Wait for the end of the batch, and return made-up tokens."""
         time.sleep(max(0.0, self._ends_at - time.monotonic()))
         return {item.seq.seq_id: self._result(item) for item in self._batch}
 
@@ -65,7 +65,7 @@ class SimulatedRunner:
     """Takes the place of a `ModelRunner`.
 
     Args:
-        words: token ids to make outputs of.
+        words: token ids that outputs are made of.
     """
 
     device = torch.device("cpu")
@@ -75,21 +75,19 @@ class SimulatedRunner:
         self._model, self._words = model, words
 
     def launch(self, batch: SequenceOf[Scheduled]) -> SimulatedBatch:
-        """The batch begins now."""
-        eager = is_eager(len(batch), sum(item.seq.is_decoding for item in batch))
-        shape = BatchShape.of(((item.start, item.num_tokens) for item in batch), eager=eager)
-        ends_at = time.monotonic() + self._model.profiled(shape)
+        """Begin a batch now."""
+        ends_at = time.monotonic() + self._model.profiled(shape_of(batch))
         return SimulatedBatch(batch, ends_at, self._words)
 
 
 def made_up_token(seq: Sequence, words: SequenceOf[int]) -> int:
-    """The next token of a sequence, always the same one."""
+    """Return the next token of a sequence, which is always the same one."""
     number = (seq.request.seed + seq.index) * _SPREAD + seq.num_output_tokens * _STEP
     return words[(number >> 20) % len(words)]
 
 
 def find_words(tokenizer: Tokenizer) -> list[int]:
-    """Token ids of whole words with the space before them; any tokens where there are none."""
+    """Return token ids of whole words with the space before them; without any, all tokens."""
     found = [
         token
         for token in range(min(tokenizer.vocab_size, SEARCHED))
@@ -103,16 +101,19 @@ def find_words(tokenizer: Tokenizer) -> list[int]:
 def load_simulated_core(
     config: EngineConfig, source: ModelSource
 ) -> tuple[EngineCore, Tokenizer, int]:
-    """A core on the device of ``config.profile``, the model's tokenizer, and the most tokens
-    of a sequence.
+    """Load what an engine on the device of ``config.profile`` needs.
+
+    Returns:
+        a core, the model's tokenizer, and the most tokens of a sequence.
 
     Raises:
         ConfigError: where a setting does not fit a simulated device.
         WorkloadError: where the profile cannot be read.
     """
+    assert config.profile is not None, "the configuration sees to it"
     device = find_device(config.profile)
-    if config.token_budget is None:
-        config = replace(config, token_budget=TOKEN_BUDGET)
+    budget = TOKEN_BUDGET if config.token_budget is None else config.token_budget
+    config = replace(config, token_budget=budget)  # checks the other settings against it
     if config.speculator not in ("auto", "off") or config.draft_model is not None:
         raise ConfigError("a simulated device drafts nothing; leave the speculator off")
     tokenizer = Tokenizer.load(source, config.tokenizer)
@@ -135,7 +136,7 @@ def load_simulated_core(
         SimulatedRunner(device.perf_model(), find_words(tokenizer)),
         BlockPool(num_blocks, config.block_size, prefix_caching=config.prefix_caching),
         planner,
-        token_budget=config.token_budget,
+        token_budget=budget,
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
         clock=time.monotonic,

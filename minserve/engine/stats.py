@@ -1,4 +1,4 @@
-"""What an engine has done so far, in plain numbers: `EngineStats`, counted by the core.
+"""`EngineStats`: the counts of all that an engine has done so far; the core counts.
 
 Requests here are outputs: one that asks for ``n`` of them counts ``n`` times, its prompt once.
 All times are seconds on the engine's clock. A request arrives when it has been checked and its
@@ -12,9 +12,12 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
-from minserve.engine.device.runner import Scheduled
+from minserve.engine.batch import Scheduled
 from minserve.engine.speculation.proposer import SpeculationStats
+from minserve.planner.plan import IterationPlan
+from minserve.planner.predict.perf_model import PerfModel
 from minserve.request import FinishReason, RequestEvent, Sequence
 from minserve.slo.attainment import Outcome, SLOReport
 from minserve.slo.objectives import CUSTOM
@@ -28,11 +31,11 @@ BATCH_TOKENS = (0, *(2**e for e in range(15)))
 
 
 class Histogram:
-    """How often a number fell into which bucket, cheap enough for every token.
+    """Counts how often a number fell into which bucket; cheap enough for every token.
 
     Attributes:
         bounds: upper bounds of the buckets, rising; a bound belongs to the bucket below it.
-        counts: per bucket, and last of what was above them all.
+        counts: one for each bucket, and a last one for numbers above all bounds.
         total: sum of all numbers observed.
     """
 
@@ -49,7 +52,7 @@ class Histogram:
         self.total += value
 
     def copy(self) -> Histogram:
-        """The counts as they are."""
+        """Return a copy of the counts as they are."""
         twin = Histogram(self.bounds)
         twin.counts, twin.total = self.counts.copy(), self.total
         return twin
@@ -76,31 +79,33 @@ class EngineStats:
     """Counts since the start, and the state after the newest iteration.
 
     Attributes:
-        num_running, num_waiting: now.
+        num_running, num_waiting: sequences that run and that wait now.
         kv_usage: share of the KV blocks in use, 0 to 1; cached blocks that nobody uses are free.
         num_prefix_queries, num_prefix_hits: tokens of started sequences that were looked up
             in the prefix cache, and of these those found.
         num_preemptions: times that a running sequence gave up its blocks.
-        num_prompt_tokens: of requests whose first output has begun.
-        num_generation_tokens: tokens of outputs.
+        num_prompt_tokens: prompt tokens of requests whose first output has begun.
+        num_generation_tokens: tokens of all outputs.
         finished: outputs that ended, by reason.
         slo_requests: outputs with an SLO that ended, by class and outcome. The classes are
             those of `add_classes`; any other counts as ``custom``. An aborted output counts
             only where it was late by then.
-        ttft_s: from arrival to the first token.
-        inter_token_s: between two deliveries to one output; by speculation a delivery may
+        ttft_s: seconds from arrival to the first token.
+        inter_token_s: seconds between two deliveries to one output; by speculation a delivery may
             bring several tokens.
-        e2e_s: from arrival to the last token, of outputs that stopped or reached their length.
-        queue_s: from arrival to the first start.
-        iteration_s, predicted_s, profiled_s: of iterations that ran something, with the
-            planning that they waited for; as the planner predicted them, where it could; and as
-            the device's profile has them, without what was learned since.
-        surprises: measured over predicted time of each of these.
-        planning_s: of each plan.
+        e2e_s: seconds from arrival to the last token, of outputs that stopped or reached their length.
+        queue_s: seconds from arrival to the first start.
+        iteration_s: seconds of iterations that ran something, with the planning that they waited
+            for.
+        predicted_s: seconds of the same iterations as the planner predicted them, where it could.
+        profiled_s: seconds of the same iterations by the device's profile, which knows nothing of
+            what was learned since.
+        surprises: measured over predicted seconds of each of these iterations.
+        planning_s: seconds of each plan.
         plans_ahead: plans made while an iteration ran, by whether they ``held`` when it had
             ended or were ``discarded``.
-        prefill_tokens, decode_tokens, draft_tokens: that one iteration ran.
-        speculation: what was drafted and accepted.
+        prefill_tokens, decode_tokens, draft_tokens: tokens of each kind that one iteration ran.
+        speculation: counts of drafted and accepted tokens.
         profile_completeness: share of the measurements of a full profile of the device that were
             made, 0 to 1: the profile is rough until all were, and there is none at 0.
     """
@@ -142,12 +147,11 @@ class EngineStats:
                 self.slo_requests.setdefault((name, outcome), 0)
 
     def started(self, seq: Sequence, now: float) -> None:
-        """A sequence left the queue for the first time."""
+        """Count that a sequence has left the queue for the first time."""
         self.queue_s.observe(now - seq.request.arrival_s)
 
-    def delivered(self, seq: Sequence, now: float) -> None:
-        """New tokens have come; to be told before the sequence notes the event."""
-        last = seq.events.get(RequestEvent.TOKENS)
+    def delivered(self, seq: Sequence, last: float | None, now: float) -> None:
+        """Count that new tokens have come, and when the ones before them did."""
         if last is not None:
             self.inter_token_s.observe(now - last)
             return
@@ -156,21 +160,22 @@ class EngineStats:
             self.num_prompt_tokens += seq.num_prompt_tokens
 
     def ended(self, seq: Sequence, report: SLOReport | None) -> None:
-        """A sequence has finished, for whatever reason."""
+        """Count that a sequence has finished, for any reason."""
         reason, now = seq.finish_reason, seq.events[RequestEvent.FINISHED]
+        assert reason is not None, "a finished sequence has its reason"
         self.finished[reason] += 1
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.e2e_s.observe(now - seq.request.arrival_s)
-        if report is None:
+        if report is None or seq.progress is None:
             return
-        # Whoever leaves while all is in time says nothing of the SLO.
+        # A client that leaves while all is in time says nothing of the SLO.
         if reason is FinishReason.ABORT and (report.attained or not seq.progress.is_broken(now)):
             return
         key = (report.name, report.outcome)
         self.slo_requests[key if key in self.slo_requests else (CUSTOM, report.outcome)] += 1
 
     def batch(self, batch: SequenceOf[Scheduled]) -> None:
-        """A batch is about to run; afterwards its prefills may be decodes."""
+        """Count the tokens of a batch that is about to run; its prefills may be decodes after."""
         prefill = decode = drafted = 0
         for item in batch:
             if item.seq.is_decoding:
@@ -182,23 +187,24 @@ class EngineStats:
         self.decode_tokens.observe(decode)
         self.draft_tokens.observe(drafted)
 
-    def iteration(
-        self, predicted_s: float | None, profiled_s: float | None, measured_s: float
-    ) -> None:
-        """A batch has run."""
+    def iteration(self, plan: IterationPlan, model: PerfModel | None, measured_s: float) -> None:
+        """Count an iteration that has run as planned, and how long it took."""
         self.iteration_s.observe(measured_s)
-        if profiled_s is not None:
-            self.profiled_s.observe(profiled_s)
-        if predicted_s is not None:
-            self.predicted_s.observe(predicted_s)
-            self.surprises.observe(measured_s / predicted_s)
+        if model is not None:
+            self.profiled_s.observe(model.profiled(plan.shape))
+        if plan.predicted_s is not None:
+            self.predicted_s.observe(plan.predicted_s)
+            self.surprises.observe(measured_s / plan.predicted_s)
 
     def copy(self, **state: float) -> EngineStats:
-        """All counts as they are, with the given fields replaced."""
+        """Return all counts as they are, with the given fields replaced."""
         places = self.speculation.num_accepted_per_pos.copy()
-        own = {"speculation": replace(self.speculation, num_accepted_per_pos=places)}
+        own: dict[str, Any] = {
+            "speculation": replace(self.speculation, num_accepted_per_pos=places),
+            **state,
+        }
         for one in fields(self):
             value = getattr(self, one.name)
             if isinstance(value, (dict, Histogram)):
                 own[one.name] = value.copy()
-        return replace(self, **own, **state)
+        return replace(self, **own)

@@ -89,6 +89,7 @@ class DeviceTime:
         return stalled
 
     def _next_stall(self) -> None:
+        assert self._stall_every_s is not None, "asked only where there are stalls"
         gap = self._stalls.expovariate(1 / self._stall_every_s)
         self._stall_from = self._stall_until + gap
         self._stall_until = self._stall_from + self._stalls.uniform(*STALL_S)

@@ -26,7 +26,8 @@ from minserve.planner.batching.batch_builder import WATERMARK
 from minserve.request import Sequence, SequenceState
 from minserve.simulator.events import EventLoop
 from minserve.simulator.offered_load import OfferedLoad
-from minserve.simulator.simulated_replica import SimulatedReplica, SimulatedSequence
+from minserve.simulator.simulated_replica import SimulatedReplica
+from minserve.simulator.simulated_sequence import SimulatedSequence
 
 # NVLink of an A100: 600 GB/s in both directions together (NVIDIA's data sheet).
 NVLINK_BYTES_S = 300e9
@@ -49,7 +50,7 @@ class PrefillReplica(SimulatedReplica):
         """Return the tokens to compute until this sequence would have its first token."""
         return self.num_tokens + self._work(seq)
 
-    def _work(self, seq: SimulatedSequence) -> int:
+    def _work(self, seq: Sequence) -> int:
         return seq.num_tokens - self.pool.cached_prefix(seq).num_tokens
 
     def _idle(self) -> float:
@@ -59,10 +60,10 @@ class PrefillReplica(SimulatedReplica):
 
     def take_prefilled(self) -> list[SimulatedSequence]:
         """Remove and return the sequences that have their first token, to continue elsewhere."""
-        ready, self.running = self.running, []
+        ready = [self._sequences.pop((s.request.request_id, s.index)) for s in self.core.running]
         for seq in ready:
-            del self._by_id[seq.seq_id]
-        self.num_tokens = sum(self._work(seq) for seq in self.waiting)
+            self.core.table.remove(seq)
+        self.num_tokens = sum(self._work(seq) for seq in self.core.waiting)
         return ready
 
 
@@ -77,11 +78,12 @@ class DecodeReplica(SimulatedReplica):
 
     def has_room(self, seq: SimulatedSequence) -> bool:
         """Return whether a sequence's KV and next token fit. Preempted sequences go before it."""
-        if self.waiting or len(self.running) + self.num_coming >= self.max_num_seqs:
+        core = self.core
+        if core.waiting or len(core.running) + self.num_coming >= core.max_num_seqs:
             return False
         pool, hit = self.pool, self.pool.cached_prefix(seq)
         needed = -(-seq.num_tokens // pool.block_size) - hit.num_tokens // pool.block_size
-        spare = int(WATERMARK * pool.num_blocks) if self.running or self.num_coming else 0
+        spare = int(WATERMARK * pool.num_blocks) if core.running or self.num_coming else 0
         return needed + hit.num_idle_blocks + spare <= pool.num_free_blocks
 
     def expect(self, seq: SimulatedSequence) -> int:
@@ -99,8 +101,7 @@ class DecodeReplica(SimulatedReplica):
         self.num_coming -= 1
         self.pool.commit(seq)
         self.submit(seq)
-        self.waiting.remove(seq)
-        self._run(seq)
+        self.core.table.run(seq)
 
 
 class DistServeCluster:
@@ -124,6 +125,11 @@ class DistServeCluster:
         self._handover: list[tuple[SimulatedSequence, PrefillReplica]] = []
         self.load: OfferedLoad | None = None
 
+    @property
+    def _load(self) -> OfferedLoad:
+        assert self.load is not None, "set before the first request arrives"
+        return self.load
+
     def arrive(self, *seqs: SimulatedSequence) -> None:
         """Take a new request, with all of its outputs, and give it to a prefill replica."""
         replica = min(self._prefills, key=lambda one: one.load(seqs[0]))
@@ -134,13 +140,13 @@ class DistServeCluster:
     def _begin(self, replica: SimulatedReplica) -> None:
         if replica.busy or not replica.has_work:
             return
-        seconds, _ = replica.begin(self._loop.now)
+        seconds, _ = replica.begin()
         if seconds < math.inf:
             self._loop.at(self._loop.now + seconds, lambda: self._end(replica))
 
     def _end(self, replica: SimulatedReplica) -> None:
-        for seq in replica.end(self._loop.now):
-            self.load.ended(seq)
+        for seq in replica.end():
+            self._load.ended(seq)
         if isinstance(replica, PrefillReplica):
             self._handover += [(seq, replica) for seq in replica.take_prefilled()]
         self._hand_over()

@@ -18,6 +18,10 @@ class EventLoop:
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
 
+    def clock(self) -> float:
+        """Return the time, for those who ask for it by a call."""
+        return self.now
+
     def at(self, time: float, call: Callable[[], None]) -> None:
         """Make the call at this time, or now if the time has passed."""
         self._count += 1

@@ -9,7 +9,8 @@ from minserve.planner.predict.perf_model import PerfModel
 from minserve.request import Request
 from minserve.sampling_params import SamplingParams
 from minserve.simulator.events import EventLoop
-from minserve.simulator.simulated_replica import SimulatedSequence
+from minserve.simulator.simulated_sequence import SimulatedSequence, outputs_of
+from minserve.slo.attainment import Progress
 from minserve.slo.objectives import Standing
 from minserve.workload.conversation import Conversation, Turn
 from minserve.workload.verdict import Cause, Verdict, cause_of_miss
@@ -74,7 +75,7 @@ class OfferedLoad:
         place.num_open -= 1
         if place.num_open:
             return
-        seq, every = seq.siblings[0], [one.progress for one in seq.siblings]
+        seq, every = seq.siblings[0], [_progress(one) for one in seq.siblings]
         # The engine's clock began when it had the request; the client has waited since it was due.
         for progress in every:
             progress.arrival_s = place.due_s
@@ -108,9 +109,9 @@ class OfferedLoad:
     def _send(self, place: _Place, before: SimulatedSequence | None) -> None:
         turn = self._workload[place.conversation].turns[place.number]
         self._num_sent += 1
-        prompt = [] if before is None else before.token_ids[: turn.shared_tokens]
+        said = [] if before is None else before.token_ids[: turn.shared_tokens]
         # The tokens that belong to one prompt alone equal those of no other prompt.
-        prompt = (*prompt, *(self._num_sent,) * (turn.prompt_tokens - len(prompt)))
+        prompt = (*said, *(self._num_sent,) * (turn.prompt_tokens - len(said)))
         room = self._max_model_len - turn.prompt_tokens
         request = Request(
             request_id=str(self._num_sent),
@@ -127,24 +128,18 @@ class OfferedLoad:
             ),
         )
         self._lengths[request.request_id] = turn.output_tokens
-        seqs = [
-            SimulatedSequence(request, index, turn=turn, conversation=place.conversation)
-            for index in range(turn.n)
-        ]
-        for seq in seqs:
-            seq.siblings = seqs
         place.num_open = turn.n
         self._places[request.request_id] = place
-        self._arrive(*seqs)
+        self._arrive(*outputs_of(request, turn, place.conversation))
 
     def _note(
         self, seq: SimulatedSequence, place: _Place, cause: Cause | None, attained_mean: bool
     ) -> None:
         del self._lengths[seq.request.request_id], self._places[seq.request.request_id]
-        every = [one.progress for one in seq.siblings]
+        every = [_progress(one) for one in seq.siblings]
         self._add(
             Verdict(
-                name=seq.request.slo.name,
+                name=seq.turn.slo.name,
                 arrival_s=place.due_s,
                 cause=cause,
                 attained_mean=attained_mean,
@@ -161,6 +156,11 @@ class OfferedLoad:
     def _add(self, verdict: Verdict) -> None:
         self.verdicts.append(verdict)
         self._progressed(self)
+
+
+def _progress(seq: SimulatedSequence) -> Progress:
+    assert seq.progress is not None, "every turn has an SLO"
+    return seq.progress
 
 
 def first_longer(workload: Sequence[Conversation], longest: int) -> Turn | None:

@@ -34,7 +34,8 @@ from minserve.simulator.distserve import (
 )
 from minserve.simulator.events import EventLoop
 from minserve.simulator.offered_load import OfferedLoad, Progressed, first_longer
-from minserve.simulator.simulated_replica import SimulatedProposer, SimulatedReplica
+from minserve.simulator.simulated_device import SimulatedProposer
+from minserve.simulator.simulated_replica import SimulatedReplica
 from minserve.workload.conversation import Conversation
 from minserve.workload.verdict import Verdict
 
@@ -326,7 +327,11 @@ def _cluster(
         return _distserve(setup, loop, prefix_caching=prefix_caching)
     replicas = [
         _replica(
-            setup, number, make(setup, _estimator(setup, lengths)), prefix_caching=prefix_caching
+            setup,
+            number,
+            make(setup, _estimator(setup, lengths)),
+            loop,
+            prefix_caching=prefix_caching,
         )
         for number in range(setup.replicas)
     ]
@@ -359,7 +364,7 @@ def _estimator(setup: Setup, lengths: dict[str, int]) -> LengthEstimator:
 
 
 def _replica(
-    setup: Setup, number: int, planner: Planner, *, prefix_caching: bool
+    setup: Setup, number: int, planner: Planner, loop: EventLoop, *, prefix_caching: bool
 ) -> SimulatedReplica:
     proposer = None
     if setup.max_speculation:
@@ -369,6 +374,7 @@ def _replica(
         planner,
         _pool(setup, prefix_caching=prefix_caching),
         _truth(setup),
+        clock=loop.clock,
         token_budget=setup.budget,
         max_num_seqs=setup.max_num_seqs,
         proposer=proposer,
@@ -386,6 +392,7 @@ def _distserve(setup: Setup, loop: EventLoop, *, prefix_caching: bool) -> DistSe
             FcfsPlanner(setup.device.perf_model(), chunked_prefill=False),
             _pool(setup, prefix_caching=prefix_caching),
             _truth(setup),
+            clock=loop.clock,
             token_budget=setup.budget,
             max_num_seqs=setup.max_num_seqs,
             device_time=_device_time(setup, number),
@@ -397,6 +404,7 @@ def _distserve(setup: Setup, loop: EventLoop, *, prefix_caching: bool) -> DistSe
             SarathiPlanner(setup.device.perf_model()),
             _pool(setup, prefix_caching=prefix_caching),
             _truth(setup),
+            clock=loop.clock,
             token_budget=max(SARATHI_BUDGET, setup.max_num_seqs),
             max_num_seqs=setup.max_num_seqs,
             device_time=_device_time(setup, num_prefills + number),

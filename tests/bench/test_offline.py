@@ -18,7 +18,8 @@ from offline import OfflineBenchmark, parse_args, summary
 from scripted_server import ScriptedServer, scripted_server
 from waiting import wait_until
 
-from minserve.engine.device.runner import ModelRunner, Scheduled
+from minserve.engine.batch import Scheduled
+from minserve.engine.device.runner import ModelRunner
 from minserve.models.loader import open_checkpoint
 from minserve.models.source import find_model, load_config
 from minserve.slo.objectives import StageTarget, Targets

@@ -16,7 +16,7 @@ from speculative import (
     parse,
 )
 
-from minserve.engine.speculation.verification import SampledToken, Verified
+from minserve.engine.speculation.proposal import SampledToken, Verified
 from minserve.outputs import CompletionOutput, TokenLogprob
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams

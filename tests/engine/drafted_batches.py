@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minserve.engine.sampling.distribution import SamplingRow
 from minserve.engine.sampling.sampler import Sampler
-from minserve.engine.speculation.verification import Proposal
+from minserve.engine.speculation.proposal import Proposal
 from minserve.request import Sequence
 
 SAMPLER = Sampler()

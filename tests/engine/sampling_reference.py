@@ -8,7 +8,7 @@ from collections import Counter
 import torch
 
 from minserve.engine.sampling.sampler import Sampler
-from minserve.engine.speculation.verification import SampledToken
+from minserve.engine.speculation.proposal import SampledToken
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
 

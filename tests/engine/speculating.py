@@ -11,8 +11,8 @@ import torch
 from minserve import Engine, SamplingParams
 from minserve.engine.device.batch_tensors import Chunk
 from minserve.engine.device.paged_model import PagedModel
+from minserve.engine.speculation.proposal import Proposal
 from minserve.engine.speculation.proposer import DraftRequest, Proposer
-from minserve.engine.speculation.verification import Proposal
 from minserve.outputs import CompletionOutput, OutputDelta
 from minserve.planner.predict.perf_model import PerfModel, Piece
 from minserve.request import Sequence

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minserve.engine.batch import RunResult, Scheduled
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.core import EngineCore
-from minserve.engine.device.runner import RunResult, Scheduled
+from minserve.engine.speculation.proposal import SampledToken, Verified
 from minserve.engine.speculation.proposer import NgramProposer
-from minserve.engine.speculation.verification import SampledToken, Verified
 from minserve.errors import SLOUnattainableError
 from minserve.outputs import OutputDelta
-from minserve.planner.policies.registry import PROMISING, make_planner
+from minserve.planner.policies.registry import make_planner, promising_policies
 from minserve.planner.predict.perf_model import BatchShape, PerfModel, Piece
 from minserve.request import FinishReason, Request, Sequence
 from minserve.sampling_params import SamplingParams
@@ -215,9 +215,9 @@ def test_every_output_ends_once_and_promises_are_to_whole_requests(
         asked = script[int(name)]
         assert all(isinstance(error, SLOUnattainableError) for error in errors), errors
         assert asked.slo.refuses_delay
-        assert house.policy in PROMISING
+        assert house.policy in promising_policies()
         assert len(errors) == asked.n
-    if house.policy not in PROMISING:
+    if house.policy not in promising_policies():
         standings = {seq.standing for seqs in play.sequences.values() for seq in seqs}
         assert Standing.ADMITTED not in standings
     core = play.core

@@ -138,7 +138,7 @@ def test_an_output_whose_text_cannot_be_made_ends_alone(
     def broken(_: list[int]) -> Any:
         raise RuntimeError("no such letter")
 
-    monkeypatch.setattr(engine._core._outputs[bad].detokenizer, "add", broken)
+    monkeypatch.setattr(engine._core.table.outputs[bad].detokenizer, "add", broken)
     told = drain(engine)
     assert [token for d in told[good] for token in d.token_ids] == alone.outputs[0].token_ids
     (end,) = told[bad]

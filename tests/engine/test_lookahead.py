@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from minserve import SLO, SamplingParams
+from minserve.engine.batch import Scheduled
 from minserve.engine.block_pool import BlockPool
-from minserve.engine.device.runner import Scheduled
 from minserve.engine.lookahead import PlanAhead, confirm, project
 from minserve.planner.plan import IterationPlan, PlannerView, Refusal
 from minserve.request import Request, Sequence, SequenceState

@@ -13,7 +13,8 @@ import pytest
 from speculating import DEVICE, PROMPTS, essence, make_engine
 
 from minserve import SLO, Engine, SamplingParams
-from minserve.engine.device.runner import InFlightBatch, RunResult, Scheduled
+from minserve.engine.batch import RunResult, Scheduled
+from minserve.engine.device.runner import InFlightBatch
 from minserve.errors import GenerationError, SLOUnattainableError
 from minserve.outputs import CompletionOutput
 from minserve.planner.plan import IterationPlan, PlannerView

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from minserve.engine.stats import BATCH_TOKENS, ITERATION_SECONDS, EngineStats, Histogram
+from minserve.planner.plan import IterationPlan
+from minserve.planner.predict.perf_model import PerfModel, Piece
 from minserve.request import FinishReason, Request, RequestEvent, Sequence
 from minserve.sampling_params import SamplingParams
 from minserve.slo.attainment import Outcome, report
@@ -27,7 +29,7 @@ def sequence(name: str, *, ttft_s: float = 1.0, num_prompt_tokens: int = 3) -> S
 
 
 def deliver(stats: EngineStats, seq: Sequence, now: float) -> None:
-    stats.delivered(seq, now)
+    stats.delivered(seq, seq.events.get(RequestEvent.TOKENS), now)
     seq.events[RequestEvent.TOKENS] = now
     seq.progress.add_token(now)
 
@@ -99,7 +101,7 @@ def test_a_copy_stays_as_it_is() -> None:
     stats = EngineStats()
     copied = stats.copy(num_running=3, kv_usage=0.5)
     assert (copied.num_running, copied.kv_usage) == (3, 0.5)
-    stats.iteration(0.1, 0.1, 0.2)
+    stats.iteration(IterationPlan(predicted_s=0.1), PerfModel([Piece(tokens=1e-3, base=0.1)]), 0.2)
     stats.batch([])
     stats.speculation.add(4, 2)
     seq = sequence(CUSTOM)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from replay import Replay
 
-from minserve.engine.device.runner import Scheduled
+from minserve.engine.batch import Scheduled
 from minserve.engine.lookahead import PlanAhead, confirm, project
 from minserve.planner.plan import IterationPlan
 from minserve.request import Sequence

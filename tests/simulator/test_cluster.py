@@ -17,7 +17,8 @@ from minserve.planner.replica_load import load_of
 from minserve.simulator.cluster import Cluster
 from minserve.simulator.events import EventLoop
 from minserve.simulator.offered_load import OfferedLoad
-from minserve.simulator.simulated_replica import SimulatedReplica, SimulatedSequence
+from minserve.simulator.simulated_replica import SimulatedReplica
+from minserve.simulator.simulated_sequence import SimulatedSequence
 from minserve.workload.conversation import Conversation, num_turns
 
 
@@ -43,6 +44,7 @@ class Watched:
                 make_planner(policy, model=device(slowness=16 if i < num_slow else 1)),
                 BlockPool(128, 16),
                 device(slowness=16 if i < num_slow else 1),
+                clock=self.loop.clock,
                 token_budget=512,
                 max_num_seqs=64,
             )

@@ -78,14 +78,14 @@ class Apart:
         self.prefills = [
             PrefillReplica(
                 FcfsPlanner(model(), chunked_prefill=False), BlockPool(prefill_blocks, 16),
-                model(), token_budget=512, max_num_seqs=64,
+                model(), clock=self.loop.clock, token_budget=512, max_num_seqs=64,
             )
             for _ in range(ratio[0])
         ]  # fmt: skip
         self.decodes = [
             DecodeReplica(
                 SarathiPlanner(model()), BlockPool(decode_blocks, 16), model(),
-                token_budget=512, max_num_seqs=64,
+                clock=self.loop.clock, token_budget=512, max_num_seqs=64,
             )
             for _ in range(ratio[1])
         ]  # fmt: skip

@@ -1,18 +1,23 @@
-"""The simulator against the engine core itself, with time as the only thing that is not real."""
+"""The simulator against a server's engine core, with time as the only thing that is not real, and
+against a slow twin of the loop that both share.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from heapq import heappop, heappush
+from typing import Any
 
 import pytest
-from toy import TOY, chats, singles
+from reference_replica import ReferenceDrafter, ReferenceReplica
+from toy import PIECE, TOY, chats, singles
 
+from minserve.devices import Device
+from minserve.engine.batch import RunResult, Scheduled
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.core import EngineCore
-from minserve.engine.device.runner import RunResult, Scheduled
-from minserve.engine.speculation.verification import SampledToken, Verified
+from minserve.engine.speculation.proposal import SampledToken, Verified
 from minserve.planner.policies.base import Planner
 from minserve.planner.policies.registry import make_planner, promising_policies
 from minserve.planner.predict.lengths import QuantileLengths
@@ -22,8 +27,10 @@ from minserve.sampling_params import SamplingParams
 from minserve.simulator.cluster import Cluster
 from minserve.simulator.events import EventLoop
 from minserve.simulator.offered_load import OfferedLoad
+from minserve.simulator.simulated_device import SimulatedProposer
 from minserve.simulator.simulated_replica import IDLE_S, SimulatedReplica
 from minserve.slo.attainment import Progress
+from minserve.slo.objectives import OnUnattainable, preset_classes
 from minserve.workload.conversation import Conversation
 
 BLOCK_SIZE = 16
@@ -77,11 +84,11 @@ class TimedRunner:
         return Verified((SampledToken(END if ends else seq.request.seed, None),), 0)
 
 
-def planner_of(policy: str) -> Planner:
+def planner_of(policy: str, device: Device = TOY) -> Planner:
     return make_planner(
         policy,
         chunked_prefill=policy != "fcfs",
-        model=TOY.perf_model(),
+        model=device.perf_model(),
         **({"lengths": QuantileLengths()} if policy in promising_policies() else {}),
     )
 
@@ -188,15 +195,24 @@ def of_several(workload: list[Conversation]) -> list[Conversation]:
 
 
 def simulated(
-    workload: list[Conversation], policy: str, num_blocks: int, budget: int
-) -> tuple[dict[str, list[float]], SimulatedReplica]:
+    workload: list[Conversation],
+    policy: str,
+    num_blocks: int,
+    budget: int,
+    make: Callable[..., Any] = SimulatedReplica,
+    device: Device = TOY,
+    **drafting: Any,
+) -> tuple[dict[str, list[float]], Any]:
+    """Return the times of all tokens by sequence, and the replica that made them."""
     loop, times = EventLoop(), {}
-    replica = SimulatedReplica(
-        planner_of(policy),
+    replica = make(
+        planner_of(policy, device),
         BlockPool(num_blocks, BLOCK_SIZE),
-        TOY.perf_model(),
+        device.perf_model(),
+        clock=loop.clock,
         token_budget=budget,
         max_num_seqs=16,
+        **drafting,
     )
     cluster = Cluster(loop, [replica], None, QuantileLengths())
 
@@ -247,3 +263,85 @@ def test_the_engine_and_the_simulator_give_every_token_at_the_same_time(
         assert snapshot.num_preemptions > 0
     if any(len(one.turns) > 1 for one in workload):
         assert snapshot.num_prefix_hits > 0
+
+
+# A draft model whose forward passes take time, and that may lack tokens.
+DRAFTING = replace(TOY, pieces=(replace(PIECE, draft_steps=2**-9, draft_tokens=2**-14),))
+
+
+def thinking(workload: list[Conversation]) -> list[Conversation]:
+    """Half of each output is thinking, at a pace of its own."""
+    slo = preset_classes()["reasoning"]
+    return [
+        replace(
+            one,
+            turns=tuple(
+                replace(turn, slo=slo, thinking_tokens=turn.output_tokens // 2)
+                for turn in one.turns
+            ),
+        )
+        for one in workload
+    ]
+
+
+def refusing(workload: list[Conversation]) -> list[Conversation]:
+    """Requests that would rather be refused than be late."""
+    return [
+        replace(
+            one,
+            turns=tuple(
+                replace(turn, slo=replace(turn.slo, on_unattainable=OnUnattainable.REJECT))
+                for turn in one.turns
+            ),
+        )
+        for one in workload
+    ]
+
+
+@pytest.mark.parametrize("policy", ["dp", "edf", "fcfs", "sarathi"])
+@pytest.mark.parametrize(
+    ("workload", "num_blocks", "budget", "acceptance"),
+    [
+        (singles(8.0, 60), 400, 512, None),
+        (singles(8.0, 60), 400, 512, 0.7),
+        (chats(6.0, 40, seed=1), 400, 256, 0.9),
+        (chats(14.0, 60, seed=2), 56, 96, 0.5),
+        (thinking(singles(5.0, 40, seed=3)), 400, 256, 0.8),
+        (refusing(chats(16.0, 60, seed=4)), 400, 256, 0.7),
+        (of_several(chats(5.0, 40, seed=5)), 400, 256, 0.7),
+    ],
+    ids=[
+        "no drafts",
+        "singles",
+        "turns that share a prefix",
+        "too little memory",
+        "stages",
+        "refusals",
+        "several outputs",
+    ],
+)
+def test_the_loop_and_its_slow_twin_give_every_token_at_the_same_time(
+    policy: str,
+    workload: list[Conversation],
+    num_blocks: int,
+    budget: int,
+    acceptance: float | None,
+) -> None:
+    ours, theirs, chances = {}, {}, {}
+    if acceptance is not None:
+        ours["proposer"] = SimulatedProposer(4, lags=True)
+        theirs["drafter"] = ReferenceDrafter(4, lags=True)
+        chances = {"acceptance": acceptance, "seed": 3}
+    house = (workload, policy, num_blocks, budget)
+    times, replica = simulated(*house, SimulatedReplica, DRAFTING, **ours, **chances)
+    expected, twin = simulated(*house, ReferenceReplica, DRAFTING, **theirs, **chances)
+    assert times == expected
+    assert replica.planner.num_plans == twin.planner.num_plans
+    assert replica.planner.num_preemptions == twin.planner.num_preemptions
+    assert replica.pool.prefix_hits_tokens == twin.pool.prefix_hits_tokens
+    assert not replica.has_work
+    replica.pool.check_integrity([])
+    if num_blocks < 100:
+        assert replica.planner.num_preemptions > 0
+    if acceptance is not None and policy in ("fcfs", "sarathi"):
+        assert replica.core.speculation.num_accepted_tokens > 0

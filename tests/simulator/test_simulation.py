@@ -21,11 +21,10 @@ from minserve.planner.policies.sarathi import SarathiPlanner
 from minserve.planner.predict.perf_model import BatchShape, PerfModel, Piece
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
-from minserve.simulator.simulated_replica import (
-    SimulatedProposer,
-    SimulatedReplica,
-    SimulatedSequence,
-)
+from minserve.simulator.events import EventLoop
+from minserve.simulator.simulated_device import SimulatedProposer
+from minserve.simulator.simulated_replica import SimulatedReplica
+from minserve.simulator.simulated_sequence import SimulatedSequence
 from minserve.simulator.simulation import Setup, SimulationResult, simulate
 from minserve.slo.objectives import preset_classes
 from minserve.workload.conversation import Conversation, Turn, num_turns
@@ -174,10 +173,12 @@ def test_drafts_are_accepted_as_often_as_was_asked(acceptance: float) -> None:
             looked_at += min(num_accepted + 1, num_drafted)
             accepted += num_accepted
 
+    loop = EventLoop()
     replica = SimulatedReplica(
         CountingPlanner(),
         BlockPool(2000, 16),
         TOY.perf_model(),
+        clock=loop.clock,
         token_budget=512,
         max_num_seqs=64,
         proposer=SimulatedProposer(4, lags=False),
@@ -186,7 +187,7 @@ def test_drafts_are_accepted_as_often_as_was_asked(acceptance: float) -> None:
     )
     for number in range(40):
         replica.submit(sequence(str(number), output=300))
-    finish(replica)
+    finish(replica, loop)
     assert looked_at > 5000
     assert accepted / looked_at == pytest.approx(acceptance, abs=0.02)
 
@@ -206,10 +207,12 @@ def test_accepted_drafts_save_iterations_one_for_one() -> None:
 
 
 def test_the_pool_is_whole_after_every_iteration_and_empty_at_the_end() -> None:
+    loop = EventLoop()
     replica = SimulatedReplica(
         SarathiPlanner(),
         BlockPool(40, 16),
         TOY.perf_model(),
+        clock=loop.clock,
         token_budget=128,
         max_num_seqs=32,
         proposer=SimulatedProposer(3, lags=True),
@@ -217,7 +220,7 @@ def test_the_pool_is_whole_after_every_iteration_and_empty_at_the_end() -> None:
     )
     for number in range(20):
         replica.submit(sequence(str(number), prompt=20 + number, output=90))
-    finish(replica)
+    finish(replica, loop)
     assert replica.planner.num_preemptions > 0
     assert replica.pool.num_free_blocks == 40
 
@@ -244,12 +247,18 @@ class NeverPlanner(Planner):
 
 
 def test_a_policy_that_runs_nothing_is_found_out() -> None:
+    loop = EventLoop()
     replica = SimulatedReplica(
-        NeverPlanner(), BlockPool(8, 16), TOY.perf_model(), token_budget=64, max_num_seqs=4
+        NeverPlanner(),
+        BlockPool(8, 16),
+        TOY.perf_model(),
+        clock=loop.clock,
+        token_budget=64,
+        max_num_seqs=4,
     )
     replica.submit(sequence())
     with pytest.raises(SimulationError, match="never runs nothing although 1 sequences wait"):
-        finish(replica)
+        finish(replica, loop)
 
 
 @pytest.mark.parametrize(
@@ -343,9 +352,8 @@ def sequence(name: str = "0", prompt: int = 20, output: int = 5) -> SimulatedSeq
     )
 
 
-def finish(replica: SimulatedReplica) -> None:
-    now = 0.0
+def finish(replica: SimulatedReplica, loop: EventLoop) -> None:
     while replica.has_work:
-        now += replica.begin(now)[0]
-        replica.end(now)
-        replica.pool.check_integrity(replica.running)
+        loop.now += replica.begin()[0]
+        replica.end()
+        replica.core.check_integrity()

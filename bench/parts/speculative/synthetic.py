@@ -11,7 +11,7 @@ from minserve import Engine
 from minserve.engine.sampling.distribution import ACCEPTANCE, SamplingRow
 from minserve.engine.sampling.sampler import Sampler
 from minserve.engine.speculation.draft_model_proposer import DraftModelProposer
-from minserve.engine.speculation.verification import Proposal, SampledToken, Verified
+from minserve.engine.speculation.proposal import Proposal, SampledToken, Verified
 from minserve.errors import GenerationError
 from minserve.request import Sequence as EngineSequence
 from shared.synthetic_models import random_weights

@@ -24,6 +24,7 @@ PACKAGE = Path(__file__).resolve().parents[3] / "minserve"
 # The parts of the package that a simulation runs, and the files here that measure it.
 SOURCES = (
     "planner",
+    "engine",
     "simulator",
     "workload",
     "controller",

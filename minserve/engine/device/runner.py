@@ -4,97 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from minserve.engine.batch import BatchRunner, RunResult, Scheduled
 from minserve.engine.device.batch_tensors import Chunk
 from minserve.engine.device.paged_model import PagedModel
 from minserve.engine.device.thread_count import ThreadCount
 from minserve.engine.sampling.sampler import Sampler
-from minserve.engine.speculation.verification import PendingTokens, Proposal, Verified
-from minserve.errors import ConfigError, GenerationError
+from minserve.engine.speculation.verification import PendingTokens
+from minserve.errors import ConfigError
 from minserve.kernels.attention import AttentionBackend, LayerKV
 from minserve.models.base import CausalLM
 from minserve.outputs import TokenLogprob
-from minserve.request import Sequence
 
 # Prompt logprobs need logits of every prompt row; this many rows are held at a time.
 PROMPT_LOGPROB_ROWS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Scheduled:
-    """A sequence and how many of its uncomputed tokens this iteration runs.
-
-    Attributes:
-        proposal: drafted tokens to run, and verify, behind them.
-    """
-
-    seq: Sequence
-    num_tokens: int
-    proposal: Proposal | None = None
-
-    @property
-    def drafted(self) -> tuple[int, ...]:
-        return () if self.proposal is None else self.proposal.token_ids
-
-    @property
-    def samples(self) -> bool:
-        """True where the chunk reaches the newest token, so that the next one is sampled."""
-        return self.num_tokens == self.seq.num_uncomputed_tokens
-
-    @property
-    def start(self) -> int:
-        return self.seq.num_computed_tokens
-
-    @property
-    def end(self) -> int:
-        """The position behind the sequence's own tokens of this iteration; drafts come there."""
-        return self.seq.num_computed_tokens + self.num_tokens
-
-    @property
-    def chunk(self) -> Chunk:
-        own = self.seq.token_ids[self.start : self.end]
-        return Chunk([*own, *self.drafted], self.start, self.seq.block_table)
-
-
-@dataclass(slots=True)
-class RunResult:
-    """The result of a forward pass for one sequence.
-
-    Attributes:
-        sampled: the next tokens, the error that their sampling met, or ``None`` where the
-            chunk did not reach the end.
-        prompt_logprobs: those of prompt tokens ``start + 1 .. end``, where asked for.
-    """
-
-    sampled: Verified | GenerationError | None = None
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-
-
-class RunningBatch(Protocol):
-    """A batch that was handed to a device."""
-
-    def results(self) -> dict[str, RunResult]:
-        """Wait for the end of the batch and return its results by sequence id."""
-
-
-class Runner(Protocol):
-    """Runs the batches of an `EngineCore`, on a model (`ModelRunner`) or a simulated device."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def is_lost(self) -> bool:
-        """True where the device runs nothing any more."""
-
-    def launch(self, batch: SequenceOf[Scheduled]) -> RunningBatch:
-        """Hand a batch to the device. Changes no sequence."""
 
 
 class _PromptRows(NamedTuple):
@@ -190,7 +118,7 @@ class ModelRunner(PagedModel):
         if self.threads is not None:
             self.threads.before_pass()
         batch = sorted(batch, key=lambda s: not s.seq.is_decoding)
-        chunks = [item.chunk for item in batch]
+        chunks = [_chunk_of(item) for item in batch]
         hidden = self.forward(chunks, sum(item.seq.is_decoding for item in batch))
         first_rows = list(accumulate((len(chunk.token_ids) for chunk in chunks), initial=0))
         sampling = [
@@ -230,7 +158,7 @@ class ModelRunner(PagedModel):
         return found
 
 
-def model_runner(runner: Runner) -> ModelRunner:
+def model_runner(runner: BatchRunner) -> ModelRunner:
     """Return the runner, for work that needs the model itself.
 
     Raises:
@@ -239,6 +167,11 @@ def model_runner(runner: Runner) -> ModelRunner:
     if not isinstance(runner, ModelRunner):
         raise ConfigError("a simulated device has no model to run")
     return runner
+
+
+def _chunk_of(item: Scheduled) -> Chunk:
+    own = item.seq.token_ids[item.start : item.end]
+    return Chunk([*own, *item.drafted], item.start, item.seq.block_table)
 
 
 def _prompt_rows(item: Scheduled, hidden: Tensor) -> _PromptRows | None:

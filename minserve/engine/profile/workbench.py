@@ -15,8 +15,9 @@ from itertools import count
 
 import torch
 
+from minserve.engine.batch import Scheduled
 from minserve.engine.core import EngineCore
-from minserve.engine.device.runner import Scheduled, model_runner
+from minserve.engine.device.runner import model_runner
 from minserve.engine.profile.profile_design import DRAFT_CONTEXT, ProfileBatch
 from minserve.engine.speculation.proposer import DraftRequest
 from minserve.request import Request, Sequence

@@ -29,15 +29,8 @@ from minserve.engine.sampling.distribution import (
     weigh,
 )
 from minserve.engine.sampling.logprobs import logprob_tensors, token_logprobs
-from minserve.engine.speculation.verification import (
-    PendingTokens,
-    Proposal,
-    SampledToken,
-    Span,
-    Verified,
-    normalized,
-    reject,
-)
+from minserve.engine.speculation.proposal import Proposal, SampledToken, Verified
+from minserve.engine.speculation.verification import PendingTokens, Span, normalized, reject
 from minserve.errors import GenerationError
 from minserve.outputs import TokenLogprob
 from minserve.request import Sequence

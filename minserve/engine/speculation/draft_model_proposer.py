@@ -17,8 +17,8 @@ from minserve.engine.device.batch_tensors import Chunk
 from minserve.engine.device.paged_model import PagedModel
 from minserve.engine.sampling.distribution import INVALID, SamplingRow
 from minserve.engine.sampling.sampler import Sampler
+from minserve.engine.speculation.proposal import Proposal
 from minserve.engine.speculation.proposer import DraftRequest, Proposer
-from minserve.engine.speculation.verification import Proposal
 from minserve.request import Sequence
 
 # Up to so many tokens of a sequence count as a decode for the attention backend.

@@ -11,7 +11,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 
-from minserve.engine.speculation.verification import Proposal
+from minserve.engine.speculation.proposal import Proposal
 from minserve.request import Sequence
 
 # Prompt lookup goes by the longest of these ends of the text that stood there before.

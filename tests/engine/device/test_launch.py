@@ -21,12 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minserve import Engine, SamplingParams
+from minserve.engine.batch import Scheduled
 from minserve.engine.device import transfers
 from minserve.engine.device.cuda_graphs import DecodeGraphs, GraphLimits
-from minserve.engine.device.runner import InFlightBatch, ModelRunner, Scheduled
+from minserve.engine.device.runner import InFlightBatch, ModelRunner
 from minserve.engine.sampling.distribution import SamplingRow
 from minserve.engine.sampling.sampler import Sampler
-from minserve.engine.speculation.verification import Proposal
+from minserve.engine.speculation.proposal import Proposal
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
 from minserve.models.layers import WeightFormat, WeightPlacement
 from minserve.models.loader import open_checkpoint

@@ -18,7 +18,7 @@ from test_verification import surprise
 
 from minserve import Engine, SamplingParams
 from minserve.engine.speculation import verification
-from minserve.engine.speculation.verification import Proposal
+from minserve.engine.speculation.proposal import Proposal
 from minserve.errors import ConfigError, ModelLoadError
 
 EMBEDDING, HEAD, HEAD_IDS = "model.embed_tokens.weight", "lm_head.weight", "lm_head.token_ids"

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from minserve.engine.sampling.distribution import ACCEPTANCE, DRAFT, INVALID, SamplingRow, uniform
 from minserve.engine.speculation import verification
-from minserve.engine.speculation.verification import Proposal, SampledToken, Verified
+from minserve.engine.speculation.proposal import Proposal, SampledToken, Verified
 from minserve.errors import GenerationError
 from minserve.request import Sequence
 
