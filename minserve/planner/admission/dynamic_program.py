@@ -51,9 +51,10 @@ from minserve.planner.admission.timeline import (
 
 # Count vectors beyond which a decision would take too long.
 MAX_CELLS = 50_000
-# States decided on behind each candidate, per pass. The first pass nearly always finds the best
-# set; the second mostly proves it. What is left after it is not worth its time.
-WIDTHS = (16, 16)
+# States decided on behind each candidate in the first pass, which nearly always finds the best set.
+FIRST_WIDTH = 16
+# States decided on in the second pass, which mostly proves it. More would take too long.
+MAX_STATES = 2500
 # Values that are no multiples of the smallest are rounded to so many units in all.
 MAX_UNITS = 256
 # Share of the time until the last deadline.
@@ -76,7 +77,10 @@ def admit(candidates: SequenceOf[Candidate], outlook: Outlook, rates: PrefillRat
             return Admission(order, True, sum(c.value for c in candidates), done_s)
     if program.cells.num_cells > MAX_CELLS:
         return insert_greedily(candidates, outlook, rates)
-    return program.solve() or _forced_alone(candidates, outlook, rates)
+    found = program.solve() or _forced_alone(candidates, outlook, rates)
+    if found.exact:
+        return found
+    return max(found, insert_greedily(candidates, outlook, rates), key=lambda one: one.value)
 
 
 def _forced_alone(
@@ -314,7 +318,7 @@ class _Program:
         todo: list[list[_DpState]] = [[] for _ in range(len(self._candidates) + 1)]
         todo[0].append(self._nobody())
         bounded: _DpState | None = None
-        for width in WIDTHS:
+        for width in (FIRST_WIDTH, max(FIRST_WIDTH, MAX_STATES // len(self._candidates))):
             if best is not bounded:
                 # A set of the same value that is done earlier is worth a look, not a second one.
                 rest = self._rest(best, or_earlier=bounded is None)
