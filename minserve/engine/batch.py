@@ -55,7 +55,9 @@ def shape_of(batch: SequenceOf[Scheduled]) -> BatchShape:
     """Return what of a batch decides its time, without the time of drafting."""
     chunks, num_decodes = [], 0
     for seq, num_tokens, proposal in batch:
-        num_decodes += seq.is_decoding
+        # Only a chunk of one token may be a decode.
+        if num_tokens == 1 and seq.is_decoding:
+            num_decodes += 1
         if proposal is not None:
             num_tokens += len(proposal.token_ids)
         chunks.append((seq.num_computed_tokens, num_tokens))

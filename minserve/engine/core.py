@@ -27,8 +27,9 @@ from minserve.engine.launch import Launch, Results
 from minserve.engine.live_output import NO_HISTORY, End, History, LiveOutput, Output
 from minserve.engine.lookahead import PlanAhead, confirm, project
 from minserve.engine.sequence_table import SequenceTable
-from minserve.engine.speculation.proposal import Proposal, Verified
-from minserve.engine.speculation.proposer import DraftRequest, Proposer
+from minserve.engine.speculation.drafting import with_drafts
+from minserve.engine.speculation.proposal import Verified
+from minserve.engine.speculation.proposer import Proposer
 from minserve.engine.stats import EngineStats
 from minserve.engine.text.detokenizer import IncrementalDetokenizer
 from minserve.errors import (
@@ -153,8 +154,7 @@ class EngineCore:
     def abort(self, request_id: str, error: MinserveError | None = None) -> list[OutputDelta]:
         """End all outputs of a request now and free their blocks; unknown ids are ignored.
 
-        Not to be called between the two halves of an iteration, since the device may still
-        write to the blocks.
+        Not allowed between the halves of an iteration: the device may still write to the blocks.
 
         Returns:
             a last delta for each, ERROR where an error is given, else ABORT.
@@ -210,7 +210,7 @@ class EngineCore:
         self.planner.started(plan)
         if not batch:
             return False
-        batch = self._draft(batch, plan)
+        batch = with_drafts(batch, plan, self.proposer)
         self.stats.batch(batch)
         launch = Launch(self.runner, batch)
         self._in_flight = _InFlight(plan, batch, began_s, launch)
@@ -390,40 +390,23 @@ class EngineCore:
             batch = [item for item in batch if item.seq.state is SequenceState.RUNNING]
         return batch
 
-    def _draft(self, batch: list[Scheduled], plan: IterationPlan) -> list[Scheduled]:
-        """Return the batch with the proposals that the plan asks for."""
-        if self.proposer is None or not (plan.speculation or plan.catch_up):
-            return batch
-        wanted = [
-            DraftRequest(item.seq, plan.speculation.get(seq_id, 0), plan.catch_up.get(seq_id, 0))
-            for item in batch
-            if (seq_id := item.seq.seq_id) in plan.speculation or seq_id in plan.catch_up
-        ]
-        proposals: dict[str, Proposal] = {}
-        try:
-            proposals = self.proposer.propose(wanted)
-        except Exception:
-            # No request depends on a guess.
-            log.exception("drafting failed; this iteration goes on without")
-            for one in wanted:
-                self.proposer.forget(one.seq)
-        return [item._replace(proposal=proposals.get(item.seq.seq_id)) for item in batch]
-
     def _apply(self, batch: SequenceOf[Scheduled], results: Results) -> None:
-        """Advance every sequence of the batch by its result."""
-        outputs = self.table.outputs
+        """Advance every sequence of the batch by its result. All tokens come now, at one time."""
+        outputs, now = self.table.outputs, self.clock()
         for item in batch:
             seq_id = item.seq.seq_id
             output = outputs[seq_id]
             try:
-                self._advance(item, output, results[seq_id])
+                self._advance(item, output, results[seq_id], now)
             except Exception as error:
                 log.exception("taking up the tokens of %s failed", item.seq)
                 if seq_id not in outputs:
                     raise  # it has ended, so that this is not its own error
                 self._untold.append(self._fail(output, error))
 
-    def _advance(self, item: Scheduled, output: Output, result: RunResult | Exception) -> None:
+    def _advance(
+        self, item: Scheduled, output: Output, result: RunResult | Exception, now: float
+    ) -> None:
         """Count the tokens that have run, and append those that were sampled."""
         if isinstance(result, Exception):
             self._untold.append(self._fail(output, result))
@@ -435,7 +418,7 @@ class EngineCore:
         if isinstance(sampled, Verified):
             if self.proposer is not None and seq.is_decoding:
                 self._count(item, sampled)
-            self._append(seq, num_tokens, output, sampled)
+            self._append(item, output, sampled, now)
             return
         seq.num_computed_tokens += num_tokens
         self.pool.commit(seq)
@@ -451,23 +434,19 @@ class EngineCore:
             seq.num_accepted_tokens += verified.num_accepted
             self.speculation.add(num_drafted, verified.num_accepted)
 
-    def _append(self, seq: Sequence, num_run: int, output: Output, verified: Verified) -> None:
-        """Append tokens as far as the output goes, and leave nothing of the drafts beyond.
-
-        Args:
-            num_run: the sequence's own tokens that have run.
-        """
-        now, events = self.clock(), seq.events
+    def _append(self, item: Scheduled, output: Output, verified: Verified, now: float) -> None:
+        """Append tokens as far as the output goes, and leave nothing of the drafts beyond."""
+        seq = item.seq
+        events = seq.events
         last = events.get(RequestEvent.TOKENS)
         if last is None:
             events[RequestEvent.FIRST_TOKEN] = now
         events[RequestEvent.TOKENS] = now
-        self.stats.delivered(seq, last, now)
         num, end = output.append(verified.tokens, now)
+        self.stats.delivered(seq, num, last, now)
         # Each token but the last has its KV already.
-        seq.num_computed_tokens += num_run + num - 1
+        seq.num_computed_tokens += item.num_tokens + num - 1
         self.pool.commit(seq)
-        self.stats.num_generation_tokens += num
         if end is not None:
             self._untold.append(self._finish(output, end))
             return

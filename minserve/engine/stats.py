@@ -150,8 +150,13 @@ class EngineStats:
         """Count that a sequence has left the queue for the first time."""
         self.queue_s.observe(now - seq.request.arrival_s)
 
-    def delivered(self, seq: Sequence, last: float | None, now: float) -> None:
-        """Count that new tokens have come, and when the ones before them did."""
+    def delivered(self, seq: Sequence, num: int, last: float | None, now: float) -> None:
+        """Count that so many new tokens have come.
+
+        Args:
+            last: when the tokens before them came; ``None`` for the first ones.
+        """
+        self.num_generation_tokens += num
         if last is not None:
             self.inter_token_s.observe(now - last)
             return

@@ -40,7 +40,7 @@ class UncountedStats(EngineStats):
     def started(self, seq: Sequence, now: float) -> None:
         pass
 
-    def delivered(self, seq: Sequence, last: float | None, now: float) -> None:
+    def delivered(self, seq: Sequence, num: int, last: float | None, now: float) -> None:
         pass
 
     def ended(self, seq: Sequence, report: SLOReport | None) -> None:

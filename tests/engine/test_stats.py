@@ -29,7 +29,7 @@ def sequence(name: str, *, ttft_s: float = 1.0, num_prompt_tokens: int = 3) -> S
 
 
 def deliver(stats: EngineStats, seq: Sequence, now: float) -> None:
-    stats.delivered(seq, seq.events.get(RequestEvent.TOKENS), now)
+    stats.delivered(seq, 1, seq.events.get(RequestEvent.TOKENS), now)
     seq.events[RequestEvent.TOKENS] = now
     seq.progress.add_token(now)
 
