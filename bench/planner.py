@@ -1,4 +1,4 @@
-"""Measures the time of planning, and checks that admission is exact.
+"""Measures the time of planning, and how often admission is proven to be the best.
 
 It times whole `DpPlanner.plan` calls on real sequences and a real block pool: with a round of
 admission (as after every arrival and finish) and without (batch formation alone), at several
@@ -37,8 +37,8 @@ from minserve.request import Request, Sequence, SequenceState
 from minserve.sampling_params import SamplingParams
 from minserve.slo.attainment import Progress
 from minserve.slo.objectives import SLO, Standing
+from minserve.tables import text_table
 from minserve.workload.report import percentile
-from minserve.workload.tables import text_table
 from parts.planner.instances import best_by_brute_force, random_instance
 
 A100 = (Piece(tokens=6.878e-5, base=0.0248), Piece(tokens=7.523e-5, base=0.003033))

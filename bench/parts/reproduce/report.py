@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from minserve.workload.tables import text_table
+from minserve.tables import text_table
 from parts.reproduce.plan import (
     ABLATED,
     BASELINES,

@@ -4,7 +4,8 @@ After SLOs-Serve (arXiv 2504.08784). A candidate is a request with all of its ou
 to be decided on. The program goes through the candidates in deadline order. A state says how many
 outputs of each tier are accepted, their blocks and value, and when the last of their prefills is
 done. That time stands for the leftover budget: for equal counts, the earlier, the more is left. The
-paper's own pruning gets this comparison wrong; here the frontier is exact, for this reason:
+paper's own pruning gets this comparison wrong. Here a state is dropped for another one only where
+that is sure to lose nothing, for this reason:
 
     The time at which a candidate is done, as a function of the time at which the one before it
     was, never falls: a candidate that starts earlier has done at least as much at any later time,
@@ -17,7 +18,11 @@ by the same argument it never finds an accepted set infeasible.
 
 The program is fast because it looks for little: a set found by Moore's rule is mostly of the
 highest value already, and `minserve.planner.admission.bounds` tells which states cannot lead to a
-better one. Of the thousands of states a few dozen are left.
+better one. Of the thousands of states a few dozen are left. Where more are left, each pass decides
+on at most so many of them as `WIDTHS` says, and what the last pass puts off is left out. The set is
+then the best that was found, and `Admission.exact` is False: it is not proven that none is more
+valuable. Beyond `MAX_CELLS` there is no search, and the set is that of `insert_greedily`.
+`bench/planner.py` prints how often sets are proven to be the best.
 """
 
 from __future__ import annotations
@@ -62,11 +67,11 @@ WORTH_A_CLOCK = 0.1
 
 
 def admit(candidates: SequenceOf[Candidate], outlook: Outlook, rates: PrefillRates) -> Admission:
-    """Return the most valuable set that keeps every deadline.
+    """Return the most valuable set that was found of those that keep every deadline.
 
     Of several such sets it is the one done first, as far as the first pass finds it. Beyond
-    `MAX_CELLS` it is the set of `insert_greedily`. Where the last pass had to leave states out, it
-    is the best set that was found, and not proven to be the best.
+    `MAX_CELLS` it is the set of `insert_greedily`. There, and where the last pass had to leave
+    states out, it is not proven to be the best.
     """
     program = _Program(candidates, outlook, rates)
     if program.most_seqs == sum(c.num_seqs for c in candidates):

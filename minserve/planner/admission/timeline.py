@@ -58,7 +58,7 @@ class Admission:
         value: value of the accepted candidates together.
         done_s: time at which the last accepted prefill is done: the earlier, the more budget is
             left.
-        exact: False if the instance was too large for the dynamic program.
+        exact: False if it is not proven that no set is more valuable.
     """
 
     accepted: tuple[int, ...]

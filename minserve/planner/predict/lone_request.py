@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from textwrap import indent
 
 from minserve.planner.predict.perf_model import PerfModel
 from minserve.slo.objectives import SLO
+from minserve.tables import text_table
 
 # A prompt and context of middling length, for objectives in absolute seconds.
 TYPICAL_TOKENS = 512
@@ -64,13 +66,10 @@ def describe_misses(misses: list[Miss], num_tokens: int = TYPICAL_TOKENS) -> str
     """Return a table of the misses for the console; an empty text if there are none."""
     if not misses:
         return ""
-    lines = [
-        f"a lone request of {num_tokens} prompt tokens would miss these SLOs on this device:",
-        f"  {'class':<16} {'objective':<16} {'promised':>12} {'needed':>12}",
-    ]
-    lines += [
-        f"  {one.name:<16} {one.objective:<16} {one.promised_s * 1e3:>9.1f} ms "
-        f"{one.needed_s * 1e3:>9.1f} ms"
+    rows = [
+        (one.name, one.objective, f"{one.promised_s * 1e3:.1f} ms", f"{one.needed_s * 1e3:.1f} ms")
         for one in misses
     ]
-    return "\n".join(lines)
+    table = text_table(("class", "objective", "promised", "needed"), rows, left=2)
+    head = f"a lone request of {num_tokens} prompt tokens would miss these SLOs on this device:"
+    return f"{head}\n{indent(table, '  ')}"
