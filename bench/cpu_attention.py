@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from minserve.kernels.attention import AttentionMetadata, LayerKV
 from minserve.kernels.torch_backend import TorchBackend
-from minserve.workload.tables import text_table
+from minserve.tables import text_table
 from shared.cpu_ceilings import milliseconds
 
 BLOCK_SIZE = 32

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from minserve.models.layers import WeightFormat, WeightPlacement
 from minserve.models.source import find_model, load_config
-from minserve.workload.tables import text_table
+from minserve.tables import text_table
 from shared.cpu_ceilings import ceilings, fast_bf16, pass_milliseconds
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)

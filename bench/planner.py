@@ -1,11 +1,12 @@
-"""Measures the time of planning, and checks that admission is exact.
+"""Measures the time of planning, and how often admission is proven to be the best.
 
 It times whole `DpPlanner.plan` calls on real sequences and a real block pool: with a round of
 admission (as after every arrival and finish) and without (batch formation alone), at several
 numbers of waiting sequences beside 64 running sequences. The device is the published profile of
 OPT-6.7B on an A100 (arXiv 2504.08784). Its load is such that some waiting sequences fit and some do
 not, because then the dynamic program has most work. Then it compares admission with brute force
-over all subsets of small random instances. The last line is JSON.
+over all subsets of small random instances. `proven` is the share of rounds whose set is proven to be
+the best: the search keeps few states where there are many. The last line is JSON.
 
     python bench/planner.py          # a table
     python bench/planner.py --json   # the last line alone
@@ -19,20 +20,24 @@ import json
 import random
 import statistics
 import time
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 from tqdm import tqdm
 
 from minserve.engine.block_pool import BlockPool
 from minserve.planner.admission.dynamic_program import admit
-from minserve.planner.admission.timeline import simulate
+from minserve.planner.admission.outlook import Outlook
+from minserve.planner.admission.prefill_rates import PrefillRates
+from minserve.planner.admission.timeline import Admission, Candidate, simulate
 from minserve.planner.plan import PlannerView
-from minserve.planner.policies.registry import make_planner
+from minserve.planner.policies.dp import DpPlanner
 from minserve.planner.predict.perf_model import PerfModel, Piece
 from minserve.request import Request, Sequence, SequenceState
 from minserve.sampling_params import SamplingParams
 from minserve.slo.attainment import Progress
 from minserve.slo.objectives import SLO, Standing
+from minserve.tables import text_table
 from minserve.workload.report import percentile
 from parts.planner.instances import best_by_brute_force, random_instance
 
@@ -45,13 +50,19 @@ BLOCK_SIZE, NUM_BLOCKS = 16, 30_000
 
 @dataclass(frozen=True)
 class PlanningTiming:
-    """Milliseconds of `plan`, with a round of admission and without, and sequences admitted."""
+    """Milliseconds of `plan`, with a round of admission and without.
+
+    Attributes:
+        admitted: mean number of sequences that the last round of a situation chose.
+        proven: share of the rounds whose set is proven to be the best.
+    """
 
     review_p50: float
     review_p99: float
     form_p50: float
     form_p99: float
     admitted: float
+    proven: float
 
 
 def make_view(rng: random.Random, running: int, waiting: int, tiers: int) -> PlannerView:
@@ -100,14 +111,26 @@ def make_sequence(rng: random.Random, name: str, tiers: int, arrival: float) -> 
     return Sequence(request)
 
 
+class ObservedPlanner(DpPlanner):
+    """`dp`, with its newest choice at hand."""
+
+    newest: Admission
+
+    def choose(
+        self, candidates: SequenceOf[Candidate], outlook: Outlook, rates: PrefillRates
+    ) -> Admission:
+        self.newest = super().choose(candidates, outlook, rates)
+        return self.newest
+
+
 def time_planning(
     running: int, waiting: int, tiers: int, samples: int, seed: int
 ) -> PlanningTiming:
     """Time plans at several moments of several situations; only the first call hashes prompts."""
-    rng, review, form, admitted = random.Random(seed), [], [], []
+    rng, review, form, admitted, proven = random.Random(seed), [], [], [], []
     for _ in range(samples):
         view = make_view(rng, running, waiting, tiers)
-        planner = make_planner("dp", model=PerfModel(A100, margin=1.05))
+        planner = ObservedPlanner(PerfModel(A100, margin=1.05))
         planner.plan(view, 0.0)
         # A server's sequences are older than a plan. The collector must not meet these, with all
         # their tokens, for the first time while a plan is timed.
@@ -117,13 +140,15 @@ def time_planning(
             started = time.perf_counter()
             planner.plan(view, now)  # 0.1 s have passed, so this call includes a round of admission
             between = time.perf_counter()
+            proven.append(planner.newest.exact)
             planner.plan(view, now + 0.001)
             review.append(between - started)
             form.append(time.perf_counter() - between)
-        admitted.append(len(planner._rounds.chosen))
+        admitted.append(len(planner.newest.accepted))
     return PlanningTiming(
         *(1e3 * percentile(times, q) for times in (review, form) for q in (0.5, 0.99)),
         statistics.mean(admitted),
+        statistics.mean(proven),
     )
 
 
@@ -174,13 +199,13 @@ def main() -> None:
         rows[name] = time_planning(running, waiting, tiers, samples, args.seed)
     share = agreement(args.instances, args.seed, not args.json)
     if not args.json:
-        print(f"{'':<32} {'with admission':>18} {'formation alone':>18} {'chosen':>8}")
-        print(f"{'ms':<32} {'p50':>9}{'p99':>9} {'p50':>9}{'p99':>9}")
-        for name, t in rows.items():
-            print(
-                f"{name:<32} {t.review_p50:>9.2f}{t.review_p99:>9.2f} "
-                f"{t.form_p50:>9.2f}{t.form_p99:>9.2f} {t.admitted:>8.1f}"
-            )
+        head = ("", "p50 ms", "p99 ms", "formation p50", "p99", "chosen", "proven")
+        cells = [
+            (name, *(round(ms, 2) for ms in (t.review_p50, t.review_p99, t.form_p50, t.form_p99)),
+             round(t.admitted, 1), f"{t.proven:.1%}")
+            for name, t in rows.items()
+        ]  # fmt: skip
+        print(text_table(head, cells))
         print(f"admission equals brute force on {share:.2%} of {args.instances} instances")
     head = rows[HEADLINE]
     print(
@@ -190,6 +215,7 @@ def main() -> None:
                 "p99_ms": round(head.review_p99, 3),
                 "formation_p50_ms": round(head.form_p50, 3),
                 "formation_p99_ms": round(head.form_p99, 3),
+                "proven": round(head.proven, 3),
                 "bruteforce_agreement": share,
                 "sizes": {
                     name: {"p50_ms": round(t.review_p50, 3), "p99_ms": round(t.review_p99, 3)}

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from minserve import Engine, SamplingParams
 from minserve.config import QUANTIZATIONS
 from minserve.cpu_name import cpu_name
-from minserve.workload.tables import text_table
+from minserve.tables import text_table
 
 WINDOW = 256
 PROMPT, OUTPUT = 32, 64

@@ -29,11 +29,11 @@ from typing import Any
 from tqdm import tqdm
 
 from minserve.errors import EngineStoppedError, WorkloadError
+from minserve.tables import text_table
 from minserve.workload.capacity import find_capacity
 from minserve.workload.client import LoadProgress
 from minserve.workload.endpoint import Endpoint
 from minserve.workload.plots import check_can_plot, figure_of, save
-from minserve.workload.tables import text_table
 from parts.replicas.overhead import added_to_ttft, routing_us
 from parts.replicas.runs import (
     MODEL,

@@ -65,7 +65,10 @@ def evaluate(
     (folder / f"{stem}.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     print(tables, flush=True)
     if importlib.util.find_spec("matplotlib") is None:
-        print(f"no pictures without matplotlib; run: {GET_MATPLOTLIB}", file=sys.stderr)
+        print(
+            f"no pictures without matplotlib; run in minserve's folder: {GET_MATPLOTLIB}",
+            file=sys.stderr,
+        )
     else:
         for file in draw_all(plan, store, folder, stem):
             print(f"wrote {file}", file=sys.stderr)

@@ -45,7 +45,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minserve.devices import Device, find_device
-from minserve.planner.policies.registry import planner_class
+from minserve.planner.policies.registry import POLICIES, planner_class
 from minserve.simulator.simulation import Setup, simulate
 from minserve.slo.objectives import SLO
 from minserve.workload.capacity import find_capacity
@@ -78,7 +78,6 @@ from shared.servers import PROFILE_S
 
 # Scenarios whose conversations have one turn each.
 SCENARIOS = ("chatbot", "coding", "summarization", "mixed")
-POLICIES = ("dp", "edf", "sarathi", "fcfs")
 # Shares of the capacity: one with room to spare, and one near it.
 SHARES = (0.5, 0.85)
 # Seconds before and after the requests that count.

@@ -85,6 +85,16 @@ class Request:
         assert self.params.max_tokens is not None, "resolved when the request was made"
         return self.params.max_tokens
 
+    @property
+    def value(self) -> float:
+        """Weight of the SLO in the planner's choice; 0 without an SLO."""
+        return 0.0 if self.slo is None else self.slo.value
+
+    @property
+    def refuses_delay(self) -> bool:
+        """True if the request has an SLO and would rather be refused than be late."""
+        return self.slo is not None and self.slo.refuses_delay
+
 
 @dataclass(eq=False, slots=True)
 class Sequence:
@@ -135,6 +145,17 @@ class Sequence:
     def rank(self) -> tuple[int, float, str]:
         """Sort key: who goes first (lowest priority number, then earliest arrival)."""
         return (self.request.priority, self.request.arrival_s, self.seq_id)
+
+    @property
+    def slo_progress(self) -> Progress:
+        """The `progress` of a sequence that is known to have an SLO.
+
+        Raises:
+            RuntimeError: for a sequence without an SLO, which is a mistake of the caller.
+        """
+        if self.progress is None:
+            raise RuntimeError(f"{self!r} has no SLO, but is treated as one that has")
+        return self.progress
 
     @property
     def num_prompt_tokens(self) -> int:

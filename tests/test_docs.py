@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib
 import json
 import re
 import shlex
@@ -324,11 +325,10 @@ def test_classes_in_toml_can_be_read(fence: Fence, tmp_path: Path) -> None:
 
 
 @cache
-def public_names() -> tuple[set[str], set[str]]:
-    """Return the attributes and the parameters of all that ``minserve`` offers."""
-    files = {ROOT / f"{module.replace('.', '/')}.py" for module in minserve._HOMES.values()}
+def names_of(modules: frozenset[str]) -> tuple[set[str], set[str]]:
+    """Return the attributes and the parameters of all that these modules define."""
     attributes, parameters = set(dir(str)), set()
-    for path in (*files, ROOT / "minserve/engine/base.py", ROOT / "minserve/config.py"):
+    for path in (ROOT / f"{module.replace('.', '/')}.py" for module in modules):
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 attributes.add(node.target.id)
@@ -342,13 +342,19 @@ def public_names() -> tuple[set[str], set[str]]:
 @pytest.mark.parametrize("fence", of_language("python"), ids=place)
 def test_python_compiles_and_uses_names_that_exist(fence: Fence) -> None:
     tree = ast.parse(fence.text)
-    attributes, parameters = public_names()
+    modules = {*minserve._HOMES.values(), "minserve.engine.base", "minserve.config"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("minserve"):
+            own = importlib.import_module(node.module or "")
+            known = minserve.__all__ if own is minserve else vars(own)
+            assert {alias.name for alias in node.names} <= set(known)
+            if own is not minserve:  # an example of a file of the package
+                modules |= {own.__name__, "minserve.request"}
+    attributes, parameters = names_of(frozenset(modules))
     attributes = attributes | {"run"}  # of asyncio
     parameters = parameters | {"end", "flush"}  # of print
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == "minserve":
-            assert {alias.name for alias in node.names} <= set(minserve.__all__)
-        elif isinstance(node, ast.Attribute):
+        if isinstance(node, ast.Attribute):
             assert node.attr in attributes
         elif isinstance(node, ast.keyword):
             assert node.arg in parameters

@@ -30,6 +30,7 @@ GROUND = {
     "sampling_params",
     "slo",
     "slots",
+    "tables",
     "outputs",
     "planner",
 }

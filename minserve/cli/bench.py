@@ -167,7 +167,7 @@ def _served(args: argparse.Namespace) -> Iterator[str]:
             flags += [name, value]
     # So that the server is stopped by this signal too.
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    say("starting minserve serve; the first time it measures this device for some 40 s")
+    say("starting minserve serve; at its first start here it measures the device for some seconds")
     try:
         with ServerProcess(minserve_command(*flags, label="the server")) as server:
             yield server.url

@@ -93,7 +93,7 @@ def _reason(error: urllib.error.HTTPError) -> str:
 
 
 def _table(replicas: list[dict[str, Any]]) -> str:
-    from minserve.workload.tables import text_table
+    from minserve.tables import text_table
 
     rows = [[one[column] for column in COLUMNS] for one in replicas]
     return text_table(COLUMNS, rows, left=len(COLUMNS))

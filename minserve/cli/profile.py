@@ -28,7 +28,6 @@ NUM_ROWS = 8
 PATIENCE_S = 10.0
 # On an idle machine single iterations scatter by 10 to 30%.
 BUSY_MARGIN = 1.5
-GET_PICTURE = "pip install minserve[plot]"
 
 _EXAMPLES = """\
 examples:
@@ -94,9 +93,10 @@ def _profile(args: argparse.Namespace) -> int:
     from minserve.engine.profile import profile_cache
     from minserve.engine.profile.profile_plot import can_plot, save_picture
     from minserve.engine.profile.profiler import profile_core
+    from minserve.workload.plots import GET_MATPLOTLIB
 
     if args.plot is not None and not can_plot():
-        raise ConfigError(f"--plot needs matplotlib; run: {GET_PICTURE}")
+        raise ConfigError(f"--plot needs matplotlib; run in minserve's folder: {GET_MATPLOTLIB}")
     logging.getLogger().setLevel(logging.WARNING)
     loaded = load_engine(config)
     key = profile_cache.profile_key(loaded.core, loaded.source.name)
@@ -116,7 +116,8 @@ def _profile(args: argparse.Namespace) -> int:
     else:
         _print_tables(profile)
         print(f"kept in {saved}" if saved else "not kept")
-        print(f"picture in {picture}" if picture else f"for a picture: {GET_PICTURE}")
+        how = f"for a picture, run in minserve's folder: {GET_MATPLOTLIB}"
+        print(f"picture in {picture}" if picture else how)
     if problem is not None:
         raise ProfileError(f"the profile could not be written: {problem}") from problem
     return 0
@@ -167,7 +168,7 @@ def _print_tables(profile: Profile) -> None:
 
 def _print_pieces(pieces: Sequence[Piece]) -> None:
     """Print one line per piece; features that no piece uses are left out."""
-    from minserve.workload.tables import text_table
+    from minserve.tables import text_table
 
     used = [column for column in _COLUMNS if any(getattr(piece, column[0]) for piece in pieces)]
     rows = [[f"{getattr(piece, name) * unit:.4g}" for name, _, unit in used] for piece in pieces]
@@ -176,7 +177,7 @@ def _print_pieces(pieces: Sequence[Piece]) -> None:
 
 def _print_rows(held_out: Sequence[Prediction]) -> None:
     """Print some held-out batches, from the shortest to the longest."""
-    from minserve.workload.tables import text_table
+    from minserve.tables import text_table
 
     rows = sorted(held_out, key=lambda prediction: prediction.measured_s)
     step = max(1, -(-len(rows) // NUM_ROWS))

@@ -24,6 +24,7 @@ from minserve.cli.workload import (
 from minserve.errors import WorkloadError
 from minserve.exit_codes import EXIT_INTERRUPTED
 from minserve.interrupt import Interrupt
+from minserve.planner.policies.registry import POLICIES
 
 if TYPE_CHECKING:
     from minserve.simulator.offered_load import OfferedLoad
@@ -89,7 +90,7 @@ def _add_device_flags(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     add(
         "--policy", metavar="NAME",
-        help="dp, edf, vllm, sarathi, fcfs or distserve (default: dp)",
+        help=f"{', '.join(POLICIES)}, vllm or distserve (default: dp)",
     )  # fmt: skip
     add("--token-budget", type=int, metavar="N", help="most tokens in an iteration")
     add("--max-num-seqs", type=int, metavar="N", help="most sequences per batch (default: 256)")

@@ -1,1 +1,1 @@
-"""Who runs what in each iteration. Pure: no torch, no clock, no I/O."""
+"""The decision which requests run in each iteration: no torch, no clock, no I/O."""

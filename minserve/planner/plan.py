@@ -1,4 +1,4 @@
-"""`IterationPlan`: the one thing a planner returns, and the view of the engine that it plans from."""
+"""`IterationPlan`, which a planner returns, and `PlannerView`, the engine's state that it sees."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a request is refused, and when the same request would be admitted.
+    """The reason why a request is refused, and the time after which it would be admitted.
 
     Attributes:
-        reason: what there is too little of: ``compute``, ``memory``, or ``device`` where
-            the SLO could not even be kept on an idle one.
+        reason: the resource that is short: ``compute``, ``memory``, or ``device`` if even an idle
+            device could not keep the SLO.
         retry_after_s: seconds from now, by the planner's prediction.
     """
 
@@ -29,7 +29,7 @@ class Refusal:
     retry_after_s: float
 
     def error(self) -> SLOUnattainableError:
-        """What the client is told."""
+        """Return the error that the client gets."""
         return SLOUnattainableError(
             f"the SLO cannot be kept now (too little {self.reason}); "
             f"try again in {self.retry_after_s:.1f} s",
@@ -40,29 +40,28 @@ class Refusal:
 
 @dataclass(slots=True, kw_only=True)
 class IterationPlan:
-    """What one iteration runs. Data only; the engine core carries it out.
+    """The work of one iteration. It holds data only; the engine core carries it out.
 
     Attributes:
-        num_scheduled_tokens: per sequence id, tokens to run: a prefill chunk's
-            length, or 1 + the speculation length for a decode.
-        speculation: per decoding sequence, how many of these are to be drafted; none of
-            the others is.
-        catch_up: per decoding sequence, how many tokens the draft model runs of those that
-            it lacks, without drafting yet.
+        num_scheduled_tokens: number of tokens to run by sequence id: the length of a prefill chunk,
+            or 1 + the speculation length for a decode.
+        speculation: number of these tokens that are to be drafted, by the id of each decoding
+            sequence that drafts.
+        catch_up: number of tokens that the draft model lacks and now runs without drafting, by the
+            id of a decoding sequence.
         start: waiting sequences that start (or resume) in this iteration.
         preempt: running sequences that give up their blocks and wait again.
         admit: sequences whose SLO is promised from now on.
         relegate: sequences whose SLO is given up: they are served as best effort.
         reject: sequences that end here, as they asked, since their SLO cannot be kept.
-        declined: waiting sequences that are promised nothing for now, though there is time:
-            where there is another replica, it may have room.
-        shape: what of this batch decides its time.
-        predicted_s: predicted seconds of the iteration; ``None`` without a performance
-            model.
-        start_by_s: on the engine's clock, until when the iteration may begin and still end
-            in time; later it is better planned anew.
-        best_effort_s: of the predicted seconds, those that go to best effort.
-        best_effort_waits: True where there is best effort that this batch has no room for.
+        declined: waiting sequences that are promised nothing for now, although there is time.
+            Another replica, if there is one, may have room.
+        shape: the numbers of this batch that decide its time.
+        predicted_s: predicted seconds of the iteration; ``None`` without a performance model.
+        start_by_s: the latest time on the engine's clock at which the iteration may begin and still
+            end in time; later it is better planned anew.
+        best_effort_s: the part of the predicted seconds that goes to best effort.
+        best_effort_waits: True if this batch has no room for some of best effort.
     """
 
     num_scheduled_tokens: dict[str, int] = field(default_factory=dict)
@@ -85,7 +84,7 @@ class IterationPlan:
         return sum(self.num_scheduled_tokens.values())
 
     def only(self, seq_ids: Container[str]) -> IterationPlan:
-        """The plan without all other sequences. Its shape is still to be reckoned."""
+        """Return the plan without all other sequences. Its shape is still to be reckoned."""
 
         def of(part: Mapping[str, T]) -> dict[str, T]:
             return {seq_id: value for seq_id, value in part.items() if seq_id in seq_ids}
@@ -109,12 +108,12 @@ class IterationPlan:
 
 @dataclass(frozen=True, slots=True)
 class CachedPrefix:
-    """What the prefix index holds of a waiting sequence.
+    """The part of a waiting sequence that the prefix index holds.
 
     Attributes:
-        num_tokens: computed tokens that a start would reuse (whole blocks).
-        num_idle_blocks: of these blocks, how many nobody uses now: taking them
-            makes as many fewer free.
+        num_tokens: number of computed tokens that a start would reuse (whole blocks).
+        num_idle_blocks: number of these blocks that no sequence uses now. A start takes them out of
+            the free blocks.
     """
 
     num_tokens: int = 0
@@ -122,7 +121,7 @@ class CachedPrefix:
 
 
 class MemoryView(Protocol):
-    """What a planner may know of the block pool."""
+    """The part of the block pool that a planner may see."""
 
     @property
     def block_size(self) -> int: ...
@@ -132,30 +131,34 @@ class MemoryView(Protocol):
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks that can be handed out now (evictable cached ones included)."""
+        """Number of blocks that can be given out now; cached blocks that can be evicted count."""
 
     def may_hit(self, seq: Sequence) -> bool:
-        """True where a sequence begins with the blocks that are cached of its tokens."""
+        """Return True if a sequence may begin with cached blocks of its tokens."""
 
     def cached_prefix(self, seq: Sequence) -> CachedPrefix:
-        """The longest cached prefix of ``seq``, at most all its tokens but the last."""
+        """Return the longest cached prefix of ``seq``, at most all its tokens but the last."""
 
     def num_releasable_blocks(self, seq: Sequence) -> int:
-        """Blocks that become free when ``seq`` is preempted (those nobody shares)."""
+        """Return how many blocks become free when ``seq`` is preempted: those that it does not
+        share.
+        """
 
 
 class SpeculationView(Protocol):
-    """What a planner may know of who drafts."""
+    """The part of a proposer that a planner may see."""
 
     @property
     def max_tokens(self) -> int:
-        """Most tokens drafted for a sequence in one iteration."""
+        """The most tokens that are drafted for a sequence in one iteration."""
 
     def limit(self, seq: Sequence) -> int:
-        """How many tokens can be drafted for a decoding sequence now."""
+        """Return how many tokens can be drafted for a decoding sequence now."""
 
     def lag(self, seq: Sequence) -> int:
-        """Tokens that the draft model lacks of a sequence, before it can draft."""
+        """Return how many tokens of a sequence the draft model still has to run before it can
+        draft.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,9 +167,10 @@ class PlannerView:
 
     Attributes:
         waiting, running: sequences in rank order (priority, then arrival).
-        token_budget: most tokens in one iteration.
-        max_num_seqs: most sequences in one iteration.
-        speculation: who drafts; ``None`` where nobody does.
+        memory: the block pool.
+        token_budget: the most tokens of one iteration.
+        max_num_seqs: the most sequences of one iteration.
+        speculation: the proposer; ``None`` if no tokens are drafted.
     """
 
     waiting: SequenceOf[Sequence]
@@ -178,8 +182,8 @@ class PlannerView:
 
 
 def shared_blocks(seq: Sequence, memory: MemoryView) -> int:
-    """Blocks of its prompt that an output shares with those of the same request that began
-    before it; 0 where it has no siblings.
+    """Return how many blocks of its prompt an output shares with outputs of the same request that
+    began before it; 0 if it shares none.
     """
     if seq.request.params.n == 1 or not memory.may_hit(seq):
         return 0

@@ -1,9 +1,9 @@
-"""What of a plan contradicts itself or the engine's state: asked before it is carried out.
+"""Checks a plan, before it is carried out, for contradictions to itself or to the engine's state.
 
-Policies are trusted to choose well, not to be free of bugs. A plan that names a sequence in two
-ways that exclude each other, or that wants what its state does not allow, must not take down
-everybody else's iteration: its sequence is named here, and its request ends alone. Whether all
-blocks suffice is the pool's to say, when they are handed out.
+Policies are trusted to choose well, but not to be free of bugs. A plan may name a sequence in two
+ways that exclude each other, or want what the sequence's state does not allow. Such a plan must not
+end the iteration of all other sequences: the sequence is named here, and its request alone ends.
+The pool itself says whether the blocks suffice, when they are given out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Fault = tuple[str, str]
 
 
 def faults_of(plan: IterationPlan, view: PlannerView) -> dict[str, str]:
-    """What is wrong with a plan, by sequence id; of each sequence one thing.
+    """Return the faults of a plan by sequence id, one fault for each sequence.
 
     Args:
         view: the engine's state as it is when the plan is to be carried out.
@@ -57,7 +57,7 @@ def _unknown(plan: IterationPlan, live: Container[str]) -> Iterator[Fault]:
 
 
 def _of_states(plan: IterationPlan, live: Mapping[str, Sequence]) -> Iterator[Fault]:
-    """Who starts, stops and runs."""
+    """Yield the faults of sequences that start, are preempted or run."""
     scheduled = plan.num_scheduled_tokens
     for names, verb in ((plan.start, "started"), (plan.preempt, "preempted")):
         if len(set(names)) < len(names):
@@ -77,7 +77,7 @@ def _of_states(plan: IterationPlan, live: Mapping[str, Sequence]) -> Iterator[Fa
 def _of_tokens(
     plan: IterationPlan, live: Mapping[str, Sequence], memory: MemoryView
 ) -> Iterator[Fault]:
-    """Who runs, and how much of it."""
+    """Yield the faults in the numbers of tokens that sequences run."""
     starting = set(plan.start)
     for seq_id, num_tokens in plan.num_scheduled_tokens.items():
         seq = live.get(seq_id)
@@ -106,7 +106,9 @@ def _of_drafts(plan: IterationPlan, live: Mapping[str, Sequence]) -> Iterator[Fa
 
 
 def _of_standings(plan: IterationPlan, live: Mapping[str, Sequence]) -> Iterator[Fault]:
-    """A promise is made to a request or given up, not both, and to all of its outputs."""
+    """Yield sequences that are promised and given up at once, or unlike other outputs of their
+    request.
+    """
     if not (plan.admit or plan.relegate):
         return
     admitted, relegated = set(plan.admit), set(plan.relegate)
@@ -124,7 +126,7 @@ def _of_standings(plan: IterationPlan, live: Mapping[str, Sequence]) -> Iterator
 
 
 def _of_refusals(plan: IterationPlan, live: Mapping[str, Sequence]) -> Iterator[Fault]:
-    """Nothing else is planned for a refused request, nor for any of its outputs."""
+    """Yield the outputs of refused requests for which the plan has something else."""
     if not plan.reject:
         return
     requests = {live[one].request.request_id for one in plan.reject if one in live}

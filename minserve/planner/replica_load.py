@@ -13,14 +13,15 @@ from minserve.slo.objectives import Standing
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaLoad:
-    """What a replica reports of itself.
+    """The load that a replica reports of itself.
 
     Attributes:
-        prefill_tokens: of prompts under a promise, or waiting for one, not yet computed.
+        prefill_tokens: number of tokens that are not yet computed, in prompts that are promised
+            their SLO or wait for a promise.
         decode_rate: tokens per second that its decodes under a promise are owed.
-        tightest_tpot_s: of these; inf where there is none.
-        free_tokens: of KV, that nobody under a promise holds or is predicted to need.
-        num_sequences: waiting and running, best effort too.
+        tightest_tpot_s: the least TPOT in seconds that it owes; inf if it owes none.
+        free_tokens: tokens of KV that no sequence under a promise holds or is predicted to need.
+        num_sequences: number of waiting and running sequences, including best effort.
     """
 
     prefill_tokens: int = 0
@@ -31,15 +32,15 @@ class ReplicaLoad:
 
 
 def load_of(planner: Planner, view: PlannerView) -> ReplicaLoad:
-    """The load of an engine as its planner sees it.
+    """Return the load of an engine as its planner sees it.
 
-    Policies that promise nothing owe every sequence its pace; of those that promise, best
-    effort is owed nothing.
+    A policy that promises nothing owes every sequence its pace. A policy that promises SLOs owes
+    nothing to best effort.
     """
-    promises = isinstance(planner, PromisingPlanner)
+    lengths = planner.lengths if isinstance(planner, PromisingPlanner) else None
     prefill, rate, tightest, held = 0, 0.0, math.inf, 0
     for seq in (*view.running, *view.waiting):
-        if seq.progress is None or (promises and seq.standing is Standing.BEST_EFFORT):
+        if seq.progress is None or (lengths is not None and seq.standing is Standing.BEST_EFFORT):
             continue
         pace = seq.progress.tpot_s
         rate += 1.0 / pace
@@ -47,8 +48,8 @@ def load_of(planner: Planner, view: PlannerView) -> ReplicaLoad:
         if not seq.is_decoding:
             prefill += seq.num_uncomputed_tokens
         held += seq.num_tokens
-        if promises:
-            held += planner.lengths.remaining(seq)
+        if lengths is not None:
+            held += lengths.remaining(seq)
     return ReplicaLoad(
         prefill_tokens=prefill,
         decode_rate=rate,

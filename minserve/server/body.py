@@ -70,8 +70,8 @@ async def read_object(request: web.Request) -> dict[str, Any]:
 def parse_object(raw: bytes) -> dict[str, Any]:
     """Parse strict JSON that must be an object.
 
-    Fields of objects that are ``null`` are left out, at any depth: ``null`` means "not given" for
-    every field, because clients send it with that meaning.
+    Fields of the object that are ``null`` are left out: ``null`` means "not given", because clients
+    send it with that meaning. `convert` does the same for the objects in it.
 
     Raises:
         InvalidRequestError: naming what is wrong with it.
@@ -81,7 +81,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise InvalidRequestError("the request body is not UTF-8") from None
     hooks: dict[str, Any] = {
-        "object_pairs_hook": _given_fields,
+        "object_pairs_hook": _unique_fields,
         "parse_constant": _refuse_constant,
         "parse_float": _finite_float,
     }
@@ -98,16 +98,16 @@ def parse_object(raw: bytes) -> dict[str, Any]:
         raise InvalidRequestError(f"the request body is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise InvalidRequestError("the request body must be a JSON object")
-    return value
+    return {name: each for name, each in value.items() if each is not None}
 
 
-def _given_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
         raise InvalidRequestError(f"the field {twice!r} appears twice")
-    return {key: value for key, value in result.items() if value is not None}
+    return result
 
 
 def _refuse_constant(name: str) -> float:
@@ -130,6 +130,9 @@ def _bounded_int(text: str) -> int:
 def convert(value: Any, form: type[_T], where: str = "") -> _T:
     """Return a JSON value as an instance of a type, such as a `Form`, without any coercion.
 
+    Fields that are ``null`` count as not given, whatever their name: answers come back in the next
+    turn of a chat with many empty fields.
+
     Args:
         value: the value, as `parse_object` returns it.
         form: the type.
@@ -138,6 +141,7 @@ def convert(value: Any, form: type[_T], where: str = "") -> _T:
     Raises:
         InvalidRequestError: naming the field, what it must be and what it is.
     """
+    value = _given(value)
     try:
         return msgspec.convert(value, form)
     except msgspec.ValidationError as error:
@@ -156,6 +160,15 @@ def convert(value: Any, form: type[_T], where: str = "") -> _T:
         raise refusal(place, f"{brief(value)} is not supported")
     expected = _TYPE.sub(_plain_words, problem.removeprefix("Expected ").partition(", got ")[0])
     raise refusal(place, f"must be {expected}, not {brief(value)}")
+
+
+def _given(value: Any) -> Any:
+    """Return a value without the fields of its objects that are ``None``, at any depth."""
+    if isinstance(value, dict):
+        return {name: _given(each) for name, each in value.items() if each is not None}
+    if isinstance(value, list) and any(isinstance(each, dict) for each in value):
+        return [_given(each) for each in value]
+    return value
 
 
 def _plain_words(types: re.Match[str]) -> str:

@@ -7,8 +7,8 @@ asks for nothing (an empty tool list, ``best_of: 1``) is accepted, because clien
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from msgspec import Meta, field
 
@@ -50,14 +50,15 @@ _HARMLESS_TOKENIZE: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "return_token_strs": (False,),
 }
-# Fields that `SamplingParams` has by the same name and whose values it checks.
-_SETTINGS = {setting.name for setting in fields(SamplingParams)} - {
-    "max_tokens",
-    "logprobs",
-    "prompt_logprobs",
-}
-
 _TokenId = Annotated[int, Meta(ge=0)]
+# Fields that `SamplingParams` has by the same name, with their types; it checks their ranges.
+_SETTINGS: dict[str, Any] = {
+    **get_type_hints(SamplingParams),
+    "stop": Any,
+    "stop_token_ids": list[_TokenId],
+}
+for _name in ("max_tokens", "logprobs", "prompt_logprobs"):
+    del _SETTINGS[_name]
 _Positive = Annotated[int, Meta(ge=1)]
 _Nothing = tuple[()]
 
@@ -218,6 +219,11 @@ def _read(
     """Return the body, and the sampling settings in it, which `SamplingParams` checks itself."""
     values = dict(values)
     settings = {name: values.pop(name) for name in _SETTINGS if name in values}
+    for name, value in settings.items():
+        try:
+            convert(value, _SETTINGS[name], name)
+        except InvalidRequestError as error:
+            raise InvalidRequestError(str(error), name) from None
     refuse_unsupported(values, _HARMLESS | harmless)
     return convert(values, form), settings
 

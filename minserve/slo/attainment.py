@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-from minserve.slo.objectives import Targets
+from minserve.slo.objectives import StageTarget, Targets
 from minserve.slots import copy_slots
 
 # Times are compared after sums of floats; rounding alone must not break a promise.
@@ -150,6 +150,11 @@ class Progress:
     def tpot_s(self) -> float:
         """Pace of the current stage in seconds per token; inf if none is promised."""
         return self.targets.stages[self.stage].tpot_s
+
+    @property
+    def stages_left(self) -> tuple[StageTarget, ...]:
+        """The current stage and those after it."""
+        return self.targets.stages[self.stage :]
 
     @property
     def stage_tokens_left(self) -> int | None:

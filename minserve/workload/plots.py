@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-GET_MATPLOTLIB = "pip install 'minserve[plot]'"
+# A command for minserve's folder: the package is on no index.
+GET_MATPLOTLIB = ".venv/bin/pip install -e '.[plot]'"
 BLUE, GREEN, AMBER, RED, PURPLE, SLATE = (
     "#1f6feb", "#2da44e", "#bf8700", "#cf222e", "#8250df", "#7d8590",
 )  # fmt: skip
@@ -47,7 +48,7 @@ def check_can_plot(file: str | Path) -> None:
             no format.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise WorkloadError(f"a plot needs matplotlib; run: {GET_MATPLOTLIB}")
+        raise WorkloadError(f"a plot needs matplotlib; run in minserve's folder: {GET_MATPLOTLIB}")
     from matplotlib.backend_bases import FigureCanvasBase
 
     path, formats = Path(file), FigureCanvasBase.get_supported_filetypes()

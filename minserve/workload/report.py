@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minserve.workload.tables import text_table
+from minserve.tables import text_table
 from minserve.workload.verdict import Cause, Verdict
 
 QUANTILES = (0.5, 0.9, 0.99)

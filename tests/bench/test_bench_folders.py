@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,3 +85,19 @@ def test_whatever_is_shared_has_more_than_one_user() -> None:
     assert {
         str(path.relative_to(BENCH)): users(path) for path in shared if len(users(path)) < 2
     } == {}
+
+
+@pytest.mark.parametrize("name", ["engine_gpu", "kernel_bench"])
+def test_help_needs_no_triton(name: str, tmp_path: Path) -> None:
+    # As in the environment of `make serve` on a CPU.
+    (tmp_path / "triton.py").write_text('raise ModuleNotFoundError("No module named triton")')
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(PROGRAMS[name]), "--help"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--dry" in done.stdout

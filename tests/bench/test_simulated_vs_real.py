@@ -6,16 +6,26 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from simulated_vs_real import LEAD_S, as_sent, counted
 
+from minserve.cli.flags import given
+from minserve.cli.main import build_parser
+from minserve.config import EngineConfig
+from minserve.devices import find_device
+from minserve.planner.policies.base import Planner
+from minserve.planner.policies.registry import POLICIES, make_planner
+from minserve.planner.predict.lengths import QuantileLengths
+from minserve.simulator import simulation
+from minserve.simulator.simulation import Setup
 from minserve.slo.objectives import SLO, StageTarget, Targets
 from minserve.workload.answer import Answer
 from minserve.workload.client import Load
 from minserve.workload.conversation import Turn
 from minserve.workload.verdict import Cause, Verdict
-from parts.simulated_vs_real.real_server import quantile_of, told
+from parts.simulated_vs_real.real_server import form_flags, quantile_of, told
 from parts.simulated_vs_real.report import ComparedRun, Inputs, errors, plot, print_table
 
 TARGETS = Targets(ttft_s=0.5, stages=(StageTarget(tpot_s=0.1),))
@@ -99,6 +109,24 @@ def test_the_simulator_gets_the_requests_as_the_server_saw_them() -> None:
     assert turn.output_tokens == 3
     assert turn.slo.resolve(9.0, 9.0) == TARGETS
     assert turn.slo.name == SLO(ttft=1).name, "the server learns lengths of one class"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_server_splits_prompts_where_the_simulator_does(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[dict[str, Any]] = []
+
+    def make(name: str, **settings: Any) -> Planner:
+        made.append(settings)
+        return make_planner(name, **settings)
+
+    monkeypatch.setattr(simulation, "make_planner", make)
+    setup = Setup(device=find_device("opt-6.7b-a100"), policy=policy)
+    simulation.planner_of(setup, QuantileLengths())
+    args = build_parser().parse_args(["serve", "--policy", policy, *form_flags(policy)])
+    served = EngineConfig.create(**given(args, EngineConfig))
+    assert [one["chunked_prefill"] for one in made] == [served.chunked_prefill]
 
 
 def test_requests_of_the_first_and_last_seconds_are_left_out() -> None:

@@ -264,7 +264,7 @@ def test_a_missing_matplotlib_is_told_before_the_run(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert bench(server, *WORKLOAD, "--rate", "1", "--plot", "x.png") == 2
-    assert "pip install 'minserve[plot]'" in capsys.readouterr().err
+    assert ".venv/bin/pip install -e '.[plot]'" in capsys.readouterr().err
     assert not server.bodies
 
 

@@ -82,7 +82,7 @@ def test_tables_say_how_fast_and_how_sure(
         assert f"{row.measured_s * 1e3:.1f} ms" in text
     assert f"prefill of 512 tokens {found.model.zero_load_prefill_s(512) * 1e3:.1f} ms" in text
     assert f"kept in {next(cache.glob('*.json'))}" in text
-    assert "minserve[plot]" in text  # how to get a picture
+    assert "pip install -e '.[plot]'" in text  # how to get a picture
     assert list(cache.glob("*.png")) == []
 
 
@@ -136,7 +136,7 @@ def test_a_picture_without_matplotlib_is_refused_before_measuring(
     assert profile(tiny_llama_dir, "--plot", str(tmp_path / "fit.png")) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "pip install minserve[plot]" in captured.err
+    assert "pip install -e '.[plot]'" in captured.err
     assert not cache.exists()
 
 

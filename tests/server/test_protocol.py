@@ -288,7 +288,7 @@ def test_a_value_that_cannot_be_honoured_is_refused_by_name(name: str, value: An
         ({"n": 200}, "n must be between 1 and 128, not 200"),
         ({"priority": 2**63}, f"priority: must be an integer <= {2**63 - 1}, not {2**63}"),
         ({"stop": 5}, "stop must be a string or a list of strings, not 5"),
-        ({"ignore_eos": 0}, "ignore_eos must be true or false, not 0"),
+        ({"ignore_eos": 0}, "ignore_eos: must be true or false, not 0"),
         ({"stream_options": []}, "stream_options: must be an object, not an empty list"),
         (
             {"stream_options": {"include_usage": "no"}},
@@ -549,3 +549,27 @@ def test_dropped_output_leaves_the_prompt_alone() -> None:
     assert body["choices"][0]["text"] == "ab"
     assert body["choices"][0]["finish_reason"] == "length"
     assert body["usage"]["completion_tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("n", True, "n: must be an integer, not true"),
+        ("temperature", "hot", 'temperature: must be a number, not "hot"'),
+        ("ignore_eos", [1], "ignore_eos: must be true or false, not a list"),
+        ("stop_token_ids", [1.0], "stop_token_ids[0]: must be an integer, not 1.0"),
+        ("logit_bias", {"50": None}, "logit_bias: an object is not supported"),
+    ],
+)
+def test_settings_of_another_type_are_refused_in_the_words_of_json(
+    field: str, value: Any, says: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        completion(**{field: value})
+    assert str(refused.value).startswith(says)
+    assert refused.value.param == field
+
+
+def test_half_of_a_surrogate_pair_is_refused_in_the_name_of_an_empty_field_too() -> None:
+    with pytest.raises(InvalidRequestError, match="surrogate"):
+        parse_object(b'{"prompt": "hi", "q\\ud800": null}')

@@ -116,8 +116,10 @@ def test_deadlines_follow_the_stages() -> None:
     assert progress.next_deadline_s == 10.75
     progress.add_token(10.3)
     assert progress.next_deadline_s == 11.25  # from the stage's first token, not the newest
+    assert [stage.tpot_s for stage in progress.stages_left] == [0.5, 2.0]
     progress.end_stage()
     assert (progress.marker, progress.tpot_s) == (None, 2.0)
+    assert [stage.tpot_s for stage in progress.stages_left] == [2.0]
     assert progress.next_deadline_s == 10.3 + 2.0  # so that the output does not stall
     progress.add_token(30.0)
     assert progress.next_deadline_s == 32.0

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from triton.compiler import CompiledKernel
 
 from minserve.machine import Machine
-from minserve.workload.tables import text_table
+from minserve.tables import text_table
 from parts.kernel_bench.attention import BLOCK_SIZE, UniformBatch, attention_problem
 from parts.kernel_bench.rows import kv_problem, norm_problem, silu_mul_problem
 from parts.kernel_bench.triton_aot import ARCHS, KIB, MULTIPROCESSORS, Built, compiling_for, inspect

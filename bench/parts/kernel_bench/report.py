@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minserve.workload.tables import text_table
+from minserve.tables import text_table
 from parts.kernel_bench.attention import GOAL_CHUNK, GOAL_DECODE, GOAL_LONE
 from shared.kernel_cases import OURS
 from shared.kernel_timing import Ceilings

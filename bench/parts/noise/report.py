@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from minserve.simulator.simulation import promises
+from minserve.tables import text_table
 from minserve.workload.report import percentile
 from parts.noise.grid import Grid, NoiseCell
 from shared.simulated.jobs import Measured
@@ -16,7 +17,6 @@ from shared.simulated.jobs import Measured
 JUDGED = "dp"
 # Number of cells that tables and the last line name.
 MOST_NAMED = 10
-NAME_WIDTH = 62
 
 
 def rows_of(grid: Grid, found: Measured) -> list[dict[str, Any]]:
@@ -148,24 +148,27 @@ def _signed(value: float | None) -> str:
     return "-" if value is None else f"{value:+.3f}"
 
 
+def _shares(row: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {100 * one:.0f}%" for name, one in row["attainment"].items())
+
+
 def table(figures: dict[str, Any]) -> str:
     """Return the figures as lines of text."""
     lines = []
     if "worst_regret" in figures:
+        worst = [
+            (row["cell"], _shares(row), f"{row['regret']:+.3f}", f"{row['spread']:.3f}")
+            for row in figures["worst_cells"]
+        ]
         lines += [
             f"{figures['cells']} cells; regret of {JUDGED} against the best of the others: mean "
             f"{figures['mean_regret']:+.3f} (counted from 0: {figures['mean_positive_regret']:.3f})"
             f", p90 {figures['p90_regret']:+.3f}; clearly behind in {figures['behind']}",
             f"against the best of those that promise nothing: {_signed(figures['mean_simple_regret'])}",
             "",
-            f"{'worst cells':<{NAME_WIDTH}}{'regret':>8}{'+-':>7}  attainment",
+            text_table(("worst cells", "attainment", "regret", "+-"), worst, left=2),
+            "",
         ]
-        for row in figures["worst_cells"]:
-            shares = ", ".join(f"{p} {100 * one:.0f}%" for p, one in row["attainment"].items())
-            lines.append(
-                f"{row['cell']:<{NAME_WIDTH}}{row['regret']:+8.3f}{row['spread']:7.3f}  {shares}"
-            )
-        lines.append("")
         for axis, means in figures["mean_regret_by"].items():
             lines.append(f"by {axis:<10}" + ", ".join(f"{k} {v:+.3f}" for k, v in means.items()))
         lines.append("")

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from minserve.tables import text_table
 from minserve.workload.plots import BLUES, GREYS, grid_of, save
-from minserve.workload.tables import text_table
 
 Values = Mapping[str, float]
 

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minserve.workload.tables import text_table
+from minserve.tables import text_table
 from shared.paired.curves import (
     Capacities,
     Difference,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from minserve.devices import PUBLISHED
+from minserve.planner.policies.registry import POLICIES, promising_policies
 from minserve.planner.predict.perf_model import BatchShape
 from shared.simulated.cases import Case, Size
 from shared.simulated.jobs import Job, Measured, Planning, Point, Search, Series, at, case_of
@@ -22,8 +23,10 @@ OTHERS = (("tools", "toolllama-7b-a100"), ("reasoning", "qwen2.5-7b-a100"))
 HEADLINE = (*((scenario, SMALL) for scenario in OPT_SCENARIOS), *OTHERS)
 LARGER = tuple((scenario, device) for device in (MEDIUM, LARGE) for scenario in OPT_SCENARIOS)
 
-PROMISES = ("dp", "edf")
+PROMISES = tuple(promising_policies())
 BASELINES = ("vllm", "sarathi", "fcfs", "distserve")
+# Registered policies that promise nothing and are no published baseline.
+OTHERS = tuple(name for name in POLICIES if name not in (*PROMISES, *BASELINES))
 # With one prompt in a batch, as the authors' simulator runs vLLM; the best baseline leaves it out.
 WEAK = "one prompt a batch"
 WITH, WITHOUT = "with speculation", "without speculation"
@@ -117,7 +120,11 @@ def drafts(device: str) -> bool:
 
 
 def promise(plan: Plan, scenario: str, device: str, policy: str, mode: str, **more) -> Search:
-    """Return the search for the capacity of `dp` or `edf`; ``more``: other values of the case."""
+    """Return the search for the capacity of a policy that promises SLOs.
+
+    Args:
+        more: other values of the case.
+    """
     most = MOST_DRAFTED if mode == WITH and drafts(device) else 0
     case = Case(scenario=scenario, device=device, policy=policy, max_speculation=most, **more)
     start, size = _start(scenario, device)[0], plan.size(scenario, device)
@@ -178,7 +185,9 @@ def capacities(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
         for mode in plan.modes(device):
             yield scenario, device, "dp", mode
             if (scenario, device) in HEADLINE:
-                yield scenario, device, "edf", mode
+                for policy in (*PROMISES, *OTHERS):
+                    if policy != "dp":
+                        yield scenario, device, policy, mode
             for policy in BASELINES:
                 # DistServe drafts nothing. Larger models are compared only with speculation.
                 wanted = mode == WITH or (scenario, device) in HEADLINE

@@ -19,6 +19,8 @@ from minserve.workload.plots import (
 from parts.reproduce.plan import (
     BASELINES,
     HEADLINE,
+    OTHERS,
+    PROMISES,
     SENSITIVE,
     Plan,
     burst_points,
@@ -52,12 +54,13 @@ def _capacity(plan: Plan, found: Measured):
     if not ready:
         return None
     figure, (bars, ratio) = figure_of(2)
-    policies = ("dp", "edf", *BASELINES)
+    policies = (*PROMISES, *OTHERS, *BASELINES)
+    width = 0.84 / len(policies)
     for i, policy in enumerate(policies):
         rows = [first_mode(table[one]) for one in ready]
         heights = [row.get(policy, 0.0) / row["best"] for row in rows]
-        places = [place + (i - 2.5) * 0.14 for place in range(len(ready))]
-        bars.bar(places, heights, 0.13, color=POLICY_COLOURS[policy], label=policy)
+        places = [place + (i - (len(policies) - 1) / 2) * width for place in range(len(ready))]
+        bars.bar(places, heights, 0.93 * width, color=POLICY_COLOURS.get(policy), label=policy)
     names = [name_of(one) for one in ready]
     bars.set_xticks(range(len(ready)), names, rotation=20)
     bars.set(ylabel="capacity over the best baseline's")
@@ -124,7 +127,7 @@ def _bursts(plan: Plan, found: Measured):
                 times = [result["bin_s"] * (j + 0.5) for j in range(len(rates))]
                 running.fill_between(times, rates, alpha=0.3, color=GREY, label="arrivals/s")
             times, shares = zip(*_shares(result), strict=True)
-            attained.plot(times, shares, color=POLICY_COLOURS[policy], label=policy)
+            attained.plot(times, shares, color=POLICY_COLOURS.get(policy), label=policy)
             for part, style in (("promised", "-"), ("best_effort", ":")):
                 values = result[part]
                 if any(values):
@@ -163,7 +166,7 @@ def _sensitivity(plan: Plan, found: Measured):
         for policy, row in policies.items():
             xs = sorted(row)
             panel.plot(
-                xs, [row[x] for x in xs], marker="o", color=POLICY_COLOURS[policy], label=policy
+                xs, [row[x] for x in xs], marker="o", color=POLICY_COLOURS.get(policy), label=policy
             )
         panel.set(xlabel=names[axis], ylabel="capacity, requests/s per GPU", title=scenario)
     return figure

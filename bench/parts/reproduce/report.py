@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from minserve.workload.tables import text_table
+from minserve.tables import text_table
 from parts.reproduce.plan import (
     ABLATED,
     BASELINES,
     HEADLINE,
     LARGER,
+    OTHERS,
     PROMISES,
     SCALED,
     SENSITIVE,
@@ -216,7 +217,7 @@ def _headline(plan: Plan, found: Measured) -> str:
 
 
 def _capacities(plan: Plan, found: Measured, mode: str) -> str:
-    columns = ("dp", "edf", *BASELINES, "best", WEAK)
+    columns = (*PROMISES, *OTHERS, *BASELINES, "best", WEAK)
     rows = []
     for combination, modes in capacity_table(plan, found).items():
         row = modes.get(mode)

@@ -37,6 +37,11 @@ SLICE_S = 2.0
 Metrics = Mapping[tuple[str, str], float]
 
 
+def form_flags(policy: str) -> list[str]:
+    """Return the flags with which a server forms batches as the simulator does."""
+    return ["--no-chunked-prefill"] if policy == "fcfs" else []
+
+
 class PolicyServer:
     """A `minserve serve` of one policy, and the values of its metrics."""
 
@@ -46,7 +51,7 @@ class PolicyServer:
             "--token-budget", str(args.token_budget), "--max-num-seqs", str(args.max_num_seqs),
             "--block-size", str(BLOCK_SIZE), "--num-blocks", str(KV_TOKENS // BLOCK_SIZE),
             "--best-effort-share", str(BEST_EFFORT_SHARE), "--no-prefix-caching",
-            "--speculator", "off", label=policy,
+            "--speculator", "off", *form_flags(policy), label=policy,
         )  # fmt: skip
         self._process = ServerProcess(command)
         try:

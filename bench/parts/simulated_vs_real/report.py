@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from minserve.tables import text_table
 from minserve.workload.plots import POLICY_COLOURS, grid_of, save
 from minserve.workload.report import Part, Percentiles
-from minserve.workload.tables import text_table
 from minserve.workload.verdict import Verdict
 
 # Medians of the simulation must be within this share of the real ones, attainments within

@@ -17,8 +17,8 @@ from itertools import zip_longest
 from typing import Any
 
 from minserve.engine.speculation.proposer import SpeculationStats
+from minserve.tables import text_table
 from minserve.workload.plots import COLOURS, SLATE, figure_of
-from minserve.workload.tables import text_table
 
 BAR_WIDTH = 30
 SYNTHETIC = "SYNTHETIC "

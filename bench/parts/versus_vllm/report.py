@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from minserve.tables import text_table
 from minserve.workload.plots import COLOURS, attainment_figure, draw_attainment, save
-from minserve.workload.tables import text_table
 from shared.paired.curves import (
     Capacities,
     Difference,

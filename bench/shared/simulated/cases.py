@@ -7,7 +7,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from minserve.devices import PUBLISHED
-from minserve.simulator.simulation import MakePlanner, Setup, SimulationResult, planner_of, simulate
+from minserve.simulator.simulation import (
+    MakePlanner,
+    Setup,
+    SimulationResult,
+    planner_of,
+    promises,
+    simulate,
+)
 from minserve.slo.objectives import SLO
 from minserve.workload.capacity import LEVEL, Measure
 from minserve.workload.conversation import Conversation, num_turns
@@ -94,7 +101,7 @@ class Case:
         if self.token_budget is not None:
             parts.append(f"budget {self.token_budget}")
         if self.max_speculation:
-            most = "up to " if self.policy in ("dp", "edf") else ""
+            most = "up to " if promises(self.policy) else ""
             parts.append(f"{most}{self.max_speculation} drafted")
         return ", ".join(parts) or "default"
 

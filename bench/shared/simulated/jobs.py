@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minserve.planner.plan import PlannerView
-from minserve.simulator.simulation import SimulationResult, simulate
+from minserve.simulator.simulation import SimulationResult, promises, simulate
 from minserve.slo.objectives import Standing
 from minserve.workload.conversation import num_turns
 from minserve.workload.report import percentile, share
@@ -232,7 +232,7 @@ def fingerprint() -> str:
 def _simulation_s(case: Case, num_requests: int) -> float:
     """Return the rough seconds of one simulation; only the order of jobs depends on it."""
     tokens = {"coding": 60, "tools": 90, "reasoning": 5500, "mixed": 220}.get(case.scenario, 240)
-    cost = 4e-6 if case.policy not in ("dp", "edf") else 2.2e-5 if case.max_speculation else 1.1e-5
+    cost = 4e-6 if not promises(case.policy) else 2.2e-5 if case.max_speculation else 1.1e-5
     return num_requests * min(case.copies, 4) * tokens * cost
 
 

@@ -1,1 +1,1 @@
-"""Who is promised its SLO: review of commitments, prefill rates, the dynamic program."""
+"""The decision which requests are promised their SLO, in rounds of admission."""

@@ -1,10 +1,10 @@
-"""How late is too late: what may still be reached, by two relaxations of the admission program.
+"""Bounds on what may still be reached, by two relaxations of the admission program.
 
-Both go through the candidates from the last deadline to the first and ask how a target is
-reached with those that are left. One looks at time: prefills one after another, slowed only
-as much as so many accepted ones must slow them (Moore's problem; the recursion is Lawler and
-Moore's, Management Science, 1969). The other looks at memory alone. What they rule out, no
-set can reach; what they let pass may still be infeasible.
+Both go through the candidates from the last deadline to the first and ask how a target is reached
+with those that are left. One looks at time: prefills one after another, slowed only as much as so
+many accepted ones must slow them (Moore's problem; the recursion is Lawler and Moore's, Management
+Science, 1969). The other looks at memory alone. No set can reach what they rule out; what they let
+pass may still be infeasible.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rest:
-    """The candidates in deadline order, and what is to be reached with them.
+    """The candidates in deadline order, and the target that is to be reached with them.
 
     Attributes:
-        works: ``[N]``, in tokens.
-        deadlines: ``[N]``, in seconds.
-        blocks: ``[N]``.
-        units: of value, whole numbers; 0 for forced ones.
-        seqs: how many sequences each one is.
-        forced: whether it must be taken.
-        target: units in all, at least 1.
-        end_s: one unit may be missing where the last prefill is done by then; -inf for never.
+        works: ``[N]`` float64, prefill work in tokens.
+        deadlines: ``[N]`` float64, deadlines in seconds.
+        blocks: number of blocks of each candidate.
+        units: value of each candidate in whole units; 0 for forced ones.
+        seqs: number of sequences of each candidate.
+        forced: True for each candidate that must be taken.
+        target: number of units in all, at least 1.
+        end_s: time in seconds; one unit may be missing if the last prefill is done by then. It is
+            -inf if no unit may be missing.
     """
 
     works: Floats
@@ -51,17 +52,17 @@ class Rest:
 
 
 def loosened(tokens: Floats) -> Floats:
-    """Rounding must not rule out what just fits."""
+    """Return a little more than these tokens, because rounding must not rule out what just fits."""
     return tokens * (1 + 1e-9) + 1e-6
 
 
 def slowdown(rates: Floats, fastest: Floats, sizes: Ints) -> Floats:
-    """What share of the fastest rate is left at most beside so many accepted sequences.
+    """Return the share of the fastest rate that is left at most beside so many accepted sequences.
 
     Args:
-        rates: ``[J, C]`` of count vectors, above 0.
-        fastest: ``[J]``, at least as fast.
-        sizes: ``[C]``, of each count vector.
+        rates: ``[J, C]`` rates at count vectors, above 0.
+        fastest: ``[J]`` rates that are at least as high.
+        sizes: ``[C]`` number of sequences in each count vector.
 
     Returns:
         ``[most + 1]``, never rising.
@@ -91,7 +92,7 @@ def latest_s(rest: Rest, limits: SequenceOf[tuple[FluidClock, Floats]]) -> list[
     # In tokens: all clocks go through one recursion.
     latest = np.full((num + 1, len(limits), target + pad), np.inf)
     latest[num, :, :target] = -np.inf
-    latest[num, :, target - 1] = [clock.tokens(rest.end_s) for clock, _ in limits]
+    latest[num, :, target - 1] = [clock.tokens(np.array(rest.end_s)) for clock, _ in limits]
     for k in range(num - 1, -1, -1):
         row, later, units = latest[k, :, :target], latest[k + 1], rest.units[k]
         np.minimum(later[:, units : units + target], due[:, k, None], out=row)
@@ -107,10 +108,10 @@ def latest_s(rest: Rest, limits: SequenceOf[tuple[FluidClock, Floats]]) -> list[
 
 
 def least_blocks(rest: Rest) -> list[list[float]]:
-    """How many more blocks the target takes at least.
+    """Return how many more blocks the target takes at least.
 
     Returns:
-        by number of candidates behind, and units accepted.
+        numbers of blocks, by number of candidates behind, and units accepted.
     """
     num, target, pad = len(rest.works), rest.target, max(rest.units)
     least = np.zeros((num + 1, target + pad))

@@ -1,12 +1,15 @@
-"""Who is served: the dynamic program over prefill deadlines, tier counts, memory and budget.
+"""The dynamic program of admission over prefill deadlines, tier counts, memory and budget.
 
 After SLOs-Serve (arXiv 2504.08784). A candidate is a request with all of its outputs that are
-to be decided on. Candidates in deadline order; a state is how many outputs of each tier are
-accepted, their blocks and value, and when the last of their prefills is done. That time stands for the leftover budget: for equal counts, the earlier, the more is left. The
-paper's own pruning gets this comparison wrong; here the frontier is exact, for this reason:
+to be decided on. The program goes through the candidates in deadline order. A state says how many
+outputs of each tier are accepted, their blocks and value, and when the last of their prefills is
+done. That time stands for the leftover budget: for equal counts, the earlier, the more is left. The
+paper's own pruning gets this comparison wrong. Here a state is dropped for another one only where
+that is sure to lose nothing, for this reason:
 
-    When a candidate is done, as a function of when the one before it was, never falls: who
-    starts earlier has done at least as much at any later time, and can always wait.
+    The time at which a candidate is done, as a function of the time at which the one before it
+    was, never falls: a candidate that starts earlier has done at least as much at any later time,
+    and can always wait.
 
 So a state with the same counts that is later, with no fewer blocks and no more value, leads
 nowhere that the other does not. Accepted candidates hold their tier and blocks for good in
@@ -14,8 +17,12 @@ the program. `simulate` releases them at their predicted ends, which only takes 
 by the same argument it never finds an accepted set infeasible.
 
 The program is fast because it looks for little: a set found by Moore's rule is mostly of the
-highest value already, and `minserve.planner.admission.bounds` tells which states cannot lead to a better
-one. Of the thousands of states a few dozen are left.
+highest value already, and `minserve.planner.admission.bounds` tells which states cannot lead to a
+better one. Of the thousands of states a few dozen are left. Where more are left, each pass decides
+on at most so many of them as `WIDTHS` says, and what the last pass puts off is left out. The set is
+then the best that was found, and `Admission.exact` is False: it is not proven that none is more
+valuable. Beyond `MAX_CELLS` there is no search, and the set is that of `insert_greedily`.
+`bench/planner.py` prints how often sets are proven to be the best.
 """
 
 from __future__ import annotations
@@ -34,8 +41,8 @@ from minserve.planner.admission.bounds import (
     latest_s,
     least_blocks,
     loosened,
-    slowdown,
 )
+from minserve.planner.admission.cells import NEW, Cells, Row
 from minserve.planner.admission.fluid_clock import NO_RATE, FluidClock
 from minserve.planner.admission.outlook import Outlook
 from minserve.planner.admission.prefill_rates import PrefillRates
@@ -43,16 +50,16 @@ from minserve.planner.admission.timeline import (
     Admission,
     Candidate,
     by_deadline,
-    first_steady,
     insert_greedily,
     simulate,
 )
 
 # Count vectors beyond which a decision would take too long.
 MAX_CELLS = 50_000
-# States decided on behind each candidate, per pass. The first pass nearly always finds the best
-# set; the second mostly proves it. What is left after it is not worth its time.
-WIDTHS = (16, 16)
+# States decided on behind each candidate in the first pass, which nearly always finds the best set.
+FIRST_WIDTH = 16
+# States decided on in the second pass, which mostly proves it. More would take too long.
+MAX_STATES = 2500
 # Values that are no multiples of the smallest are rounded to so many units in all.
 MAX_UNITS = 256
 # Share of the time until the last deadline.
@@ -60,11 +67,11 @@ WORTH_A_CLOCK = 0.1
 
 
 def admit(candidates: SequenceOf[Candidate], outlook: Outlook, rates: PrefillRates) -> Admission:
-    """Return the most valuable set that keeps every deadline.
+    """Return the most valuable set that was found of those that keep every deadline.
 
     Of several such sets it is the one done first, as far as the first pass finds it. Beyond
-    `MAX_CELLS` it is the set of `insert_greedily`. Where the last pass had to leave states out, it
-    is the best set that was found, and not proven to be the best.
+    `MAX_CELLS` it is the set of `insert_greedily`. There, and where the last pass had to leave
+    states out, it is not proven to be the best.
     """
     program = _Program(candidates, outlook, rates)
     if program.most_seqs == sum(c.num_seqs for c in candidates):
@@ -73,15 +80,21 @@ def admit(candidates: SequenceOf[Candidate], outlook: Outlook, rates: PrefillRat
             done_s = max(everyone.done_s, default=float(outlook.starts[0]))
             order = tuple(by_deadline(candidates))
             return Admission(order, True, sum(c.value for c in candidates), done_s)
-    if program.num_cells > MAX_CELLS:
+    if program.cells.num_cells > MAX_CELLS:
         return insert_greedily(candidates, outlook, rates)
-    return program.solve() or _forced_alone(candidates, outlook, rates)
+    found = program.solve() or _forced_alone(candidates, outlook, rates)
+    if found.exact:
+        return found
+    return max(found, insert_greedily(candidates, outlook, rates), key=lambda one: one.value)
 
 
 def _forced_alone(
     candidates: SequenceOf[Candidate], outlook: Outlook, rates: PrefillRates
 ) -> Admission:
-    """The forced ones do not fit for good; they may if they are released in time."""
+    """Return the forced candidates if they fit once blocks are released in time.
+
+    They do not fit for good.
+    """
     forced = [i for i in by_deadline(candidates) if candidates[i].forced]
     under_way = [candidates[i] for i in forced]
     timeline = simulate(under_way, outlook, rates)
@@ -90,40 +103,22 @@ def _forced_alone(
     return Admission(tuple(forced), True, sum(c.value for c in under_way), max(timeline.done_s))
 
 
-# Named tuples have a slow constructor, and there may be a thousand states.
-_NEW = tuple.__new__
-
-
-class _Row(NamedTuple):
-    """What a cell leaves.
-
-    Attributes:
-        rates: of prefill, per segment.
-        steady: the first segment from which on all decodes keep their pace.
-        kind: of clock that bounds it.
-    """
-
-    rates: list[float]
-    steady: int
-    kind: int
-
-
 class _DpState(NamedTuple):
-    """Some of the first candidates accepted.
+    """A set of the first candidates that is accepted.
 
     Attributes:
-        now: when the last of them is done.
-        segment: of the outlook that ``now`` lies in.
-        cell: index of their counts; ``row`` is what that leaves.
-        blocks: that they hold.
-        units: of value, of those that are not forced.
-        position: of the last one accepted, after those of ``before``.
+        now: time in seconds at which the last of their prefills is done.
+        segment: index of the segment that ``now`` lies in.
+        cell: index of their counts; ``row`` holds the rates that these leave.
+        blocks: number of blocks that they hold.
+        units: their value in units, without the forced ones.
+        position: position of the last one accepted, after those of ``before``.
     """
 
     now: float
     segment: int
     cell: int
-    row: _Row
+    row: Row
     blocks: int = 0
     units: int = 0
     value: float = 0.0
@@ -134,13 +129,8 @@ class _DpState(NamedTuple):
 class _Program:
     """One admission to decide, in deadline order; hopeless candidates are left out at once.
 
-    A cell is a count vector, written as one number. Candidates without a pace have a dimension
-    of their own, which demands nothing. Of the cells only those are looked at whose counts are
-    sums of some candidates' outputs.
-
     Attributes:
-        num_cells: of these.
-        most_seqs: outputs that can be accepted at most.
+        most_seqs: the most outputs that can be accepted.
     """
 
     def __init__(
@@ -150,39 +140,21 @@ class _Program:
         self._starts = [*outlook.starts.tolist(), math.inf]
         self._free_from = outlook.free_from
         self._free = self._free_from[-1]
-        # Nobody accepted: no set leaves prefill more.
+        # None accepted: no set leaves prefill more.
         self._clock = FluidClock(outlook.starts, np.maximum(rates(outlook.counts), NO_RATE))
         self._index, self.most_seqs = self._hopeful(candidates)
         self._candidates = [candidates[i] for i in self._index]
-        num_tiers = outlook.counts.shape[1]
-        sizes: list[list[int]] = [[] for _ in range(num_tiers + 1)]
-        for c in self._candidates:
-            sizes[num_tiers if c.tier is None else c.tier].append(c.num_seqs)
-        # Without requests of several outputs a cell's number is also its place in the grid.
-        self._is_plain = all(c.num_seqs == 1 for c in self._candidates)
-        self._totals = [
-            list(range(len(own) + 1)) if self._is_plain else _sums(own, self.most_seqs)
-            for own in sizes
-        ]
-        self.num_cells = math.prod(len(own) for own in self._totals)
-        # Of a cell's number, per dimension: one more output is so much.
-        self._units_of = [
-            math.prod(sum(own) + 1 for own in sizes[d + 1 :]) for d in range(num_tiers + 1)
-        ]
-        self._strides = [
-            c.num_seqs * self._units_of[num_tiers if c.tier is None else c.tier]
-            for c in self._candidates
-        ]
+        self.cells = Cells(self._candidates, outlook, self.most_seqs)
         blocks = [c.blocks for c in self._candidates]
         self._is_tight = sum(blocks) > self._free_from[0]
         self._blocks = blocks if self._is_tight else [0] * len(blocks)
-        self._rows: dict[int, _Row] = {}
 
     def _hopeful(self, candidates: SequenceOf[Candidate]) -> tuple[list[int], int]:
-        """Those not late behind nobody but the forced, and how many outputs can be served at most.
+        """Return the candidates that are in time if only the forced are accepted beside them, and
+        the most outputs that can be served.
 
-        The number of candidates is that of Moore (Management Science, 1968): in deadline order, drop the
-        longest so far whenever one is late.
+        The number of candidates is that of Moore (Management Science, 1968): in deadline order,
+        drop the longest so far whenever one is late.
         """
         order = by_deadline(candidates)
         deadlines = np.array([candidates[i].deadline_s for i in order])
@@ -206,8 +178,9 @@ class _Program:
         return index, min(sum(seqs), max(0, self._outlook.free_seqs) + forced)
 
     def solve(self) -> Admission | None:
-        """``None`` where not even the forced ones fit."""
-        self._fill()
+        """Return the best set that was found; ``None`` if not even the forced candidates fit."""
+        last_s = max((c.deadline_s for c in self._candidates), default=0.0)
+        self.cells.fill(self._rates, last_s)
         self._count_units()
         best = self._good_set()
         if best is None:
@@ -220,75 +193,8 @@ class _Program:
             state = state.before
         return Admission(tuple(accepted[::-1]), True, last.value, last.now, is_proven)
 
-    def _fill(self) -> None:
-        """Rates of every cell that can be reached, and a clock for each kind of set.
-
-        The tightest TPOT present sets how often the constant cost of a batch is paid. Sets
-        with one of a tier that is tighter than all who run for long have a clock of their own.
-        """
-        shape = [len(own) for own in self._totals]
-        places = np.indices(shape).reshape(len(shape), self.num_cells)
-        counts = places
-        if not self._is_plain:
-            counts = np.stack(
-                [np.array(own)[at] for own, at in zip(self._totals, places, strict=True)]
-            )
-            self._places = [{total: at for at, total in enumerate(own)} for own in self._totals]
-        size = counts.sum(axis=0)
-        kept = (size <= self.most_seqs).nonzero()[0]
-        self._counts, size = counts.take(kept, axis=1), size.take(kept)
-        column = np.full(self.num_cells, -1)
-        column[kept] = np.arange(len(kept))
-        self._column = column.tolist()
-        self._table = self._rates.of_sums(self._outlook.counts, self._counts[:-1].T)
-        self._rates_of = np.ascontiguousarray(self._table.T)
-        # Seconds, until the last deadline, in which nobody of a tier or a tighter one decodes.
-        last_s = max((c.deadline_s for c in self._candidates), default=0.0)
-        spans = np.diff(np.minimum(self._starts, last_s))
-        absent = spans @ (np.cumsum(self._outlook.counts, axis=1) == 0)
-        self._kinds = [
-            tier
-            for tier, count in enumerate(self._counts[:-1])
-            if count.any() and absent[tier] > WORTH_A_CLOCK * spans.sum()
-        ]
-        self._limits = []
-        for tier in (None, *self._kinds):
-            columns = slice(None) if tier is None else self._counts[tier].nonzero()[0]
-            rates = np.maximum(self._table[:, columns], NO_RATE)
-            fastest = rates.max(axis=1)
-            clock = FluidClock(self._outlook.starts, fastest)
-            self._limits.append((clock, slowdown(rates, fastest, size[columns])))
-        # Looked up for hundreds of cells, hence found for all of them at once.
-        self._is_slow = (self._table.min(axis=0) < NO_RATE).tolist()
-        kind = np.zeros(len(kept), dtype=np.int64)
-        for number, tier in reversed(list(enumerate(self._kinds, 1))):
-            kind[self._counts[tier] > 0] = number
-        self._kind = kind.tolist()
-
-    def _row(self, cell: int) -> _Row | None:
-        """``None`` for a cell of more than can be accepted."""
-        column = self._column[cell] if self._is_plain else self._column_of(cell)
-        if column < 0:
-            return None
-        rates, steady = self._rates_of[column].tolist(), 0
-        if self._is_slow[column]:
-            steady = first_steady(rates)
-            rates = [max(rate, NO_RATE) for rate in rates]
-        self._rows[cell] = row = _NEW(_Row, (rates, steady, self._kind[column]))
-        return row
-
-    def _column_of(self, cell: int) -> int:
-        """Of the table; below 0 for a cell that is not in it."""
-        place = 0
-        for unit, places in zip(self._units_of, self._places, strict=True):
-            count, cell = divmod(cell, unit)
-            if count not in places:
-                return -1
-            place = place * len(places) + places[count]
-        return self._column[place]
-
     def _count_units(self) -> None:
-        """Values as whole numbers: exactly, where all are multiples of the smallest."""
+        """Count values as whole numbers of units: exactly, if all are multiples of the smallest."""
         values = [c.value for c in self._candidates if not c.forced]
         self._unit = min(values, default=1.0)
         most = MAX_UNITS * self._unit
@@ -302,25 +208,25 @@ class _Program:
         self._items = [
             (stride, blocks, c.work, c.deadline_s, c.tier is not None, units, c.value)
             for c, stride, blocks, units in zip(
-                self._candidates, self._strides, self._blocks, self._units, strict=True
+                self._candidates, self.cells.strides, self._blocks, self._units, strict=True
             )
         ]
 
     def _extend(self, states: SequenceOf[_DpState], k: int) -> list[_DpState]:
         """Accept the candidate at position ``k`` too, in every state in which that is feasible."""
         stride, more_blocks, work, deadline_s, is_paced, more_units, more_value = self._items[k]
-        rows, starts, free_from = self._rows, self._starts, self._free_from
+        rows, starts, free_from = self.cells.rows, self._starts, self._free_from
         grown = []
         for state in states:
             end, segment, cell, row, blocks, units, value, _, _ = state
             cell += stride
-            after = rows.get(cell) or self._row(cell)
+            after = rows.get(cell) or self.cells.row(cell)
             if after is None:
                 continue
             blocks += more_blocks
             if blocks > free_from[segment]:
-                segment = next((j for j, free in enumerate(free_from) if blocks <= free), None)
-                if segment is None:
+                segment = next((j for j, free in enumerate(free_from) if blocks <= free), -1)
+                if segment < 0:
                     continue
                 end = starts[segment]
             end, segment, left = fluid_clock.run(work, end, segment, row[0], starts, deadline_s)
@@ -333,7 +239,7 @@ class _Program:
                 end = starts[segment]
             units += more_units
             value += more_value
-            new = _NEW(_DpState, (end, segment, cell, after, blocks, units, value, k, state))
+            new = NEW(_DpState, (end, segment, cell, after, blocks, units, value, k, state))
             grown.append(new)
         return grown
 
@@ -342,8 +248,8 @@ class _Program:
         return grown[0] if grown else None
 
     def _good_set(self) -> _DpState | None:
-        """The best of some sets by Moore's rule and the one chosen before, as far as it still fits;
-        ``None`` where the forced ones do not fit.
+        """Return the best of some sets by Moore's rule and the set chosen before, as far as it
+        still fits; ``None`` if the forced candidates do not fit.
         """
         work = max((c.work for c in self._candidates), default=0.0) or 1.0
         blocks = max(self._blocks, default=0) or 1
@@ -353,9 +259,10 @@ class _Program:
                 ((1 - share) * c.work / work + share * c.blocks / blocks) / c.value
                 for c in self._candidates
             ]
-            sets.append(self._by_moore(weights))
-        if sets[0] is None:
-            return None
+            found = self._by_moore(weights)
+            if found is None:
+                return None
+            sets.append(found)
         known = self._nobody()
         for k, c in enumerate(self._candidates):
             if c.was_chosen or c.forced:
@@ -368,7 +275,7 @@ class _Program:
         return max(sets, key=_merit)
 
     def _by_moore(self, weights: SequenceOf[float]) -> _DpState | None:
-        """In deadline order; whenever one does not fit, the heaviest so far is dropped."""
+        """Accept candidates in deadline order; if one does not fit, drop the heaviest so far."""
         state = self._nobody()
         # Who is accepted, by position, each after the state before it.
         path: list[tuple[_DpState, int]] = []
@@ -387,7 +294,8 @@ class _Program:
                 other, rest = path[heaviest][0], []
                 for _, i in path[heaviest + 1 :]:
                     rest.append((other, i))
-                    other = self._extend_one(other, i)
+                    # Without the heaviest one they still fit.
+                    (other,) = self._extend((other,), i)
                 after = self._extend_one(other, k)
                 if after is None and not candidate.forced:
                     break
@@ -400,7 +308,7 @@ class _Program:
         return state
 
     def _nobody(self) -> _DpState:
-        return _DpState(self._starts[0], 0, 0, self._row(0))
+        return _DpState(self._starts[0], 0, 0, self.cells.row_at(0, 0))
 
     def _search(self, best: _DpState) -> tuple[_DpState, bool]:
         """Look for the best set, in passes: each goes on from the states that the one before it
@@ -415,11 +323,11 @@ class _Program:
         todo: list[list[_DpState]] = [[] for _ in range(len(self._candidates) + 1)]
         todo[0].append(self._nobody())
         bounded: _DpState | None = None
-        for width in WIDTHS:
+        for width in (FIRST_WIDTH, max(FIRST_WIDTH, MAX_STATES // len(self._candidates))):
             if best is not bounded:
                 # A set of the same value that is done earlier is worth a look, not a second one.
                 rest = self._rest(best, or_earlier=bounded is None)
-                latest = latest_s(rest, self._limits)
+                latest = latest_s(rest, self.cells.limits)
                 least = least_blocks(rest) if self._is_tight else None
                 bounded = best
             best = max([best, *self._pass(todo, latest, least, width)], key=_merit)
@@ -437,8 +345,8 @@ class _Program:
         """Go through the candidates once, and decide on each in at most so many states.
 
         Args:
-            todo: by position, states in which the candidate there is still to be decided on. They
-                are taken out, and those that are put off are put in.
+            todo: states in which a candidate is still to be decided on, by the candidate's
+                position. They are taken out, and those that are put off are put in.
 
         Returns:
             states in which all candidates are decided on.
@@ -447,7 +355,8 @@ class _Program:
         for k in range(len(self._candidates)):
             if todo[k]:
                 late = [of_kind[k] for of_kind in latest]
-                frontier += self._hopeful_of(todo[k], late, least and least[k])
+                few = None if least is None else least[k]
+                frontier += self._hopeful_of(todo[k], late, few)
                 todo[k] = []
             if len(frontier) > width:
                 frontier.sort(key=_backlog)
@@ -455,7 +364,8 @@ class _Program:
                 del frontier[width:]
             if frontier:
                 late = [of_kind[k + 1] for of_kind in latest]
-                frontier = self._next(frontier, k, late, least and least[k + 1])
+                few = None if least is None else least[k + 1]
+                frontier = self._next(frontier, k, late, few)
         return frontier
 
     def _next(
@@ -468,8 +378,9 @@ class _Program:
         """Decide on the candidate at position ``k`` in every state.
 
         Args:
-            late, few: by `bounds`, until when a state must be done, per kind of clock and number
-                of units, and how many more blocks it takes, per number of units.
+            late: time in seconds until which a state must be done, by kind of clock and number of
+                units.
+            few: number of blocks that it takes beside its own, by number of units.
 
         Returns:
             the states that may still reach the target, none of them dominated by another.
@@ -500,7 +411,7 @@ class _Program:
         ]
 
     def _rest(self, best: _DpState, *, or_earlier: bool) -> Rest:
-        """The target: one unit more than the best set has, or as much value as it has."""
+        """Return the target: one unit more than the best set has, or as much value as it has."""
         target = best.units + 1
         if not self._is_whole:
             forced = sum(c.value for c in self._candidates if c.forced)
@@ -517,26 +428,19 @@ class _Program:
         )
 
 
-def _sums(sizes: SequenceOf[int], most: int) -> list[int]:
-    """What some of the sizes add up to, from 0 for none of them to at most ``most``."""
-    # Bit s of the number is set where s is such a sum.
-    found, mask = 1, (1 << (most + 1)) - 1
-    for size in sizes:
-        found |= (found << size) & mask
-    return [total for total in range(found.bit_length()) if found >> total & 1]
-
-
 def _merit(state: _DpState) -> tuple[float, float]:
     return state.value, -state.now
 
 
 def _backlog(state: _DpState) -> tuple[int, float]:
-    """Least for the state that is kept first: of most value, and of these done first."""
+    """Return a key that is least for the state to keep first: of most value, then done first."""
     return -state.units, state.now
 
 
 def _offer(group: list[_DpState], one: _DpState) -> None:
-    """Add it to the states of a cell unless one dominates it; take out whom it dominates."""
+    """Add a state to those of its cell unless one of these dominates it; take out those it
+    dominates.
+    """
     for other in group:
         if other.now <= one.now and other.blocks <= one.blocks and other.value >= one.value:
             return

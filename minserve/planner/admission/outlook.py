@@ -1,7 +1,7 @@
-"""`Outlook`: what the sequences that already run will take from now on.
+"""`Outlook`: the time and memory that the sequences which already run will take from now on.
 
-Piecewise constant over time: how many sequences of each TPOT tier need their token in every
-TPOT, and how many KV blocks are free. Tiers shrink and blocks are freed where outputs are
+It is piecewise constant over time: it says how many sequences of each TPOT tier need their token in
+every TPOT, and how many KV blocks are free. Tiers shrink and blocks are freed where outputs are
 predicted to end; a sequence ahead of its schedule needs nothing until it is due again.
 """
 
@@ -22,11 +22,12 @@ MAX_TIERS = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tier:
-    """Sequences of one TPOT.
+    """The sequences of one TPOT.
 
     Attributes:
         tpot_s: seconds per token.
-        context_tokens: mean context of such a sequence, for the cost of its attention.
+        context_tokens: mean number of context tokens of such a sequence, for the cost of its
+            attention.
     """
 
     tpot_s: float
@@ -38,10 +39,10 @@ class Outlook:
     """J segments of time from now on; the last one never ends.
 
     Attributes:
-        starts: ``[J]`` float64, when each segment begins; ``starts[0]`` is now.
-        counts: ``[J, L]`` int64, decoding sequences of each of the L tiers.
-        free_blocks: ``[J]`` int64, blocks that admitted sequences do not need.
-        free_seqs: how many more sequences may run.
+        starts: ``[J]`` float64, seconds at which each segment begins; ``starts[0]`` is now.
+        counts: ``[J, L]`` int64, number of decoding sequences of each of the L tiers.
+        free_blocks: ``[J]`` int64, number of blocks that admitted sequences do not need.
+        free_seqs: number of sequences that may run beside those that run already.
     """
 
     starts: NDArray[np.float64]
@@ -51,7 +52,7 @@ class Outlook:
 
     @property
     def free_from(self) -> list[int]:
-        """Per segment, blocks that are free from its start on, for good."""
+        """Number of blocks that are free for good from the start of each segment on."""
         return np.minimum.accumulate(self.free_blocks[::-1])[::-1].tolist()
 
 
@@ -67,7 +68,9 @@ class Holding(NamedTuple):
     """A sequence holds blocks, and ever more of them, until ``end_s`` (inf: for good).
 
     Attributes:
-        blocks_now, blocks_end: in between it grows evenly.
+        blocks_now: number of blocks that it holds now.
+        blocks_end: number of blocks that it will hold at its end; in between it grows evenly.
+        end_s: time in seconds at which it releases them.
     """
 
     blocks_now: int
@@ -119,13 +122,17 @@ def build_outlook(
 ) -> Outlook:
     """Lay demands and holdings on a time axis of at most `MAX_SEGMENTS` segments, and one more.
 
-    Rounded to the cautious side: what begins within a segment counts from its start, what
-    ends within one counts to its end, what ends after the horizon counts for good. What begins
-    after it counts in one more segment, which begins there.
+    Times are rounded to the cautious side. A demand that begins within a segment counts from its
+    start, one that ends within a segment counts to its end, and one that ends after the horizon
+    counts for good. Demands that begin after the horizon count in one more segment, which begins
+    there.
 
     Args:
-        horizon_s: when the last promise that is to be decided falls due.
-        num_blocks: size of the pool.
+        now: time in seconds at which the outlook begins.
+        horizon_s: time at which the last promise that is to be decided falls due.
+        num_tiers: number of tiers.
+        num_blocks: number of blocks of the pool.
+        free_seqs: number of sequences that may run beside those that run already.
     """
     begin = np.array([d.start_s for d in demands], dtype=np.float64)
     end = np.array([d.end_s for d in demands], dtype=np.float64)
@@ -150,11 +157,11 @@ def build_outlook(
 def _most_held_from(
     starts: NDArray[np.float64], holdings: SequenceOf[Holding]
 ) -> NDArray[np.int64]:
-    """The most blocks that will be held at any time from each start on.
+    """Return the most blocks that will be held at any time from each start on.
 
-    Holdings grow until they end, so that most is held right before an end, or at the start.
-    Outputs that end in turn never hold all their blocks at once: the "past-future" estimate of
-    LightLLM (Gong et al., ASPLOS 2025).
+    Holdings grow until they end, so that most is held right before an end, or at the start. Outputs
+    that end in turn never hold all their blocks at once: the "past-future" estimate of LightLLM
+    (Gong et al., ASPLOS 2025).
     """
     now = starts[0]
     first = np.array([h.blocks_now for h in holdings], dtype=np.float64)
@@ -172,7 +179,7 @@ def _most_held_from(
 
 
 def _segments(now: float, horizon_s: float, edges: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Now, and the later edges before the horizon, thinned out evenly to `MAX_SEGMENTS`."""
+    """Return now and the later edges before the horizon, thinned out evenly to `MAX_SEGMENTS`."""
     inner = np.unique(edges[(edges > now) & (edges < horizon_s)])
     if len(inner) > MAX_SEGMENTS - 1:
         picked = np.linspace(0, len(inner) - 1, MAX_SEGMENTS - 1).round().astype(np.int64)

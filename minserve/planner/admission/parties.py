@@ -1,20 +1,20 @@
 """`Party`: the outputs of one request, as admission sees them.
 
-A request attains its SLO only if every one of its outputs does: that is what its client is
-told (`minserve.slo.attainment.worst_report`), and what a load test counts. So a promise belongs to
-the request:
+A request attains its SLO only if every one of its outputs does: that is what its client is told
+(`minserve.slo.attainment.worst_report`), and what a load test counts. So a promise belongs to the
+request:
 
-- its outputs are decided on together, as one candidate; each has a slot, a place in its tier
-  and blocks of its own, while the value is that of the request, however many there are;
+- its outputs are decided on together, as one candidate; each has a slot, a place in its tier and
+  blocks of its own, while the value is that of the request, however many there are;
 - as soon as one of them begins, all of them are promised;
-- where the SLO of one is broken, or the promise to one cannot be kept, all that are left are
-  best effort: nothing that they could still do would make the request attain its SLO. Outputs
-  that ended in time before keep their own reports;
+- if the SLO of one is broken, or the promise to one cannot be kept, all that are left are best
+  effort: nothing that they could still do would make the request attain its SLO. Outputs that ended
+  in time before keep their own reports;
 - a request is refused only while none of its outputs has begun, here or elsewhere.
 
-With prefix caching the prompt is computed once. The other outputs begin when its full blocks
-are there (`BatchBuilder.start`) and share them. Without it, or where the log probabilities of
-the prompt are asked for, each output computes and holds a prompt of its own.
+With prefix caching the prompt is computed once. The other outputs begin when its full blocks are
+there (`BatchBuilder.start`) and share them. Without it, or if the log probabilities of the prompt
+are asked for, each output computes and holds a prompt of its own.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ class Party:
     """The outputs of a request that are left; at least one.
 
     Attributes:
-        live: all of them.
-        settled: those that decode under a promise.
+        request: the request.
+        standing: the planner's promise to the request.
+        live: all outputs that are left.
+        settled: those of them that decode under a promise.
         open: the others.
     """
 
@@ -53,10 +55,10 @@ class Party:
 
     @property
     def awaits_answer(self) -> bool:
-        """True where a request that would rather be refused than late has not begun."""
+        """True if a request that would rather be refused than be late has not begun."""
         return (
             self.standing is Standing.PENDING
-            and self.request.slo.refuses_delay
+            and self.request.refuses_delay
             and len(self.live) == self.request.params.n
             and not any(seq.has_begun for seq in self.live)
         )
@@ -98,9 +100,9 @@ def partition(view: PlannerView, broken: Container[str]) -> tuple[list[Sequence]
 def starts_of(
     party: Party, memory: MemoryView, cached_tokens: Callable[[Sequence], int]
 ) -> list[int]:
-    """Of each open output, how many of its tokens are computed when its prefill begins.
+    """Return, for each open output, how many of its tokens are computed when its prefill begins.
 
-    The one that is ahead computes the prompt for all.
+    The output that is ahead computes the prompt for all of them.
     """
     waiting = SequenceState.WAITING
     shared = shared_blocks(party.open[0], memory) * memory.block_size
@@ -126,11 +128,11 @@ def starts_of(
 def spared_blocks(
     parties: Iterable[Party], memory: MemoryView, remaining: Mapping[str, int]
 ) -> dict[str, int]:
-    """By sequence id, blocks of the prompt that a sibling is counted for.
+    """Return by sequence id how many blocks of the prompt are counted for a sibling instead.
 
     Args:
-        remaining: by sequence id, tokens that it will still have. Of those that decode, the
-            one that goes on for longest is counted for the shared blocks.
+        remaining: number of tokens that each sequence will still have, by its id. Of the outputs
+            that decode, the one that goes on for longest is counted for the shared blocks.
     """
     spared: dict[str, int] = {}
     for party in parties:
@@ -146,6 +148,7 @@ def spared_blocks(
 
 
 def _carrier(party: Party, remaining: Mapping[str, int]) -> Sequence:
+    """Return the output that the shared blocks of a request are counted for."""
     if party.settled:
         return max(party.settled, key=lambda seq: remaining[seq.seq_id])
     running = (seq for seq in party.open if seq.state is SequenceState.RUNNING)
@@ -153,7 +156,7 @@ def _carrier(party: Party, remaining: Mapping[str, int]) -> Sequence:
 
 
 def _shares(seq: Sequence, carrier: Sequence, num_blocks: int) -> bool:
-    """Whether the first blocks are, or will be, the same ones.
+    """Return True if the first blocks of both outputs are, or will be, the same ones.
 
     Outputs that began apart may have computed the same prompt twice.
     """

@@ -1,9 +1,10 @@
 """PB*: how many prefill tokens per second fit beside n decoding sequences.
 
-After SLOs-Serve (arXiv 2504.08784, section on the prefill budget). A batch is as long as the
-tightest TPOT present allows, a sequence of tier l takes one token every TPOT_l, and what is
-left of the batch is prefill. With speculation a sequence takes several tokens at once, comes
-round less often, and batches may be longer: of the lengths per tier, those that leave most.
+The rate is that of SLOs-Serve (arXiv 2504.08784, section on the prefill budget). A batch is as long
+as the tightest TPOT present allows, a sequence of tier l takes one token every TPOT_l, and what is
+left of the batch is prefill. With speculation a sequence takes several tokens at once and comes
+round less often, so batches may be longer: of the lengths per tier, those are taken that leave
+most.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ MOST_CHOICES = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierSpeculation:
-    """What is known of drafts for the decodes of each tier.
+    """The facts about drafts for the decodes of each tier.
 
     Attributes:
-        acceptance: per tier, the chance that a drafted token is accepted.
-        max_tokens: longest speculation.
+        acceptance: chance that a drafted token is accepted, for each tier.
+        max_tokens: the longest speculation in tokens.
         near: count vectors around which the rates are wanted, at least one.
     """
 
@@ -43,13 +44,14 @@ class PrefillRates:
     """Prefill tokens per second as a function of how many sequences of each tier decode.
 
     Args:
-        model: the device.
+        model: the performance model of the device.
         tiers: the L TPOT tiers.
-        window_s: length of a batch where nobody decodes.
-        guard_s: of every batch, kept free so that its tokens reach the clients in time.
-        share: of the device's time that is planned with, in (0, 1]; the rest is for best
+        window_s: seconds that a batch lasts if no sequence decodes.
+        guard_s: seconds of every batch that are kept free so that its tokens reach the clients in
+            time.
+        share: share of the device's time that is planned with, in (0, 1]; the rest is for best
             effort and for errors of the model.
-        speculation: ``None`` where nothing is drafted.
+        speculation: facts about drafts; ``None`` if nothing is drafted.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class PrefillRates:
             _FixedLengths(model, self.tiers, lengths, tpots, window_s, guard_s, share)
             for lengths, tpots in _candidates(self.tiers, speculation)
         ]
-        if len(self._choices) > 1:
+        if speculation is not None and len(self._choices) > 1:
             self._choices = _best_near(self._choices, speculation.near)
         # Attention beyond the mean of a token: what makes a long prompt cost more than
         # its tokens, as tokens of the steepest piece.
@@ -76,21 +78,23 @@ class PrefillRates:
         self._pair_tokens = steep.attention_pairs / steep.tokens
 
     def work(self, start: int, end: int) -> float:
-        """Prefill of tokens ``start .. end`` of one sequence, in budget tokens."""
+        """Return the work to prefill tokens ``start .. end`` of one sequence, in budget tokens."""
         num = end - start
         pairs = num * start + num * (num + 1) / 2
         return num + self._pair_tokens * pairs
 
     def one(self, counts: SequenceOf[int]) -> float:
-        """`__call__` for a single count vector, without numpy's overhead."""
+        """Return the rate at one count vector, like `__call__` but without numpy's overhead."""
         return max(choice.one(counts) for choice in self._choices)
 
     def lengths(self, counts: SequenceOf[int]) -> tuple[int, ...]:
-        """Per tier, the speculation length that leaves most to prefills."""
+        """Return the speculation length of each tier that leaves most to prefills."""
         return max(self._choices, key=lambda choice: choice.one(counts)).lengths
 
     def thresholds(self, counts: SequenceOf[int]) -> dict[int, float]:
-        """By tier that speculates: the chance of acceptance of the last token worth drafting."""
+        """Return the chance of acceptance of the last token worth drafting, by tier that
+        speculates.
+        """
         return {
             tier: self._acceptance[tier] ** length
             for tier, length in enumerate(self.lengths(counts))
@@ -98,11 +102,11 @@ class PrefillRates:
         }
 
     def need_drafts(self, counts: SequenceOf[int]) -> bool:
-        """True where the decodes would not keep their TPOT without speculation."""
+        """Return True if the decodes would not keep their TPOT without speculation."""
         return self._choices[0].one(counts) < 0
 
     def __call__(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Tokens per second at each count vector.
+        """Return the prefill tokens per second at each count vector.
 
         Args:
             counts: ``[..., L]`` int64.
@@ -119,7 +123,9 @@ class PrefillRates:
         return best.reshape(shape)
 
     def of_sums(self, counts: NDArray[np.int64], more: NDArray[np.int64]) -> NDArray[np.float64]:
-        """As calling with every sum of a row of ``counts`` and a row of ``more``, but faster.
+        """Return the rates at every sum of a row of ``counts`` and a row of ``more``.
+
+        It is faster than a call with all these sums.
 
         Args:
             counts: ``[J, L]`` int64.
@@ -135,11 +141,11 @@ class PrefillRates:
 
 
 class _FixedLengths:
-    """The rates where the decodes of each tier speculate at a given length.
+    """The rates if the decodes of each tier speculate at a given length.
 
     Args:
-        lengths: per tier, tokens drafted; 0 is plain decoding.
-        tpots: per tier, seconds that one verification may be apart from the next.
+        lengths: number of tokens drafted for each tier; 0 is plain decoding.
+        tpots: seconds that one verification may be apart from the next, for each tier.
     """
 
     def __init__(
@@ -193,7 +199,7 @@ class _FixedLengths:
         return rate
 
     def many(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Of count vectors ``[N, L]``, ``[N]``."""
+        """Return the rates ``[N]`` at count vectors ``[N, L]``."""
         return self._rate(*self._needs(counts))
 
     def of_sums(self, counts: NDArray[np.int64], more: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -204,13 +210,18 @@ class _FixedLengths:
         )
 
     def _needs(self, counts: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """What decodes take: batches per second ``[N]``, and per piece share of time ``[P, N]``."""
+        """Return the batches per second ``[N]`` that decodes ask for, and the share of time ``[P,
+        N]`` that they take by each piece.
+        """
         pace = np.where(counts > 0, 1.0 / self._tpot, 0.0)
         load = (self._decode / self._tpot) @ counts.T
         return pace.max(axis=1, initial=1.0 / self._window_s), load
 
     def _rate(self, pace: NDArray[np.float64], load: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Tokens per second from what decodes take; overwrites ``load``, since memory is slow."""
+        """Return the prefill tokens per second, from the result of `_needs`.
+
+        It overwrites ``load``, because memory is slow.
+        """
         rate = np.full(pace.shape, np.inf)
         for (base, eager, token, _), left in zip(self._pieces, load, strict=True):
             left += base * pace
@@ -240,7 +251,8 @@ def _decode_s(piece: Piece, tier: Tier, length: int) -> float:
 def _candidates(
     tiers: tuple[Tier, ...], speculation: TierSpeculation | None
 ) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
-    """Lengths per tier worth comparing, plain decoding first, with the TPOTs that they stretch.
+    """Return the lengths per tier worth comparing, plain decoding first, with the TPOTs that they
+    stretch.
 
     One tier's length bounds the batch; the others take the shortest length that does not.
     """
@@ -270,7 +282,7 @@ def _candidates(
 def _best_near(
     choices: list[_FixedLengths], near: SequenceOf[SequenceOf[int]]
 ) -> list[_FixedLengths]:
-    """Plain decoding, and of the others those that leave most at one of the count vectors."""
+    """Return plain decoding, and the others that leave most at one of the count vectors."""
     counts = np.array(near, dtype=np.int64)
     rates = np.stack([choice.many(counts) for choice in choices])
     best = list(dict.fromkeys(rates.argmax(axis=0).tolist()))

@@ -1,10 +1,11 @@
-"""One round of admission: from sequences to the dynamic program and back.
+"""One round of admission: it turns sequences into candidates, has them chosen, and reads the
+answer.
 
-Sequences that decode under a promise are settled: what they need is the outlook. All others
-that have an unbroken SLO are candidates; of these, prefills under way are forced in.
+Sequences that decode under a promise are settled: the outlook holds what they need. All others that
+have an unbroken SLO are candidates; of these, prefills under way are forced in.
 
-A promise belongs to a request: its outputs are candidates together, and are promised, given
-up and refused together (`minserve.planner.admission.parties`).
+A promise belongs to a request: its outputs are candidates together, and are promised, given up and
+refused together (`minserve.planner.admission.parties`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from minserve.blocks import blocks_for
-from minserve.planner.admission.dynamic_program import Admission
 from minserve.planner.admission.outlook import (
     Demand,
     Holding,
@@ -27,7 +27,7 @@ from minserve.planner.admission.outlook import (
 )
 from minserve.planner.admission.parties import Party, partition, spared_blocks, starts_of
 from minserve.planner.admission.prefill_rates import PrefillRates, TierSpeculation
-from minserve.planner.admission.timeline import Candidate
+from minserve.planner.admission.timeline import Admission, Candidate
 from minserve.planner.batching.draft_lengths import NO_DRAFTS, DraftsForPrefills
 from minserve.planner.plan import PlannerView, Refusal
 from minserve.planner.predict.acceptance import AcceptanceEstimator
@@ -47,13 +47,13 @@ Choose = Callable[[SequenceOf[Candidate], Outlook, PrefillRates], Admission]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReviewSettings:
-    """What a round goes by.
+    """The settings of a round.
 
     Attributes:
-        window_s: length of an iteration in which no decode is due.
-        guard_s: how long before its deadline a token must be ready.
-        best_effort_share: of the device's time, kept free while best effort waits.
-        max_speculation: most tokens drafted for a sequence; 0 where nobody drafts.
+        window_s: seconds of an iteration in which no decode is due.
+        guard_s: seconds before its deadline at which a token must be ready.
+        best_effort_share: share of the device's time that is kept free while best effort waits.
+        max_speculation: the most tokens drafted for a sequence; 0 if no tokens are drafted.
     """
 
     window_s: float
@@ -64,10 +64,13 @@ class ReviewSettings:
 
 @dataclass(slots=True)
 class ReviewResult:
-    """What a round decided, by sequence id; who is in none of them waits.
+    """The decisions of a round, by sequence id. A sequence without a decision waits.
 
     Attributes:
-        drafts: what drafting is worth while prefills wait.
+        chosen: sequences that are served under a promise.
+        relegate: sequences whose SLO is given up.
+        reject: sequences that are refused, with the reason.
+        drafts: the worth of drafting while prefills wait.
     """
 
     chosen: dict[str, None] = field(default_factory=dict)
@@ -88,14 +91,18 @@ def review(
     broken: Set[str],
     chosen_before: Container[str] = frozenset(),
 ) -> ReviewResult:
-    """Decide who is served.
+    """Decide which requests are served under a promise.
 
     Args:
+        now: seconds on the engine's clock.
+        model: the performance model.
+        lengths: guesses output lengths.
+        cached_tokens: function that returns how many tokens of a waiting sequence the prefix index
+            holds.
+        choose: function that chooses among the candidates.
+        acceptance: estimates how often drafted tokens are accepted.
         broken: ids of the sequences whose SLO is broken.
         chosen_before: ids of the sequences that the round before chose.
-        cached_tokens: of a waiting sequence, tokens in the prefix index.
-        choose: the admission program.
-        acceptance: of drafted tokens.
     """
     result = ReviewResult()
     alone, parties = partition(view, broken)
@@ -128,12 +135,12 @@ def review(
 
 
 class _ReviewRound:
-    """The requests of one round as the admission program sees them.
+    """The requests of one round as the choice of admission sees them.
 
     Attributes:
         settled: sequences that decode under a promise.
         undecided: requests with outputs that do not.
-        candidates: what these are to the program.
+        candidates: a candidate for each of these requests.
     """
 
     def __init__(
@@ -160,7 +167,7 @@ class _ReviewRound:
         self.tiers, self.index = group_tiers(
             (stage.tpot_s, seq.num_tokens)
             for seq in (*self.settled, *open_)
-            for stage in seq.progress.targets.stages[seq.progress.stage :]
+            for stage in seq.slo_progress.stages_left
         )
         crowded = bool(broken) or any(
             seq.progress is None for seq in (*view.running, *view.waiting)
@@ -175,7 +182,7 @@ class _ReviewRound:
         self._spared = spared_blocks(parties, view.memory, self.remaining)
         # Decodes keep step with each other, whatever they were promised: what counts for memory
         # is in which order they end.
-        self._step_s = min((s.progress.tpot_s for s in self.settled), default=math.inf)
+        self._step_s = min((s.slo_progress.tpot_s for s in self.settled), default=math.inf)
         self.demands = {s.seq_id: self._demands(s) for s in self.settled}
         self.candidates = [self._candidate(party, cached_tokens) for party in self.undecided]
 
@@ -195,14 +202,16 @@ class _ReviewRound:
     def _speculation(
         self, acceptance: AcceptanceEstimator, open_: list[Sequence]
     ) -> TierSpeculation | None:
-        """Acceptance per tier, and the count vectors between those of now and of everybody."""
+        """Return the acceptance rate of each tier, and the count vectors to compare lengths at:
+        with the settled alone, and with all sequences.
+        """
         if not self.settings.max_speculation or not self.tiers:
             return None
         totals, members = [0.0] * len(self.tiers), [0] * len(self.tiers)
         vectors = [tuple(members)]
         for seqs in (self.settled, open_):
             for seq in seqs:
-                tier = self.index.get(seq.progress.tpot_s)
+                tier = self.index.get(seq.slo_progress.tpot_s)
                 if tier is not None:
                     members[tier] += 1
                     totals[tier] += acceptance.rate(seq)
@@ -218,17 +227,17 @@ class _ReviewRound:
         )
 
     def drafts(self, accepted: set[int]) -> DraftsForPrefills:
-        """What drafting is worth while the settled and the accepted decode."""
+        """Return the worth of drafting while the settled and the accepted sequences decode."""
         if not self.settings.max_speculation:
             return NO_DRAFTS
         counts = [0] * len(self.tiers)
         for seq in self.settled:
-            tier = self.index.get(seq.progress.tpot_s)
+            tier = self.index.get(seq.slo_progress.tpot_s)
             if tier is not None:
                 counts[tier] += 1
-        for i in accepted:
-            if self.candidates[i].tier is not None:
-                counts[self.candidates[i].tier] += self.candidates[i].num_seqs
+        for candidate in (self.candidates[i] for i in accepted):
+            if candidate.tier is not None:
+                counts[candidate.tier] += candidate.num_seqs
         by_tier = self.rates.thresholds(counts)
         return DraftsForPrefills(
             {tpot: by_tier[tier] for tpot, tier in self.index.items() if tier in by_tier},
@@ -236,7 +245,7 @@ class _ReviewRound:
         )
 
     def _blocks(self, seq: Sequence) -> int:
-        """At its end, but for those that a sibling is counted for."""
+        """Return how many blocks a sequence holds at its end, less those counted for a sibling."""
         blocks = blocks_for(seq.num_tokens + self.remaining[seq.seq_id], self._block_size)
         return blocks - self._spared.get(seq.seq_id, 0)
 
@@ -246,8 +255,10 @@ class _ReviewRound:
         return Holding(blocks_now, self._blocks(seq), end_s)
 
     def _candidate(self, party: Party, cached_tokens: Callable[[Sequence], int]) -> Candidate:
-        """All open outputs of a request. They are due when the first of them is, and at the
-        pace of the tightest: only those that were preempted in different stages differ.
+        """Return all open outputs of a request as one candidate.
+
+        They are due when the first of them is, and at the pace of the tightest. Only outputs that
+        were preempted in different stages differ.
         """
         starts = starts_of(party, self.view.memory, cached_tokens)
         if len(starts) == 1:
@@ -266,22 +277,26 @@ class _ReviewRound:
         )
 
     def _single(self, seq: Sequence, start: int) -> Candidate:
-        """One output, of which so many tokens are computed when its prefill begins."""
-        progress = seq.progress
+        """Return one output as a candidate.
+
+        Args:
+            start: number of its tokens that are computed when its prefill begins.
+        """
+        progress = seq.slo_progress
         return Candidate(
             work=0.0 if seq.is_decoding else self.rates.work(start, seq.num_tokens),
             deadline_s=min(progress.next_deadline_s - self.settings.guard_s, self.now + FAR_S),
             tier=self.index.get(progress.tpot_s),
             blocks=self._blocks(seq),
-            value=seq.request.slo.value,
+            value=seq.request.value,
             forced=seq.standing is Standing.ADMITTED,
             decode_s=self.remaining[seq.seq_id] * progress.tpot_s,
             was_chosen=seq.seq_id in self._chosen_before,
         )
 
     def _demands(self, seq: Sequence) -> list[Demand]:
-        """What a decoding sequence needs if it goes no faster than promised, by stage."""
-        progress, left = seq.progress, self.remaining[seq.seq_id]
+        """Return what a decoding sequence demands, by stage, if it goes no faster than promised."""
+        progress, left = seq.slo_progress, self.remaining[seq.seq_id]
         stages = progress.targets.stages
         at = max(self.now, progress.next_deadline_s - progress.tpot_s)
         demands = []
@@ -297,10 +312,10 @@ class _ReviewRound:
         return demands
 
     def outlook(self, horizon_s: float, accepted: SequenceOf[Candidate] = ()) -> Outlook:
-        """What is settled, on a time axis until the horizon.
+        """Return the outlook of what is settled, on a time axis until the horizon.
 
         Args:
-            accepted: count these as settled too, from when their prefills are done.
+            accepted: candidates that count as settled too, from when their prefills are done.
         """
         holdings: list[Holding] = []
         demands: list[Demand] = []
@@ -325,7 +340,7 @@ class _ReviewRound:
         )
 
     def shed_overload(self, result: ReviewResult) -> None:
-        """Where settled decodes alone are too many, give up the requests with most still to do.
+        """Give up the requests with most still to do, if settled decodes alone are too many.
 
         Otherwise all of them would fall behind together and break every promise.
         """
@@ -345,7 +360,7 @@ class _ReviewRound:
                 self.undecided.remove(party)
 
     def _settled_fit(self) -> bool:
-        """True where the settled decodes of now keep their pace."""
+        """Return True if the settled decodes of now keep their pace."""
         counts = [0] * len(self.tiers)
         for own in self.demands.values():
             for demand in own:
@@ -356,14 +371,14 @@ class _ReviewRound:
         return max(self.remaining[seq.seq_id] for seq in party.settled)
 
     def choose(self, choose: Choose) -> set[int]:
-        """Indices of the candidates to be served."""
+        """Return the indices of the candidates to be served."""
         candidates = self.candidates
         self._outlook = self.outlook(max((c.deadline_s for c in candidates), default=self.now))
         admission = choose(candidates, self._outlook, self.rates)
         if admission.feasible:
             self._done_s = admission.done_s
             return set(admission.accepted)
-        # Beside best effort not even the prefills under way fit: nobody new, and of those under
+        # Beside best effort not even the prefills under way fit: no new ones, and of those under
         # way as many as fit without it.
         forced = [i for i, candidate in enumerate(candidates) if candidate.forced]
         under_way = [candidates[i] for i in forced]
@@ -389,8 +404,8 @@ class _ReviewRound:
             result.relegate |= dict.fromkeys(outputs)
 
     def _fits_alone(self, candidate: Candidate, rates: PrefillRates) -> bool:
-        """True where it would be in time, with slots and blocks for all of its outputs, if
-        nobody else were there.
+        """Return True if it would be in time, with slots and blocks for all of its outputs, if no
+        other request were there.
         """
         return (
             self._alone_done_s(candidate, rates) <= candidate.deadline_s
@@ -399,12 +414,12 @@ class _ReviewRound:
         )
 
     def _alone_done_s(self, candidate: Candidate, rates: PrefillRates) -> float:
-        """When its prefill would be done if it had the device for itself from now on."""
+        """Return when its prefill would be done if it had the device for itself from now on."""
         rate = rates.one([0] * len(self.tiers))
         return self.now + candidate.work / rate if rate > 0 else math.inf
 
     def _refusal(self, i: int, accepted: set[int]) -> Refusal:
-        """What there is too little of, and when that changes by prediction."""
+        """Return the resource that is short, and the time until that changes by prediction."""
         candidate = self.candidates[i]
         own = [0] * len(self.tiers)
         if candidate.tier is not None:

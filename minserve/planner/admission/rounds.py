@@ -18,14 +18,14 @@ REST = 16
 
 @dataclass(slots=True)
 class _LastRound:
-    """What the newest round decided, which holds until the next one.
+    """The decisions of the newest round, which hold until the next one.
 
     Attributes:
         chosen: ids of the sequences that are served, in the round's order.
-        drafts: what drafting is worth while prefills wait.
+        drafts: the worth of drafting while prefills wait.
         seen: ids of all sequences that the round knew.
         held_s: seconds on the engine's clock at which it was held.
-        rest: iterations for which drafts are not weighed; below 0 they are.
+        rest: number of iterations for which drafts are not weighed; below 0 they are.
     """
 
     chosen: dict[str, None] = field(default_factory=dict)
@@ -53,20 +53,20 @@ class AdmissionRounds:
 
     @property
     def drafts(self) -> DraftsForPrefills:
-        """What drafting is worth while prefills wait, by the newest round."""
+        """The worth of drafting while prefills wait, by the newest round."""
         return self._last.drafts
 
     def begin_plan(self) -> None:
-        """A plan is being made, which may hold a round."""
+        """Prepare for a plan, which may hold a round."""
         self._before, self._last = self._last, replace(self._last)
 
     def discard(self) -> None:
-        """The newest plan, with its round, will not be carried out."""
+        """Take the newest plan's round back, because the plan will not be carried out."""
         self._last = self._before
 
     def newcomers(self, view: PlannerView, now: float) -> set[str] | None:
-        """Return the ids of the sequences that the newest round did not know; ``None`` where no
-        round is due.
+        """Return the ids of the sequences that the newest round did not know; ``None`` if no round
+        is due.
         """
         ids = [seq.seq_id for seq in view.waiting]
         ids += [seq.seq_id for seq in view.running]
@@ -92,7 +92,7 @@ class AdmissionRounds:
         return self._last.rest < 0
 
     def rest_from_drafts(self) -> None:
-        """Drafts did not pay: let them rest for a while."""
+        """Let drafts rest for a while, because they did not pay."""
         self._last.rest = REST
 
     def decided(self, result: ReviewResult) -> None:

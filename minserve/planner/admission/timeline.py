@@ -1,8 +1,8 @@
-"""The fluid timeline: when is each accepted prefill done, if they run in deadline order?
+"""The fluid timeline: when each accepted prefill is done if they run in deadline order.
 
-Prefills run one after another, earliest deadline first, at the rate that the decodes of the
-moment leave (`PrefillRates`). Whoever is done joins the decodes of its tier, until its output
-is predicted to end; then its share of the time and its blocks are free again.
+Prefills run one after another, earliest deadline first, at the rate that the decodes of the moment
+leave (`PrefillRates`). A candidate that is done joins the decodes of its tier, until its output is
+predicted to end; then its share of the time and its blocks are free again.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class Candidate(NamedTuple):
     """A request with outputs that do not decode yet. They are accepted together or not at all.
 
     Attributes:
-        work: of their prefills together, in budget tokens (`PrefillRates.work`).
-        deadline_s: when these must be done; finite.
-        tier: of each one's decode; ``None`` where no pace is promised.
-        blocks: KV blocks that they will hold, beyond what the outlook counts.
+        work: work of their prefills together, in budget tokens (`PrefillRates.work`).
+        deadline_s: time in seconds at which these must be done; finite.
+        tier: index of the tier in which each output decodes; ``None`` if no pace is promised.
+        blocks: number of KV blocks that they will hold, beyond those that the outlook counts.
         value: weight of the request, above 0.
-        forced: it is promised already and must be in the set.
-        decode_s: predicted duration of the longest decode.
-        num_seqs: how many outputs, each with a slot and a place in the tier.
-        was_chosen: it was chosen in the round before: a hint where to look for a good set.
+        forced: True if it is promised already and must be in the set.
+        decode_s: predicted seconds of the longest decode.
+        num_seqs: number of outputs, each with a slot and a place in the tier.
+        was_chosen: True if it was chosen in the round before: a hint where to look for a good set.
     """
 
     work: float
@@ -50,14 +50,15 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """Who of the candidates is served.
+    """The candidates that are admitted.
 
     Attributes:
-        accepted: indices, in deadline order.
-        feasible: False where not even the forced ones fit; nobody is accepted then.
-        value: of the accepted.
-        done_s: when the last accepted prefill is done: the earlier, the more budget is left.
-        exact: False where the instance was too large for the dynamic program.
+        accepted: indices of these candidates, in deadline order.
+        feasible: False if not even the forced ones fit; then none is accepted.
+        value: value of the accepted candidates together.
+        done_s: time at which the last accepted prefill is done: the earlier, the more budget is
+            left.
+        exact: False if it is not proven that no set is more valuable.
     """
 
     accepted: tuple[int, ...]
@@ -69,7 +70,12 @@ class Admission:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """A simulated set: whether all deadlines are met, and when each prefill is done."""
+    """A simulated set: whether all deadlines are met, and when each prefill is done.
+
+    Attributes:
+        feasible: True if all deadlines are met.
+        done_s: time in seconds at which each prefill is done.
+    """
 
     feasible: bool
     done_s: tuple[float, ...]
@@ -79,7 +85,7 @@ def simulate(accepted: SequenceOf[Candidate], outlook: Outlook, rates: PrefillRa
     """Run a set of candidates through the timeline.
 
     Args:
-        accepted: in any order.
+        accepted: the candidates, in any order.
 
     Returns:
         the times in the order given; those after the first missed deadline are inf.
@@ -126,7 +132,10 @@ def insert_greedily(
 
 
 def first_steady(rates: SequenceOf[float]) -> int:
-    """The segment from which on all decodes keep their pace: behind the last rate below 0."""
+    """Return the segment from which on all decodes keep their pace.
+
+    It is the one behind the last rate below 0.
+    """
     steady = len(rates)
     while steady and rates[steady - 1] >= 0:
         steady -= 1
@@ -134,7 +143,7 @@ def first_steady(rates: SequenceOf[float]) -> int:
 
 
 def by_deadline(candidates: SequenceOf[Candidate]) -> list[int]:
-    """Indices in deadline order, equal deadlines in the order given."""
+    """Return the indices in deadline order, equal deadlines in the order given."""
     return sorted(range(len(candidates)), key=lambda i: candidates[i].deadline_s)
 
 
@@ -142,9 +151,9 @@ class _Rows:
     """Rates over the outlook's segments, computed once per count vector.
 
     Attributes:
-        starts: of the segments, and inf.
-        free_from: per segment, blocks that are free from its start on, for good.
-        idle: the count vector of nobody.
+        starts: seconds at which the segments start, and inf.
+        free_from: number of blocks that are free for good from the start of each segment on.
+        idle: the count vector without a decode.
     """
 
     def __init__(self, outlook: Outlook, rates: PrefillRates) -> None:
@@ -156,8 +165,8 @@ class _Rows:
         self._rows: dict[tuple[int, ...], tuple[list[float], int]] = {}
 
     def row(self, counts: tuple[int, ...]) -> tuple[list[float], int]:
-        """Rate per segment with so many more decodes, and the first segment from which on
-        all decodes keep their pace (the number of segments, where that never is).
+        """Return the rate of each segment with so many more decodes, and the first segment from
+        which on all decodes keep their pace (the number of segments, if that never is).
         """
         row = self._rows.get(counts)
         if row is None:
@@ -189,7 +198,7 @@ class _Walk:
     """One set of candidates on its way through the timeline.
 
     Attributes:
-        now: when the last prefill was done.
+        now: time in seconds at which the last prefill was done.
     """
 
     __slots__ = ("_blocks", "_counts", "_ends", "_rates", "_rows", "_segment", "now")
@@ -212,11 +221,11 @@ class _Walk:
         return other
 
     def run_all(self, candidates: SequenceOf[Candidate]) -> bool:
-        """`run` for several, already in deadline order."""
+        """Run several candidates, which are in deadline order already."""
         return all(self.run(candidate) for candidate in candidates)
 
     def run(self, candidate: Candidate) -> bool:
-        """Prefill a candidate next; False where it misses its deadline (and the walk ends)."""
+        """Prefill a candidate next; return False if it misses its deadline, which ends the walk."""
         deadline = candidate.deadline_s + ROUNDING_S
         while self._blocks + candidate.blocks > self._rows.free_from[self._segment]:
             if self._next_event_s() > deadline:
@@ -235,7 +244,11 @@ class _Walk:
             self._advance()
 
     def _join(self, candidate: Candidate, deadline: float) -> bool:
-        """The candidate begins to decode, as soon as there is room for its pace."""
+        """Let the candidate begin to decode, as soon as there is room for its pace.
+
+        Returns:
+            False if there is none before its deadline.
+        """
         tier = candidate.tier
         if tier is not None:
             while True:
@@ -255,12 +268,12 @@ class _Walk:
         return True
 
     def _next_event_s(self) -> float:
-        """When the next segment begins or the next accepted decode ends."""
+        """Return when the next segment begins or the next accepted decode ends."""
         segment_end = self._rows.starts[self._segment + 1]
         return min(segment_end, self._ends[0][0]) if self._ends else segment_end
 
     def _advance(self) -> None:
-        """Forward to the next event."""
+        """Go forward to the next event."""
         self.now = self._next_event_s()
         if not self._ends or self._ends[0][0] > self.now:
             self._segment += 1

@@ -1,1 +1,1 @@
-"""What one iteration runs: batches under construction, by deadline, with drafts."""
+"""The batch of one iteration: its construction, from deadlines, with drafts."""

@@ -1,7 +1,7 @@
 """`BatchBuilder`: one iteration under construction.
 
-Spends the token budget, the sequence slots and the KV blocks, so that each policy
-only says in which order sequences are served.
+It spends the token budget, the sequence slots and the KV blocks, so that a policy only says in
+which order sequences are served.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ WATERMARK = 0.01
 
 
 class BatchBuilder:
-    """Builds an `IterationPlan` from a view; never touches a sequence.
+    """Builds an `IterationPlan` from a view; it never changes a sequence.
 
-    Invariants: tokens scheduled <= token budget; sequences <= max_num_seqs; blocks
-    needed by what is scheduled and started <= free blocks + blocks of the preempted.
+    Invariants: tokens scheduled <= token budget; sequences <= max_num_seqs; blocks needed by what
+    is scheduled and started <= free blocks + blocks of the preempted.
 
     Args:
-        order: the running sequences, the last to be preempted first; default: by rank.
-        num_kept: how many of them a start with ``evict`` may not preempt.
+        view: the engine's state.
+        token_budget: the most tokens of the iteration; ``None`` takes the view's.
+        order: the running sequences; the last one is preempted first. The default is by rank.
+        num_kept: number of sequences at the front of the order that a start with ``evict`` may not
+            preempt.
     """
 
     def __init__(
@@ -55,12 +58,15 @@ class BatchBuilder:
     def schedule(self, seq: Sequence, num_tokens: int, *, whole: bool = True) -> int:
         """Run up to ``num_tokens`` more tokens of a running sequence.
 
-        Takes free blocks; where they do not suffice, preempts running sequences that
-        stand behind ``seq`` in the order and are not yet scheduled, last first. With ``whole=False``
-        fewer tokens may be scheduled, as many as blocks and budget allow.
+        It takes free blocks. If they do not suffice, it preempts running sequences that stand
+        behind ``seq`` in the order and are not yet scheduled, the last one first.
+
+        Args:
+            whole: False to schedule fewer tokens, as many as blocks and budget allow, if not all
+                fit.
 
         Returns:
-            tokens scheduled; 0 where the sequence has to sit this iteration out.
+            the number of tokens scheduled; 0 if the sequence does not run in this iteration.
         """
         # Asked for each sequence of each iteration, hence without calls where all is plain.
         scheduled = self.plan.num_scheduled_tokens
@@ -85,8 +91,9 @@ class BatchBuilder:
         return num_tokens
 
     def decodes(self) -> None:
-        """Schedule all running decodes, then as many drafts for them as may be: the policies
-        without a model of time speculate at a fixed length.
+        """Schedule all running decodes, then as many drafts for them as may be.
+
+        The policies without a model of time use it: they speculate at a fixed length.
         """
         preempted = self._preempted
         scheduled = [
@@ -103,10 +110,11 @@ class BatchBuilder:
     def speculate(self, seq: Sequence, num_tokens: int) -> int:
         """Have up to ``num_tokens`` drafted for a decode that is scheduled already.
 
-        Takes what is left of the budget and of free blocks, and preempts nobody for a guess.
+        It takes what is left of the budget and of free blocks, and preempts no sequence for a
+        guess.
 
         Returns:
-            tokens to be drafted.
+            the number of tokens to be drafted.
         """
         spare = self._free - self._promised()
         room = (len(seq.block_table) + self._new_blocks(seq) + max(0, spare)) * self._block_size
@@ -132,18 +140,19 @@ class BatchBuilder:
     ) -> int:
         """Start a waiting sequence with its first chunk.
 
-        Starts it only if all of its known tokens fit beside what running prefills still
-        need, and not while another output of its request computes a prompt that the two
-        can share.
+        It starts only if all of its known tokens fit beside what running prefills still need, and
+        not while another output of its request computes a prompt that the two can share.
 
         Args:
-            most: tokens that the first chunk may have, beside the budget.
-            evict: preempt sequences that are not kept to make room. Otherwise nobody is
-                preempted for it, and it starts only while nobody is being preempted.
-            hit: its cached prefix, where that has been looked up already.
+            whole: True to run all of its tokens at once, or none.
+            most: the most tokens of the first chunk, beside the budget.
+            evict: True to preempt sequences that are not kept to make room. Otherwise no sequence
+                is preempted for it, and it starts only if none has been preempted in this
+                iteration.
+            hit: its cached prefix, if that has been looked up already.
 
         Returns:
-            tokens scheduled; 0 where it stays waiting.
+            the number of tokens scheduled; 0 if it stays waiting.
         """
         if self.budget <= 0 or (self._preempted and not evict) or self.awaits_sibling(seq):
             return 0
@@ -169,8 +178,8 @@ class BatchBuilder:
         return num_tokens
 
     def awaits_sibling(self, seq: Sequence) -> bool:
-        """True where a waiting sequence begins better when another output of its request has
-        computed their prompt: both would compute and hold it, if they began together.
+        """Return True if a waiting sequence should begin only after another output of its request
+        has computed their prompt. If they began together, both would compute and hold it.
         """
         return (
             seq.request.params.n > 1
@@ -180,7 +189,7 @@ class BatchBuilder:
         )
 
     def _prompts_under_way(self) -> set[str]:
-        """Ids of requests with several outputs, one of which computes the prompt now."""
+        """Return the ids of requests with several outputs, one of which computes the prompt now."""
         if self._computed_by_siblings is None:
             self._computed_by_siblings = {
                 seq.request.request_id
@@ -193,12 +202,12 @@ class BatchBuilder:
         return shared_blocks(seq, self.view.memory) * self._block_size
 
     def _has_room(self, num_blocks: int) -> bool:
-        """True where one more sequence with that many blocks can run."""
+        """Return True if one more sequence with that many blocks can run."""
         spare = self._free - self._promised() - self._watermark()
         return self._num_running < self.view.max_num_seqs and num_blocks <= spare
 
     def _evict_for(self, num_blocks: int) -> bool:
-        """Preempt sequences that are not kept until there is room; nobody where that cannot be."""
+        """Preempt sequences that are not kept until there is room; none if that is not enough."""
         victims = [
             seq
             for seq in self._order[self._num_kept :]
@@ -213,7 +222,9 @@ class BatchBuilder:
         return self._has_room(num_blocks)
 
     def _watermark(self) -> int:
-        """Blocks to leave free; none when nothing runs, so that a lone request always starts."""
+        """Return how many blocks a start leaves free; 0 if nothing runs: a lone request always
+        starts.
+        """
         return int(self.view.memory.num_blocks * WATERMARK) if self._num_running else 0
 
     def _clip(self, num_tokens: int, whole: bool) -> int:
@@ -227,7 +238,7 @@ class BatchBuilder:
         return blocks_for(num_tokens, self._block_size)
 
     def _new_blocks(self, seq: Sequence) -> int:
-        """Blocks for what is scheduled of a running sequence."""
+        """Return how many blocks a running sequence needs for what is scheduled of it."""
         return self._blocks_for(seq, self.plan.num_scheduled_tokens.get(seq.seq_id, 0))
 
     def _blocks_for(self, seq: Sequence, num_tokens: int) -> int:
@@ -244,7 +255,9 @@ class BatchBuilder:
         return own - hit.num_tokens // self.view.memory.block_size + hit.num_idle_blocks
 
     def _promised(self) -> int:
-        """Blocks that prefills under way will still need for tokens they already have."""
+        """Return how many blocks prefills under way will still need for tokens that they already
+        have.
+        """
         if self._running_promises is None:
             self._running_promises, size = 0, self._block_size
             for seq in self.view.running:

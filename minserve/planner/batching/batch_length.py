@@ -1,13 +1,13 @@
-"""How long may a batch be, while decodes wait for it to end?
+"""Decides how long a batch may be while decodes wait for its end.
 
-A longer batch gets more of the waiting prompts done, and more of the promises in it break if it
-takes longer than expected. Where times do not scatter, that is a line: the nearest deadline.
-Where they do, one more prefill is weighed against the promises that it endangers.
+A longer batch gets more of the waiting prompts done, and breaks more of the promises in it if it
+takes longer than expected. If times do not scatter, the limit is a line: the nearest deadline. If
+they do, one more prefill is weighed against the promises that it endangers.
 
-Batches that are shorter than deadlines ask for also build up credit: each token then comes a
-little ahead of its schedule, until decodes are so far ahead that batches can be as long as the
-pace asks for, at little risk. So a decode is kept as far ahead as the scatter makes worth it, and
-a surprise takes its credit first.
+Batches that are shorter than deadlines ask for also build up credit: each token then comes a little
+ahead of its schedule, until decodes are so far ahead that batches can be as long as the pace asks
+for, at little risk. So a decode is kept as far ahead as the scatter makes worth it, and a surprise
+takes its credit first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NO_RISK = 1e-4
 # Deadlines apart by less than this factor are alike.
 ALIKE = 1.03
 # What getting a waiting request's whole prompt done is worth, as a share of its value: all of it
-# where there is no room for everybody, less where all of them are expected to be in time.
+# where there is no room for all requests, less where all of them are expected to be in time.
 URGENT, CALM = 1.0, 0.3
 
 # Seconds until a decode's next token is due, and its request's value.
@@ -43,15 +43,15 @@ def allowed_s(
     start_s: float = 0.0,
     most_s: float = float("inf"),
 ) -> float:
-    """Expected seconds that a batch may take.
+    """Return the expected seconds that a batch may take.
 
     Args:
-        stakes: of all decodes that can still be in time, soonest first; at least one.
-        gain_per_s: what a second more of prefills is worth; where it is 0, the soonest stake
-            is in the least danger of all: it is there again in every iteration.
-        least_s: what the decodes alone take.
-        start_s: what the batch takes beyond that before the first token of a prefill.
-        most_s: beyond this, more seconds are worth nothing.
+        stakes: the stakes of all decodes that can still be in time, soonest first; at least one.
+        gain_per_s: value of one more second of prefills. If it is 0, the soonest stake is put in
+            the least danger, because it is there again in every iteration.
+        least_s: seconds that the decodes alone take.
+        start_s: seconds that the batch takes beyond that before the first token of a prefill.
+        most_s: seconds beyond which more of them are worth nothing.
     """
     soonest, stakes = stakes[0][0], _merged(stakes)
     best, most = soonest / model.bound(1, RISKS[-1]), float("-inf")
@@ -69,8 +69,9 @@ def allowed_s(
 
 
 def _merged(stakes: SequenceOf[Stake]) -> list[Stake]:
-    """Stakes due at about the same time as one, due when the first of them is: there may be
-    hundreds, and they are looked at for every length.
+    """Merge stakes due at about the same time into one, due when the first of them is.
+
+    There may be hundreds, and they are looked at for every length.
     """
     merged: list[Stake] = []
     until = -math.inf
@@ -84,7 +85,7 @@ def _merged(stakes: SequenceOf[Stake]) -> list[Stake]:
 
 
 def _loss(stakes: SequenceOf[Stake], seconds: float, model: PerfModel) -> float:
-    """Value of the promises that a batch of so many expected seconds breaks, on average."""
+    """Return the mean value of the promises that a batch of so many expected seconds breaks."""
     loss = 0.0
     for left, value in stakes:
         risk = model.risk(left / seconds)

@@ -1,6 +1,7 @@
-"""What best effort is owed: its share of the time, and memory that promises leave.
+"""The claims of best effort: its share of the time, and memory that promises leave.
 
-Both remember something from one plan to the next; the planner tells them what became of a plan.
+Both classes remember something from one plan to the next; the planner tells them what became of a
+plan.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ class BestEffortAccount:
         return self._after(self._under_way, self._under_way.predicted_s or 0.0)
 
     def started(self, plan: IterationPlan) -> None:
-        """A plan is being carried out."""
+        """Note that a plan is being carried out."""
         self._under_way = plan
 
     def observe(self, plan: IterationPlan, seconds: float) -> None:
-        """A plan was carried out in so many seconds."""
+        """Note that a plan was carried out in so many seconds."""
         self._owed_s = self._after(plan, seconds)
         self._under_way = None
 
@@ -55,7 +56,7 @@ class PromisedMemory:
     """The most blocks that sequences under a promise held lately.
 
     Attributes:
-        most: fades away, by half in 0.7 `MEMORY_FADE_S`.
+        most: number of blocks; it fades by half in 0.7 `MEMORY_FADE_S`.
     """
 
     def __init__(self) -> None:
@@ -63,13 +64,13 @@ class PromisedMemory:
         self._seen_s = 0.0
 
     def see(self, num_blocks: int, now: float) -> None:
-        """So many blocks are held now."""
+        """Note how many blocks are held now."""
         faded = self.most * math.exp(-max(0.0, now - self._seen_s) / MEMORY_FADE_S)
         self.most, self._seen_s = max(float(num_blocks), faded), now
 
     def spare(self, num_blocks: int) -> float:
         """Return how many blocks of a pool sequences without a promise may hold.
 
-        Where little is promised, little is kept free.
+        If little is promised, little is kept free.
         """
         return num_blocks - self.most - min(self.most, SPARE_MEMORY * num_blocks)

@@ -1,11 +1,11 @@
-"""How many tokens to draft for whom, such that it pays. Length 0 is a choice like any other.
+"""Decides how many tokens to draft for each decode, such that it pays; the length may be 0.
 
-Two questions, one answer. Where nothing but decodes runs, drafts pay if they bring more
-tokens per second. Where prefills wait, they pay if they let each decode come round less
-often, and so leave longer batches to the prefills: `minserve.planner.admission.prefill_rates` finds the length
-per tier, and a batch drafts as much of it as pays there and then. Either way a token is worth
-drafting as long as the chance that it is accepted, which falls with every token before it, is
-above a threshold; sequences whose drafts are accepted more often thus get longer ones.
+Drafts can pay in two ways. In a batch of decodes alone they pay if they bring more tokens per
+second. While prefills wait, they pay if they let each decode come round less often, and so leave
+longer batches to the prefills: `minserve.planner.admission.prefill_rates` finds the length per
+tier, and a batch drafts as much of it as pays there and then. Either way a token is worth drafting
+as long as the chance that it is accepted, which falls with every token before it, is above a
+threshold. So sequences whose drafts are accepted more often get longer ones.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ class DraftCandidate:
     """A decode for which tokens could be drafted.
 
     Attributes:
+        seq: the decoding sequence.
         acceptance: chance that a drafted token is accepted.
-        limit: most tokens.
-        lag: tokens that the draft model has to run first.
+        limit: the most tokens that can be drafted.
+        lag: number of tokens that the draft model has to run first.
     """
 
     seq: Sequence
@@ -45,7 +46,12 @@ class DraftCandidate:
     lag: int = 0
 
     def length(self, threshold: float, longest: int) -> int:
-        """Tokens whose chance to be accepted is at least the threshold."""
+        """Return how many tokens have at least this chance to be accepted.
+
+        Args:
+            threshold: the least chance.
+            longest: the most tokens to draft.
+        """
         most = min(self.limit, longest)
         if threshold <= 0.0:
             return most
@@ -56,10 +62,10 @@ class DraftCandidate:
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """Lengths for a batch, and what they bring.
+    """The speculation lengths of a batch, and their gain.
 
     Attributes:
-        lengths: per candidate.
+        lengths: number of tokens to draft for each candidate.
         gain: expected tokens per second over those without speculation, at least 1.
     """
 
@@ -69,12 +75,12 @@ class Speculation:
 
 @dataclass(frozen=True, slots=True)
 class DraftsForPrefills:
-    """What drafting is worth while prefills wait, by the prefill budget.
+    """The worth of drafting while prefills wait, by the prefill budget.
 
     Attributes:
-        thresholds: by TPOT in seconds, how likely a token must be to be accepted; TPOTs that
-            are missing draft nothing.
-        needed: True where the decodes would not keep their TPOT without.
+        thresholds: least chance of acceptance at which a token is worth drafting, by TPOT in
+            seconds. Decodes of other TPOTs draft nothing.
+        needed: True if the decodes would not keep their TPOT without drafts.
     """
 
     thresholds: Mapping[float, float]
@@ -86,37 +92,40 @@ NO_DRAFTS = DraftsForPrefills({}, needed=False)
 
 @dataclass(slots=True)
 class Drafting:
-    """What a batch under construction needs to know of speculation.
+    """The facts about speculation that the construction of a batch needs.
 
     Attributes:
-        view: who drafts.
-        acceptance: how often drafts are accepted.
-        remaining: tokens that an output is likely still to have.
-        for_prefills: what drafting is worth while prefills wait.
-        declined: set where tokens could have been drafted for the batch, but did not pay.
+        view: the proposer as planners see it.
+        model: the performance model, which weighs drafts against the time that they take.
+        acceptance: estimates how often drafts are accepted.
+        remaining: function that returns how many tokens an output is likely still to have.
+        for_prefills: the worth of drafting while prefills wait.
+        declined: True if tokens could have been drafted for the batch, but did not pay.
     """
 
     view: SpeculationView
+    model: PerfModel
     acceptance: AcceptanceEstimator
     remaining: Callable[[Sequence], int]
     for_prefills: DraftsForPrefills
     declined: bool = False
 
     def candidate(self, seq: Sequence) -> DraftCandidate:
-        """A decoding sequence as a candidate; its last token comes from the target alone."""
-        left = seq.request.params.max_tokens - seq.num_output_tokens - 1
+        """Return a decoding sequence as a candidate; the target alone gives its last token."""
+        left = seq.request.max_tokens - seq.num_output_tokens - 1
         limit = self.view.limit(seq)
         self.acceptance.asked(limit > 0)
         limit = max(0, min(limit, left))
         return DraftCandidate(seq, self.acceptance.rate(seq), limit, self.view.lag(seq))
 
     def candidates_for_prefills(self, seqs: Iterable[Sequence]) -> dict[str, DraftCandidate]:
-        """By sequence id, the decodes that draft while prefills wait, each with the length that
-        leaves most to prefills over time as its limit.
+        """Return the decodes that draft while prefills wait, by sequence id.
+
+        The limit of each is the length that leaves most to prefills over time.
         """
         found = {}
         for seq in seqs:
-            threshold = self.for_prefills.thresholds.get(seq.progress.tpot_s)
+            threshold = self.for_prefills.thresholds.get(seq.slo_progress.tpot_s)
             if threshold is not None:
                 one = self.candidate(seq)
                 length = one.length(threshold, self.view.max_tokens)
@@ -128,7 +137,7 @@ class Drafting:
 def with_drafts(
     shape: BatchShape, candidates: SequenceOf[DraftCandidate], lengths: SequenceOf[int]
 ) -> BatchShape:
-    """The shape of a batch of decodes, once so many tokens are drafted for some of them."""
+    """Return the shape of a batch of decodes once so many tokens are drafted for some of them."""
     tokens = context = pairs = draft_tokens = 0
     for one, length in zip(candidates, lengths, strict=True):
         if length:
@@ -155,11 +164,12 @@ _PAIR, _DRAFT = BatchShape(attention_pairs=1), BatchShape(draft_tokens=1)
 class _Tokens:
     """All tokens that could be drafted for some decodes, the most valuable first.
 
-    The chance of a token falls with every token before it, so that the first ones of the list
-    are always the first ones of each decode.
+    The chance of a token falls with every token before it, so that the first ones of the list are
+    always the first ones of each decode.
 
     Args:
-        worth: of an accepted token, per candidate.
+        candidates: the decodes.
+        worth: value of an accepted token, for each candidate.
     """
 
     def __init__(self, candidates: SequenceOf[DraftCandidate], worth: SequenceOf[float]) -> None:
@@ -179,7 +189,12 @@ class _Tokens:
     def prefixes(
         self, pieces: SequenceOf[Piece], shape: BatchShape, steps: int
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """What the first tokens bring and take, for each number of them, at most so many deep.
+        """Return the value and the seconds of the first tokens, for each number of them.
+
+        Args:
+            pieces: the pieces of the performance model.
+            shape: shape of the batch without drafts.
+            steps: the most tokens of one decode.
 
         Returns:
             their value, and the profiled seconds of the batch with them, ``[K]`` each.
@@ -195,7 +210,7 @@ class _Tokens:
         return self._value[kept].cumsum(), seconds
 
     def lengths(self, steps: int, num: int) -> tuple[int, ...]:
-        """Per candidate, how many of the first ``num`` tokens are its own."""
+        """Return how many of the first ``num`` tokens belong to each candidate."""
         owners = self._owner[self._depth <= steps][:num]
         return tuple(np.bincount(owners, minlength=self._num).tolist())
 
@@ -207,14 +222,15 @@ def most_tokens_per_second(
     candidates: SequenceOf[DraftCandidate],
     limit_s: float,
 ) -> Speculation:
-    """The lengths that bring most tokens per second of a batch of decodes.
+    """Return the lengths that bring most tokens per second of a batch of decodes.
 
     For each number of draft steps, tokens are taken in order of their chance to be accepted.
 
     Args:
-        shape: of the batch without drafts.
-        num_decodes: in that batch, each worth one token.
-        limit_s: predicted seconds that it may take with them.
+        shape: shape of the batch without drafts.
+        num_decodes: number of decodes in that batch, each worth one token.
+        candidates: those of them for which tokens can be drafted.
+        limit_s: predicted seconds that the batch may take with drafts.
     """
     none = Speculation((0,) * len(candidates), 1.0)
     plain_s = model.predict(shape)
@@ -247,18 +263,18 @@ def most_left_to_prefills(
     candidates: SequenceOf[DraftCandidate],
     guard_s: float,
 ) -> tuple[int, ...]:
-    """The lengths that leave most time to prefills, counted over this batch and later ones.
+    """Return the lengths that leave most time to prefills, counted over this batch and later ones.
 
-    Drafts take time of this batch. For each token that they bring, a decode need not come
-    round another time; and where they bring one to every decode, a batch less is run, with
-    its constant cost, which is that of an eager one. Decodes that draft alone, in batches which
-    the others cut short, thus draft little or not at all.
+    Drafts take time of this batch. For each token that they bring, a decode need not come round
+    another time. If they bring one to every decode, a batch less is run, with its constant cost,
+    which is that of an eager one. So decodes that draft alone, in batches which the others cut
+    short, draft little or not at all.
 
     Args:
-        shape: of the batch without drafts.
-        num_decodes: of all batches, in this one or not.
+        shape: shape of the batch without drafts.
+        num_decodes: number of all decodes, in this batch or not.
         candidates: decodes of the batch, with the longest speculation as their limit.
-        guard_s: part of every batch's constant cost.
+        guard_s: seconds that are part of every batch's constant cost.
     """
     none = (0,) * len(candidates)
     if not candidates:

@@ -1,24 +1,24 @@
-"""One iteration's batch from deadlines: who runs, how many tokens, how long it may take.
+"""Forms one iteration's batch from deadlines: the sequences that run, their tokens, its length.
 
-The batch is as long as the nearest decode deadlines allow (`minserve.planner.batching.batch_length`),
-not of a fixed size. In order:
+The batch is as long as the nearest decode deadlines allow
+(`minserve.planner.batching.batch_length`), not of a fixed size. It is filled in this order:
 
 1. decodes that could not wait for the iteration after this one, earliest deadline first,
    and best effort as far as its share is overdue;
 2. prefill chunks of admitted sequences, earliest deadline first;
 3. the other decodes: ahead of schedule, so that they may skip an iteration (the credits of
    Scorpio, arXiv 2505.23022) but get what is left, which builds up credit again;
-4. sequences that are promised nothing but may still be in time, earliest deadline first: who
-   is refused a promise is not made late by that;
+4. sequences that are promised nothing but may still be in time, earliest deadline first: the
+   refusal of a promise alone makes no request late;
 5. best effort, decodes first, prefills in chunks.
 
-Tokens are drafted for decodes that must run, where that leaves longer batches to the prefills
-behind them, and with what time is left for all other decodes of the batch, as far as that
-saves time or makes them faster (`minserve.planner.batching.draft_lengths`).
+Tokens are drafted for decodes that must run, if that leaves longer batches to the prefills behind
+them, and with what time is left for all other decodes of the batch, as far as that saves time or
+makes them faster (`minserve.planner.batching.draft_lengths`).
 
-Without a promise nobody preempts; admitted sequences preempt the others when blocks or slots
-run out. Since all that was computed is lost then, who is promised nothing starts only in blocks
-that promises have not held lately.
+A sequence without a promise preempts no other. Admitted sequences preempt the others when blocks
+or slots run out. All that was computed is lost then, so a sequence without a promise starts only
+in blocks that promises have not held lately.
 """
 
 from __future__ import annotations
@@ -26,17 +26,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from minserve.planner.batching.batch_builder import BatchBuilder
+from minserve.planner.batching.batch_drafts import draft_for_prefills, draft_with_the_rest
 from minserve.planner.batching.batch_length import CALM, URGENT, USUAL_RISK, Stake, allowed_s
-from minserve.planner.batching.draft_lengths import (
-    MOST_LAG,
-    DraftCandidate,
-    Drafting,
-    most_left_to_prefills,
-    most_tokens_per_second,
-)
+from minserve.planner.batching.draft_lengths import DraftCandidate, Drafting
 from minserve.planner.batching.timed_batch_builder import TimedBatchBuilder
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.predict.acceptance import cautious_tokens
@@ -51,10 +46,11 @@ class Work:
     """The sequences of one iteration, sorted into the roles above.
 
     Attributes:
-        decodes, prefills: admitted sequences with their next deadline, earliest first.
-            Prefills may be waiting still.
-        unpromised: promised nothing, or no longer, and not late yet: by deadline.
-        best_effort: the others, late or without an SLO, in rank order.
+        decodes, prefills: admitted sequences with their next deadline, earliest first. Prefills may
+            be waiting still.
+        unpromised: sequences that are promised nothing, or no longer, and are not late yet, with
+            their next deadline, earliest first.
+        best_effort: the other sequences, which are late or have no SLO, in rank order.
     """
 
     decodes: list[Due] = field(default_factory=list)
@@ -65,17 +61,18 @@ class Work:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchLimits:
-    """How long an iteration may take.
+    """The limits of one iteration's time and memory.
 
     Attributes:
-        longest_s: where no decode is due; what a new arrival may have to wait.
-        guard_s: how long before its deadline a token must be ready, so that it also
-            reaches the client in time.
-        best_effort_s: of this iteration, what best effort gets before admitted prefills;
-            the nearest decode deadline stands all the same.
-        spare_blocks: that sequences without a promise may hold, so that promises seldom take
-            them away again, with all that was computed.
-        blocks_of: that a sequence will come to hold.
+        longest_s: seconds that it may take if no decode is due; a new arrival may have to wait so
+            long.
+        guard_s: seconds before its deadline at which a token must be ready, so that it also reaches
+            the client in time.
+        best_effort_s: seconds of this iteration that best effort gets before admitted prefills; the
+            nearest decode deadline stands all the same.
+        spare_blocks: number of blocks that sequences without a promise may hold, so that promises
+            seldom take them away again, with all that was computed.
+        blocks_of: function that returns how many blocks a sequence will come to hold.
     """
 
     longest_s: float
@@ -96,9 +93,10 @@ def form_batch(
     """Fill one iteration.
 
     Args:
-        model: without one nothing is timed and the token budget is the only bound.
+        model: the performance model. Without one nothing is timed, and the token budget is the only
+            bound.
         now: seconds on the engine's monotonic clock.
-        drafting: ``None`` drafts nothing.
+        drafting: facts about speculation; ``None`` drafts nothing.
     """
     order, num_kept = _order(work)
     batch = TimedBatchBuilder(BatchBuilder(view, order=order, num_kept=num_kept), model)
@@ -117,34 +115,29 @@ def form_batch(
     candidates: dict[str, DraftCandidate] = {}
     if drafting is not None and work.prefills:
         candidates = drafting.candidates_for_prefills(seq for _, seq in work.decodes)
-    must, may = _split_decodes(work, batch, limit, limits, now, candidates)
+    paces = [seq.slo_progress.tpot_s for _, seq in work.decodes]
+    with_drafts = _with_drafts(paces, work, candidates) if candidates else paces
+    must, may = _split_decodes(work, batch, limit, limits, now, min(with_drafts, default=0.0))
     within = _must_end_s(work.decodes, decodes_s, stakes, limits, now)
     run = [seq for _, seq in must if batch.decode(seq, within)]
-    if candidates:
+    if drafting is not None and candidates:
         own = [one for seq in run if (one := candidates.get(seq.seq_id)) is not None]
         needed = drafting.for_prefills.needed
-        _draft_for_prefills(batch, own, len(work.decodes), limit, limits.guard_s, needed)
+        draft_for_prefills(
+            batch, drafting.model, own, len(work.decodes), limit, limits.guard_s, needed=needed
+        )
     given = 0.0
     if limits.best_effort_s > 0:
         overdue = batch.seconds + limits.best_effort_s
         given = _best_effort(batch, work, limits, min(overdue, limit, calm))
-    for deadline, seq in work.prefills:
-        if batch.is_full(limit):
-            break
-        # One that ends in this batch gets its first token at the batch's end: in time for the
-        # guard time too, or else just in time, which may still be good enough.
-        latest = deadline - now
-        if batch.prefill(seq, min(limit, latest), whole=True, evict=True):
-            soon = latest - limits.guard_s
-            until = soon if batch.seconds <= soon else latest
-            limit, due = min(limit, until), min(due, until)
-        else:
-            batch.prefill(seq, limit, evict=True)
+    until = _prefill_promised(batch, work, limits, limit, now)
+    limit, due = min(limit, until), min(due, until)
     for _, seq in may:
         batch.decode(seq, limit)
-    given += _fill_up(batch, work, limits, limit, calm, now)
-    if drafting is not None and model is not None:
-        _draft_with_the_rest(batch, view, len(work.decodes), drafting, limit, limits.guard_s)
+    # The credit of admitted decodes is not for others.
+    given += _fill_up(batch, work, limits, min([limit, *paces]), calm, now)
+    if drafting is not None:
+        draft_with_the_rest(batch, view, len(work.decodes), drafting, limit, limits.guard_s)
     plan = batch.builder.plan
     plan.shape, plan.best_effort_s = batch.shape, given
     # A batch of plain decodes is as short as can be, however late it begins.
@@ -154,7 +147,9 @@ def form_batch(
 
 
 def _order(work: Work) -> tuple[list[Sequence], int]:
-    """Who runs, the last to be preempted first, and how many of them stand under a promise."""
+    """Return the running sequences, of which the last is preempted first, and how many of them
+    stand under a promise.
+    """
     running = [seq for _, seq in work.decodes]
     running += [seq for _, seq in work.prefills if seq.state is SequenceState.RUNNING]
     # Of the admitted, the latest deadline gives way first.
@@ -168,7 +163,7 @@ def _order(work: Work) -> tuple[list[Sequence], int]:
 def _stakes(
     decodes: list[Due], batch: TimedBatchBuilder, limits: BatchLimits, now: float
 ) -> list[Stake]:
-    """Of all decodes whose deadline can still be met, seconds until then and value, soonest first."""
+    """Return the stakes of all decodes whose deadline can still be met, soonest first."""
     if not decodes:
         return []
     alone = batch.seconds_of_decodes([decodes[0][1]])
@@ -180,11 +175,13 @@ def _stakes(
 def _must_end_s(
     decodes: list[Due], decodes_s: float, stakes: list[Stake], limits: BatchLimits, now: float
 ) -> float:
-    """Within how many seconds the decodes that must run are to be done: before the guard time,
-    or where that leaves some of them out, just in time, which may still be good enough.
+    """Return how many seconds the decodes that must run may take.
+
+    They are to be done before the guard time. If that leaves some of them out, they are to be done
+    just in time, which may still be good enough.
 
     Args:
-        decodes_s: that all of them take together.
+        decodes_s: seconds that all decodes take together.
     """
     if not stakes:
         return limits.longest_s
@@ -194,8 +191,8 @@ def _must_end_s(
 
 
 def _worthwhile(work: Work, batch: TimedBatchBuilder, now: float) -> list[Sequence]:
-    """Prefills for which promises may be endangered: those that can run in this batch and of a
-    request that may still attain its SLO.
+    """Return the prefills for which promises may be endangered: those that can run in this batch
+    and belong to a request that may still attain its SLO.
     """
     view = batch.builder.view
     has_slot = len(view.running) < view.max_num_seqs
@@ -218,12 +215,12 @@ def _allowed_s(
     batch: TimedBatchBuilder,
     limits: BatchLimits,
 ) -> float:
-    """Expected seconds that the batch may take for the sake of its decodes.
+    """Return the expected seconds that the batch may take for the sake of its decodes.
 
     Args:
-        least_s: what they take alone.
-        waiting: sequences whose prefills it could do meanwhile.
-        share: of their value, what doing these is worth.
+        least_s: seconds that they take alone.
+        waiting: sequences whose prefills the batch could do meanwhile.
+        share: worth of these prefills, as a share of their value.
     """
     if batch.model is None:
         return stakes[0][0]
@@ -244,8 +241,8 @@ def _allowed_s(
 
 
 def _value(seq: Sequence) -> float:
-    """An output's part in the value of its request."""
-    return seq.request.slo.value / seq.request.params.n
+    """Return an output's part in the value of its request."""
+    return seq.request.value / seq.request.params.n
 
 
 def _split_decodes(
@@ -254,18 +251,21 @@ def _split_decodes(
     limit: float,
     limits: BatchLimits,
     now: float,
-    candidates: Mapping[str, DraftCandidate],
+    pace_s: float,
 ) -> tuple[list[Due], list[Due]]:
-    """Decodes that must run now, and those that could also run in the next iteration."""
+    """Return the decodes that must run now, and those that could also run in the next iteration.
+
+    Args:
+        pace_s: seconds until the first of them must come round again.
+    """
     if not work.prefills:
         return work.decodes, []
     # The next iteration has to hold all those that skip this one, and prefills that end now.
     # It should also be as long as the tightest pace allows, since each one has a constant
-    # cost: whoever would cut it short runs now.
+    # cost: a decode that would cut it short runs now.
     everyone = batch.seconds_of_decodes([seq for _, seq in (*work.decodes, *work.prefills)])
-    pace = min((_pace_s(seq, candidates) for _, seq in work.decodes), default=0.0)
     margin = 1.0 if batch.model is None else batch.model.bound(1, USUAL_RISK)
-    following = max(margin * everyone + 2 * limits.guard_s, min(pace, limits.longest_s))
+    following = max(margin * everyone + 2 * limits.guard_s, min(pace_s, limits.longest_s))
     horizon = now + max(limit, everyone) + following
     for i, (deadline, _) in enumerate(work.decodes):
         if deadline > horizon:
@@ -273,24 +273,58 @@ def _split_decodes(
     return work.decodes, []
 
 
-def _pace_s(seq: Sequence, candidates: Mapping[str, DraftCandidate]) -> float:
-    """Seconds until a decode must come round again, which with drafts is later."""
-    one = candidates.get(seq.seq_id)
-    if one is None:
-        return seq.progress.tpot_s
-    return cautious_tokens(one.acceptance, one.limit) * seq.progress.tpot_s
+def _with_drafts(
+    paces: list[float], work: Work, candidates: Mapping[str, DraftCandidate]
+) -> list[float]:
+    """Return the seconds until each decode must come round again, which is later with drafts.
+
+    Args:
+        paces: seconds per token of each decode.
+    """
+    drafts = [candidates.get(seq.seq_id) for _, seq in work.decodes]
+    return [
+        pace if one is None else pace * cautious_tokens(one.acceptance, one.limit)
+        for pace, one in zip(paces, drafts, strict=True)
+    ]
+
+
+def _prefill_promised(
+    batch: TimedBatchBuilder, work: Work, limits: BatchLimits, limit: float, now: float
+) -> float:
+    """Run prefills under a promise, earliest deadline first.
+
+    Args:
+        limit: seconds that the batch may take.
+
+    Returns:
+        seconds until the first token of one of them is due that ends in this batch; inf if none
+        ends in it.
+    """
+    due = math.inf
+    for deadline, seq in work.prefills:
+        if batch.is_full(limit):
+            break
+        # One that ends in this batch gets its first token at the batch's end: in time for the
+        # guard time too, or else just in time, which may still be good enough.
+        latest = deadline - now
+        if batch.prefill(seq, min(limit, latest), whole=True, evict=True):
+            soon = latest - limits.guard_s
+            due = min(due, soon if batch.seconds <= soon else latest)
+            limit = min(limit, due)
+        else:
+            batch.prefill(seq, limit, evict=True)
+    return due
 
 
 def _fill_up(
-    batch: TimedBatchBuilder, work: Work, limits: BatchLimits, limit: float, calm: float, now: float
+    batch: TimedBatchBuilder, work: Work, limits: BatchLimits, spare: float, calm: float, now: float
 ) -> float:
-    """Run who is promised nothing; returns the predicted seconds of best effort.
+    """Run sequences that are promised nothing, and return the predicted seconds of best effort.
 
     Args:
-        calm: what is not worth a risk may run until the batch takes so long.
+        spare: seconds that the batch may take for the sake of sequences that may be in time.
+        calm: seconds that it may take for the sake of best effort.
     """
-    # The credit of admitted decodes is not for them.
-    spare = min([limit, *(seq.progress.tpot_s for _, seq in work.decodes)])
     decodes = [(deadline, seq) for deadline, seq in work.unpromised if seq.is_decoding]
     prefills = [(deadline, seq) for deadline, seq in work.unpromised if not seq.is_decoding]
     for _, seq in decodes:
@@ -312,7 +346,7 @@ def _prefill_unpromised(
     until: float,
     now: float,
 ) -> list[Sequence]:
-    """Run prefills that may still be in time, by deadline; returns those that will not be."""
+    """Run prefills that may still be in time, by deadline, and return those that will not be."""
     room, late = _Room(batch, work, limits), []
     if limits.best_effort_s > 0:
         room.keep_for_best_effort(work)
@@ -337,10 +371,11 @@ def _best_effort(
     until: float,
     first: SequenceOf[Sequence] = (),
 ) -> float:
-    """Run best effort until the batch takes so long; returns the predicted seconds of it.
+    """Run best effort until the batch takes ``until`` seconds, and return the predicted seconds of
+    it.
 
     Args:
-        first: others that go before it.
+        first: other sequences that go before it.
     """
     before = batch.seconds
     scheduled = batch.builder.plan.num_scheduled_tokens
@@ -377,96 +412,15 @@ class _Room:
         )
 
     def keep_for_best_effort(self, work: Work) -> None:
-        """Leave free what the first of best effort needs that waits: it is overdue."""
+        """Keep free what the first waiting sequence of best effort needs, because it is overdue."""
         first = next((s for s in work.best_effort if s.state is SequenceState.WAITING), None)
         if first is not None and self._held:
             self._held += self._limits.blocks_of(first)
 
     def has(self, seq: Sequence) -> bool:
-        """True where it fits. One of them may always run, while blocks are free."""
+        """Return True if a sequence fits. One sequence may always run while blocks are free."""
         left = self._limits.spare_blocks - self._held
         return self._limits.blocks_of(seq) <= (left if self._held else max(left, self._free))
 
     def take(self, seq: Sequence) -> None:
         self._held += self._limits.blocks_of(seq)
-
-
-def _draft_for_prefills(
-    batch: TimedBatchBuilder,
-    candidates: list[DraftCandidate],
-    num_decodes: int,
-    limit: float,
-    guard_s: float,
-    needed: bool,
-) -> None:
-    """Draft for the decodes of a batch such that most is left to prefills; where drafts are
-    needed for the decodes' own promises, all that was planned.
-    """
-    ready = []
-    for one in candidates:
-        if one.lag > MOST_LAG:
-            batch.catch_up(one, (batch.seconds + limit) / 2)
-        else:
-            ready.append(one)
-    if needed:
-        lengths = tuple(one.limit for one in ready)
-    else:
-        lengths = most_left_to_prefills(batch.model, batch.shape, num_decodes, ready, guard_s)
-    batch.speculate(ready, lengths, limit)
-
-
-def _draft_with_the_rest(
-    batch: TimedBatchBuilder,
-    view: PlannerView,
-    num_promised: int,
-    drafting: Drafting,
-    limit: float,
-    guard_s: float,
-) -> None:
-    """Draft for the decodes that do not yet, as far as time is left.
-
-    Whoever is done sooner holds its blocks for less long and comes round less often.
-
-    Args:
-        num_promised: decodes under a promise, in this batch or not.
-    """
-    plan = batch.builder.plan
-    decodes = [
-        seq for seq in view.running if seq.seq_id in plan.num_scheduled_tokens and seq.is_decoding
-    ]
-    if not batch.num_prefills:
-        # Whoever drafted for the sake of prefills has done so, even if none of them fits now.
-        if not (plan.speculation or plan.catch_up):
-            _draft_for_speed(batch, decodes, drafting, limit)
-        return
-    own = [
-        one
-        for seq in decodes
-        if seq.seq_id not in plan.speculation
-        and seq.seq_id not in plan.catch_up
-        and (one := drafting.candidate(seq)).limit > 0
-    ]
-    num_decodes = max(num_promised, len(decodes))
-    _draft_for_prefills(batch, own, num_decodes, limit, guard_s, needed=False)
-
-
-def _draft_for_speed(
-    batch: TimedBatchBuilder, decodes: list[Sequence], drafting: Drafting, limit: float
-) -> None:
-    """Draft for the decodes of a batch such that it brings most tokens per second."""
-    candidates = [one for seq in decodes if (one := drafting.candidate(seq)).limit > 0]
-    # Whoever must catch up first is counted as if it had, to see what that is worth.
-    ready = [one if one.lag <= MOST_LAG else replace(one, lag=0) for one in candidates]
-    plain_s, token_s = batch.seconds, batch.model.drift * batch.model.pieces[0].draft_tokens
-    best = most_tokens_per_second(batch.model, batch.shape, len(decodes), ready, limit)
-    drafting.declined = bool(candidates) and not any(best.lengths)
-    lengths = []
-    for one, length in zip(candidates, best.lengths, strict=True):
-        lengths.append(length if one.lag <= MOST_LAG else 0)
-        if length == 0 or one.lag <= MOST_LAG:
-            continue
-        saved_s = plain_s * (1.0 - 1.0 / best.gain) / len(decodes)
-        if drafting.remaining(one.seq) * saved_s >= one.lag * token_s:
-            # An iteration at most doubles for it.
-            batch.catch_up(one, min(limit, 2.0 * plain_s))
-    batch.speculate(candidates, lengths, limit)

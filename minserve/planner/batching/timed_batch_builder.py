@@ -1,4 +1,4 @@
-"""`TimedBatchBuilder`: one iteration under construction, which knows how long it will take."""
+"""`TimedBatchBuilder`: one iteration under construction, and the time that it will take."""
 
 from __future__ import annotations
 
@@ -18,7 +18,15 @@ def decodes_alone(seqs: SequenceOf[Sequence]) -> BatchShape:
 
 
 class TimedBatchBuilder:
-    """A `BatchBuilder` that also knows how long the batch will take."""
+    """A `BatchBuilder` that also knows how long the batch will take.
+
+    Args:
+        builder: the plain batch builder.
+        model: the performance model; ``None`` times nothing.
+
+    Attributes:
+        num_prefills: number of prefill chunks scheduled so far.
+    """
 
     def __init__(self, builder: BatchBuilder, model: PerfModel | None) -> None:
         self.builder = builder
@@ -39,33 +47,37 @@ class TimedBatchBuilder:
         return max(self._sums, default=0.0) if self._seqs else 0.0
 
     def is_full(self, limit: float) -> bool:
-        """True where not one more token fits within the limit."""
+        """Return True if not one more token fits within the limit in seconds."""
         if not self._seqs:
             return False
         least = (total + one for total, (one, _) in zip(self._sums, self._per_decode, strict=True))
         return self.builder.budget <= 0 or max(least, default=0.0) > limit
 
     def seconds_of_decodes(self, seqs: SequenceOf[Sequence]) -> float:
-        """Predicted seconds of a batch of these decodes alone."""
-        if self.model is None or not seqs:
-            return 0.0
-        return self.model.predict(decodes_alone(seqs))
+        """Return the predicted seconds of a batch of these decodes alone."""
+        return self._predict(decodes_alone(seqs)) if seqs else 0.0
 
     def seconds_of_rest(self, seq: Sequence) -> float:
-        """Predicted seconds of all that is left of a prefill, in a batch of its own."""
-        if self.model is None:
-            return 0.0
+        """Return the predicted seconds of all that is left of a prefill, in a batch of its own."""
         rest = (seq.num_computed_tokens, seq.num_uncomputed_tokens)
-        return self.model.predict(BatchShape.of([rest], eager=True))
+        return self._predict(BatchShape.of([rest], eager=True))
+
+    def _predict(self, shape: BatchShape) -> float:
+        """Return the predicted seconds of a batch; 0 without a model, which times nothing."""
+        return 0.0 if self.model is None else self.model.predict(shape)
 
     def decode(self, seq: Sequence, limit: float) -> bool:
-        """Run one token, where the batch then still ends within the limit."""
+        """Run one token of a decode if the batch then still ends within the limit in seconds.
+
+        Returns:
+            True if the token is scheduled.
+        """
         context = len(seq.token_ids)
         sums = [
             total + one + each * context
             for total, (one, each) in zip(self._sums, self._per_decode, strict=True)
         ]
-        # The first one runs however late it is: a batch of nobody helps nobody.
+        # The first one runs however late it is: an empty batch helps no request.
         if self._seqs and sums and max(sums) > limit:
             return False
         if self.builder.is_preempted(seq) or not self.builder.schedule(seq, 1):
@@ -86,11 +98,14 @@ class TimedBatchBuilder:
         whole: bool = False,
         evict: bool = False,
     ) -> int:
-        """Run a chunk as long as the limit allows, of a running or a waiting sequence.
+        """Run a chunk as long as the limit in seconds allows, of a running or a waiting sequence.
 
         Args:
-            whole: all that is left, or nothing.
-            evict: preempt best effort to start it.
+            whole: True to run all that is left, or nothing.
+            evict: True to preempt best effort in order to start it.
+
+        Returns:
+            the number of tokens scheduled.
         """
         if (
             self.builder.budget <= 0
@@ -121,7 +136,7 @@ class TimedBatchBuilder:
 
     @property
     def shape(self) -> BatchShape:
-        """Of what is scheduled so far."""
+        """The shape of what is scheduled so far."""
         return BatchShape(
             self._tokens,
             self._seqs,
@@ -135,10 +150,13 @@ class TimedBatchBuilder:
     def speculate(
         self, candidates: SequenceOf[DraftCandidate], lengths: SequenceOf[int], limit: float
     ) -> None:
-        """Draft up to so many tokens for scheduled decodes, as far as blocks, budget and the
-        limit allow.
+        """Draft tokens for scheduled decodes, as far as blocks, budget and the limit in seconds
+        allow.
+
+        Args:
+            lengths: the most tokens for each candidate.
         """
-        if self.model.predict(with_drafts(self.shape, candidates, lengths)) > limit:
+        if self._predict(with_drafts(self.shape, candidates, lengths)) > limit:
             lengths = self._fitting(candidates, lengths, limit)
         granted = [
             self.builder.speculate(one.seq, length) if length else 0
@@ -150,10 +168,10 @@ class TimedBatchBuilder:
     def _fitting(
         self, candidates: SequenceOf[DraftCandidate], lengths: SequenceOf[int], limit: float
     ) -> list[int]:
-        """As much of these lengths as fits within the limit, first come, first served."""
+        """Return as much of these lengths as fits within the limit, first come, first served."""
         shape, fitting = self.shape, []
         for one, length in zip(candidates, lengths, strict=True):
-            while length and self.model.predict(with_drafts(shape, [one], [length])) > limit:
+            while length and self._predict(with_drafts(shape, [one], [length])) > limit:
                 length -= 1
             shape = with_drafts(shape, [one], [length])
             fitting.append(length)
@@ -161,9 +179,11 @@ class TimedBatchBuilder:
 
     def catch_up(self, one: DraftCandidate, limit: float) -> None:
         """Let the draft model run what it lacks of a sequence, as far as the limit allows."""
-        token_s = self.model.drift * max(piece.draft_tokens for piece in self.model.pieces)
+        model, token_s = self.model, 0.0
+        if model is not None:
+            token_s = model.drift * max(piece.draft_tokens for piece in model.pieces)
         shape = replace(self.shape, draft_steps=max(self._draft_steps, 1))
-        left = limit - self.model.predict(shape)
+        left = limit - self._predict(shape)
         if left <= 0:
             return
         num_tokens = one.lag if token_s == 0 else min(one.lag, int(left / token_s))
@@ -186,7 +206,7 @@ class TimedBatchBuilder:
         )
 
     def _grow(self, shape: BatchShape) -> None:
-        """The batch has this shape now."""
+        """Set the shape of the batch, and the predicted seconds of each piece."""
         self._tokens, self._seqs, self._context, self._pairs = (
             shape.tokens,
             shape.seqs,

@@ -1,4 +1,4 @@
-"""`Planner`: the one interface of every scheduling policy."""
+"""`Planner`: the interface of every scheduling policy."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from minserve.request import Sequence
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannerSettings:
-    """What a planner is made with.
+    """The settings that a planner is made with.
 
     Attributes:
-        model: the device's speed; it may be set later (``planner.model``). A policy that promises
-            SLOs promises nothing without it.
-        chunked_prefill: False for whole prompts, which not every policy can run.
+        model: the performance model of the device; it may be set later (``planner.model``). A
+            policy that promises SLOs promises nothing without it.
+        chunked_prefill: False to run whole prompts, which not every policy can do.
         lengths: guesses output lengths, for the policies that promise SLOs; ``None`` learns them.
-        best_effort_share: the least share of the device's time that best effort gets while
-            promises are kept, in [0, 1).
+        best_effort_share: the least share of the device's time that best effort gets while promises
+            are kept, in [0, 1).
     """
 
     model: PerfModel | None = None
@@ -34,19 +34,21 @@ class PlannerSettings:
 
 
 class Planner(ABC):
-    """Decides what the next iteration runs. Reads sequences and never changes them.
+    """The base of every policy: it decides what the next iteration runs. It never changes a
+    sequence.
 
     ``plan`` does what all policies share; a policy writes ``_plan``.
 
     Args:
-        model: the device's speed; with it every policy predicts its iterations.
+        model: the performance model of the device; with it every policy predicts its iterations.
 
     Attributes:
-        name: of the policy.
+        name: the name of the policy.
         promises: True if the policy promises SLOs.
-        token_budget: most tokens of an iteration where nothing else is asked for.
-        num_plans: made since the start.
-        num_preemptions, num_starts: of sequences, by the plans carried out.
+        token_budget: the most tokens of an iteration, if the user asks for no other number.
+        num_plans: number of plans made since the start.
+        num_preemptions, num_starts: number of sequences that were preempted, and that were started,
+            by the plans carried out.
     """
 
     name: ClassVar[str]
@@ -61,7 +63,7 @@ class Planner(ABC):
 
     @classmethod
     def create(cls, settings: PlannerSettings) -> Planner:
-        """Return a planner with these settings, of which a policy takes what it knows.
+        """Return a planner with these settings; a policy takes the settings that it knows.
 
         Raises:
             ConfigError: for a setting that the policy cannot honour.
@@ -71,20 +73,20 @@ class Planner(ABC):
 
     @classmethod
     def check_chunks(cls, settings: PlannerSettings) -> None:
-        """Raise `ConfigError` where prefills must not be chunked: most policies always chunk."""
+        """Raise `ConfigError` if prefills must not be chunked: most policies always chunk them."""
         if not settings.chunked_prefill:
             raise ConfigError(
                 f"{cls.name} always chunks prefills; use --policy fcfs without chunking"
             )
 
     def plan(self, view: PlannerView, now: float) -> IterationPlan:
-        """Plan one iteration; then either `started` or `discarded` says what became of it.
+        """Plan one iteration; then either `started` or `discarded` says what became of the plan.
 
-        It may be made while the plan before it still runs.
+        The plan may be made while the plan before it still runs.
 
         Args:
             view: the engine's state when the iteration begins.
-            now: when that is, in seconds on the engine's monotonic clock.
+            now: the time at which it begins, in seconds on the engine's monotonic clock.
         """
         plan = self._plan(view, now)
         self.num_plans += 1
@@ -95,39 +97,43 @@ class Planner(ABC):
         return plan
 
     def reckon(self, plan: IterationPlan, view: PlannerView) -> None:
-        """Set the shape and the predicted time of a plan by what it schedules."""
+        """Set the shape and the predicted time of a plan from the tokens that it schedules."""
         if self.model is not None and plan.num_scheduled_tokens:
             plan.shape = _shape(view, plan)
             plan.predicted_s = self.model.predict(plan.shape)
 
     def started(self, plan: IterationPlan) -> None:
-        """A plan is being carried out."""
+        """Note that a plan is being carried out."""
         self.num_preemptions += len(plan.preempt)
         self.num_starts += len(plan.start)
 
     def discarded(self) -> None:  # noqa: B027 - most policies keep nothing between two plans
-        """The newest plan will not be carried out: nothing that it decided stands."""
+        """Forget what the newest plan decided, because it will not be carried out."""
 
     def observe(self, plan: IterationPlan, seconds: float) -> None:
-        """An iteration as planned took so long."""
+        """Learn from the seconds that the iteration of a plan took."""
         if self.model is not None:
             self.model.observe(plan.shape, seconds)
 
     def finished(self, seq: Sequence) -> None:  # noqa: B027 - most policies need not know
-        """An output came to its own end."""
+        """Learn from an output that came to its own end."""
 
     def verified(  # noqa: B027 - most policies need not know
         self, seq: Sequence, num_drafted: int, num_accepted: int
     ) -> None:
-        """So many tokens were drafted for a decode, perhaps none, and so many accepted."""
+        """Learn how many tokens were drafted for a decode, perhaps none, and how many were
+        accepted.
+        """
 
     @abstractmethod
     def _plan(self, view: PlannerView, now: float) -> IterationPlan:
-        """The policy's decision."""
+        """Return the policy's decision."""
 
 
 def _shape(view: PlannerView, plan: IterationPlan) -> BatchShape:
-    """The batch's shape. A sequence that starts begins behind its cached prefix."""
+    """Return the shape of a plan's batch. A sequence that starts begins behind its cached prefix:
+    those tokens are computed already.
+    """
     scheduled, chunks, num_decodes = plan.num_scheduled_tokens, [], 0
     for seq in view.running:
         num_tokens = scheduled.get(seq.seq_id)

@@ -1,4 +1,4 @@
-"""`dp`: who is promised its SLO is decided by a dynamic program. The default policy."""
+"""`dp`: a dynamic program decides which requests are promised their SLO. The default policy."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from minserve.planner.policies.promising import PromisingPlanner
 
 
 class DpPlanner(PromisingPlanner):
-    """Admits the most valuable set of requests that keeps every deadline.
+    """The policy that admits the most valuable set of requests that keeps every deadline.
 
-    The set is that of `minserve.planner.admission.dynamic_program`, after SLOs-Serve
-    (arXiv 2504.08784).
+    The set is that of `minserve.planner.admission.dynamic_program`, after SLOs-Serve (arXiv
+    2504.08784).
     """
 
     name = "dp"

@@ -1,7 +1,7 @@
 """`edf`: requests are promised their SLO earliest deadline first, each if all still fit.
 
-The later planner of SLOs-Serve's authors works like this. It differs from `dp` in nothing but
-who is admitted.
+The later planner of SLOs-Serve's authors works like this. Nothing but the choice of the requests
+that are admitted differs from `dp`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from minserve.planner.policies.promising import PromisingPlanner
 
 
 class EdfPlanner(PromisingPlanner):
-    """Admits by greedy insertion; each step is checked by an event simulation of the whole set."""
+    """The policy that admits by greedy insertion. An event simulation checks the whole set at each
+    step.
+    """
 
     name = "edf"
 

@@ -14,10 +14,10 @@ from minserve.planner.predict.perf_model import PerfModel
 
 
 class FcfsPlanner(Planner):
-    """Prefills first, then decodes.
+    """The policy that runs prefills first, then decodes.
 
     Args:
-        chunked_prefill: split prompts over iterations and mix them with decodes.
+        chunked_prefill: True to split prompts over iterations and mix them with decodes.
     """
 
     name = "fcfs"

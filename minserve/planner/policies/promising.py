@@ -1,11 +1,12 @@
-"""Planning by promises: the base of the policies that keep SLOs.
+"""`PromisingPlanner`: the base of the policies that promise SLOs.
 
-After SLOs-Serve (arXiv 2504.08784), with what it leaves open: requests that do not fit are served
-by deadline with what promises leave, and may be promised later; doomed ones are relegated instead
-of dooming the others; output lengths are estimated; memory and time are released at predicted ends.
+It works after SLOs-Serve (arXiv 2504.08784) and adds what that leaves open. Requests that do not
+fit are served by deadline with what promises leave, and may be promised later. A request that would
+doom others is given up instead. Output lengths are estimated. Memory and time are released at
+predicted ends.
 
-A request is promised its SLO once the prefill of one of its outputs starts; until then every
-round of admission decides anew (`minserve.planner.admission.rounds`).
+A request is promised its SLO once the prefill of one of its outputs starts; until then every round
+of admission decides anew (`minserve.planner.admission.rounds`).
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ GUARD_S = 0.003
 
 
 class FormBatch(Protocol):
-    """Decides what a batch holds; `form_batch` is one."""
+    """A function that decides what a batch holds, such as `form_batch`."""
 
     def __call__(
         self,
@@ -66,19 +67,20 @@ class FormBatch(Protocol):
 
 
 class PromisingPlanner(Planner):
-    """Promises SLOs: a policy writes `choose`, and may take another `form`.
+    """A planner that promises SLOs. A policy writes `choose`, and may take another `form`.
 
-    It remembers, from one plan to the next: the newest round of admission, what best effort is
-    owed, the memory that promises held, how long recent arrivals could have waited, and what it
+    From one plan to the next it remembers the newest round of admission, the time that best effort
+    is owed, the memory that promises held, how long recent arrivals could have waited, and what it
     learned of output lengths and of drafts. Otherwise a plan depends on the view alone.
 
     Args:
-        model: without one nothing can be promised and every sequence is best effort.
+        model: the performance model. Without one nothing is promised, and every sequence is best
+            effort.
         lengths: guesses output lengths.
         best_effort_share: the least share of the device's time for best effort, in [0, 1).
 
     Attributes:
-        form: decides what a batch holds.
+        form: the function that decides what a batch holds.
     """
 
     promises = True
@@ -113,7 +115,7 @@ class PromisingPlanner(Planner):
     def choose(
         self, candidates: SequenceOf[Candidate], outlook: Outlook, rates: PrefillRates
     ) -> Admission:
-        """Return which of the candidates are served."""
+        """Return the candidates that are admitted."""
 
     @property
     def best_effort_owed_s(self) -> float:
@@ -205,12 +207,13 @@ class PromisingPlanner(Planner):
         )
 
     def _drafting(self, view: PlannerView) -> Drafting | None:
-        """Return what the batch needs to know of drafts; ``None`` where none are weighed."""
+        """Return what the batch needs to know of drafts; ``None`` if no drafts are weighed."""
         weighs = self._rounds.weighs_drafts()
         if view.speculation is None or self.model is None or not weighs:
             return None
         drafts = self._rounds.drafts
-        return Drafting(view.speculation, self.acceptance, self.lengths.remaining, drafts)
+        remaining = self.lengths.remaining
+        return Drafting(view.speculation, self.model, self.acceptance, remaining, drafts)
 
     def roles(self, view: PlannerView, now: float, result: ReviewResult, broken: set[str]) -> Work:
         """Give every sequence its role in this iteration; relegate requests whose SLO is broken.
@@ -261,7 +264,7 @@ class PromisingPlanner(Planner):
         return LONGEST_ITERATION * (model.predict(BatchShape.of([(0, 1)])) + GUARD_S)
 
     def limits(self, work: Work, view: PlannerView, now: float) -> BatchLimits:
-        """Return how long this iteration may take, and what best effort gets of it."""
+        """Return the limits of this iteration's time and memory, best effort's part included."""
         model = self.model
         if model is None:
             return BatchLimits(longest_s=math.inf, guard_s=GUARD_S)
@@ -285,7 +288,7 @@ class PromisingPlanner(Planner):
 
     def _unwatched_s(self, work: Work, view: PlannerView, now: float, model: PerfModel) -> float:
         """Return how many seconds an iteration may last for the sake of requests that are still to
-        come; 0 where one to which more may be owed waits for it already.
+        come; 0 if a request waits already to which more may be owed.
         """
         decodes = [seq for seq in view.running if seq.is_decoding]
         if not decodes:

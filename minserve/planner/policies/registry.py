@@ -1,7 +1,7 @@
-"""Every scheduling policy by name. A new one is a file with a `Planner`, and a line here.
+"""Every scheduling policy by name. A new policy is a file with a `Planner`, and a line here.
 
-`minserve serve`, `minserve simulate` and the programs in bench/ take the policies from here. They are
-imported when they are asked for, so that the names alone cost nothing.
+`minserve serve`, `minserve simulate` and the programs in bench/ take the policies from here. A
+policy's module is imported when the policy is asked for, so that the names alone cost nothing.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from minserve.planner.policies.base import Planner
 
 
 class SarathiPlanner(Planner):
-    """Decodes first, then chunked prefills under the token budget."""
+    """The policy that runs decodes first, then chunked prefills under the token budget."""
 
     name = "sarathi"
     token_budget = 512

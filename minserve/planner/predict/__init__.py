@@ -1,1 +1,1 @@
-"""What the planner expects: a batch's seconds, a request's length, a draft's acceptance."""
+"""The planner's predictions: a batch's seconds, a request's length, a draft's acceptance."""

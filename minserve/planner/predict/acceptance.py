@@ -1,4 +1,4 @@
-"""How likely is a drafted token to be accepted? From each sequence's own running record."""
+"""Estimates how likely a drafted token is to be accepted, from each sequence's own record."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ FIRST_GUESS = 0.6
 FIRST_WEIGHT = 8.0
 # A new sequence is believed to be like all others, with this weight in drafted tokens.
 SHARED_WEIGHT = 4.0
-# Records fade with every token, so that estimates follow the text, and whoever was given up
-# is tried again: a sequence's own within some tens of tokens, everybody's within thousands.
+# Records fade with every token, so that estimates follow the text, and a sequence that was given up
+# is tried again: its own record fades within some tens of tokens, that of all within thousands.
 OWN_FADE = 1 - 1 / 48
 SHARED_FADE = 1 - 1 / 4096
 MOST = 0.98
-# Batches wait for whoever has least in hand, so that what a few verifications bring is what
-# can be planned with.
+# Batches wait for the decode that has least in hand, so that what a few verifications bring is
+# what can be planned with.
 NUM_VERIFICATIONS = 2
 
 
@@ -36,7 +36,7 @@ class _Record:
 
 
 class AcceptanceEstimator:
-    """Per sequence, the chance that a drafted token is accepted if those before it were.
+    """The chance, for each sequence, that a drafted token is accepted if those before it were.
 
     Tokens behind a rejected one were never looked at and count for nothing.
     """
@@ -48,13 +48,13 @@ class AcceptanceEstimator:
 
     @property
     def shared_rate(self) -> float:
-        """Over all sequences, lately."""
+        """The acceptance rate over all sequences, lately; between 0 and `MOST`."""
         shared = self._shared
         accepted = shared.accepted + FIRST_WEIGHT * FIRST_GUESS
         return min(MOST, accepted / (shared.tried + FIRST_WEIGHT))
 
     def rate(self, seq: Sequence) -> float:
-        """Between 0 and `MOST`."""
+        """Return the acceptance rate of a sequence, between 0 and `MOST`."""
         own = self._own.get(seq.seq_id)
         if own is None:
             return self.shared_rate
@@ -63,16 +63,18 @@ class AcceptanceEstimator:
 
     @property
     def coverage(self) -> float:
-        """Share of decodes for which anything could be drafted, lately."""
+        """The share of decodes for which any token could be drafted, lately."""
         asked = self._asked
         return (asked.accepted + FIRST_WEIGHT) / (asked.tried + FIRST_WEIGHT)
 
     def asked(self, could_draft: bool) -> None:
-        """A decode was considered for speculation."""
+        """Note whether tokens could be drafted for a decode that was considered for speculation."""
         self._asked.add(1, int(could_draft), SHARED_FADE)
 
     def verified(self, seq: Sequence, num_drafted: int, num_accepted: int) -> None:
-        """So many tokens were drafted for a sequence, perhaps none, and so many accepted."""
+        """Note how many tokens were drafted for a sequence, perhaps none, and how many were
+        accepted.
+        """
         tried = min(num_accepted + 1, num_drafted)
         self._own.setdefault(seq.seq_id, _Record()).add(tried, num_accepted, OWN_FADE)
         self._shared.add(tried, num_accepted, SHARED_FADE)
@@ -84,7 +86,9 @@ class AcceptanceEstimator:
 
 
 def expected_tokens(acceptance: float, length: int) -> float:
-    """Mean tokens that come of verifying ``length`` drafts: those accepted, and one more."""
+    """Return the mean number of tokens that a verification of ``length`` drafted tokens brings:
+    those accepted, and one more.
+    """
     if acceptance >= 1.0:
         return length + 1.0
     return (1.0 - acceptance ** (length + 1)) / (1.0 - acceptance)
@@ -93,10 +97,10 @@ def expected_tokens(acceptance: float, length: int) -> float:
 def cautious_tokens(
     acceptance: float, length: int, num_verifications: float = NUM_VERIFICATIONS
 ) -> float:
-    """The mean of `expected_tokens`, less its standard error over so many verifications.
+    """Return the mean of `expected_tokens`, less its standard error over so many verifications.
 
-    The number of tokens is at least j + 1 with probability a^j, so that its second moment is
-    the sum of (2j + 1) a^j.
+    The number of tokens is at least j + 1 with probability a^j, so that its second moment is the
+    sum of (2j + 1) a^j.
     """
     mean = expected_tokens(acceptance, length)
     square = sum((2 * j + 1) * acceptance**j for j in range(length + 1))

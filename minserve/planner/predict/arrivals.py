@@ -1,4 +1,4 @@
-"""`ArrivalSlack`: how long may a batch be where only those are kept waiting who are still to come?"""
+"""`ArrivalSlack`: how long a batch may be if only requests wait for it that are still to come."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REMEMBERED_S = 600.0
 
 
 class ArrivalSlack:
-    """How long the most urgent of recent arrivals could have waited before its prefill began."""
+    """The time that the most urgent of recent arrivals could have waited before its prefill."""
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=WINDOW)
@@ -24,12 +24,12 @@ class ArrivalSlack:
 
     @property
     def least_s(self) -> float:
-        """The least slack of the last arrivals; inf where none of them was in a hurry."""
+        """The least slack of the last arrivals in seconds; inf if none of them was in a hurry."""
         return min(self._recent, default=math.inf)
 
     def least_remembered_s(self, now: float) -> float:
-        """The least slack of the last arrivals that were in a hurry; inf where there was none for
-        `REMEMBERED_S` seconds.
+        """Return the least slack in seconds of the last arrivals that were in a hurry; inf if none
+        came for `REMEMBERED_S` seconds.
         """
         while self._hurried and self._hurried[0][0] < now - REMEMBERED_S:
             self._hurried.popleft()

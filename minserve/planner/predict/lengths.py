@@ -1,7 +1,7 @@
-"""How long will an output be? Nobody knows; these are the ways to guess.
+"""Guesses how long an output will be, which cannot be known beforehand.
 
-Admission needs it for memory (how many blocks a request will come to hold) and for time
-(when its decoding ends and makes room).
+Admission needs the length for memory (the number of blocks that a request will come to hold) and
+for time (when its decoding ends and makes room).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ FIRST_GUESS = 128
 
 
 class LengthEstimator(ABC):
-    """Guesses output lengths; learns from finished outputs."""
+    """Guesses output lengths, and learns from finished outputs."""
 
     def remaining(self, seq: Sequence) -> int:
-        """Tokens that the output will still have: at least 1, within ``max_tokens``."""
+        """Return how many tokens the output will still have: at least 1, within ``max_tokens``."""
         request = seq.request
         done = len(seq.token_ids) - len(request.prompt_token_ids)
         left = min(self._total(seq), request.max_tokens) - done
@@ -33,24 +33,24 @@ class LengthEstimator(ABC):
 
     @abstractmethod
     def _total(self, seq: Sequence) -> int:
-        """The whole output's length."""
+        """Return the length of the whole output in tokens."""
 
     def finished(self, seq: Sequence) -> None:  # noqa: B027 - not every way of guessing learns
-        """An output came to its own end."""
+        """Learn from an output that came to its own end."""
 
 
 class BoundLengths(LengthEstimator):
-    """Every output is as long as it may be: ``max_tokens``."""
+    """The guess that every output is as long as it may be: ``max_tokens``."""
 
     def _total(self, seq: Sequence) -> int:
         return seq.request.max_tokens
 
 
 class OracleLengths(LengthEstimator):
-    """True lengths, known beforehand: for reproducing published results only.
+    """The true lengths, known beforehand; only for reproducing published results.
 
     Args:
-        lengths: output tokens by request id.
+        lengths: number of output tokens by request id.
     """
 
     def __init__(self, lengths: Mapping[str, int]) -> None:
@@ -61,13 +61,14 @@ class OracleLengths(LengthEstimator):
 
 
 class QuantileLengths(LengthEstimator):
-    """A quantile of the lengths that outputs of the same class had lately.
+    """The guess that an output is as long as a quantile of the outputs of its class that ended
+    lately.
 
-    Conditioned on what is generated already: of the outputs that were longer than this
-    one is now, the quantile. The client's own hint, where given, stands until it is passed.
+    It takes the quantile of those outputs alone that were longer than this one is now. The client's
+    own hint, if there is one, counts instead until the output is longer than it.
 
     Args:
-        quantile: in (0, 1]; higher is more cautious.
+        quantile: share of the outputs, in (0, 1]; a higher one is more cautious.
     """
 
     def __init__(self, quantile: float = 0.8) -> None:
@@ -101,7 +102,8 @@ class QuantileLengths(LengthEstimator):
 
 
 def make_length_estimator(name: str) -> LengthEstimator:
-    """``quantile`` or ``max_tokens``; the oracle is made by who knows the lengths.
+    """Return the estimator of a name, ``quantile`` or ``max_tokens``. A caller that knows the true
+    lengths makes an `OracleLengths` itself.
 
     Raises:
         ConfigError: for an unknown name.

@@ -1,13 +1,15 @@
-"""Which SLO classes could this device keep at all? Asked once, at start."""
+"""Finds, once at start, the SLO classes that this device cannot keep even for a lone request."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from textwrap import indent
 
 from minserve.planner.predict.perf_model import PerfModel
 from minserve.slo.objectives import SLO
+from minserve.tables import text_table
 
 # A prompt and context of middling length, for objectives in absolute seconds.
 TYPICAL_TOKENS = 512
@@ -18,13 +20,13 @@ RISK = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Miss:
-    """An objective that a request would miss even with the device for itself.
+    """An objective that a request would miss even if it had the device for itself.
 
     Attributes:
-        name: of the class.
-        objective: ``ttft`` or ``tpot``, with the stage where there are several.
-        promised_s, needed_s: what the class says, and what the device takes in nine of ten
-            cases.
+        name: name of the class.
+        objective: ``ttft`` or ``tpot``, with the stage if there are several.
+        promised_s: seconds that the class promises.
+        needed_s: seconds that the device stays within in nine of ten cases.
     """
 
     name: str
@@ -36,10 +38,10 @@ class Miss:
 def lone_request_misses(
     classes: Mapping[str, SLO], model: PerfModel, num_tokens: int = TYPICAL_TOKENS
 ) -> list[Miss]:
-    """Objectives that a lone request misses.
+    """Return the objectives that a lone request misses.
 
     Args:
-        num_tokens: of its prompt.
+        num_tokens: number of tokens of its prompt.
     """
     prefill_s, decode_s = (
         model.zero_load_prefill_s(num_tokens),
@@ -61,16 +63,13 @@ def lone_request_misses(
 
 
 def describe_misses(misses: list[Miss], num_tokens: int = TYPICAL_TOKENS) -> str:
-    """A table for the console; empty where there is nothing to say."""
+    """Return a table of the misses for the console; an empty text if there are none."""
     if not misses:
         return ""
-    lines = [
-        f"a lone request of {num_tokens} prompt tokens would miss these SLOs on this device:",
-        f"  {'class':<16} {'objective':<16} {'promised':>12} {'needed':>12}",
-    ]
-    lines += [
-        f"  {one.name:<16} {one.objective:<16} {one.promised_s * 1e3:>9.1f} ms "
-        f"{one.needed_s * 1e3:>9.1f} ms"
+    rows = [
+        (one.name, one.objective, f"{one.promised_s * 1e3:.1f} ms", f"{one.needed_s * 1e3:.1f} ms")
         for one in misses
     ]
-    return "\n".join(lines)
+    table = text_table(("class", "objective", "promised", "needed"), rows, left=2)
+    head = f"a lone request of {num_tokens} prompt tokens would miss these SLOs on this device:"
+    return f"{head}\n{indent(table, '  ')}"

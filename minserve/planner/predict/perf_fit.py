@@ -1,11 +1,11 @@
-"""`fit`: a `PerfModel` from measured batches; `evaluate`: how well one predicts others.
+"""`fit` makes a `PerfModel` from measured batches; `evaluate` says how well it predicts others.
 
-The maximum of linear pieces is fitted by the least-squares partition algorithm (Magnani and
-Boyd, "Convex piecewise-linear fitting", Optimization and Engineering 10, 2009): fit a piece
-to each part of the samples, give every sample to the piece that is largest there, repeat,
-from several starts. A piece is fitted by iteratively reweighted non-negative least squares
-with Huber's weights (Huber, "Robust estimation of a location parameter", 1964) on relative
-residuals, so that small batches count as much as large ones and outliers little.
+The maximum of linear pieces is fitted by the least-squares partition algorithm (Magnani and Boyd,
+"Convex piecewise-linear fitting", Optimization and Engineering 10, 2009): fit a piece to each part
+of the samples, give every sample to the piece that is largest there, repeat, from several starts. A
+piece is fitted by iteratively reweighted non-negative least squares with Huber's weights (Huber,
+"Robust estimation of a location parameter", 1964) on relative residuals, so that small batches
+count as much as large ones and outliers little.
 """
 
 from __future__ import annotations
@@ -62,12 +62,13 @@ class ProfileSample:
 
 @dataclass(frozen=True, slots=True)
 class FitQuality:
-    """How well a model predicts samples; errors are ``|predicted / measured - 1|``.
+    """The errors of a model's predictions; an error is ``|predicted / measured - 1|``.
 
     Attributes:
-        r2: coefficient of determination of the seconds; NaN where all took equally long.
+        r2: coefficient of determination of the seconds; NaN if all samples took equally long.
         mape: mean error.
         p50_error, p90_error, p99_error: quantiles of the error.
+        num_samples: number of samples that were predicted.
     """
 
     r2: float
@@ -79,17 +80,17 @@ class FitQuality:
 
 
 def undisturbed(runs: SequenceOf[float]) -> float:
-    """The mean of those repeats of a batch that are about as fast as the fastest.
+    """Return the mean seconds of those repeats of a batch that are about as fast as the fastest.
 
-    Whatever else the machine does only ever adds time, and often to most of a few repeats
-    of a batch, so that their median would hold it.
+    Other work on the machine only ever adds time, and often to most of a few repeats of a batch, so
+    that their median would contain it.
     """
     fastest = min(runs)
     return mean(run for run in runs if run <= AGREEMENT * fastest)
 
 
 def agree(runs: SequenceOf[float]) -> bool:
-    """True where the two fastest repeats of a batch took about as long."""
+    """Return True if the two fastest repeats of a batch took about as long."""
     return len(runs) > 1 and sorted(runs)[1] <= AGREEMENT * min(runs)
 
 
@@ -99,13 +100,15 @@ def fit(
     max_pieces: int = 2,
     poll: Callable[[], None] = lambda: None,
 ) -> PerfModel:
-    """The model with the fewest pieces that predicts held-out samples as well as any.
+    """Return the model with the fewest pieces that predicts held-out samples as well as any.
 
-    Its ``margin`` covers the `MARGIN_QUANTILE` of the samples. Deterministic.
+    Its ``margin`` covers the `MARGIN_QUANTILE` of the samples. The result is deterministic.
 
     Args:
-        poll: called every few milliseconds; whatever it raises ends the fit, which takes up to a
-            second for two pieces.
+        samples: measured batches.
+        max_pieces: the most pieces that the model may have.
+        poll: function called every few milliseconds. An exception of it ends the fit, which takes
+            up to a second for two pieces.
 
     Raises:
         ProfileError: for fewer than `MIN_SAMPLES` samples, or seconds that are not above 0.
@@ -134,10 +137,10 @@ def fit(
 
 
 def evaluate(model: PerfModel, samples: SequenceOf[ProfileSample]) -> FitQuality:
-    """How well the model, without its online correction, predicts the samples.
+    """Return how well the model, without its online correction, predicts the samples.
 
     Raises:
-        ProfileError: where there is no sample.
+        ProfileError: if there is no sample.
     """
     if not samples:
         raise ProfileError("no samples to evaluate a performance model on")
@@ -159,16 +162,18 @@ def evaluate(model: PerfModel, samples: SequenceOf[ProfileSample]) -> FitQuality
 
 
 def _arrays(samples: SequenceOf[ProfileSample]) -> tuple[Floats, Floats]:
-    """Features ``[n, NUM_FEATURES]`` in the order of `Piece`'s fields, and seconds ``[n]``."""
+    """Return the features ``[n, NUM_FEATURES]``, in the order of `Piece`'s fields, and the seconds
+    ``[n]``.
+    """
     features = np.array([(*astuple(s.shape), 1.0) for s in samples], dtype=np.float64)
     return features, np.array([s.seconds for s in samples], dtype=np.float64)
 
 
 def _choose_num_pieces(rows: Floats, max_pieces: int, poll: Callable[[], None]) -> int:
-    """By cross-validation: the fewest pieces that are no worse than the best, within noise.
+    """Choose by cross-validation the fewest pieces that are no worse than the best, within noise.
 
-    As in Breiman et al., "Classification and Regression Trees" (1984), noise is measured in
-    standard errors; here of the difference, since all candidates predict the same samples.
+    Noise is measured in standard errors as in Breiman et al., "Classification and Regression Trees"
+    (1984); here it is that of the difference, since all candidates predict the same samples.
     """
     if max_pieces == 1:
         return 1
@@ -185,7 +190,9 @@ def _choose_num_pieces(rows: Floats, max_pieces: int, poll: Callable[[], None]) 
 
 
 def _fit_pieces(rows: Floats, num_pieces: int, poll: Callable[[], None]) -> Floats:
-    """Least-squares partition: coefficients ``[at most num_pieces, features]``."""
+    """Fit pieces by least-squares partition; return ``[at most num_pieces, features]``
+    coefficients.
+    """
     whole = _fit_piece(rows)[None]
     best, least = whole, _errors(rows, whole).mean()
     if num_pieces == 1:
@@ -207,12 +214,12 @@ def _fit_pieces(rows: Floats, num_pieces: int, poll: Callable[[], None]) -> Floa
 
 
 def _errors(rows: Floats, pieces: Floats) -> Floats:
-    """Relative error of each row."""
+    """Return the relative error of each row."""
     return np.abs(1 - (rows @ pieces.T).max(axis=1))
 
 
 def _fit_piece(rows: Floats) -> Floats:
-    """Coefficients >= 0 with ``rows @ coefficients`` near 1, outliers weighing little."""
+    """Return coefficients >= 0 with ``rows @ coefficients`` near 1; outliers weigh little."""
     weights = np.ones(len(rows))
     for _ in range(REWEIGHTINGS):
         weighted = rows * weights[:, None]
@@ -224,8 +231,10 @@ def _fit_piece(rows: Floats) -> Floats:
 
 
 def _non_negative(gram: Floats, moment: Floats) -> Floats:
-    """The c >= 0 that minimizes ``c gram c - 2 moment c``, exactly: with so few features the
-    equations of every subset can be solved and the best feasible solution taken.
+    """Return the c >= 0 that minimizes ``c gram c - 2 moment c``, exactly.
+
+    There are so few features that the equations of every subset can be solved and the best feasible
+    solution taken.
     """
     subsets = _subsets(len(moment))
     gram = gram + RIDGE * gram.trace() * np.eye(len(moment))
@@ -241,5 +250,5 @@ def _non_negative(gram: Floats, moment: Floats) -> Floats:
 
 @cache
 def _subsets(count: int) -> NDArray[np.bool_]:
-    """All subsets of so many features, ``[2 ** count, count]``."""
+    """Return all subsets of so many features, ``[2 ** count, count]``."""
     return (np.arange(2**count)[:, None] >> np.arange(count)) % 2 == 1

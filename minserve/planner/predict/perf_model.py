@@ -8,13 +8,14 @@ batches that are no CUDA graphs where decodes are (`minserve.planner.predict.eag
 constant more; on a device without graphs its coefficient is 0.
 
 The profile gives the coefficients once (`minserve.planner.predict.perf_fit`). Online, `observe`
-follows the device's drifting speed and its scatter (`minserve.planner.predict.scatter`): `predict` is
+follows the drift of the device and its scatter (`minserve.planner.predict.scatter`): `predict` is
 what is expected, `bound` what it may take.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
@@ -32,17 +33,17 @@ MARGIN_QUANTILE = 0.9
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
-    """What of a batch decides its time.
+    """The numbers of a batch that decide its time.
 
     Attributes:
         tokens: tokens run, prefill and decode alike.
         seqs: sequences in the batch.
-        context_tokens: over all sequences, tokens with KV after the iteration.
-        attention_pairs: over all tokens run, the tokens that each attends to.
+        context_tokens: tokens with KV after the iteration, over all sequences.
+        attention_pairs: tokens that a token run attends to, over all tokens run.
         draft_steps: forward passes of the draft model.
-        draft_tokens: tokens that these run.
-        eager: 1 for a batch that `minserve.planner.predict.eager.is_eager`, else 0; also 0 throughout
-            the profile of a device without graphs, where it makes no difference.
+        draft_tokens: tokens that these passes run.
+        eager: 1 for a batch that runs eagerly (`minserve.planner.predict.eager.is_eager`), else 0.
+            It is 0 throughout the profile of a device without graphs, where it makes no difference.
     """
 
     tokens: int = 0
@@ -55,7 +56,12 @@ class BatchShape:
 
     @classmethod
     def of(cls, chunks: Iterable[tuple[int, int]], *, eager: bool = False) -> BatchShape:
-        """The shape of a batch of ``(tokens already computed, tokens to run)``, one per sequence."""
+        """Return the shape of a batch.
+
+        Args:
+            chunks: ``(tokens already computed, tokens to run)`` of each sequence.
+            eager: True for a batch that runs eagerly.
+        """
         tokens = seqs = context = pairs = 0
         for start, num_tokens in chunks:
             tokens += num_tokens
@@ -78,7 +84,7 @@ TOKEN, EAGER = BatchShape(tokens=1), BatchShape(eager=1)
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One linear piece: seconds per unit of each feature, and the constant."""
+    """One linear piece: seconds per unit of each feature, and the constant in seconds."""
 
     tokens: float
     seqs: float = 0.0
@@ -110,7 +116,7 @@ class Piece:
         )
 
     def slowed(self, factor: float) -> Piece:
-        """The same of a device that takes so many times as long for everything."""
+        """Return the piece of a device that takes ``factor`` times as long for everything."""
         return Piece(*(factor * each for each in astuple(self)))
 
 
@@ -118,15 +124,15 @@ class PerfModel:
     """Seconds of a batch as the maximum of linear pieces, corrected online.
 
     Args:
-        pieces: at least one; together they must grow with the tokens.
+        pieces: at least one piece; together they must grow with the tokens.
         margin: factor on profiled seconds that `MARGIN_QUANTILE` of the iterations stayed within
-            when the profile was made; what is seen soon counts instead.
+            when the profile was made. Observed iterations soon count instead.
 
     Attributes:
-        speculation_drift: measured over profiled speed of batches with drafts, over that of all
-            others: what the profile has wrong about them.
-        next_factor: what the next iteration will take over its profiled time, where somebody
-            knows: a simulator that asks how much knowing it would be worth.
+        speculation_drift: ratio of measured to profiled seconds of batches with drafts, over that
+            ratio of all others. It is the error of the profile about drafts.
+        next_factor: ratio of the next iteration's seconds to its profiled seconds; ``None`` if it
+            is not known. A simulator sets it to find how much it is worth to know it.
     """
 
     def __init__(self, pieces: Iterable[Piece], *, margin: float = 1.1) -> None:
@@ -145,7 +151,7 @@ class PerfModel:
 
     @property
     def drift(self) -> float:
-        """Measured over profiled speed, now; 1.1 is a device 10% slower than profiled."""
+        """Ratio of measured to profiled seconds now; 1.1 is a device 10% slower than profiled."""
         return self._scatter.drift
 
     @drift.setter
@@ -153,8 +159,11 @@ class PerfModel:
         self._scatter.drift = value
 
     def bound(self, iterations: float, risk: float) -> float:
-        """Factor on predicted seconds, at least 1: the sum of so many iterations in a row stays
-        within it in all but ``risk`` of cases.
+        """Return a factor on predicted seconds, at least 1, which bounds iterations in a row.
+
+        Args:
+            iterations: number of iterations in a row.
+            risk: chance that the sum of their seconds exceeds the factor times its prediction.
         """
         if self.next_factor is not None and iterations <= 1:
             return 1.0
@@ -166,52 +175,58 @@ class PerfModel:
         return max(self.pieces, key=lambda piece: piece.tokens)
 
     def profiled(self, shape: BatchShape) -> float:
-        """Seconds by the profile alone: what promises are made from, stable over time."""
+        """Return the seconds of a batch by the profile alone. Promises are made from them, because
+        they are stable over time.
+        """
         return max(piece.seconds(shape) for piece in self.pieces)
 
     def risk(self, factor: float) -> float:
-        """Chance that an iteration takes more than so many times its predicted seconds."""
+        """Return the chance that an iteration takes more than ``factor`` times its predicted
+        seconds.
+        """
         if self.next_factor is not None:
             return float(factor < 1.0)
         return self._scatter.risk(factor)
 
     def predict(self, shape: BatchShape) -> float:
-        """Seconds that the batch is expected to take now: the mean of what it may take."""
+        """Return the seconds that a batch is expected to take now: the mean of what it may take."""
         return self.correction(shape) * self.profiled(shape)
 
     @property
     def pace(self) -> float:
-        """Of the next iteration, over the profiled speed."""
+        """Ratio of the next iteration's expected seconds to the profiled ones, without drafts."""
         return self.drift if self.next_factor is None else self.next_factor
 
     def correction(self, shape: BatchShape) -> float:
-        """The next iteration's seconds over the profiled ones, for such a batch."""
+        """Return the ratio of the next iteration's expected seconds to the profiled ones for such a
+        batch.
+        """
         return self.pace * self.speculation_drift if shape.draft_steps else self.pace
 
     def zero_load_prefill_s(self, num_tokens: int) -> float:
-        """T(prompt) of the idle device, for ``ttft_slowdown``."""
+        """Return T(prompt) of the idle device in seconds, for ``ttft_slowdown``."""
         return self.profiled(BatchShape.of([(0, num_tokens)], eager=True))
 
     def zero_load_decode_s(self, context_tokens: int) -> float:
-        """Seconds per token of a lone request, for ``tpot_slowdown``."""
+        """Return the seconds per token of a lone request, for ``tpot_slowdown``."""
         return self.profiled(BatchShape.of([(context_tokens, 1)]))
 
     def max_tokens_within(self, seconds: float, shape: BatchShape, start: int = 0) -> int:
-        """The longest prefill chunk that fits beside a batch.
+        """Return the length in tokens of the longest prefill chunk that fits beside a batch.
 
         Args:
-            seconds: for the whole batch, by `predict`.
-            shape: the batch without the chunk, which makes it an eager one.
-            start: tokens of the chunk's sequence that are computed already.
+            seconds: seconds that the whole batch may take, by `predict`.
+            shape: shape of the batch without the chunk, which makes it an eager one.
+            start: number of tokens of the chunk's sequence that are computed already.
 
         Returns:
-            0 where not one token fits.
+            the length; 0 if not one token fits.
         """
         limit, shape = seconds / self.pace, replace(shape, eager=1)
         return max(0, min(_longest_chunk(piece, limit, shape, start) for piece in self.pieces))
 
     def observe(self, shape: BatchShape, seconds: float) -> None:
-        """Learn from an iteration that took so long."""
+        """Learn from the seconds that an iteration took."""
         profiled = self.profiled(shape)
         if not (seconds > 0 and profiled > 0):
             return
@@ -231,20 +246,22 @@ class PerfModel:
             self.speculation_drift = min(max(drift, 1 / MAX_SPECULATION), MAX_SPECULATION)
 
     def with_draft_costs(self, step_s: float, token_s: float) -> PerfModel:
-        """The same device with a draft model, which runs before the target.
+        """Return a model of the same device with a draft model, which runs before the target.
 
         Args:
-            step_s, token_s: seconds of each forward pass, and of each token in it.
+            step_s: seconds of each forward pass of the draft model.
+            token_s: seconds of each token in it.
         """
         pieces = [replace(p, draft_steps=step_s, draft_tokens=token_s) for p in self.pieces]
         return PerfModel(pieces, margin=self.margin)
 
     def refined(self, profiled: PerfModel) -> PerfModel:
-        """A better profile of the same device, made while this model followed it.
+        """Return a model with a better profile of the same device, made while this model followed
+        it.
 
-        How the times scatter is known as before, and so are the costs of drafts. What was learned
-        of the speed is relative to a profile: a batch like the newest one is expected to take
-        what it was, until the next iterations show what of that was the old profile's error.
+        It keeps what is known of the scatter and of the costs of drafts. What was learned of the
+        speed is relative to a profile: a batch like the newest one is expected to take as long as
+        before, until the next iterations show how much of that was the old profile's error.
         """
         step_s, token_s = self.pieces[0].draft_steps, self.pieces[0].draft_tokens
         model = profiled.with_draft_costs(step_s, token_s)
@@ -256,31 +273,31 @@ class PerfModel:
         return model
 
     def to_dict(self) -> dict[str, Any]:
-        """The profile, ready for JSON; the online correction is left out."""
+        """Return the profile, ready for JSON; the online correction is left out."""
         return {"pieces": [asdict(piece) for piece in self.pieces], "margin": self.margin}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PerfModel:
-        """A model as `to_dict` wrote it.
+        """Return a model from what `to_dict` wrote.
 
         Raises:
-            ValueError, TypeError, KeyError: where it is not one.
+            ValueError, TypeError, KeyError: if the values are not a model's.
         """
         pieces = [Piece(**piece) for piece in values["pieces"]]
         return cls(pieces, margin=float(values["margin"]))
 
 
 def residual_quantile(values: Iterable[float], quantile: float) -> float:
-    """The smallest value that at least that share of the values does not exceed."""
+    """Return the smallest value that at least this share of the values does not exceed."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, math.ceil(quantile * len(ordered)) - 1)]
 
 
-def _longest_chunk(piece: Piece, limit: float, shape: BatchShape, start: int) -> float:
-    """Largest n with piece(shape + a chunk of n tokens after ``start``) <= limit.
+def _longest_chunk(piece: Piece, limit: float, shape: BatchShape, start: int) -> int:
+    """Return the largest n with piece(shape + a chunk of n tokens after ``start``) <= limit.
 
-    The chunk adds n tokens, a sequence, start + n context and n x start + n (n + 1) / 2
-    pairs: a quadratic in n.
+    The chunk adds n tokens, a sequence, start + n context and n x start + n (n + 1) / 2 pairs: a
+    quadratic in n.
     """
     left = limit - piece.seconds(shape) - piece.seqs - piece.context_tokens * start
     if left < 0:
@@ -288,5 +305,5 @@ def _longest_chunk(piece: Piece, limit: float, shape: BatchShape, start: int) ->
     square = piece.attention_pairs / 2
     linear = piece.tokens + piece.context_tokens + piece.attention_pairs * (start + 0.5)
     if square == 0:
-        return math.inf if linear == 0 else math.floor(left / linear)
+        return sys.maxsize if linear == 0 else math.floor(left / linear)
     return math.floor((math.sqrt(linear**2 + 4 * square * left) - linear) / (2 * square))

@@ -1,12 +1,12 @@
 """`Scatter`: how fast a device is now against its profile, and how far its times scatter.
 
-Expected time and risk are kept apart. What lasts for many iterations is planned by the expected
-time, since the sum of many scatters by a small share of itself; what must end before a near
-deadline is planned by a bound for as few iterations as there are until then.
+Expected time and risk are kept apart. Work that lasts for many iterations is planned by the
+expected time, since the sum of many times scatters by a small share of itself. Work that must end
+before a near deadline is planned by a bound for the few iterations until then.
 
-The ratio of measured to expected time is followed as a mean, not as a median: times are skewed,
-and it is their sum that must fit. A change of speed is told from scatter by a cumulative sum
-(Page, "Continuous inspection schemes", Biometrika 1954), so that a step is followed within a few
+The ratio of measured to expected time is followed as a mean, not as a median: times are skewed, and
+it is their sum that must fit. A change of speed is told from scatter by a cumulative sum (Page,
+"Continuous inspection schemes", Biometrika 1954), so that a step is followed within a few
 iterations, while between two steps the estimate is calm.
 """
 
@@ -47,12 +47,14 @@ class Scatter:
     """Follows ratios of measured to profiled seconds.
 
     Args:
-        margin: what the profile says of scatter: a factor on the expected time that one
-            iteration stays within, in all but ``risk`` of cases.
+        margin: the profile's own measure of scatter: a factor on the expected time that one
+            iteration stays within, except in a share ``risk`` of cases.
+        risk: chance that one iteration exceeds the margin.
 
     Attributes:
-        drift: measured over profiled seconds, as expected now.
-        variance: of the measured over the expected seconds of one iteration.
+        drift: ratio of measured to profiled seconds, as expected now.
+        variance: variance of one iteration's ratio of measured to expected seconds.
+        num_observations: number of iterations observed.
     """
 
     def __init__(self, margin: float, risk: float) -> None:
@@ -65,10 +67,11 @@ class Scatter:
         self._up, self._down = _Cusum(), _Cusum()
 
     def observe(self, ratio: float, rate: float = 1.0) -> None:
-        """An iteration took ``ratio`` times what was expected of it.
+        """Learn from an iteration that took ``ratio`` times its expected seconds.
 
         Args:
-            rate: how much of a surprise is the device's; the rest has another cause.
+            ratio: measured over expected seconds.
+            rate: share of a surprise that is the device's; the rest has another cause.
         """
         if not 0.0 < ratio < math.inf:
             return
@@ -87,9 +90,10 @@ class Scatter:
         self.drift *= 1.0 + rate * weight * (min(ratio, MOST_RATIO) - 1.0)
 
     def rescaled(self, factor: float) -> Scatter:
-        """The same seconds against another profile, whose own seconds are smaller by ``factor``.
+        """Return a scatter for the same seconds against another profile, whose own seconds are
+        smaller by ``factor``.
 
-        The drift is believed no more than a first guess, since it holds for some batches alone.
+        Its drift counts no more than a first guess, since it holds for some batches alone.
         """
         other = copy(self)
         other.drift = factor * self.drift
@@ -98,19 +102,22 @@ class Scatter:
         return other
 
     def risk(self, factor: float) -> float:
-        """Chance that one iteration takes more than so many times its expected seconds."""
+        """Return the chance that one iteration takes more than ``factor`` times its expected
+        seconds.
+        """
         square = math.log1p(self.variance * (1.0 + DRIFT_UNSURE))
         if square < TINY:
             return 0.0 if factor >= 1.0 else 1.0
         return 0.5 * math.erfc((math.log(factor) + square / 2) / math.sqrt(2.0 * square))
 
     def bound(self, iterations: float, risk: float) -> float:
-        """Factor on the expected seconds of so many iterations in a row, which their sum stays
-        within in all but ``risk`` of cases; at least 1.
+        """Return a factor on expected seconds, at least 1, which bounds so many iterations in a
+        row.
 
-        The sum of skewed times is taken to be lognormal, with its true mean and variance (Fenton,
-        "The sum of log-normal probability distributions", 1960), to which comes what the drift
-        itself may be off by, which does not average out.
+        Their sum stays within it except in a share ``risk`` of cases. The sum of skewed times is
+        taken to be lognormal, with its true mean and variance (Fenton, "The sum of log-normal
+        probability distributions", 1960). The possible error of the drift itself is added, which
+        does not average out.
         """
         variance = self.variance * (1.0 / max(iterations, 1.0) + DRIFT_UNSURE)
         square = math.log1p(variance)
@@ -118,7 +125,7 @@ class Scatter:
         return min(max(1.0, factor), MOST_BOUND)
 
     def _has_changed(self, surprise: float, ratio: float) -> bool:
-        """True where the device has another speed now, which is believed at once."""
+        """Return True if the device has another speed now, which is believed at once."""
         for run, sign in ((self._up, 1.0), (self._down, -1.0)):
             run.add(sign * surprise - SLACK, self.drift * min(ratio, MOST_RATIO))
             if run.total > ALARM:
@@ -133,8 +140,9 @@ class _Cusum:
     """One side of a CUSUM: surprises of one sign in a row.
 
     Attributes:
-        total: of the surprises, 0 or more.
-        ratios: sum of measured over profiled seconds since the total was 0, ``length`` of them.
+        total: sum of the surprises, 0 or more.
+        ratios: sum of the ratios of measured to profiled seconds since the total was 0.
+        length: number of these ratios.
     """
 
     __slots__ = ("length", "ratios", "total")

@@ -7,15 +7,15 @@ import random
 
 import numpy as np
 import pytest
-from planner_instances import Instance, all_done_s, best_by_brute_force, random_instance
 
 from minserve.planner.admission import dynamic_program
 from minserve.planner.admission.bounds import Rest
 from minserve.planner.admission.dynamic_program import admit
 from minserve.planner.admission.outlook import Outlook, Tier
 from minserve.planner.admission.prefill_rates import PrefillRates
-from minserve.planner.admission.timeline import Candidate, simulate
+from minserve.planner.admission.timeline import Candidate, insert_greedily, simulate
 from minserve.planner.predict.perf_model import PerfModel, Piece
+from parts.planner.instances import Instance, all_done_s, best_by_brute_force, random_instance
 
 NUM_BLOCKS_OF_SEEDS = 12
 SEEDS_PER_BLOCK = 125
@@ -65,7 +65,7 @@ def test_the_bounds_rule_out_nothing_better(
     monkeypatch: pytest.MonkeyPatch, alike: bool, roomy: bool, most_seqs: int
 ) -> None:
     """On instances too large for brute force: the program without bounds, without limits."""
-    monkeypatch.setattr(dynamic_program, "WIDTHS", (10**9,))
+    monkeypatch.setattr(dynamic_program, "FIRST_WIDTH", 10**9)
     instances = [
         random_instance(
             random.Random(seed),
@@ -203,14 +203,17 @@ def test_a_search_cut_short_finds_a_feasible_set_and_says_whether_it_is_proven(
 ) -> None:
     instances = [random_instance(random.Random(seed), num_candidates=13) for seed in range(300)]
     best = [decide(one) for one in instances]
-    monkeypatch.setattr(dynamic_program, "WIDTHS", (1, 1))
+    monkeypatch.setattr(dynamic_program, "FIRST_WIDTH", 1)
+    monkeypatch.setattr(dynamic_program, "MAX_STATES", 0)
     cut_short = [decide(one) for one in instances]
     assert all(one.exact for one in best)
     assert sum(not one.exact for one in cut_short) > 10
     for instance, got, most in zip(instances, cut_short, best, strict=True):
         chosen = [instance.candidates[i] for i in got.accepted]
         assert simulate(chosen, instance.outlook, instance.rates).feasible
-        assert got.value == most.value if got.exact else got.value <= most.value
+        assert got.value == most.value or not got.exact
+        greedy = insert_greedily(instance.candidates, instance.outlook, instance.rates)
+        assert got.value >= greedy.value or got.exact
 
 
 def test_a_set_that_was_chosen_before_changes_nothing_but_where_the_search_begins() -> None:

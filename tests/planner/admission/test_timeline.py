@@ -7,12 +7,12 @@ import random
 
 import numpy as np
 import pytest
-from planner_instances import Instance, all_done_s, best_by_brute_force, random_instance
 
 from minserve.planner.admission.outlook import Outlook, Tier
 from minserve.planner.admission.prefill_rates import PrefillRates
 from minserve.planner.admission.timeline import Candidate, insert_greedily, simulate
 from minserve.planner.predict.perf_model import PerfModel, Piece
+from parts.planner.instances import Instance, all_done_s, best_by_brute_force, random_instance
 
 
 def instance_of(

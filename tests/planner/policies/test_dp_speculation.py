@@ -224,9 +224,10 @@ def test_nobody_is_drafted_for_twice_where_a_prefill_that_waits_finds_no_room(la
     )  # fmt: skip
     work = Work(decodes=[(0.05, decode)], prefills=[(1.0, waiting)])
     wanted = DraftsForPrefills({decode.progress.tpot_s: 0.3}, needed=True)
-    drafting = Drafting(proposer, AcceptanceEstimator(), lambda _: 30, wanted)
+    model = PerfModel(GPU)
+    drafting = Drafting(proposer, model, AcceptanceEstimator(), lambda _: 30, wanted)
     limits = BatchLimits(longest_s=0.1, guard_s=GUARD_S)
-    plan = form_batch(view, work, PerfModel(GPU), limits, 0.001, drafting)
+    plan = form_batch(view, work, model, limits, 0.001, drafting)
     assert waiting.seq_id not in plan.num_scheduled_tokens
     num_drafted = plan.speculation.get("d", 0)
     assert plan.num_scheduled_tokens["d"] == 1 + num_drafted

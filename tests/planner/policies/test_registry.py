@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,25 +16,12 @@ from minserve.planner.policies.registry import POLICIES, make_planner, promising
 
 ROOT = Path(__file__).parents[3]
 
-# Promises nothing, and runs the newest sequences first.
-LIFO = """
-from minserve.planner.batching.batch_builder import BatchBuilder
-from minserve.planner.policies.base import Planner
-
-
-class LifoPlanner(Planner):
-    name = "lifo"
-
-    def _plan(self, view, now):
-        builder = BatchBuilder(view)
-        builder.decodes()
-        for seq in view.running:
-            if not seq.is_decoding and not builder.is_preempted(seq):
-                builder.schedule(seq, seq.num_uncomputed_tokens, whole=False)
-        for seq in reversed(view.waiting):
-            builder.start(seq)
-        return builder.plan
-"""
+# The example of a new policy, which promises nothing and starts the newest requests first.
+(LIFO,) = re.findall(
+    r"^```python\n(.*?)^```$",
+    (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
+    re.MULTILINE | re.DOTALL,
+)
 # Promises an SLO to the most urgent request alone.
 ONE = """
 from minserve.planner.admission.timeline import insert_greedily
@@ -103,6 +91,26 @@ def test_the_engine_takes_a_new_policy(own_policies: Path, policy: str) -> None:
 def test_servers_offer_a_new_policy(own_policies: Path, command: tuple[str, ...]) -> None:
     done = run(own_policies, *command, "--help")
     assert "{dp,edf,sarathi,fcfs,lifo,one}" in done.stdout.replace("\n", "").replace(" ", "")
+
+
+def test_the_reproduction_takes_new_policies(own_policies: Path) -> None:
+    code = (
+        "from parts.reproduce.plan import Plan, capacities\n"
+        "from shared.simulated.cases import Case\n"
+        "from minserve.simulator.simulation import simulate\n"
+        "scenario, device = Plan(quick=True).combinations[0]\n"
+        "print(*sorted({one[2] for one in capacities(Plan(quick=True))}))\n"
+        "for policy in ('lifo', 'one'):\n"
+        "    case = Case(scenario=scenario, device=device, policy=policy)\n"
+        "    done = simulate(case.workload(1.0, 20, 0), case.setup(0), make=case.make)\n"
+        "    print(policy, len(done.verdicts))\n"
+    )
+    path = os.pathsep.join([str(own_policies), str(ROOT / "bench")])
+    done = run(Path(path), "-c", code)
+    assert done.returncode == 0, done.stderr
+    measured, *lines = done.stdout.splitlines()
+    assert {"dp", "edf", "lifo", "one", "vllm"} <= set(measured.split())
+    assert lines == ["lifo 20", "one 20"]
 
 
 def test_every_policy_has_the_name_that_it_is_registered_by() -> None:

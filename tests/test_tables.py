@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minserve.workload.tables import text_table
+from minserve.tables import text_table
 
 ROWS = [("dp", 1, None), ("sarathi 64", 22.5, "7%")]
 
