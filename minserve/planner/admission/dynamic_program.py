@@ -18,11 +18,12 @@ by the same argument it never finds an accepted set infeasible.
 
 The program is fast because it looks for little: a set found by Moore's rule is mostly of the
 highest value already, and `minserve.planner.admission.bounds` tells which states cannot lead to a
-better one. Of the thousands of states a few dozen are left. Where more are left, each pass decides
-on at most so many of them as `WIDTHS` says, and what the last pass puts off is left out. The set is
-then the best that was found, and `Admission.exact` is False: it is not proven that none is more
-valuable. Beyond `MAX_CELLS` there is no search, and the set is that of `insert_greedily`.
-`bench/planner.py` prints how often sets are proven to be the best.
+better one. Of the thousands of states a few dozen are left. Where more are left, the first pass
+decides on `FIRST_WIDTH` of them behind each candidate and the second on `MAX_STATES` in all; what
+that one puts off is left out. The set is then the best that was found, by the passes or by
+`insert_greedily`, and `Admission.exact` is False: it is not proven that none is more valuable.
+Beyond `MAX_CELLS` there is no search, and the set is that of `insert_greedily`. `bench/planner.py`
+prints how often sets are proven to be the best.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def admit(candidates: SequenceOf[Candidate], outlook: Outlook, rates: PrefillRat
 
     Of several such sets it is the one done first, as far as the first pass finds it. Beyond
     `MAX_CELLS` it is the set of `insert_greedily`. There, and where the last pass had to leave
-    states out, it is not proven to be the best.
+    states out, it is not proven to be the best, but worth as much as the set of `insert_greedily`.
     """
     program = _Program(candidates, outlook, rates)
     if program.most_seqs == sum(c.num_seqs for c in candidates):
