@@ -59,5 +59,5 @@ def test_without_matplotlib_the_error_says_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(WorkloadError, match=r"pip install 'minserve\[plot\]'"):
+    with pytest.raises(WorkloadError, match=r"pip install -e '\.\[plot\]'"):
         plots.check_can_plot(tmp_path / "run.png")
