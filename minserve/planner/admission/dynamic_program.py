@@ -63,8 +63,6 @@ FIRST_WIDTH = 16
 MAX_STATES = 2500
 # Values that are no multiples of the smallest are rounded to so many units in all.
 MAX_UNITS = 256
-# Share of the time until the last deadline.
-WORTH_A_CLOCK = 0.1
 
 
 def admit(candidates: SequenceOf[Candidate], outlook: Outlook, rates: PrefillRates) -> Admission:
