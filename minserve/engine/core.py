@@ -27,7 +27,7 @@ from minserve.engine.launch import Launch, Results
 from minserve.engine.live_output import NO_HISTORY, End, History, LiveOutput, Output
 from minserve.engine.lookahead import PlanAhead, confirm, project
 from minserve.engine.sequence_table import SequenceTable
-from minserve.engine.speculation.drafted_batch import with_drafts
+from minserve.engine.speculation.drafted_batch import with_proposals
 from minserve.engine.speculation.proposal import Verified
 from minserve.engine.speculation.proposer import Proposer
 from minserve.engine.stats import EngineStats
@@ -210,7 +210,7 @@ class EngineCore:
         self.planner.started(plan)
         if not batch:
             return False
-        batch = with_drafts(batch, plan, self.proposer)
+        batch = with_proposals(batch, plan, self.proposer)
         self.stats.batch(batch)
         launch = Launch(self.runner, batch)
         self._in_flight = _InFlight(plan, batch, began_s, launch)

@@ -1,4 +1,4 @@
-"""`with_drafts`: has a proposer draft the tokens that a plan asks for."""
+"""`with_proposals`: has a proposer draft the tokens that a plan asks for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from minserve.planner.plan import IterationPlan
 log = logging.getLogger(__name__)
 
 
-def with_drafts(
+def with_proposals(
     batch: list[Scheduled], plan: IterationPlan, proposer: Proposer | None
 ) -> list[Scheduled]:
     """Return the batch with the proposals that the plan asks for; without, where drafting fails."""

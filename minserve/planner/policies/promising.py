@@ -231,7 +231,7 @@ class PromisingPlanner(Planner):
         if requests:
             broken |= {seq.seq_id for seq in everyone if seq.request.request_id in requests}
         work, chosen = Work(), self._rounds.chosen
-        lone_s = 0.0 if self.model is None else self.model.predict(BatchShape.of([(0, 1)]))
+        lone_s = 0.0 if self.model is None else _lone_decode_s(self.model)
         for seq in everyone:
             seq_id, progress = seq.seq_id, seq.progress
             if seq_id in result.reject:
@@ -261,7 +261,7 @@ class PromisingPlanner(Planner):
 
     def longest_s(self, model: PerfModel) -> float:
         """Return how many seconds an iteration may take in which no decode is due."""
-        return LONGEST_ITERATION * (model.predict(BatchShape.of([(0, 1)])) + GUARD_S)
+        return LONGEST_ITERATION * (_lone_decode_s(model) + GUARD_S)
 
     def limits(self, work: Work, view: PlannerView, now: float) -> BatchLimits:
         """Return the limits of this iteration's time and memory, best effort's part included."""
@@ -300,6 +300,11 @@ class PromisingPlanner(Planner):
             longest_s = STRETCH * model.predict(decodes_alone(decodes))
             slack_s = SLACK_SHARE * self._arrivals.least_remembered_s(now) - GUARD_S
         return min(longest_s, slack_s / model.bound(1, USUAL_RISK))
+
+
+def _lone_decode_s(model: PerfModel) -> float:
+    """Return the predicted seconds of a decode that runs alone."""
+    return model.predict(BatchShape.of([(0, 1)]))
 
 
 def _newly_promised(work: Work, plan: IterationPlan) -> list[str]:
