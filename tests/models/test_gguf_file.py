@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as GGML
 from gguf.quants import quantize
 
 from minserve.errors import ModelLoadError, UnsupportedModelError
-from minserve.models import loader
+from minserve.models import gguf_checkpoint
 from minserve.models.gguf_file import GGUFFile
 from minserve.models.loader import open_checkpoint
 from minserve.models.source import find_model, load_config
@@ -49,14 +49,14 @@ def write_gguf(
     for key, value in (metadata or {}).items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         add[type(value)](key, value)
-    names = {hf: g for g, hf in loader._GGUF_NAMES.items()}
+    names = {hf: g for g, hf in gguf_checkpoint._GGUF_NAMES.items()}
     for name, tensor in state.items():
         stem, _, suffix = name.rpartition(".")
         parts = stem.split(".", 3)
         if stem in names:
             name_there = names[stem]
         else:
-            [part] = [g for g, hf in loader._GGUF_LAYER_NAMES.items() if hf == parts[3]]
+            [part] = [g for g, hf in gguf_checkpoint._GGUF_LAYER_NAMES.items() if hf == parts[3]]
             name_there = f"blk.{parts[2]}.{part}"
         values = tensor.float().numpy()
         for part, heads in ((".attn_q", HEADS), (".attn_k", KV_HEADS)):
