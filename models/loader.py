@@ -19,7 +19,9 @@ from tqdm import tqdm
 
 from minserve.errors import ModelLoadError
 from minserve.models.gguf_file import GGUFFile
-from minserve.models.source import PYTORCH_BIN, SAFETENSORS, ModelSource, first_line, read_json
+from minserve.models.json_file import read_json
+from minserve.models.quantization import read_quantization
+from minserve.models.source import PYTORCH_BIN, SAFETENSORS, ModelSource, first_line
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _GGUF_NAMES = {
@@ -44,14 +46,27 @@ def open_checkpoint(source: ModelSource, *, progress: bool = True) -> Checkpoint
     """Open a model's weights, whatever the format in which they are stored.
 
     A folder's single safetensors file is preferred, then sharded safetensors, then
-    pytorch_model.bin in the same order. The result is a context manager.
+    pytorch_model.bin in the same order. Quantized weights are offered unpacked. The result is a
+    context manager.
 
     Raises:
+        UnsupportedModelError: if weights are quantized in a form that cannot be read.
         ModelLoadError: if there are no weights, or a file is missing, cut short or corrupt.
     """
     if source.gguf_file is not None:
         return GGUFCheckpoint(source.gguf_file, progress=progress)
-    folder = source.config_dir
+    # Not above: these modules build on this one.
+    from minserve.models.packed_weights import PackedCheckpoint, refuse_unexplained
+
+    form = read_quantization(source.config_dir)
+    stored = _open_folder(source.config_dir, progress=progress)
+    if form is not None:
+        return PackedCheckpoint(stored, form, progress=progress)
+    refuse_unexplained(stored)
+    return stored
+
+
+def _open_folder(folder: Path, *, progress: bool) -> Checkpoint:
     for file, kind in ((SAFETENSORS, SafetensorsCheckpoint), (PYTORCH_BIN, BinCheckpoint)):
         if (folder / file).is_file() or (folder / f"{file}.index.json").is_file():
             return kind(folder, progress=progress)
@@ -76,6 +91,11 @@ class Checkpoint(ABC):
         self._progress = progress
         self._bar: tqdm | None = None
 
+    @property
+    def path(self) -> Path:
+        """The file or folder of the weights."""
+        return self._path
+
     def names(self) -> set[str]:
         """Return the names of all tensors. A tied head has no ``lm_head.weight``."""
         return set(self._stored)
@@ -94,9 +114,7 @@ class Checkpoint(ABC):
             ModelLoadError: naming file and tensor, if the tensor is missing, unreadable, of another
                 shape, or not of a floating-point dtype.
         """
-        if name not in self._stored:
-            raise ModelLoadError(f"{self._path}: tensor {name!r} is missing")
-        tensor = self._read(self._stored[name], self._files[self._stored[name]])
+        tensor = self.read(name)
         where = f"{self.describe(name)}: tensor {name!r}"
         if tensor.dtype not in WEIGHT_DTYPES:
             raise ModelLoadError(f"{where} has dtype {tensor.dtype}, which is not a weight's")
@@ -114,9 +132,7 @@ class Checkpoint(ABC):
         Raises:
             ModelLoadError: if the vector is missing, unreadable or holds something else.
         """
-        if name not in self._stored:
-            raise ModelLoadError(f"{self._path}: tensor {name!r} is missing")
-        ids = self._read(self._stored[name], self._files[self._stored[name]])
+        ids = self.read(name)
         good = ids.dim() == 1 and not ids.dtype.is_floating_point and len(ids.unique()) == len(ids)
         if not good or not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= below:
             raise ModelLoadError(
@@ -125,6 +141,28 @@ class Checkpoint(ABC):
             )
         self._advance()
         return ids.long()
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor of any dtype and shape, as it is stored.
+
+        Raises:
+            ModelLoadError: if it is missing or unreadable.
+        """
+        return self._read(*self._place(name))
+
+    def num_elements(self, name: str) -> int:
+        """Return the number of elements of one tensor, from the file's header.
+
+        Raises:
+            ModelLoadError: if the tensor is missing.
+        """
+        return self._num_elements(*self._place(name))
+
+    def _place(self, name: str) -> tuple[str, Path]:
+        """Return a tensor's stored name and its file."""
+        if name not in self._stored:
+            raise ModelLoadError(f"{self._path}: tensor {name!r} is missing")
+        return self._stored[name], self._files[self._stored[name]]
 
     def num_parameters(self) -> int:
         """Return the number of elements of all tensors, from the files' headers.
