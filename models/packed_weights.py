@@ -65,7 +65,7 @@ class PackedCheckpoint(Checkpoint):
         files = {Path(self._source.describe(name)) for name in self._source.names()}
         on_disk = sum(file.stat().st_size for file in files)
         log.info(
-            "%s: %s weights, %.2f GB on disk, are unpacked as they are loaded, to %.2f GB at 16 "
+            "%s: %s weights, %.3g GB on disk, are unpacked as they are loaded, to %.3g GB at 16 "
             "bits a weight; none stays packed%s",
             self.path,
             self._form.title,
