@@ -14,8 +14,9 @@ from torch import Tensor
 
 from minserve.errors import ConfigError, ModelLoadError
 from minserve.models.base import HEAD, CausalLM
+from minserve.models.checkpoint import Checkpoint
 from minserve.models.layers import WeightPlacement
-from minserve.models.loader import Checkpoint, open_checkpoint
+from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
 from minserve.models.source import ModelSource, load_config
 

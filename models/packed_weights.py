@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minserve.errors import ModelLoadError
-from minserve.models.loader import WEIGHT_DTYPES, Checkpoint
+from minserve.models.checkpoint import WEIGHT_DTYPES, Checkpoint
 from minserve.models.packed_formats import PackedFormat
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,8 @@ class PackedCheckpoint(Checkpoint):
             names[plain] = f"{linear}.{mark}"
         files = {plain: Path(stored.describe(origin)) for plain, origin in names.items()}
         super().__init__(stored.path, files, progress=progress)
-        self._log()
+        if self._linears:
+            self._log()
 
     def _log(self) -> None:
         files = {Path(self._source.describe(name)) for name in self._source.names()}
