@@ -17,21 +17,34 @@ import torch
 from minserve.errors import ModelLoadError
 from minserve.models.checkpoint import Checkpoint
 from minserve.models.gguf_checkpoint import GGUFCheckpoint
-from minserve.models.source import PYTORCH_BIN, SAFETENSORS, ModelSource, first_line, read_json
+from minserve.models.json_file import read_json
+from minserve.models.packed_weights import PackedCheckpoint, refuse_unexplained
+from minserve.models.quantization import read_quantization
+from minserve.models.source import PYTORCH_BIN, SAFETENSORS, ModelSource, first_line
 
 
 def open_checkpoint(source: ModelSource, *, progress: bool = True) -> Checkpoint:
     """Open a model's weights, whatever the format in which they are stored.
 
     A folder's single safetensors file is preferred, then sharded safetensors, then
-    pytorch_model.bin in the same order. The result is a context manager.
+    pytorch_model.bin in the same order. Quantized weights are offered unpacked. The result is a
+    context manager.
 
     Raises:
+        UnsupportedModelError: if weights are quantized in a form that cannot be read.
         ModelLoadError: if there are no weights, or a file is missing, cut short or corrupt.
     """
     if source.gguf_file is not None:
         return GGUFCheckpoint(source.gguf_file, progress=progress)
-    folder = source.config_dir
+    form = read_quantization(source.config_dir)
+    stored = _open_folder(source.config_dir, progress=progress)
+    if form is not None:
+        return PackedCheckpoint(stored, form, progress=progress)
+    refuse_unexplained(stored)
+    return stored
+
+
+def _open_folder(folder: Path, *, progress: bool) -> Checkpoint:
     for file, kind in ((SAFETENSORS, SafetensorsCheckpoint), (PYTORCH_BIN, BinCheckpoint)):
         if (folder / file).is_file() or (folder / f"{file}.index.json").is_file():
             return kind(folder, progress=progress)

