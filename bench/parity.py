@@ -35,7 +35,7 @@ BFLOAT16_SHARE = 1.25
 
 
 @dataclass
-class CaseResult:
+class ParityResult:
     """What a comparison found.
 
     Attributes:
@@ -54,7 +54,7 @@ def prompts(lengths: tuple[int, ...], seed: int = 1) -> list[list[int]]:
     return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
 
 
-def compare(case: ModelVariant) -> CaseResult:
+def compare(case: ModelVariant) -> ParityResult:
     """Run one case."""
     reference = reference_model(case)
     with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +62,7 @@ def compare(case: ModelVariant) -> CaseResult:
         runner = make_runner(*load(path, case.dtype, case.longest))
     token_lists = prompts(case.lengths)
     expected = _logits(reference, token_lists)
-    result = CaseResult()
+    result = ParityResult()
     if case.dtype == "bfloat16":
         _compare_rounded(reference, expected, runner, token_lists, result)
     else:
@@ -82,7 +82,7 @@ def _compare_exact(
     expected: list[torch.Tensor],
     runner: ModelRunner,
     token_lists: list[list[int]],
-    result: CaseResult,
+    result: ParityResult,
 ) -> None:
     for chunk in CHUNKS:
         for want, got in zip(expected, chunked_logits(runner, token_lists, chunk), strict=True):
@@ -99,7 +99,7 @@ def _compare_rounded(
     expected: list[torch.Tensor],
     runner: ModelRunner,
     token_lists: list[list[int]],
-    result: CaseResult,
+    result: ParityResult,
 ) -> None:
     """Compare mean square errors: of single logits, either may be further off by chance."""
     want = torch.cat(expected)
@@ -121,7 +121,7 @@ def _greedy_mismatches(
             yield f"greedy continuation of {len(tokens)} tokens differs"
 
 
-def _family_line(family: str, results: list[tuple[ModelVariant, CaseResult]]) -> str:
+def _family_line(family: str, results: list[tuple[ModelVariant, ParityResult]]) -> str:
     """Say in a line how far a family's cases are from transformers."""
 
     def largest(dtype: str) -> float:
@@ -139,7 +139,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     torch.set_num_threads(1)
-    families: dict[str, list[tuple[ModelVariant, CaseResult]]] = {}
+    families: dict[str, list[tuple[ModelVariant, ParityResult]]] = {}
     for case in tqdm(CASES, desc="Parity", unit="case"):
         families.setdefault(case.family, []).append((case, compare(case)))
     for family, results in families.items():

@@ -148,6 +148,10 @@ class WeightPlacement:
         """Return a parameter that is not a linear's weight, in the activations' dtype."""
         return tensor.to(self.device, self.dtype).contiguous()
 
+    def embedding(self, tensor: Tensor) -> Tensor:
+        """Return a table of embeddings in the dtype that it is kept in."""
+        return tensor.to(self.device, self.weight_dtype).contiguous()
+
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """Return a linear layer for a ``[out, in]`` weight of any float dtype."""
         if self.has_two_forms:

@@ -190,8 +190,9 @@ class Llama(CausalLM):
         """``max_positions``: the longest sequence that is served."""
         self.shape = llama_shape(config, max_positions)
         shape = self.shape
-        embed = checkpoint.get("model.embed_tokens.weight", (shape.vocab_size, shape.hidden_size))
-        self.embed = embed.to(placement.device, placement.weight_dtype).contiguous()
+        self.embed = placement.embedding(
+            checkpoint.get("model.embed_tokens.weight", (shape.vocab_size, shape.hidden_size))
+        )
         self.embed_scale = config.embedding_multiplier
         if config.embedding_is_scaled:
             self.embed_scale *= shape.hidden_size**0.5

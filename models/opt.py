@@ -109,8 +109,9 @@ class OPT(CausalLM):
         self.shape = opt_shape(config, max_positions)
         self.placement = placement
         hidden, width = config.hidden_size, config.word_embed_proj_dim
-        embed = checkpoint.get("model.decoder.embed_tokens.weight", (config.vocab_size, width))
-        self.embed = embed.to(placement.device, placement.weight_dtype).contiguous()
+        self.embed = placement.embedding(
+            checkpoint.get("model.decoder.embed_tokens.weight", (config.vocab_size, width))
+        )
         self.embed_positions = placement.tensor(
             checkpoint.get(
                 "model.decoder.embed_positions.weight",
