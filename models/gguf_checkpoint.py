@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 
 import torch
 
-from minserve.models.checkpoint import Checkpoint
+from minserve.models.checkpoint import Checkpoint, TensorHeader
 from minserve.models.gguf_file import GGUFFile
 
 _GGUF_NAMES = {
@@ -41,8 +40,11 @@ class GGUFCheckpoint(Checkpoint):
         }
         super().__init__(file, dict.fromkeys(self._origin, file), progress=progress)
 
-    def _num_elements(self, stored: str, file: Path) -> int:
-        return math.prod(self._gguf.tensor(self._origin[stored]).shape)
+    def _header(self, stored: str, file: Path) -> TensorHeader:
+        from gguf.constants import GGMLQuantizationType
+
+        entry = self._gguf.tensor(self._origin[stored])
+        return TensorHeader(entry.shape, GGMLQuantizationType(entry.type).name)
 
     def _read(self, stored: str, file: Path) -> torch.Tensor:
         origin = self._origin[stored]
