@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -93,10 +93,11 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> TensorReport:
         ModelLoadError: if a header cannot be read, or the configuration makes no model.
     """
     placement = _CountingPlacement(META, torch.float32, torch.float32, WeightFormat.DENSE)
-    recorder = _Recorder()
-    with _QuickJoins():
-        model = build_model(recorder, config, placement)
     names = checkpoint.names()
+    recorder = _Recorder(names)
+    with _WithoutMemory():
+        # One position, for tables of positions take time and no tensor depends on their length.
+        model = build_model(recorder, config, placement, max_positions=1)
     missing, wrong = [], []
     for name, wanted in recorder.wanted.items():
         if name not in names:
@@ -110,7 +111,7 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> TensorReport:
         missing=missing,
         wrong_shape=wrong,
         unread=sorted(name for name in unread if not _COMPUTED.fullmatch(name)),
-        shape=model.shape,
+        shape=replace(model.shape, max_positions=config.max_positions),
         num_linear=sum(placement.linears),
     )
 
@@ -150,40 +151,49 @@ def _hint(report: TensorReport) -> str:
 class _Recorder:
     """A source of tensors without memory that notes what is asked of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: set[str]) -> None:
         self.wanted: dict[str, tuple[int, ...]] = {}
+        self._names = names
+
+    def names(self) -> set[str]:
+        return self._names
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         self.wanted[name] = tuple(shape)
         return torch.empty(shape, device=META)
 
 
-class _QuickJoins(TorchFunctionMode):
-    """Joins tensors without memory by itself.
+class _WithoutMemory(TorchFunctionMode):
+    """Answers by itself how joined, scaled and shifted tensors without memory look.
 
     torch would import its compiler for that, which takes a second or two.
     """
+
+    _ELEMENTWISE = frozenset(
+        f"{form}" for verb in ("add", "mul", "div", "sub") for form in (verb, f"__{verb}__")
+    ) | {"__truediv__", "__rmul__", "__radd__"}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.cat:
+        first = args[0] if args else None
+        if func is torch.equal:
+            return True  # a tied head that is stored as well counts as the same
+        if func is torch.cat and first[0].is_meta:
             return self._cat(*args, **kwargs)
-        if func is torch.stack:
-            return self._stack(*args, **kwargs)
+        if (
+            isinstance(first, Tensor)
+            and first.is_meta
+            and getattr(func, "__name__", "") in self._ELEMENTWISE
+        ):
+            return first.new_empty(first.shape)
         return func(*args, **kwargs)
 
     @staticmethod
     def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
         shape = list(tensors[0].shape)
         shape[dim] = sum(one.shape[dim] for one in tensors)
-        return tensors[0].new_empty(shape)
-
-    @staticmethod
-    def _stack(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
-        shape = list(tensors[0].shape)
-        shape.insert(dim if dim >= 0 else len(shape) + 1 + dim, len(tensors))
         return tensors[0].new_empty(shape)
 
 

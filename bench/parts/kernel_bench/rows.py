@@ -91,7 +91,7 @@ def silu_mul_problem(model: str, tokens: int, setting: KernelSetting) -> Problem
     width = SHAPES[model]["intermediate_size"]
 
     def ours(x: Tensor) -> Tensor:
-        from minserve.kernels.triton.silu_mul import silu_mul as kernel
+        from minserve.kernels.triton.gate import silu_mul as kernel
 
         return kernel(x)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from accuracy import assert_as_exact_as
 
-from minserve.kernels.triton.silu_mul import silu_mul
+from minserve.kernels.triton.gate import silu_mul
 from minserve.models.layers import silu_mul as plain_silu_mul
 
 # Tokens by width: odd, SmolLM2's, Llama-2-7B's, those of Llama-3-8B and 70B.
