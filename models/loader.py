@@ -6,6 +6,7 @@ pickles are read with ``weights_only=True``.
 
 from __future__ import annotations
 
+import errno
 import os
 import zipfile
 from collections.abc import Callable
@@ -133,9 +134,10 @@ class BinCheckpoint(Checkpoint):
 
 def _fail(file: Path, stored: str | None, error: Exception) -> NoReturn:
     """Raise what is wrong with a file that a library could not read."""
-    if isinstance(error, PermissionError) or not os.access(file, os.R_OK, effective_ids=True):
-        cause = error if isinstance(error, OSError) else PermissionError(13, "Permission denied")
-        raise unreadable(file, cause) from error
+    if file.exists() and not os.access(file, os.R_OK, effective_ids=True):
+        # safetensors says of such a file that there is none.
+        denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        raise unreadable(file, denied) from error
     if not file.stat().st_size:
         raise ModelLoadError(f"{file}: the file is empty; download it again") from error
     where = f"{file}: tensor {stored!r} " if stored else f"{file}: "

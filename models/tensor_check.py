@@ -177,7 +177,7 @@ class _WithoutMemory(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        first = args[0] if args else None
+        first: Any = args[0] if args else None
         if func is torch.equal:
             return True  # a tied head that is stored as well counts as the same
         if func is torch.cat and first[0].is_meta:
