@@ -21,7 +21,8 @@ from minserve.models.files import (
 )
 from minserve.models.foreign_folders import explain_adapter, explain_file, explain_folder
 from minserve.models.gguf_config import gguf_config
-from minserve.models.gguf_file import GGUFFile
+from minserve.models.gguf_model import GGUFModel
+from minserve.models.gguf_split import gguf_parts
 from minserve.models.hub import HUB_ID, fetch, find_cached
 from minserve.models.ollama import find_ollama_model, is_manifest, name_of_blob, read_manifest
 from minserve.models.unsupported_types import explain_head, explain_type
@@ -203,7 +204,7 @@ def fingerprint(source: ModelSource) -> str:
 def _weight_files(source: ModelSource) -> list[Path]:
     """Return the files that make the model what it is."""
     if source.gguf_file is not None:
-        return [source.gguf_file]
+        return gguf_parts(source.gguf_file)
     try:
         weights = find_weights(source.config_dir, source.weights_file)
     except ModelLoadError:  # what is simulated needs none
@@ -232,7 +233,7 @@ def load_config(source: ModelSource) -> ModelConfig:
         ModelLoadError: if the file is missing or holds values that make no sense.
     """
     if source.gguf_file is not None:
-        path, values = source.gguf_file, gguf_config(GGUFFile(source.gguf_file))
+        path, values = source.gguf_file, gguf_config(GGUFModel(source.gguf_file))
     else:
         path = source.config_dir / "config.json"
         values = read_json(path)
