@@ -48,6 +48,11 @@ class Checkpoint(ABC):
         self._progress = progress
         self._bar: tqdm | None = None
 
+    @property
+    def path(self) -> Path:
+        """The file or folder of the weights."""
+        return self._path
+
     def names(self) -> set[str]:
         """Return the names of all tensors. A tied head has no ``lm_head.weight``."""
         return set(self._stored)
@@ -66,9 +71,7 @@ class Checkpoint(ABC):
             ModelLoadError: naming file and tensor, if the tensor is missing, unreadable, of another
                 shape, or not of a floating-point dtype.
         """
-        if name not in self._stored:
-            raise ModelLoadError(f"{self._path}: tensor {name!r} is missing")
-        tensor = self._read(self._stored[name], self._files[self._stored[name]])
+        tensor = self.read(name)
         where = f"{self.describe(name)}: tensor {name!r}"
         if tensor.dtype not in WEIGHT_DTYPES:
             raise ModelLoadError(f"{where} has dtype {tensor.dtype}, which is not a weight's")
@@ -86,9 +89,7 @@ class Checkpoint(ABC):
         Raises:
             ModelLoadError: if the vector is missing, unreadable or holds something else.
         """
-        if name not in self._stored:
-            raise ModelLoadError(f"{self._path}: tensor {name!r} is missing")
-        ids = self._read(self._stored[name], self._files[self._stored[name]])
+        ids = self.read(name)
         good = ids.dim() == 1 and not ids.dtype.is_floating_point and len(ids.unique()) == len(ids)
         if not good or not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= below:
             raise ModelLoadError(
@@ -97,6 +98,20 @@ class Checkpoint(ABC):
             )
         self._advance()
         return ids.long()
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor of any dtype and shape, as it is stored.
+
+        Raises:
+            ModelLoadError: if it is missing or unreadable.
+        """
+        return self._read(*self._place(name))
+
+    def _place(self, name: str) -> tuple[str, Path]:
+        """Return a tensor's stored name and its file."""
+        if name not in self._stored:
+            raise ModelLoadError(f"{self._path}: tensor {name!r} is missing")
+        return self._stored[name], self._files[self._stored[name]]
 
     def num_parameters(self) -> int:
         """Return the number of elements of all tensors, from the files' headers.
@@ -113,15 +128,7 @@ class Checkpoint(ABC):
         Raises:
             ModelLoadError: if the tensor is missing, or the file cannot be read.
         """
-        if name not in self._stored:
-            raise ModelLoadError(f"{self._path}: tensor {name!r} is missing")
-        stored = self._stored[name]
-        return self._header(stored, self._files[stored])
-
-    @property
-    def path(self) -> Path:
-        """The file or folder that errors about the whole name."""
-        return self._path
+        return self._header(*self._place(name))
 
     @abstractmethod
     def _header(self, stored: str, file: Path) -> TensorHeader:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from minserve.errors import ModelLoadError
 
@@ -100,24 +98,6 @@ def refuse_pointers(paths: Iterable[Path]) -> None:
             f"{folder}: {names} {'are git-lfs pointers' if many else 'is a git-lfs pointer'} and "
             f"not the content itself; run 'git lfs install && git lfs pull' in that folder"
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        ModelLoadError: naming the file, if it cannot be read or holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except PermissionError as error:
-        raise unreadable(path, error) from None
-    except (OSError, ValueError, RecursionError) as error:
-        refuse_pointers([path])
-        raise ModelLoadError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelLoadError(f"{path}: holds no JSON object")
-    return value
 
 
 def first_line(error: BaseException) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from minserve.errors import ModelLoadError, UnsupportedModelError
-from minserve.models.files import file_names, folder_names, listed, read_json
+from minserve.models.files import file_names, folder_names, listed
+from minserve.models.json_file import read_json
 
 _WANTED = (
     "a model here is a folder with config.json, the tokenizer's files, and weights in "

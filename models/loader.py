@@ -20,6 +20,8 @@ from minserve.models.checkpoint import Checkpoint, TensorHeader
 from minserve.models.files import first_line, unreadable
 from minserve.models.foreign_folders import explain_folder
 from minserve.models.gguf_checkpoint import GGUFCheckpoint
+from minserve.models.packed_weights import PackedCheckpoint, refuse_unexplained
+from minserve.models.quantization import read_quantization
 from minserve.models.source import ModelSource
 from minserve.models.weight_files import WeightFiles, find_weights
 
@@ -27,19 +29,31 @@ from minserve.models.weight_files import WeightFiles, find_weights
 def open_checkpoint(source: ModelSource, *, progress: bool = True) -> Checkpoint:
     """Open a model's weights, whatever the format in which they are stored.
 
-    `find_weights` says which files of a folder are chosen. The result is a context manager.
+    `find_weights` says which files of a folder are chosen. Quantized weights are offered unpacked.
+    The result is a context manager.
 
     Raises:
         ModelLoadError: if there are no weights, or a file is missing, cut short or corrupt.
-        UnsupportedModelError: if they are in a form that is not read, or those of an adapter.
+        UnsupportedModelError: if they are in a form that is not read, those of an adapter, or
+            quantized in a form that cannot be read.
     """
     if source.gguf_file is not None:
         return GGUFCheckpoint(source.gguf_file, progress=progress)
+    form = read_quantization(source.config_dir)
     weights = find_weights(source.config_dir, source.weights_file)
     if weights is None:
         raise explain_folder(source.config_dir)
     kind = SafetensorsCheckpoint if weights.format == "safetensors" else BinCheckpoint
-    checkpoint = kind(weights, progress=progress)
+    stored = kind(weights, progress=progress)
+    _refuse_adapter(stored)
+    if form is not None:
+        return PackedCheckpoint(stored, form, progress=progress)
+    refuse_unexplained(stored)
+    return stored
+
+
+def _refuse_adapter(checkpoint: Checkpoint) -> None:
+    """Refuse weights that are those of an adapter, or not complete without it."""
     for name in checkpoint.names():
         if ".lora_A." in name:
             raise UnsupportedModelError(
@@ -47,7 +61,6 @@ def open_checkpoint(source: ModelSource, *, progress: bool = True) -> Checkpoint
                 f"(tensor {name!r}); merge it first: peft's merge_and_unload(), then "
                 "save_pretrained()"
             )
-    return checkpoint
 
 
 class SafetensorsCheckpoint(Checkpoint):

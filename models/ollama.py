@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from minserve.errors import ModelLoadError, UnsupportedModelError
-from minserve.models.files import is_gguf, kind_of, listed, read_json
+from minserve.models.files import is_gguf, kind_of, listed
+from minserve.models.json_file import read_json
 
 _MODEL, _ADAPTER = (f"application/vnd.ollama.image.{kind}" for kind in ("model", "adapter"))
 _MANIFESTS, _BLOBS = "manifests", "blobs"

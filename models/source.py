@@ -15,7 +15,6 @@ from minserve.models.files import (
     is_gguf,
     kind_of,
     listed,
-    read_json,
     refuse_pointers,
     similar_names,
 )
@@ -24,7 +23,9 @@ from minserve.models.gguf_config import gguf_config
 from minserve.models.gguf_model import GGUFModel
 from minserve.models.gguf_split import gguf_parts
 from minserve.models.hub import HUB_ID, fetch, find_cached
+from minserve.models.json_file import read_json
 from minserve.models.ollama import find_ollama_model, is_manifest, name_of_blob, read_manifest
+from minserve.models.quantization import read_quantization
 from minserve.models.unsupported_types import explain_head, explain_type
 from minserve.models.weight_files import find_weights, is_shard
 
@@ -229,7 +230,8 @@ def load_config(source: ModelSource) -> ModelConfig:
     """Read a model's configuration.
 
     Raises:
-        UnsupportedModelError: for another architecture, or quantized Hugging Face weights.
+        UnsupportedModelError: for another architecture, or weights quantized in a form that
+            cannot be read.
         ModelLoadError: if the file is missing or holds values that make no sense.
     """
     if source.gguf_file is not None:
@@ -242,11 +244,8 @@ def load_config(source: ModelSource) -> ModelConfig:
         raise UnsupportedModelError(f"{path}: {explain_type(values, CONFIGS)}")
     if (problem := explain_head(values)) is not None:
         raise UnsupportedModelError(f"{path}: {problem}")
-    if values.get("quantization_config"):
-        raise UnsupportedModelError(
-            f"{path}: quantized weights ({values['quantization_config']}) are not supported; "
-            "use the unquantized model or a GGUF file"
-        )
+    if source.gguf_file is None:
+        read_quantization(source.config_dir, values)  # refuses what cannot be read
     try:
         return CONFIGS[kind].from_dict(values)
     except ModelLoadError as error:

@@ -136,8 +136,6 @@ def _hint(report: TensorReport) -> str:
     marks = ("vision", "visual", "image", "audio", "multi_modal", "mm_projector")
     if any(mark in name for name in report.unread for mark in marks):
         return "; the names are those of a multimodal model, and only text models are run"
-    if any(name.endswith((".qweight", ".weight_packed")) for name in report.unread):
-        return "; the names are those of quantized weights, which config.json does not say"
     if [*report.missing] == ["lm_head.weight"]:
         return (
             "; a model without a head generates no text: it may be one for embeddings, or "

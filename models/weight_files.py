@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from minserve.errors import ModelLoadError
-from minserve.models.files import file_names, listed, read_json, refuse_pointers, starts_with
+from minserve.models.files import file_names, listed, refuse_pointers, starts_with
+from minserve.models.json_file import read_json
 
 SAFETENSORS, PYTORCH_BIN = "model.safetensors", "pytorch_model.bin"
 Format = Literal["safetensors", "bin"]

@@ -92,10 +92,6 @@ def test_all_that_is_wrong_is_named_at_once(tiny_llama_dir, tmp_path):
             lambda w: (w.pop(NORM), w.update({"vision_tower.norm.weight": torch.zeros(2)})),
             "multimodal",
         ),
-        (
-            lambda w: w.update({Q_PROJ.replace("weight", "qweight"): w.pop(Q_PROJ)}),
-            "quantized weights",
-        ),
         (lambda w: w.update({NORM: torch.zeros(8)}), "may be that of another model"),
     ],
 )

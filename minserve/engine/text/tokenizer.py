@@ -229,7 +229,7 @@ def _eos_of_gguf(gguf: GGUFFile) -> set[int]:
 
 def _eos_of_folder(folder: Path) -> set[int]:
     """Return the ids in generation_config.json and config.json, each an int or a list there."""
-    from minserve.models.files import read_json
+    from minserve.models.json_file import read_json
 
     ids: set[int] = set()
     for file in (folder / "generation_config.json", folder / "config.json"):
