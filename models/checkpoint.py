@@ -53,6 +53,10 @@ class Checkpoint(ABC):
         """The file or folder of the weights."""
         return self._path
 
+    def files(self) -> list[Path]:
+        """Return the files that hold tensors."""
+        return sorted(set(self._files.values()))
+
     def names(self) -> set[str]:
         """Return the names of all tensors. A tied head has no ``lm_head.weight``."""
         return set(self._stored)

@@ -50,6 +50,7 @@ class TensorReport:
             follow from the configuration and a head that is tied to the embeddings.
         shape: the numbers of the model that the engine needs.
         num_linear: number of elements of the weights of linear layers, a tied head included.
+        num_embedding: number of elements of the tokens' embeddings.
     """
 
     wanted: dict[str, tuple[int, ...]]
@@ -58,6 +59,7 @@ class TensorReport:
     unread: Sequence[str]
     shape: ModelShape
     num_linear: int
+    num_embedding: int
 
     @property
     def num_parameters(self) -> int:
@@ -113,6 +115,7 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> TensorReport:
         unread=sorted(name for name in unread if not _COMPUTED.fullmatch(name)),
         shape=replace(model.shape, max_positions=config.max_positions),
         num_linear=sum(placement.linears),
+        num_embedding=model.embed.numel(),
     )
 
 

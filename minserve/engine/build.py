@@ -165,7 +165,7 @@ def _load_model(
         ConfigError: where the model allows no sequences of the length that is asked for.
         ModelLoadError: where the files do not hold the model's tensors; before any is read.
     """
-    longest = _max_model_len(config, model_config)
+    longest = longest_sequence(config, model_config)
     with open_checkpoint(source) as checkpoint:
         require_tensors(checkpoint, model_config)
         twice = device.type == "cpu" and has_room_twice(checkpoint.num_parameters())
@@ -414,7 +414,7 @@ def _set_num_threads(config: EngineConfig, device: torch.device) -> ThreadCount 
     return ThreadCount(torch.get_num_threads(), machine.cores)
 
 
-def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+def longest_sequence(config: EngineConfig, model: ModelConfig) -> int:
     """Return the most tokens of a sequence, by the settings and the model."""
     if config.max_model_len is None:
         return model.max_positions
