@@ -40,12 +40,13 @@ def placement(fused: bool) -> WeightPlacement:
 
 @torch.inference_mode()
 def logits(folder: Path, fused: bool) -> torch.Tensor:
-    """Of a prompt, then of two tokens more that read its KV."""
+    """Of a prompt, then of two tokens more that read its KV. Fused: attention in Triton too."""
     source, where = find_model(str(folder)), placement(fused)
     with open_checkpoint(source) as checkpoint:
         model = build_model(checkpoint, load_config(source), where)
     s = model.shape
-    backend = make_attention_backend("torch", s.num_heads, s.num_kv_heads, s.head_dim, s.scale)
+    attention = "triton" if fused and s.head_dim % 8 == 0 else "torch"
+    backend = make_attention_backend(attention, s.num_heads, s.num_kv_heads, s.head_dim, s.scale)
     kv = [backend.allocate(2, BLOCK_SIZE, where.dtype, DEVICE) for _ in range(s.num_layers)]
     paged = PagedModel(model, backend, kv, BLOCK_SIZE, DEVICE)
     passes = [
