@@ -6,6 +6,7 @@ asks for is recorded. So a family's code says only once which tensors it has.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -26,7 +27,10 @@ from minserve.models.registry import build_model
 META = torch.device("meta")
 # Tables that follow from the configuration, which some programs save with the weights.
 _COMPUTED = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|masked_bias)")
+_OF_LAYER = re.compile(r"(^|\.)layers\.\d+\.")
 _MOST_NAMED = 4
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,18 +124,53 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> TensorReport:
 
 
 def require_tensors(checkpoint: Checkpoint, config: ModelConfig) -> TensorReport:
-    """Do as `check_tensors`, for a model that is to be read.
+    """Do as `check_tensors`, for a model that is to be read; names in the log what is left unread.
 
     Raises:
-        ModelLoadError: naming what is missing or of another shape, the first few and how many.
+        ModelLoadError: as `refuse_misfits` does.
     """
     report = check_tensors(checkpoint, config)
+    refuse_misfits(checkpoint, report)
+    if report.unread:
+        log.warning("%s: %s", checkpoint.path, unread_words(report))
+    return report
+
+
+def refuse_misfits(checkpoint: Checkpoint, report: TensorReport) -> None:
+    """Refuse a checkpoint that is not the model that its configuration describes.
+
+    Raises:
+        ModelLoadError: naming tensors that are missing or of another shape, the first few and how
+            many; or tensors of layers that nothing would read, for they do something in the model
+            that the file holds. A bias of zeros does nothing.
+    """
     if not report.is_complete:
         raise ModelLoadError(
             f"{checkpoint.path}: the weights do not fit the model's configuration: "
             f"{report.problem()}{_hint(report)}"
         )
-    return report
+    unread = [
+        name
+        for name in report.unread
+        if _OF_LAYER.search(name) and not _is_zero_bias(checkpoint, name)
+    ]
+    if unread:
+        raise ModelLoadError(
+            f"{checkpoint.path}: {_count(len(unread), 'tensor')} of layers would not be read "
+            f"({_some([repr(name) for name in unread])}), so the model would not be what its file "
+            "says; see whether config.json is that of this model, with all its entries"
+        )
+
+
+def unread_words(report: TensorReport) -> str:
+    """Return in words which tensors are not read."""
+    names = _some([repr(name) for name in report.unread])
+    return f"{_count(len(report.unread), 'tensor')} not known to the model, and not read ({names})"
+
+
+def _is_zero_bias(checkpoint: Checkpoint, name: str) -> bool:
+    """Return whether a tensor is a bias of zeros, as GPTQ's tools leave them in every linear."""
+    return name.endswith(".bias") and not checkpoint.read(name).any()
 
 
 def _hint(report: TensorReport) -> str:

@@ -22,11 +22,10 @@ from minserve.errors import MinserveError
 from minserve.machine import GIB, Machine
 from minserve.models.checkpoint import Checkpoint
 from minserve.models.config import ModelConfig
-from minserve.models.files import listed
 from minserve.models.layers import WeightFormat, WeightPlacement
 from minserve.models.loader import open_checkpoint
 from minserve.models.source import ModelSource, find_model, load_config
-from minserve.models.tensor_check import TensorReport, check_tensors, require_tensors
+from minserve.models.tensor_check import TensorReport, check_tensors, refuse_misfits, unread_words
 
 _TIED_HEAD = "lm_head.weight"
 
@@ -93,13 +92,9 @@ def _look_at_weights(
     report = check_tensors(checkpoint, model)
     found.facts["weights"]["parameters"] = report.num_parameters
     if report.unread:
-        names = listed([repr(name) for name in report.unread], 3)
-        found.warnings.append(
-            f"{len(report.unread)} tensors of the files are not known to this type of model and "
-            f"would not be read ({names}): it may be another model than config.json says"
-        )
+        found.warnings.append(unread_words(report))
     with found._step():
-        require_tensors(checkpoint, model)
+        refuse_misfits(checkpoint, report)
     longest = longest_sequence(config, model)
     device = choose_device(config.device)
     twice = device.type == "cpu" and has_room_twice(checkpoint.num_parameters())

@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from parts.parity.reference import reference_greedy, reference_model, save
-from parts.parity.variants import ModelVariant
 
 from minserve import Engine, SamplingParams
 from minserve.models.config import CONFIGS
+from parts.parity.reference import reference_greedy, reference_model, save
+from parts.parity.variants import ModelVariant
 
 # As many as the tokenizer of the tiny models may need.
 VOCAB = 512

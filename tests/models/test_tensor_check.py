@@ -106,6 +106,25 @@ def test_names_tell_what_kind_of_weights_they_are(tiny_llama_dir, tmp_path, chan
         require_tensors(checkpoint, load_config(source))
 
 
+def test_a_tensor_of_a_layer_that_nothing_reads_is_refused(tiny_llama_dir, tmp_path, caplog):
+    bias = Q_PROJ.replace("weight", "bias")
+
+    def require(**tensors: torch.Tensor) -> None:
+        weights = weights_of(tiny_llama_dir) | tensors
+        source = find_model(str(write_model(tmp_path / "m", tiny_llama_dir, weights)))
+        with open_checkpoint(source) as checkpoint:
+            require_tensors(checkpoint, load_config(source))
+
+    with pytest.raises(ModelLoadError, match=f"1 tensor of layers would not be read.*{bias}"):
+        require(**{bias: torch.ones(64)})
+    with pytest.raises(ModelLoadError, match=r"model\.layers\.2\.input_layernorm\.weight"):
+        require(**{"model.layers.2.input_layernorm.weight": torch.ones(64)})  # it has two
+    assert not caplog.messages
+    require(**{bias: torch.zeros(64)})
+    require(**{"model.extra": torch.ones(2)})
+    assert "'model.extra'" in caplog.text
+
+
 def test_an_engine_reads_no_weight_of_a_model_that_does_not_fit(
     tiny_llama_dir, tmp_path, monkeypatch
 ):
