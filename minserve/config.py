@@ -17,6 +17,7 @@ DEFAULT_MODEL = "smollm2"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 QUANTIZATIONS = ("none", "int8")
+GENERATION_CONFIGS = ("auto", "off")
 LENGTH_ESTIMATORS = ("quantile", "max_tokens")
 # Most tokens of an iteration, unless the settings say. A GPU needs thousands to be busy.
 TOKEN_BUDGETS = {"cuda": 8192, "cpu": 512}
@@ -63,6 +64,13 @@ class EngineConfig:
         "the weights' memory at about the same speed, slightly less exact; x86 CPUs alone",
         group="model",
         choices=QUANTIZATIONS,
+    )
+    generation_config: str = option(
+        "auto",
+        "auto: requests that leave sampling settings out get those of the model's "
+        "generation_config.json. off: they get the API's own",
+        group="model",
+        choices=GENERATION_CONFIGS,
     )
     device: str = option(
         "auto", "auto takes CUDA where there is one", group="model", choices=DEVICES

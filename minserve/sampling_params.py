@@ -19,7 +19,8 @@ class SamplingParams:
 
     Attributes:
         n: how many independent outputs to generate for the prompt.
-        max_tokens: most output tokens; ``None`` means up to the model's length.
+        max_tokens: most output tokens; ``None`` means as many as the model's own
+            ``max_new_tokens`` allows (generation_config.json), or else its length.
         min_tokens: end-of-sequence and stop token ids are not sampled before this
             many output tokens, and stop strings do not end the output.
         temperature: 0 is greedy; otherwise logits are divided by it.

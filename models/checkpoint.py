@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,21 +16,35 @@ from minserve.errors import ModelLoadError
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+# What wrappers of a model put before every name: distributed training, torch.compile, PEFT.
+_WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "language_model.")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHeader:
+    """What a file tells of a tensor without reading it: shape in torch's order, dtype in words."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
 class Checkpoint(ABC):
     """A set of named tensors on disk, read one at a time.
 
     Names are Hugging Face names with their full prefix (``model.layers.0...``,
     ``model.decoder.layers.0...``, ``lm_head.weight``). This holds even if the file leaves out
-    ``model.``, as checkpoints of a bare base model do.
+    ``model.``, as checkpoints of a bare base model do, or if all names have the prefix of a wrapper.
     """
 
     def __init__(self, path: Path, files: Mapping[str, Path], *, progress: bool) -> None:
         """``path``: the file or folder to name in errors; ``files``: stored name -> its file."""
         self._path = path
         self._files = dict(files)
-        self._stored = {_full_name(name): name for name in files}
+        wrapper = _wrapper_of(files)
+        bare = {name.removeprefix(wrapper): name for name in files}
+        self._stored = {_full_name(name): stored for name, stored in bare.items()}
         # If a file has both spellings of a name, the full name counts.
-        self._stored.update({name: name for name in files if _full_name(name) == name})
+        self._stored.update({n: stored for n, stored in bare.items() if _full_name(n) == n})
         self._progress = progress
         self._bar: tqdm | None = None
 
@@ -36,6 +52,10 @@ class Checkpoint(ABC):
     def path(self) -> Path:
         """The file or folder of the weights."""
         return self._path
+
+    def files(self) -> list[Path]:
+        """Return the files that hold tensors."""
+        return sorted(set(self._files.values()))
 
     def names(self) -> set[str]:
         """Return the names of all tensors. A tied head has no ``lm_head.weight``."""
@@ -91,14 +111,6 @@ class Checkpoint(ABC):
         """
         return self._read(*self._place(name))
 
-    def num_elements(self, name: str) -> int:
-        """Return the number of elements of one tensor, from the file's header.
-
-        Raises:
-            ModelLoadError: if the tensor is missing.
-        """
-        return self._num_elements(*self._place(name))
-
     def _place(self, name: str) -> tuple[str, Path]:
         """Return a tensor's stored name and its file."""
         if name not in self._stored:
@@ -110,11 +122,21 @@ class Checkpoint(ABC):
 
         pytorch_model.bin has no header, so it is loaded.
         """
-        return sum(self._num_elements(stored, file) for stored, file in self._files.items())
+        return sum(
+            math.prod(self._header(stored, file).shape) for stored, file in self._files.items()
+        )
+
+    def header(self, name: str) -> TensorHeader:
+        """Return a tensor's shape, as `get` would return it, and its stored dtype.
+
+        Raises:
+            ModelLoadError: if the tensor is missing, or the file cannot be read.
+        """
+        return self._header(*self._place(name))
 
     @abstractmethod
-    def _num_elements(self, stored: str, file: Path) -> int:
-        """Return the number of elements of one tensor."""
+    def _header(self, stored: str, file: Path) -> TensorHeader:
+        """Return what the file tells of a tensor, by its stored name."""
 
     @abstractmethod
     def _read(self, stored: str, file: Path) -> torch.Tensor:
@@ -142,6 +164,18 @@ class Checkpoint(ABC):
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def _wrapper_of(names: Iterable[str]) -> str:
+    """Return the prefix of wrappers that all names have; empty without one."""
+    names, prefix = list(names), ""
+    while names and (
+        more := next(
+            (one for one in _WRAPPERS if all(n.startswith(prefix + one) for n in names)), None
+        )
+    ):
+        prefix += more
+    return prefix
 
 
 def _full_name(stored: str) -> str:

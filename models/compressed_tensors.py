@@ -76,10 +76,8 @@ class CompressedTensorsFormat(PackedFormat):
         self._schemes = tuple(schemes)
         self._ignore = tuple(ignore)
 
-    def num_weights(self, stored: StoredParts) -> int:
-        if stored.has("weight_packed"):
-            return math.prod(self._shape(stored))
-        return stored.num_elements("weight")
+    def shape(self, stored: StoredParts) -> tuple[int, ...]:
+        return self._shape(stored) if stored.has("weight_packed") else stored.shape("weight")
 
     def dequantize(self, stored: StoredParts) -> Tensor:
         scheme = self._scheme(stored)

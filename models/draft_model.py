@@ -15,6 +15,7 @@ from torch import Tensor
 from minserve.errors import ConfigError, ModelLoadError
 from minserve.models.base import HEAD, CausalLM
 from minserve.models.checkpoint import Checkpoint
+from minserve.models.config import ModelConfig
 from minserve.models.layers import WeightPlacement
 from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
@@ -36,6 +37,19 @@ class DraftModel:
     head_token_ids: Tensor | None = None
 
 
+def check_vocabulary(source: ModelSource, config: ModelConfig, vocab_size: int) -> None:
+    """Check that a draft model has as many tokens as the model.
+
+    Raises:
+        ConfigError: if it has not.
+    """
+    if config.vocab_size != vocab_size:
+        raise ConfigError(
+            f"the draft model {source.name} has a vocabulary of {config.vocab_size} tokens, the "
+            f"model one of {vocab_size}; a draft model needs the model's vocabulary"
+        )
+
+
 def load_draft_model(
     source: ModelSource, target: CausalLM, placement: WeightPlacement
 ) -> DraftModel:
@@ -46,11 +60,7 @@ def load_draft_model(
         ModelLoadError, UnsupportedModelError: if the draft model cannot be read.
     """
     config = load_config(source)
-    if config.vocab_size != target.shape.vocab_size:
-        raise ConfigError(
-            f"the draft model {source.name} has a vocabulary of {config.vocab_size} tokens, the "
-            f"model one of {target.shape.vocab_size}; a draft model needs the model's vocabulary"
-        )
+    check_vocabulary(source, config, target.shape.vocab_size)
     with open_checkpoint(source) as checkpoint:
         ids = None
         rows = getattr(config, "draft_vocab_size", 0)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 
 import torch
 
 from minserve.errors import UnsupportedModelError
-from minserve.models.checkpoint import Checkpoint
+from minserve.models.checkpoint import Checkpoint, TensorHeader
 from minserve.models.gguf_model import GGUFModel
 
 _NAMES = {
@@ -74,8 +73,11 @@ class GGUFCheckpoint(Checkpoint):
         files = {name: gguf.file_of(origin) for name, origin in self._origin.items()}
         super().__init__(gguf.path, files, progress=progress)
 
-    def _num_elements(self, stored: str, file: Path) -> int:
-        return math.prod(self._gguf.tensor(self._origin[stored]).shape)
+    def _header(self, stored: str, file: Path) -> TensorHeader:
+        from gguf.constants import GGMLQuantizationType
+
+        entry = self._gguf.tensor(self._origin[stored])
+        return TensorHeader(entry.shape, GGMLQuantizationType(entry.type).name)
 
     def _read(self, stored: str, file: Path) -> torch.Tensor:
         origin = self._origin[stored]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minserve.errors import ModelLoadError
+from minserve.models.files import refuse_pointers, unreadable
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -17,7 +18,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except PermissionError as error:
+        raise unreadable(path, error) from None
+    except (OSError, ValueError, RecursionError) as error:
+        refuse_pointers([path])
         raise ModelLoadError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise ModelLoadError(f"{path}: holds no JSON object")

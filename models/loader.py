@@ -6,7 +6,8 @@ pickles are read with ``weights_only=True``.
 
 from __future__ import annotations
 
-import math
+import errno
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,70 +15,63 @@ from typing import Any, NoReturn
 
 import torch
 
-from minserve.errors import ModelLoadError
-from minserve.models.checkpoint import Checkpoint
+from minserve.errors import ModelLoadError, UnsupportedModelError
+from minserve.models.checkpoint import Checkpoint, TensorHeader
+from minserve.models.files import first_line, unreadable
+from minserve.models.foreign_folders import explain_folder
 from minserve.models.gguf_checkpoint import GGUFCheckpoint
-from minserve.models.json_file import read_json
 from minserve.models.packed_weights import PackedCheckpoint, refuse_unexplained
 from minserve.models.quantization import read_quantization
-from minserve.models.source import PYTORCH_BIN, SAFETENSORS, ModelSource, first_line
+from minserve.models.source import ModelSource
+from minserve.models.weight_files import WeightFiles, find_weights
 
 
 def open_checkpoint(source: ModelSource, *, progress: bool = True) -> Checkpoint:
     """Open a model's weights, whatever the format in which they are stored.
 
-    A folder's single safetensors file is preferred, then sharded safetensors, then
-    pytorch_model.bin in the same order. Quantized weights are offered unpacked. The result is a
-    context manager.
+    `find_weights` says which files of a folder are chosen. Quantized weights are offered unpacked.
+    The result is a context manager.
 
     Raises:
-        UnsupportedModelError: if weights are quantized in a form that cannot be read.
         ModelLoadError: if there are no weights, or a file is missing, cut short or corrupt.
+        UnsupportedModelError: if they are in a form that is not read, those of an adapter, or
+            quantized in a form that cannot be read.
     """
     if source.gguf_file is not None:
         return GGUFCheckpoint(source.gguf_file, progress=progress)
     form = read_quantization(source.config_dir)
-    stored = _open_folder(source.config_dir, progress=progress)
+    weights = find_weights(source.config_dir, source.weights_file)
+    if weights is None:
+        raise explain_folder(source.config_dir)
+    kind = SafetensorsCheckpoint if weights.format == "safetensors" else BinCheckpoint
+    stored = kind(weights, progress=progress)
+    _refuse_adapter(stored)
     if form is not None:
         return PackedCheckpoint(stored, form, progress=progress)
     refuse_unexplained(stored)
     return stored
 
 
-def _open_folder(folder: Path, *, progress: bool) -> Checkpoint:
-    for file, kind in ((SAFETENSORS, SafetensorsCheckpoint), (PYTORCH_BIN, BinCheckpoint)):
-        if (folder / file).is_file() or (folder / f"{file}.index.json").is_file():
-            return kind(folder, progress=progress)
-    raise ModelLoadError(f"{folder}: no weights here; looked for {SAFETENSORS} and {PYTORCH_BIN}")
-
-
-def _shard_index(folder: Path, file: str) -> dict[str, Path] | None:
-    """Return stored name -> shard from ``<file>.index.json``; ``None`` if one file holds all."""
-    index = folder / f"{file}.index.json"
-    if (folder / file).is_file() or not index.is_file():
-        return None
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise ModelLoadError(f"{index}: has no weight_map")
-    for name, shard in shards.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise ModelLoadError(f"{index}: tensor {name!r} is said to be in {shard!r}, no file")
-        if not (folder / shard).is_file():
-            raise ModelLoadError(f"{index}: shard {shard!r}, which holds {name!r}, is missing")
-    return {name: folder / shard for name, shard in shards.items()}
+def _refuse_adapter(checkpoint: Checkpoint) -> None:
+    """Refuse weights that are those of an adapter, or not complete without it."""
+    for name in checkpoint.names():
+        if ".lora_A." in name:
+            raise UnsupportedModelError(
+                f"{checkpoint.describe(name)}: holds a LoRA adapter beside or in place of weights "
+                f"(tensor {name!r}); merge it first: peft's merge_and_unload(), then "
+                "save_pretrained()"
+            )
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """model.safetensors, or shards listed by model.safetensors.index.json. Memory-mapped."""
+    """One or several safetensors files. Memory-mapped."""
 
-    def __init__(self, folder: Path, *, progress: bool = True) -> None:
+    def __init__(self, weights: WeightFiles, *, progress: bool = True) -> None:
         self._handles: dict[Path, Any] = {}
-        files = _shard_index(folder, SAFETENSORS)
-        if files is None:
-            file = folder / SAFETENSORS
-            files = dict.fromkeys(self._open(file).keys(), file)
-            folder = file
-        super().__init__(folder, files, progress=progress)
+        files = weights.index or {
+            name: file for file in weights.files for name in list(self._open(file).keys())
+        }
+        super().__init__(weights.path, files, progress=progress)
 
     def _open(self, file: Path, stored: str | None = None) -> Any:
         from safetensors import SafetensorError, safe_open
@@ -89,10 +83,9 @@ class SafetensorsCheckpoint(Checkpoint):
                 _fail(file, stored, error)
         return self._handles[file]
 
-    def _num_elements(self, stored: str, file: Path) -> int:
-        return math.prod(
-            self._ask(file, stored, lambda handle: handle.get_slice(stored).get_shape())
-        )
+    def _header(self, stored: str, file: Path) -> TensorHeader:
+        entry = self._ask(file, stored, lambda handle: handle.get_slice(stored))
+        return TensorHeader(tuple(entry.get_shape()), entry.get_dtype())
 
     def _read(self, stored: str, file: Path) -> torch.Tensor:
         return self._ask(file, stored, lambda handle: handle.get_tensor(stored))
@@ -116,16 +109,12 @@ class SafetensorsCheckpoint(Checkpoint):
 
 
 class BinCheckpoint(Checkpoint):
-    """pytorch_model.bin, or shards listed by pytorch_model.bin.index.json."""
+    """One or several files of torch. Memory-mapped, unless they are older than torch 1.6."""
 
-    def __init__(self, folder: Path, *, progress: bool = True) -> None:
+    def __init__(self, weights: WeightFiles, *, progress: bool = True) -> None:
         self._loaded: dict[Path, dict[str, torch.Tensor]] = {}
-        files = _shard_index(folder, PYTORCH_BIN)
-        if files is None:
-            file = folder / PYTORCH_BIN
-            files = dict.fromkeys(self._load(file), file)
-            folder = file
-        super().__init__(folder, files, progress=progress)
+        files = weights.index or {name: file for file in weights.files for name in self._load(file)}
+        super().__init__(weights.path, files, progress=progress)
 
     def _load(self, file: Path, stored: str | None = None) -> dict[str, torch.Tensor]:
         if file not in self._loaded:
@@ -141,8 +130,9 @@ class BinCheckpoint(Checkpoint):
             self._loaded[file] = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
         return self._loaded[file]
 
-    def _num_elements(self, stored: str, file: Path) -> int:
-        return self._read(stored, file).numel()
+    def _header(self, stored: str, file: Path) -> TensorHeader:
+        tensor = self._read(stored, file)
+        return TensorHeader(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
     def _read(self, stored: str, file: Path) -> torch.Tensor:
         tensors = self._load(file, stored)
@@ -156,6 +146,13 @@ class BinCheckpoint(Checkpoint):
 
 
 def _fail(file: Path, stored: str | None, error: Exception) -> NoReturn:
+    """Raise what is wrong with a file that a library could not read."""
+    if file.exists() and not os.access(file, os.R_OK, effective_ids=True):
+        # safetensors says of such a file that there is none.
+        denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        raise unreadable(file, denied) from error
+    if not file.stat().st_size:
+        raise ModelLoadError(f"{file}: the file is empty; download it again") from error
     where = f"{file}: tensor {stored!r} " if stored else f"{file}: "
     reason = error.args[0] if isinstance(error, KeyError) and error.args else first_line(error)
     raise ModelLoadError(

@@ -41,8 +41,8 @@ class StoredParts(Protocol):
     def has(self, part: str) -> bool:
         """Tell whether a tensor is stored."""
 
-    def num_elements(self, part: str) -> int:
-        """Return the number of elements of a stored tensor, from the file's header."""
+    def shape(self, part: str) -> tuple[int, ...]:
+        """Return the shape of a stored tensor, from the file's header."""
 
     def read(
         self, part: str, dtypes: Sequence[torch.dtype], shape: tuple[int, ...] | None = None
@@ -73,8 +73,8 @@ class PackedFormat(ABC):
     parts: tuple[str, ...]
 
     @abstractmethod
-    def num_weights(self, stored: StoredParts) -> int:
-        """Return the number of weights of a linear, without reading them.
+    def shape(self, stored: StoredParts) -> tuple[int, ...]:
+        """Return the shape ``(out, in)`` of a linear's weight, without reading it.
 
         Raises:
             ModelLoadError: naming file and tensor, if a needed tensor is missing or wrong.
@@ -113,8 +113,9 @@ class GptqFormat(PackedFormat):
     marks = ("qweight",)
     parts = ("qweight", "qzeros", "scales", "g_idx")
 
-    def num_weights(self, stored: StoredParts) -> int:
-        return stored.num_elements("qweight") * (32 // self.bits)
+    def shape(self, stored: StoredParts) -> tuple[int, ...]:
+        words, rows = matrix_shape(stored, "qweight")
+        return rows, words * (32 // self.bits)
 
     def dequantize(self, stored: StoredParts) -> Tensor:
         per_word = 32 // self.bits
@@ -164,8 +165,9 @@ class AwqFormat(PackedFormat):
     marks = ("qweight",)
     parts = ("qweight", "qzeros", "scales")
 
-    def num_weights(self, stored: StoredParts) -> int:
-        return stored.num_elements("qweight") * 8
+    def shape(self, stored: StoredParts) -> tuple[int, ...]:
+        first, second = matrix_shape(stored, "qweight")
+        return (second * 8, first) if self.version == "gemm" else (first, second * 8)
 
     def dequantize(self, stored: StoredParts) -> Tensor:
         packed = matrix(stored, "qweight", PACKED)
@@ -223,8 +225,8 @@ class Fp8Format(PackedFormat):
     marks = ("weight_scale", "weight_scale_inv")
     parts = ("weight", "weight_scale", "weight_scale_inv")
 
-    def num_weights(self, stored: StoredParts) -> int:
-        return stored.num_elements("weight")
+    def shape(self, stored: StoredParts) -> tuple[int, ...]:
+        return stored.shape("weight")
 
     def dequantize(self, stored: StoredParts) -> Tensor:
         weight = matrix(stored, "weight", FLOAT8)
@@ -332,6 +334,18 @@ def matrix(stored: StoredParts, part: str, dtypes: Sequence[torch.dtype]) -> Ten
     if tensor.dim() != 2 or not tensor.numel():
         stored.fail(part, f"has shape {tuple(tensor.shape)}, which is no weight's")
     return tensor
+
+
+def matrix_shape(stored: StoredParts, part: str) -> tuple[int, int]:
+    """Return the shape of a tensor of two dimensions, from the file's header.
+
+    Raises:
+        ModelLoadError: if it is missing or has other dimensions.
+    """
+    shape = stored.shape(part)
+    if len(shape) != 2 or not math.prod(shape):
+        stored.fail(part, f"has shape {shape}, which is no weight's")
+    return shape[0], shape[1]
 
 
 def scale_rows(

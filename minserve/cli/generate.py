@@ -67,7 +67,8 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
 
 def _generate(args: argparse.Namespace) -> int:
     """Load the model, generate, and print the output."""
-    params = SamplingParams(**{"max_tokens": GENERATE_MAX_TOKENS, **given(args, SamplingParams)})
+    wanted = {"max_tokens": GENERATE_MAX_TOKENS, **given(args, SamplingParams)}
+    SamplingParams(**wanted)  # refuse wrong settings before anything slow
     settings = given(args, EngineConfig)
     settings.pop("seed", None)  # here --seed is the request's
     EngineConfig.create(**settings)
@@ -79,6 +80,7 @@ def _generate(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     engine = Engine(**settings)
     load_s = time.perf_counter() - started
+    params = SamplingParams(**{**engine.sampling_defaults, **wanted})
     prompt = _as_prompt(engine, text, args.chat)
     if args.json:
         report = _report(engine, text, prompt, params)

@@ -12,6 +12,7 @@ from minserve import __version__
 from minserve.cli.bench import add_bench
 from minserve.cli.ctl import add_ctl
 from minserve.cli.generate import add_generate
+from minserve.cli.inspect import add_inspect
 from minserve.cli.profile import add_profile
 from minserve.cli.serve import add_serve
 from minserve.cli.simulate import add_simulate
@@ -24,6 +25,7 @@ examples:
   minserve serve                                the embedded model on http://127.0.0.1:8000
   minserve serve --model ./Llama-3.2-1B --port 9000
   minserve generate --prompt "Name three colours."
+  minserve inspect ./Llama-3.2-1B               what is it, and would it be served?
   minserve profile                              how fast is the model on this machine?
   minserve bench --scenario chatbot --rate 1    how many requests keep their SLOs?
   minserve simulate --scenario chatbot          the same without a device
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 for success, 1 for an error that was explained on stderr, 2 for a workload that
-        cannot be run, 130 for Ctrl-C. Wrong usage ends the process with 2 directly.
+        cannot be run or a model that would not be served, 130 for Ctrl-C. Wrong usage ends the process with 2 directly.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -78,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_serve(commands)
     add_generate(commands)
+    add_inspect(commands)
     add_profile(commands)
     add_bench(commands)
     add_simulate(commands)

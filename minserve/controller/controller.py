@@ -24,7 +24,7 @@ from minserve.controller.processes import STOP_S, Watcher
 from minserve.controller.rendezvous import Rendezvous
 from minserve.controller.replicas import Replica, ReplicaState, ReplicaTable
 from minserve.controller.router import make_router
-from minserve.engine.intake import Intake, Prompt, check_room, load_tokenizer
+from minserve.engine.intake import Intake, Prompt, check_room, load_front
 from minserve.engine.stats import EngineStats
 from minserve.errors import (
     EngineStoppedError,
@@ -94,7 +94,7 @@ class Controller:
         self._watchers = {watcher.spec.index: watcher for watcher in watchers}
         self._watching: list[asyncio.Task[None]] = []
         self.config, self._settings = engine_config, config
-        self.tokenizer = load_tokenizer(engine_config)
+        self.tokenizer, self.sampling_defaults = load_front(engine_config)
         self.table = ReplicaTable(
             rendezvous,
             config.replicas,
@@ -326,6 +326,7 @@ class Controller:
                 max_model_len=hello.max_model_len,
                 vocab_size=hello.vocab_size,
                 clock=time.monotonic,
+                sampling_defaults=self.sampling_defaults,
             )
             intake.perf_model = model
             router = make_router(self._settings.router, len(self.table.replicas), model)

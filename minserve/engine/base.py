@@ -16,6 +16,7 @@ from minserve.engine.profile import profile_cache
 from minserve.engine.profile.profile_cache import Profile
 from minserve.engine.profile.profiler import measure_drafting, profile_core
 from minserve.engine.profile.refinement import Refinement
+from minserve.engine.sampling_defaults import default_params, load_sampling_defaults
 from minserve.engine.speculation.proposer import SpeculationStats
 from minserve.engine.text.detokenizer import IncrementalDetokenizer
 from minserve.errors import (
@@ -68,7 +69,12 @@ class Submission:
 
 
 class EngineBase:
-    """Loads the model, and turns prompts into sequences."""
+    """Loads the model, and turns prompts into sequences.
+
+    Attributes:
+        sampling_defaults: fields of `SamplingParams` that the model's generation_config.json sets,
+            for requests that leave them out.
+    """
 
     def __init__(self, model: str = DEFAULT_MODEL, **settings: Any) -> None:
         """Load a model.
@@ -86,12 +92,14 @@ class EngineBase:
         self._refinement: Refinement | None = None
         self._step_began: float | None = None
         self._step_ended = time.monotonic()
+        self.sampling_defaults = load_sampling_defaults(self.config, self._loaded.source)
         self._intake = Intake(
             self.config,
             self._loaded.tokenizer,
             max_model_len=self._loaded.max_model_len,
             vocab_size=self._loaded.vocab_size,
             clock=self._core.clock,
+            sampling_defaults=self.sampling_defaults,
         )
         self._promises = self._intake.promises
         self._core.stats.add_classes(self._promises.classes)
@@ -109,6 +117,14 @@ class EngineBase:
     def default_slo(self) -> SLO | None:
         """The SLO of requests that bring none."""
         return self._promises.default
+
+    @property
+    def default_sampling_params(self) -> SamplingParams:
+        """The settings of a request that brings none: the model's own where it has some.
+
+        ``dataclasses.replace`` makes others from it.
+        """
+        return default_params(self.sampling_defaults)
 
     @property
     def thinking_marker(self) -> str | None:

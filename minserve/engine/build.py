@@ -37,7 +37,7 @@ from minserve.kernels.attention import (
 from minserve.machine import Machine
 from minserve.models.base import CausalLM, ModelShape
 from minserve.models.config import ModelConfig
-from minserve.models.draft_model import DraftModel, load_draft_model
+from minserve.models.draft_model import check_vocabulary, load_draft_model
 from minserve.models.layers import WeightPlacement
 from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
@@ -47,6 +47,7 @@ from minserve.models.source import (
     find_model,
     load_config,
 )
+from minserve.models.tensor_check import require_tensors
 from minserve.planner.policies.registry import make_planner
 from minserve.planner.predict.lengths import make_length_estimator
 
@@ -90,11 +91,14 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     token_budget = config.budget_on(device.type)
     threads = _set_num_threads(config, device)
     source = find_model(config.model)
-    attention = choose_attention_backend(config.attention_backend, device)
-    model, placement = _load_model(config, source, device, attention)
+    # All that may be wrong with the files is found before weights are read, which takes long.
+    model_config = load_config(source)
     tokenizer = Tokenizer.load(source, config.tokenizer)
+    draft_source = _find_draft_model(config, model_config, tokenizer)
+    attention = choose_attention_backend(config.attention_backend, device)
+    model, placement = _load_model(config, source, model_config, device, attention)
     parts = _PartMaker(attention, config.block_size, placement)
-    proposer = _make_proposer(config, model, tokenizer, parts)
+    proposer = _make_proposer(config, model, draft_source, parts)
     runner = ModelRunner(model, *parts.of(model.shape))
     runner.threads = threads
     num_blocks, max_model_len = _make_ready(config, runner, proposer, placement)
@@ -149,16 +153,21 @@ def _load_simulated_engine(config: EngineConfig) -> LoadedEngine:
 
 
 def _load_model(
-    config: EngineConfig, source: ModelSource, device: torch.device, attention: str
+    config: EngineConfig,
+    source: ModelSource,
+    model_config: ModelConfig,
+    device: torch.device,
+    attention: str,
 ) -> tuple[CausalLM, WeightPlacement]:
     """Read the model's weights, and return with them where and in which form they are.
 
     Raises:
         ConfigError: where the model allows no sequences of the length that is asked for.
+        ModelLoadError: where the files do not hold the model's tensors; before any is read.
     """
-    model_config = load_config(source)
-    longest = _max_model_len(config, model_config)
+    longest = longest_sequence(config, model_config)
     with open_checkpoint(source) as checkpoint:
+        require_tensors(checkpoint, model_config)
         twice = device.type == "cpu" and has_room_twice(checkpoint.num_parameters())
         placement = WeightPlacement.choose(
             device,
@@ -278,23 +287,25 @@ class _PartMaker(NamedTuple):
         return backend, [kv] * shape.num_layers, self.block_size, device
 
 
-def _load_draft_model(
-    config: EngineConfig, model: CausalLM, tokenizer: Tokenizer, placement: WeightPlacement
-) -> DraftModel | None:
-    """Return the draft model that the settings ask for, or ``None``.
+def _find_draft_model(
+    config: EngineConfig, model_config: ModelConfig, tokenizer: Tokenizer
+) -> ModelSource | None:
+    """Return where the draft model is that the settings ask for; ``None`` if they ask for none.
 
     Raises:
         ConfigError: where its vocabulary is not the model's.
+        ModelLoadError: where there is no such model.
     """
     if config.draft_model is None and config.speculator != "draft":
         return None
     source = find_model(config.draft_model or EMBEDDED_DRAFT)
+    check_vocabulary(source, load_config(source), model_config.vocab_size)
     if _has_tokenizer(source) and not Tokenizer.load(source).has_vocabulary_of(tokenizer):
         raise ConfigError(
             f"the draft model {source.name} has another vocabulary than the model: the same "
             "token id means different texts"
         )
-    return load_draft_model(source, model, placement)
+    return source
 
 
 def _has_tokenizer(source: ModelSource) -> bool:
@@ -302,16 +313,12 @@ def _has_tokenizer(source: ModelSource) -> bool:
 
 
 def _make_proposer(
-    config: EngineConfig, model: CausalLM, tokenizer: Tokenizer, parts: _PartMaker
+    config: EngineConfig, model: CausalLM, draft_source: ModelSource | None, parts: _PartMaker
 ) -> Proposer | None:
-    """Return the proposer that the settings ask for; a draft model is loaded.
-
-    Raises:
-        ConfigError: where the draft model has another vocabulary than the model.
-    """
-    draft = _load_draft_model(config, model, tokenizer, parts.placement)
-    if draft is None:
+    """Return the proposer that the settings ask for; a draft model is loaded."""
+    if draft_source is None:
         return NgramProposer(config.max_speculation) if config.speculator == "ngram" else None
+    draft = load_draft_model(draft_source, model, parts.placement)
     paged = PagedModel(draft.model, *parts.of(draft.model.shape))
     return DraftModelProposer(
         config.max_speculation, paged, model.shape.vocab_size, draft.head_token_ids
@@ -407,7 +414,7 @@ def _set_num_threads(config: EngineConfig, device: torch.device) -> ThreadCount 
     return ThreadCount(torch.get_num_threads(), machine.cores)
 
 
-def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+def longest_sequence(config: EngineConfig, model: ModelConfig) -> int:
     """Return the most tokens of a sequence, by the settings and the model."""
     if config.max_model_len is None:
         return model.max_positions

@@ -57,7 +57,8 @@ class Engine(EngineBase):
         Args:
             prompts: one prompt or a list of them; a prompt is a text, a list of token
                 ids, or a list of chat messages (``{"role": ..., "content": ...}``).
-            params: the sampling settings of all prompts, or one for each.
+            params: the sampling settings of all prompts, or one for each; without any, those of
+                `default_sampling_params`.
             slo: the latency asked for, as an `SLO` or a class's name; default: the engine's.
             progress: show a progress bar of finished outputs.
 
@@ -73,7 +74,7 @@ class Engine(EngineBase):
         self._ready_for(slo)
         many = _as_list(prompts)
         every = (
-            [params or SamplingParams()] * len(many)
+            [params or self.default_sampling_params] * len(many)
             if not isinstance(params, (list, tuple))
             else params
         )
@@ -108,7 +109,7 @@ class Engine(EngineBase):
             GenerationError: while iterating, if running it failed.
         """
         self._ready_for(slo)
-        submission = self._prepare(prompt, params or SamplingParams(), slo=slo)
+        submission = self._prepare(prompt, params or self.default_sampling_params, slo=slo)
         return (delta for _, delta in self._drain([submission]))
 
     def _drain(self, submissions: list[Submission]) -> Iterator[tuple[int, OutputDelta]]:
@@ -313,7 +314,7 @@ class AsyncEngine(EngineBase):
             GenerationError: if running it failed.
         """
         await self.start()
-        (handle,) = self.submit([prompt], params or SamplingParams(), **options)
+        (handle,) = self.submit([prompt], params or self.default_sampling_params, **options)
         try:
             async for delta in handle:
                 _raise_if_failed(delta)

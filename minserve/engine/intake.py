@@ -15,6 +15,7 @@ from typing import Any
 
 from minserve.config import EngineConfig
 from minserve.engine.promises import Promises
+from minserve.engine.sampling_defaults import load_sampling_defaults
 from minserve.engine.text.inputs import PromptProcessor
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import (
@@ -39,7 +40,20 @@ def load_tokenizer(config: EngineConfig) -> Tokenizer:
     Raises:
         ModelLoadError: where it cannot be read.
     """
-    return Tokenizer.load(find_model(config.model), config.tokenizer)
+    return load_front(config)[0]
+
+
+def load_front(config: EngineConfig) -> tuple[Tokenizer, dict[str, Any]]:
+    """Load what is needed to take requests for a model that runs elsewhere.
+
+    Returns:
+        its tokenizer, and its sampling defaults.
+
+    Raises:
+        ModelLoadError: where the tokenizer cannot be read.
+    """
+    source = find_model(config.model)
+    return Tokenizer.load(source, config.tokenizer), load_sampling_defaults(config, source)
 
 
 def check_room(num_outputs: int, num_unfinished: int, max_queue: int, num_engines: int = 1) -> None:
@@ -71,6 +85,7 @@ class Intake:
     Args:
         max_model_len, vocab_size: the model's.
         clock: tells monotonic seconds.
+        sampling_defaults: the model's own, from `load_sampling_defaults`.
 
     Attributes:
         perf_model: the device's speed, of which slowdowns are multiples; ``None`` until it is
@@ -85,12 +100,14 @@ class Intake:
         max_model_len: int,
         vocab_size: int,
         clock: Callable[[], float],
+        sampling_defaults: Mapping[str, Any],
     ) -> None:
         self._config, self._clock = config, clock
         self.tokenizer = tokenizer
         self.max_model_len, self.vocab_size = max_model_len, vocab_size
         self.promises = Promises(config, tokenizer)
         self.perf_model: PerfModel | None = None
+        self._default_max_tokens: int | None = sampling_defaults.get("max_tokens")
         self._prompts = PromptProcessor(tokenizer, vocab_size, max_model_len)
         self._seeds = random.Random(config.seed)
 
@@ -127,7 +144,10 @@ class Intake:
 
     def _max_tokens(self, params: SamplingParams, num_prompt_tokens: int) -> int:
         room = self.max_model_len - num_prompt_tokens
-        max_tokens = room if params.max_tokens is None else params.max_tokens
+        max_tokens = params.max_tokens
+        if max_tokens is None:
+            default = self._default_max_tokens
+            max_tokens = room if default is None else min(room, max(default, params.min_tokens))
         if max_tokens > room:
             raise RequestTooLongError(
                 f"{num_prompt_tokens} prompt tokens and max_tokens {max_tokens} exceed the "

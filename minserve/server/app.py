@@ -10,7 +10,7 @@ import asyncio
 import hmac
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -190,13 +190,15 @@ class Server:
     # --- what the endpoints share ---
 
     async def _generate(
-        self, request: web.Request, parse: Callable[[dict[str, Any]], GenerationCall]
+        self,
+        request: web.Request,
+        parse: Callable[[dict[str, Any], Mapping[str, Any]], GenerationCall],
     ) -> web.StreamResponse:
         values = await read_object(request)
         engine = self._ready_engine()
         # Parts of the SLO may be in the headers, so the parser of the body does not read it.
         slo = read_slo(values.pop("slo", None), request.headers, engine)
-        call = parse(values)
+        call = parse(values, engine.sampling_defaults)
         self._check_model(call.model)
         if call.chat:
             _require_chat_template(engine)
@@ -263,6 +265,7 @@ class Server:
             "owned_by": "minserve",
             "root": engine.config.model,
             "max_model_len": engine.max_model_len,
+            "default_sampling_params": dict(engine.sampling_defaults),
         }
 
     @web.middleware

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from minserve.config import EngineConfig
 from minserve.outputs import OutputDelta, ReplicaReport
@@ -95,6 +95,10 @@ class EngineFace(Protocol):
     @property
     def default_slo(self) -> SLO | None:
         """The SLO of requests that bring none."""
+
+    @property
+    def sampling_defaults(self) -> Mapping[str, Any]:
+        """Fields of `SamplingParams` that the model sets, for requests that leave them out."""
 
     @property
     def thinking_marker(self) -> str | None:

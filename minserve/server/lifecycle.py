@@ -110,6 +110,11 @@ async def serve(
         gc.freeze()
         try:
             server.engine = engine
+            if defaults := engine.sampling_defaults:
+                logger.info(
+                    "requests that leave them out get the model's own sampling settings: %s",
+                    ", ".join(f"{name} {value}" for name, value in defaults.items()),
+                )
             announce(engine, config.served_model_name or engine.model_name)
             await ended
             server.draining = True

@@ -172,13 +172,16 @@ class _DetokenizeBody(Form, kw_only=True):
     tokens: list
 
 
-def parse_completion(values: dict[str, Any]) -> GenerationCall:
+def parse_completion(values: dict[str, Any], defaults: Mapping[str, Any]) -> GenerationCall:
     """Check a /v1/completions body.
+
+    Args:
+        defaults: the model's own sampling settings, for those that the body leaves out.
 
     Raises:
         InvalidRequestError: if a field is wrong; the error names it.
     """
-    body, settings = _read(values, _CompletionBody, _HARMLESS_COMPLETION)
+    body, settings = _read(values, _CompletionBody, _HARMLESS_COMPLETION, defaults)
     prompts = parse_prompts(body.prompt)
     if body.best_of not in (1, settings.get("n", 1)):
         raise refusal("best_of", "only 1 (or the same as n) is supported")
@@ -194,19 +197,22 @@ def parse_completion(values: dict[str, Any]) -> GenerationCall:
     return _call(body, prompts, params, chat=False, echo=body.echo, drop_output=drop_output)
 
 
-def parse_chat(values: dict[str, Any]) -> GenerationCall:
+def parse_chat(values: dict[str, Any], defaults: Mapping[str, Any]) -> GenerationCall:
     """Check a /v1/chat/completions body.
+
+    Args:
+        defaults: the model's own sampling settings, for those that the body leaves out.
 
     Raises:
         InvalidRequestError: if a field is wrong; the error names it.
     """
-    body, settings = _read(values, _ChatBody, _HARMLESS_CHAT)
+    body, settings = _read(values, _ChatBody, _HARMLESS_CHAT, defaults)
     if body.top_logprobs and not body.logprobs:
         raise refusal("top_logprobs", "needs logprobs: true")
     newer = body.max_completion_tokens
     params = SamplingParams(
         **settings,
-        # Without a limit in a chat, the output may grow to the model's length.
+        # Without a limit in a chat, the model's own limits count.
         max_tokens=body.max_tokens if newer is None else newer,
         logprobs=body.top_logprobs if body.logprobs else None,
     )
@@ -214,7 +220,10 @@ def parse_chat(values: dict[str, Any]) -> GenerationCall:
 
 
 def _read(
-    values: dict[str, Any], form: type[_B], harmless: dict[str, tuple[Any, ...]]
+    values: dict[str, Any],
+    form: type[_B],
+    harmless: dict[str, tuple[Any, ...]],
+    defaults: Mapping[str, Any],
 ) -> tuple[_B, dict[str, Any]]:
     """Return the body, and the sampling settings in it, which `SamplingParams` checks itself."""
     values = dict(values)
@@ -225,7 +234,8 @@ def _read(
         except InvalidRequestError as error:
             raise InvalidRequestError(str(error), name) from None
     refuse_unsupported(values, _HARMLESS | harmless)
-    return convert(values, form), settings
+    proposed = {name: value for name, value in defaults.items() if name in _SETTINGS}
+    return convert(values, form), {**proposed, **settings}
 
 
 def _call(

@@ -175,6 +175,26 @@ def test_generate_prints_only_the_text(
     assert capsys.readouterr().out == report["text"] + "\n"
 
 
+def test_generate_takes_the_models_sampling_settings_unless_flags_say_more(
+    tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(tiny_llama_dir, tmp_path / "tiny")
+    (model / "generation_config.json").write_text('{"top_k": 1, "max_new_tokens": 3}')
+    args = ["generate", *SMALL, "--prompt", PROMPT, "--max-tokens", "8", "--json", "--seed", "5"]
+
+    def token_ids(model: Path, *more: str) -> list[int]:
+        assert main([*args, "--model", str(model), *more]) == 0
+        return json.loads(capsys.readouterr().out)["token_ids"]
+
+    greedy = token_ids(tiny_llama_dir, "--temperature", "0")
+    assert len(greedy) == 8
+    assert token_ids(model) == greedy
+    sampled = token_ids(tiny_llama_dir)
+    assert sampled != greedy
+    assert token_ids(model, "--top-k", "0") == sampled
+    assert token_ids(model, "--generation-config", "off") == sampled
+
+
 def test_generate_tells_what_became_of_drafts(
     tiny_llama_pair: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

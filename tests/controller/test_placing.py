@@ -5,6 +5,7 @@ what it would send is kept, and what they would say is said by the tests.
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -116,6 +117,28 @@ def submitted(outbox: Outbox) -> list[m.Submit]:
 def report(controller: Controller, number: int, load: ReplicaLoad) -> None:
     sent = controller.table.replicas[number].num_submitted
     say(controller, number, m.News(load=load, num_taken=sent))
+
+
+def test_the_controller_resolves_the_models_own_settings(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_llama_dir, tmp_path / "tiny")
+    (model / "generation_config.json").write_text('{"top_k": 7, "max_new_tokens": 9}')
+
+    async def main() -> None:
+        controller = Controller(
+            EngineConfig(model=str(model)),
+            ControllerConfig(replicas=1),
+            Rendezvous("127.0.0.1", 0, 1),
+        )
+        controller._accepting = True
+        outbox = join(controller, 0)
+        assert controller.sampling_defaults == {"top_k": 7, "max_tokens": 9}
+        controller.submit([PROMPT], SamplingParams(max_tokens=None))
+        (sent,) = submitted(outbox)
+        assert sent.request.params.max_tokens == 9
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
 
 
 @pytest.mark.parametrize("router", ["slo", "least-loaded"])

@@ -57,6 +57,7 @@ def checked(relay: RelayEngine, params: SamplingParams, slo: SLO | None = None) 
         max_model_len=relay.max_model_len,
         vocab_size=relay.vocab_size,
         clock=time.monotonic,
+        sampling_defaults={},
     )
     intake.perf_model = relay.perf_model
     return intake.request(PROMPT, params, slo=slo)[1]

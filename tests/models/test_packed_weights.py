@@ -103,6 +103,8 @@ def test_a_quantized_model_is_the_model_its_weights_stand_for(
     ):
         assert checkpoint.names() == set(want)
         assert checkpoint.num_parameters() == twin.num_parameters()
+        for name in checkpoint.names():  # what headers say is what reading gives
+            assert checkpoint.header(name).shape == tuple(checkpoint.get(name).shape), name
         for name, tensor in want.items():
             assert torch.equal(checkpoint.get(name, tuple(tensor.shape)), tensor), name
     assert torch.equal(logits(packed), logits(plain))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -32,11 +33,11 @@ def sent(**fields: Any) -> dict[str, Any]:
 
 
 def completion(**fields: Any) -> Any:
-    return parse_completion(sent(**{"prompt": "hello", **fields}))
+    return parse_completion(sent(**{"prompt": "hello", **fields}), {})
 
 
 def chat(**fields: Any) -> Any:
-    return parse_chat(sent(**{"messages": HELLO, **fields}))
+    return parse_chat(sent(**{"messages": HELLO, **fields}), {})
 
 
 # --- JSON ---
@@ -113,7 +114,8 @@ FIELD_NAMES = st.sampled_from(
 
 @given(st.dictionaries(FIELD_NAMES | st.text(), JSON, max_size=6))
 def test_any_body_is_parsed_or_refused_but_never_crashes(body: dict[str, Any]) -> None:
-    for parse in (parse_completion, parse_chat, parse_tokenize, parse_detokenize):
+    generations = (partial(parse, defaults={}) for parse in (parse_completion, parse_chat))
+    for parse in (*generations, parse_tokenize, parse_detokenize):
         for read in (dict, lambda value: sent(**value)):
             try:
                 parse(read(body))
@@ -316,7 +318,7 @@ def test_numbers_are_not_coerced() -> None:
 
 def test_a_null_field_is_not_given_at_any_depth() -> None:
     raw = b"""{"prompt": "a", "n": null, "new": null, "stream_options": {"new": null}, "stop": null}"""
-    assert parse_completion(parse_object(raw)) == completion(prompt="a")
+    assert parse_completion(parse_object(raw), {}) == completion(prompt="a")
     with pytest.raises(InvalidRequestError, match="twice"):
         parse_object(b'{"n": null, "n": 2}')
 

@@ -240,7 +240,7 @@ class ScriptedHandle:
 
 def stream(handles: list[Any], *, refusable: bool, **fields: Any) -> tuple[int, str]:
     """Status and body of a streamed response over a real socket."""
-    call = parse_completion({"prompt": [[1]] * len(handles), **fields})
+    call = parse_completion({"prompt": [[1]] * len(handles), **fields}, {})
 
     async def answer(request: web.Request) -> web.StreamResponse:
         reply = Reply(call, handles, "m", None)

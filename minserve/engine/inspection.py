@@ -1,0 +1,219 @@
+"""`inspect_model`: all that can be known of a model without reading its weights."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minserve.config import EngineConfig
+from minserve.engine.build import choose_device, has_room_twice, longest_sequence
+from minserve.engine.device.kv_cache import bytes_per_block
+from minserve.engine.profile.profile_cache import dtype_words
+from minserve.engine.sampling_defaults import load_sampling_defaults
+from minserve.engine.text.tokenizer import Tokenizer
+from minserve.errors import MinserveError
+from minserve.machine import GIB, Machine
+from minserve.models.checkpoint import Checkpoint
+from minserve.models.config import ModelConfig
+from minserve.models.layers import WeightFormat, WeightPlacement
+from minserve.models.loader import open_checkpoint
+from minserve.models.source import ModelSource, find_model, load_config
+from minserve.models.tensor_check import TensorReport, check_tensors, refuse_misfits, unread_words
+
+_TIED_HEAD = "lm_head.weight"
+
+
+@dataclass(slots=True)
+class Inspection:
+    """What was found out about a model.
+
+    Attributes:
+        facts: by section, values by name, ready for JSON. Sizes are in bytes. A section that an
+            error kept from being found out is missing.
+        warnings: what a user should know and what does not keep the model from being served.
+        problems: why the model would not be served, in the order in which an engine would find
+            out; empty if it would be served.
+    """
+
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def _step(self) -> Iterator[None]:
+        """Keep an error of this step as a problem, so that the next steps go on."""
+        try:
+            yield
+        except MinserveError as error:
+            if str(error) not in self.problems:
+                self.problems.append(str(error))
+
+
+def inspect_model(config: EngineConfig) -> Inspection:
+    """Look at a model as an engine with these settings would, without reading its weights.
+
+    Nothing is downloaded: a hub id is looked for in the cache on this disk.
+    """
+    found = Inspection()
+    with found._step():
+        source = find_model(config.model, download=False)
+        found.facts["model"] = {"name": source.name, "path": str(_path(source))}
+        model: ModelConfig | None = None
+        with found._step():
+            model = load_config(source)
+            found.facts["architecture"] = _architecture(model)
+        with found._step():
+            found.facts["tokenizer"] = _tokenizer(config, source, model, found.warnings)
+            found.facts["sampling_defaults"] = load_sampling_defaults(config, source)
+        with found._step(), open_checkpoint(source, progress=False) as checkpoint:
+            found.facts["model"] |= _files(source, checkpoint)
+            found.facts["weights"] = _stored(checkpoint)
+            if model is not None:
+                _look_at_weights(config, model, checkpoint, found)
+    return found
+
+
+def _look_at_weights(
+    config: EngineConfig, model: ModelConfig, checkpoint: Checkpoint, found: Inspection
+) -> None:
+    """Add what follows from tensors and settings together.
+
+    Raises:
+        ConfigError: where a setting does not fit the model or the machine.
+        ModelLoadError: where the files do not hold the model's tensors.
+    """
+    report = check_tensors(checkpoint, model)
+    found.facts["weights"]["parameters"] = report.num_parameters
+    if report.unread:
+        found.warnings.append(unread_words(report))
+    with found._step():
+        refuse_misfits(checkpoint, report)
+    longest = longest_sequence(config, model)
+    device = choose_device(config.device)
+    twice = device.type == "cpu" and has_room_twice(checkpoint.num_parameters())
+    placement = WeightPlacement.choose(
+        device, config.dtype, twice=twice, quantization=config.quantization
+    )
+    found.facts["runs_as"] = {
+        "device": device.type,
+        "dtype": dtype_words(placement.linear_dtype, placement.dtype),
+        "weight_format": placement.format.value,
+        "max_model_len": longest,
+    }
+    memory = _memory(report, placement, longest)
+    found.facts["memory"] = memory
+    needed = memory["weights"] + memory["kv_per_token"]
+    if memory["free"] is not None and needed > memory["free"]:
+        found.warnings.append(
+            f"the weights take {memory['weights'] / GIB:.2f} GiB, and {memory['free'] / GIB:.2f} GiB "
+            "are free on this machine: it would probably not start"
+        )
+
+
+def _path(source: ModelSource) -> Path:
+    return source.gguf_file or source.weights_file or source.config_dir
+
+
+def _files(source: ModelSource, checkpoint: Checkpoint) -> dict[str, Any]:
+    files = checkpoint.files()
+    kinds = {".safetensors": "safetensors", ".bin": "torch's pickle"}
+    form = "GGUF" if source.gguf_file else kinds.get(files[0].suffix, files[0].suffix)
+    return {
+        "form": form,
+        "files": [str(path) for path in files],
+        "size": sum(path.stat().st_size for path in files),
+    }
+
+
+def _architecture(model: ModelConfig) -> dict[str, Any]:
+    """Return the numbers of a configuration that people ask for."""
+    heads = model.num_attention_heads
+    rope = getattr(model, "rope_parameters", {})
+    return {
+        "model_type": model.model_type,
+        "layers": model.num_hidden_layers,
+        "hidden_size": model.hidden_size,
+        "heads": heads,
+        "kv_heads": getattr(model, "num_key_value_heads", heads),
+        "head_size": getattr(model, "head_dim", model.hidden_size // heads),
+        "vocabulary": model.vocab_size,
+        "context": model.max_position_embeddings,
+        "context_served": model.max_positions,
+        "context_at_most": model.most_positions,
+        "rope_type": rope.get("rope_type"),
+        "sliding_window": getattr(model, "sliding_window", None),
+        "tied_embeddings": model.tie_word_embeddings,
+    }
+
+
+def _stored(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the number of stored elements, and how many there are in which form."""
+    sizes: Counter[str] = Counter()
+    for name in checkpoint.names():
+        header = checkpoint.header(name)
+        sizes[header.dtype] += math.prod(header.shape)
+    return {"stored": dict(sizes.most_common())}
+
+
+def _tokenizer(
+    config: EngineConfig, source: ModelSource, model: ModelConfig | None, warnings: list[str]
+) -> dict[str, Any]:
+    """Return what there is to know of a model's tokenizer.
+
+    Raises:
+        ModelLoadError: where it cannot be read.
+    """
+    tokenizer = Tokenizer.load(source, config.tokenizer)
+    stops = sorted(tokenizer.eos_token_ids)
+    if not stops:
+        warnings.append("no token ends an output: outputs end at max_tokens or a stop string alone")
+    if model is not None and tokenizer.vocab_size > model.vocab_size:
+        warnings.append(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model embeddings for "
+            f"{model.vocab_size}: is it another model's? Prompts with other tokens are refused"
+        )
+    return {
+        "vocabulary": tokenizer.vocab_size,
+        "chat_template": tokenizer.has_chat_template,
+        "stop_tokens": [{"id": i, "text": tokenizer.token_text(i)} for i in stops],
+    }
+
+
+def _memory(report: TensorReport, placement: WeightPlacement, longest: int) -> dict[str, Any]:
+    """Return the bytes that weights and KV take; ``free`` is ``None`` on a device but the CPU."""
+    per_token = bytes_per_block(report.shape, 1, placement.dtype)
+    on_cpu = placement.device.type == "cpu"
+    return {
+        "weights": weight_bytes(report, placement),
+        "kv_per_token": per_token,
+        "kv_per_sequence": per_token * longest,
+        "free": Machine.look().free_memory if on_cpu else _free_on_gpu(placement.device),
+    }
+
+
+def _free_on_gpu(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def weight_bytes(report: TensorReport, placement: WeightPlacement) -> int:
+    """Return the bytes of a model's weights in the form in which they would be kept."""
+    stored = placement.weight_dtype.itemsize
+    per_linear = {
+        WeightFormat.DENSE: placement.dtype.itemsize,
+        WeightFormat.ONEDNN: stored,
+        WeightFormat.FBGEMM_FP16: torch.float16.itemsize,
+        WeightFormat.ONEDNN_AND_FP16: stored + torch.float16.itemsize,
+        WeightFormat.FBGEMM_INT8: torch.int8.itemsize,
+    }[placement.format]
+    # A head that is tied to the embeddings is packed once more, unless both stay plain tensors.
+    tied = 0 if _TIED_HEAD in report.wanted else report.num_embedding
+    others = report.num_parameters - (report.num_linear - tied)
+    shared = tied if placement.format is WeightFormat.DENSE else 0
+    return (report.num_linear - shared) * per_linear + others * stored

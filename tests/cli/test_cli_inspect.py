@@ -1,0 +1,141 @@
+"""``minserve inspect``: the report, for people and machines, and the exit code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minserve.cli.main import main
+from minserve.exit_codes import EXIT_USAGE
+
+
+@pytest.fixture
+def model(tiny_llama_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_llama_dir, tmp_path / "tiny"))
+
+
+def change(folder: Path, file: str, **values: Any) -> Path:
+    path = folder / file
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(kept | values))
+    return folder
+
+
+def look(
+    capsys: pytest.CaptureFixture[str], model: object, *flags: str, code: int = 0
+) -> dict[str, Any]:
+    """The report as JSON, once the exit code was as expected."""
+    assert main(["inspect", str(model), "--device", "cpu", "--json", *flags]) == code
+    report = json.loads(capsys.readouterr().out)
+    assert report["served"] == (code == 0)
+    return report
+
+
+def test_the_report_for_people(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(model, "generation_config.json", temperature=0.6, top_p=0.9)
+    assert main(["inspect", str(model), "--device", "cpu", "--dtype", "float32"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "would be served"
+    rows = dict(line.split("  ", 1) for line in lines if "  " in line)
+    told = {name: value.strip() for name, value in rows.items()}
+    assert told["model"] == "tiny"
+    assert told["type"] == "llama"
+    assert told["form"].startswith("safetensors, 1 file")
+    assert told["layers"] == "2, hidden size 64, 4 heads of 16, 2 KV heads"
+    assert told["context"] == "512 tokens"
+    assert told["stored as"] == "F32"
+    assert told["stop tokens"] == "2 '</s>'"
+    assert told["sampling"] == "temperature 0.6, top_p 0.9"
+    assert "float32 on cpu" in told["would run as"]
+    assert told["KV cache"] == "512 B a token, 256 KiB for the longest sequence"
+
+
+def test_nothing_heavy_is_imported_but_torch(model: Path) -> None:
+    code = (
+        "import sys; from minserve.cli.main import main; main(sys.argv[1:]);"
+        "print([m for m in ('torch._dynamo', 'aiohttp') if m in sys.modules])"
+    )
+    args = [sys.executable, "-c", code, "inspect", str(model), "--device", "cpu"]
+    done = subprocess.run(args, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_embedded_model(capsys: pytest.CaptureFixture[str]) -> None:
+    report = look(capsys, "smollm2")
+    assert report["model"]["form"] == "GGUF"
+    assert report["weights"]["parameters"] == 134_515_008  # as its model card says
+    assert set(report["weights"]["stored"]) == {"Q4_1", "Q8_0", "F32"}
+    assert report["memory"]["kv_per_sequence"] == 8192 * report["memory"]["kv_per_token"]
+    assert report["tokenizer"]["chat_template"]
+    assert report["sampling_defaults"] == {}
+
+
+def test_what_settings_do_not_fit_is_the_reason(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = look(capsys, model, "--max-model-len", "600", code=EXIT_USAGE)
+    assert report["problems"] == ["max_model_len 600 is beyond the model's 512 positions"]
+    assert report["weights"]["parameters"]
+    assert look(capsys, model, "--max-model-len", "300")["runs_as"]["max_model_len"] == 300
+
+
+def test_every_reason_is_told_and_the_report_goes_as_far_as_it_can(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(model, "config.json", model_type="bert")
+    (model / "tokenizer.json").write_text("{")
+    state = load_file(model / "model.safetensors")
+    report = look(capsys, model, code=EXIT_USAGE)
+    assert ["encoder" in one or "tokenizer" in one for one in report["problems"]] == [True, True]
+    assert sum(report["weights"]["stored"].values()) == sum(t.numel() for t in state.values())
+    assert main(["inspect", str(model), "--device", "cpu"]) == EXIT_USAGE
+    assert capsys.readouterr().out.splitlines()[-1].startswith("would not be served: ")
+
+
+def test_weights_that_do_not_fit_are_refused(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = load_file(model / "model.safetensors")
+    del state["model.norm.weight"]
+    save_file(state | {"model.norm.bias": torch.zeros(3)}, model / "model.safetensors")
+    report = look(capsys, model, code=EXIT_USAGE)
+    (problem,) = report["problems"]
+    assert "'model.norm.weight'" in problem
+    assert "'model.norm.bias'" in report["warnings"][0]
+    assert report["memory"]["weights"]
+
+
+def test_warnings_do_not_keep_a_model_from_being_served(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in ("config.json", "generation_config.json"):
+        change(model, file, eos_token_id=None)
+    change(model, "tokenizer_config.json", eos_token=None)
+    (model / "special_tokens_map.json").unlink(missing_ok=True)
+    report = look(capsys, model)
+    assert [one for one in report["warnings"] if "no token ends an output" in one]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("some-org/some-model", "nothing is downloaded here"),
+        ("./no/such/folder", "no model at"),
+    ],
+)
+def test_what_is_not_there_is_one_line(
+    name: str, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/nonexistent")
+    assert main(["inspect", name]) == EXIT_USAGE
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("would not be served: ")
+    assert says in line
