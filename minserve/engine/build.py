@@ -26,7 +26,7 @@ from minserve.engine.profile.profile_cache import dtype_words
 from minserve.engine.simulated import load_simulated_core
 from minserve.engine.speculation.draft_model_proposer import MOST_DECODE_TOKENS, DraftModelProposer
 from minserve.engine.speculation.proposer import NgramProposer, Proposer
-from minserve.engine.text.tokenizer import Tokenizer
+from minserve.engine.text.tokenizer import Tokenizer, has_tokenizer
 from minserve.errors import ConfigError
 from minserve.kernels.attention import (
     AttentionBackend,
@@ -91,7 +91,7 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     source = find_model(config.model)
     attention = choose_attention_backend(config.attention_backend, device)
     model, placement = _load_model(config, source, device, attention)
-    tokenizer = Tokenizer.load(source, config.tokenizer)
+    tokenizer = Tokenizer.load(source, config.tokenizer, chat_template=config.chat_template)
     parts = _PartMaker(attention, config.block_size, placement)
     proposer = _make_proposer(config, model, tokenizer, parts)
     runner = ModelRunner(model, *parts.of(model.shape))
@@ -282,16 +282,12 @@ def _load_draft_model(
     if config.draft_model is None and config.speculator != "draft":
         return None
     source = find_model(config.draft_model or EMBEDDED_DRAFT)
-    if _has_tokenizer(source) and not Tokenizer.load(source).has_vocabulary_of(tokenizer):
+    if has_tokenizer(source) and not Tokenizer.load(source).has_vocabulary_of(tokenizer):
         raise ConfigError(
             f"the draft model {source.name} has another vocabulary than the model: the same "
             "token id means different texts"
         )
     return load_draft_model(source, model, placement)
-
-
-def _has_tokenizer(source: ModelSource) -> bool:
-    return source.gguf_file is not None or (source.config_dir / "tokenizer.json").is_file()
 
 
 def _make_proposer(

@@ -38,8 +38,10 @@ def load_tokenizer(config: EngineConfig) -> Tokenizer:
 
     Raises:
         ModelLoadError: where it cannot be read.
+        ConfigError: where there is no such chat template as the settings ask for.
     """
-    return Tokenizer.load(find_model(config.model), config.tokenizer)
+    source = find_model(config.model)
+    return Tokenizer.load(source, config.tokenizer, chat_template=config.chat_template)
 
 
 def check_room(num_outputs: int, num_unfinished: int, max_queue: int, num_engines: int = 1) -> None:

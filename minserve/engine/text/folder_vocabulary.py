@@ -14,14 +14,11 @@ from typing import TYPE_CHECKING, Any
 from minserve.engine.text.backend import RustBackend, TokenizerBackend
 from minserve.engine.text.pre_tokenizers import PRE_TOKENIZERS
 from minserve.engine.text.sentencepiece_backend import (
-    BPE,
-    CONTROL,
-    UNIGRAM,
-    UNKNOWN,
     PrefixSpace,
     SentencePieceBackend,
     SentencePieceRules,
 )
+from minserve.engine.text.sentencepiece_proto import BPE, CONTROL, UNIGRAM, UNKNOWN
 from minserve.engine.text.tokenizer_settings import TokenizerSettings, read_settings
 from minserve.engine.text.vocabulary import (
     GIT_LFS,
@@ -36,8 +33,14 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as RustTokenizer
 
+_JSON, _MODEL, _VOCAB, _MERGES = "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"
 _LLAMA, _CODE_LLAMA, _GEMMA = "LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer"
 _BYTE_LEVEL_CLASSES = {"GPT2Tokenizer": "gpt-2", "Qwen2Tokenizer": "qwen2"}
+
+
+def has_vocabulary(folder: Path) -> bool:
+    """Return whether a folder holds a vocabulary of any form that is known here."""
+    return any((folder / name).is_file() for name in (_JSON, _MODEL, _VOCAB))
 
 
 def load_folder(folder: Path) -> Vocabulary:
@@ -58,17 +61,17 @@ def load_folder(folder: Path) -> Vocabulary:
 def _choose(settings: TokenizerSettings) -> Callable[[TokenizerSettings], TokenizerBackend]:
     """Return the reader of the folder's vocabulary, as transformers 4.57 chooses among files."""
     folder = settings.folder
-    has_model = (folder / "tokenizer.model").is_file()
+    has_model = (folder / _MODEL).is_file()
     # A Llama tokenizer whose settings speak of the prefix space is built from the model anew.
     rebuilt = settings.class_name == _LLAMA and settings.values.get("add_prefix_space") is not None
     # Not what transformers 5 saved: it always writes the setting, and obeys it in the file.
-    if (folder / "tokenizer.json").is_file() and not (
+    if (folder / _JSON).is_file() and not (
         has_model and rebuilt and "backend" not in settings.values
     ):
         return _from_tokenizer_json
     if has_model:
         return _from_sentencepiece
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+    if (folder / _VOCAB).is_file() and (folder / _MERGES).is_file():
         return _from_merges
     others = [*folder.glob("*.tiktoken"), *folder.glob("tekken.json")]
     if others:
@@ -88,7 +91,7 @@ def _choose(settings: TokenizerSettings) -> Callable[[TokenizerSettings], Tokeni
 def _from_tokenizer_json(settings: TokenizerSettings) -> RustBackend:
     from tokenizers import Tokenizer as RustTokenizer
 
-    path = settings.folder / "tokenizer.json"
+    path = settings.folder / _JSON
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -111,7 +114,7 @@ def _from_merges(settings: TokenizerSettings) -> RustBackend:
     from tokenizers import Tokenizer as RustTokenizer
     from tokenizers import decoders, models
 
-    path, name = settings.folder / "vocab.json", settings.class_name or ""
+    path, name = settings.folder / _VOCAB, settings.class_name or ""
     if name not in _BYTE_LEVEL_CLASSES:
         raise UnsupportedModelError(
             f"{path}: how {name or 'this tokenizer'} uses a vocabulary with merges.txt is not "
@@ -120,9 +123,9 @@ def _from_merges(settings: TokenizerSettings) -> RustBackend:
     rule = PRE_TOKENIZERS[_BYTE_LEVEL_CLASSES[name]]
     try:
         vocab = json.loads(path.read_text(encoding="utf-8"))
-        lines = (settings.folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-        backend = RustTokenizer(models.BPE(vocab, merges))
+        lines = (settings.folder / _MERGES).read_text(encoding="utf-8").split("\n")
+        pairs = [line.split() for line in lines if line and not line.startswith("#version")]
+        backend = RustTokenizer(models.BPE(vocab, [(left, right) for left, right in pairs]))
     except Exception as error:  # tokenizers raises plain Exception
         raise ModelLoadError(f"{path}: the tokenizer is broken: {error}") from error
     backend.pre_tokenizer = rule.pre_tokenizer()
@@ -223,7 +226,7 @@ def _needed(settings: TokenizerSettings, name: str, path: Path) -> AddedToken:
 
 
 def _from_sentencepiece(settings: TokenizerSettings) -> SentencePieceBackend:
-    path = settings.folder / "tokenizer.model"
+    path = settings.folder / _MODEL
     if settings.class_name not in (_LLAMA, _CODE_LLAMA, _GEMMA):
         raise UnsupportedModelError(
             f"{path}: how {settings.class_name or 'this model'} uses a sentencepiece model is not "
@@ -302,9 +305,8 @@ def _added_to_pieces(settings: TokenizerSettings, model: Any, path: Path) -> dic
     for token in _all_special(settings):
         if token.content in have:
             continue
-        i = ids.get(token.content)
-        if i is None:
-            i = max(len(ids), *(j + 1 for j in added)) if added else len(ids)
+        behind = max([len(ids), *(i + 1 for i in added)])
+        i = ids.get(token.content, behind)
         added[i], have[token.content] = token, i
     for token in added.values():
         token.special = token.special or token.content in special

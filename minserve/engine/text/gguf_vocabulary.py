@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING
 from minserve.engine.text.backend import RustBackend, TokenizerBackend
 from minserve.engine.text.pre_tokenizers import PRE_TOKENIZERS, PreTokenizerRule
 from minserve.engine.text.sentencepiece_backend import (
+    SPACE,
+    PrefixSpace,
+    SentencePieceBackend,
+    SentencePieceRules,
+)
+from minserve.engine.text.sentencepiece_proto import (
     BPE,
     BYTE,
     CONTROL,
     NORMAL,
-    SPACE,
     UNKNOWN,
     USER_DEFINED,
-    PrefixSpace,
-    SentencePieceBackend,
-    SentencePieceRules,
+    new_model_proto,
 )
 from minserve.engine.text.stop_tokens import stop_tokens
 from minserve.engine.text.vocabulary import Vocabulary, check_pieces
@@ -34,8 +37,8 @@ if TYPE_CHECKING:
     from minserve.models.gguf_file import GGUFFile
 
 _PREFIX = "tokenizer.ggml."
-# ggml's token types have other numbers than sentencepiece's.
-_TYPES = {1: NORMAL, 2: UNKNOWN, 3: CONTROL, 4: USER_DEFINED, 5: 5, 6: BYTE}
+# ggml's numbers of token types are sentencepiece's; 0 is "undefined".
+_TYPES = range(NORMAL, BYTE + 1)
 _SPM, _BPE = "llama", "gpt2"
 _OTHERS = {"t5": "Unigram", "bert": "WordPiece"}
 _NUM_BYTES = 256
@@ -123,7 +126,7 @@ def _added_tokens(
     swallows = "phi-3" in name or "phi3" in name
     found = {}
     for i, token in enumerate(tokens):
-        kind = CONTROL if i in stops else _TYPES.get(types[i] if types else 1, NORMAL)
+        kind = CONTROL if i in stops else types[i] if types else NORMAL
         if kind in (CONTROL, USER_DEFINED, UNKNOWN):
             found[i] = AddedToken(
                 token,
@@ -200,18 +203,16 @@ def _sentencepiece(
     added: Mapping[int, AddedToken],
 ) -> SentencePieceBackend:
     """Build a sentencepiece model of the file's tokens; sentencepiece merges them by its rules."""
-    from sentencepiece import sentencepiece_model_pb2
-
     scores = gguf.require(_PREFIX + "scores", list)
     types = gguf.metadata.get(_PREFIX + "token_type") or [1] * len(tokens)
     if len(scores) < len(tokens):
         raise ModelLoadError(f"{gguf.path}: {len(scores)} scores for {len(tokens)} tokens")
-    model = sentencepiece_model_pb2.ModelProto()
+    model = new_model_proto()
     unknown = special["unk_token"]
     num_bytes = 0
     in_model = dict(added)
     for i, token in enumerate(tokens):
-        kind = _TYPES.get(types[i], NORMAL)
+        kind = types[i] if types[i] in _TYPES else NORMAL
         if i == unknown:
             kind = UNKNOWN
         elif kind == UNKNOWN:

@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minserve.engine.text.backend import LONG_TEXT
+from minserve.engine.text.sentencepiece_proto import BYTE
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
 
-# Of sentencepiece_model.proto.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-UNIGRAM, BPE = 1, 2
 SPACE = "▁"
 
 

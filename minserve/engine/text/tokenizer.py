@@ -19,7 +19,7 @@ from minserve.engine.text.chat_template import (
     pick_template,
     render,
 )
-from minserve.engine.text.folder_vocabulary import load_folder
+from minserve.engine.text.folder_vocabulary import has_vocabulary, load_folder
 from minserve.engine.text.gguf_vocabulary import load_gguf
 from minserve.errors import ModelLoadError
 
@@ -170,6 +170,11 @@ class Tokenizer:
     def _special_id(self, name: str) -> int | None:
         token = self._special_tokens.get(name)
         return None if token is None else self._backend.token_to_id(token)
+
+
+def has_tokenizer(source: ModelSource) -> bool:
+    """Return whether a model comes with a tokenizer of its own; draft models may not."""
+    return source.gguf_file is not None or has_vocabulary(source.config_dir)
 
 
 def _load_vocabulary(source: ModelSource, tokenizer: str | None) -> Vocabulary:

@@ -182,8 +182,8 @@ def _refuse_own_code(
 ) -> None:
     """Refuse a tokenizer that only a program in the folder can run."""
     for file, auto_map in (("tokenizer_config.json", values), ("config.json", config)):
-        auto_map = auto_map.get("auto_map")
-        code = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
+        names = auto_map.get("auto_map")
+        code = names.get("AutoTokenizer") if isinstance(names, dict) else names
         if code and class_name not in CLASS_RULES and class_name != "PreTrainedTokenizer":
             raise UnsupportedModelError(
                 f"{folder / file}: the tokenizer {class_name} is code of the model's own, which "

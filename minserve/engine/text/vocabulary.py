@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minserve.engine.text.backend import TokenizerBackend
+from minserve.engine.text.sentencepiece_proto import new_model_proto
 from minserve.errors import ModelLoadError
 
 GIT_LFS = b"version https://git-lfs"
@@ -56,12 +57,12 @@ def parse_model_proto(where: str, data: bytes) -> Any:
         ModelLoadError: where it is none.
     """
     from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2
 
     if data.startswith(GIT_LFS):
         raise ModelLoadError(f"{where}: {LFS_ADVICE}")
     try:
-        model = sentencepiece_model_pb2.ModelProto.FromString(data)
+        model = new_model_proto()
+        model.ParseFromString(data)
     except DecodeError as error:
         raise ModelLoadError(
             f"{where}: is no sentencepiece model, or damaged: {error}; get the file again"

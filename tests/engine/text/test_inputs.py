@@ -38,7 +38,9 @@ def test_text_gets_the_special_tokens_that_the_model_wants(tokenizer):
     backend.post_processor = processors.TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
     )
-    with_bos = Tokenizer(RustBackend(backend), chat_template="<|im_start|>{{ messages[0].content }}")
+    with_bos = Tokenizer(
+        RustBackend(backend), chat_template="<|im_start|>{{ messages[0].content }}"
+    )
     prompts = PromptProcessor(with_bos, tokenizer.vocab_size, MAX_LEN)
     assert prompts.process("user")[1] == (1, 4093)
     # A chat template has written them itself: not twice.
