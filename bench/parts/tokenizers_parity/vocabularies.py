@@ -24,6 +24,8 @@ from tokenizers import Tokenizer as RustTokenizer
 
 NUM_CHARACTERS = 400_000
 BPE_SIZE, SPM_SIZE = 3000, 2500
+# ggml's types of tokens.
+NORMAL, CONTROL = 1, 3
 PARTS = (
     "Hello world", "The", " quick", "  two  spaces ", "    ", "\t", "\t\t", "\n", "\n\n", "\n\n\n  ",
     "\r\n", "\r", " \n ", "\0", "\x1b[0m", "def f(x):\n    return x", "self.assertEqual(", "import os",
@@ -108,13 +110,12 @@ def sentencepiece_folder(
 def sentencepiece_gguf(path: Path, style: str, **metadata: Any) -> Path:
     """Write the tokens of a model as a GGUF file, as llama.cpp's converter does."""
     model = sentencepiece_model_pb2.ModelProto.FromString(sentencepiece_model(style))
-    # The types that sentencepiece numbers otherwise than ggml.
-    types = {2: 2, 3: 3, 4: 4, 5: 5, 6: 6, 1: 1}
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model("llama")
     writer.add_token_list([piece.piece for piece in model.pieces])
     writer.add_token_scores([piece.score for piece in model.pieces])
-    writer.add_token_types([types[piece.type] for piece in model.pieces])
+    # ggml numbers the types of pieces as sentencepiece does.
+    writer.add_token_types([piece.type for piece in model.pieces])
     return _finish(writer, metadata)
 
 
@@ -165,14 +166,23 @@ def _byte_level_merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return model["vocab"], [tuple(pair) for pair in model["merges"]]
 
 
-def byte_level_bpe(pre: str) -> RustTokenizer:
+def byte_level_bpe(pre: str, special: Iterable[str] = SPECIAL) -> RustTokenizer:
     """Return a tokenizer with the pre-tokenizer of a family, as its tokenizer.json would have it."""
     vocab, merges = _byte_level_merges()
+    return assemble(pre, sorted(vocab, key=vocab.__getitem__), merges, special)
+
+
+def assemble(
+    pre: str, tokens: list[str], merges: list[tuple[str, str]], special: Iterable[str]
+) -> RustTokenizer:
+    """Return a tokenizer of these tokens with the pre-tokenizer of a family."""
+    vocab = {token: i for i, token in enumerate(tokens)}
     bpe = RustTokenizer(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
     bpe.pre_tokenizer = pre_tokenizers.Sequence(PUBLISHED[pre])
-    bpe.normalizer = normalizers.NFC() if pre == "qwen2" else None
+    if pre == "qwen2":
+        bpe.normalizer = normalizers.NFC()
     bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    bpe.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     return bpe
 
 
@@ -206,7 +216,7 @@ def byte_level_gguf(path: Path, pre: str, **metadata: Any) -> Path:
     writer.add_tokenizer_pre(pre)
     tokens = sorted(vocab, key=vocab.__getitem__)
     writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in SPECIAL else 1 for token in tokens])
+    writer.add_token_types([CONTROL if token in SPECIAL else NORMAL for token in tokens])
     writer.add_token_merges([" ".join(pair) for pair in merges])
     return _finish(writer, metadata)
 
