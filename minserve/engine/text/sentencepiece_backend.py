@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minserve.engine.text.backend import LONG_TEXT
-from minserve.engine.text.sentencepiece_proto import BYTE
+from minserve.engine.text.sentencepiece_proto import BYTE, UNKNOWN
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -58,9 +58,12 @@ class SentencePieceBackend:
 
         Raises:
             RuntimeError: where sentencepiece finds the model broken.
+            ValueError: where it is broken in another way.
         """
         from sentencepiece import SentencePieceProcessor
 
+        if (count := sum(piece.type == UNKNOWN for piece in model.pieces)) != 1:
+            raise ValueError(f"{count} pieces stand for what is unknown; there must be one")
         model.normalizer_spec.add_dummy_prefix = rules.prefix is PrefixSpace.ALWAYS
         self.model = model
         self.rules = rules
@@ -94,7 +97,7 @@ class SentencePieceBackend:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         size = len(self._bytes)
         skipped = self._special if skip_special_tokens else ()
-        found = b"".join(self._bytes[i] for i in ids if i < size and i not in skipped)
+        found = b"".join(self._bytes[i] for i in ids if 0 <= i < size and i not in skipped)
         text = found.decode("utf-8", errors="replace")
         if self.rules.prefix is not PrefixSpace.NEVER:
             return text.removeprefix(" ")
