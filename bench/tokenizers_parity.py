@@ -20,7 +20,7 @@ from tqdm import tqdm
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.models.source import find_model
 from parts.tokenizers_parity.cases import make_cases
-from parts.tokenizers_parity.checks import mismatches
+from parts.tokenizers_parity.comparing import mismatches
 from parts.tokenizers_parity.vocabularies import texts
 from shared.program import positive, run_program
 

@@ -26,7 +26,7 @@ Encode = Callable[[str], list[int]]
 
 
 @dataclass(frozen=True)
-class Case:
+class VocabularyCase:
     """A vocabulary.
 
     Attributes:
@@ -43,7 +43,7 @@ class Case:
     after: tuple[int, ...] = ()
 
 
-def make_cases(folder: Path) -> list[Case]:
+def make_cases(folder: Path) -> list[VocabularyCase]:
     """Write all vocabularies into a folder, and take SmolLM2's real one where it is installed."""
     return [*_models(folder), *_files(folder), *_byte_level(folder), *_ggufs(folder)]
 
@@ -74,7 +74,7 @@ _GEMMA = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3}
 _LLAMA = {"tokenizer_class": "LlamaTokenizer"}
 
 
-def _models(folder: Path) -> list[Case]:
+def _models(folder: Path) -> list[VocabularyCase]:
     """Return folders with tokenizer.model alone."""
     more = {**_SPECIAL, "<pad>": made.SPM_SIZE}
     rows: list[tuple[str, str, dict[str, Any], dict[str, Any], Encode]] = [
@@ -96,7 +96,7 @@ def _models(folder: Path) -> list[Case]:
         ),
     ]
     found = [
-        Case(
+        VocabularyCase(
             f"tokenizer.model {name}",
             made.sentencepiece_folder(folder / f"model-{name}", style, settings, **files),
             reference,
@@ -107,10 +107,10 @@ def _models(folder: Path) -> list[Case]:
     settings = {"tokenizer_class": "GemmaTokenizer"}
     gemma = made.sentencepiece_folder(folder / "model-gemma", "gemma", settings)
     reference = partial(_pieces, "gemma", _GEMMA)
-    return [*found, Case("tokenizer.model gemma", gemma, reference, before=(2,))]
+    return [*found, VocabularyCase("tokenizer.model gemma", gemma, reference, before=(2,))]
 
 
-def _files(folder: Path) -> list[Case]:
+def _files(folder: Path) -> list[VocabularyCase]:
     """Return folders with a tokenizer.json that some release of transformers does not obey."""
     found = []
     for name, legacy, settings in (
@@ -122,11 +122,11 @@ def _files(folder: Path) -> list[Case]:
         path = made.json_folder(folder / f"json-{name}", file, settings)
         reference = partial(_rust, RustTokenizer.from_file(str(path / "tokenizer.json")))
         after = (2,) if "add_eos_token" in settings else ()
-        found.append(Case(f"tokenizer.json {name}", path, reference, (1,), after))
+        found.append(VocabularyCase(f"tokenizer.json {name}", path, reference, (1,), after))
     return found
 
 
-def _byte_level(folder: Path) -> list[Case]:
+def _byte_level(folder: Path) -> list[VocabularyCase]:
     """Return folders with byte-level BPE."""
     ids = {token: i for i, token in enumerate(made.SPECIAL)}
     llama3 = made.byte_level_bpe("llama-bpe")
@@ -148,18 +148,18 @@ def _byte_level(folder: Path) -> list[Case]:
     for name, tokenizer, settings, before in rows:
         path = made.json_folder(folder / name.replace(" ", "-"), tokenizer, settings)
         reference = partial(_rust, RustTokenizer.from_file(str(path / "tokenizer.json")))
-        found.append(Case(name, path, reference, tuple(ids[token] for token in before)))
+        found.append(VocabularyCase(name, path, reference, tuple(ids[token] for token in before)))
     for name, pre, settings, special, before in (
         ("opt", "gpt-2", opt, ["</s>"], (ids["</s>"],)),
         ("qwen2", "qwen2", qwen2, ["<|im_end|>", "<|endoftext|>"], ()),
     ):
         path = made.merges_folder(folder / f"merges-{name}", settings)
         reference = partial(_rust, made.byte_level_bpe(pre, special))
-        found.append(Case(f"vocab.json {name}", path, reference, before))
+        found.append(VocabularyCase(f"vocab.json {name}", path, reference, before))
     return found
 
 
-def _ggufs(folder: Path) -> list[Case]:
+def _ggufs(folder: Path) -> list[VocabularyCase]:
     """Return GGUF files."""
     llama = made.sentencepiece_gguf(folder / "llama.gguf", "llama")
     gemma = made.sentencepiece_gguf(
@@ -171,14 +171,14 @@ def _ggufs(folder: Path) -> list[Case]:
         unk_token_id=3,
     )
     found = [
-        Case("GGUF llama", llama, partial(_pieces, "llama", _SPECIAL), before=(1,)),
-        Case("GGUF gemma", gemma, partial(_pieces, "gemma", _GEMMA), before=(2,)),
+        VocabularyCase("GGUF llama", llama, partial(_pieces, "llama", _SPECIAL), before=(1,)),
+        VocabularyCase("GGUF gemma", gemma, partial(_pieces, "gemma", _GEMMA), before=(2,)),
     ]
     for pre in made.PUBLISHED:
         path = made.byte_level_gguf(folder / f"{pre}.gguf", pre, bos_token_id=3, eos_token_id=2)
         before = (3,) if pre == "llama-bpe" else ()
         reference = partial(_rust, made.byte_level_bpe(pre))
-        found.append(Case(f"GGUF {pre}", path, reference, before))
+        found.append(VocabularyCase(f"GGUF {pre}", path, reference, before))
     smollm2 = find_model("smollm2").gguf_file
     assert smollm2 is not None, "the embedded model is a GGUF file"
     metadata = GGUFFile(smollm2).metadata
@@ -186,4 +186,4 @@ def _ggufs(folder: Path) -> list[Case]:
     types = metadata["tokenizer.ggml.token_type"]
     special = [token for token, kind in zip(tokens, types, strict=True) if kind == made.CONTROL]
     real = made.assemble("smollm", tokens, [tuple(merge.split(" ")) for merge in merges], special)
-    return [*found, Case("GGUF smollm2 (real)", smollm2, partial(_rust, real))]
+    return [*found, VocabularyCase("GGUF smollm2 (real)", smollm2, partial(_rust, real))]

@@ -7,14 +7,14 @@ import unicodedata
 from minserve.engine.text.detokenizer import IncrementalDetokenizer
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.sampling_params import SamplingParams
-from parts.tokenizers_parity.cases import Case
+from parts.tokenizers_parity.cases import VocabularyCase
 
 _PLAIN = SamplingParams(skip_special_tokens=False)
 # Vocabularies that change a text before they cut it, as their models' own files do.
 _CHANGES = ("openllama", "qwen2", "deepseek")
 
 
-def mismatches(case: Case, tokenizer: Tokenizer, text: str) -> list[str]:
+def mismatches(case: VocabularyCase, tokenizer: Tokenizer, text: str) -> list[str]:
     """Return what differs, in words; nothing where all agrees."""
     found = []
     expected = case.reference(text)
