@@ -13,6 +13,8 @@ from torch import Tensor
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
 from minserve.models.layers import WeightPlacement
 
+HEAD = "lm_head.weight"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
@@ -20,7 +22,7 @@ class ModelShape:
 
     Attributes:
         vocab_size: width of the logits.
-        max_positions: longest sequence that the positions allow.
+        max_positions: longest sequence that is served.
         scale: factor on attention scores.
     """
 
@@ -36,6 +38,9 @@ class ModelShape:
 
 class TensorSource(Protocol):
     """A model's tensors by name, such as a checkpoint."""
+
+    def names(self) -> set[str]:
+        """Return the names of all tensors."""
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return a tensor, which must have the given shape.
@@ -78,3 +83,19 @@ class CausalLM(ABC):
         """Return float32 logits ``[rows, vocab_size]`` for ``[rows, hidden]``, which should hold
         only the rows whose logits are needed.
         """
+
+
+def read_head(source: TensorSource, embed: Tensor, rows: int, is_tied: bool) -> Tensor:
+    """Return the head's weight, ``[rows, width]``: the embeddings if both are tied.
+
+    Some files say that they are tied and hold another head all the same, as fine-tuning leaves
+    them. Then the head in the file is the model's.
+
+    Args:
+        embed: the embeddings ``[vocab_size, width]`` as they are kept.
+    """
+    if is_tied and HEAD not in source.names():
+        return embed
+    head = source.get(HEAD, (rows, embed.shape[1]))
+    tied = is_tied and torch.equal(head.to(embed.device, embed.dtype), embed)
+    return embed if tied else head

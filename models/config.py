@@ -5,14 +5,20 @@ transformers' own classes would do, but importing them takes three seconds of ev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import UnionType
 from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 from minserve.errors import ModelLoadError, UnsupportedModelError
-
-DEFAULT_ROPE_THETA = 10000.0
+from minserve.models.families import FAMILIES, LlamaFamily
+from minserve.models.rope_parameters import (
+    check_rope,
+    length_by_rope,
+    most_positions_by_rope,
+    rope_parameters,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +42,30 @@ class _Config:
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig(_Config):
-    """The numbers that describe a Llama model.
+    """The numbers that describe a Llama model or one of its relatives (families.py).
 
     Attributes:
+        model_type: name of the family.
+        attention_bias: true if the projections of queries, keys and values have biases.
+        output_bias: the same of the attention's output; ``None``: as ``attention_bias``.
+        qk_norm: true if each head of queries and keys has an RMSNorm before RoPE.
+        fused_projections: true if q, k, v are one stored tensor, and gate and up another.
+        norm_offset: what is added to each norm's stored weights.
+        embedding_is_scaled: true if embeddings are multiplied by the root of ``hidden_size``.
+        embedding_multiplier: factor on embeddings besides.
+        residual_multiplier: factor on what each half of a layer adds to the residual stream.
+        attention_multiplier: factor on attention scores; 0 means ``head_dim ** -0.5``.
+        logits_scaling: divisor of logits.
+        no_rope_layers: for each layer 1 if it has RoPE and 0 if it has none; empty: all have it.
+        no_rope_layer_interval: without ``no_rope_layers``, every so manieth layer has no RoPE;
+            0: all have it.
+        sliding_window: tokens that a token sees, itself included; ``None``: all before it.
         draft_vocab_size: rows of the head of a draft model whose head covers only a part of the
             vocabulary; 0 means the whole vocabulary.
         rope_parameters: ``rope_type``, ``rope_theta`` and the other settings of that type.
     """
 
-    model_type: ClassVar[str] = "llama"
+    model_type: str = "llama"
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -57,7 +78,19 @@ class LlamaConfig(_Config):
     rms_norm_eps: float = 1e-6
     hidden_act: str = "silu"
     attention_bias: bool = False
+    output_bias: bool | None = None
     mlp_bias: bool = False
+    qk_norm: bool = False
+    fused_projections: bool = False
+    norm_offset: float = 0.0
+    embedding_is_scaled: bool = False
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    attention_multiplier: float = 0.0
+    logits_scaling: float = 1.0
+    no_rope_layers: list[int] = field(default_factory=list)
+    no_rope_layer_interval: int = 0
+    sliding_window: int | None = None
     tie_word_embeddings: bool = False
     draft_vocab_size: int = 0
     rope_parameters: dict[str, Any] = field(default_factory=dict)
@@ -66,27 +99,70 @@ class LlamaConfig(_Config):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        return super().from_dict({**values, "rope_parameters": _rope_parameters(values)})
+        family = FAMILIES[values.get("model_type") or "llama"]
+        given = {k: v for k, v in values.items() if v is not None}
+        merged = {**family.defaults, **given, **family.fixed}
+        merged["sliding_window"] = _window(family, values)
+        if family.activations == ("gelu_pytorch_tanh",) and given.get("hidden_act") == "gelu":
+            merged["hidden_act"] = "gelu_pytorch_tanh"  # what Gemma's first files mean by it
+        merged["rope_parameters"] = rope_parameters(merged)
+        return super().from_dict(merged)
 
     def __post_init__(self) -> None:
-        heads = self.num_attention_heads
         _positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                   "num_attention_heads", "max_position_embeddings")  # fmt: skip
+        self._fill_in()
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ModelLoadError(
+                f"num_attention_heads {self.num_attention_heads} is no multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ModelLoadError(f"head_dim {self.head_dim} is odd, which RoPE cannot rotate")
+        if len(self.no_rope_layers) not in (0, self.num_hidden_layers):
+            raise ModelLoadError(
+                f"no_rope_layers has {len(self.no_rope_layers)} entries for "
+                f"{self.num_hidden_layers} layers"
+            )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ModelLoadError(f"sliding_window must be at least 1, not {self.sliding_window}")
+        for name in ("logits_scaling", "embedding_multiplier", "residual_multiplier"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name)):
+                raise ModelLoadError(f"{name} has the value {getattr(self, name)}")
+        family = FAMILIES[self.model_type]
+        if self.hidden_act not in family.activations:
+            raise UnsupportedModelError(f"hidden_act {self.hidden_act!r} is not supported")
+        check_rope(self.rope_parameters, self.head_dim, family.partial_rotary)
+
+    def _fill_in(self) -> None:
+        """Compute what follows from other fields."""
+        heads = self.num_attention_heads
         if not self.num_key_value_heads:
             object.__setattr__(self, "num_key_value_heads", heads)
         if not self.head_dim:
             object.__setattr__(self, "head_dim", self.hidden_size // heads)
-        if heads % self.num_key_value_heads:
-            raise ModelLoadError(
-                f"num_attention_heads {heads} is no multiple of num_key_value_heads "
-                f"{self.num_key_value_heads}"
-            )
-        if self.head_dim % 2:
-            raise ModelLoadError(f"head_dim {self.head_dim} is odd, which RoPE cannot rotate")
-        if self.hidden_act not in ("silu", "swish"):
-            raise UnsupportedModelError(f"hidden_act {self.hidden_act!r} is not supported")
-        if self.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
-            raise UnsupportedModelError("a partial rotary embedding is not supported")
+        if self.output_bias is None:
+            object.__setattr__(self, "output_bias", self.attention_bias)
+        if self.no_rope_layer_interval and not self.no_rope_layers:
+            interval = self.no_rope_layer_interval
+            layers = [int((i + 1) % interval != 0) for i in range(self.num_hidden_layers)]
+            object.__setattr__(self, "no_rope_layers", layers)
+
+    @property
+    def max_positions(self) -> int:
+        """The longest sequence that is served unless the settings say more or less."""
+        return self._in_window(length_by_rope(self.rope_parameters, self.max_position_embeddings))
+
+    @property
+    def most_positions(self) -> int:
+        """The longest sequence that the settings may ask for: RoPE scaling may allow more."""
+        return self._in_window(
+            most_positions_by_rope(self.rope_parameters, self.max_position_embeddings)
+        )
+
+    def _in_window(self, length: int) -> int:
+        """Return a length within the sliding window: beyond it, attention would have to forget."""
+        return length if self.sliding_window is None else min(length, self.sliding_window)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,20 +202,39 @@ class OPTConfig(_Config):
                 f"activation_function {self.activation_function!r} is not supported"
             )
 
+    @property
+    def max_positions(self) -> int:
+        """The longest sequence that the table of positions allows."""
+        return self.max_position_embeddings
+
+    @property
+    def most_positions(self) -> int:
+        """The longest sequence that the settings may ask for."""
+        return self.max_position_embeddings
+
 
 ModelConfig = LlamaConfig | OPTConfig
-CONFIGS: dict[str, type[LlamaConfig] | type[OPTConfig]] = {"llama": LlamaConfig, "opt": OPTConfig}
+CONFIGS: dict[str, type[LlamaConfig] | type[OPTConfig]] = {
+    **dict.fromkeys(FAMILIES, LlamaConfig),
+    "opt": OPTConfig,
+}
 
 
-def _rope_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``rope_parameters``, or the older ``rope_theta`` and ``rope_scaling`` in its form."""
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise ModelLoadError(f"the RoPE settings must be an object, not {rope!r:.80}")
-    theta = rope.get("rope_theta") or values.get("rope_theta") or DEFAULT_ROPE_THETA
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    rest = {k: v for k, v in rope.items() if k != "type"}
-    return {**rest, "rope_type": kind, "rope_theta": float(theta)}
+def _window(family: LlamaFamily, values: Mapping[str, Any]) -> int | None:
+    """Return the sliding window that a config.json asks for. A window that is ``null`` is none."""
+    default = family.defaults.get("sliding_window")
+    if family.window == "always":
+        return values.get("sliding_window", default)
+    if family.window == "never" or not values.get("use_sliding_window"):
+        return None
+    layers = values.get("layer_types")
+    if layers is not None and "sliding_attention" not in layers:
+        return None
+    # Qwen's first layers see everything, and with few layers these are all.
+    first = values.get("max_window_layers")
+    if layers is None and first is not None and first >= (values.get("num_hidden_layers") or 32):
+        return None
+    return values.get("sliding_window", 4096)
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:

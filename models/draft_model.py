@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from minserve.errors import ConfigError, ModelLoadError
-from minserve.models.base import CausalLM
+from minserve.models.base import HEAD, CausalLM
+from minserve.models.checkpoint import Checkpoint
 from minserve.models.layers import WeightPlacement
-from minserve.models.loader import Checkpoint, open_checkpoint
+from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
 from minserve.models.source import ModelSource, load_config
 
-EMBEDDING, HEAD, HEAD_IDS = "model.embed_tokens.weight", "lm_head.weight", "lm_head.token_ids"
+EMBEDDING, HEAD_IDS = "model.embed_tokens.weight", "lm_head.token_ids"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,8 @@ def load_draft_model(
                     f"{config.tie_word_embeddings})"
                 )
         borrowing = _Borrowing(checkpoint, target, ids)
-        model = build_model(borrowing, config, placement)
+        longest = min(config.most_positions, target.shape.max_positions)
+        model = build_model(borrowing, config, placement, longest)
     return DraftModel(model, None if ids is None else ids.to(placement.device))
 
 
@@ -74,6 +76,9 @@ class _Borrowing:
         self._names = checkpoint.names()
         self._target = target
         self._ids = ids
+
+    def names(self) -> set[str]:
+        return self._names
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if name in self._names:

@@ -30,6 +30,9 @@ class FusedNorm(Norm):
     def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         return self._kernel(x, residual=residual), x if residual is None else residual
 
+    def replace(self, x: Tensor) -> None:
+        self._kernel(x, out=x)
+
 
 def fused_rms_norm(weight: Tensor, eps: float) -> FusedNorm:
     """Return an `RMSNorm` in one kernel."""

@@ -28,6 +28,7 @@ _SCALARS = {
     12: "d",
 }
 _STRING, _ARRAY = 8, 9
+_MAX_DIMS = 4
 # Rows are joined until 16 of them hold about this many bytes; see `GGUFFile.read`.
 _DEQUANTIZE_BYTES = 65536
 
@@ -91,15 +92,6 @@ class GGUFFile:
             )
         return value
 
-    def head_counts(self) -> tuple[int, int]:
-        """Return the numbers of query heads and KV heads in each layer of a llama model."""
-        key = "llama.attention.head_count"
-        heads = self.require(key, int)
-        kv_heads = self.require(f"{key}_kv", int) if f"{key}_kv" in self.metadata else heads
-        if heads < 1 or kv_heads < 1:
-            raise ModelLoadError(f"{self.path}: {heads} heads and {kv_heads} KV heads cannot be")
-        return heads, kv_heads
-
     def tensor(self, name: str) -> GGUFTensor:
         """Return a tensor's entry, by its GGUF name.
 
@@ -149,10 +141,14 @@ class GGUFFile:
             self.metadata[key] = self._take_value(self._take("I"))
         infos = []
         for _ in range(num_tensors):
-            name = self._take_string()
-            dims = [self._take("Q") for _ in range(self._take("I"))]
+            name, num_dims = self._take_string(), self._take("I")
+            if num_dims > _MAX_DIMS:
+                raise ValueError(f"tensor {name!r:.80} has {num_dims} dimensions")
+            dims = [self._take("Q") for _ in range(num_dims)]
             infos.append((name, dims[::-1], self._take("I"), self._take("Q")))
         alignment = self.metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1:
+            raise ValueError(f"general.alignment is {alignment!r:.80}")
         base = -(-self._at // alignment) * alignment
         for name, shape, kind, offset in infos:
             self.tensors[name] = self._entry(name, tuple(shape), kind, base + offset)
@@ -197,6 +193,9 @@ class GGUFFile:
             return self._take(_SCALARS[kind])
         kind, count = self._take("I"), self._take("Q")
         if kind == _STRING:
+            # Each takes 8 bytes at least: a false count fails here and not at the file's end.
+            if count * 8 > len(self._data) - self._at:
+                raise ValueError(f"an array of {count} strings runs over the end")
             return [self._take_string() for _ in range(count)]
         code = f"<{count}{_SCALARS[kind]}"
         values = struct.unpack_from(code, self._data, self._at)

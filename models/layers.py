@@ -1,4 +1,4 @@
-"""Layers as plain callables: linears in the form that is fastest on the device, norms, RoPE.
+"""Layers as plain callables: linears in the form that is fastest on the device, and norms.
 
 A linear's weight is repacked once at load. On a CPU the best form depends on the arithmetic that
 the processor has in hardware (`WeightFormat`; bench/linears.py compares the forms); on a GPU it is
@@ -8,18 +8,16 @@ the plain tensor. On a GPU, norms and activations have a second form, fused into
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minserve.errors import ConfigError, UnsupportedModelError
+from minserve.errors import ConfigError
 from minserve.models.quantized_layers import Int8Linear, int8_is_supported
 
 Linear = Callable[[Tensor], Tensor]
@@ -164,23 +162,28 @@ class WeightPlacement:
             return OneDnnLinear(weight, bias)
         return DenseLinear(weight.to(self.dtype), bias)
 
-    def swiglu(
+    def glu(
         self,
         gate: Tensor,
         up: Tensor,
         biases: tuple[Tensor, Tensor] | None = None,
+        activation: str = "silu",
     ) -> Linear:
-        """Return ``silu(gate(x)) * up(x)`` as a function of ``x`` (SwiGLU; Shazeer, 2020)."""
+        """Return ``activation(gate(x)) * up(x)`` as a function of ``x`` (Shazeer, 2020).
+
+        Args:
+            activation: ``silu`` (SwiGLU), or ``gelu_tanh``: GELU by tanh (GeGLU).
+        """
         if self.has_two_forms:
-            return self._twice(lambda one: one.swiglu(gate, up, biases), gate, up)
+            return self._twice(lambda one: one.glu(gate, up, biases, activation), gate, up)
         if self.format is WeightFormat.ONEDNN:
             gate_bias, up_bias = map(self.tensor, biases) if biases else (None, None)
-            gated = OneDnnLinear(gate.to(self.weight_dtype), gate_bias, "swish")
+            gated = OneDnnLinear(gate.to(self.weight_dtype), gate_bias, activation)
             factor = OneDnnLinear(up.to(self.weight_dtype), up_bias)
             return lambda x: factor.times(x, gated(x))
         bias = None if biases is None else torch.cat(biases)
-        both, silu_mul = self.linear(torch.cat((gate, up)), bias), self.silu_mul
-        return lambda x: silu_mul(both(x))
+        both, gate_up = self.linear(torch.cat((gate, up)), bias), self.gate(activation)
+        return lambda x: gate_up(both(x))
 
     def activated_linear(
         self, weight: Tensor, bias: Tensor | None, activation: Activation
@@ -209,10 +212,16 @@ class WeightPlacement:
         return None if tensor is None else self.tensor(tensor)
 
     def rms_norm(self, weight: Tensor, eps: float) -> Norm:
-        """Return an RMSNorm with a ``[hidden]`` weight of any float dtype."""
+        """Return an RMSNorm with a weight of any float dtype.
+
+        The weight is ``[hidden]``, or ``[rows, hidden]`` for tokens of several rows with a weight
+        of its own for each.
+        """
         if not self.fused:
             return RMSNorm(weight.to(self.device, torch.float32), eps)
-        weight = self.tensor(weight)
+        # A weight in float32 may have been computed, and must not be rounded.
+        wide = weight.dtype is torch.float32
+        weight = weight.to(self.device, weight.dtype if wide else self.dtype).contiguous()
         from minserve.models.fused_layers import fused_rms_norm
 
         return fused_rms_norm(weight, eps)
@@ -229,14 +238,17 @@ class WeightPlacement:
 
         return fused_layer_norm(weight, bias)
 
-    @property
-    def silu_mul(self) -> Activation:
-        """The function that returns ``silu(gate) * up`` of ``[tokens, 2 * n]``: gate, then up."""
-        if not self.fused:
-            return silu_mul
-        from minserve.kernels.triton.silu_mul import silu_mul as fused_silu_mul
+    def gate(self, activation: str) -> Activation:
+        """Return the function ``activation(gate) * up`` of ``[tokens, 2 * n]``: gate, then up.
 
-        return fused_silu_mul
+        ``activation`` is as for `glu`.
+        """
+        if not self.fused:
+            return silu_mul if activation == "silu" else gelu_tanh_mul
+        from minserve.kernels.triton.gate import gelu_tanh_mul as fused_gelu_tanh_mul
+        from minserve.kernels.triton.gate import silu_mul as fused_silu_mul
+
+        return fused_silu_mul if activation == "silu" else fused_gelu_tanh_mul
 
 
 class DenseLinear:
@@ -265,19 +277,28 @@ class DenseReluLinear:
         return torch._addmm_activation(self.bias, x, self.weight.t(), use_gelu=False)
 
 
+# oneDNN's names of activations, and of their algorithms.
+_ONEDNN_ACTIVATIONS = {
+    "none": ("none", ""),
+    "relu": ("relu", ""),
+    "silu": ("swish", ""),
+    "gelu_tanh": ("gelu", "tanh"),
+}
+
+
 class OneDnnLinear:
     """``x W^T + b`` with a weight prepacked for oneDNN."""
 
-    __slots__ = ("activation", "bias", "packed")
+    __slots__ = ("activation", "algorithm", "bias", "packed")
 
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none") -> None:
-        """``activation``: none, relu or swish; applied to the sums before they are rounded."""
+        """``activation``: none, relu, silu or gelu_tanh; applied before sums are rounded."""
         self.bias = bias
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
-        self.activation = activation
+        self.activation, self.algorithm = _ONEDNN_ACTIVATIONS[activation]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return _onednn(x, self.packed, self.bias, self.activation, [], "")
+        return _onednn(x, self.packed, self.bias, self.activation, [], self.algorithm)
 
     def times(self, x: Tensor, factor: Tensor) -> Tensor:
         """Return ``(x W^T + b) * factor`` with one rounding; ``factor``: ``[rows, out]``."""
@@ -315,6 +336,10 @@ class Norm(ABC):
         residual = x if residual is None else x.add_(residual)
         return self(residual), residual
 
+    def replace(self, x: Tensor) -> None:
+        """Put the norm of ``x`` in its place; its rows need not be adjacent."""
+        x.copy_(self(x))
+
 
 class RMSNorm(Norm):
     """``x / rms(x) * w`` over the last dimension, computed in float32 and rounded once.
@@ -325,10 +350,10 @@ class RMSNorm(Norm):
     __slots__ = ("eps", "scale", "weight")
 
     def __init__(self, weight: Tensor, eps: float) -> None:
-        """``weight``: float32 ``[hidden]``."""
+        """``weight``: float32 ``[hidden]``, or ``[rows, hidden]``: one for each row of a token."""
         self.weight = weight
         self.eps = torch.tensor([eps], device=weight.device)
-        self.scale = 1.0 / weight.shape[0]
+        self.scale = 1.0 / weight.shape[-1]
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype is torch.float32:
@@ -362,59 +387,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-class RotaryEmbedding:
-    """RoPE (Su et al., 2021) for heads whose paired dimensions lie side by side.
-
-    It computes the rotations; attention backends apply them, before keys enter the KV cache.
-
-    Checkpoints pair dimension ``i`` with ``i + head_dim / 2``; `interleave` reorders the
-    rows of the query and key projections once so that each pair is one complex number
-    and a rotation one multiplication. Scores are unchanged: queries and keys are
-    permuted alike.
-    """
-
-    def __init__(
-        self, head_dim: int, max_positions: int, parameters: dict[str, Any], device: torch.device
-    ) -> None:
-        frequencies = rope_frequencies(head_dim, parameters)
-        angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
-        self._cis = torch.polar(torch.ones_like(angles), angles).to(device)
-
-    def rotations(self, positions: Tensor) -> Tensor:
-        """Return complex64 ``[num_tokens, 1, head_dim / 2]``; called once per iteration."""
-        return self._cis[positions].unsqueeze(1)
-
-    @staticmethod
-    def interleave(weight: Tensor, head_dim: int) -> Tensor:
-        """Reorder and return the rows of a projection (weight ``[out, in]`` or bias ``[out]``)."""
-        halves = weight.view(-1, 2, head_dim // 2, *weight.shape[1:])
-        return halves.transpose(1, 2).reshape(weight.shape)
-
-
-def rope_frequencies(head_dim: int, parameters: dict[str, Any]) -> Tensor:
-    """Return float32 ``[head_dim / 2]``: the radians per position of each pair.
-
-    Types are ``default``, ``linear`` (Chen et al., 2023) and ``llama3`` (Llama 3.1's piecewise
-    scaling: long wavelengths are divided by ``factor``, short ones are kept, with a ramp
-    between).
-
-    Raises:
-        UnsupportedModelError: for any other type.
-    """
-    kind = parameters.get("rope_type", "default")
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    frequencies = 1.0 / (parameters["rope_theta"] ** exponents)
-    if kind == "default":
-        return frequencies
-    if kind == "linear":
-        return frequencies / parameters["factor"]
-    if kind == "llama3":
-        factor = parameters["factor"]
-        low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
-        context = parameters["original_max_position_embeddings"]
-        turns = context * frequencies / (2 * math.pi)
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        return frequencies * keep + frequencies / factor * (1 - keep)
-    raise UnsupportedModelError(
-        f"RoPE scaling {kind!r} is not supported; supported: default, linear, llama3"
-    )
+def gelu_tanh_mul(gate_up: Tensor) -> Tensor:
+    """Return ``gelu(gate) * up``, GELU by tanh, of ``[tokens, 2 * n]``: gate, then up."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh").mul_(up)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
-from minserve.models.base import CausalLM, ModelShape, TensorSource
+from minserve.models.base import CausalLM, ModelShape, TensorSource, read_head
 from minserve.models.layers import Activation, Linear, Norm, WeightPlacement
 
 if TYPE_CHECKING:
@@ -99,9 +99,14 @@ class OPT(CausalLM):
     """The model. Its weights are read from a checkpoint and repacked for their placement."""
 
     def __init__(
-        self, checkpoint: TensorSource, config: OPTConfig, placement: WeightPlacement
+        self,
+        checkpoint: TensorSource,
+        config: OPTConfig,
+        placement: WeightPlacement,
+        max_positions: int,
     ) -> None:
-        self.shape = opt_shape(config)
+        """``max_positions``: the longest sequence that is served."""
+        self.shape = opt_shape(config, max_positions)
         self.placement = placement
         hidden, width = config.hidden_size, config.word_embed_proj_dim
         embed = checkpoint.get("model.decoder.embed_tokens.weight", (config.vocab_size, width))
@@ -127,10 +132,9 @@ class OPT(CausalLM):
             if has_norm
             else None
         )
-        head = self.embed
-        if not config.tie_word_embeddings:
-            head = checkpoint.get("lm_head.weight", tuple(embed.shape))
-        self.head = placement.linear(head)
+        self.head = placement.linear(
+            read_head(checkpoint, self.embed, config.vocab_size, config.tie_word_embeddings)
+        )
 
     def forward(
         self,
@@ -159,8 +163,8 @@ class OPT(CausalLM):
         return self.head(hidden).float()
 
 
-def opt_shape(config: OPTConfig) -> ModelShape:
-    """Return the shape of an OPT config."""
+def opt_shape(config: OPTConfig, max_positions: int) -> ModelShape:
+    """Return the shape of an OPT config that serves sequences of up to ``max_positions``."""
     head_dim = config.hidden_size // config.num_attention_heads
     return ModelShape(
         num_layers=config.num_hidden_layers,
@@ -169,7 +173,7 @@ def opt_shape(config: OPTConfig) -> ModelShape:
         head_dim=head_dim,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
-        max_positions=config.max_position_embeddings,
+        max_positions=max_positions,
         scale=head_dim**-0.5,
     )
 

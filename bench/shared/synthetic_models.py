@@ -78,8 +78,8 @@ class RandomCheckpoint:
         pass
 
     def names(self) -> set[str]:
-        """Return the tensors that a draft model would otherwise borrow from its target."""
-        return {"model.embed_tokens.weight", "lm_head.weight"}
+        """Return the tensor that a draft model would otherwise borrow from its target."""
+        return {"model.embed_tokens.weight"}
 
     def num_parameters(self) -> int:
         """Return more than any machine holds twice, because the real number is not known yet."""

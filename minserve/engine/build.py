@@ -36,6 +36,7 @@ from minserve.kernels.attention import (
 )
 from minserve.machine import Machine
 from minserve.models.base import CausalLM, ModelShape
+from minserve.models.config import ModelConfig
 from minserve.models.draft_model import DraftModel, load_draft_model
 from minserve.models.layers import WeightPlacement
 from minserve.models.loader import open_checkpoint
@@ -150,7 +151,13 @@ def _load_simulated_engine(config: EngineConfig) -> LoadedEngine:
 def _load_model(
     config: EngineConfig, source: ModelSource, device: torch.device, attention: str
 ) -> tuple[CausalLM, WeightPlacement]:
-    """Read the model's weights, and return with them where and in which form they are."""
+    """Read the model's weights, and return with them where and in which form they are.
+
+    Raises:
+        ConfigError: where the model allows no sequences of the length that is asked for.
+    """
+    model_config = load_config(source)
+    longest = _max_model_len(config, model_config)
     with open_checkpoint(source) as checkpoint:
         twice = device.type == "cpu" and has_room_twice(checkpoint.num_parameters())
         placement = WeightPlacement.choose(
@@ -160,7 +167,7 @@ def _load_model(
             twice=twice,
             quantization=config.quantization,
         )
-        return build_model(checkpoint, load_config(source), placement), placement
+        return build_model(checkpoint, model_config, placement, longest), placement
 
 
 def _make_ready(
@@ -177,7 +184,7 @@ def _make_ready(
     Raises:
         ConfigError: where the cache does not hold what the settings ask for.
     """
-    longest = _max_model_len(config, runner.model.shape.max_positions)
+    longest = runner.model.shape.max_positions
     with_graphs = (
         config.cuda_graphs and placement.device.type == "cuda" and runner.backend.supports_graphs
     )
@@ -396,9 +403,13 @@ def _set_num_threads(config: EngineConfig, device: torch.device) -> ThreadCount 
     return ThreadCount(torch.get_num_threads(), machine.cores)
 
 
-def _max_model_len(config: EngineConfig, max_positions: int) -> int:
-    if config.max_model_len is not None and config.max_model_len > max_positions:
+def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    """Return the most tokens of a sequence, by the settings and the model."""
+    if config.max_model_len is None:
+        return model.max_positions
+    if config.max_model_len > model.most_positions:
         raise ConfigError(
-            f"max_model_len {config.max_model_len} is beyond the model's {max_positions} positions"
+            f"max_model_len {config.max_model_len} is beyond the model's {model.most_positions} "
+            "positions"
         )
-    return config.max_model_len or max_positions
+    return config.max_model_len

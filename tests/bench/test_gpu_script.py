@@ -52,7 +52,8 @@ def test_all_stages_pass_without_a_gpu(dry_run: tuple[dict, dict, str]):
 def test_every_kernel_was_checked_beside_its_competitors(dry_run: tuple[dict, dict, str]):
     rows = dry_run[1]["stages"]["kernels"]["rows"]
     assert {row["kernel"] for row in rows} == {
-        "decode", "prefill", "rms_norm", "layer_norm", "silu_mul", "write_kv", "bias_relu",
+        "decode", "prefill", "rms_norm", "layer_norm", "qk_norm", "silu_mul",
+        "gelu_tanh_mul", "write_kv", "bias_relu",
         "truncation",
     }  # fmt: skip
     for row in rows:

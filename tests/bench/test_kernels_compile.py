@@ -14,7 +14,17 @@ import torch
 from parts.kernel_bench.triton_aot import KIB, Built, compiling_for
 
 ROOT = Path(__file__).parents[2]
-KERNELS = {"decode", "prefill", "rms_norm", "layer_norm", "silu_mul", "write_kv", "truncation"}
+KERNELS = {
+    "decode",
+    "prefill",
+    "rms_norm",
+    "layer_norm",
+    "qk_norm",
+    "silu_mul",
+    "gelu_tanh_mul",
+    "write_kv",
+    "truncation",
+}
 
 # A tile whose stages no GPU's shared memory holds.
 TOO_LARGE = """

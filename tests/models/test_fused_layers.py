@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import parity
 import pytest
 import torch
 
@@ -15,11 +14,18 @@ from minserve.models.layers import DenseReluLinear, WeightFormat, WeightPlacemen
 from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
 from minserve.models.source import find_model, load_config
+from parts.parity.reference import reference_model, save
+from parts.parity.variants import CASES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCK_SIZE = 16
 VARIANTS = (
     "llama, odd widths",
+    "qwen3",
+    "phi3, part of each head rotated",
+    "granite",
+    "smollm3",
+    "gemma",
     "opt, as 350m",
     "opt, plain layer norms",
     "opt, no biases",
@@ -34,12 +40,13 @@ def placement(fused: bool) -> WeightPlacement:
 
 @torch.inference_mode()
 def logits(folder: Path, fused: bool) -> torch.Tensor:
-    """Of a prompt, then of two tokens more that read its KV."""
+    """Of a prompt, then of two tokens more that read its KV. Fused: attention in Triton too."""
     source, where = find_model(str(folder)), placement(fused)
     with open_checkpoint(source) as checkpoint:
         model = build_model(checkpoint, load_config(source), where)
     s = model.shape
-    backend = make_attention_backend("torch", s.num_heads, s.num_kv_heads, s.head_dim, s.scale)
+    attention = "triton" if fused and s.head_dim % 8 == 0 else "torch"
+    backend = make_attention_backend(attention, s.num_heads, s.num_kv_heads, s.head_dim, s.scale)
     kv = [backend.allocate(2, BLOCK_SIZE, where.dtype, DEVICE) for _ in range(s.num_layers)]
     paged = PagedModel(model, backend, kv, BLOCK_SIZE, DEVICE)
     passes = [
@@ -65,9 +72,8 @@ def test_opt_agrees(tiny_opt_dir: Path) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants_agree(variant: str, tmp_path: Path) -> None:
-    (case,) = (case for case in parity.CASES if case.name == variant)
-    parity.save(parity.reference_model(case), tmp_path, case.form)
-    assert_agree(tmp_path)
+    (case,) = (case for case in CASES if case.name == variant)
+    assert_agree(save(reference_model(case), tmp_path, case))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7])

@@ -116,7 +116,7 @@ def test_each_family_gets_its_config(tiny_llama_dir, tiny_opt_dir):
             "Qwen9ForCausalLM",
         ),
         ({"model_type": None}, UnsupportedModelError, "None"),
-        ({"quantization_config": {"quant_method": "gptq"}}, UnsupportedModelError, "gptq"),
+        ({"quantization_config": {"quant_method": "hqq"}}, UnsupportedModelError, "hqq"),
         ({"hidden_size": "wide"}, ModelLoadError, "hidden_size"),
     ],
 )

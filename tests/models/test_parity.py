@@ -6,12 +6,21 @@ import parity
 import pytest
 import torch
 
+from minserve.models.families import FAMILIES
 from minserve.models.layers import OneDnnLinear, WeightFormat, WeightPlacement
+from parts.parity.variants import ModelVariant
 
 
 @pytest.mark.parametrize("case", parity.CASES, ids=lambda c: c.name)
-def test_logits_and_greedy_tokens_agree_with_transformers(case: parity.ModelVariant) -> None:
-    assert list(parity.check(case)) == []
+def test_logits_and_greedy_tokens_agree_with_transformers(case: ModelVariant) -> None:
+    assert parity.compare(case).mismatches == []
+
+
+def test_every_family_is_compared_in_both_dtypes_and_as_gguf() -> None:
+    for family in FAMILIES:
+        cases = [case for case in parity.CASES if case.family == family]
+        assert {case.dtype for case in cases} == {"float32", "bfloat16"}
+        assert "gguf" in {case.form for case in cases}
 
 
 @pytest.mark.parametrize("rows", [1, 7, 300, 700])

@@ -6,7 +6,6 @@ import copy
 from dataclasses import asdict
 from pydoc_data.topics import topics
 
-import parity
 import pytest
 import torch
 
@@ -15,6 +14,7 @@ from minserve.models.layers import WeightPlacement
 from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
 from minserve.models.source import find_model, load_config
+from parts.parity.passes import chunked_logits, make_runner
 
 TEXT = "The capital of France is Paris, and the capital of Germany is Berlin. Rivers flow to the"
 
@@ -59,8 +59,8 @@ def our_logprobs(
     placement = WeightPlacement.choose(torch.device("cpu"), dtype, twice=twice)
     with open_checkpoint(source, progress=False) as checkpoint:
         model = build_model(checkpoint, load_config(source), placement)
-    runner = parity.make_runner(model, placement)
-    (logits,) = parity.chunked_logits(runner, [token_ids], chunk)
+    runner = make_runner(model, placement)
+    (logits,) = chunked_logits(runner, [token_ids], chunk)
     return logits.float().log_softmax(-1)
 
 

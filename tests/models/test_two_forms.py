@@ -55,13 +55,16 @@ def test_both_forms_are_the_same_linear(rows: int, with_bias: bool) -> None:
 
 @needs_bf16
 @pytest.mark.parametrize("rows", [1, 40])
-def test_swiglu_is_silu_of_gate_times_up(rows: int) -> None:
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_glu_is_the_activation_of_gate_times_up(activation: str, rows: int) -> None:
     torch.manual_seed(0)
     two = placement()
     gate, up = torch.randn(2, 48, 96)
     x = torch.randn(rows, 96).to(two.pass_dtype(rows))
-    want = F.silu(exact(x, gate, None)) * exact(x, up, None)
-    got = two.swiglu(gate, up)(x)
+    gated = exact(x, gate, None)
+    gated = F.silu(gated) if activation == "silu" else F.gelu(gated, approximate="tanh")
+    want = gated * exact(x, up, None)
+    got = two.glu(gate, up, None, activation)(x)
     assert (got - want).abs().max() <= want.abs().max() * (2e-6 if rows == 1 else 2**-6)
 
 

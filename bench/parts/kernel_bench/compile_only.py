@@ -24,7 +24,7 @@ from triton.compiler import CompiledKernel
 from minserve.machine import Machine
 from minserve.tables import text_table
 from parts.kernel_bench.attention import BLOCK_SIZE, UniformBatch, attention_problem
-from parts.kernel_bench.rows import kv_problem, norm_problem, silu_mul_problem
+from parts.kernel_bench.rows import gate_problem, kv_problem, norm_problem, qk_norm_problem
 from parts.kernel_bench.triton_aot import ARCHS, KIB, MULTIPROCESSORS, Built, compiling_for, inspect
 from parts.kernel_bench.truncation import KERNEL as TRUNCATION_KERNEL
 from parts.kernel_bench.truncation import truncation_problem
@@ -103,8 +103,12 @@ def cases(quick: bool) -> Iterator[CompileCase]:
             make = partial(norm_problem, model, TOKENS, residual=residual)
             yield CompileCase(kernel, f"bfloat16 {model} residual {residual}", torch.bfloat16, make)
         if "intermediate_size" in SHAPES[model]:
-            make = partial(silu_mul_problem, model, TOKENS)
-            yield CompileCase("silu_mul", f"bfloat16 {model}", torch.bfloat16, make)
+            for activation in ("silu", "gelu_tanh"):
+                make = partial(gate_problem, model, TOKENS, activation=activation)
+                kernel = f"{activation}_mul"
+                yield CompileCase(kernel, f"bfloat16 {model}", torch.bfloat16, make)
+            make = partial(qk_norm_problem, model, TOKENS)
+            yield CompileCase("qk_norm", f"bfloat16 {model}", torch.bfloat16, make)
     make = partial(truncation_problem, "llama-3.1-8b", TOKENS, "wide")
     yield CompileCase(TRUNCATION_KERNEL, "float32 llama-3.1-8b", torch.float32, make)
 

@@ -16,6 +16,7 @@ from minserve.models.layers import (
     LayerNorm,
     Norm,
     RMSNorm,
+    gelu_tanh_mul,
     silu_mul,
 )
 from parts.kernel_bench.attention import BLOCK_SIZE, UniformBatch
@@ -30,7 +31,15 @@ MODELS = {
 }
 TOKENS = {Scale.FULL: (1, 64, 512, 4096), Scale.QUICK: (64, 4096), Scale.DRY: (3,)}
 CUBLAS_KERNEL = "bias_relu"  # not written in Triton
-KERNELS = ("rms_norm", "layer_norm", "silu_mul", "write_kv", CUBLAS_KERNEL)
+KERNELS = (
+    "rms_norm",
+    "layer_norm",
+    "qk_norm",
+    "silu_mul",
+    "gelu_tanh_mul",
+    "write_kv",
+    CUBLAS_KERNEL,
+)
 
 
 def row_problems(kernel: str, scale: Scale) -> list[partial[Problem]]:
@@ -38,7 +47,9 @@ def row_problems(kernel: str, scale: Scale) -> list[partial[Problem]]:
     build, family = {
         "rms_norm": (norm_problem, "llama"),
         "layer_norm": (norm_problem, "opt"),
-        "silu_mul": (silu_mul_problem, "llama"),
+        "qk_norm": (qk_norm_problem, "llama"),
+        "silu_mul": (gate_problem, "llama"),
+        "gelu_tanh_mul": (partial(gate_problem, activation="gelu_tanh"), "llama"),
         "write_kv": (write_kv_problem, ""),
         "bias_relu": (bias_relu_problem, "opt"),
     }[kernel]
@@ -86,23 +97,54 @@ def norm_problem(model: str, tokens: int, setting: KernelSetting, *, residual: b
     )
 
 
-def silu_mul_problem(model: str, tokens: int, setting: KernelSetting) -> Problem:
-    """Return the problem of the gate in a Llama's MLP."""
-    width = SHAPES[model]["intermediate_size"]
+def qk_norm_problem(model: str, tokens: int, setting: KernelSetting) -> Problem:
+    """Return the norm of each head of queries and keys, in place among a layer's values."""
+    num_heads, num_kv_heads, head_dim = Heads.of(model)
+    normed = num_heads + num_kv_heads
+    rows = (normed + num_kv_heads, head_dim)
+    weight = 1 + 0.1 * setting.randn(normed, head_dim).float()
+    plain = RMSNorm(weight, EPS)
+
+    def replaced(norm: Norm, x: Tensor) -> Tensor:
+        norm.replace(x.view(-1, *rows)[:, :normed])
+        return x
 
     def ours(x: Tensor) -> Tensor:
-        from minserve.kernels.triton.silu_mul import silu_mul as kernel
+        from minserve.models.fused_layers import fused_rms_norm
 
-        return kernel(x)
+        return replaced(fused_rms_norm(weight, EPS), x)
 
     return _row_problem(
-        "silu_mul",
+        "qk_norm",
+        {"model": model, "tokens": tokens},
+        setting,
+        [(tokens, rows[0] * head_dim)],
+        2 * tokens * normed * head_dim * setting.dtype.itemsize,
+        {OURS: ours, "torch": partial(replaced, plain)},
+        lambda x: replaced(plain, x.float()),
+    )
+
+
+def gate_problem(
+    model: str, tokens: int, setting: KernelSetting, *, activation: str = "silu"
+) -> Problem:
+    """Return the problem of the gate in a Llama's MLP, or in one of its relatives'."""
+    width = SHAPES[model]["intermediate_size"]
+    plain = silu_mul if activation == "silu" else gelu_tanh_mul
+
+    def ours(x: Tensor) -> Tensor:
+        from minserve.kernels.triton import gate
+
+        return (gate.silu_mul if activation == "silu" else gate.gelu_tanh_mul)(x)
+
+    return _row_problem(
+        f"{activation}_mul",
         {"model": model, "tokens": tokens},
         setting,
         [(tokens, 2 * width)],
         3 * tokens * width * setting.dtype.itemsize,
-        {OURS: ours, "torch": silu_mul},
-        lambda x: silu_mul(x.float()),
+        {OURS: ours, "torch": plain},
+        lambda x: plain(x.float()),
     )
 
 

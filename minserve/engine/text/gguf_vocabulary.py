@@ -52,6 +52,18 @@ def load_gguf(gguf: GGUFFile) -> Vocabulary:
         UnsupportedModelError: where it is of a kind that cannot be run.
     """
     kind = gguf.require(_PREFIX + "model", str)
+    if kind not in (_SPM, _BPE):
+        named = f"model {kind!r}" + (f" ({_OTHERS[kind]})" if kind in _OTHERS else "")
+        raise _unsupported(gguf, named)
+    try:
+        return _load(gguf, kind)
+    except ModelLoadError:
+        raise
+    except Exception as error:  # tokenizers raises plain Exception, values of wrong types any
+        raise ModelLoadError(f"{gguf.path}: the tokenizer is broken: {error}") from error
+
+
+def _load(gguf: GGUFFile, kind: str) -> Vocabulary:
     tokens = [
         token or f"[EMPTY_{i}]"  # so named by llama.cpp
         for i, token in enumerate(gguf.require(_PREFIX + "tokens", list))
@@ -61,18 +73,11 @@ def load_gguf(gguf: GGUFFile) -> Vocabulary:
     stops = stop_tokens(gguf.metadata, ids)
     special = _special_tokens(gguf, tokens, kind)
     added = _added_tokens(gguf, tokens, stops)
-    try:
-        if kind == _SPM:
-            backend: TokenizerBackend = _sentencepiece(gguf, tokens, special, added)
-        elif kind == _BPE:
-            backend = _byte_level_bpe(gguf, ids, special, added)
-        else:
-            named = f"model {kind!r}" + (f" ({_OTHERS[kind]})" if kind in _OTHERS else "")
-            raise _unsupported(gguf, named)
-    except ModelLoadError:
-        raise
-    except Exception as error:  # tokenizers raises plain Exception
-        raise ModelLoadError(f"{gguf.path}: the tokenizer is broken: {error}") from error
+    backend: TokenizerBackend
+    if kind == _SPM:
+        backend = _sentencepiece(gguf, tokens, special, added)
+    else:
+        backend = _byte_level_bpe(gguf, ids, special, added)
     return Vocabulary(
         backend=backend,
         special_tokens={name: tokens[i] for name, i in special.items()},

@@ -22,6 +22,7 @@ from minserve.engine.text.chat_template import (
 from minserve.engine.text.folder_vocabulary import has_vocabulary, load_folder
 from minserve.engine.text.gguf_vocabulary import load_gguf
 from minserve.errors import ModelLoadError
+from minserve.models.json_file import read_json
 
 if TYPE_CHECKING:
     from minserve.engine.text.vocabulary import Vocabulary
@@ -213,7 +214,6 @@ def _download(repo: str) -> Path:
 def _eos_of(source: ModelSource, tokenizer: str | None) -> frozenset[int]:
     """Return the ids that end an output by the word of the model's files besides its vocabulary."""
     from minserve.models.gguf_file import GGUFFile
-    from minserve.models.source import read_json
 
     ids: set[int] = set()
     if source.gguf_file is not None:

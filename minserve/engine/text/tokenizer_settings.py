@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minserve.errors import ModelLoadError, UnsupportedModelError
+from minserve.models.json_file import read_json
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -172,8 +173,6 @@ def read_settings(folder: Path) -> TokenizerSettings:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    from minserve.models.source import read_json
-
     return read_json(path) if path.is_file() else {}
 
 

@@ -48,3 +48,17 @@ def test_the_residual_takes_the_rounded_sum_and_the_norm_is_of_that(
 def test_rows_of_zeros_give_zeros(device: torch.device) -> None:
     x = torch.zeros(3, 768, device=device)
     assert not rms_norm(x, torch.ones(768, device=device), EPS).any()
+
+
+def test_heads_within_a_wider_row_are_replaced_in_place_each_by_its_own_weight(
+    dtype: torch.dtype, device: torch.device
+) -> None:
+    torch.manual_seed(0)
+    qkv = (torch.randn(5, 8, 128) * 3).to(device, dtype)
+    weight = torch.rand(6, 128).to(device) + 0.5
+    heads, before = qkv[:, :6], qkv.clone()
+    plain = RMSNorm(weight, EPS)(before[:, :6])
+    got = rms_norm(heads, weight, EPS, out=heads)
+    assert got is heads
+    assert_as_exact_as(plain, got, exact_norm(before[:, :6], weight))
+    assert torch.equal(qkv[:, 6:], before[:, 6:])

@@ -1,0 +1,148 @@
+"""`Checkpoint`: a set of named tensors on disk, whatever the format."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from minserve.errors import ModelLoadError
+
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class Checkpoint(ABC):
+    """A set of named tensors on disk, read one at a time.
+
+    Names are Hugging Face names with their full prefix (``model.layers.0...``,
+    ``model.decoder.layers.0...``, ``lm_head.weight``). This holds even if the file leaves out
+    ``model.``, as checkpoints of a bare base model do.
+    """
+
+    def __init__(self, path: Path, files: Mapping[str, Path], *, progress: bool) -> None:
+        """``path``: the file or folder to name in errors; ``files``: stored name -> its file."""
+        self._path = path
+        self._files = dict(files)
+        self._stored = {_full_name(name): name for name in files}
+        # If a file has both spellings of a name, the full name counts.
+        self._stored.update({name: name for name in files if _full_name(name) == name})
+        self._progress = progress
+        self._bar: tqdm | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file or folder of the weights."""
+        return self._path
+
+    def names(self) -> set[str]:
+        """Return the names of all tensors. A tied head has no ``lm_head.weight``."""
+        return set(self._stored)
+
+    def describe(self, name: str) -> str:
+        """Return the file that holds a tensor, for messages; the model's path if none does."""
+        return str(self._files.get(self._stored.get(name, name), self._path))
+
+    def get(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        """Read one tensor, on the CPU, in its stored floating-point dtype (GGUF: float32).
+
+        ``shape`` is the shape that the model expects; ``None`` allows any shape. The tensor may be
+        a view of the mapped file: copy it, never write to it.
+
+        Raises:
+            ModelLoadError: naming file and tensor, if the tensor is missing, unreadable, of another
+                shape, or not of a floating-point dtype.
+        """
+        tensor = self.read(name)
+        where = f"{self.describe(name)}: tensor {name!r}"
+        if tensor.dtype not in WEIGHT_DTYPES:
+            raise ModelLoadError(f"{where} has dtype {tensor.dtype}, which is not a weight's")
+        if shape is not None and tuple(tensor.shape) != tuple(shape):
+            raise ModelLoadError(
+                f"{where} has shape {tuple(tensor.shape)}, but the model's "
+                f"configuration needs {tuple(shape)}"
+            )
+        self._advance()
+        return tensor
+
+    def get_ids(self, name: str, below: int) -> torch.Tensor:
+        """Read a vector of token ids, which must all differ and lie below ``below``; int64.
+
+        Raises:
+            ModelLoadError: if the vector is missing, unreadable or holds something else.
+        """
+        ids = self.read(name)
+        good = ids.dim() == 1 and not ids.dtype.is_floating_point and len(ids.unique()) == len(ids)
+        if not good or not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= below:
+            raise ModelLoadError(
+                f"{self.describe(name)}: tensor {name!r} does not hold different token ids "
+                f"below {below}"
+            )
+        self._advance()
+        return ids.long()
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor of any dtype and shape, as it is stored.
+
+        Raises:
+            ModelLoadError: if it is missing or unreadable.
+        """
+        return self._read(*self._place(name))
+
+    def num_elements(self, name: str) -> int:
+        """Return the number of elements of one tensor, from the file's header.
+
+        Raises:
+            ModelLoadError: if the tensor is missing.
+        """
+        return self._num_elements(*self._place(name))
+
+    def _place(self, name: str) -> tuple[str, Path]:
+        """Return a tensor's stored name and its file."""
+        if name not in self._stored:
+            raise ModelLoadError(f"{self._path}: tensor {name!r} is missing")
+        return self._stored[name], self._files[self._stored[name]]
+
+    def num_parameters(self) -> int:
+        """Return the number of elements of all tensors, from the files' headers.
+
+        pytorch_model.bin has no header, so it is loaded.
+        """
+        return sum(self._num_elements(stored, file) for stored, file in self._files.items())
+
+    @abstractmethod
+    def _num_elements(self, stored: str, file: Path) -> int:
+        """Return the number of elements of one tensor."""
+
+    @abstractmethod
+    def _read(self, stored: str, file: Path) -> torch.Tensor:
+        """Read a tensor by its stored name from its file."""
+
+    def _advance(self) -> None:
+        if self._bar is None:
+            # Only on a terminal (None): in a log every update would add a line.
+            self._bar = tqdm(
+                total=len(self._stored),
+                desc="Loading weights",
+                unit="tensor",
+                disable=None if self._progress else True,
+            )
+        self._bar.update()
+
+    def close(self) -> None:
+        """End the progress bar and drop the open files. Tensors already read stay valid."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def _full_name(stored: str) -> str:
+    return stored if stored.startswith(("model.", "lm_head.")) else f"model.{stored}"
