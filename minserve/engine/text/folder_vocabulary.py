@@ -105,8 +105,7 @@ def _from_tokenizer_json(settings: TokenizerSettings) -> RustBackend:
     _add_tokens(backend, settings, path)
     _set_prefix_space(backend, settings)
     _surround(backend, settings, path)
-    kind = json.loads(backend.model.__getstate__())["type"]
-    return RustBackend(backend, f"tokenizer.json ({kind})")
+    return RustBackend(backend, f"tokenizer.json ({type(backend.model).__name__})")
 
 
 def _from_merges(settings: TokenizerSettings) -> RustBackend:
@@ -143,10 +142,15 @@ def _from_merges(settings: TokenizerSettings) -> RustBackend:
 
 def _add_tokens(backend: RustTokenizer, settings: TokenizerSettings, path: Path) -> None:
     """Add the tokens that the settings have and the vocabulary lacks, or has otherwise."""
-    known = {repr(token) for token in backend.get_added_tokens_decoder().values()}
+    in_file = backend.get_added_tokens_decoder()
+    known = {repr(token) for token in in_file.values()}
     special = {token.content for token in _all_special(settings)}
-    tokens = [t for t in settings.added_tokens.values() if repr(t) not in known]
-    have = {t.content for t in backend.get_added_tokens_decoder().values()}
+    # What the older added_tokens.json says does not count where tokenizer.json says it better.
+    older = in_file if "added_tokens_decoder" not in settings.values else {}
+    tokens = [
+        t for i, t in settings.added_tokens.items() if repr(t) not in known and i not in older
+    ]
+    have = {t.content for t in in_file.values()}
     have |= {t.content for t in tokens}
     for token in _all_special(settings):
         if token.content not in have:

@@ -70,8 +70,7 @@ class SentencePieceBackend:
         self.kind = kind
         self._processor = SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(model.SerializeToString())
-        self._splitter = _make_splitter(rules.added)
-        self._added_ids = [None, *rules.added]
+        self._splitter, self._added_ids = _make_splitter(rules.added)
         self._special = {i for i, token in rules.added.items() if token.special}
         self._bytes = _token_bytes(model, rules.added)
         self.vocab_size = len(self._bytes)
@@ -125,23 +124,25 @@ class SentencePieceBackend:
         else:  # the batch call lets other threads run
             [found] = self._splitter.encode_batch([text], add_special_tokens=False)
         return [
-            (self._added_ids[number], start, end)
+            (self._added_ids.get(number), start, end)
             for number, (start, end) in zip(found.ids, found.offsets, strict=True)
         ]
 
 
-def _make_splitter(added: Mapping[int, AddedToken]) -> Any:
-    """Return a Rust tokenizer that knows added tokens, from 1 on, and nothing else: 0."""
+def _make_splitter(added: Mapping[int, AddedToken]) -> tuple[Any, dict[int, int]]:
+    """Return a Rust tokenizer that knows added tokens and nothing else, and their ids by its own."""
     from tokenizers import Tokenizer as RustTokenizer
     from tokenizers import models
 
+    ids: dict[str, int] = {}
+    for i, token in added.items():
+        if ids.setdefault(token.content, i) != i:
+            raise ValueError(f"the added token {token.content!r} stands there twice")
     # The unknown token's name is nothing that an added token could be called.
     splitter = RustTokenizer(models.WordLevel({"\0": 0}, unk_token="\0"))
-    for number, token in enumerate(added.values(), 1):
-        splitter.add_tokens([token])
-        if splitter.token_to_id(token.content) != number:
-            raise ValueError(f"the added token {token.content!r} stands there twice")
-    return splitter
+    splitter.add_tokens(list(added.values()))
+    known = splitter.get_added_tokens_decoder()
+    return splitter, {number: ids[token.content] for number, token in known.items()}
 
 
 def _token_bytes(model: Any, added: Mapping[int, AddedToken]) -> list[bytes]:

@@ -108,7 +108,7 @@ class TokenizerSettings:
     Attributes:
         class_name: transformers' class for it, without "Fast"; ``None`` where none is named.
         values: tokenizer_config.json, and what the other files add to it.
-        special_tokens: names such as ``bos_token`` to tokens; in the order of `SPECIAL_NAMES`.
+        special_tokens: names such as ``bos_token`` to tokens.
         more_special: further tokens to mark as special.
         added_tokens: tokens of the folder by id, those of tokenizer.json excepted.
     """
@@ -159,6 +159,10 @@ def read_settings(folder: Path) -> TokenizerSettings:
         for key in SPECIAL_NAMES
         if (token := _special(folder, values.get(key, rules.special_tokens.get(key)))) is not None
     }
+    # Some models have special tokens with names of their own, which templates may use.
+    named = values.get(_MORE_SPECIAL[1])
+    if isinstance(named, dict):
+        special |= {k: t for k, v in named.items() if (t := _special(folder, v)) is not None}
     more = [t for key in _MORE_SPECIAL for t in _listed(values.get(key))]
     more += [token for key, default in rules.more_special if (token := values.get(key, default))]
     return TokenizerSettings(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from minserve import Engine
 from minserve.config import EngineConfig
 from minserve.engine.intake import load_tokenizer
 from minserve.engine.text.tokenizer import Tokenizer
@@ -100,6 +101,14 @@ def test_the_file_of_processors_is_read_where_there_is_no_other(folder):
     set_template(folder, None)
     (folder / "chat_template.json").write_text('{"chat_template": "in json"}')
     assert load(folder).render_chat(CHAT) == "in json"
+
+
+@pytest.mark.parametrize("settings", [{}, {"executor": "simulated", "profile": "opt-6.7b-a100"}])
+def test_an_engine_uses_the_template_of_its_settings(folder, settings):
+    file = folder / "mine.jinja"
+    file.write_text("<{{ messages[0].content }}>")
+    engine = Engine(str(folder), chat_template=str(file), num_blocks=8, **settings)
+    assert engine.tokenizer.render_chat(CHAT) == "<Hi>"
 
 
 def test_named_templates_survive_saving(folder, tmp_path):

@@ -155,6 +155,19 @@ def test_special_tokens_of_the_class_are_seen_by_chat_templates(tmp_path):
     assert tokenizer.render_chat([]) == "<s></s><unk>"
 
 
+def test_special_tokens_with_names_of_their_own_are_seen_too(tmp_path):
+    settings = {"extra_special_tokens": {"tool_token": "[T]"}, "chat_template": "{{ tool_token }}"}
+    tokenizer = llama_json(tmp_path, LLAMA | settings)
+    assert tokenizer.render_chat([]) == "[T]"
+    assert tokenizer.encode("[T]") == [1, BEHIND]
+
+
+def test_tokenizer_json_counts_before_the_older_file_of_added_tokens(tmp_path):
+    """Tokens of the older file have other flags, and would no longer be found in a word."""
+    tokenizer = llama_json(tmp_path, LLAMA, added_tokens={"<s>": 1})
+    assert tokenizer.encode("a<s>b")[2] == 1
+
+
 def test_loading_takes_no_transformers(tmp_path):
     """Importing it takes seconds of each start."""
     made.sentencepiece_folder(tmp_path / "m", "llama", LLAMA)
