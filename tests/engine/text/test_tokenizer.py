@@ -145,6 +145,11 @@ def test_another_tokenizer_can_be_named(tiny_llama_dir, tiny):
     assert reverse.vocab_size == 49152
 
 
+def test_a_tokenizer_that_is_nowhere_is_named():
+    with pytest.raises(ModelLoadError, match=r"no tokenizer at 'no/such/place'.*hub id"):
+        Tokenizer.load(find_model("smollm2"), "no/such/place")
+
+
 def test_truncation_and_padding_in_a_file_are_not_applied(tiny_llama_dir, tmp_path):
     folder = Path(shutil.copytree(tiny_llama_dir, tmp_path / "m"))
     file = folder / "tokenizer.json"
