@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 _JSON, _MODEL, _VOCAB, _MERGES = "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"
 _LLAMA, _CODE_LLAMA, _GEMMA = "LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer"
-_BYTE_LEVEL_CLASSES = {"GPT2Tokenizer": "gpt-2", "Qwen2Tokenizer": "qwen2"}
+_GPT2 = "GPT2Tokenizer"
+_BYTE_LEVEL_CLASSES = {_GPT2: "gpt-2", "Qwen2Tokenizer": "qwen2"}
 
 
 def has_vocabulary(folder: Path) -> bool:
@@ -128,14 +129,14 @@ def _from_merges(settings: TokenizerSettings) -> RustBackend:
     except Exception as error:  # tokenizers raises plain Exception
         raise ModelLoadError(f"{path}: the tokenizer is broken: {error}") from error
     backend.pre_tokenizer = rule.pre_tokenizer()
-    if settings.values.get("add_prefix_space"):
+    if name == _GPT2 and settings.values.get("add_prefix_space"):
         backend.pre_tokenizer = _byte_level(add_prefix_space=True)
     if (normalizer := rule.normalizer()) is not None:
         backend.normalizer = normalizer
     backend.decoder = decoders.ByteLevel()
     _add_tokens(backend, settings, path)
     # Of these classes only GPT-2's knows the setting (OPT has it), and only in this form.
-    if name == "GPT2Tokenizer" and settings.values.get("add_bos_token"):
+    if name == _GPT2 and settings.values.get("add_bos_token"):
         _put_around(backend, settings, path, bos=True, eos=False)
     return RustBackend(backend, "vocab.json + merges.txt (BPE)")
 
@@ -181,9 +182,11 @@ def _byte_level(add_prefix_space: bool, use_regex: bool = True) -> Any:
 def _set_prefix_space(backend: RustTokenizer, settings: TokenizerSettings) -> None:
     """Let the setting override that of a byte-level pre-tokenizer that stands alone.
 
-    All classes but Llama's set it to false where nothing is said.
+    All classes but Llama's set it to false where nothing is said; those of transformers 5, which
+    marks what it wrote, do not.
     """
-    default = None if settings.class_name == _LLAMA else False
+    is_kept = settings.class_name == _LLAMA or "backend" in settings.values
+    default = None if is_kept else False
     wanted = settings.values.get("add_prefix_space", default)
     if backend.pre_tokenizer is None or wanted is None:
         return

@@ -86,7 +86,7 @@ class Tokenizer:
 
         Args:
             source: the model; its files say which tokens end an output.
-            tokenizer: a folder, ``.gguf`` file or hub id to take the tokenizer from instead.
+            tokenizer: a folder, GGUF file or hub id to take the tokenizer from instead.
             chat_template: a file with the chat template to use, or the name of one of the
                 model's.
 
@@ -186,7 +186,7 @@ def _load_vocabulary(source: ModelSource, tokenizer: str | None) -> Vocabulary:
             return load_gguf(GGUFFile(source.gguf_file))
         return load_folder(source.config_dir)
     path = Path(tokenizer).expanduser()
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" or path.is_file():
         return load_gguf(GGUFFile(path))
     return load_folder(path if path.is_dir() else _download(tokenizer))
 
