@@ -66,6 +66,12 @@ class RustBackend:
         self.kind = kind
         self._added = tokenizer.get_added_tokens_decoder()
         self._alphabet = _alphabet(tokenizer)
+        # DeepSeek Coder's has added tokens such as "ü". The library reads them as signs for a byte
+        # (0xFC), like those of other tokens, and their text would be no character.
+        self._misreads = self._alphabet == _BYTE_LEVEL and any(
+            not token.content.isascii() and all(c in BYTE_OF_CHAR for c in token.content)
+            for token in self._added.values()
+        )
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
         self.max_token_bytes: int = max(
@@ -81,7 +87,10 @@ class RustBackend:
         return encoding.ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
-        return self.rust.decode(ids, skip_special_tokens=skip_special_tokens)
+        if not self._misreads:
+            return self.rust.decode(ids, skip_special_tokens=skip_special_tokens)
+        kept = [i for i in ids if not (skip_special_tokens and self._is_special(i))]
+        return b"".join(map(self.token_bytes, kept)).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         added = self._added.get(token_id)
@@ -105,6 +114,9 @@ class RustBackend:
 
     def vocabulary(self) -> Mapping[str, int]:
         return self.rust.get_vocab(with_added_tokens=True)
+
+    def _is_special(self, token_id: int) -> bool:
+        return token_id in self._added and self._added[token_id].special
 
     def save(self, folder: Path) -> dict[str, Any]:
         self.rust.save(str(folder / "tokenizer.json"))

@@ -131,7 +131,6 @@ _FAMILIES: tuple[tuple[str, PreTokenizerRule], ...] = (
                 rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|{_DIGIT}"
                 rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}",
             ),
-            nfc=True,
         ),
     ),
     ("gpt-4o llama4 kanana2 talkie minimax-m2", _GPT4O_RULE),

@@ -9,6 +9,7 @@ from typing import Any
 import gguf
 import pytest
 
+from minserve.engine.text.backend import BYTE_OF_CHAR
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import ModelLoadError, UnsupportedModelError
 from minserve.models.source import find_model
@@ -145,6 +146,23 @@ def test_the_tokens_of_phi3_swallow_the_spaces_behind_them(tmp_path):
     assert pieces_of(plain, "<|user|> w") == ["<s>", "<|user|>", " ", " w"]
     assert pieces_of(phi3, "<|user|> w") == ["<s>", "<|user|>", " w"]
     assert pieces_of(phi3, "<|endoftext|> w") == ["<s>", "<|endoftext|>", " ", " w"]
+
+
+def test_an_added_token_that_looks_like_the_sign_of_a_byte_keeps_its_text(tmp_path):
+    """DeepSeek Coder's has "ü", which in GPT-2's alphabet stands for the byte 0xFC."""
+    file = write_gguf_tokenizer(
+        tmp_path / "t.gguf",
+        [*BYTE_OF_CHAR, "ü!", "<s>"],
+        model="gpt2",
+        tokenizer_pre="deepseek-coder",
+        token_merges=["ü !"],
+        token_types=[4 if c == "ü" else 1 for c in BYTE_OF_CHAR] + [1, 3],
+    )
+    tokenizer = load_gguf(file)
+    ids = tokenizer.encode("aü日<s>")
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "aü日<s>"
+    assert tokenizer.decode(ids) == "aü日"
+    assert b"".join(tokenizer.token_bytes(i) for i in ids) == "aü日<s>".encode()
 
 
 def test_several_chat_templates_have_names(tmp_path):
