@@ -46,7 +46,7 @@ class Checkpoint(ABC):
         return str(self._files.get(self._stored.get(name, name), self._path))
 
     def get(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
-        """Read one tensor, on the CPU, in its stored floating-point dtype (GGUF: float32).
+        """Read one tensor, on the CPU, in its stored floating-point dtype (float32 if quantized).
 
         ``shape`` is the shape that the model expects; ``None`` allows any shape. The tensor may be
         a view of the mapped file: copy it, never write to it.

@@ -81,7 +81,7 @@ class GGUFCheckpoint(Checkpoint):
         origin = self._origin[stored]
         tensor = self._gguf.read(origin)
         if self._gguf.architecture == "gemma" and origin.endswith("norm.weight"):
-            return tensor.sub_(1.0)  # the converter adds the 1 that the model would add
+            return tensor - 1.0  # the converter adds the 1 that the model would add
         heads = self._heads.get(origin.split(".")[-2])
         if heads is None or tensor.shape[0] % (2 * heads):
             return tensor  # not permuted, or of a wrong shape that `get` will report

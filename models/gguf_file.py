@@ -1,4 +1,4 @@
-"""Reading GGUF files: header, metadata, and tensors as float32. Independent of model families."""
+"""Reading GGUF files: header, metadata and tensors. Independent of model families."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from minserve.errors import ModelLoadError
+from minserve.models.gguf_dequantize import dequantize
 
 _SCALARS = {
     0: "B",
@@ -29,8 +30,8 @@ _SCALARS = {
 }
 _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
-# Rows are joined until 16 of them hold about this many bytes; see `GGUFFile.read`.
-_DEQUANTIZE_BYTES = 65536
+# ggml types whose values are torch's.
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -103,36 +104,28 @@ class GGUFFile:
         return self.tensors[name]
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a tensor as float32, dequantized, in torch's order of dimensions.
+        """Return a tensor in torch's order of dimensions.
+
+        It has its stored dtype if that is float32, float16 or bfloat16; quantized tensors become
+        float32. The caller owns it.
 
         Raises:
             ModelLoadError: if the tensor is missing or of a type that cannot be read.
         """
         from gguf.constants import GGMLQuantizationType
-        from gguf.quants import dequantize
 
         entry = self.tensor(name)
         kind = GGMLQuantizationType(entry.type)
         raw = np.frombuffer(self._data, np.uint8, entry.size, entry.start)
-        if kind is GGMLQuantizationType.F32:
-            return torch.from_numpy(raw.view(np.float32).copy()).view(entry.shape)
-        if kind is GGMLQuantizationType.F16:
-            values = raw.view(np.float16).astype(np.float32)
-            return torch.from_numpy(values).view(entry.shape)
-        # `dequantize` works on 16 rows at a time, which for short rows is mostly overhead. A block
-        # never depends on row borders, so rows can be joined: 3-4 times faster.
-        rows = math.prod(entry.shape[:-1])
-        row_bytes = entry.size // rows
-        while rows % 2 == 0 and row_bytes * 16 < _DEQUANTIZE_BYTES:
-            rows, row_bytes = rows // 2, row_bytes * 2
+        if kind.name in _PLAIN:
+            return torch.from_numpy(raw.copy()).view(_PLAIN[kind.name]).view(entry.shape)
         try:
-            values = dequantize(raw.reshape(rows, row_bytes), kind)
-        except (NotImplementedError, ValueError) as error:
+            return dequantize(raw, kind).view(entry.shape)
+        except NotImplementedError as error:
             raise ModelLoadError(
                 f"{self.path}: tensor {name!r} has type {kind.name}, which is no weight type "
                 "that can be read"
             ) from error
-        return torch.from_numpy(np.ascontiguousarray(values, np.float32)).view(entry.shape)
 
     def _read_header(self) -> None:
         num_tensors, num_values = self._take("Q"), self._take("Q")

@@ -108,7 +108,7 @@ class GGUFModel:
         return self._file_of[name].path
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a tensor as float32, dequantized, in torch's order of dimensions.
+        """Return a tensor as `GGUFFile.read` does.
 
         Raises:
             ModelLoadError: if the tensor is missing or of a type that cannot be read.

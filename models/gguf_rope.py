@@ -17,6 +17,7 @@ _LLAMA3 = "rope_freqs.weight"
 _LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 _TYPE, _FACTOR = "rope.scaling.type", "rope.scaling.factor"
 _ORIGINAL = "rope.scaling.original_context_length"
+_ATTENTION = "rope.scaling.attn_factor"
 
 
 def gguf_rope(gguf: GGUFModel, head_dim: int) -> dict[str, Any]:
@@ -47,28 +48,34 @@ def gguf_rope(gguf: GGUFModel, head_dim: int) -> dict[str, Any]:
 def _scaling(gguf: GGUFModel, theta: float, head_dim: int) -> dict[str, Any]:
     """Return the type of scaling and its own settings."""
     kind = gguf.optional(_TYPE, str, "")
-    if _LONG in gguf.tensors or _SHORT in gguf.tensors:
+    is_llama3 = _LLAMA3 in gguf.tensors
+    is_long = _LONG in gguf.tensors or _SHORT in gguf.tensors
+    if is_long:
         kind = kind or "longrope"  # the converter writes no type for Phi-3
     factor = 0.0
     for name in ("rope.scale_linear", _FACTOR):  # the first is the older name
         factor = gguf.optional(name, float, factor)
     # Without a type, a factor is linear. A type that needs a factor says so where it is missing.
     kind = kind or ("linear" if factor not in (0.0, 1.0) else "none")
-    if _LLAMA3 in gguf.tensors:
-        if kind != "none":
-            raise UnsupportedModelError(
-                f"{gguf.path}: RoPE scaling {kind!r} together with tensor {_LLAMA3} is not "
-                "supported"
-            )
+    if (is_llama3 and kind != "none") or (is_long and kind != "longrope"):
+        raise UnsupportedModelError(
+            f"{gguf.path}: RoPE scaling {kind!r} together with tensors of RoPE factors is not "
+            "supported"
+        )
+    if kind == "yarn":
+        return _yarn(gguf)
+    if kind == "longrope":
+        return _longrope(gguf)
+    if gguf.optional(_ATTENTION, float, 1.0) != 1.0:
+        raise UnsupportedModelError(
+            f"{gguf.path}: {gguf.key(_ATTENTION)} is supported with yarn and longrope alone"
+        )
+    if is_llama3:
         return _llama3(gguf, theta, head_dim)
     if kind == "none":
         return {"rope_type": "default"}
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor or gguf.require(_FACTOR, float)}
-    if kind == "yarn":
-        return _yarn(gguf)
-    if kind == "longrope":
-        return _longrope(gguf)
     raise UnsupportedModelError(
         f"{gguf.path}: {gguf.key(_TYPE)} {kind!r} is not supported; minserve knows none, linear, "
         "yarn and longrope"
@@ -92,19 +99,14 @@ def _yarn(gguf: GGUFModel) -> dict[str, Any]:
             f"{gguf.path}: {gguf.key('rope.scaling.yarn_ext_factor')} {extrapolation} is not "
             "supported; it has to be 1"
         )
-    # The converter's key holds the whole factor on the rotated vectors, as transformers does. The
-    # other two are llama.cpp's own: one multiplies YaRN's usual factor, one divides it.
-    share = gguf.optional("rope.scaling.yarn_log_multiplier", float, 0.0)
-    usual = _mscale(factor, 1.0) / _mscale(factor, share)
-    multiplied = usual * gguf.optional("rope.scaling.attn_factor", float, 1.0)
-    whole = gguf.optional("rope.scaling.yarn_attn_factor", float, multiplied)
-    if whole != _mscale(factor, 1.0):
-        rope["attention_factor"] = whole
+    # Both are factors on rotated vectors. The converter writes transformers' whole factor to the
+    # second key; the first is llama.cpp's own and multiplies YaRN's usual factor.
+    if gguf.key(_ATTENTION) in gguf.metadata:
+        usual = 0.1 * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+        rope["attention_factor"] = usual * gguf.require(_ATTENTION, float)
+    if gguf.key("rope.scaling.yarn_attn_factor") in gguf.metadata:
+        rope["attention_factor"] = gguf.require("rope.scaling.yarn_attn_factor", float)
     return rope
-
-
-def _mscale(factor: float, share: float) -> float:
-    return 0.1 * share * math.log(factor) + 1.0 if factor > 1.0 else 1.0
 
 
 def _longrope(gguf: GGUFModel) -> dict[str, Any]:
@@ -115,8 +117,8 @@ def _longrope(gguf: GGUFModel) -> dict[str, Any]:
         "short_factor": gguf.read_numbers(_SHORT),
         "original_max_position_embeddings": gguf.require(_ORIGINAL, int),
     }
-    if gguf.key("rope.scaling.attn_factor") in gguf.metadata:
-        rope["attention_factor"] = gguf.require("rope.scaling.attn_factor", float)
+    if gguf.key(_ATTENTION) in gguf.metadata:
+        rope["attention_factor"] = gguf.require(_ATTENTION, float)
     return rope
 
 

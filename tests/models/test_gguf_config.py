@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +86,15 @@ def test_granite_factors_that_are_left_out_do_nothing(tmp_path: Path) -> None:
     assert found["attention_multiplier"] == 16**-0.5
 
 
-def test_the_whole_way_from_a_file_to_the_config(tmp_path: Path) -> None:
-    config = load_config(find_model(str(write_gguf(tiny_model(), tmp_path / "m.gguf"))))
-    assert config.model_type == "llama"
-    assert (config.hidden_size, config.vocab_size, config.num_hidden_layers) == (96, 130, 2)
-    assert (config.bos_token_id, config.eos_token_id) == (1, [2])
+@pytest.mark.parametrize("family", CLASSES)
+def test_a_file_and_a_folder_of_one_model_have_one_config(tmp_path: Path, family: str) -> None:
+    half = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    model = tiny_model(family, **({"rope_parameters": half} if family == "phi3" else {}))
+    model.save_pretrained(tmp_path / "folder")
+    folder = load_config(find_model(str(tmp_path / "folder")))
+    file = load_config(find_model(str(write_gguf(model, tmp_path / "m.gguf"))))
+    assert file.eos_token_id == [folder.eos_token_id]
+    assert replace(file, eos_token_id=folder.eos_token_id) == folder
 
 
 @pytest.mark.parametrize(

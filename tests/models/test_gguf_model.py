@@ -6,9 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from gguf_models import tiny_model
+from gguf_models import NORM, tiny_model
 
 from minserve.errors import ModelLoadError
+from minserve.models.gguf_checkpoint import GGUFCheckpoint
+from minserve.models.gguf_config import gguf_config
 from minserve.models.gguf_model import GGUFModel
 from minserve.models.source import ModelSource, fingerprint
 from shared.gguf_writer import write_gguf
@@ -52,6 +54,23 @@ def test_parts_of_different_models_are_noticed(parts: list[Path], tmp_path: Path
     shutil.copy(other / parts[2].name, parts[2])
     with pytest.raises(ModelLoadError, match=r"not the parts of one model"):
         GGUFModel(parts[0])
+
+
+@pytest.mark.parametrize("family", ["granite", "phi3"])
+def test_any_flipped_header_byte_never_crashes(tmp_path: Path, family: str) -> None:
+    """Whatever is broken, the caller sees a ModelLoadError, or a model that can be read."""
+    good = write_gguf(tiny_model(family), tmp_path / "good.gguf").read_bytes()
+    file = tmp_path / "bad.gguf"
+    refusals = []
+    for position in range(0, 1500, 7):
+        file.write_bytes(good[:position] + bytes([good[position] ^ 0xFF]) + good[position + 1 :])
+        try:
+            gguf_config(GGUFModel(file))
+            GGUFCheckpoint(file).get(NORM)
+        except ModelLoadError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 10
+    assert all("bad.gguf" in message for message in refusals)
 
 
 def test_the_fingerprint_is_of_all_parts(parts: list[Path]) -> None:

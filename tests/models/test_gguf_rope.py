@@ -116,15 +116,13 @@ def test_a_factor_means_what_llama_cpp_takes_it_for(
     ("extra", "factor"),
     [
         ({}, None),  # transformers computes 0.1 ln 4 + 1 itself
-        ({"attn_factor": 1.0}, None),
         ({"attn_factor": 0.5}, 0.5 * (0.1 * np.log(4) + 1)),
-        ({"yarn_log_multiplier": 1.0}, 1.0),
         ({"yarn_attn_factor": 1.25}, 1.25),
         ({"yarn_ext_factor": 1.0}, None),
     ],
     ids=str,
 )
-def test_yarn_on_rotated_vectors_is_as_in_llama_cpp(
+def test_yarn_has_the_factor_on_rotated_vectors_that_the_file_means(
     tmp_path: Path, extra: dict[str, float], factor: float | None
 ) -> None:
     metadata = {f"{SCALING}.{name}": value for name, value in extra.items()}
@@ -160,13 +158,21 @@ def test_a_scaling_without_its_settings_names_the_key(
     [
         ("llama", {f"{SCALING}.type": "dynamic"}, (), "'dynamic' is not supported.*yarn"),
         ("llama", {}, ("rope_freqs",), r"rope_freqs\.weight holds RoPE factors.*not Llama 3's"),
-        ("llama", {f"{SCALING}.factor": 2.0}, ("rope_freqs",), r"'linear' together.*rope_freqs"),
+        ("llama", {f"{SCALING}.factor": 2.0}, ("rope_freqs",), "'linear' together with tensors"),
+        ("llama", {f"{SCALING}.type": "linear", f"{SCALING}.factor": 2.0}, ("rope_factors_long",), "'linear' together"),
         (
             "llama",
             {f"{SCALING}.type": "yarn", f"{SCALING}.factor": 2.0, f"{SCALING}.yarn_ext_factor": 0.5,
              f"{SCALING}.original_context_length": 64},
             (),
             "yarn_ext_factor 0.5",
+        ),
+        ("llama", {f"{SCALING}.attn_factor": 0.5}, (), "attn_factor is supported with yarn"),
+        (
+            "llama",
+            {f"{SCALING}.attn_factor": 0.5, f"{SCALING}.factor": 2.0},
+            (),
+            "attn_factor is supported with yarn",
         ),
         ("qwen2", {"qwen2.rope.dimension_count": 8}, (), r"rope\.dimension_count 8"),
         ("granite", {"granite.rope.scaling.finetuned": False}, (), "without RoPE"),

@@ -1,0 +1,48 @@
+"""`dequantize`: the values of GGUF's quantized blocks, on all cores."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from gguf.constants import GGMLQuantizationType
+
+# Values of one step. The allocator keeps temporary arrays of this size for the next step. Larger
+# ones go back to the kernel each time, and their page faults take twice as long as the work.
+_STEP = 2**17
+
+
+def dequantize(raw: np.ndarray, kind: GGMLQuantizationType) -> torch.Tensor:
+    """Return the values of blocks as the gguf package computes them, float32, ``[values]``.
+
+    No block depends on another, so they are done in steps, in torch's number of threads: NumPy
+    lets other threads run while it computes. Beside the result this takes a few MB of memory.
+
+    Args:
+        raw: bytes of whole blocks, uint8.
+        kind: the ggml type of the blocks.
+
+    Raises:
+        NotImplementedError: if the gguf package does not know how.
+    """
+    from gguf.constants import GGML_QUANT_SIZES
+    from gguf.quants import dequantize as package_dequantize
+
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    blocks = raw.reshape(-1, block_bytes)
+    values = np.empty((len(blocks), block), np.float32)
+    step = max(1, _STEP // block)
+
+    def fill(start: int) -> None:
+        row = blocks[start : start + step].reshape(1, -1)
+        values[start : start + step] = package_dequantize(row, kind).reshape(-1, block)
+
+    starts = range(0, len(blocks), step)
+    # A single thread gets a pool too: of the main thread's memory the allocator keeps less.
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(fill, starts))  # raises what a step raises
+    return torch.from_numpy(values.reshape(-1))
