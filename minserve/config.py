@@ -49,7 +49,15 @@ class EngineConfig:
         group="model",
     )
     tokenizer: str | None = option(
-        None, "folder or hub id of the tokenizer, where it is not beside the model", group="model"
+        None,
+        "folder, GGUF file or hub id of the tokenizer, where it is not beside the model",
+        group="model",
+    )
+    chat_template: str | None = option(
+        None,
+        "how chats are written as prompts: a file with a jinja template, or the name of one of "
+        "the model's templates where it has several; default: the model's own",
+        group="model",
     )
     dtype: str = option(
         "auto",

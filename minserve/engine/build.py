@@ -26,7 +26,7 @@ from minserve.engine.profile.profile_cache import dtype_words
 from minserve.engine.simulated import load_simulated_core
 from minserve.engine.speculation.draft_model_proposer import MOST_DECODE_TOKENS, DraftModelProposer
 from minserve.engine.speculation.proposer import NgramProposer, Proposer
-from minserve.engine.text.tokenizer import Tokenizer
+from minserve.engine.text.tokenizer import Tokenizer, has_tokenizer
 from minserve.errors import ConfigError
 from minserve.kernels.attention import (
     AttentionBackend,
@@ -93,7 +93,7 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     source = find_model(config.model)
     # All that may be wrong with the files is found before weights are read, which takes long.
     model_config = load_config(source)
-    tokenizer = Tokenizer.load(source, config.tokenizer)
+    tokenizer = Tokenizer.load(source, config.tokenizer, chat_template=config.chat_template)
     draft_source = _find_draft_model(config, model_config, tokenizer)
     attention = choose_attention_backend(config.attention_backend, device)
     model, placement = _load_model(config, source, model_config, device, attention)
@@ -300,16 +300,12 @@ def _find_draft_model(
         return None
     source = find_model(config.draft_model or EMBEDDED_DRAFT)
     check_vocabulary(source, load_config(source), model_config.vocab_size)
-    if _has_tokenizer(source) and not Tokenizer.load(source).has_vocabulary_of(tokenizer):
+    if has_tokenizer(source) and not Tokenizer.load(source).has_vocabulary_of(tokenizer):
         raise ConfigError(
             f"the draft model {source.name} has another vocabulary than the model: the same "
             "token id means different texts"
         )
     return source
-
-
-def _has_tokenizer(source: ModelSource) -> bool:
-    return source.gguf_file is not None or (source.config_dir / "tokenizer.json").is_file()
 
 
 def _make_proposer(

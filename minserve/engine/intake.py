@@ -39,6 +39,7 @@ def load_tokenizer(config: EngineConfig) -> Tokenizer:
 
     Raises:
         ModelLoadError: where it cannot be read.
+        ConfigError: where there is no such chat template as the settings ask for.
     """
     return load_front(config)[0]
 
@@ -51,9 +52,11 @@ def load_front(config: EngineConfig) -> tuple[Tokenizer, dict[str, Any]]:
 
     Raises:
         ModelLoadError: where the tokenizer cannot be read.
+        ConfigError: where there is no such chat template as the settings ask for.
     """
     source = find_model(config.model)
-    return Tokenizer.load(source, config.tokenizer), load_sampling_defaults(config, source)
+    tokenizer = Tokenizer.load(source, config.tokenizer, chat_template=config.chat_template)
+    return tokenizer, load_sampling_defaults(config, source)
 
 
 def check_room(num_outputs: int, num_unfinished: int, max_queue: int, num_engines: int = 1) -> None:

@@ -116,7 +116,7 @@ def load_simulated_core(
     config = replace(config, token_budget=budget)  # checks the other settings against it
     if config.speculator not in ("auto", "off") or config.draft_model is not None:
         raise ConfigError("a simulated device drafts nothing; leave the speculator off")
-    tokenizer = Tokenizer.load(source, config.tokenizer)
+    tokenizer = Tokenizer.load(source, config.tokenizer, chat_template=config.chat_template)
     num_blocks = _num_blocks(config, device)
     planner = make_planner(
         config.policy,

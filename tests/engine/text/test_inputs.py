@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from minserve.engine.text.backend import RustBackend
 from minserve.engine.text.inputs import PromptProcessor
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import InvalidRequestError, RequestTooLongError
@@ -33,11 +34,13 @@ def test_text_gets_the_special_tokens_that_the_model_wants(tokenizer):
     from tokenizers import Tokenizer as RustTokenizer
     from tokenizers import processors
 
-    backend = RustTokenizer.from_str(tokenizer._backend.to_str())
+    backend = RustTokenizer.from_str(tokenizer._backend.rust.to_str())
     backend.post_processor = processors.TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
     )
-    with_bos = Tokenizer(backend, chat_template="<|im_start|>{{ messages[0].content }}")
+    with_bos = Tokenizer(
+        RustBackend(backend), chat_template="<|im_start|>{{ messages[0].content }}"
+    )
     prompts = PromptProcessor(with_bos, tokenizer.vocab_size, MAX_LEN)
     assert prompts.process("user")[1] == (1, 4093)
     # A chat template has written them itself: not twice.

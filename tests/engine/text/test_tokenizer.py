@@ -1,4 +1,4 @@
-"""Tokenizers built from GGUF metadata and from folders: right tokens, exact bytes, any thread."""
+"""Tokenizers of a GGUF file and of a folder: right tokens, exact bytes, any thread."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import gguf
 import pytest
 
 from minserve.engine.text.tokenizer import Tokenizer
-from minserve.errors import InvalidRequestError, ModelLoadError, UnsupportedModelError
+from minserve.errors import InvalidRequestError, ModelLoadError
 from minserve.models.source import find_model
 
 TEXTS = [
@@ -40,24 +39,6 @@ def either(request: pytest.FixtureRequest) -> Tokenizer:
     return request.getfixturevalue(request.param)
 
 
-def write_gguf_tokenizer(path: Path, tokens: list[str], **values) -> Path:
-    """A GGUF file with nothing but a tokenizer."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tokenizer_model(values.pop("model"))
-    writer.add_token_list(tokens)
-    for name, value in values.items():
-        getattr(writer, f"add_{name}")(value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def load_gguf(path: Path) -> Tokenizer:
-    return Tokenizer.load(find_model(str(path)))
-
-
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_comes_back_as_it_was(either, text):
     ids = either.encode(text)
@@ -77,7 +58,8 @@ def test_long_texts_give_the_same_tokens(either):
 def test_smollm2_knows_its_special_tokens(smollm2):
     assert smollm2.vocab_size == 49152
     assert smollm2.bos_token_id == 1
-    assert smollm2.eos_token_ids == {2}
+    # Not only <|im_end|>, which the file names: <|endoftext|> and <reponame> end an output too.
+    assert smollm2.eos_token_ids == {0, 2, 4}
     assert smollm2.max_token_bytes == 81
     assert smollm2.encode("<|im_start|>user\nhi<|im_end|>\n") == [1, 4093, 198, 6004, 2, 198]
     assert smollm2.decode([1, 4093, 2]) == "user"
@@ -163,6 +145,11 @@ def test_another_tokenizer_can_be_named(tiny_llama_dir, tiny):
     assert reverse.vocab_size == 49152
 
 
+def test_a_tokenizer_that_is_nowhere_is_named():
+    with pytest.raises(ModelLoadError, match=r"no tokenizer at 'no/such/place'.*hub id"):
+        Tokenizer.load(find_model("smollm2"), "no/such/place")
+
+
 def test_truncation_and_padding_in_a_file_are_not_applied(tiny_llama_dir, tmp_path):
     folder = Path(shutil.copytree(tiny_llama_dir, tmp_path / "m"))
     file = folder / "tokenizer.json"
@@ -229,83 +216,3 @@ def test_threads_may_encode_and_decode_at_once(either):
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(2000)))
-
-
-def sentencepiece_file(path: Path, **values) -> Path:
-    """A Llama 2 kind of vocabulary: three control tokens, all bytes, and some pieces."""
-    pieces = ["▁", "h", "e", "l", "o", "w", "he", "ll", "hell", "hello", "▁hello", "▁w", "lo"]
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *pieces]
-    scores = [0.0] * 259 + [-float(i) for i in range(len(pieces))]
-    types = [2, 3, 3] + [6] * 256 + [1] * len(pieces)
-    return write_gguf_tokenizer(
-        path,
-        tokens,
-        model="llama",
-        token_scores=scores,
-        token_types=types,
-        bos_token_id=1,
-        eos_token_id=2,
-        **values,
-    )
-
-
-def test_a_sentencepiece_gguf(tmp_path):
-    tokenizer = load_gguf(sentencepiece_file(tmp_path / "spm.gguf"))
-    ids = tokenizer.encode("hello w")
-    assert [tokenizer.token_text(i) for i in ids] == ["<s>", " hello", " w"]
-    assert tokenizer.decode(ids) == "hello w"
-    ids = tokenizer.encode("hé 日", add_special_tokens=False)
-    assert tokenizer.decode(ids) == "hé 日"
-    assert b"".join(tokenizer.token_bytes(i) for i in ids) == " hé 日".encode()
-    assert tokenizer.encode("</s>", add_special_tokens=False) == [2]
-    assert tokenizer.eos_token_ids == {2}
-
-
-def test_a_sentencepiece_gguf_that_asks_for_no_bos_and_no_space(tmp_path):
-    file = sentencepiece_file(tmp_path / "s.gguf", add_bos_token=False, add_space_prefix=False)
-    tokenizer = load_gguf(file)
-    assert [tokenizer.token_text(i) for i in tokenizer.encode("hello")] == ["hello"]
-
-
-def test_a_llama3_gguf_groups_digits_by_three_and_adds_its_bos(tmp_path, smollm2):
-    backend = json.loads(smollm2._backend.to_str())["model"]
-    tokens = sorted(backend["vocab"], key=backend["vocab"].get)
-    file = write_gguf_tokenizer(
-        tmp_path / "l3.gguf",
-        [*tokens, "1234", "123"],
-        model="gpt2",
-        tokenizer_pre="llama-bpe",
-        token_merges=[" ".join(pair) for pair in backend["merges"]],
-        token_types=[3] * 17 + [1] * (len(tokens) - 15),
-        bos_token_id=1,
-        eos_token_id=2,
-        eot_token_id=0,
-    )
-    tokenizer = load_gguf(file)
-    pieces = [tokenizer.token_text(i) for i in tokenizer.encode("on 1234")]
-    assert pieces == ["<|im_start|>", "on", " ", "123", "4"]
-    assert tokenizer.eos_token_ids == {0, 2}
-
-
-@pytest.mark.parametrize(
-    ("values", "kind", "message"),
-    [
-        ({"model": "t5"}, UnsupportedModelError, "'t5'"),
-        (
-            {"model": "gpt2", "tokenizer_pre": "novel", "token_merges": ["a b"]},
-            UnsupportedModelError,
-            "'novel'",
-        ),
-        ({"model": "gpt2", "tokenizer_pre": "gpt-2"}, ModelLoadError, "merges"),
-        (
-            {"model": "gpt2", "tokenizer_pre": "gpt-2", "token_merges": ["a q"]},
-            ModelLoadError,
-            "broken",
-        ),
-        ({"model": "llama"}, ModelLoadError, "scores"),
-    ],
-)
-def test_gguf_tokenizers_that_cannot_be_built(tmp_path, values, kind, message):
-    file = write_gguf_tokenizer(tmp_path / "t.gguf", ["a", "b", "ab"], **values)
-    with pytest.raises(kind, match=rf"t\.gguf.*{message}"):
-        load_gguf(file)

@@ -1,0 +1,75 @@
+"""`Vocabulary`: what was read from a model's files, whatever their form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from minserve.engine.text.backend import TokenizerBackend
+from minserve.engine.text.sentencepiece_proto import new_model_proto
+from minserve.errors import ModelLoadError
+
+GIT_LFS = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer as its files describe it.
+
+    Attributes:
+        special_tokens: names as in ``bos_token``, ``eos_token`` to the tokens' text; chat
+            templates see them under these names.
+        eos_token_ids: every id that ends an output by these files' word, besides ``eos_token``.
+        chat_templates: jinja templates by name; a model's only one is ``default``.
+    """
+
+    backend: TokenizerBackend
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    eos_token_ids: frozenset[int] = frozenset()
+    chat_templates: Mapping[str, str] = field(default_factory=dict)
+
+
+def check_pieces(where: str, pieces: list[str]) -> None:
+    """Check that no token stands in a vocabulary twice.
+
+    Raises:
+        ModelLoadError: naming the token.
+    """
+    if len(set(pieces)) < len(pieces):
+        seen: dict[str, int] = {}
+        for i, piece in enumerate(pieces):
+            if piece in seen:
+                raise ModelLoadError(
+                    f"{where}: the vocabulary is broken: token {piece!r} has the ids "
+                    f"{seen[piece]} and {i}"
+                )
+            seen[piece] = i
+
+
+def parse_model_proto(where: str, data: bytes) -> Any:
+    """Parse a sentencepiece model.
+
+    Returns:
+        A ``ModelProto``.
+
+    Raises:
+        ModelLoadError: where it is none.
+    """
+    from google.protobuf.message import DecodeError
+
+    if data.startswith(GIT_LFS):
+        raise ModelLoadError(f"{where}: {LFS_ADVICE}")
+    try:
+        model = new_model_proto()
+        model.ParseFromString(data)
+    except DecodeError as error:
+        raise ModelLoadError(
+            f"{where}: is no sentencepiece model, or damaged: {error}; get the file again"
+        ) from error
+    if not model.pieces:
+        raise ModelLoadError(f"{where}: holds no pieces, so it is no sentencepiece model")
+    return model
+
+
+LFS_ADVICE = "is a pointer of git-lfs, not the file itself; run 'git lfs pull' in its folder"
