@@ -14,7 +14,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "dynamic": ("factor",),
     "yarn": ("factor", "original_max_position_embeddings"),
-    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor", "factor", "original_max_position_embeddings"),
     "llama3": (
         "factor",
         "low_freq_factor",
@@ -47,19 +47,25 @@ def rope_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
     found["rope_theta"] = _number("rope_theta", theta)
     if values.get("partial_rotary_factor") is not None:
         found.setdefault("partial_rotary_factor", values["partial_rotary_factor"])
-    original = values.get("original_max_position_embeddings")
-    longest = values.get("max_position_embeddings")
-    if "original_max_position_embeddings" in REQUIRED.get(found["rope_type"], ()):
-        if original is not None:
-            found["original_max_position_embeddings"] = original
-        elif longest is not None:
-            found.setdefault("original_max_position_embeddings", longest)
-    # Files may leave the factor out where it follows from the two lengths.
-    if found["rope_type"] in ("yarn", "longrope") and "factor" not in found:
-        before = found.get("original_max_position_embeddings")
-        if isinstance(before, int) and isinstance(longest, int) and before > 0:
-            found["factor"] = longest / before
+    _add_lengths(found, values)
     return found
+
+
+def _add_lengths(rope: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Add the length before scaling, and the factor where that follows from both lengths."""
+    name, kind = "original_max_position_embeddings", rope["rope_type"]
+    longest = values.get("max_position_embeddings")
+    if values.get(name) is not None:
+        rope[name] = values[name]
+    if name not in REQUIRED.get(kind, ()):
+        rope.pop(name, None)
+        return
+    is_given = name in rope
+    rope.setdefault(name, longest)
+    # Without it, YaRN's factor would be 1, and a forgotten one would go unnoticed.
+    follows = kind == "longrope" or (kind == "yarn" and is_given)
+    if follows and all(isinstance(one, int) and one > 0 for one in (longest, rope[name])):
+        rope.setdefault("factor", longest / rope[name])
 
 
 def check_rope(rope: Mapping[str, Any], head_dim: int, partial: bool) -> None:

@@ -100,7 +100,7 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> TensorReport:
     """
     placement = _CountingPlacement(META, torch.float32, torch.float32, WeightFormat.DENSE)
     names = checkpoint.names()
-    recorder = _Recorder(names)
+    recorder = _WantedTensors(names)
     with _WithoutMemory():
         # One position, for tables of positions take time and no tensor depends on their length.
         model = build_model(recorder, config, placement, max_positions=1)
@@ -188,7 +188,7 @@ def _hint(report: TensorReport) -> str:
     return ""
 
 
-class _Recorder:
+class _WantedTensors:
     """A source of tensors without memory that notes what is asked of it."""
 
     def __init__(self, names: set[str]) -> None:

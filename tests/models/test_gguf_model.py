@@ -13,7 +13,7 @@ from minserve.models.gguf_checkpoint import GGUFCheckpoint
 from minserve.models.gguf_config import gguf_config
 from minserve.models.gguf_model import GGUFModel
 from minserve.models.source import ModelSource, fingerprint
-from shared.gguf_writer import write_gguf
+from parts.parity.gguf_writer import write_gguf
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def reference_model(case: ModelVariant) -> torch.nn.Module:
 def save(model: torch.nn.Module, folder: Path, case: ModelVariant) -> Path:
     """Write the model in the variant's form, and return the path to load it from."""
     if case.form == "gguf":
-        from shared.gguf_writer import write_gguf
+        from parts.parity.gguf_writer import write_gguf
 
         write_gguf(model, folder / "model.gguf")
         return folder / "model.gguf"
