@@ -18,8 +18,10 @@ from minserve.errors import ModelLoadError
 from minserve.models.files import first_line, folder_names, kind_of, listed
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-# Files of a repository that are fetched beside its weights.
-HUB_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+# Files of a repository that are fetched beside its weights: in its first folder, and templates.
+_BESIDE_WEIGHTS = re.compile(
+    r"[^/]*\.(json|model|txt|jinja)|additional_chat_templates/[^/]*\.jinja", re.ASCII
+)
 # Seconds in which the hub has to answer; then the cache is looked at.
 ANSWER_S = 2.5
 _CACHE_PREFIX, _SNAPSHOTS = "models--", "snapshots"
@@ -96,11 +98,12 @@ def _snapshot(repo_folder: Path) -> Path:
     )
 
 
-def fetch(repo: str, *, download: bool = True) -> Path:
+def fetch(repo: str, *, download: bool = True, weights: bool = True) -> Path:
     """Return the folder of a hub repository's model files, downloaded where they are not here.
 
     Args:
         download: false looks into the cache on this disk alone.
+        weights: false fetches what is beside the weights, such as the tokenizer.
 
     Raises:
         ModelLoadError: if there is no such repository or no model in it, or if the hub cannot
@@ -133,7 +136,9 @@ def fetch(repo: str, *, download: bool = True) -> Path:
         ) from error
     except Exception as offline:  # the hub's HTTP client may raise any type without a network
         return _cached(repo, f"and the hub cannot be reached ({first_line(offline)})")
-    return _download(repo, {one.rfilename for one in info.siblings or ()})
+    names = {one.rfilename for one in info.siblings or ()}
+    wanted = {name for name in names if _BESIDE_WEIGHTS.fullmatch(name)}
+    return _download(repo, wanted | _weights_among(repo, names) if weights else wanted)
 
 
 def _cached(repo: str, problem: str) -> Path:
@@ -152,10 +157,12 @@ def _cached(repo: str, problem: str) -> Path:
         ) from error
 
 
-def _download(repo: str, names: set[str]) -> Path:
-    """Download what of a repository's files is read here."""
-    from huggingface_hub import snapshot_download
+def _weights_among(repo: str, names: set[str]) -> set[str]:
+    """Return those of a repository's files that hold the weights to read.
 
+    Raises:
+        ModelLoadError: if it is no folder of a model.
+    """
     ggufs = sorted(name for name in names if name.lower().endswith(".gguf"))
     if "config.json" not in names or (ggufs and not any(_is_weights(name) for name in names)):
         if ggufs:
@@ -164,15 +171,19 @@ def _download(repo: str, names: set[str]) -> Path:
                 f"with 'hf download {repo} {ggufs[0]}' and give the path that it prints"
             )
         raise ModelLoadError(f"{repo!r} on the Hugging Face hub has no config.json")
-    has_safetensors = any(re.fullmatch(r"model[^/]*\.safetensors", name) for name in names)
-    weights = "model*.safetensors" if has_safetensors else "pytorch_model*.bin"
+    found = {name for name in names if _is_weights(name)}
+    safetensors = {name for name in found if name.endswith(".safetensors")}
+    return safetensors or found
+
+
+def _download(repo: str, names: set[str]) -> Path:
+    """Download files of a repository."""
+    from huggingface_hub import snapshot_download
+
     try:
-        folder = snapshot_download(
-            repo, allow_patterns=[*HUB_FILES, weights], ignore_patterns=["*/*"]
-        )
+        return Path(snapshot_download(repo, allow_patterns=sorted(names)))
     except Exception as error:  # the hub's HTTP client may raise any type, and the disk may fill
         raise ModelLoadError(f"downloading {repo!r} failed: {first_line(error)}") from error
-    return Path(folder)
 
 
 def _is_weights(name: str) -> bool:

@@ -7,7 +7,6 @@ threads.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,27 +187,21 @@ def _load_vocabulary(source: ModelSource, tokenizer: str | None) -> Vocabulary:
     path = Path(tokenizer).expanduser()
     if path.suffix == ".gguf" or path.is_file():
         return load_gguf(GGUFFile(path))
-    return load_folder(path if path.is_dir() else _download(tokenizer))
+    return load_folder(_folder_of(tokenizer))
 
 
-def _download(repo: str) -> Path:
-    """Fetch the tokenizer of a hub repository, or find it in the local cache when offline."""
-    from huggingface_hub import snapshot_download
+def _folder_of(tokenizer: str) -> Path:
+    """Return the folder of a tokenizer, downloaded if it is a hub id."""
+    from minserve.models.hub import HUB_ID, fetch
 
-    from minserve.models.source import HUB_FILES, first_line
-
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo, re.ASCII):
-        raise ModelLoadError(
-            f"no tokenizer at {repo!r}: give a folder, a .gguf file, or a hub id such as org/name"
-        )
-    patterns = [*HUB_FILES, "additional_chat_templates/*"]
-    try:
-        return Path(snapshot_download(repo, allow_patterns=patterns))
-    except Exception as error:  # the hub's HTTP client may raise any type
-        raise ModelLoadError(
-            f"{repo!r} is not a folder here, and its tokenizer cannot be downloaded: "
-            f"{first_line(error)}"
-        ) from error
+    path = Path(tokenizer).expanduser()
+    if path.is_dir():
+        return path
+    if HUB_ID.fullmatch(tokenizer):
+        return fetch(tokenizer, weights=False)
+    raise ModelLoadError(
+        f"no tokenizer at {tokenizer!r}: give a folder, a .gguf file, or a hub id such as org/name"
+    )
 
 
 def _eos_of(source: ModelSource, tokenizer: str | None) -> frozenset[int]:
