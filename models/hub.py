@@ -7,6 +7,7 @@ Layout: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import threading
@@ -164,6 +165,8 @@ def _weights_among(repo: str, names: set[str]) -> set[str]:
         ModelLoadError: if it is no folder of a model.
     """
     ggufs = sorted(name for name in names if name.lower().endswith(".gguf"))
+    if "adapter_config.json" in names and "config.json" not in names:
+        return {"adapter_config.json"}  # what it says is explained once it is here
     if "config.json" not in names or (ggufs and not any(_is_weights(name) for name in names)):
         if ggufs:
             raise ModelLoadError(
@@ -180,14 +183,18 @@ def _download(repo: str, names: set[str]) -> Path:
     """Download files of a repository."""
     from huggingface_hub import snapshot_download
 
+    # A name is a pattern that fits itself; brackets would be taken for more.
+    patterns = [glob.escape(name) for name in sorted(names)]
     try:
-        return Path(snapshot_download(repo, allow_patterns=sorted(names)))
+        return Path(snapshot_download(repo, allow_patterns=patterns))
     except Exception as error:  # the hub's HTTP client may raise any type, and the disk may fill
         raise ModelLoadError(f"downloading {repo!r} failed: {first_line(error)}") from error
 
 
 def _is_weights(name: str) -> bool:
-    return re.fullmatch(r"(model[^/]*\.safetensors|pytorch_model[^/]*\.bin)", name) is not None
+    """Return whether a file of a repository holds weights, by the names that `find_weights` takes."""
+    pattern = r"(?!adapter_|consolidated)[^/]+\.safetensors|pytorch_model[^/]*\.bin"
+    return re.fullmatch(pattern, name) is not None
 
 
 def _within(seconds: float, ask: Callable[[], _T]) -> _T:

@@ -16,7 +16,7 @@ from minserve.exit_codes import EXIT_USAGE
 if TYPE_CHECKING:
     from minserve.engine.inspection import Inspection
 
-_FLAGS = ("tokenizer", "dtype", "quantization", "device", "max_model_len")
+_FLAGS = ("tokenizer", "chat_template", "dtype", "quantization", "device", "max_model_len")
 _EXAMPLES = """\
 examples:
   minserve inspect ./Llama-3.2-1B
@@ -24,7 +24,7 @@ examples:
   minserve inspect ./Llama-3.2-1B --quantization int8 --json
 
 The exit code is 0 if minserve serve would serve the model with the same flags, and 2 if not; the
-reason is the last line. Nothing is downloaded.
+reason is the last line. No model is downloaded: a hub id is looked for in the cache.
 """
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -121,9 +121,15 @@ def _weights_rows(facts: dict[str, Any]) -> Rows:
 
 
 def _tokenizer_rows(facts: dict[str, Any]) -> Rows:
-    yield "tokenizer", f"{facts['vocabulary']:,} tokens"
-    chat = facts["chat_template"]
-    yield "chat template", "yes" if chat else "none: chats are refused, completions are served"
+    yield "tokenizer", f"{facts['kind']}, {facts['vocabulary']:,} tokens"
+    names = facts["chat_templates"]
+    if facts["chat_template"]:
+        chat = "one" if len(names) == 1 else f"{len(names)}: {', '.join(names)}"
+    elif names:
+        chat = f"choose one with --chat-template: {', '.join(names)}"
+    else:
+        chat = "none: chats are refused, completions are served"
+    yield "chat template", chat
     stops = [f"{one['id']} {one['text']!r}" for one in facts["stop_tokens"]]
     yield "stop tokens", ", ".join(stops) or "none"
 

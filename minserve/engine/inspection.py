@@ -16,7 +16,7 @@ from minserve.config import EngineConfig
 from minserve.engine.build import choose_device, has_room_twice, longest_sequence
 from minserve.engine.device.kv_cache import bytes_per_block
 from minserve.engine.profile.profile_cache import dtype_words
-from minserve.engine.sampling_defaults import load_sampling_defaults
+from minserve.engine.sampling_defaults import read_sampling_defaults
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import MinserveError
 from minserve.machine import GIB, Machine
@@ -71,7 +71,10 @@ def inspect_model(config: EngineConfig) -> Inspection:
             found.facts["architecture"] = _architecture(model)
         with found._step():
             found.facts["tokenizer"] = _tokenizer(config, source, model, found.warnings)
-            found.facts["sampling_defaults"] = load_sampling_defaults(config, source)
+        with found._step():
+            defaults, problems = read_sampling_defaults(config, source)
+            found.facts["sampling_defaults"] = defaults
+            found.warnings += problems
         with found._step(), open_checkpoint(source, progress=False) as checkpoint:
             found.facts["model"] |= _files(source, checkpoint)
             found.facts["weights"] = _stored(checkpoint)
@@ -170,7 +173,7 @@ def _tokenizer(
     Raises:
         ModelLoadError: where it cannot be read.
     """
-    tokenizer = Tokenizer.load(source, config.tokenizer)
+    tokenizer = Tokenizer.load(source, config.tokenizer, chat_template=config.chat_template)
     stops = sorted(tokenizer.eos_token_ids)
     if not stops:
         warnings.append("no token ends an output: outputs end at max_tokens or a stop string alone")
@@ -180,8 +183,10 @@ def _tokenizer(
             f"{model.vocab_size}: is it another model's? Prompts with other tokens are refused"
         )
     return {
+        "kind": tokenizer.kind,
         "vocabulary": tokenizer.vocab_size,
         "chat_template": tokenizer.has_chat_template,
+        "chat_templates": list(tokenizer.chat_template_names),
         "stop_tokens": [{"id": i, "text": tokenizer.token_text(i)} for i in stops],
     }
 

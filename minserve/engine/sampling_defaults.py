@@ -30,22 +30,35 @@ _FIELDS = {
 
 
 def load_sampling_defaults(config: EngineConfig, source: ModelSource) -> dict[str, Any]:
+    """Do as `read_sampling_defaults`; problems are named in the log."""
+    defaults, problems = read_sampling_defaults(config, source)
+    for problem in problems:
+        log.warning("%s", problem)
+    return defaults
+
+
+def read_sampling_defaults(
+    config: EngineConfig, source: ModelSource
+) -> tuple[dict[str, Any], list[str]]:
     """Return fields of `SamplingParams` by name, for requests that leave them out.
 
     They are empty for a model without a generation_config.json, for GGUF files, and with the
-    setting ``generation_config: off``. A value that makes no sense is named in the log and left
-    out. ``max_tokens`` counts where a request sets no limit at all, and never refuses one: it is
-    cut to what the model's length leaves.
+    setting ``generation_config: off``. A value that makes no sense is left out. ``max_tokens``
+    counts where a request sets no limit at all, and never refuses one: it is cut to what the
+    model's length leaves.
+
+    Returns:
+        the fields, and in words what was left out and why.
     """
     path = source.config_dir / FILE
     if config.generation_config == "off" or source.gguf_file is not None or kind_of(path) is None:
-        return {}
+        return {}, []
     try:
         values = read_json(path)
     except ModelLoadError as error:
-        log.warning("%s; its sampling settings are left out", error)
-        return {}
+        return {}, [f"{error}; its sampling settings are left out"]
     defaults: dict[str, Any] = {}
+    problems = []
     for name, field in _FIELDS.items():
         value = values.get(name)
         if value is None:
@@ -53,8 +66,8 @@ def load_sampling_defaults(config: EngineConfig, source: ModelSource) -> dict[st
         try:
             defaults[field] = getattr(SamplingParams(**{field: value}), field)
         except InvalidRequestError as error:
-            log.warning("%s: %s is left out: %s", path, name, error)
-    return defaults
+            problems.append(f"{path}: {name} is left out: {error}")
+    return defaults, problems
 
 
 def default_params(defaults: Mapping[str, Any]) -> SamplingParams:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,14 @@ from safetensors.torch import load_file, save_file
 
 from minserve.cli.main import main
 from minserve.exit_codes import EXIT_USAGE
+
+
+@pytest.fixture(autouse=True)
+def _log_level() -> Iterator[None]:
+    """The command sets the level of its whole process."""
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)
 
 
 @pytest.fixture
@@ -118,10 +128,12 @@ def test_warnings_do_not_keep_a_model_from_being_served(
 ) -> None:
     for file in ("config.json", "generation_config.json"):
         change(model, file, eos_token_id=None)
+    change(model, "generation_config.json", top_p=7)
     change(model, "tokenizer_config.json", eos_token=None)
     (model / "special_tokens_map.json").unlink(missing_ok=True)
     report = look(capsys, model)
-    assert [one for one in report["warnings"] if "no token ends an output" in one]
+    for expected in ("no token ends an output", "top_p is left out"):
+        assert [one for one in report["warnings"] if expected in one]
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.server
 import json
 import os
+import re
 import shutil
 import socket
 import struct
@@ -538,44 +540,85 @@ def test_a_hub_that_never_answers_is_given_up(repo):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Answers like the hub about repositories whose files are given by their names."""
+    """Answers like the hub, for the repositories and files of a dict."""
 
-    files: ClassVar[dict[str, list[str]]] = {
-        "some-org/ggufs": ["README.md", "a.Q4_K_M.gguf", "a.Q8_0.gguf"],
-        "some-org/data": ["README.md"],
+    files: ClassVar[dict[str, dict[str, bytes]]] = {
+        "some-org/ggufs": dict.fromkeys(["README.md", "a.Q4_K_M.gguf", "a.Q8_0.gguf"], b"x"),
+        "some-org/data": {"README.md": b"x"},
+        "some-org/adapter": {
+            "adapter_config.json": b'{"base_model_name_or_path": "some-org/base"}',
+            "adapter_model.safetensors": b"x",
+        },
+        "some-org/model": {
+            "config.json": b"{}",
+            "tokenizer.json": b"{}",
+            "additional_chat_templates/tools.jinja": b"x",
+            "model-00001-of-00001.safetensors": b"weights",
+            "consolidated.safetensors": b"x",
+            "pytorch_model.bin": b"x",
+            "onnx/config.json": b"x",
+            "README.md": b"x",
+        },
     }
 
     def do_GET(self) -> None:
-        repo = self.path.split("?")[0].removeprefix("/api/models/")
-        names = self.files.get(repo)
-        body = json.dumps(
-            {"id": repo, "siblings": [{"rfilename": name} for name in names or ()]}
-        ).encode()
-        self.send_response(200 if names else 404)
-        if not names:
+        path = self.path.split("?")[0]
+        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/main)?", path)
+        tree = re.fullmatch(rf"/api/models/([^/]+/[^/]+)/tree/{COMMIT}", path)
+        file = re.fullmatch(rf"/([^/]+/[^/]+)/resolve/(?:{COMMIT}|main)/(.+)", path)
+        if api and api[1] in self.files:
+            names = [{"rfilename": name} for name in self.files[api[1]]]
+            self.answer(json.dumps({"id": api[1], "sha": COMMIT, "siblings": names}).encode())
+        elif tree:
+            entries = [
+                {"type": "file", "path": name, "size": len(body), "oid": "0" * 40}
+                for name, body in self.files[tree[1]].items()
+            ]
+            self.answer(json.dumps(entries).encode())
+        elif file and file[2] in self.files.get(file[1], {}):
+            self.answer(self.files[file[1]][file[2]])
+        else:
+            self.answer(b"", 404)
+
+    do_HEAD = do_GET
+
+    def answer(self, body: bytes, status: int = 200) -> None:
+        self.send_response(status)
+        if status == 404:
             self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        if self.command == "GET":
+            self.wfile.write(body)
 
     def log_message(self, *args: object) -> None:
         """Print nothing."""
 
 
-def test_what_the_hub_has_that_is_no_model_is_explained(tmp_path):
-    names = ("some-org/ggufs", "some-org/data", "some-org/nothing")
+def test_a_hub_id_is_downloaded_or_what_it_is_instead_is_explained(tmp_path):
+    names = ("model", "ggufs", "data", "nothing", "adapter")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         url = f"http://127.0.0.1:{server.server_port}"
-        ggufs, data, nothing = ask_hub(*names, HF_ENDPOINT=url, HF_HOME=str(tmp_path))
+        where = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+        model, ggufs, data, nothing, adapter = ask_hub(*(f"some-org/{n}" for n in names), **where)
         server.shutdown()
         thread.join()
-    command = "'hf download some-org/ggufs a.Q4_K_M.gguf'"
+    assert "name='model'" in model
+    folder = tmp_path / "hub" / "models--some-org--model" / "snapshots" / COMMIT
+    assert str(folder) in model
+    fetched = {str(one.relative_to(folder)) for one in folder.rglob("*") if one.is_file()}
+    shard, template = "model-00001-of-00001.safetensors", "additional_chat_templates/tools.jinja"
+    assert fetched == {"config.json", "tokenizer.json", template, shard}
+    assert (folder / shard).read_bytes() == b"weights"
     assert "holds GGUF files (a.Q4_K_M.gguf, a.Q8_0.gguf)" in ggufs
-    assert command in ggufs
+    assert "'hf download some-org/ggufs a.Q4_K_M.gguf'" in ggufs
     assert "'some-org/data' on the Hugging Face hub has no config.json" in data
     assert "'some-org/nothing' is neither a folder here nor a model on the" in nothing
+    assert "Merge it into its base model some-org/base" in adapter
 
 
 def test_nothing_is_downloaded_where_that_is_not_wanted(tmp_path, monkeypatch):
