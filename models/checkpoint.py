@@ -34,6 +34,9 @@ class Checkpoint(ABC):
     Names are Hugging Face names with their full prefix (``model.layers.0...``,
     ``model.decoder.layers.0...``, ``lm_head.weight``). This holds even if the file leaves out
     ``model.``, as checkpoints of a bare base model do, or if all names have the prefix of a wrapper.
+
+    Attributes:
+        rounded_to: dtype to which GGUF's quantized weights are rounded as they are unpacked.
     """
 
     def __init__(self, path: Path, files: Mapping[str, Path], *, progress: bool) -> None:
@@ -47,6 +50,7 @@ class Checkpoint(ABC):
         self._stored.update({n: stored for n, stored in bare.items() if _full_name(n) == n})
         self._progress = progress
         self._bar: tqdm | None = None
+        self.rounded_to = torch.float32
 
     @property
     def path(self) -> Path:
@@ -66,7 +70,9 @@ class Checkpoint(ABC):
         return str(self._files.get(self._stored.get(name, name), self._path))
 
     def get(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
-        """Read one tensor, on the CPU, in its stored floating-point dtype (float32 if quantized).
+        """Read one tensor, on the CPU, in its stored floating-point dtype.
+
+        GGUF's quantized tensors have the dtype `rounded_to`, those of folders float32.
 
         ``shape`` is the shape that the model expects; ``None`` allows any shape. The tensor may be
         a view of the mapped file: copy it, never write to it.

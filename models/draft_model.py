@@ -72,6 +72,7 @@ def load_draft_model(
                     f"{rows} rows (draft_vocab_size; tie_word_embeddings "
                     f"{config.tie_word_embeddings})"
                 )
+        checkpoint.rounded_to = placement.read_dtype
         borrowing = _Borrowing(checkpoint, target, ids)
         longest = min(config.most_positions, target.shape.max_positions)
         model = build_model(borrowing, config, placement, longest)

@@ -81,7 +81,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def _read(self, stored: str, file: Path) -> torch.Tensor:
         origin = self._origin[stored]
-        tensor = self._gguf.read(origin)
+        tensor = self._gguf.read(origin, self.rounded_to)
         if self._gguf.architecture == "gemma" and origin.endswith("norm.weight"):
             return tensor - 1.0  # the converter adds the 1 that the model would add
         heads = self._heads.get(origin.split(".")[-2])

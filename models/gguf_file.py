@@ -103,11 +103,11 @@ class GGUFFile:
             raise ModelLoadError(f"{self.path}: tensor {name!r} is missing")
         return self.tensors[name]
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, rounded_to: torch.dtype = torch.float32) -> torch.Tensor:
         """Return a tensor in torch's order of dimensions.
 
-        It has its stored dtype if that is float32, float16 or bfloat16; quantized tensors become
-        float32. The caller owns it.
+        It has its stored dtype if that is float32, float16 or bfloat16; quantized tensors have the
+        dtype ``rounded_to``. The caller owns it.
 
         Raises:
             ModelLoadError: if the tensor is missing or of a type that cannot be read.
@@ -120,7 +120,7 @@ class GGUFFile:
         if kind.name in _PLAIN:
             return torch.from_numpy(raw.copy()).view(_PLAIN[kind.name]).view(entry.shape)
         try:
-            return dequantize(raw, kind).view(entry.shape)
+            return dequantize(raw, kind, rounded_to).view(entry.shape)
         except NotImplementedError as error:
             raise ModelLoadError(
                 f"{self.path}: tensor {name!r} has type {kind.name}, which is no weight type "

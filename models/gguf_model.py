@@ -107,14 +107,14 @@ class GGUFModel:
         """Return the file that holds a tensor, by its GGUF name."""
         return self._file_of[name].path
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, rounded_to: torch.dtype = torch.float32) -> torch.Tensor:
         """Return a tensor as `GGUFFile.read` does.
 
         Raises:
             ModelLoadError: if the tensor is missing or of a type that cannot be read.
         """
         self.tensor(name)
-        return self._file_of[name].read(name)
+        return self._file_of[name].read(name, rounded_to)
 
     def read_numbers(self, name: str) -> list[float]:
         """Return the entries of a short vector, each as the shortest decimal that it rounds from.

@@ -144,6 +144,13 @@ class WeightPlacement:
         """The dtype of linear weights."""
         return torch.int8 if self.format is WeightFormat.FBGEMM_INT8 else self.weight_dtype
 
+    @property
+    def read_dtype(self) -> torch.dtype:
+        """The dtype in which a quantized file's weights are wanted: that to which they would be
+        rounded next, or float32 if they are quantized anew.
+        """
+        return torch.float32 if self.linear_dtype is torch.int8 else self.weight_dtype
+
     def tensor(self, tensor: Tensor) -> Tensor:
         """Return a parameter that is not a linear's weight, in the activations' dtype."""
         return tensor.to(self.device, self.dtype).contiguous()

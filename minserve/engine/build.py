@@ -176,6 +176,7 @@ def _load_model(
             twice=twice,
             quantization=config.quantization,
         )
+        checkpoint.rounded_to = placement.read_dtype
         return build_model(checkpoint, model_config, placement, longest), placement
 
 
