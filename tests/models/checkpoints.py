@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from pathlib import Path
 
 import torch
@@ -25,3 +27,16 @@ def assert_reads_all(folder: Path, expected: dict[str, torch.Tensor]) -> None:
         assert ckpt.names() == set(expected)
         for name, tensor in expected.items():
             assert torch.equal(ckpt.get(name, tuple(tensor.shape)), tensor), name
+
+
+def write_gguf(path: Path) -> Path:
+    """Write the smallest file with a GGUF header: no metadata, no tensors."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 0))
+    return path
+
+
+def write_json(path: Path, value: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+    return path
