@@ -15,8 +15,8 @@ import json
 import torch
 from tqdm import tqdm
 
+from minserve.models.finding.source import find_model, load_config
 from minserve.models.layers import WeightFormat, WeightPlacement
-from minserve.models.source import find_model, load_config
 from minserve.tables import text_table
 from shared.cpu_ceilings import ceilings, fast_bf16, pass_milliseconds
 

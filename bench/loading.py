@@ -25,10 +25,10 @@ from gguf import GGMLQuantizationType as Type
 from tqdm import tqdm
 
 from minserve.machine import Machine
+from minserve.models.finding.source import find_model, load_config
 from minserve.models.layers import WeightPlacement
-from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
-from minserve.models.source import find_model, load_config
+from minserve.models.weights.loader import open_checkpoint
 from minserve.tables import text_table
 
 LAYERS, SHARE = 4, 8

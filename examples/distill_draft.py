@@ -33,8 +33,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaModel
 
 from minserve import Engine, SamplingParams
-from minserve.models.loader import open_checkpoint
-from minserve.models.source import find_model, load_config
+from minserve.models.finding.source import find_model, load_config
+from minserve.models.weights.loader import open_checkpoint
 
 TARGET = "smollm2"
 PROMPTS = Path(__file__).parent.parent / "bench" / "data"

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from minserve.errors import ConfigError, ModelLoadError
 from minserve.models.base import HEAD, CausalLM
-from minserve.models.checkpoint import Checkpoint
 from minserve.models.config import ModelConfig
+from minserve.models.finding.source import ModelSource, load_config
 from minserve.models.layers import WeightPlacement
-from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
-from minserve.models.source import ModelSource, load_config
+from minserve.models.weights.checkpoint import Checkpoint
+from minserve.models.weights.loader import open_checkpoint
 
 EMBEDDING, HEAD_IDS = "model.embed_tokens.weight", "lm_head.token_ids"
 

@@ -19,10 +19,10 @@ from torch.overrides import TorchFunctionMode
 
 from minserve.errors import ModelLoadError
 from minserve.models.base import ModelShape
-from minserve.models.checkpoint import Checkpoint
 from minserve.models.config import ModelConfig
 from minserve.models.layers import Linear, WeightFormat, WeightPlacement
 from minserve.models.registry import build_model
+from minserve.models.weights.checkpoint import Checkpoint
 
 META = torch.device("meta")
 # Tables that follow from the configuration, which some programs save with the weights.

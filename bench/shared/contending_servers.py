@@ -6,7 +6,7 @@ from ctypes.util import find_library
 from pathlib import Path
 
 from minserve.engine.text.tokenizer import Tokenizer
-from minserve.models.source import find_model
+from minserve.models.finding.source import find_model
 from minserve.workload.server_process import ServerCommand
 from shared.peers import CACHE, VLLM_VERSION, export_for_peer
 from shared.servers import profiled_minserve

@@ -84,8 +84,8 @@ def export_for_peer(model: str, dtype: str) -> str:
     import torch
     from safetensors.torch import save_file
 
-    from minserve.models.loader import open_checkpoint
-    from minserve.models.source import find_model, load_config
+    from minserve.models.finding.source import find_model, load_config
+    from minserve.models.weights.loader import open_checkpoint
 
     source = find_model(model)
     if source.gguf_file is None:
@@ -116,7 +116,7 @@ def gguf_of(model: str) -> str:
     Raises:
         SystemExit: if the model is no GGUF file.
     """
-    from minserve.models.source import find_model
+    from minserve.models.finding.source import find_model
 
     file = find_model(model).gguf_file
     if file is None:

@@ -38,16 +38,16 @@ from minserve.machine import Machine
 from minserve.models.base import CausalLM, ModelShape
 from minserve.models.config import ModelConfig
 from minserve.models.draft_model import check_vocabulary, load_draft_model
-from minserve.models.layers import WeightPlacement
-from minserve.models.loader import open_checkpoint
-from minserve.models.registry import build_model
-from minserve.models.source import (
+from minserve.models.finding.source import (
     EMBEDDED_DRAFT,
     ModelSource,
     find_model,
     load_config,
 )
+from minserve.models.layers import WeightPlacement
+from minserve.models.registry import build_model
 from minserve.models.tensor_check import require_tensors
+from minserve.models.weights.loader import open_checkpoint
 from minserve.planner.policies.registry import make_planner
 from minserve.planner.predict.lengths import make_length_estimator
 

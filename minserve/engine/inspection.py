@@ -20,12 +20,12 @@ from minserve.engine.sampling_defaults import read_sampling_defaults
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import MinserveError
 from minserve.machine import GIB, Machine
-from minserve.models.checkpoint import Checkpoint
 from minserve.models.config import ModelConfig
+from minserve.models.finding.source import ModelSource, find_model, load_config
 from minserve.models.layers import WeightFormat, WeightPlacement
-from minserve.models.loader import open_checkpoint
-from minserve.models.source import ModelSource, find_model, load_config
 from minserve.models.tensor_check import TensorReport, check_tensors, refuse_misfits, unread_words
+from minserve.models.weights.checkpoint import Checkpoint
+from minserve.models.weights.loader import open_checkpoint
 
 _TIED_HEAD = "lm_head.weight"
 

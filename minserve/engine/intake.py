@@ -24,7 +24,7 @@ from minserve.errors import (
     QueueFullError,
     RequestTooLongError,
 )
-from minserve.models.source import find_model
+from minserve.models.finding.source import find_model
 from minserve.planner.policies.registry import planner_class, promising_policies
 from minserve.planner.predict.perf_model import PerfModel
 from minserve.request import Request

@@ -14,7 +14,7 @@ from minserve.engine.base import EngineBase, Submission
 from minserve.engine.live_output import History
 from minserve.engine.stats import EngineStats
 from minserve.errors import InvalidRequestError
-from minserve.models.source import fingerprint
+from minserve.models.finding.source import fingerprint
 from minserve.outputs import OutputDelta
 from minserve.planner.replica_load import ReplicaLoad, load_of
 from minserve.request import Request

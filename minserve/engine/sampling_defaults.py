@@ -8,9 +8,9 @@ from typing import Any
 
 from minserve.config import EngineConfig
 from minserve.errors import InvalidRequestError, ModelLoadError
-from minserve.models.files import kind_of
-from minserve.models.json_file import read_json
-from minserve.models.source import ModelSource
+from minserve.models.finding.files import kind_of
+from minserve.models.finding.json_file import read_json
+from minserve.models.finding.source import ModelSource
 from minserve.sampling_params import SamplingParams
 
 log = logging.getLogger(__name__)

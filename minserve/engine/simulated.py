@@ -24,7 +24,7 @@ from minserve.engine.core import EngineCore
 from minserve.engine.speculation.proposal import SampledToken, Verified
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import ConfigError, GenerationError
-from minserve.models.source import ModelSource
+from minserve.models.finding.source import ModelSource
 from minserve.planner.policies.registry import make_planner
 from minserve.planner.predict.lengths import make_length_estimator
 from minserve.planner.predict.perf_model import PerfModel

@@ -20,8 +20,8 @@ from waiting import wait_until
 
 from minserve.engine.batch import Scheduled
 from minserve.engine.device.runner import ModelRunner
-from minserve.models.loader import open_checkpoint
-from minserve.models.source import find_model, load_config
+from minserve.models.finding.source import find_model, load_config
+from minserve.models.weights.loader import open_checkpoint
 from minserve.slo.objectives import StageTarget, Targets
 from minserve.workload.answer import Answer, Ending
 from minserve.workload.conversation import Turn

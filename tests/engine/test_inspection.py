@@ -10,11 +10,11 @@ import torch
 from minserve import Engine
 from minserve.config import EngineConfig
 from minserve.engine.inspection import inspect_model, weight_bytes
+from minserve.models.finding.source import find_model, load_config
 from minserve.models.layers import WeightFormat, WeightPlacement
-from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
-from minserve.models.source import find_model, load_config
 from minserve.models.tensor_check import check_tensors
+from minserve.models.weights.loader import open_checkpoint
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ import pytest
 from minserve import Engine, SamplingParams
 from minserve.config import EngineConfig
 from minserve.engine.sampling_defaults import default_params, load_sampling_defaults
-from minserve.models.source import find_model
+from minserve.models.finding.source import find_model
 
 SETTINGS = {"dtype": "float32", "device": "cpu", "threads": 1, "num_blocks": 64, "block_size": 16}
 PROMPT = "The quick brown fox"

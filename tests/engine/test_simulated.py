@@ -13,7 +13,7 @@ from minserve.devices import find_device
 from minserve.engine import simulated
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import ConfigError, GenerationError, WorkloadError
-from minserve.models.source import find_model
+from minserve.models.finding.source import find_model
 from minserve.planner.predict.perf_model import PerfModel, Piece
 
 PUBLISHED = "opt-6.7b-a100"

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from minserve.models.loader import open_checkpoint
-from minserve.models.source import find_model
+from minserve.models.finding.source import find_model
+from minserve.models.weights.loader import open_checkpoint
 
 # Of the tiny Llama.
 HEADS, KV_HEADS = 4, 2
@@ -40,3 +40,21 @@ def write_json(path: Path, value: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value))
     return path
+
+
+def as_bin(folder: Path, shards: int = 1, **save_options) -> dict[str, torch.Tensor]:
+    """Replace a folder's safetensors by .bin files; returns the weights."""
+    state = weights_of(folder)
+    (folder / "model.safetensors").unlink()
+    if shards == 1:
+        torch.save(state, folder / "pytorch_model.bin", **save_options)
+        return state
+    weight_map = {}
+    for i in range(shards):
+        file = f"pytorch_model-{i + 1:05}-of-{shards:05}.bin"
+        part = dict(list(state.items())[i::shards])
+        torch.save(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return state

@@ -10,10 +10,10 @@ import torch
 from minserve.engine.device.batch_tensors import Chunk
 from minserve.engine.device.paged_model import PagedModel
 from minserve.kernels.attention import make_attention_backend
+from minserve.models.finding.source import find_model, load_config
 from minserve.models.layers import DenseReluLinear, WeightFormat, WeightPlacement
-from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
-from minserve.models.source import find_model, load_config
+from minserve.models.weights.loader import open_checkpoint
 from parts.parity.reference import reference_model, save
 from parts.parity.variants import CASES
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from minserve.engine.text.tokenizer import Tokenizer
+from minserve.models.finding.source import find_model, load_config
 from minserve.models.layers import WeightPlacement
-from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
-from minserve.models.source import find_model, load_config
+from minserve.models.weights.loader import open_checkpoint
 from parts.parity.passes import chunked_logits, make_runner
 
 TEXT = "The capital of France is Paris, and the capital of Germany is Berlin. Rivers flow to the"

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 from minserve.errors import ModelLoadError
 from minserve.models.config import CONFIGS
-from minserve.models.loader import open_checkpoint
-from minserve.models.source import find_model, load_config
+from minserve.models.finding.source import find_model, load_config
 from minserve.models.tensor_check import check_tensors, require_tensors
+from minserve.models.weights.loader import open_checkpoint
 
 SIZES = {
     "vocab_size": 96,
@@ -129,7 +129,7 @@ def test_an_engine_reads_no_weight_of_a_model_that_does_not_fit(
     tiny_llama_dir, tmp_path, monkeypatch
 ):
     from minserve import Engine
-    from minserve.models.loader import SafetensorsCheckpoint
+    from minserve.models.weights.loader import SafetensorsCheckpoint
 
     weights = weights_of(tiny_llama_dir)
     del weights["model.layers.1.mlp.down_proj.weight"]
@@ -149,7 +149,9 @@ def test_the_check_does_not_import_torchs_compiler():
     code = (
         "import sys, json\n"
         "from pathlib import Path\n"
-        "from minserve.models import loader, source, tensor_check\n"
+        "from minserve.models import tensor_check\n"
+        "from minserve.models.finding import source\n"
+        "from minserve.models.weights import loader\n"
         "class Nothing(loader.Checkpoint):\n"
         "    def _header(self, stored, file): raise AssertionError\n"
         "    def _read(self, stored, file): raise AssertionError\n"

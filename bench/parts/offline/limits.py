@@ -133,8 +133,8 @@ def measured(model: str, dtype: str, quantization: str | None) -> dict[str, Any]
     import torch
 
     from minserve import Engine
-    from minserve.models.loader import open_checkpoint
-    from minserve.models.source import find_model
+    from minserve.models.finding.source import find_model
+    from minserve.models.weights.loader import open_checkpoint
     from shared.cpu_ceilings import memory_rates, pass_milliseconds
 
     settings = {} if quantization is None else {"quantization": quantization}

@@ -13,10 +13,10 @@ from minserve.engine.device.kv_cache import allocate_kv_cache
 from minserve.engine.device.runner import ModelRunner
 from minserve.kernels.attention import AttentionMetadata, make_attention_backend
 from minserve.models.base import CausalLM
+from minserve.models.finding.source import find_model, load_config
 from minserve.models.layers import WeightPlacement
-from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
-from minserve.models.source import find_model, load_config
+from minserve.models.weights.loader import open_checkpoint
 from minserve.planner.policies.registry import make_planner
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams

@@ -18,8 +18,8 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import processors
 
-from minserve.models.gguf_file import GGUFFile
-from minserve.models.source import find_model
+from minserve.models.finding.source import find_model
+from minserve.models.gguf_files.gguf_file import GGUFFile
 from parts.tokenizers_parity import vocabularies as made
 
 Encode = Callable[[str], list[int]]

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from tokenizers import AddedToken
 
-    from minserve.models.gguf_file import GGUFFile
+    from minserve.models.gguf_files.gguf_file import GGUFFile
 
 _PREFIX = "tokenizer.ggml."
 # ggml's numbers of token types are sentencepiece's; 0 is "undefined".

@@ -21,11 +21,11 @@ from minserve.engine.text.chat_template import (
 from minserve.engine.text.folder_vocabulary import has_vocabulary, load_folder
 from minserve.engine.text.gguf_vocabulary import load_gguf
 from minserve.errors import ModelLoadError
-from minserve.models.json_file import read_json
+from minserve.models.finding.json_file import read_json
 
 if TYPE_CHECKING:
     from minserve.engine.text.vocabulary import Vocabulary
-    from minserve.models.source import ModelSource
+    from minserve.models.finding.source import ModelSource
 
 
 class Tokenizer:
@@ -178,7 +178,7 @@ def has_tokenizer(source: ModelSource) -> bool:
 
 
 def _load_vocabulary(source: ModelSource, tokenizer: str | None) -> Vocabulary:
-    from minserve.models.gguf_file import GGUFFile
+    from minserve.models.gguf_files.gguf_file import GGUFFile
 
     if tokenizer is None:
         if source.gguf_file is not None:
@@ -192,7 +192,7 @@ def _load_vocabulary(source: ModelSource, tokenizer: str | None) -> Vocabulary:
 
 def _folder_of(tokenizer: str) -> Path:
     """Return the folder of a tokenizer, downloaded if it is a hub id."""
-    from minserve.models.hub import HUB_ID, fetch
+    from minserve.models.finding.hub import HUB_ID, fetch
 
     path = Path(tokenizer).expanduser()
     if path.is_dir():
@@ -206,7 +206,7 @@ def _folder_of(tokenizer: str) -> Path:
 
 def _eos_of(source: ModelSource, tokenizer: str | None) -> frozenset[int]:
     """Return the ids that end an output by the word of the model's files besides its vocabulary."""
-    from minserve.models.gguf_file import GGUFFile
+    from minserve.models.gguf_files.gguf_file import GGUFFile
 
     ids: set[int] = set()
     if source.gguf_file is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minserve.errors import ModelLoadError, UnsupportedModelError
-from minserve.models.json_file import read_json
+from minserve.models.finding.json_file import read_json
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken

@@ -25,10 +25,10 @@ from minserve.engine.device.paged_model import PagedModel
 from minserve.kernels.attention import AttentionBackend, make_attention_backend
 from minserve.kernels.torch_backend import TorchBackend
 from minserve.models.base import CausalLM
+from minserve.models.finding.source import find_model, load_config
 from minserve.models.layers import WeightPlacement
-from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
-from minserve.models.source import find_model, load_config
+from minserve.models.weights.loader import open_checkpoint
 
 CPU = torch.device("cpu")
 BLOCK, NUM_BLOCKS = 16, 60

@@ -29,10 +29,10 @@ from minserve.engine.sampling.distribution import SamplingRow
 from minserve.engine.sampling.sampler import Sampler
 from minserve.engine.speculation.proposal import Proposal
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
+from minserve.models.finding.source import find_model, load_config
 from minserve.models.layers import WeightFormat, WeightPlacement
-from minserve.models.loader import open_checkpoint
 from minserve.models.registry import build_model
-from minserve.models.source import find_model, load_config
+from minserve.models.weights.loader import open_checkpoint
 
 SAMPLER = Sampler()
 CPU, META = torch.device("cpu"), torch.device("meta")

@@ -13,7 +13,7 @@ from minserve.config import EngineConfig
 from minserve.engine.intake import load_tokenizer
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import ConfigError, InvalidRequestError
-from minserve.models.source import find_model
+from minserve.models.finding.source import find_model
 
 CHAT = [{"role": "user", "content": "Hi"}]
 NAMED = [{"name": name, "template": f"{name}!"} for name in ("default", "tool_use", "rag")]

@@ -12,7 +12,7 @@ import pytest
 
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import ModelLoadError, UnsupportedModelError
-from minserve.models.source import find_model
+from minserve.models.finding.source import find_model
 from parts.tokenizers_parity import vocabularies as made
 
 LLAMA = {"tokenizer_class": "LlamaTokenizer"}
@@ -175,7 +175,7 @@ def test_loading_takes_no_transformers(tmp_path):
     program = (
         "import sys\n"
         "from minserve.engine.text.tokenizer import Tokenizer\n"
-        "from minserve.models.source import find_model\n"
+        "from minserve.models.finding.source import find_model\n"
         "for folder in sys.argv[1:]: Tokenizer.load(find_model(folder))\n"
         "assert 'transformers' not in sys.modules\n"
     )

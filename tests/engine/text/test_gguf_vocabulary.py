@@ -12,7 +12,7 @@ import pytest
 from minserve.engine.text.backend import BYTE_OF_CHAR
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import ModelLoadError, UnsupportedModelError
-from minserve.models.source import find_model
+from minserve.models.finding.source import find_model
 
 NUM_SPECIAL = 3
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

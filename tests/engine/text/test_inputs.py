@@ -8,7 +8,7 @@ from minserve.engine.text.backend import RustBackend
 from minserve.engine.text.inputs import PromptProcessor
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import InvalidRequestError, RequestTooLongError
-from minserve.models.source import find_model
+from minserve.models.finding.source import find_model
 
 MAX_LEN = 64
 CHAT = [{"role": "user", "content": "Hi"}]

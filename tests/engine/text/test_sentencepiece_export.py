@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from minserve.engine.text.tokenizer import Tokenizer
-from minserve.models.source import find_model
+from minserve.models.finding.source import find_model
 from parts.tokenizers_parity import vocabularies as made
 
 NUM_TEXTS = 300

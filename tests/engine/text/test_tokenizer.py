@@ -11,7 +11,7 @@ import pytest
 
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import InvalidRequestError, ModelLoadError
-from minserve.models.source import find_model
+from minserve.models.finding.source import find_model
 
 TEXTS = [
     "Hello world",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from minserve.engine.text.tokenizer import Tokenizer
-from minserve.models.source import find_model
+from minserve.models.finding.source import find_model
 from parts.tokenizers_parity.cases import make_cases
 from parts.tokenizers_parity.comparing import mismatches
 from parts.tokenizers_parity.vocabularies import texts

@@ -1,0 +1,171 @@
+"""Quantized checkpoints under the names of plain ones: a packed weight is unpacked when it is read.
+
+A folder with quantized linears stores several tensors in place of ``X.weight``. `PackedCheckpoint`
+offers ``X.weight`` in their place, in float32 with nothing lost, so that models need not know.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from minserve.errors import ModelLoadError
+from minserve.models.weights.checkpoint import WEIGHT_DTYPES, Checkpoint, TensorHeader
+from minserve.models.weights.packed_formats import PackedFormat
+
+log = logging.getLogger(__name__)
+
+# Tensors that only quantized folders have. Those in the first line are scales with which other
+# engines round activations, queries, keys and values while a model runs; nothing is rounded here.
+RUNTIME_SCALES = {
+    *("input_scale", "output_scale", "input_zero_point", "output_zero_point"),
+    *("input_global_scale", "activation_scale", "act_scale", "input_scale_ub"),
+    *("q_scale", "k_scale", "v_scale", "kv_scale", "prob_scale", "k_zero_point", "v_zero_point"),
+}
+# By these a folder is known to be quantized whose settings do not say so.
+PACKED_PARTS = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv")
+GB = 1e9
+
+
+class PackedCheckpoint(Checkpoint):
+    """A checkpoint some of whose linears are quantized."""
+
+    def __init__(self, stored: Checkpoint, form: PackedFormat, *, progress: bool = True) -> None:
+        """``stored``: the tensors as they are on disk, which this object closes.
+
+        Raises:
+            ModelLoadError: if a weight is stored twice.
+        """
+        self._source = stored
+        self._form = form
+        self._linears = _quantized_linears(stored, form)
+        names = {}
+        for name in stored.names():
+            linear, _, part = name.rpartition(".")
+            if part not in RUNTIME_SCALES and not (part in form.parts and linear in self._linears):
+                names[name] = name
+        for linear, mark in self._linears.items():
+            plain = f"{linear}.weight"
+            if plain in names:
+                raise ModelLoadError(
+                    f"{stored.describe(plain)}: tensor {plain!r} is stored plainly and, as "
+                    f"{linear}.{mark}, packed"
+                )
+            names[plain] = f"{linear}.{mark}"
+        files = {plain: Path(stored.describe(origin)) for plain, origin in names.items()}
+        super().__init__(stored.path, files, progress=progress)
+        if self._linears:
+            self._log()
+
+    def _log(self) -> None:
+        files = {Path(self._source.describe(name)) for name in self._source.names()}
+        on_disk = sum(file.stat().st_size for file in files)
+        log.info(
+            "%s: %s weights, %.3g GB on disk, are unpacked as they are loaded, to %.3g GB at 16 "
+            "bits a weight; none stays packed%s",
+            self.path,
+            self._form.title,
+            on_disk / GB,
+            2 * self.num_parameters() / GB,
+            "".join(f"; {note}" for note in self._form.notes),
+        )
+
+    def _header(self, stored: str, file: Path) -> TensorHeader:
+        linear = self._linear(stored)
+        if linear is None:
+            return self._source.header(stored)
+        return TensorHeader(self._form.shape(linear), self._form.title)
+
+    def _read(self, stored: str, file: Path) -> Tensor:
+        linear = self._linear(stored)
+        if linear is not None:
+            return self._form.dequantize(linear)
+        tensor = self._source.read(stored)
+        if tensor.dtype not in WEIGHT_DTYPES and stored.endswith(".weight"):
+            raise ModelLoadError(
+                f"{file}: tensor {stored!r} has dtype {tensor.dtype}, so it needs scales, but "
+                f"there is none of {', '.join(self._form.marks)} beside it"
+            )
+        return tensor
+
+    def _linear(self, name: str) -> _Linear | None:
+        """Return the parts of the quantized linear whose weight has this name."""
+        linear, _, part = name.rpartition(".")
+        if part != "weight" or linear not in self._linears:
+            return None
+        return _Linear(self._source, linear, self._linears[linear])
+
+    def close(self) -> None:
+        super().close()
+        self._source.close()
+
+
+class _Linear:
+    """The `StoredParts` of a quantized linear in a checkpoint."""
+
+    def __init__(self, source: Checkpoint, name: str, mark: str) -> None:
+        self.name = name
+        self._source = source
+        self._mark = mark
+
+    def has(self, part: str) -> bool:
+        return f"{self.name}.{part}" in self._source.names()
+
+    def shape(self, part: str) -> tuple[int, ...]:
+        self._require(part)
+        return self._source.header(f"{self.name}.{part}").shape
+
+    def read(
+        self, part: str, dtypes: Sequence[torch.dtype], shape: tuple[int, ...] | None = None
+    ) -> Tensor:
+        self._require(part)
+        tensor = self._source.read(f"{self.name}.{part}")
+        if tensor.dtype not in dtypes:
+            words = ", ".join(str(dtype) for dtype in dtypes)
+            self.fail(part, f"has dtype {tensor.dtype}, but must be one of {words}")
+        if shape is not None and tuple(tensor.shape) != shape:
+            self.fail(
+                part,
+                f"has shape {tuple(tensor.shape)}, but the weight's other tensors and the "
+                f"quantization's settings need {shape}",
+            )
+        return tensor
+
+    def _require(self, part: str) -> None:
+        if not self.has(part):
+            self.fail(part, f"is missing, and {self.name}.{self._mark} needs it")
+
+    def fail(self, part: str, reason: str) -> NoReturn:
+        name = f"{self.name}.{part}"
+        raise ModelLoadError(f"{self._source.describe(name)}: tensor {name!r} {reason}")
+
+
+def refuse_unexplained(stored: Checkpoint) -> None:
+    """Refuse packed weights whose folder has no settings that say how they are packed.
+
+    Raises:
+        ModelLoadError: naming the folder and a tensor.
+    """
+    for name in sorted(stored.names()):
+        if name.rpartition(".")[2] in PACKED_PARTS:
+            raise ModelLoadError(
+                f"{stored.path}: tensor {name!r} is a quantized weight's, but the folder has "
+                "neither a quantization_config in config.json nor a quantize_config.json, which "
+                "would say how it is packed; add it, or use the unquantized model or a GGUF file"
+            )
+
+
+def _quantized_linears(stored: Checkpoint, form: PackedFormat) -> dict[str, str]:
+    """Return the name of each quantized linear, with that of a part by which it is known."""
+    found = {}
+    for mark in reversed(form.marks):  # the first mark counts
+        for name in stored.names():
+            linear, _, part = name.rpartition(".")
+            if part == mark:
+                found[linear] = mark
+    return found
