@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from minserve import Engine, SamplingParams
+from minserve.errors import ConfigError
 from minserve.models.config import CONFIGS
 from parts.parity.reference import reference_greedy, reference_model, save
 from parts.parity.variants import ModelVariant
@@ -37,3 +38,25 @@ def test_drafts_and_cached_prefixes_change_no_token(
     for _ in range(2):
         [output] = engine.generate(PROMPT, params)
         assert output.outputs[0].token_ids == want
+
+
+def test_rope_scaling_allows_longer_sequences_where_they_are_asked_for(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    settings = {"vocab_size": VOCAB, "max_position_embeddings": 64, "rope_parameters": rope}
+    case = ModelVariant("dynamic", "llama", settings)
+    save(reference_model(case), tmp_path, case)
+    for file in tiny_llama_dir.glob("tokenizer*.json"):
+        shutil.copy(file, tmp_path)
+
+    def longest_output(**settings: int) -> int:
+        engine = Engine(str(tmp_path), policy="sarathi", device="cpu", num_blocks=32, **settings)
+        params = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
+        [output] = engine.generate(PROMPT[:50], params)
+        return 50 + len(output.outputs[0].token_ids)
+
+    assert longest_output() == 64
+    assert longest_output(max_model_len=256) == 256
+    with pytest.raises(ConfigError, match="beyond the model's 256 positions"):
+        longest_output(max_model_len=257)
