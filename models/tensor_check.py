@@ -22,7 +22,7 @@ from minserve.models.base import ModelShape
 from minserve.models.config import ModelConfig
 from minserve.models.layers import Linear, WeightFormat, WeightPlacement
 from minserve.models.registry import build_model
-from minserve.models.weights.checkpoint import Checkpoint
+from minserve.models.weights.checkpoint import Checkpoint, Misfit
 
 META = torch.device("meta")
 # Tables that follow from the configuration, which some programs save with the weights.
@@ -50,6 +50,8 @@ class TensorReport:
         wanted: shapes of all tensors that the model reads, by name.
         missing: names of tensors that it reads and that are not there.
         wrong_shape: tensors that are there with another shape.
+        misfits: stored tensors that are missing or wrong for the weights that are made of them.
+        form: the form in which weights are quantized; empty if they are not.
         unread: names of tensors that are there and that it does not read, without tables that
             follow from the configuration and a head that is tied to the embeddings.
         shape: the numbers of the model that the engine needs.
@@ -60,6 +62,8 @@ class TensorReport:
     wanted: dict[str, tuple[int, ...]]
     missing: Sequence[str]
     wrong_shape: Sequence[WrongShape]
+    misfits: Sequence[Misfit]
+    form: str
     unread: Sequence[str]
     shape: ModelShape
     num_linear: int
@@ -73,7 +77,7 @@ class TensorReport:
     @property
     def is_complete(self) -> bool:
         """True if the model can be read."""
-        return not self.missing and not self.wrong_shape
+        return not self.missing and not self.wrong_shape and not self.misfits
 
     def problem(self) -> str:
         """Return in words what is wrong: first names and numbers; empty if nothing is."""
@@ -84,6 +88,17 @@ class TensorReport:
         if self.wrong_shape:
             named = _some([f"{w.name!r} {w.found}, not {w.wanted}" for w in self.wrong_shape])
             parts.append(f"{_count(len(self.wrong_shape), 'tensor')} of another shape ({named})")
+        lost = [repr(one.stored) for one in self.misfits if one.problem is None]
+        what = f"of {self.form} weights " if self.form else ""
+        if lost:
+            be = "are" if len(lost) > 1 else "is"
+            parts.append(
+                f"{_count(len(lost), 'tensor')} {what}{be} missing ({_some(lost)}): the download "
+                "may be incomplete"
+            )
+        wrong = [f"{one.stored!r} {one.problem}" for one in self.misfits if one.problem]
+        if wrong:
+            parts.append(f"{_count(len(wrong), 'tensor')} {what}cannot be read ({_some(wrong)})")
         if parts and self.unread:
             named = _some([repr(name) for name in self.unread])
             parts.append(f"{_count(len(self.unread), 'tensor')} not known to the model ({named})")
@@ -104,11 +119,13 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> TensorReport:
     with _WithoutMemory():
         # One position, for tables of positions take time and no tensor depends on their length.
         model = build_model(recorder, config, placement, max_positions=1)
+    misfits = checkpoint.misfits(recorder.wanted)
+    broken = {one.weight for one in misfits}
     missing, wrong = [], []
     for name, wanted in recorder.wanted.items():
         if name not in names:
             missing.append(name)
-        elif (found := tuple(checkpoint.header(name).shape)) != wanted:
+        elif name not in broken and (found := tuple(checkpoint.header(name).shape)) != wanted:
             wrong.append(WrongShape(name, found, wanted))
     tied = {"lm_head.weight"} if getattr(config, "tie_word_embeddings", False) else set()
     unread = names - recorder.wanted.keys() - tied
@@ -116,6 +133,8 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> TensorReport:
         wanted=recorder.wanted,
         missing=missing,
         wrong_shape=wrong,
+        misfits=misfits,
+        form=checkpoint.form,
         unread=sorted(name for name in unread if not _COMPUTED.fullmatch(name)),
         shape=replace(model.shape, max_positions=config.max_positions),
         num_linear=sum(placement.linears),

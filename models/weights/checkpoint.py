@@ -14,7 +14,25 @@ from tqdm import tqdm
 from minserve.errors import ModelLoadError
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
+# The names by which headers of safetensors, and torch, call dtypes that no weight has as it stands.
+_NO_WEIGHTS = {
+    *(
+        "BOOL",
+        "U8",
+        "I8",
+        "U16",
+        "I16",
+        "U32",
+        "I32",
+        "U64",
+        "I64",
+        "F8_E4M3",
+        "F8_E5M2",
+        "F8_E8M0",
+    ),
+    *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
+    *("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"),
+}
 
 # What wrappers of a model put before every name: distributed training, torch.compile, PEFT.
 _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "language_model.")
@@ -28,6 +46,21 @@ class TensorHeader:
     dtype: str
 
 
+@dataclass(frozen=True, slots=True)
+class Misfit:
+    """A stored tensor of which a weight is made, and which is missing or not what it must be.
+
+    Attributes:
+        weight: the name under which a model reads the weight.
+        stored: the name of the stored tensor.
+        problem: in words what is wrong with it; ``None`` if it is missing.
+    """
+
+    weight: str
+    stored: str
+    problem: str | None = None
+
+
 class Checkpoint(ABC):
     """A set of named tensors on disk, read one at a time.
 
@@ -36,8 +69,11 @@ class Checkpoint(ABC):
     ``model.``, as checkpoints of a bare base model do, or if all names have the prefix of a wrapper.
 
     Attributes:
+        form: the name of the form in which weights are quantized; empty if they are not.
         rounded_to: dtype to which GGUF's quantized weights are rounded as they are unpacked.
     """
+
+    form = ""
 
     def __init__(self, path: Path, files: Mapping[str, Path], *, progress: bool) -> None:
         """``path``: the file or folder to name in errors; ``files``: stored name -> its file."""
@@ -139,6 +175,18 @@ class Checkpoint(ABC):
             ModelLoadError: if the tensor is missing, or the file cannot be read.
         """
         return self._header(*self._place(name))
+
+    def misfits(self, names: Iterable[str]) -> list[Misfit]:
+        """Return what keeps stored tensors from being read, as far as headers tell.
+
+        Args:
+            names: those of the tensors that a model reads; others do not count.
+        """
+        return [
+            Misfit(name, name, f"has dtype {dtype}, which is not a weight's")
+            for name in names
+            if name in self._stored and (dtype := self.header(name).dtype) in _NO_WEIGHTS
+        ]
 
     @abstractmethod
     def _header(self, stored: str, file: Path) -> TensorHeader:

@@ -22,12 +22,15 @@ from minserve.models.weights.packed_formats import (
     PACKED,
     SCALES,
     PackedFormat,
+    Shape,
     StoredParts,
     affine,
     group_index,
     matrix,
+    matrix_shape,
     neighbours,
     scale_rows,
+    scale_shapes,
     unpack,
 )
 
@@ -78,6 +81,25 @@ class CompressedTensorsFormat(PackedFormat):
 
     def shape(self, stored: StoredParts) -> tuple[int, ...]:
         return self._shape(stored) if stored.has("weight_packed") else stored.shape("weight")
+
+    def beside(self, stored: StoredParts) -> dict[str, set[Shape] | None]:
+        scheme = self._scheme(stored)
+        packed = stored.has("weight_packed")
+        wanted: dict[str, set[Shape] | None] = {}
+        if packed and not stored.has("weight_shape"):
+            return {"weight_shape": None, "weight_scale": None}
+        shape = self._shape(stored) if packed else matrix_shape(stored, "weight")
+        rows, cols = shape
+        if packed:
+            wanted["weight_packed"] = {(rows, math.ceil(cols * scheme.bits / 32))}
+        scales = scale_shapes(shape, scheme.strategy, scheme.block)
+        wanted["weight_scale"] = scales
+        if not scheme.symmetric:
+            words = {(math.ceil(rows * scheme.bits / 32), max(scales, key=len)[-1])}
+            wanted["weight_zero_point"] = scales | words if packed else scales
+        if scheme.act_order:
+            wanted["weight_g_idx"] = {(cols,)}
+        return wanted
 
     def dequantize(self, stored: StoredParts) -> Tensor:
         scheme = self._scheme(stored)

@@ -27,6 +27,7 @@ INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 PACKED = (torch.int32,)
 # The value that each position of an AWQ word stands for, counted from the lowest four bits.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+Shape = tuple[int, ...]
 
 
 class StoredParts(Protocol):
@@ -81,6 +82,17 @@ class PackedFormat(ABC):
         """
 
     @abstractmethod
+    def beside(self, stored: StoredParts) -> dict[str, set[Shape] | None]:
+        """Return the parts that must be stored beside the values, without reading any.
+
+        Returns:
+            by the part's name the shapes that it may have; ``None`` for any shape.
+
+        Raises:
+            ModelLoadError: naming file and tensor, if the values themselves are missing or wrong.
+        """
+
+    @abstractmethod
     def dequantize(self, stored: StoredParts) -> Tensor:
         """Return a linear's weight, float32 ``[out, in]``.
 
@@ -116,6 +128,15 @@ class GptqFormat(PackedFormat):
     def shape(self, stored: StoredParts) -> tuple[int, ...]:
         words, rows = matrix_shape(stored, "qweight")
         return rows, words * (32 // self.bits)
+
+    def beside(self, stored: StoredParts) -> dict[str, set[Shape] | None]:
+        rows, cols = self.shape(stored)
+        groups = 1 if self.group_size == -1 else math.ceil(cols / self.group_size)
+        zeros = (groups, math.ceil(rows * self.bits / 32))
+        wanted: dict[str, set[Shape] | None] = {"scales": {(groups, rows)}, "qzeros": {zeros}}
+        if self.act_order or stored.has("g_idx"):
+            wanted["g_idx"] = {(cols,)}
+        return wanted
 
     def dequantize(self, stored: StoredParts) -> Tensor:
         per_word = 32 // self.bits
@@ -168,6 +189,16 @@ class AwqFormat(PackedFormat):
     def shape(self, stored: StoredParts) -> tuple[int, ...]:
         first, second = matrix_shape(stored, "qweight")
         return (second * 8, first) if self.version == "gemm" else (first, second * 8)
+
+    def beside(self, stored: StoredParts) -> dict[str, set[Shape] | None]:
+        rows, cols = self.shape(stored)
+        groups = cols // self._size(stored, cols)
+        if self.version == "gemm":
+            return {"scales": {(groups, rows)}, "qzeros": {(groups, rows // 8)}}
+        width = math.ceil(groups / 8)
+        if stored.has("qzeros") and (shape := stored.shape("qzeros"))[:1] == (rows,):
+            width = max(width, *shape[1:2])  # tools differ in the padding
+        return {"scales": {(rows, width * 8)}, "qzeros": {(rows, width)}}
 
     def dequantize(self, stored: StoredParts) -> Tensor:
         packed = matrix(stored, "qweight", PACKED)
@@ -226,11 +257,21 @@ class Fp8Format(PackedFormat):
     parts = ("weight", "weight_scale", "weight_scale_inv")
 
     def shape(self, stored: StoredParts) -> tuple[int, ...]:
-        return stored.shape("weight")
+        return matrix_shape(stored, "weight")
+
+    def beside(self, stored: StoredParts) -> dict[str, set[Shape] | None]:
+        part, shape = self._scale(stored), matrix_shape(stored, "weight")
+        if self.block is not None:
+            return {part: scale_shapes(shape, "block", self.block)}
+        return {part: scale_shapes(shape, "tensor") | scale_shapes(shape, "channel")}
+
+    @staticmethod
+    def _scale(stored: StoredParts) -> str:
+        return "weight_scale_inv" if stored.has("weight_scale_inv") else "weight_scale"
 
     def dequantize(self, stored: StoredParts) -> Tensor:
         weight = matrix(stored, "weight", FLOAT8)
-        part = "weight_scale_inv" if stored.has("weight_scale_inv") else "weight_scale"
+        part = self._scale(stored)
         scale = stored.read(part, SCALES)
         if self.block is not None:
             strategy = "block"
@@ -348,6 +389,25 @@ def matrix_shape(stored: StoredParts, part: str) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
+def scale_shapes(
+    shape: tuple[int, int], strategy: str, block: tuple[int, int] | None = None
+) -> set[Shape]:
+    """Return the shapes that scales may have; for the arguments see `scale_rows`."""
+    wanted = _scale_shape(shape, strategy, block)
+    if block:
+        return {wanted}
+    # A single scale of a tensor or row may lack a dimension.
+    return {wanted, wanted[:1]} | ({(), (1,)} if math.prod(wanted) == 1 else set())
+
+
+def _scale_shape(
+    shape: tuple[int, int], strategy: str, block: tuple[int, int] | None
+) -> tuple[int, int]:
+    rows, cols = shape
+    height, width = block or (rows if strategy == "tensor" else 1, cols)
+    return math.ceil(rows / height), math.ceil(cols / width)
+
+
 def scale_rows(
     stored: StoredParts,
     part: str,
@@ -366,15 +426,12 @@ def scale_rows(
     Raises:
         ModelLoadError: if the number of scales does not fit.
     """
-    rows, cols = shape
-    height, width = block or (rows if strategy == "tensor" else 1, cols)
-    wanted = (math.ceil(rows / height), math.ceil(cols / width))
-    # A single scale of a tensor or row may lack a dimension.
-    shapes = {wanted} if block else {wanted, wanted[:1], (), (1,)}
-    if tuple(scale.shape) not in shapes or scale.numel() != math.prod(wanted):
+    wanted = _scale_shape(shape, strategy, block)
+    if tuple(scale.shape) not in scale_shapes(shape, strategy, block):
         stored.fail(
             part,
             f"has shape {tuple(scale.shape)}, but a weight {tuple(shape)} with one scale a "
             f"{strategy} needs {wanted}",
         )
-    return scale.float().reshape(wanted).repeat_interleave(height, 0)[:rows]
+    height = math.ceil(shape[0] / wanted[0]) if block is None else block[0]
+    return scale.float().reshape(wanted).repeat_interleave(height, 0)[: shape[0]]

@@ -7,7 +7,7 @@ offers ``X.weight`` in their place, in float32 with nothing lost, so that models
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minserve.errors import ModelLoadError
-from minserve.models.weights.checkpoint import WEIGHT_DTYPES, Checkpoint, TensorHeader
+from minserve.models.weights.checkpoint import WEIGHT_DTYPES, Checkpoint, Misfit, TensorHeader
 from minserve.models.weights.packed_formats import PackedFormat
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class PackedCheckpoint(Checkpoint):
         """
         self._source = stored
         self._form = form
+        self.form = form.title
         self._linears = _quantized_linears(stored, form)
         names = {}
         for name in stored.names():
@@ -75,6 +76,23 @@ class PackedCheckpoint(Checkpoint):
             "".join(f"; {note}" for note in self._form.notes),
         )
 
+    def misfits(self, names: Iterable[str]) -> list[Misfit]:
+        marks = [*self._linears.values(), *self._form.marks]
+        scale = next((mark for mark in marks if "scale" in mark), None)
+        found = []
+        for name in names:
+            stored = self._stored.get(name)
+            linear = self._linear(stored) if stored is not None else None
+            if linear is not None:
+                found += _misfits(name, linear, self._form)
+                continue
+            for one in super().misfits([name]):
+                # Of numbers that are no floats and have no scales, the scales are missing.
+                lacks = scale is not None and name.endswith(".weight")
+                lost = f"{name.removesuffix('weight')}{scale}"
+                found.append(Misfit(name, lost) if lacks else one)
+        return found
+
     def _header(self, stored: str, file: Path) -> TensorHeader:
         linear = self._linear(stored)
         if linear is None:
@@ -103,6 +121,23 @@ class PackedCheckpoint(Checkpoint):
     def close(self) -> None:
         super().close()
         self._source.close()
+
+
+def _misfits(weight: str, linear: _Linear, form: PackedFormat) -> list[Misfit]:
+    """Return what is wrong with the parts of a quantized weight, by their names and shapes."""
+    try:
+        wanted = form.beside(linear)
+    except ModelLoadError as error:
+        return [Misfit(weight, weight, str(error))]
+    found = []
+    for part, shapes in wanted.items():
+        name = f"{linear.name}.{part}"
+        if not linear.has(part):
+            found.append(Misfit(weight, name))
+        elif shapes is not None and linear.shape(part) not in shapes:
+            needed = max(shapes, key=len)
+            found.append(Misfit(weight, name, f"has shape {linear.shape(part)}, not {needed}"))
+    return found
 
 
 class _Linear:

@@ -23,12 +23,20 @@ from minserve.kernels.attention import make_attention_backend
 from minserve.models.finding.source import find_model, load_config
 from minserve.models.layers import WeightFormat, WeightPlacement
 from minserve.models.registry import build_model
+from minserve.models.tensor_check import require_tensors
 from minserve.models.weights import packed_formats
 from minserve.models.weights.loader import open_checkpoint
 
 CPU = torch.device("cpu")
 WEIGHTS = "model.safetensors"
+K_PROJ = Q_PROJ.replace("q_proj", "k_proj")
 LINEAR = Q_PROJ.removesuffix(".weight")
+
+# Parts of a weight beside its values.
+BESIDE = (
+    *("scales", "qzeros", "g_idx", "weight_scale", "weight_scale_inv"),
+    *("weight_zero_point", "weight_g_idx"),
+)
 
 
 def write(folder: Path, like: Path, tensors: dict[str, Tensor], settings: Any = None) -> Path:
@@ -393,3 +401,62 @@ def test_settings_that_contradict_the_tensors_are_refused(
     ):
         checkpoint.get(Q_PROJ)
     assert f"{LINEAR}.weight_scale" in str(error.value)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+@pytest.mark.parametrize("cut", [False, True], ids=["missing", "cut"])
+def test_headers_tell_which_part_keeps_a_weight_from_being_read(
+    form: Form, cut: bool, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    """The truth is reading itself; a part that reading does without may be missing."""
+    made = form.make(64, 160, torch.Generator().manual_seed(0))
+    stored = {f"{LINEAR}.{part}": one for part, one in made.stored.items()}
+    beside = [name for name in stored if name.rpartition(".")[2] in BESIDE]
+    assert beside
+    for number, name in enumerate(beside):
+        changed = stored | {name: stored[name].flatten()[: stored[name].numel() // 2 + 1][None]}
+        if not cut:
+            del changed[name]
+        # A second linear, so that the form is seen where the first has lost its mark.
+        changed |= {one.replace("q_proj", "k_proj"): kept.clone() for one, kept in stored.items()}
+        folder = write(tmp_path / f"{number}", tiny_llama_dir, changed, form.settings)
+        with open_checkpoint(find_model(str(folder))) as checkpoint:
+            told = {one.stored for one in checkpoint.misfits([Q_PROJ, K_PROJ])}
+            try:
+                checkpoint.get(Q_PROJ, (64, 160))
+            except ModelLoadError:
+                assert told == {name}
+            else:
+                assert not told, name
+
+
+def test_all_lost_parts_are_named_together_before_any_is_read(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    packed, _ = quantized(FORMS["awq-gemm"], tiny_llama_dir, tmp_path)
+    lost = [
+        name for name in load_file(packed / WEIGHTS) if ".layers.1." in name and "scales" in name
+    ]
+    change(packed, dict.fromkeys(lost))
+    source = find_model(str(packed))
+    with (
+        open_checkpoint(source) as checkpoint,
+        pytest.raises(ModelLoadError, match=r"7 tensors of AWQ weights are missing") as caught,
+    ):
+        require_tensors(checkpoint, load_config(source))
+    assert lost[0].rpartition(".")[2] in str(caught.value)
+    assert "the download may be incomplete" in str(caught.value)
+
+
+def test_small_floats_without_scales_are_known_by_their_dtype(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    form = next(form for form in FORMS.values() if form.settings["quant_method"] == "fp8")
+    packed, _ = quantized(form, tiny_llama_dir, tmp_path)
+    change(packed, {name: None for name in load_file(packed / WEIGHTS) if "scale" in name})
+    source = find_model(str(packed))
+    with (
+        open_checkpoint(source) as checkpoint,
+        pytest.raises(ModelLoadError, match=r"14 tensors of FP8 .* missing .*\.weight_scale"),
+    ):
+        require_tensors(checkpoint, load_config(source))
