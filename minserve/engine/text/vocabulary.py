@@ -69,6 +69,13 @@ def parse_model_proto(where: str, data: bytes) -> Any:
         ) from error
     if not model.pieces:
         raise ModelLoadError(f"{where}: holds no pieces, so it is no sentencepiece model")
+    for i, piece in enumerate(model.pieces):
+        # protobuf gives what is no UTF-8 as bytes.
+        if not isinstance(piece.piece, str):
+            raise ModelLoadError(
+                f"{where}: is damaged: its piece {i} is no text, but {piece.piece!r:.80}; "
+                "get the file again"
+            )
     return model
 
 
