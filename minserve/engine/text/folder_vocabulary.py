@@ -214,10 +214,12 @@ def _surround(backend: RustTokenizer, settings: TokenizerSettings, path: Path) -
     if surrounding is None:
         return
     bos, eos = surrounding
-    if not settings.tells_surrounding:
-        has_bos = "bos_token" in settings.special_tokens or "bos_token" in settings.values
-        if not settings.class_is_named or (bos and not has_bos):
-            return
+    if not (settings.class_is_named or settings.tells_surrounding):
+        return
+    # A class that wants a BOS before each text, of a vocabulary that lacks the class's BOS.
+    told = {"bos_token", "add_bos_token"} & settings.values.keys()
+    if bos and not eos and not told and "bos_token" not in settings.special_tokens:
+        return
     _put_around(backend, settings, path, bos=bos, eos=eos)
 
 

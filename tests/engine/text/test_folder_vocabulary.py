@@ -99,6 +99,7 @@ def llama3_json(folder: Path, settings: dict[str, Any] | None) -> tuple[Tokenize
         ({}, []),
         ({"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}, ["<|eot_id|>"]),
         ({"tokenizer_class": "LlamaTokenizerFast"}, []),
+        ({"tokenizer_class": "LlamaTokenizerFast", "add_eos_token": False}, []),
     ],
 )
 def test_a_class_adds_no_token_that_the_vocabulary_lacks(tmp_path, settings, stops):
