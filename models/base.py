@@ -85,6 +85,18 @@ class CausalLM(ABC):
         """
 
 
+def read_embedding(
+    source: TensorSource, name: str, shape: tuple[int, int], is_tied: bool
+) -> Tensor:
+    """Return the tokens' embeddings, ``[vocab_size, width]``.
+
+    Of two tied tensors a file may hold one alone, and safetensors' `save_model` keeps the head.
+    """
+    names = source.names()
+    only_head = is_tied and name not in names and HEAD in names
+    return source.get(HEAD if only_head else name, shape)
+
+
 def read_head(source: TensorSource, embed: Tensor, rows: int, is_tied: bool) -> Tensor:
     """Return the head's weight, ``[rows, width]``: the embeddings if both are tied.
 

@@ -9,16 +9,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import UnionType
-from typing import Any, ClassVar, Self, get_args, get_type_hints
+from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
 from minserve.errors import ModelLoadError, UnsupportedModelError
-from minserve.models.families import FAMILIES, LlamaFamily
+from minserve.models.families import FAMILIES, OWN, LlamaFamily
 from minserve.models.rope_parameters import (
     check_rope,
     length_by_rope,
     most_positions_by_rope,
     rope_parameters,
 )
+
+_MOST_LAYERS, _LARGEST_SIZE = 1000, 10**8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ class LlamaConfig(_Config):
         embedding_is_scaled: true if embeddings are multiplied by the root of ``hidden_size``.
         embedding_multiplier: factor on embeddings besides.
         residual_multiplier: factor on what each half of a layer adds to the residual stream.
-        attention_multiplier: factor on attention scores; 0 means ``head_dim ** -0.5``.
+        attention_multiplier: factor on attention scores; ``None`` means ``head_dim ** -0.5``.
         logits_scaling: divisor of logits.
         no_rope_layers: for each layer 1 if it has RoPE and 0 if it has none; empty: all have it.
         no_rope_layer_interval: without ``no_rope_layers``, every so manieth layer has no RoPE;
@@ -86,7 +88,7 @@ class LlamaConfig(_Config):
     embedding_is_scaled: bool = False
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
-    attention_multiplier: float = 0.0
+    attention_multiplier: float | None = None
     logits_scaling: float = 1.0
     no_rope_layers: list[int] = field(default_factory=list)
     no_rope_layer_interval: int = 0
@@ -100,8 +102,23 @@ class LlamaConfig(_Config):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         family = FAMILIES[values.get("model_type") or "llama"]
-        given = {k: v for k, v in values.items() if v is not None}
+        for entry, value in (("is_causal", False), ("use_bidirectional_attention", True)):
+            if values.get(entry) is value:
+                raise UnsupportedModelError(
+                    f"{entry} is {str(value).lower()}: a model that sees what follows a token "
+                    "generates no text"
+                )
+        given = {
+            name: value
+            for name, value in values.items()
+            if value is not None and (name not in OWN or name in family.own)
+        }
         merged = {**family.defaults, **given, **family.fixed}
+        # These follow from others where a file says ``null``; where it says nothing, the family does.
+        for name in ("num_key_value_heads", "head_dim"):
+            if name in values and values[name] is None:
+                merged.pop(name, None)
+        merged.setdefault("max_position_embeddings", cls.max_position_embeddings)
         merged["sliding_window"] = _window(family, values)
         if family.activations == ("gelu_pytorch_tanh",) and given.get("hidden_act") == "gelu":
             merged["hidden_act"] = "gelu_pytorch_tanh"  # what Gemma's first files mean by it
@@ -109,9 +126,15 @@ class LlamaConfig(_Config):
         return super().from_dict(merged)
 
     def __post_init__(self) -> None:
-        _positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                  "num_attention_heads", "max_position_embeddings")  # fmt: skip
+        _token_ids(self)
+        _sizes(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+               "num_attention_heads", "max_position_embeddings")  # fmt: skip
         self._fill_in()
+        _sizes(self, "num_key_value_heads", "head_dim")
+        if not 0 <= self.draft_vocab_size <= self.vocab_size:
+            raise ModelLoadError(
+                f"draft_vocab_size {self.draft_vocab_size} is not between 0 and vocab_size"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ModelLoadError(
                 f"num_attention_heads {self.num_attention_heads} is no multiple of "
@@ -119,6 +142,8 @@ class LlamaConfig(_Config):
             )
         if self.head_dim % 2:
             raise ModelLoadError(f"head_dim {self.head_dim} is odd, which RoPE cannot rotate")
+        if any(one not in (0, 1) for one in self.no_rope_layers):
+            raise ModelLoadError("no_rope_layers holds something else than 0 and 1")
         if len(self.no_rope_layers) not in (0, self.num_hidden_layers):
             raise ModelLoadError(
                 f"no_rope_layers has {len(self.no_rope_layers)} entries for "
@@ -126,9 +151,13 @@ class LlamaConfig(_Config):
             )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ModelLoadError(f"sliding_window must be at least 1, not {self.sliding_window}")
-        for name in ("logits_scaling", "embedding_multiplier", "residual_multiplier"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name)):
-                raise ModelLoadError(f"{name} has the value {getattr(self, name)}")
+        for name in ("logits_scaling", "embedding_multiplier", "residual_multiplier",
+                     "attention_multiplier", "rms_norm_eps"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not 0 < abs(value) < math.inf:
+                raise ModelLoadError(f"{name} has the value {value}")
+        if self.rms_norm_eps < 0:
+            raise ModelLoadError(f"rms_norm_eps must be above 0, not {self.rms_norm_eps}")
         family = FAMILIES[self.model_type]
         if self.hidden_act not in family.activations:
             raise UnsupportedModelError(f"hidden_act {self.hidden_act!r} is not supported")
@@ -188,10 +217,11 @@ class OPTConfig(_Config):
     eos_token_id: int | list[int] | None = 2
 
     def __post_init__(self) -> None:
-        _positive(self, "vocab_size", "hidden_size", "ffn_dim", "num_hidden_layers",
-                  "num_attention_heads", "max_position_embeddings")  # fmt: skip
+        _token_ids(self)
         if not self.word_embed_proj_dim:
             object.__setattr__(self, "word_embed_proj_dim", self.hidden_size)
+        _sizes(self, "vocab_size", "hidden_size", "ffn_dim", "num_hidden_layers",
+               "num_attention_heads", "max_position_embeddings", "word_embed_proj_dim")  # fmt: skip
         if self.hidden_size % self.num_attention_heads:
             raise ModelLoadError(
                 f"hidden_size {self.hidden_size} does not divide into "
@@ -227,6 +257,8 @@ def _window(family: LlamaFamily, values: Mapping[str, Any]) -> int | None:
         return values.get("sliding_window", default)
     if family.window == "never" or not values.get("use_sliding_window"):
         return None
+    if family.window == "asked":
+        return values.get("sliding_window", 4096)
     layers = values.get("layer_types")
     if layers is not None and "sliding_attention" not in layers:
         return None
@@ -241,15 +273,30 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
     """Return the value as the field's type. JSON's 1 may stand for 1.0; a bool is no number."""
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     for kind in kinds:
-        origin = getattr(kind, "__origin__", kind)
-        if origin is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(value, origin) and not (isinstance(value, bool) and origin is not bool):
+        origin, elements = get_origin(kind) or kind, get_args(kind)
+        if origin is float and type(value) is int:
+            return float(value) if abs(value) < 1e300 else math.inf
+        fits = isinstance(value, origin) and (origin is bool or type(value) is not bool)
+        if fits and origin is list:
+            fits = all(type(one) is elements[0] for one in value)
+        if fits:
             return value
     raise ModelLoadError(f"{name} has the value {value!r:.80}, which is not of type {hint}")
 
 
-def _positive(config: _Config, *names: str) -> None:
+def _token_ids(config: LlamaConfig | OPTConfig) -> None:
+    """Check that ids of special tokens are not negative."""
+    for name in ("bos_token_id", "eos_token_id"):
+        value = getattr(config, name)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if any(one < 0 for one in ids):
+            raise ModelLoadError(f"{name} has the value {value!r:.80}, which is no token's id")
+
+
+def _sizes(config: _Config, *names: str) -> None:
+    """Check that numbers of things are at least 1, and not so large that no model could be."""
     for name in names:
-        if getattr(config, name) < 1:
-            raise ModelLoadError(f"{name} must be at least 1, not {getattr(config, name)}")
+        most = _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST_SIZE
+        value = getattr(config, name)
+        if not 1 <= value <= most:
+            raise ModelLoadError(f"{name} must be at least 1 and at most {most}, not {value:.6g}")

@@ -17,20 +17,39 @@ class LlamaFamily:
 
     Attributes:
         defaults: entries of a config.json that the family fills in with other values than Llama.
+        own: entries of a config.json that mean something in this family alone (`OWN`).
         fixed: fields of `LlamaConfig` that the family's files do not decide.
         window: when keys beyond ``sliding_window`` are out of sight: ``never``, ``always`` if the
-            entry is there, or ``asked`` if ``use_sliding_window`` asks for it.
+            entry is there, ``asked`` if ``use_sliding_window`` asks for it, or ``deep``: asked
+            for, from layer ``max_window_layers`` on.
         activations: the names of activations that the family's MLP may have.
         partial_rotary: true if RoPE may turn a part of each head alone.
     """
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    own: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
     window: str = "never"
     activations: tuple[str, ...] = ("silu", "swish")
     partial_rotary: bool = False
 
 
+_MULTIPLIERS = (
+    "embedding_multiplier",
+    "residual_multiplier",
+    "attention_multiplier",
+    "logits_scaling",
+)
+_WITHOUT_ROPE = ("no_rope_layers", "no_rope_layer_interval")
+_BY_FAMILY_ALONE = (
+    "output_bias",
+    "qk_norm",
+    "fused_projections",
+    "norm_offset",
+    "embedding_is_scaled",
+)
+# Fields of `LlamaConfig` that a config.json sets only in the families that list them as their own.
+OWN = (*_MULTIPLIERS, *_WITHOUT_ROPE, *_BY_FAMILY_ALONE)
 _NO_BIASES = {"attention_bias": False, "output_bias": False, "mlp_bias": False}
 _QWEN = {
     "vocab_size": 151936,
@@ -54,13 +73,13 @@ FAMILIES: dict[str, LlamaFamily] = {
     ),
     # Yang et al., 2024. Qwen2.5 and DeepSeek-R1-Distill-Qwen are of this family.
     "qwen2": LlamaFamily(
-        defaults=_QWEN, fixed={**_NO_BIASES, "attention_bias": True}, window="asked"
+        defaults=_QWEN, fixed={**_NO_BIASES, "attention_bias": True}, window="deep"
     ),
     # Yang et al., 2025.
     "qwen3": LlamaFamily(
         defaults={**_QWEN, "head_dim": 128},
         fixed={"mlp_bias": False, "qk_norm": True},
-        window="asked",
+        window="deep",
     ),
     # Abdin et al., 2024. Phi-3.5 and Phi-4-mini are of this family.
     "phi3": LlamaFamily(
@@ -78,7 +97,7 @@ FAMILIES: dict[str, LlamaFamily] = {
         partial_rotary=True,
     ),
     # IBM, 2024: Granite 3, dense.
-    "granite": LlamaFamily(defaults={"attention_multiplier": 1.0}),
+    "granite": LlamaFamily(defaults={"attention_multiplier": 1.0}, own=_MULTIPLIERS),
     # Hugging Face, 2025. Every fourth layer has no RoPE.
     "smollm3": LlamaFamily(
         defaults={
@@ -94,6 +113,7 @@ FAMILIES: dict[str, LlamaFamily] = {
             "bos_token_id": 128000,
             "eos_token_id": 128001,
         },
+        own=_WITHOUT_ROPE,
         window="asked",
     ),
     # Gemma Team, 2024: the first generation.

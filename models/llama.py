@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
-from minserve.models.base import CausalLM, ModelShape, TensorSource, read_head
+from minserve.models.base import CausalLM, ModelShape, TensorSource, read_embedding, read_head
 from minserve.models.layers import Linear, Norm, WeightPlacement
 from minserve.models.rope import RotaryEmbedding, interleave
 from minserve.models.rope_parameters import rotary_size
@@ -191,7 +191,12 @@ class Llama(CausalLM):
         self.shape = llama_shape(config, max_positions)
         shape = self.shape
         self.embed = placement.embedding(
-            checkpoint.get("model.embed_tokens.weight", (shape.vocab_size, shape.hidden_size))
+            read_embedding(
+                checkpoint,
+                "model.embed_tokens.weight",
+                (shape.vocab_size, shape.hidden_size),
+                config.tie_word_embeddings,
+            )
         )
         self.embed_scale = config.embedding_multiplier
         if config.embedding_is_scaled:
@@ -254,5 +259,7 @@ def llama_shape(config: LlamaConfig, max_positions: int) -> ModelShape:
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         max_positions=max_positions,
-        scale=config.attention_multiplier or config.head_dim**-0.5,
+        scale=config.head_dim**-0.5
+        if config.attention_multiplier is None
+        else config.attention_multiplier,
     )

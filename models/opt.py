@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
-from minserve.models.base import CausalLM, ModelShape, TensorSource, read_head
+from minserve.models.base import CausalLM, ModelShape, TensorSource, read_embedding, read_head
 from minserve.models.layers import Activation, Linear, Norm, WeightPlacement
 
 if TYPE_CHECKING:
@@ -110,7 +110,12 @@ class OPT(CausalLM):
         self.placement = placement
         hidden, width = config.hidden_size, config.word_embed_proj_dim
         self.embed = placement.embedding(
-            checkpoint.get("model.decoder.embed_tokens.weight", (config.vocab_size, width))
+            read_embedding(
+                checkpoint,
+                "model.decoder.embed_tokens.weight",
+                (config.vocab_size, width),
+                config.tie_word_embeddings,
+            )
         )
         self.embed_positions = placement.tensor(
             checkpoint.get(

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from minserve.models.rope_parameters import rotary_size
 
+# Positions whose rotations are computed together.
+_PART = 65536
+
 
 class RotaryEmbedding:
     """RoPE for heads whose paired dimensions lie side by side.
@@ -42,10 +45,15 @@ class RotaryEmbedding:
         frequencies, magnitude = rope_frequencies(
             size, parameters, max_positions, original_positions
         )
-        angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
-        turns = torch.polar(torch.full_like(angles, magnitude), angles)
-        left_alone = turns.new_ones(max_positions, (head_dim - size) // 2)
-        self._cis = torch.cat((turns, left_alone), dim=1).to(device)
+        self._cis = torch.ones(max_positions, head_dim // 2, dtype=torch.complex64)
+        # In parts: the whole table's angles and magnitudes would take its memory twice more.
+        for start in range(0, max_positions, _PART):
+            positions = torch.arange(start, min(start + _PART, max_positions), dtype=torch.float32)
+            angles = torch.outer(positions, frequencies)
+            turns = torch.polar(torch.full_like(angles, magnitude), angles)
+            # The other pairs of a head stay as they are.
+            self._cis[start : start + _PART, : size // 2] = turns
+        self._cis = self._cis.to(device)
 
     def rotations(self, positions: Tensor) -> Tensor:
         """Return complex64 ``[num_tokens, 1, head_dim / 2]``; called once per iteration."""

@@ -22,6 +22,10 @@ REQUIRED: dict[str, tuple[str, ...]] = {
         "original_max_position_embeddings",
     ),
 }
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+    "longrope": ("attention_factor",),
+}
 # Older names of types.
 _RENAMED = {"su": "longrope", "none": "default"}
 
@@ -35,10 +39,14 @@ def rope_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ModelLoadError: if they are not an object.
     """
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, Mapping):
         raise ModelLoadError(f"the RoPE settings must be an object, not {rope!r:.80}")
+    if any(isinstance(one, Mapping) for one in rope.values()):
+        raise UnsupportedModelError("RoPE settings that differ between layers are not supported")
     kind = rope.get("rope_type") or rope.get("type") or "default"
+    if not isinstance(kind, str):
+        raise ModelLoadError(f"the type of RoPE scaling is {kind!r:.80}, not a name")
     if values.get("model_type") == "phi3" and kind == "yarn":
         kind = "longrope"  # as Phi-3's first files call it
     found = {k: v for k, v in rope.items() if k != "type" and v is not None}
@@ -100,6 +108,11 @@ def check_rope(rope: Mapping[str, Any], head_dim: int, partial: bool) -> None:
                 raise ModelLoadError(f"RoPE: {name} must be at least 2, not {rope[name]}")
         else:
             _number(name, rope[name])
+    for name in OPTIONAL.get(kind, ()):
+        if rope.get(name) is not None:
+            _number(name, rope[name])
+    if kind == "yarn" and rope["rope_theta"] <= 1:
+        raise ModelLoadError(f"RoPE: rope_theta must be above 1, not {rope['rope_theta']}")
     if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise ModelLoadError("RoPE: high_freq_factor must be above low_freq_factor")
 

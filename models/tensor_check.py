@@ -26,8 +26,13 @@ from minserve.models.weights.checkpoint import Checkpoint
 
 META = torch.device("meta")
 # Tables that follow from the configuration, which some programs save with the weights.
-_COMPUTED = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|masked_bias)")
-_OF_LAYER = re.compile(r"(^|\.)layers\.\d+\.")
+_COMPUTED = re.compile(
+    r".*\.(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.bias|attn\.masked_bias|masked_bias)"
+)
+# What would do something in the model: tensors of layers, and biases anywhere.
+_NEEDED = re.compile(r"(^|\.)layers\.\d+\.|\.bias$")
+# Scales of a quantized KV cache, which is kept unquantized here.
+_KV_SCALE = re.compile(r"\.[kv]_scale$")
 _MOST_NAMED = 4
 
 log = logging.getLogger(__name__)
@@ -51,7 +56,8 @@ class TensorReport:
         missing: names of tensors that it reads and that are not there.
         wrong_shape: tensors that are there with another shape.
         unread: names of tensors that are there and that it does not read, without tables that
-            follow from the configuration and a head that is tied to the embeddings.
+            follow from the configuration, biases of zeros, and a head that is tied to the
+            embeddings.
         shape: the numbers of the model that the engine needs.
         num_linear: number of elements of the weights of linear layers, a tied head included.
         num_embedding: number of elements of the tokens' embeddings.
@@ -116,7 +122,11 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> TensorReport:
         wanted=recorder.wanted,
         missing=missing,
         wrong_shape=wrong,
-        unread=sorted(name for name in unread if not _COMPUTED.fullmatch(name)),
+        unread=sorted(
+            name
+            for name in unread
+            if not _COMPUTED.fullmatch(name) and not _is_zero_bias(checkpoint, name)
+        ),
         shape=replace(model.shape, max_positions=config.max_positions),
         num_linear=sum(placement.linears),
         num_embedding=model.embed.numel(),
@@ -141,22 +151,18 @@ def refuse_misfits(checkpoint: Checkpoint, report: TensorReport) -> None:
 
     Raises:
         ModelLoadError: naming tensors that are missing or of another shape, the first few and how
-            many; or tensors of layers that nothing would read, for they do something in the model
-            that the file holds. A bias of zeros does nothing.
+            many; or tensors of layers and biases that nothing would read, for they do something in
+            the model that the file holds.
     """
     if not report.is_complete:
         raise ModelLoadError(
             f"{checkpoint.path}: the weights do not fit the model's configuration: "
             f"{report.problem()}{_hint(report)}"
         )
-    unread = [
-        name
-        for name in report.unread
-        if _OF_LAYER.search(name) and not _is_zero_bias(checkpoint, name)
-    ]
+    unread = [name for name in report.unread if _NEEDED.search(name) and not _KV_SCALE.search(name)]
     if unread:
         raise ModelLoadError(
-            f"{checkpoint.path}: {_count(len(unread), 'tensor')} of layers would not be read "
+            f"{checkpoint.path}: {_count(len(unread), 'tensor')} of the model would not be read "
             f"({_some([repr(name) for name in unread])}), so the model would not be what its file "
             "says; see whether config.json is that of this model, with all its entries"
         )

@@ -245,7 +245,7 @@ def load_config(source: ModelSource) -> ModelConfig:
         path = source.config_dir / "config.json"
         values = read_json(path)
     kind = values.get("model_type")
-    if kind not in CONFIGS:
+    if not isinstance(kind, str) or kind not in CONFIGS:
         raise UnsupportedModelError(f"{path}: {explain_type(values, CONFIGS)}")
     if (problem := explain_head(values)) is not None:
         raise UnsupportedModelError(f"{path}: {problem}")

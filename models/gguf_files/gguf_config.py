@@ -31,9 +31,7 @@ def gguf_config(gguf: GGUFModel) -> dict[str, Any]:
             f"{gguf.path}: {gguf.key('attention.value_length')} {value_dim} differs from the head "
             f"size {head_dim}"
         )
-    special = {
-        name: gguf.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot")
-    }
+    special = {name: _token_id(gguf, name) for name in ("bos", "eos", "eot")}
     config = {
         "model_type": gguf.architecture,
         "vocab_size": gguf.tensor("token_embd.weight").shape[0],
@@ -55,6 +53,15 @@ def gguf_config(gguf: GGUFModel) -> dict[str, Any]:
         or None,
     }
     return config | _FAMILIES.get(gguf.architecture, lambda _: {})(gguf)
+
+
+def _token_id(gguf: GGUFModel, name: str) -> int | None:
+    """Return the id of a special token, if the file names it."""
+    key = f"tokenizer.ggml.{name}_token_id"
+    value = gguf.metadata.get(key)
+    if value is not None and (type(value) is not int or value < 0):
+        raise ModelLoadError(f"{gguf.path}: metadata {key!r} is {value!r:.80}, no token's id")
+    return value
 
 
 def _llama(gguf: GGUFModel) -> dict[str, Any]:

@@ -125,8 +125,8 @@ class BinCheckpoint(Checkpoint):
                 )
             except Exception as error:  # a broken pickle can raise nearly anything
                 _fail(file, stored, error)
-            if not isinstance(state, dict):
-                _fail(file, stored, TypeError("it holds no dictionary of tensors"))
+            if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+                _fail(file, stored, TypeError("it holds no dictionary of tensors by name"))
             self._loaded[file] = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
         return self._loaded[file]
 

@@ -142,6 +142,9 @@ class GptqFormat(PackedFormat):
                 stored.fail("g_idx", "is missing, and desc_act says that it is needed")
             return neighbours(cols, size)
         index = stored.read("g_idx", INTEGERS, (cols,))
+        # Some tools leave it as zeros where inputs keep their order.
+        if not self.act_order and not index.any():
+            return neighbours(cols, size)
         return group_index(stored, "g_idx", index, size, groups)
 
 

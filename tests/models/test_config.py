@@ -78,6 +78,7 @@ def test_what_transformers_writes_is_read_back(family: str) -> None:
         ("qwen2", {"sliding_window": 7}, None),
         ("qwen2", {"sliding_window": 7, "use_sliding_window": True}, 7),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 32}, None),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 99}, 7),
         ("qwen3", {"use_sliding_window": True, "layer_types": ["full_attention"] * 32}, None),
     ],
 )
@@ -107,6 +108,30 @@ def test_scaling_says_how_long_sequences_may_be(rope: dict, usual: int, most: in
     assert (config.max_positions, config.most_positions) == (usual, most)
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"no_rope_layers": [0] * 32},
+        {"no_rope_layer_interval": 2},
+        {"logits_scaling": 8.0},
+        {"embedding_multiplier": 12.0},
+        {"residual_multiplier": 0.22},
+        {"attention_multiplier": 0.01},
+        {"norm_offset": 1.0},
+        {"qk_norm": True},
+    ],
+    ids=str,
+)
+def test_entries_of_another_family_mean_nothing_to_a_llama(entry: dict) -> None:
+    assert LlamaConfig.from_dict(entry) == LlamaConfig.from_dict({})
+
+
+def test_what_is_null_follows_from_the_other_sizes() -> None:
+    null = {"num_key_value_heads": None, "head_dim": None, "hidden_size": 1024}
+    config = LlamaConfig.from_dict({"model_type": "qwen3", "num_attention_heads": 16, **null})
+    assert (config.num_key_value_heads, config.head_dim) == (16, 64)
+
+
 def test_gemmas_first_files_mean_gelu_by_tanh() -> None:
     config = LlamaConfig.from_dict({"model_type": "gemma", "hidden_act": "gelu"})
     assert config.hidden_act == "gelu_pytorch_tanh"
@@ -133,6 +158,9 @@ def test_layers_without_rope_follow_the_interval_or_the_list() -> None:
 )
 def test_older_rope_settings_are_understood(values: dict, rope: dict) -> None:
     assert LlamaConfig.from_dict(values).rope_parameters == rope
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0}
 
 
 @pytest.mark.parametrize(
@@ -176,6 +204,29 @@ def test_older_rope_settings_are_understood(values: dict, rope: dict) -> None:
         ({"model_type": "smollm3", "no_rope_layers": [1]}, ModelLoadError, "1 entries for 36"),
         ({"model_type": "mistral", "sliding_window": 0}, ModelLoadError, "sliding_window"),
         ({"model_type": "granite", "logits_scaling": 0}, ModelLoadError, "logits_scaling"),
+        ({"model_type": "granite", "attention_multiplier": 0}, ModelLoadError, "attention_mul"),
+        ({"model_type": "smollm3", "no_rope_layers": ["x"]}, ModelLoadError, "no_rope_layers has"),
+        ({"num_hidden_layers": 10**9}, ModelLoadError, "at most 1000"),
+        ({"vocab_size": 10**30}, ModelLoadError, "vocab_size must be"),
+        ({"num_key_value_heads": -3}, ModelLoadError, "num_key_value_heads must be"),
+        ({"head_dim": 10**12}, ModelLoadError, "head_dim must be"),
+        ({"draft_vocab_size": -1}, ModelLoadError, "draft_vocab_size"),
+        ({"rms_norm_eps": -1.0}, ModelLoadError, "rms_norm_eps"),
+        ({"rms_norm_eps": float("nan")}, ModelLoadError, "rms_norm_eps"),
+        ({"eos_token_id": ["</s>"]}, ModelLoadError, "eos_token_id has the value"),
+        ({"eos_token_id": [[1]]}, ModelLoadError, "eos_token_id has the value"),
+        ({"eos_token_id": -1}, ModelLoadError, "no token's id"),
+        ({"is_causal": False}, UnsupportedModelError, "is_causal is false"),
+        ({"rope_scaling": {"type": ["yarn"]}}, ModelLoadError, "not a name"),
+        ({"rope_scaling": {**YARN, "attention_factor": "x"}}, ModelLoadError, "attention_factor"),
+        ({"rope_scaling": {**YARN, "attention_factor": -1}}, ModelLoadError, "attention_factor"),
+        ({"rope_scaling": {**YARN, "beta_fast": -1}}, ModelLoadError, "beta_fast"),
+        ({"rope_scaling": YARN, "rope_theta": 1}, ModelLoadError, "rope_theta must be above 1"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            UnsupportedModelError,
+            "differ between layers",
+        ),
     ],
 )
 def test_llama_values_without_sense_are_named(values: dict, error: type, message: str) -> None:

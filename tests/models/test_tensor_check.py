@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from minserve.errors import ModelLoadError
 from minserve.models.config import CONFIGS
 from minserve.models.finding.source import find_model, load_config
+from minserve.models.layers import WeightPlacement
+from minserve.models.registry import build_model
 from minserve.models.tensor_check import check_tensors, require_tensors
 from minserve.models.weights.loader import open_checkpoint
 
@@ -115,14 +117,41 @@ def test_a_tensor_of_a_layer_that_nothing_reads_is_refused(tiny_llama_dir, tmp_p
         with open_checkpoint(source) as checkpoint:
             require_tensors(checkpoint, load_config(source))
 
-    with pytest.raises(ModelLoadError, match=f"1 tensor of layers would not be read.*{bias}"):
+    with pytest.raises(ModelLoadError, match=f"1 tensor of the model would not be read.*{bias}"):
         require(**{bias: torch.ones(64)})
     with pytest.raises(ModelLoadError, match=r"model\.layers\.2\.input_layernorm\.weight"):
         require(**{"model.layers.2.input_layernorm.weight": torch.ones(64)})  # it has two
-    assert not caplog.messages
+    for outside in ("lm_head.bias", "model.norm.bias"):
+        with pytest.raises(ModelLoadError, match=rf"would not be read.*{outside}"):
+            require(**{outside: torch.ones(64)})
     require(**{bias: torch.zeros(64)})
+    for computed in ("rotary_emb.inv_freq", "self_attn.rotary_emb.cos_cached"):
+        require(**{f"model.layers.0.{computed}": torch.ones(2)})
+    assert not caplog.messages
     require(**{"model.extra": torch.ones(2)})
     assert "'model.extra'" in caplog.text
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_of_two_tied_tensors_the_head_alone_may_be_stored(family, tmp_path):
+    from safetensors.torch import save_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            family, **{**SIZES, "word_embed_proj_dim": 32}, tie_word_embeddings=True
+        )
+    )
+    model.config.save_pretrained(tmp_path)
+    save_model(model, str(tmp_path / "model.safetensors"), metadata={"format": "pt"})
+    source = find_model(str(tmp_path))
+    placement = WeightPlacement.choose(torch.device("cpu"), "float32")
+    with open_checkpoint(source) as checkpoint:
+        assert not any("embed_tokens" in name for name in checkpoint.names())
+        config = load_config(source)
+        require_tensors(checkpoint, config)
+        loaded = build_model(checkpoint, config, placement)
+    assert torch.equal(loaded.embed, model.lm_head.weight)
 
 
 def test_an_engine_reads_no_weight_of_a_model_that_does_not_fit(

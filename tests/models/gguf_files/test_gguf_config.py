@@ -135,6 +135,9 @@ def test_a_window_with_biases_is_refused(tmp_path: Path) -> None:
         ("phi3", "phi3.attention.sliding_window", "wide"),
         ("granite", "granite.logit_scale", "large"),
         ("smollm3", "smollm3.block_count", 2**32 - 1),
+        ("llama", "tokenizer.ggml.eos_token_id", "</s>"),
+        ("llama", "tokenizer.ggml.eot_token_id", 1.5),
+        ("llama", "tokenizer.ggml.bos_token_id", True),
     ],
 )
 def test_values_that_make_no_sense_are_named(

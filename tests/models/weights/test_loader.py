@@ -346,3 +346,10 @@ def test_progress_is_shown_on_a_terminal_and_not_in_a_quick_log(
     with open_checkpoint(source, progress=False) as ckpt:
         ckpt.get(NORM, (64,))
     assert capsys.readouterr().err == ""
+
+
+def test_a_bin_whose_keys_are_no_names_is_explained(tiny_llama_dir, tmp_path):
+    shutil.copy(tiny_llama_dir / "config.json", tmp_path)
+    torch.save({1: torch.zeros(2)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelLoadError, match=r"pytorch_model\.bin: cannot be read.*by name"):
+        open_checkpoint(find_model(str(tmp_path)))

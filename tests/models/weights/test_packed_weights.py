@@ -124,6 +124,19 @@ def test_weights_of_many_chunks_and_odd_sizes_are_unpacked_alike(
         assert torch.equal(checkpoint.get(Q_PROJ, (72, cols)), made.weight)
 
 
+def test_a_gptq_order_of_zeros_means_that_inputs_keep_theirs(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    form = gptq(4, 32)
+    made = form.make(64, 96, torch.Generator().manual_seed(0))
+    stored = {f"{LINEAR}.{part}": one for part, one in made.stored.items()}
+    assert len(stored[f"{LINEAR}.g_idx"].unique()) == 3
+    stored[f"{LINEAR}.g_idx"] = torch.zeros_like(stored[f"{LINEAR}.g_idx"])
+    folder = write(tmp_path / "packed", tiny_llama_dir, stored, form.settings)
+    with open_checkpoint(find_model(str(folder))) as checkpoint:
+        assert torch.equal(checkpoint.get(Q_PROJ, (64, 96)), made.weight)
+
+
 def test_a_zero_stored_minus_one_borrows_within_its_word(
     tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
