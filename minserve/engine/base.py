@@ -155,8 +155,19 @@ class EngineBase:
         return describe_misses(misses, num_tokens)
 
     def warm_up(self) -> None:
-        """Load what the first chat needs, so that no request waits for it."""
+        """Load what the first chat needs, so that no request waits for it.
+
+        Templates that no chat can use are named in the log.
+        """
         if self.tokenizer.has_chat_template:
+            for name, problem in self.tokenizer.broken_chat_templates().items():
+                log.warning(
+                    "%s: chats will be refused, for its chat template %r is no valid jinja "
+                    "template: %s; give another one by --chat-template",
+                    self.model_name,
+                    name,
+                    problem,
+                )
             # A template may refuse this chat; by then it is loaded.
             with suppress(InvalidRequestError):
                 self.tokenizer.render_chat([{"role": "user", "content": "Hello"}])

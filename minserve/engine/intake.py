@@ -113,6 +113,8 @@ class Intake:
         self._default_max_tokens: int | None = sampling_defaults.get("max_tokens")
         self._prompts = PromptProcessor(tokenizer, vocab_size, max_model_len)
         self._seeds = random.Random(config.seed)
+        # Files of models may name ids that the model's head does not have. It samples none of them.
+        self._eos = frozenset(i for i in tokenizer.eos_token_ids if i < vocab_size)
 
     def request(
         self,
@@ -131,7 +133,7 @@ class Intake:
         text, token_ids = self._prompts.process(prompt)
         max_tokens = self._max_tokens(params, len(token_ids))
         slo = self.promises.find(slo)
-        eos = frozenset() if params.ignore_eos else self.tokenizer.eos_token_ids
+        eos = frozenset() if params.ignore_eos else self._eos
         return text, Request(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=token_ids,

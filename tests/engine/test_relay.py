@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -97,6 +98,18 @@ def test_an_output_goes_on_with_the_tokens_and_the_text_that_were_not_told(
         found = run(relay, checked(relay, WAYS[way]), {0: history(told(before)[0])})
         assert told(found[0]) == told(after)
         assert found[0][-1].finish_reason is FinishReason.LENGTH
+
+
+def test_a_stop_token_that_the_models_head_lacks_refuses_no_request(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    """Files that were copied from another model may name one."""
+    folder = Path(shutil.copytree(tiny_llama_dir, tmp_path / "m"))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 1000000]}')
+    relay = RelayEngine(str(folder), **SETTINGS)
+    request = checked(relay, replace(WAYS["greedy"], ignore_eos=False, max_tokens=4))
+    assert request.stop_token_ids == {2}
+    assert told(run(relay, request, {0: history([])})[0])[0]
 
 
 def test_of_two_outputs_the_one_that_is_missing_has_ended(

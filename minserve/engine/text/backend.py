@@ -36,7 +36,10 @@ class TokenizerBackend(Protocol):
         """Return the token ids of a text; special tokens written out in it become single ids."""
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
-        """Return the text of token ids. Bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of token ids. Bytes that are no UTF-8 become U+FFFD.
+
+        Ids that no token has add nothing.
+        """
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the exact bytes of one token; empty if there is no such token."""
@@ -87,6 +90,8 @@ class RustBackend:
         return encoding.ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        # Those of no token: the library takes none below 0 or of more than 32 bits.
+        ids = [i for i in ids if 0 <= i < self.vocab_size]
         if not self._misreads:
             return self.rust.decode(ids, skip_special_tokens=skip_special_tokens)
         kept = [i for i in ids if not (skip_special_tokens and self._is_special(i))]
@@ -96,7 +101,8 @@ class RustBackend:
         added = self._added.get(token_id)
         if added is not None:
             return added.content.encode()
-        token = self.rust.id_to_token(token_id)
+        is_token = 0 <= token_id < self.vocab_size
+        token = self.rust.id_to_token(token_id) if is_token else None
         if token is None:
             return b""
         if self._alphabet == _BYTE_LEVEL:

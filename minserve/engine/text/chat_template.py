@@ -38,13 +38,20 @@ def choose_template(templates: Mapping[str, str], setting: str) -> str:
         raise ConfigError(
             f"chat_template: {path} is no template: it has neither '{{{{' nor '{{%' of jinja"
         )
+    if (problem := what_is_wrong(template)) is not None:
+        raise ConfigError(f"chat_template: {path} is no valid jinja template: {problem}")
+    return template
+
+
+def what_is_wrong(template: str) -> str | None:
+    """Return why jinja cannot compile a template; ``None`` where it can."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     try:
         _compile_jinja_template(template)
     except Exception as error:  # of jinja2
-        raise ConfigError(f"chat_template: {path} is no valid jinja template: {error}") from error
-    return template
+        return str(error)
+    return None
 
 
 def pick_template(templates: Mapping[str, str], *, with_tools: bool) -> str:

@@ -52,14 +52,18 @@ def load_folder(folder: Path) -> Vocabulary:
         UnsupportedModelError: where it has one of a kind that cannot be read.
     """
     settings = read_settings(folder)
+    return _choose(settings)(settings)
+
+
+def _vocabulary(backend: TokenizerBackend, settings: TokenizerSettings) -> Vocabulary:
     return Vocabulary(
-        backend=_choose(settings)(settings),
+        backend=backend,
         special_tokens={key: token.content for key, token in settings.special_tokens.items()},
         chat_templates=settings.chat_templates,
     )
 
 
-def _choose(settings: TokenizerSettings) -> Callable[[TokenizerSettings], TokenizerBackend]:
+def _choose(settings: TokenizerSettings) -> Callable[[TokenizerSettings], Vocabulary]:
     """Return the reader of the folder's vocabulary, as transformers 4.57 chooses among files."""
     folder = settings.folder
     has_model = (folder / _MODEL).is_file()
@@ -89,7 +93,7 @@ def _choose(settings: TokenizerSettings) -> Callable[[TokenizerSettings], Tokeni
 # --------------------------------------------------------------------------- tokenizer.json
 
 
-def _from_tokenizer_json(settings: TokenizerSettings) -> RustBackend:
+def _from_tokenizer_json(settings: TokenizerSettings) -> Vocabulary:
     from tokenizers import Tokenizer as RustTokenizer
 
     path = settings.folder / _JSON
@@ -103,13 +107,21 @@ def _from_tokenizer_json(settings: TokenizerSettings) -> RustBackend:
         backend = RustTokenizer.from_buffer(data)
     except Exception as error:  # tokenizers raises plain Exception
         raise ModelLoadError(f"{path}: the tokenizer is broken: {error}") from error
+    # What only the kind of model suggests may be an ordinary word here, such as HTML's "</s>".
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    settings = settings.within(
+        (lambda text: backend.token_to_id(text) is not None)
+        if settings.class_is_named
+        else added.__contains__
+    )
     _add_tokens(backend, settings, path)
     _set_prefix_space(backend, settings)
     _surround(backend, settings, path)
-    return RustBackend(backend, f"tokenizer.json ({type(backend.model).__name__})")
+    kind = f"tokenizer.json ({type(backend.model).__name__})"
+    return _vocabulary(RustBackend(backend, kind), settings)
 
 
-def _from_merges(settings: TokenizerSettings) -> RustBackend:
+def _from_merges(settings: TokenizerSettings) -> Vocabulary:
     """Build byte-level BPE from the files that GPT-2, OPT and Qwen2 were published with."""
     from tokenizers import Tokenizer as RustTokenizer
     from tokenizers import decoders, models
@@ -134,11 +146,12 @@ def _from_merges(settings: TokenizerSettings) -> RustBackend:
     if (normalizer := rule.normalizer()) is not None:
         backend.normalizer = normalizer
     backend.decoder = decoders.ByteLevel()
+    settings = settings.within(lambda text: text in vocab)
     _add_tokens(backend, settings, path)
     # Of these classes only GPT-2's knows the setting (OPT has it), and only in this form.
     if name == _GPT2 and settings.values.get("add_bos_token"):
         _put_around(backend, settings, path, bos=True, eos=False)
-    return RustBackend(backend, "vocab.json + merges.txt (BPE)")
+    return _vocabulary(RustBackend(backend, "vocab.json + merges.txt (BPE)"), settings)
 
 
 def _add_tokens(backend: RustTokenizer, settings: TokenizerSettings, path: Path) -> None:
@@ -196,9 +209,18 @@ def _set_prefix_space(backend: RustTokenizer, settings: TokenizerSettings) -> No
 
 
 def _surround(backend: RustTokenizer, settings: TokenizerSettings, path: Path) -> None:
+    """Put around each text what the settings or a class that is named say; else the file counts."""
     surrounding = settings.surrounding()
-    if surrounding is not None:
-        _put_around(backend, settings, path, bos=surrounding[0], eos=surrounding[1])
+    if surrounding is None:
+        return
+    bos, eos = surrounding
+    if not (settings.class_is_named or settings.tells_surrounding):
+        return
+    # A class that wants a BOS before each text, of a vocabulary that lacks the class's BOS.
+    told = {"bos_token", "add_bos_token"} & settings.values.keys()
+    if bos and not eos and not told and "bos_token" not in settings.special_tokens:
+        return
+    _put_around(backend, settings, path, bos=bos, eos=eos)
 
 
 def _put_around(
@@ -232,7 +254,7 @@ def _needed(settings: TokenizerSettings, name: str, path: Path) -> AddedToken:
 # -------------------------------------------------------------------------- tokenizer.model
 
 
-def _from_sentencepiece(settings: TokenizerSettings) -> SentencePieceBackend:
+def _from_sentencepiece(settings: TokenizerSettings) -> Vocabulary:
     path = settings.folder / _MODEL
     if settings.class_name not in (_LLAMA, _CODE_LLAMA, _GEMMA):
         raise UnsupportedModelError(
@@ -246,6 +268,7 @@ def _from_sentencepiece(settings: TokenizerSettings) -> SentencePieceBackend:
     model = parse_model_proto(str(path), data)
     pieces = [piece.piece for piece in model.pieces]
     check_pieces(str(path), pieces)
+    settings = settings.within(set(pieces).__contains__)
     names = {BPE: "BPE", UNIGRAM: "Unigram"}
     if model.trainer_spec.model_type not in names:
         raise UnsupportedModelError(f"{path}: only models of the kinds BPE and Unigram can be read")
@@ -261,7 +284,7 @@ def _from_sentencepiece(settings: TokenizerSettings) -> SentencePieceBackend:
     )
     kind = f"SentencePiece {names[model.trainer_spec.model_type]}"
     try:
-        return SentencePieceBackend(model, rules, kind)
+        return _vocabulary(SentencePieceBackend(model, rules, kind), settings)
     except (RuntimeError, ValueError) as error:
         raise ModelLoadError(f"{path}: the tokenizer is broken: {error}") from error
 

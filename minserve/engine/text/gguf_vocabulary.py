@@ -25,7 +25,7 @@ from minserve.engine.text.sentencepiece_proto import (
     USER_DEFINED,
     new_model_proto,
 )
-from minserve.engine.text.stop_tokens import stop_tokens
+from minserve.engine.text.stop_tokens import named_tokens, stop_tokens
 from minserve.engine.text.vocabulary import Vocabulary, check_pieces
 from minserve.errors import ModelLoadError, UnsupportedModelError
 
@@ -70,8 +70,9 @@ def _load(gguf: GGUFFile, kind: str) -> Vocabulary:
     ]
     check_pieces(str(gguf.path), tokens)
     ids = {token: i for i, token in enumerate(tokens)}
-    stops = stop_tokens(gguf.metadata, ids)
-    special = _special_tokens(gguf, tokens, kind)
+    named = named_tokens(gguf)
+    stops = stop_tokens(named, ids)
+    special = _special_tokens(named, tokens, kind)
     added = _added_tokens(gguf, tokens, stops)
     backend: TokenizerBackend
     if kind == _SPM:
@@ -101,14 +102,14 @@ def _chat_templates(gguf: GGUFFile) -> dict[str, str]:
     return {name: text for name, text in found.items() if isinstance(text, str)}
 
 
-def _special_tokens(gguf: GGUFFile, tokens: list[str], kind: str) -> dict[str, int]:
+def _special_tokens(named: Mapping[str, int], tokens: list[str], kind: str) -> dict[str, int]:
     """Return the ids of the special tokens that have a name, such as ``bos_token``."""
     defaults = {"bos": 1, "eos": 2, "unknown": 0} if kind == _SPM else {}
     names = (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
     found = {}
     for name, key in names:
-        for i in (gguf.metadata.get(f"{_PREFIX}{key}_token_id"), defaults.get(key)):
-            if isinstance(i, int) and 0 <= i < len(tokens):
+        for i in (named.get(key), defaults.get(key)):
+            if i is not None and i < len(tokens):
                 found[f"{name}_token"] = i
                 break
     return found

@@ -17,14 +17,15 @@ from minserve.engine.text.chat_template import (
     choose_template,
     pick_template,
     render,
+    what_is_wrong,
 )
 from minserve.engine.text.folder_vocabulary import has_vocabulary, load_folder
 from minserve.engine.text.gguf_vocabulary import load_gguf
+from minserve.engine.text.stop_tokens import folder_stop_tokens, named_ends, named_tokens
+from minserve.engine.text.vocabulary import Vocabulary, are_alike
 from minserve.errors import ModelLoadError
-from minserve.models.finding.json_file import read_json
 
 if TYPE_CHECKING:
-    from minserve.engine.text.vocabulary import Vocabulary
     from minserve.models.finding.source import ModelSource
 
 
@@ -70,8 +71,8 @@ class Tokenizer:
         self.eos_token_ids = frozenset(eos_token_ids) | ({eos} if eos is not None else set())
 
     def has_vocabulary_of(self, other: Tokenizer) -> bool:
-        """Return whether every token has the same id in both."""
-        return self._backend.vocabulary() == other._backend.vocabulary()
+        """Return whether an id means the same token in both, wherever both have one."""
+        return are_alike(self._backend.vocabulary(), other._backend.vocabulary())
 
     @classmethod
     def load(
@@ -148,6 +149,14 @@ class Tokenizer:
     def chat_template_names(self) -> tuple[str, ...]:
         return tuple(self._chat_templates)
 
+    def broken_chat_templates(self) -> dict[str, str]:
+        """Return what is wrong with those chat templates that are no valid jinja, by their names.
+
+        Chats with one of these are refused.
+        """
+        problems = {name: what_is_wrong(text) for name, text in self._chat_templates.items()}
+        return {name: problem for name, problem in problems.items() if problem is not None}
+
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
         """Write a conversation as a prompt, by the model's chat template.
 
@@ -208,15 +217,8 @@ def _eos_of(source: ModelSource, tokenizer: str | None) -> frozenset[int]:
     """Return the ids that end an output by the word of the model's files besides its vocabulary."""
     from minserve.models.gguf_files.gguf_file import GGUFFile
 
-    ids: set[int] = set()
-    if source.gguf_file is not None:
-        if tokenizer is not None:
-            metadata = GGUFFile(source.gguf_file).metadata
-            named = (metadata.get(f"tokenizer.ggml.{n}_token_id") for n in ("eos", "eot", "eom"))
-            ids.update(i for i in named if i is not None)
-        return frozenset(ids)
-    for name in ("generation_config.json", "config.json"):
-        file = source.config_dir / name
-        value = read_json(file).get("eos_token_id") if file.is_file() else None
-        ids.update(value if isinstance(value, list) else [] if value is None else [value])
-    return frozenset(ids)
+    if source.gguf_file is None:
+        return folder_stop_tokens(source.config_dir)
+    # Its own vocabulary has them already.
+    named = {} if tokenizer is None else named_tokens(GGUFFile(source.gguf_file))
+    return named_ends(named)

@@ -7,28 +7,27 @@ for fast tokenizers (LlamaTokenizerFast and so on) take a folder's tokenizer.jso
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minserve.engine.text.named_tokens import (
+    FILLING_NAMES,
+    MORE_SPECIAL,
+    SPECIAL_NAMES,
+    check_special_tokens,
+    checked_id,
+    checked_text,
+    described_token,
+    listed,
+    special_token,
+)
 from minserve.errors import ModelLoadError, UnsupportedModelError
 from minserve.models.finding.json_file import read_json
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
-
-SPECIAL_NAMES = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
-# The last of these is transformers 5's name for the first.
-_MORE_SPECIAL = ("additional_special_tokens", "extra_special_tokens")
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,7 @@ CLASS_RULES: dict[str, ClassRules] = {
         _ANGLED,
         adds_bos=True,
         more_special=tuple(
-            (f"{name}_token", f"▁<{text}>")
-            for name, text in (
-                ("prefix", "PRE"),
-                ("middle", "MID"),
-                ("suffix", "SUF"),
-                ("eot", "EOT"),
-            )
+            zip(FILLING_NAMES, ("▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>"), strict=True)
         ),
     ),
     "GemmaTokenizer": ClassRules(
@@ -106,31 +99,55 @@ class TokenizerSettings:
     """A folder's settings.
 
     Attributes:
-        class_name: transformers' class for it, without "Fast"; ``None`` where none is named.
+        class_name: transformers' class for it, without "Fast"; ``None`` where none is known.
+        class_is_named: whether a file names the class; else only the kind of model suggests it.
         values: tokenizer_config.json, and what the other files add to it.
         special_tokens: names such as ``bos_token`` to tokens.
         more_special: further tokens to mark as special.
         added_tokens: tokens of the folder by id, those of tokenizer.json excepted.
+        class_tokens: texts of those special tokens that the class has and no file names.
     """
 
     folder: Path
     class_name: str | None
+    class_is_named: bool
     values: Mapping[str, Any]
     special_tokens: Mapping[str, AddedToken]
     more_special: tuple[AddedToken, ...]
     added_tokens: Mapping[int, AddedToken]
+    class_tokens: frozenset[str]
     chat_templates: Mapping[str, str]
 
     @property
     def rules(self) -> ClassRules:
         return CLASS_RULES.get(self.class_name or "", _NO_CLASS)
 
+    @property
+    def tells_surrounding(self) -> bool:
+        return "add_bos_token" in self.values or "add_eos_token" in self.values
+
+    def within(self, has: Callable[[str], bool]) -> TokenizerSettings:
+        """Return the settings without tokens that only the class has, and the vocabulary has not.
+
+        Such a token would get a new id, which the model has never seen.
+
+        Args:
+            has: tells whether the vocabulary has a token.
+        """
+        lacking = {text for text in self.class_tokens if not has(text)}
+        return replace(
+            self,
+            special_tokens={
+                k: t for k, t in self.special_tokens.items() if t.content not in lacking
+            },
+            more_special=tuple(t for t in self.more_special if t.content not in lacking),
+        )
+
     def surrounding(self) -> tuple[bool, bool] | None:
         """Return whether a BOS and an EOS surround a text; ``None``: tokenizer.json says it."""
         default = self.rules.adds_bos
-        told = "add_bos_token" in self.values or "add_eos_token" in self.values
         # transformers 5 writes its class's rule into tokenizer.json, and marks such a folder.
-        if default is None or ("backend" in self.values and not told):
+        if default is None or ("backend" in self.values and not self.tells_surrounding):
             return None
         return (
             bool(self.values.get("add_bos_token", default)),
@@ -145,35 +162,46 @@ def read_settings(folder: Path) -> TokenizerSettings:
         ModelLoadError: where a file cannot be read or contradicts itself.
         UnsupportedModelError: where the tokenizer is a program of the folder's own.
     """
-    values = dict(_read(folder / "tokenizer_config.json"))
+    path = folder / "tokenizer_config.json"
+    values = dict(_read(path))
+    check_special_tokens(path, values)
     config = _read(folder / "config.json")
-    name = values.get("tokenizer_class") or config.get("tokenizer_class")
-    name = name or _CLASS_OF_MODEL.get(config.get("model_type", ""))
-    class_name = name.removesuffix("Fast") if isinstance(name, str) else None
+    class_name, is_named = _class_of(values, config)
     _refuse_own_code(folder, class_name, values, config)
     added = _added_tokens(folder, values)
     rules = CLASS_RULES.get(class_name or "", _NO_CLASS)
     by_text = {token.content: token for token in added.values()}
-    special = {
-        key: by_text.get(token.content, token)
-        for key in SPECIAL_NAMES
-        if (token := _special(folder, values.get(key, rules.special_tokens.get(key)))) is not None
-    }
+    told = {key: values.get(key, rules.special_tokens.get(key)) for key in SPECIAL_NAMES}
     # Some models have special tokens with names of their own, which templates may use.
-    named = values.get(_MORE_SPECIAL[1])
+    named = values.get(MORE_SPECIAL[1])
+    special = {k: t for k, v in told.items() if (t := special_token(path, k, v)) is not None}
+    special = {key: by_text.get(token.content, token) for key, token in special.items()}
     if isinstance(named, dict):
-        special |= {k: t for k, v in named.items() if (t := _special(folder, v)) is not None}
-    more = [t for key in _MORE_SPECIAL for t in _listed(values.get(key))]
-    more += [token for key, default in rules.more_special if (token := values.get(key, default))]
+        special |= {k: t for k, v in named.items() if (t := special_token(path, k, v)) is not None}
+    more = [(key, one) for key in MORE_SPECIAL for one in listed(values.get(key))]
+    more += [(key, values.get(key, default)) for key, default in rules.more_special]
+    more_special = [(k, t) for k, v in more if (t := special_token(path, k, v)) is not None]
+    in_files = {t.content for key, t in (*special.items(), *more_special) if key in values}
+    of_class = (*rules.special_tokens.items(), *rules.more_special)
     return TokenizerSettings(
         folder=folder,
         class_name=class_name,
+        class_is_named=is_named,
         values=values,
         special_tokens=special,
-        more_special=tuple(t for v in more if (t := _special(folder, v)) is not None),
+        more_special=tuple(token for _, token in more_special),
         added_tokens=dict(sorted(added.items())),
+        class_tokens=frozenset(text for _, text in of_class) - in_files - by_text.keys(),
         chat_templates=_chat_templates(folder, values),
     )
+
+
+def _class_of(values: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str | None, bool]:
+    """Return the class of a folder's tokenizer, and whether a file names it."""
+    named = values.get("tokenizer_class") or config.get("tokenizer_class")
+    kind = config.get("model_type")
+    name = named or (_CLASS_OF_MODEL.get(kind) if isinstance(kind, str) else None)
+    return name.removesuffix("Fast") if isinstance(name, str) else None, bool(named)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -199,60 +227,41 @@ def _added_tokens(folder: Path, values: dict[str, Any]) -> dict[int, AddedToken]
     """Return the added tokens by id. Older files' special tokens are put into ``values``."""
     path = folder / "tokenizer_config.json"
     if "added_tokens_decoder" in values:
-        decoder = values["added_tokens_decoder"]
+        decoder, entry = values["added_tokens_decoder"], "added_tokens_decoder"
         try:
-            return {int(i): _token(path, token) for i, token in decoder.items()}
-        except (AttributeError, ValueError) as error:
+            ids = {key: int(key) for key in decoder}
+            tokens = {key: described_token(path, entry, one) for key, one in decoder.items()}
+        except (AttributeError, TypeError, ValueError) as error:
             raise ModelLoadError(f"{path}: 'added_tokens_decoder' makes no sense") from error
-    for key, value in _read(folder / "special_tokens_map.json").items():
-        if key == _MORE_SPECIAL[0] and isinstance(value, list):
-            value = [*_listed(values.get(key)), *value]
-        values[key] = value
-    names = (*SPECIAL_NAMES, *_MORE_SPECIAL)
+        return {checked_id(path, tokens[key].content, i): tokens[key] for key, i in ids.items()}
+    _merge_older(folder / "special_tokens_map.json", values)
+    names = (*SPECIAL_NAMES, *MORE_SPECIAL)
     special = {
         token.content
         for key in names
-        for value in (_listed(values.get(key)) if key in _MORE_SPECIAL else [values.get(key)])
-        if (token := _special(folder, value)) is not None
+        for value in (listed(values.get(key)) if key in MORE_SPECIAL else [values.get(key)])
+        if (token := special_token(path, key, value)) is not None
     }
     from tokenizers import AddedToken
 
     path = folder / "added_tokens.json"
     found: dict[int, AddedToken] = {}
-    for text, i in _read(path).items():
-        if not isinstance(i, int) or i in found:
-            raise ModelLoadError(f"{path}: id {i!r} of {text!r} is no id, or another token's")
+    for text, number in _read(path).items():
+        i = checked_id(path, checked_text(path, text, text), number)
+        if i in found:
+            raise ModelLoadError(f"{path}: id {i} of {text!r} is also another token's")
         found[i] = AddedToken(text, special=text in special, normalized=text not in special)
     return found
 
 
-def _listed(value: Any) -> list[Any]:
-    """Return the tokens of a list, or of a table of named ones."""
-    if isinstance(value, dict):
-        return list(value.values())
-    return value if isinstance(value, list) else []
-
-
-def _special(folder: Path, value: Any) -> AddedToken | None:
-    """Return a special token that the settings name by its text or describe."""
-    from tokenizers import AddedToken
-
-    if value is None or value == "":
-        return None
-    if isinstance(value, str):
-        return AddedToken(value, special=True, normalized=False)
-    return _token(folder / "tokenizer_config.json", value | {"special": True})
-
-
-def _token(path: Path, value: Any) -> AddedToken:
-    from tokenizers import AddedToken
-
-    if not isinstance(value, dict) or not isinstance(value.get("content"), str):
-        raise ModelLoadError(f"{path}: {value!r:.80} describes no token")
-    flags = ("single_word", "lstrip", "rstrip", "special")
-    told = {key: bool(value.get(key, False)) for key in flags}
-    told["normalized"] = bool(value.get("normalized", not told["special"]))
-    return AddedToken(value["content"], **told)
+def _merge_older(path: Path, values: dict[str, Any]) -> None:
+    """Put the special tokens of special_tokens_map.json into ``values``."""
+    older = _read(path)
+    check_special_tokens(path, older)
+    for key, value in older.items():
+        if key == MORE_SPECIAL[0] and isinstance(value, list):
+            value = [*listed(values.get(key)), *value]
+        values[key] = value
 
 
 def _chat_templates(folder: Path, values: Mapping[str, Any]) -> dict[str, str]:
@@ -268,7 +277,7 @@ def _chat_templates(folder: Path, values: Mapping[str, Any]) -> dict[str, str]:
     value = values.get("chat_template") or _read(folder / "chat_template.json").get("chat_template")
     if isinstance(value, str):
         return {"default": value}
-    named = _listed(value) if isinstance(value, list) else []
+    named = value if isinstance(value, list) else []
     try:
         return {str(entry["name"]): str(entry["template"]) for entry in named}
     except (KeyError, TypeError) as error:

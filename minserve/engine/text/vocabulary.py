@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,8 @@ from minserve.engine.text.backend import TokenizerBackend
 from minserve.engine.text.sentencepiece_proto import new_model_proto
 from minserve.errors import ModelLoadError
 
+# What llama.cpp's converter calls ids that have no token, and what it does so for an empty token.
+_PADDING = re.compile(r"\[(PAD|EMPTY_)\d+\]")
 GIT_LFS = b"version https://git-lfs"
 
 
@@ -28,6 +31,26 @@ class Vocabulary:
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     eos_token_ids: frozenset[int] = frozenset()
     chat_templates: Mapping[str, str] = field(default_factory=dict)
+
+
+def are_alike(one: Mapping[str, int], other: Mapping[str, int]) -> bool:
+    """Return whether no id means another token in one vocabulary than in the other.
+
+    Each may have tokens that the other lacks, at ids that the other leaves open: GGUF files fill
+    a vocabulary up to the size of the model's embedding, and some folders add a token for padding.
+
+    Args:
+        one, other: ids by token, as the vocabulary spells it.
+    """
+    first, second = _without_padding(one), _without_padding(other)
+    by_id = {i: token for token, i in second.items()}
+    return all(
+        second.get(token, i) == i and by_id.get(i, token) == token for token, i in first.items()
+    )
+
+
+def _without_padding(ids: Mapping[str, int]) -> dict[str, int]:
+    return {token: i for token, i in ids.items() if not _PADDING.fullmatch(token)}
 
 
 def check_pieces(where: str, pieces: list[str]) -> None:
@@ -69,6 +92,13 @@ def parse_model_proto(where: str, data: bytes) -> Any:
         ) from error
     if not model.pieces:
         raise ModelLoadError(f"{where}: holds no pieces, so it is no sentencepiece model")
+    for i, piece in enumerate(model.pieces):
+        # protobuf gives what is no UTF-8 as bytes.
+        if not isinstance(piece.piece, str):
+            raise ModelLoadError(
+                f"{where}: is damaged: its piece {i} is no text, but {piece.piece!r:.80}; "
+                "get the file again"
+            )
     return model
 
 

@@ -103,6 +103,19 @@ def test_the_file_of_processors_is_read_where_there_is_no_other(folder):
     assert load(folder).render_chat(CHAT) == "in json"
 
 
+def test_a_template_of_the_models_that_is_no_jinja_is_said_at_the_start(folder, caplog):
+    """Texts can still be completed, so the model is not refused."""
+    set_template(folder, [NAMED[0], {"name": "rag", "template": "{% for m in messages %}"}])
+    engine = Engine(str(folder), num_blocks=8)
+    engine.warm_up()
+    (line,) = [one for one in caplog.messages if "jinja" in one]
+    assert line.startswith(f"{engine.model_name}: chats will be refused")
+    assert "'rag'" in line
+    assert "Unexpected end of template" in line
+    with pytest.raises(InvalidRequestError, match="Unexpected end of template"):
+        load(folder, "rag").render_chat(CHAT)
+
+
 @pytest.mark.parametrize("settings", [{}, {"executor": "simulated", "profile": "opt-6.7b-a100"}])
 def test_an_engine_uses_the_template_of_its_settings(folder, settings):
     file = folder / "mine.jinja"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -14,6 +15,9 @@ from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import ModelLoadError, UnsupportedModelError
 from minserve.models.finding.source import find_model
 from parts.tokenizers_parity import vocabularies as made
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as RustTokenizer
 
 LLAMA = {"tokenizer_class": "LlamaTokenizer"}
 BEHIND = made.SPM_SIZE
@@ -47,7 +51,7 @@ def llama_model(folder: Path, settings: dict[str, Any], **files: dict[str, Any])
         (LLAMA | {"add_bos_token": False, "add_eos_token": True}, [], [2]),
         ({"tokenizer_class": "CodeLlamaTokenizer", "add_eos_token": True}, [1], [2]),
         (LLAMA | {"bos_token": token("</s>", __type="AddedToken")}, [2], []),
-        ({}, [1], []),  # a model of type llama has Llama's class
+        ({"add_eos_token": True}, [1], [2]),  # a model of type llama has Llama's class
     ],
 )
 def test_a_class_and_its_settings_say_what_surrounds_a_text(
@@ -62,6 +66,57 @@ def test_a_class_and_its_settings_say_what_surrounds_a_text(
 def test_a_class_that_says_nothing_leaves_it_to_the_file(tmp_path):
     tokenizer = llama_json(tmp_path, {"tokenizer_class": "PreTrainedTokenizerFast"})
     assert 1 not in tokenizer.encode("a")
+
+
+def test_a_class_that_no_file_names_counts_where_no_file_says_more(tmp_path):
+    """A model of type llama has Llama's class, but its tokenizer.json knows what belongs around."""
+    assert llama_model(tmp_path / "model", {}).encode("a")[0] == 1
+    assert llama_json(tmp_path / "json", {}).encode("a")[0] != 1
+
+
+def llama3_json(folder: Path, settings: dict[str, Any] | None) -> tuple[Tokenizer, RustTokenizer]:
+    """A folder like Llama 3's, which has byte-level BPE and none of Llama 2's special tokens."""
+    from tokenizers import processors
+
+    model = json.loads(made.byte_level_bpe("llama-bpe").to_str())["model"]
+    ids, merges = model["vocab"], [tuple(pair) for pair in model["merges"]]
+    names = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
+    tokens = [token for token in sorted(ids, key=ids.__getitem__) if token not in made.SPECIAL]
+    file = made.assemble("llama-bpe", tokens + names, merges, names)
+    file.post_processor = processors.TemplateProcessing(
+        single=f"{names[0]} $A", special_tokens=[(names[0], file.token_to_id(names[0]))]
+    )
+    made.json_folder(folder, file, settings or {})
+    if settings is None:
+        (folder / "tokenizer_config.json").unlink()
+    return load(folder), file
+
+
+@pytest.mark.parametrize(
+    ("settings", "stops"),
+    [
+        (None, []),
+        ({}, []),
+        ({"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}, ["<|eot_id|>"]),
+        ({"tokenizer_class": "LlamaTokenizerFast"}, []),
+        ({"tokenizer_class": "LlamaTokenizerFast", "add_eos_token": False}, []),
+    ],
+)
+def test_a_class_adds_no_token_that_the_vocabulary_lacks(tmp_path, settings, stops):
+    tokenizer, file = llama3_json(tmp_path / "m", settings)
+    text = "hi <s> </s> <unk> x"
+    assert tokenizer.encode(text) == file.encode(text).ids
+    assert tokenizer.vocab_size == file.get_vocab_size()
+    assert tokenizer.eos_token_ids == {file.token_to_id(token) for token in stops}
+
+
+def test_an_ordinary_word_is_no_special_token_by_the_kind_of_model(tmp_path):
+    """A vocabulary of HTML may have "</s>" as a word."""
+    file = made.byte_level_bpe("llama-bpe", special=[])
+    tokenizer = load(made.json_folder(tmp_path / "m", file, {}))
+    assert file.token_to_id("</s>") is not None
+    assert not tokenizer.eos_token_ids
+    assert tokenizer.encode("a</s>") == file.encode("a</s>").ids
 
 
 def test_a_folder_that_transformers_5_wrote_keeps_what_it_wrote_into_the_file(tmp_path):
@@ -113,10 +168,23 @@ def test_a_special_token_that_the_vocabulary_lacks_gets_the_next_id(tmp_path, ma
 
 @pytest.mark.parametrize("make", [llama_json, llama_model])
 def test_codellamas_tokens_for_filling_in_are_special(tmp_path, make):
-    tokenizer = make(tmp_path, {"tokenizer_class": "CodeLlamaTokenizer"})
-    ids = [tokenizer.encode(f"▁<{name}>")[-1] for name in ("PRE", "MID", "SUF", "EOT")]
+    signs = [f"▁<{name}>" for name in ("PRE", "MID", "SUF", "EOT")]
+    added = {sign: BEHIND + i for i, sign in enumerate(signs)}
+    tokenizer = make(tmp_path, {"tokenizer_class": "CodeLlamaTokenizer"}, added_tokens=added)
+    ids = [tokenizer.encode(sign)[-1] for sign in signs]
     assert ids == list(range(BEHIND, BEHIND + 4))
     assert tokenizer.decode(ids) == ""
+
+
+@pytest.mark.parametrize("make", [llama_json, llama_model])
+@pytest.mark.parametrize(
+    ("settings", "size"), [({}, BEHIND), ({"additional_special_tokens": ["▁<MID>"]}, BEHIND + 1)]
+)
+def test_only_those_tokens_for_filling_in_that_a_file_names_are_added(
+    tmp_path, make, settings, size
+):
+    tokenizer = make(tmp_path, {"tokenizer_class": "CodeLlamaTokenizer"} | settings)
+    assert tokenizer.vocab_size == size
 
 
 def test_opt_puts_its_end_of_text_before_each_text(tmp_path):
@@ -221,6 +289,14 @@ def test_broken_sentencepiece_models(tmp_path, change, message):
     refused(folder, rf"tokenizer\.model.*{message}")
 
 
+def test_a_piece_that_is_no_text_is_named(tmp_path):
+    folder = made.sentencepiece_folder(tmp_path / "m", "llama", LLAMA)
+    whole = made.sentencepiece_model("llama")
+    damaged = whole.replace("▁the".encode(), b"\xff" + "▁the".encode()[1:], 1)
+    (folder / "tokenizer.model").write_bytes(damaged)
+    refused(folder, r"tokenizer\.model.*piece \d+ is no text")
+
+
 @pytest.mark.parametrize("make", [llama_json, llama_model])
 @pytest.mark.parametrize("added", [{"<s>": 7}, {"[X]": 7}])
 def test_an_added_token_whose_id_is_another_tokens(tmp_path, make, added):
@@ -271,6 +347,47 @@ def test_folders_whose_tokenizer_cannot_be_read(tmp_path, files, message, kind):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     refused(tmp_path, message, kind)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("eos_token", ["</s>"]),
+        ("eos_token", -1),
+        ("bos_token", "\ud800"),
+        ("pad_token", {"content": "\udfff"}),
+        ("unk_token", {"text": "a"}),
+        ("additional_special_tokens", [[1]]),
+        ("additional_special_tokens", "[A]"),
+        ("extra_special_tokens", {"a": 1}),
+    ],
+)
+def test_special_tokens_that_are_none(tmp_path, name, entry, value):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_text(json.dumps({entry: value}))
+    refused(tmp_path, rf"{re.escape(name)}: .*'{entry}'")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("added_tokens", {"[A]": 10**12}, r"1000000000000 of '\[A\]' is no token's id"),
+        ("added_tokens", {"[A]": -1}, r"-1 of '\[A\]' is no token's id"),
+        ("added_tokens", {"[A]": True}, r"True of '\[A\]' is no token's id"),
+        ("added_tokens", {"[A]": 5, "[B]": 5}, r"5 of '\[B\]' is also another token's"),
+        ("added_tokens", {"\ud800": 5}, "describes no token"),
+        (
+            "tokenizer_config",
+            {"added_tokens_decoder": {10**12: {"content": "a"}}},
+            "1000000000000 of 'a' is no token's id",
+        ),
+    ],
+)
+def test_added_tokens_whose_ids_or_texts_are_none(tmp_path, file, content, message):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / f"{file}.json").write_text(json.dumps(content))
+    refused(tmp_path, rf"{file}\.json: .*{message}")
 
 
 def test_a_bos_that_is_wanted_but_has_no_name(tmp_path):

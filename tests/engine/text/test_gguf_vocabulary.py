@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +235,24 @@ def test_a_token_that_stands_there_twice_is_named(tmp_path):
     )
     with pytest.raises(ModelLoadError, match=r"t\.gguf.*'a' has the ids 0 and 2"):
         load_gguf(file)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [("string", "</s>"), ("array", [1]), ("float32", 1.0), ("bool", True), ("int32", -1)],
+)
+@pytest.mark.parametrize("name", ["bos", "eos", "eot"])
+def test_what_is_no_tokens_id_is_named_with_its_key(tmp_path, tiny_llama_dir, name, kind, value):
+    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["a", "b"])
+    getattr(writer, f"add_{kind}")(f"tokenizer.ggml.{name}_token_id", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    message = rf"t\.gguf: metadata 'tokenizer\.ggml\.{name}_token_id'.*{re.escape(repr(value))}"
+    with pytest.raises(ModelLoadError, match=message):
+        load_gguf(tmp_path / "t.gguf")
+    with pytest.raises(ModelLoadError, match=message):  # with a tokenizer from elsewhere
+        Tokenizer.load(find_model(str(tmp_path / "t.gguf")), str(tiny_llama_dir))

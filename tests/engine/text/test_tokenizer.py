@@ -102,6 +102,13 @@ def test_ids_beyond_the_vocabulary_decode_to_nothing(either):
     assert either.token_bytes(beyond) == b""
 
 
+@pytest.mark.parametrize("no_token", [-1, -(2**40), 2**32, 2**70])
+def test_numbers_that_are_no_ids_decode_to_nothing(either, no_token):
+    for skip in (True, False):
+        assert either.decode([*either.encode("a"), no_token], skip) == "a"
+    assert either.token_bytes(no_token) == b""
+
+
 def test_a_folder_agrees_with_transformers(tiny, tiny_llama_dir):
     from transformers import AutoTokenizer
 
@@ -129,12 +136,12 @@ def test_transformers_reads_a_saved_tokenizer_alike(smollm2, tmp_path):
     )
 
 
-def test_end_tokens_are_gathered_from_all_files(tiny_llama_dir, tmp_path):
+def test_end_tokens_are_those_of_generation_config_and_of_the_tokenizer(tiny_llama_dir, tmp_path):
     folder = Path(shutil.copytree(tiny_llama_dir, tmp_path / "m"))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [4, 7]}))
     config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": 3}
     (folder / "config.json").write_text(json.dumps(config))
-    assert Tokenizer.load(find_model(str(folder))).eos_token_ids == {2, 3, 4, 7}
+    assert Tokenizer.load(find_model(str(folder))).eos_token_ids == {2, 4, 7}
 
 
 def test_another_tokenizer_can_be_named(tiny_llama_dir, tiny):
