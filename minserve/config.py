@@ -76,7 +76,7 @@ class EngineConfig:
     generation_config: str = option(
         "auto",
         "auto: requests that leave sampling settings out get those of the model's "
-        "generation_config.json. off: they get the API's own",
+        "generation_config.json. off: they get the API's own, and the file's stop tokens do not count",
         group="model",
         choices=GENERATION_CONFIGS,
     )

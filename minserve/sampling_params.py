@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from minserve.errors import InvalidRequestError
 
@@ -11,6 +13,17 @@ MAX_N = 128
 MAX_STOP_STRINGS = 64
 MAX_TOP_K = 2**31 - 1
 SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1
+# transformers' names of the settings in generation_config.json that count, and the fields of
+# `SamplingParams` that they set. ``do_sample`` is none of them, as in vLLM: it says what
+# transformers' own `generate` does unasked, and clients of this API choose by the temperature.
+GENERATION_CONFIG_FIELDS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,3 +167,14 @@ def _number(name: str, value: object, low: float, high: float) -> None:
         raise InvalidRequestError(
             f"{name} must be between {low:g} and {high:g}, not {value!s:.40}", name
         )
+
+
+def default_words(defaults: Mapping[str, Any]) -> str:
+    """Return the settings in words, such as ``temperature 0.6; max_tokens 12 for chats``.
+
+    Args:
+        defaults: fields of `SamplingParams`, by name.
+    """
+    words = ", ".join(f"{name} {value}" for name, value in defaults.items() if name != "max_tokens")
+    limit = f"max_tokens {defaults['max_tokens']} for chats" if "max_tokens" in defaults else ""
+    return "; ".join(one for one in (words, limit) if one)

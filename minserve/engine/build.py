@@ -22,6 +22,7 @@ from minserve.engine.device.kv_cache import allocate_kv_cache, choose_num_blocks
 from minserve.engine.device.paged_model import PagedModel
 from minserve.engine.device.runner import ModelRunner
 from minserve.engine.device.thread_count import ThreadCount
+from minserve.engine.model_tokenizer import load_model_tokenizer
 from minserve.engine.profile.profile_cache import dtype_words
 from minserve.engine.simulated import load_simulated_core
 from minserve.engine.speculation.draft_model_proposer import MOST_DECODE_TOKENS, DraftModelProposer
@@ -93,8 +94,8 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     source = find_model(config.model)
     # All that may be wrong with the files is found before weights are read, which takes long.
     model_config = load_config(source)
-    tokenizer = Tokenizer.load(source, config.tokenizer, chat_template=config.chat_template)
-    draft_source = _find_draft_model(config, model_config, tokenizer)
+    tokenizer = load_model_tokenizer(config, source)
+    draft_source = find_draft_model(config, model_config, tokenizer)
     attention = choose_attention_backend(config.attention_backend, device)
     model, placement = _load_model(config, source, model_config, device, attention)
     parts = _PartMaker(attention, config.block_size, placement)
@@ -120,11 +121,12 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     )
     dtype = dtype_words(placement.linear_dtype, placement.dtype)
     log.info(
-        "%s on %s: %s, %s attention, %d KV blocks of %d tokens, ready in %.1f s",
+        "%s on %s: %s, %s attention%s, %d KV blocks of %d tokens, ready in %.1f s",
         source.name,
         device,
         dtype,
         attention,
+        "" if draft_source is None else f", draft model {draft_source.name}",
         num_blocks,
         config.block_size,
         time.perf_counter() - started,
@@ -288,10 +290,15 @@ class _PartMaker(NamedTuple):
         return backend, [kv] * shape.num_layers, self.block_size, device
 
 
-def _find_draft_model(
-    config: EngineConfig, model_config: ModelConfig, tokenizer: Tokenizer
+def find_draft_model(
+    config: EngineConfig, model_config: ModelConfig, tokenizer: Tokenizer, *, download: bool = True
 ) -> ModelSource | None:
     """Return where the draft model is that the settings ask for; ``None`` if they ask for none.
+
+    Args:
+        model_config: of the model for which it drafts.
+        tokenizer: of that model.
+        download: as for `find_model`.
 
     Raises:
         ConfigError: where its vocabulary is not the model's.
@@ -299,7 +306,7 @@ def _find_draft_model(
     """
     if config.draft_model is None and config.speculator != "draft":
         return None
-    source = find_model(config.draft_model or EMBEDDED_DRAFT)
+    source = find_model(config.draft_model or EMBEDDED_DRAFT, download=download)
     check_vocabulary(source, load_config(source), model_config.vocab_size)
     if has_tokenizer(source) and not Tokenizer.load(source).has_vocabulary_of(tokenizer):
         raise ConfigError(
@@ -417,7 +424,7 @@ def longest_sequence(config: EngineConfig, model: ModelConfig) -> int:
         return model.max_positions
     if config.max_model_len > model.most_positions:
         raise ConfigError(
-            f"max_model_len {config.max_model_len} is beyond the model's {model.most_positions} "
-            "positions"
+            f"max_model_len {config.max_model_len}: this model allows at most "
+            f"{model.most_positions} tokens"
         )
     return config.max_model_len

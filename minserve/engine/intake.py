@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from minserve.config import EngineConfig
+from minserve.engine.model_tokenizer import load_model_tokenizer
 from minserve.engine.promises import Promises
 from minserve.engine.sampling_defaults import load_sampling_defaults
 from minserve.engine.text.inputs import PromptProcessor
@@ -55,7 +56,7 @@ def load_front(config: EngineConfig) -> tuple[Tokenizer, dict[str, Any]]:
         ConfigError: where there is no such chat template as the settings ask for.
     """
     source = find_model(config.model)
-    tokenizer = Tokenizer.load(source, config.tokenizer, chat_template=config.chat_template)
+    tokenizer = load_model_tokenizer(config, source)
     return tokenizer, load_sampling_defaults(config, source)
 
 

@@ -7,30 +7,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from minserve.config import EngineConfig
-from minserve.errors import InvalidRequestError, ModelLoadError
+from minserve.errors import InvalidRequestError
 from minserve.models.finding.files import kind_of
-from minserve.models.finding.json_file import read_json
+from minserve.models.finding.generation_config import FILE, read_generation_config
 from minserve.models.finding.source import ModelSource
-from minserve.sampling_params import SamplingParams
+from minserve.sampling_params import GENERATION_CONFIG_FIELDS, SamplingParams
 
 log = logging.getLogger(__name__)
 
-FILE = "generation_config.json"
-# transformers' names of the settings that count, and the fields of `SamplingParams` that they set.
-# ``do_sample`` is none of them, as in vLLM: it says what transformers' own `generate` does unasked,
-# and clients of this API choose by the temperature.
-_FIELDS = {
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "max_new_tokens": "max_tokens",
-}
-
 
 def load_sampling_defaults(config: EngineConfig, source: ModelSource) -> dict[str, Any]:
-    """Do as `read_sampling_defaults`; problems are named in the log."""
+    """Do as `read_sampling_defaults`; problems are named in the log.
+
+    Raises:
+        ModelLoadError: as there.
+    """
     defaults, problems = read_sampling_defaults(config, source)
     for problem in problems:
         log.warning("%s", problem)
@@ -49,17 +40,17 @@ def read_sampling_defaults(
 
     Returns:
         the fields, and in words what was left out and why.
+
+    Raises:
+        ModelLoadError: if the file cannot be read.
     """
     path = source.config_dir / FILE
     if config.generation_config == "off" or source.gguf_file is not None or kind_of(path) is None:
         return {}, []
-    try:
-        values = read_json(path)
-    except ModelLoadError as error:
-        return {}, [f"{error}; its sampling settings are left out"]
+    values = read_generation_config(path)
     defaults: dict[str, Any] = {}
     problems = []
-    for name, field in _FIELDS.items():
+    for name, field in GENERATION_CONFIG_FIELDS.items():
         value = values.get(name)
         if value is None:
             continue

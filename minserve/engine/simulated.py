@@ -21,6 +21,7 @@ from minserve.devices import Device, find_device
 from minserve.engine.batch import RunResult, Scheduled, shape_of
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.core import EngineCore
+from minserve.engine.model_tokenizer import load_model_tokenizer
 from minserve.engine.speculation.proposal import SampledToken, Verified
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import ConfigError, GenerationError
@@ -116,7 +117,7 @@ def load_simulated_core(
     config = replace(config, token_budget=budget)  # checks the other settings against it
     if config.speculator not in ("auto", "off") or config.draft_model is not None:
         raise ConfigError("a simulated device drafts nothing; leave the speculator off")
-    tokenizer = Tokenizer.load(source, config.tokenizer, chat_template=config.chat_template)
+    tokenizer = load_model_tokenizer(config, source)
     num_blocks = _num_blocks(config, device)
     planner = make_planner(
         config.policy,

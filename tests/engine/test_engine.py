@@ -277,7 +277,7 @@ def test_interleaved_streams_lose_nothing_and_closing_one_frees_it(engine: Engin
 def test_settings_are_checked(tiny_llama_dir: Path) -> None:
     with pytest.raises(ConfigError, match="unknown setting 'blocksize'"):
         Engine(str(tiny_llama_dir), blocksize=3)
-    with pytest.raises(ConfigError, match="beyond the model's 512 positions"):
+    with pytest.raises(ConfigError, match="this model allows at most 512 tokens"):
         Engine(str(tiny_llama_dir), max_model_len=1000)
     with pytest.raises(ConfigError, match="does not fit the KV cache of 32 tokens"):
         Engine(str(tiny_llama_dir), max_model_len=100, num_blocks=1)

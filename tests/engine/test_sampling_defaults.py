@@ -11,7 +11,9 @@ import pytest
 
 from minserve import Engine, SamplingParams
 from minserve.config import EngineConfig
+from minserve.engine.model_tokenizer import load_model_tokenizer
 from minserve.engine.sampling_defaults import default_params, load_sampling_defaults
+from minserve.errors import ModelLoadError
 from minserve.models.finding.source import find_model
 
 SETTINGS = {"dtype": "float32", "device": "cpu", "threads": 1, "num_blocks": 64, "block_size": 16}
@@ -58,11 +60,24 @@ def test_a_value_without_sense_is_named_and_left_out(model, caplog):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{"])
-def test_a_file_that_cannot_be_read_does_not_stop_the_model(model, text, caplog):
+def test_a_file_that_cannot_be_read_is_an_error_unless_it_is_left_out(model, text):
     (model / "generation_config.json").write_text(text)
     config = EngineConfig.create(str(model))
-    assert load_sampling_defaults(config, find_model(config.model)) == {}
-    assert "generation_config.json" in caplog.text
+    for load in (load_sampling_defaults, load_model_tokenizer):
+        with pytest.raises(ModelLoadError, match="or start with --generation-config off"):
+            load(config, find_model(config.model))
+    engine = Engine(str(model), generation_config="off", **SETTINGS)
+    assert engine.sampling_defaults == {}
+    assert engine.tokenizer.eos_token_ids == {2}
+
+
+def test_stop_tokens_of_a_file_that_is_left_out_do_not_count(model):
+    source = find_model(write(model, eos_token_id=[2, 5]))
+    found = [
+        load_model_tokenizer(EngineConfig.create(str(model), generation_config=setting), source)
+        for setting in ("auto", "off")
+    ]
+    assert [one.eos_token_ids for one in found] == [{2, 5}, {2}]
 
 
 def test_the_embedded_model_has_none():

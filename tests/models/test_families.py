@@ -58,5 +58,5 @@ def test_rope_scaling_allows_longer_sequences_where_they_are_asked_for(
 
     assert longest_output() == 64
     assert longest_output(max_model_len=256) == 256
-    with pytest.raises(ConfigError, match="beyond the model's 256 positions"):
+    with pytest.raises(ConfigError, match="this model allows at most 256 tokens"):
         longest_output(max_model_len=257)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minserve.errors import ModelLoadError
+from minserve.models.finding.generation_config import ADVICE, FILE, read_generation_config
 from minserve.models.finding.json_file import read_json
 
 if TYPE_CHECKING:
@@ -52,22 +53,27 @@ _NAMED = ("bos", "eos", "eot", "eom", "unknown", "padding", *_FILL_ENDS)
 _NAMED_ENDS = ("eos", "eot", "eom")
 
 
-def folder_stop_tokens(folder: Path) -> frozenset[int]:
+def folder_stop_tokens(folder: Path, *, generation_config: bool = True) -> frozenset[int]:
     """Return the ids that end an output by a folder's files besides those of its tokenizer.
 
     Those of generation_config.json are what the model was published to be run with. config.json's
     count only where it names none, as in transformers: they are often older.
 
+    Args:
+        generation_config: false leaves generation_config.json unread.
+
     Raises:
         ModelLoadError: naming the file and the value that is no token's id.
     """
-    for name in ("generation_config.json", "config.json"):
+    for name in (FILE, "config.json") if generation_config else ("config.json",):
         file = folder / name
-        value = read_json(file).get("eos_token_id") if file.is_file() else None
+        read = read_generation_config if name == FILE else read_json
+        value = read(file).get("eos_token_id") if file.is_file() else None
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(map(_is_id, ids)):
             raise ModelLoadError(
                 f"{file}: 'eos_token_id' should be a token's id or a list of them, not {value!r:.80}"
+                f"{ADVICE if name == FILE else ''}"
             )
         if ids:
             return frozenset(ids)

@@ -28,6 +28,11 @@ from minserve.errors import ModelLoadError
 if TYPE_CHECKING:
     from minserve.models.finding.source import ModelSource
 
+# The metadata of a GGUF file that tells the kind of its vocabulary.
+_GGUF_KIND = "tokenizer.ggml.model"
+# A tokenizer's file stands for its folder: tokenizer.json, tokenizer.model, merges.txt.
+_FOLDERS_FILES = (".json", ".model", ".txt")
+
 
 class Tokenizer:
     """A model's vocabulary, special tokens and chat templates.
@@ -81,6 +86,7 @@ class Tokenizer:
         tokenizer: str | None = None,
         *,
         chat_template: str | None = None,
+        generation_config: bool = True,
     ) -> Tokenizer:
         """Load a model's tokenizer.
 
@@ -89,6 +95,8 @@ class Tokenizer:
             tokenizer: a folder, GGUF file or hub id to take the tokenizer from instead.
             chat_template: a file with the chat template to use, or the name of one of the
                 model's.
+            generation_config: false leaves the model's generation_config.json unread, which
+                may name tokens that end an output.
 
         Raises:
             ModelLoadError: where there is no tokenizer, or it cannot be read.
@@ -101,7 +109,7 @@ class Tokenizer:
         return cls(
             vocabulary.backend,
             special_tokens=vocabulary.special_tokens,
-            eos_token_ids=vocabulary.eos_token_ids | _eos_of(source, tokenizer),
+            eos_token_ids=vocabulary.eos_token_ids | _eos_of(source, tokenizer, generation_config),
             chat_template=templates,
         )
 
@@ -183,7 +191,11 @@ class Tokenizer:
 
 def has_tokenizer(source: ModelSource) -> bool:
     """Return whether a model comes with a tokenizer of its own; draft models may not."""
-    return source.gguf_file is not None or has_vocabulary(source.config_dir)
+    from minserve.models.gguf_files.gguf_file import GGUFFile
+
+    if source.gguf_file is not None:
+        return _GGUF_KIND in GGUFFile(source.gguf_file).metadata
+    return has_vocabulary(source.config_dir)
 
 
 def _load_vocabulary(source: ModelSource, tokenizer: str | None) -> Vocabulary:
@@ -194,6 +206,8 @@ def _load_vocabulary(source: ModelSource, tokenizer: str | None) -> Vocabulary:
             return load_gguf(GGUFFile(source.gguf_file))
         return load_folder(source.config_dir)
     path = Path(tokenizer).expanduser()
+    if path.suffix in _FOLDERS_FILES and path.is_file():
+        return load_folder(path.parent)
     if path.suffix == ".gguf" or path.is_file():
         return load_gguf(GGUFFile(path))
     return load_folder(_folder_of(tokenizer))
@@ -213,12 +227,12 @@ def _folder_of(tokenizer: str) -> Path:
     )
 
 
-def _eos_of(source: ModelSource, tokenizer: str | None) -> frozenset[int]:
+def _eos_of(source: ModelSource, tokenizer: str | None, generation_config: bool) -> frozenset[int]:
     """Return the ids that end an output by the word of the model's files besides its vocabulary."""
     from minserve.models.gguf_files.gguf_file import GGUFFile
 
     if source.gguf_file is None:
-        return folder_stop_tokens(source.config_dir)
+        return folder_stop_tokens(source.config_dir, generation_config=generation_config)
     # Its own vocabulary has them already.
     named = {} if tokenizer is None else named_tokens(GGUFFile(source.gguf_file))
     return named_ends(named)
