@@ -8,7 +8,7 @@ trim. Without ``model.embed_tokens.weight`` it uses the target's embeddings. Wit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from minserve.models.config import ModelConfig
 from minserve.models.finding.source import ModelSource, load_config
 from minserve.models.layers import WeightPlacement
 from minserve.models.registry import build_model
+from minserve.models.tensor_check import TensorReport, check_tensors, refuse_misfits
 from minserve.models.weights.checkpoint import Checkpoint
 from minserve.models.weights.loader import open_checkpoint
 
@@ -50,6 +51,30 @@ def check_vocabulary(source: ModelSource, config: ModelConfig, vocab_size: int) 
         )
 
 
+def check_draft_tensors(checkpoint: Checkpoint, config: ModelConfig, width: int) -> TensorReport:
+    """Compare a draft model's tensors with its files, as `check_tensors` does for any model.
+
+    Args:
+        width: of the embeddings of the model for which it drafts, which it may borrow.
+
+    Returns:
+        the report; what is borrowed is neither missing nor wanted.
+    """
+    report = check_tensors(checkpoint, config)
+    trimmed = bool(getattr(config, "draft_vocab_size", 0))
+    lent = {EMBEDDING, HEAD} if trimmed else {EMBEDDING}
+    borrowed = {n for n in report.missing if n in lent and report.wanted[n][1] == width}
+    missing = [name for name in report.missing if name not in borrowed]
+    if trimmed and HEAD_IDS not in checkpoint.names():
+        missing.append(HEAD_IDS)
+    return replace(
+        report,
+        wanted={name: shape for name, shape in report.wanted.items() if name not in borrowed},
+        missing=missing,
+        unread=[name for name in report.unread if name != HEAD_IDS],
+    )
+
+
 def load_draft_model(
     source: ModelSource, target: CausalLM, placement: WeightPlacement
 ) -> DraftModel:
@@ -62,6 +87,7 @@ def load_draft_model(
     config = load_config(source)
     check_vocabulary(source, config, target.shape.vocab_size)
     with open_checkpoint(source) as checkpoint:
+        refuse_misfits(checkpoint, check_draft_tensors(checkpoint, config, target.embed.shape[1]))
         ids = None
         rows = getattr(config, "draft_vocab_size", 0)
         if rows:

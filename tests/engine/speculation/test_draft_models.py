@@ -57,6 +57,15 @@ def head_ids(plain: Engine) -> torch.Tensor:
     return torch.tensor(ids)[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
 
 
+def test_the_log_names_the_draft_model(
+    tiny_llama_pair: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    Engine(str(tiny_llama_pair.target), **SETTINGS, draft_model=str(tiny_llama_pair.draft))
+    (line,) = [one for one in caplog.messages if "ready in" in one]
+    assert f", draft model {tiny_llama_pair.draft.name}," in line
+
+
 # -- refused -----------------------------------------------------------------------------
 
 
@@ -72,6 +81,17 @@ def test_a_draft_with_a_vocabulary_of_another_size_is_refused(
     folder = variant(tiny_llama_dir, tmp_path / "draft")
     (folder / "tokenizer.json").unlink()
     refuse(tiny_llama_pair, ConfigError, "vocabulary of 512", draft_model=str(folder))
+
+
+def test_all_tensors_that_a_draft_lacks_are_named_together(
+    tiny_llama_pair: Any, tmp_path: Path
+) -> None:
+    def without_norms(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.endswith("layernorm.weight")]:
+            del tensors[name]
+
+    folder = variant(tiny_llama_pair.draft, tmp_path / "draft", without_norms)
+    refuse(tiny_llama_pair, ModelLoadError, r"\d tensors missing", draft_model=str(folder))
 
 
 def test_a_draft_with_another_vocabulary_of_the_same_size_is_refused(
@@ -138,7 +158,7 @@ def test_head_ids_that_are_not_different_tokens_are_refused(
 ) -> None:
     settings = {"draft_vocab_size": 4, "tie_word_embeddings": False}
     folder = variant(tiny_llama_pair.draft, tmp_path / "draft", trim(ids), **settings)
-    refuse(tiny_llama_pair, ModelLoadError, "token_ids", draft_model=str(folder))
+    refuse(tiny_llama_pair, ModelLoadError, r"token_ids|lm_head", draft_model=str(folder))
 
 
 def test_a_trimmed_head_without_its_ids_is_refused(tiny_llama_pair: Any, tmp_path: Path) -> None:
