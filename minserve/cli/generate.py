@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,17 @@ from minserve.cli.flags import add_config_flags, add_sampling_flags, given
 from minserve.config import EngineConfig
 from minserve.errors import ConfigError
 from minserve.outputs import CompletionOutput, TokenLogprob, acceptance
-from minserve.sampling_params import SamplingParams
+from minserve.sampling_params import GENERATION_CONFIG_FIELDS, SamplingParams
 
 if TYPE_CHECKING:
     from minserve.engine.engine import Engine
 
 GENERATE_MAX_TOKENS = 256
+# Settings that a model's generation_config.json may propose, with what counts without it.
+_MODELS_OWN = {
+    name: GENERATE_MAX_TOKENS if name == "max_tokens" else getattr(SamplingParams(), name)
+    for name in GENERATION_CONFIG_FIELDS.values()
+}
 
 _GENERATE_EXAMPLES = """\
 examples:
@@ -60,15 +66,16 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         "--json", action="store_true", help="print one JSON object with ids, usage and timings"
     )
     # Sampling has its own --seed, and one request needs no second one.
-    add_sampling_flags(parser, {"max_tokens": GENERATE_MAX_TOKENS})
+    own = {name: f"the model's own, else {default}" for name, default in _MODELS_OWN.items()}
+    add_sampling_flags(parser, own)
     add_config_flags(parser, EngineConfig, leave_out=("seed",))
-    parser.set_defaults(command=_generate)
+    parser.set_defaults(command=_generate, takes_model_flag=True)
 
 
 def _generate(args: argparse.Namespace) -> int:
     """Load the model, generate, and print the output."""
-    wanted = {"max_tokens": GENERATE_MAX_TOKENS, **given(args, SamplingParams)}
-    SamplingParams(**wanted)  # refuse wrong settings before anything slow
+    wanted = given(args, SamplingParams)
+    SamplingParams(**{"max_tokens": None, **wanted})  # refuse wrong settings before anything slow
     settings = given(args, EngineConfig)
     settings.pop("seed", None)  # here --seed is the request's
     EngineConfig.create(**settings)
@@ -80,7 +87,7 @@ def _generate(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     engine = Engine(**settings)
     load_s = time.perf_counter() - started
-    params = SamplingParams(**{**engine.sampling_defaults, **wanted})
+    params = _params(engine.sampling_defaults, wanted)
     prompt = _as_prompt(engine, text, args.chat)
     if args.json:
         report = _report(engine, text, prompt, params)
@@ -96,10 +103,20 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _params(defaults: Mapping[str, Any], wanted: Mapping[str, Any]) -> SamplingParams:
+    """Return the settings of a request: those that are wanted, else the model's own."""
+    if "max_tokens" in wanted or "max_tokens" not in defaults:
+        return SamplingParams(**{"max_tokens": GENERATE_MAX_TOKENS, **defaults, **wanted})
+    # The engine cuts the model's own limit to what fits behind the prompt.
+    return SamplingParams(**{**defaults, **wanted, "max_tokens": None})
+
+
 def _as_prompt(engine: Engine, text: str, chat: bool | None) -> str | list[dict[str, str]]:
     has_template = engine.tokenizer.has_chat_template
     if chat and not has_template:
-        raise ConfigError("this model has no chat template; use --raw")
+        raise ConfigError(
+            "this model has no chat template; use --raw, or give one with --chat-template FILE"
+        )
     if has_template and chat is not False:
         return [{"role": "user", "content": text}]
     return text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -45,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         cannot be run or a model that would not be served, 130 for Ctrl-C. Wrong usage ends the process with 2 directly.
     """
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, others = parser.parse_known_args(argv)
+    if others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}{_hint(args, others)}")
     if not getattr(args, "json", True) and {"logprobs", "prompt_logprobs"} & vars(args).keys():
         parser.error("--logprobs and --prompt-logprobs need --json")
     logging.basicConfig(
@@ -66,6 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # more when it flushes at exit, so stdout goes nowhere from here.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
+
+
+def _hint(args: argparse.Namespace, others: Sequence[str]) -> str:
+    """Return what may be meant by arguments that a command does not take."""
+    takes_model = getattr(args, "takes_model_flag", False) and "model" not in args
+    if takes_model and len(others) == 1 and not others[0].startswith("-"):
+        return f"; did you mean --model {shlex.quote(others[0])}?"
+    return ""
 
 
 def build_parser() -> argparse.ArgumentParser:

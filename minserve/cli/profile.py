@@ -78,7 +78,7 @@ def add_profile(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object, no tables")
     parser.add_argument("--no-save", action="store_true", help="do not keep the profile")
     add_config_flags(parser, EngineConfig)
-    parser.set_defaults(command=_profile)
+    parser.set_defaults(command=_profile, takes_model_flag=True)
 
 
 def _profile(args: argparse.Namespace) -> int:

@@ -42,7 +42,7 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
     add_config_flags(parser, ServerConfig)
     add_config_flags(parser, ControllerConfig)
     add_config_flags(parser, EngineConfig)
-    parser.set_defaults(command=_serve)
+    parser.set_defaults(command=_serve, takes_model_flag=True)
 
 
 def _serve(args: argparse.Namespace) -> int:

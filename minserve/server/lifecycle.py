@@ -24,6 +24,7 @@ from aiohttp import web
 
 from minserve.config import ServerConfig
 from minserve.errors import ConfigError
+from minserve.sampling_params import default_words
 from minserve.server.app import Server
 from minserve.server.engine_face import EngineFace
 
@@ -112,8 +113,8 @@ async def serve(
             server.engine = engine
             if defaults := engine.sampling_defaults:
                 logger.info(
-                    "requests that leave them out get the model's own sampling settings: %s",
-                    ", ".join(f"{name} {value}" for name, value in defaults.items()),
+                    "sampling defaults from the model's generation_config.json: %s",
+                    default_words(defaults),
                 )
             announce(engine, config.served_model_name or engine.model_name)
             await ended

@@ -20,6 +20,7 @@ import pytest
 from waiting import PATIENCE_S, wait_until
 
 from minserve import __version__
+from minserve.cli.generate import GENERATE_MAX_TOKENS
 from minserve.cli.main import main
 from minserve.config import EngineConfig, ServerConfig
 from minserve.sampling_params import SamplingParams
@@ -158,6 +159,24 @@ def test_an_error_is_one_clear_line(
     assert says in line
 
 
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["serve", "./a model"], "did you mean --model './a model'?"),
+        (["profile", "./model"], "did you mean --model ./model?"),
+        (["inspect", "--model", "./model"], "give the model without --model: minserve inspect ./m"),
+        (["inspect", "--model=./model"], "give the model without --model: minserve inspect ./m"),
+    ],
+)
+def test_a_model_in_another_commands_way_is_explained(
+    args: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(args)
+    assert ended.value.code == 2
+    assert says in capsys.readouterr().err
+
+
 # --- generate ---
 
 
@@ -193,6 +212,9 @@ def test_generate_takes_the_models_sampling_settings_unless_flags_say_more(
     assert sampled != greedy
     assert token_ids(model, "--top-k", "0") == sampled
     assert token_ids(model, "--generation-config", "off") == sampled
+    args[args.index("--max-tokens") :] = ["--json", "--seed", "5", "--ignore-eos"]
+    assert len(token_ids(model)) == 3
+    assert len(token_ids(model, "--generation-config", "off")) == GENERATE_MAX_TOKENS
 
 
 def test_generate_tells_what_became_of_drafts(
