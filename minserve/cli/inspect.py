@@ -5,18 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shlex
 from collections.abc import Iterable
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from minserve.cli.flags import add_config_flags, given
 from minserve.config import EngineConfig
+from minserve.errors import ConfigError
 from minserve.exit_codes import EXIT_USAGE
+from minserve.sampling_params import default_words
 
 if TYPE_CHECKING:
     from minserve.engine.inspection import Inspection
 
-_FLAGS = ("tokenizer", "chat_template", "dtype", "quantization", "device", "max_model_len")
+_FLAGS = (
+    *("tokenizer", "chat_template", "dtype", "quantization", "generation_config", "device"),
+    *("max_model_len", "draft_model"),
+)
 _EXAMPLES = """\
 examples:
   minserve inspect ./Llama-3.2-1B
@@ -26,6 +32,7 @@ examples:
 The exit code is 0 if minserve serve would serve the model with the same flags, and 2 if not; the
 reason is the last line. No model is downloaded: a hub id is looked for in the cache.
 """
+_DEFAULT_TEMPLATE = "default"
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -40,6 +47,7 @@ def add_inspect(commands: argparse._SubParsersAction) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="MODEL", help="as for minserve serve --model")
+    parser.add_argument("--model", action=_NoFlag, dest="no_flag", help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     others = tuple(field.name for field in fields(EngineConfig) if field.name not in _FLAGS)
     add_config_flags(parser, EngineConfig, leave_out=others)
@@ -48,18 +56,33 @@ def add_inspect(commands: argparse._SubParsersAction) -> None:
 
 def _inspect(args: argparse.Namespace) -> int:
     """Look at the model and print the report."""
-    config = EngineConfig.create(**given(args, EngineConfig))
     logging.getLogger().setLevel(logging.ERROR)  # what matters is part of the report
 
-    from minserve.engine.inspection import inspect_model
+    from minserve.engine.inspection import Inspection, inspect_model
 
-    found = inspect_model(config)
+    try:
+        found = inspect_model(EngineConfig.create(**given(args, EngineConfig)))
+    except ConfigError as error:  # settings that no model could be served with
+        found = Inspection(problems=[str(error)])
     if args.json:
         report = {**found.facts, "warnings": found.warnings, "problems": found.problems}
         print(json.dumps({"served": not found.problems, **report}, ensure_ascii=False))
     else:
         print("\n".join(_lines(found)))
     return EXIT_USAGE if found.problems else 0
+
+
+class _NoFlag(argparse.Action):
+    """Tells whoever gives the model by the flag that the other commands have."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> NoReturn:
+        parser.error(f"give the model without --model: minserve inspect {shlex.quote(values)}")
 
 
 def _lines(found: Inspection) -> Iterable[str]:
@@ -122,21 +145,27 @@ def _weights_rows(facts: dict[str, Any]) -> Rows:
 
 def _tokenizer_rows(facts: dict[str, Any]) -> Rows:
     yield "tokenizer", f"{facts['kind']}, {facts['vocabulary']:,} tokens"
-    names = facts["chat_templates"]
-    if facts["chat_template"]:
-        chat = "one" if len(names) == 1 else f"{len(names)}: {', '.join(names)}"
-    elif names:
-        chat = f"choose one with --chat-template: {', '.join(names)}"
-    else:
-        chat = "none: chats are refused, completions are served"
-    yield "chat template", chat
+    yield "chat template", _chat_words(facts["chat_templates"], facts["chat_template_given"])
     stops = [f"{one['id']} {one['text']!r}" for one in facts["stop_tokens"]]
     yield "stop tokens", ", ".join(stops) or "none"
 
 
+def _chat_words(names: list[str], given: str | None) -> str:
+    """Return which chat template is used, of the model's own by name or the one given."""
+    if given is not None:
+        return f"{given}, by --chat-template"
+    if not names:
+        return "none: chats are refused, completions are served; --chat-template FILE gives one"
+    if len(names) == 1:
+        return "the model's own"
+    if _DEFAULT_TEMPLATE not in names:
+        return f"choose one with --chat-template: {', '.join(names)}"
+    return f"the model's own: {', '.join(names)}"
+
+
 def _defaults_rows(facts: dict[str, Any]) -> Rows:
     if facts:
-        yield "sampling", ", ".join(f"{name} {value}" for name, value in facts.items())
+        yield "sampling", default_words(facts)
 
 
 def _run_rows(facts: dict[str, Any]) -> Rows:
@@ -147,10 +176,15 @@ def _run_rows(facts: dict[str, Any]) -> Rows:
     )
 
 
+def _draft_rows(facts: dict[str, Any]) -> Rows:
+    yield "draft model", f"{facts['name']}, {_number(facts['parameters'])} parameters"
+
+
 def _memory_rows(facts: dict[str, Any]) -> Rows:
+    forms = " (two forms, for speed)" if facts["weight_forms"] > 1 else ""
     yield (
         "memory",
-        f"weights {_size(facts['weights'])}, of {_size(facts['free'])} that are free now",
+        f"weights {_size(facts['weights'])}{forms}, of {_size(facts['free'])} that are free now",
     )
     yield (
         "KV cache",
@@ -167,6 +201,7 @@ _SECTIONS = {
     "sampling_defaults": _defaults_rows,
     "runs_as": _run_rows,
     "memory": _memory_rows,
+    "draft_model": _draft_rows,
 }
 
 

@@ -6,21 +6,28 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minserve.config import EngineConfig
-from minserve.engine.build import choose_device, has_room_twice, longest_sequence
+from minserve.engine.build import (
+    choose_device,
+    find_draft_model,
+    has_room_twice,
+    longest_sequence,
+)
 from minserve.engine.device.kv_cache import bytes_per_block
+from minserve.engine.model_tokenizer import load_model_tokenizer
 from minserve.engine.profile.profile_cache import dtype_words
 from minserve.engine.sampling_defaults import read_sampling_defaults
 from minserve.engine.text.tokenizer import Tokenizer
-from minserve.errors import MinserveError
+from minserve.errors import ConfigError, MinserveError
 from minserve.machine import GIB, Machine
 from minserve.models.config import ModelConfig
+from minserve.models.draft_model import check_draft_tensors
 from minserve.models.finding.source import ModelSource, find_model, load_config
 from minserve.models.layers import WeightFormat, WeightPlacement
 from minserve.models.tensor_check import TensorReport, check_tensors, refuse_misfits, unread_words
@@ -69,8 +76,11 @@ def inspect_model(config: EngineConfig) -> Inspection:
         with found._step():
             model = load_config(source)
             found.facts["architecture"] = _architecture(model)
+        tokenizer: Tokenizer | None = None
         with found._step():
-            found.facts["tokenizer"] = _tokenizer(config, source, model, found.warnings)
+            tokenizer, given = _load_tokenizer(config, source, found)
+            found.facts["tokenizer"] = _tokenizer(tokenizer, model, found)
+            found.facts["tokenizer"]["chat_template_given"] = given
         with found._step():
             defaults, problems = read_sampling_defaults(config, source)
             found.facts["sampling_defaults"] = defaults
@@ -80,7 +90,33 @@ def inspect_model(config: EngineConfig) -> Inspection:
             found.facts["weights"] = _stored(checkpoint)
             if model is not None:
                 _look_at_weights(config, model, checkpoint, found)
+        with found._step():
+            if model is not None and tokenizer is not None:
+                _look_at_draft(config, model, tokenizer, found)
     return found
+
+
+def _look_at_draft(
+    config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer, found: Inspection
+) -> None:
+    """Add the draft model that the settings ask for.
+
+    Raises:
+        ConfigError: where it does not fit the model.
+        ModelLoadError: where it cannot be read.
+    """
+    source = find_draft_model(config, model, tokenizer, download=False)
+    if source is None:
+        return
+    width = getattr(model, "word_embed_proj_dim", None) or model.hidden_size
+    with open_checkpoint(source, progress=False) as checkpoint:
+        report = check_draft_tensors(checkpoint, load_config(source), width)
+        refuse_misfits(checkpoint, report)
+    found.facts["draft_model"] = {
+        "name": source.name,
+        "path": str(_path(source)),
+        "parameters": report.num_parameters,
+    }
 
 
 def _look_at_weights(
@@ -165,15 +201,31 @@ def _stored(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"stored": dict(sizes.most_common())}
 
 
-def _tokenizer(
-    config: EngineConfig, source: ModelSource, model: ModelConfig | None, warnings: list[str]
-) -> dict[str, Any]:
-    """Return what there is to know of a model's tokenizer.
+def _load_tokenizer(
+    config: EngineConfig, source: ModelSource, found: Inspection
+) -> tuple[Tokenizer, str | None]:
+    """Load the tokenizer, without the chat template of the settings where that is a problem.
+
+    Returns:
+        the tokenizer, and the setting that its chat template follows.
 
     Raises:
         ModelLoadError: where it cannot be read.
     """
-    tokenizer = Tokenizer.load(source, config.tokenizer, chat_template=config.chat_template)
+    try:
+        return load_model_tokenizer(config, source), config.chat_template
+    except ConfigError as error:
+        found.problems.append(str(error))
+        return load_model_tokenizer(replace(config, chat_template=None), source), None
+
+
+def _tokenizer(
+    tokenizer: Tokenizer, model: ModelConfig | None, found: Inspection
+) -> dict[str, Any]:
+    """Return what there is to know of a model's tokenizer."""
+    warnings = found.warnings
+    for name, problem in tokenizer.broken_chat_templates().items():
+        warnings.append(f"the chat template {name!r} does not compile, so chats fail: {problem}")
     stops = sorted(tokenizer.eos_token_ids)
     if not stops:
         warnings.append("no token ends an output: outputs end at max_tokens or a stop string alone")
@@ -197,6 +249,7 @@ def _memory(report: TensorReport, placement: WeightPlacement, longest: int) -> d
     on_cpu = placement.device.type == "cpu"
     return {
         "weights": weight_bytes(report, placement),
+        "weight_forms": 2 if placement.format is WeightFormat.ONEDNN_AND_FP16 else 1,
         "kv_per_token": per_token,
         "kv_per_sequence": per_token * longest,
         "free": Machine.look().free_memory if on_cpu else _free_on_gpu(placement.device),

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from minserve.cli.main import main
 from minserve.exit_codes import EXIT_USAGE
+from minserve.models.finding.source import EMBEDDED_DRAFT_DIR
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +51,7 @@ def look(
 
 
 def test_the_report_for_people(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    change(model, "generation_config.json", temperature=0.6, top_p=0.9)
+    change(model, "generation_config.json", temperature=0.6, top_p=0.9, max_new_tokens=12)
     assert main(["inspect", str(model), "--device", "cpu", "--dtype", "float32"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "would be served"
@@ -63,7 +64,7 @@ def test_the_report_for_people(model: Path, capsys: pytest.CaptureFixture[str]) 
     assert told["context"] == "512 tokens"
     assert told["stored as"] == "F32"
     assert told["stop tokens"] == "2 '</s>'"
-    assert told["sampling"] == "temperature 0.6, top_p 0.9"
+    assert told["sampling"] == "temperature 0.6, top_p 0.9; max_tokens 12 for chats"
     assert "float32 on cpu" in told["would run as"]
     assert told["KV cache"] == "512 B a token, 256 KiB for the longest sequence"
 
@@ -92,7 +93,7 @@ def test_what_settings_do_not_fit_is_the_reason(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = look(capsys, model, "--max-model-len", "600", code=EXIT_USAGE)
-    assert report["problems"] == ["max_model_len 600 is beyond the model's 512 positions"]
+    assert report["problems"] == ["max_model_len 600: this model allows at most 512 tokens"]
     assert report["weights"]["parameters"]
     assert look(capsys, model, "--max-model-len", "300")["runs_as"]["max_model_len"] == 300
 
@@ -115,7 +116,7 @@ def test_weights_that_do_not_fit_are_refused(
 ) -> None:
     state = load_file(model / "model.safetensors")
     del state["model.norm.weight"]
-    save_file(state | {"model.norm.bias": torch.zeros(3)}, model / "model.safetensors")
+    save_file(state | {"model.norm.bias": torch.ones(3)}, model / "model.safetensors")
     report = look(capsys, model, code=EXIT_USAGE)
     (problem,) = report["problems"]
     assert "'model.norm.weight'" in problem
@@ -139,7 +140,7 @@ def test_warnings_do_not_keep_a_model_from_being_served(
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("some-org/some-model", "nothing is downloaded here"),
+        ("some-org/some-model", "minserve serve --model some-org/some-model"),
         ("./no/such/folder", "no model at"),
     ],
 )
@@ -151,3 +152,85 @@ def test_what_is_not_there_is_one_line(
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("would not be served: ")
     assert says in line
+
+
+def rows(capsys: pytest.CaptureFixture[str], model: object, *flags: str) -> dict[str, str]:
+    """The report for people, by the first words of its lines."""
+    main(["inspect", str(model), "--device", "cpu", *flags])
+    lines = [line.partition("  ") for line in capsys.readouterr().out.splitlines()]
+    return {name: value.strip() for name, _, value in lines}
+
+
+def test_weights_that_are_kept_in_two_forms_are_told(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for dtype in ("bfloat16", "float32"):
+        form = look(capsys, model, "--dtype", dtype)["runs_as"]["weight_format"]
+        told = rows(capsys, model, "--dtype", dtype)["memory"]
+        assert ("(two forms, for speed)" in told) == (form == "onednn-and-fp16")
+
+
+def test_a_setting_that_no_model_has_is_the_reason(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = look(capsys, model, "--max-model-len", "0", code=EXIT_USAGE)
+    assert report["problems"] == ["max_model_len must be at least 1, not 0"]
+
+
+def test_a_broken_generation_config_is_one_reason_or_left_out(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model / "generation_config.json").write_text("{")
+    report = look(capsys, model, code=EXIT_USAGE)
+    (problem,) = report["problems"]
+    assert problem.endswith("; correct it, or start with --generation-config off")
+    assert report["warnings"] == []
+    report = look(capsys, model, "--generation-config", "off")
+    assert [one["id"] for one in report["tokenizer"]["stop_tokens"]] == [2]
+
+
+def test_the_chat_template_that_is_used_is_told(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = tmp_path / "good.jinja", tmp_path / "bad.jinja"
+    good.write_text("{{ messages[0].content }}")
+    bad.write_text("{% if %}")
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    change(model, "tokenizer_config.json", chat_template=good.read_text())
+    assert rows(capsys, model)["chat template"] == "the model's own"
+    given = rows(capsys, model, "--chat-template", str(good))
+    assert given["chat template"] == f"{good}, by --chat-template"
+    report = look(capsys, model, "--chat-template", str(bad), code=EXIT_USAGE)
+    assert [one for one in report["problems"] if "bad.jinja" in one] == report["problems"]
+    assert report["tokenizer"]["stop_tokens"]
+    assert report["tokenizer"]["chat_template_given"] is None
+    change(model, "tokenizer_config.json", chat_template=bad.read_text())
+    (warning,) = look(capsys, model)["warnings"]
+    assert warning.startswith("the chat template 'default' does not compile")
+
+
+def test_a_draft_model_is_checked_too(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draft = Path(shutil.copytree(model, tmp_path / "draft"))
+    found = look(capsys, model, "--draft-model", str(draft))
+    assert found["draft_model"]["name"] == "draft"
+    assert found["draft_model"]["parameters"] == found["weights"]["parameters"]
+    state = load_file(draft / "model.safetensors")
+    norms = [name for name in state if name.endswith("norm.weight")]
+    kept = {name: one for name, one in state.items() if name not in norms}
+    save_file(kept, draft / "model.safetensors")
+    (problem,) = look(capsys, model, "--draft-model", str(draft), code=EXIT_USAGE)["problems"]
+    assert f"{len(norms)} tensors missing" in problem
+    change(draft, "config.json", vocab_size=7)
+    (problem,) = look(capsys, model, "--draft-model", str(draft), code=EXIT_USAGE)["problems"]
+    assert "a draft model needs the model's vocabulary" in problem
+
+
+def test_a_draft_model_that_borrows_embeddings_needs_none(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    report = look(capsys, "smollm2", "--draft-model", "smollm2-draft")
+    stored = sum(t.numel() for name, t in load_file(EMBEDDED_DRAFT_DIR / "model.safetensors").items()
+                 if name != "lm_head.token_ids")  # fmt: skip
+    assert report["draft_model"]["parameters"] == stored
