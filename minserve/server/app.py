@@ -301,7 +301,9 @@ async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamRe
 def _require_chat_template(engine: EngineFace) -> None:
     if not engine.tokenizer.has_chat_template:
         raise InvalidRequestError(
-            "this model has no chat template; use /v1/completions", "messages"
+            "this model has no chat template; use /v1/completions, or start the server with "
+            "--chat-template FILE",
+            "messages",
         )
 
 

@@ -91,7 +91,7 @@ def refuse_pointers(paths: Iterable[Path]) -> None:
     """
     pointers = [path for path in paths if is_lfs_pointer(path)]
     if pointers:
-        folder = pointers[0].parent
+        folder = pointers[0].absolute().parent
         names = listed([path.name for path in pointers])
         many = len(pointers) > 1
         raise ModelLoadError(

@@ -111,7 +111,11 @@ def fetch(repo: str, *, download: bool = True, weights: bool = True) -> Path:
             be reached and the cache does not hold it.
     """
     if not download:
-        return _cached(repo, "and nothing is downloaded here")
+        return _cached(
+            repo,
+            f"and inspect downloads nothing: run 'minserve serve --model {repo}', or "
+            f"'hf download {repo}', first",
+        )
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

@@ -19,6 +19,7 @@ from minserve.models.finding.files import (
     similar_names,
 )
 from minserve.models.finding.foreign_folders import explain_adapter, explain_file, explain_folder
+from minserve.models.finding.foreign_names import foreign_name
 from minserve.models.finding.hub import HUB_ID, fetch, find_cached
 from minserve.models.finding.json_file import read_json
 from minserve.models.finding.ollama import (
@@ -90,16 +91,19 @@ def find_model(model: str, *, download: bool = True) -> ModelSource:
         return _of_folder(path)
     similar = similar_names(path, (EMBEDDED_MODEL, EMBEDDED_DRAFT))
     hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
+    if (meant := foreign_name(model)) is not None:
+        raise ModelLoadError(f"no model at {model!r}: {meant}")
     if HUB_ID.fullmatch(model) and path.suffix.lower() != _GGUF:
         try:
             folder = fetch(model, download=download)
         except ModelLoadError as error:
             raise type(error)(f"{error}{hint}") from error.__cause__
         return replace(_of_folder(folder), name=model.split("/")[1])
-    raise ModelLoadError(
-        f"no model at {model!r}{hint or ': it does not exist'}; give a Hugging Face folder, a "
-        f".gguf file, a hub id such as org/name, or {EMBEDDED_MODEL!r}"
+    advice = (
+        ": it does not exist; give a Hugging Face folder, a .gguf file, a hub id such as org/name, "
+        f"or {EMBEDDED_MODEL!r}"
     )
+    raise ModelLoadError(f"no model at {model!r}{hint or advice}")
 
 
 def _of_file(path: Path) -> ModelSource:

@@ -32,6 +32,8 @@ _LLAMA_TWINS = {
     "qwen": "its successors Qwen1.5 and newer (model_type qwen2, qwen3) need no code of their own",
 }
 
+_OTHER_GENERATIONS = re.compile(r"gemma(\d\w?)(_text)?$")
+
 
 def explain_type(values: Mapping[str, Any], supported: Collection[str]) -> str:
     """Return why a model of another type than those supported is not run, and what to do.
@@ -75,6 +77,8 @@ def _what_it_is(kind: str, values: Mapping[str, Any], supported: Collection[str]
         return "it is an encoder-decoder, and only decoders are run"
     if _ENCODER_TYPES.fullmatch(kind):
         return "it is an encoder, for embeddings or classes, and generates no text"
+    if (known := _OTHER_GENERATIONS.match(kind)) is not None:
+        return f"Gemma {known[1]} is not supported, and Gemma 1 is"
     if kind in _LLAMA_TWINS:
         return _LLAMA_TWINS[kind]
     if _STATE_SPACE_TYPES.fullmatch(kind):
@@ -84,7 +88,7 @@ def _what_it_is(kind: str, values: Mapping[str, Any], supported: Collection[str]
             if name.endswith(ending):
                 return f"it is {words}"
     if any(values.get(f"{name}_experts") for name in ("num", "num_local", "n_routed", "moe_num")):
-        return "it is a mixture of experts of a type that is not known here"
+        return "it is a mixture of experts, which minserve does not run"
     if isinstance(values.get("auto_map"), Mapping):
         code = values["auto_map"].get("AutoModelForCausalLM") or "auto_map"
         return (

@@ -30,6 +30,8 @@ _SCALARS = {
 }
 _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
+# Bytes of magic and version, with which every file begins.
+_SHORTEST = 8
 # ggml types whose values are torch's.
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -62,11 +64,15 @@ class GGUFFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            size = path.stat().st_size
+            if size < _SHORTEST:
+                what = f"not a GGUF file ({size} bytes)" if size else "the file is empty"
+                raise ModelLoadError(f"{path}: {what}; download it again")
             with path.open("rb") as file:
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            magic, version = struct.unpack_from("<4sI", self._data)
-        except (OSError, ValueError, struct.error) as error:
+        except (OSError, ValueError) as error:
             raise ModelLoadError(f"{path}: not a GGUF file ({error})") from error
+        magic, version = struct.unpack_from("<4sI", self._data)
         if magic != b"GGUF" or version not in (2, 3):
             raise ModelLoadError(f"{path}: not a little-endian GGUF file of version 2 or 3")
         self._at = 8

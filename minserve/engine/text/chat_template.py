@@ -28,7 +28,9 @@ def choose_template(templates: Mapping[str, str], setting: str) -> str:
         return templates[setting]
     path = Path(setting).expanduser()
     if not path.is_file():
-        named = f"; the model's own are called {', '.join(templates)}" if templates else ""
+        names = ", ".join(f"'{name}'" for name in templates)
+        be = "s are" if len(templates) > 1 else " is"
+        named = f"; the model's own template{be} called {names}" if templates else ""
         raise ConfigError(f"chat_template: there is no file {setting!r}{named}")
     try:
         template = path.read_text(encoding="utf-8")
@@ -72,7 +74,7 @@ def pick_template(templates: Mapping[str, str], *, with_tools: bool) -> str:
         )
     raise InvalidRequestError(
         "this model has no chat template, so it cannot answer chats; "
-        "send a text prompt instead, or start the server with --chat-template",
+        "send a text prompt instead, or start the server with --chat-template FILE",
         "messages",
     )
 

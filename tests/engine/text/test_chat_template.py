@@ -75,7 +75,7 @@ def test_several_templates_are_chosen_by_name(folder):
     assert tokenizer.render_chat(CHAT) == "default!"
     assert tokenizer.render_chat(CHAT, tools=[{"type": "function"}]) == "tool_use!"
     assert load(folder, "rag").render_chat(CHAT, tools=[{"type": "function"}]) == "rag!"
-    with pytest.raises(ConfigError, match=r"'novel'.*default, tool_use, rag"):
+    with pytest.raises(ConfigError, match=r"'novel'.*'default', 'tool_use', 'rag'"):
         load(folder, "novel")
 
 

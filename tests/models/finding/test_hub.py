@@ -173,5 +173,5 @@ def test_a_hub_id_is_downloaded_or_what_it_is_instead_is_explained(tmp_path):
 
 def test_nothing_is_downloaded_where_that_is_not_wanted(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ModelLoadError, match="nothing is downloaded here"):
+    with pytest.raises(ModelLoadError, match="inspect downloads nothing: run"):
         find_model("some-org/some-model", download=False)

@@ -178,6 +178,11 @@ def one_shard_less(folder: Path) -> Path:
     return folder
 
 
+def write_bytes(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
 def two_gguf_files(folder: Path) -> Path:
     only(folder)
     write_gguf(folder / "a.gguf")
@@ -321,9 +326,18 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "an empty config": (lambda f: cut_short(f, "config.json", 0), r"config\.json"),
     "a file of a model": (lambda f: f / "config.json", "one file of a model.*give its folder"),
+    "a GGUF file of three bytes": (
+        lambda f: write_bytes(f / "m.gguf", b"GGU"),
+        r"m\.gguf: not a GGUF file \(3 bytes\)",
+    ),
+    "an empty GGUF file": (lambda f: write_bytes(f / "m.gguf", b""), r"m\.gguf: the file is empty"),
+    "a later Gemma": (
+        lambda f: configured(f, model_type="gemma3_text"),
+        "Gemma 3 is not supported, and Gemma 1 is",
+    ),
     "a name that is nearly right": (
         lambda f: f.parent / "tinny",
-        r"no model at .*did you mean .*models/tiny\?",
+        r"no model at .*did you mean .*models/tiny\?$",
     ),
     "a folder above that is nearly right": (
         lambda f: f.parent.parent / "modles" / "tiny",
