@@ -16,12 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minserve.models.weights.packed_formats import (
+from minserve.models.weights.affine import (
     FLOAT8,
     INTEGERS,
     PACKED,
     SCALES,
-    PackedFormat,
     Shape,
     StoredParts,
     affine,
@@ -33,6 +32,7 @@ from minserve.models.weights.packed_formats import (
     scale_shapes,
     unpack,
 )
+from minserve.models.weights.packed_formats import PackedFormat
 
 STRATEGIES = ("tensor", "channel", "group", "block")
 

@@ -24,7 +24,7 @@ from minserve.models.finding.source import find_model, load_config
 from minserve.models.layers import WeightFormat, WeightPlacement
 from minserve.models.registry import build_model
 from minserve.models.tensor_check import require_tensors
-from minserve.models.weights import packed_formats
+from minserve.models.weights import affine
 from minserve.models.weights.loader import open_checkpoint
 
 CPU = torch.device("cpu")
@@ -123,7 +123,7 @@ def test_a_quantized_model_is_the_model_its_weights_stand_for(
 def test_weights_of_many_chunks_and_odd_sizes_are_unpacked_alike(
     form: Form, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed_formats, "CHUNK", 1024)
+    monkeypatch.setattr(affine, "CHUNK", 1024)
     cols = 96 if form.settings["quant_method"] != "gptq" else 160
     made = form.make(72, cols, torch.Generator().manual_seed(1))
     stored = {f"{LINEAR}.{part}": one for part, one in made.stored.items()}
