@@ -109,7 +109,9 @@ def random_weights(device: str) -> Iterator[None]:
         for module in ("minserve.engine.build", "minserve.models.draft_model"):
             stack.enter_context(mock.patch(f"{module}.open_checkpoint", open_random))
         # There is nothing to compare with what a model wants.
-        stack.enter_context(mock.patch("minserve.engine.build.require_tensors"))
+        for check in ("engine.build.require_tensors", "models.draft_model.check_draft_tensors",
+                      "models.draft_model.refuse_misfits"):  # fmt: skip
+            stack.enter_context(mock.patch(f"minserve.{check}"))
         yield
 
 

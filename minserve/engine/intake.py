@@ -114,8 +114,6 @@ class Intake:
         self._default_max_tokens: int | None = sampling_defaults.get("max_tokens")
         self._prompts = PromptProcessor(tokenizer, vocab_size, max_model_len)
         self._seeds = random.Random(config.seed)
-        # Files of models may name ids that the model's head does not have. It samples none of them.
-        self._eos = frozenset(i for i in tokenizer.eos_token_ids if i < vocab_size)
 
     def request(
         self,
@@ -134,7 +132,8 @@ class Intake:
         text, token_ids = self._prompts.process(prompt)
         max_tokens = self._max_tokens(params, len(token_ids))
         slo = self.promises.find(slo)
-        eos = frozenset() if params.ignore_eos else self._eos
+        # Files of models may name ids that the model's head does not have. It samples none of them.
+        eos = () if params.ignore_eos else self.tokenizer.eos_token_ids
         return text, Request(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=token_ids,
@@ -143,7 +142,8 @@ class Intake:
             arrival_s=self._clock(),
             priority=priority,
             cache_salt=cache_salt,
-            stop_token_ids=eos | frozenset(params.stop_token_ids),
+            stop_token_ids=frozenset(i for i in eos if i < self.vocab_size)
+            | frozenset(params.stop_token_ids),
             slo=slo,
             targets=None if slo is None else self._targets(slo, len(token_ids)),
         )
