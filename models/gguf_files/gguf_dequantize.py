@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 # Values of one step. The allocator keeps temporary arrays of this size for the next step. Larger
 # ones go back to the kernel each time, and their page faults take twice as long as the work.
 _STEP = 2**17
+# For so few steps, starting threads and passing the interpreter between them costs more than it gains.
+_FEW_STEPS = 16
 
 
 def dequantize(
@@ -48,7 +50,11 @@ def dequantize(
         values[start : start + step] = found.view(-1, block)
 
     starts = range(0, len(blocks), step)
-    # A single thread gets a pool too: of the main thread's memory the allocator keeps less.
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(fill, starts))  # raises what a step raises
+    if len(starts) <= _FEW_STEPS:
+        for start in starts:
+            fill(start)
+    else:
+        # A single thread gets a pool too: of the main thread's memory the allocator keeps less.
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(fill, starts))  # raises what a step raises
     return values.view(-1)

@@ -172,8 +172,7 @@ def _byte_level_bpe(
     from tokenizers import decoders, models, processors
 
     name, rule = _rule(gguf)
-    pairs = [merge.split(" ", 1) for merge in gguf.require(_PREFIX + "merges", list)]
-    merges = [(pair[0], pair[1]) for pair in pairs]
+    merges = [_pair(merge) for merge in gguf.require(_PREFIX + "merges", list)]
     backend = RustTokenizer(models.BPE(ids, merges, ignore_merges=rule.ignore_merges))
     backend.pre_tokenizer = rule.pre_tokenizer()
     if (normalizer := rule.normalizer()) is not None:
@@ -188,6 +187,11 @@ def _byte_level_bpe(
             special_tokens=[(text, i) for i, text in texts.items()],
         )
     return RustBackend(backend, f"GGUF {_BPE}/{name}")
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    left, _, right = merge.partition(" ")
+    return left, right
 
 
 def _rule(gguf: GGUFFile) -> tuple[str, PreTokenizerRule]:
