@@ -30,7 +30,8 @@ def random_blocks(kind: GGML, values: int) -> np.ndarray:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("steps", [0.5, 1, 3.5])
+# So many that threads share them, and fewer.
+@pytest.mark.parametrize("steps", [0.5, 3.5, 20.5])
 @pytest.mark.parametrize("kind", [GGML.Q4_0, GGML.Q4_K, GGML.Q5_K, GGML.Q6_K, GGML.IQ4_XS])
 @pytest.mark.usefixtures("threads")
 def test_every_value_is_the_packages(
@@ -42,6 +43,15 @@ def test_every_value_is_the_packages(
     assert np.array_equal(
         dequantize(raw, kind).numpy().view(np.uint32), expected.view(np.uint32).reshape(-1)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_values_are_rounded_as_torch_rounds(dtype: torch.dtype) -> None:
+    blocks = random_blocks(GGML.Q8_0, 2**14).reshape(-1, 34)
+    blocks[:, :2] = np.frombuffer(np.float16(0.37).tobytes(), np.uint8)
+    got = dequantize(blocks.reshape(-1), GGML.Q8_0, dtype)
+    assert got.dtype is dtype
+    assert torch.equal(got, dequantize(blocks.reshape(-1), GGML.Q8_0).to(dtype))
 
 
 @pytest.mark.usefixtures("threads")
