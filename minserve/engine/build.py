@@ -120,17 +120,12 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         plans_ahead=device.type == "cuda",
     )
     dtype = dtype_words(placement.linear_dtype, placement.dtype)
+    draft = "" if draft_source is None else f", draft model {draft_source.name}"
     log.info(
         "%s on %s: %s, %s attention%s, %d KV blocks of %d tokens, ready in %.1f s",
-        source.name,
-        device,
-        dtype,
-        attention,
-        "" if draft_source is None else f", draft model {draft_source.name}",
-        num_blocks,
-        config.block_size,
+        source.name, device, dtype, attention, draft, num_blocks, config.block_size,
         time.perf_counter() - started,
-    )
+    )  # fmt: skip
     return LoadedEngine(
         core=core,
         tokenizer=tokenizer,
