@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from minserve.errors import ModelLoadError, UnsupportedModelError
+from minserve.models.gguf_files.gguf_file import token_id
 from minserve.models.gguf_files.gguf_model import GGUFModel
 from minserve.models.gguf_files.gguf_rope import gguf_rope
 
@@ -31,7 +32,7 @@ def gguf_config(gguf: GGUFModel) -> dict[str, Any]:
             f"{gguf.path}: {gguf.key('attention.value_length')} {value_dim} differs from the head "
             f"size {head_dim}"
         )
-    special = {name: _token_id(gguf, name) for name in ("bos", "eos", "eot")}
+    special = {name: token_id(gguf.metadata, name, gguf.path) for name in ("bos", "eos", "eot")}
     config = {
         "model_type": gguf.architecture,
         "vocab_size": gguf.tensor("token_embd.weight").shape[0],
@@ -43,7 +44,6 @@ def gguf_config(gguf: GGUFModel) -> dict[str, Any]:
         "head_dim": head_dim,
         "max_position_embeddings": gguf.require("context_length", int),
         "rms_norm_eps": gguf.require("attention.layer_norm_rms_epsilon", float),
-        "hidden_act": "silu",
         "rope_parameters": gguf_rope(gguf, head_dim),
         "attention_bias": "blk.0.attn_q.bias" in gguf.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in gguf.tensors,
@@ -53,15 +53,6 @@ def gguf_config(gguf: GGUFModel) -> dict[str, Any]:
         or None,
     }
     return config | _FAMILIES.get(gguf.architecture, lambda _: {})(gguf)
-
-
-def _token_id(gguf: GGUFModel, name: str) -> int | None:
-    """Return the id of a special token, if the file names it."""
-    key = f"tokenizer.ggml.{name}_token_id"
-    value = gguf.metadata.get(key)
-    if value is not None and (type(value) is not int or value < 0):
-        raise ModelLoadError(f"{gguf.path}: metadata {key!r} is {value!r:.80}, no token's id")
-    return value
 
 
 def _llama(gguf: GGUFModel) -> dict[str, Any]:
@@ -106,14 +97,9 @@ def _smollm3(gguf: GGUFModel) -> dict[str, Any]:
     }
 
 
-def _gemma(_: GGUFModel) -> dict[str, Any]:
-    return {"hidden_act": "gelu_pytorch_tanh"}
-
-
 _FAMILIES: dict[str, Callable[[GGUFModel], dict[str, Any]]] = {
     "llama": _llama,
     "phi3": _phi3,
     "granite": _granite,
     "smollm3": _smollm3,
-    "gemma": _gemma,
 }

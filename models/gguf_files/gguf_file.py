@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,3 +201,16 @@ class GGUFFile:
         values = struct.unpack_from(code, self._data, self._at)
         self._at += struct.calcsize(code)
         return list(values)
+
+
+def token_id(metadata: Mapping[str, Any], name: str, path: Path) -> int | None:
+    """Return the id of a special token such as ``eos``, if a file's metadata name it.
+
+    Raises:
+        ModelLoadError: naming the file and the key whose value is no token's id.
+    """
+    key = f"tokenizer.ggml.{name}_token_id"
+    value = metadata.get(key)
+    if value is not None and (type(value) is not int or value < 0):
+        raise ModelLoadError(f"{path}: metadata {key!r} should be a token's id, not {value!r:.80}")
+    return value

@@ -38,6 +38,7 @@ class GGUFModel:
         self.metadata = files[0].metadata
         self.architecture: str = files[0].require("general.architecture", str)
         self._check_architecture()
+        self._first = files[0]
         self._file_of = _tensors_of(files)
         self.tensors: dict[str, GGUFTensor] = {
             name: file.tensors[name] for name, file in self._file_of.items()
@@ -99,13 +100,11 @@ class GGUFModel:
         Raises:
             ModelLoadError: if there is no such tensor.
         """
-        if name not in self.tensors:
-            raise ModelLoadError(f"{self.path}: tensor {name!r} is missing")
-        return self.tensors[name]
+        return self._holder(name).tensor(name)
 
     def file_of(self, name: str) -> Path:
         """Return the file that holds a tensor, by its GGUF name."""
-        return self._file_of[name].path
+        return self._holder(name).path
 
     def read(self, name: str, rounded_to: torch.dtype = torch.float32) -> torch.Tensor:
         """Return a tensor as `GGUFFile.read` does.
@@ -113,8 +112,11 @@ class GGUFModel:
         Raises:
             ModelLoadError: if the tensor is missing or of a type that cannot be read.
         """
-        self.tensor(name)
-        return self._file_of[name].read(name, rounded_to)
+        return self._holder(name).read(name, rounded_to)
+
+    def _holder(self, name: str) -> GGUFFile:
+        """Return the file that holds a tensor; the first one, which misses it, if none does."""
+        return self._file_of.get(name, self._first)
 
     def read_numbers(self, name: str) -> list[float]:
         """Return the entries of a short vector, each as the shortest decimal that it rounds from.

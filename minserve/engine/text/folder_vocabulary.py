@@ -21,13 +21,12 @@ from minserve.engine.text.sentencepiece_backend import (
 from minserve.engine.text.sentencepiece_proto import BPE, CONTROL, UNIGRAM, UNKNOWN
 from minserve.engine.text.tokenizer_settings import TokenizerSettings, read_settings
 from minserve.engine.text.vocabulary import (
-    GIT_LFS,
-    LFS_ADVICE,
     Vocabulary,
     check_pieces,
     parse_model_proto,
 )
 from minserve.errors import ModelLoadError, UnsupportedModelError
+from minserve.models.finding.files import refuse_pointers, unreadable
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -90,6 +89,15 @@ def _choose(settings: TokenizerSettings) -> Callable[[TokenizerSettings], Vocabu
     )
 
 
+def _content(path: Path) -> bytes:
+    """Return what is in a file that is there itself, and not git-lfs' pointer to it."""
+    refuse_pointers([path])
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
 # --------------------------------------------------------------------------- tokenizer.json
 
 
@@ -97,12 +105,7 @@ def _from_tokenizer_json(settings: TokenizerSettings) -> Vocabulary:
     from tokenizers import Tokenizer as RustTokenizer
 
     path = settings.folder / _JSON
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ModelLoadError(f"{path}: cannot be read: {error}") from error
-    if data.startswith(GIT_LFS):
-        raise ModelLoadError(f"{path}: {LFS_ADVICE}")
+    data = _content(path)
     try:
         backend = RustTokenizer.from_buffer(data)
     except Exception as error:  # tokenizers raises plain Exception
@@ -261,10 +264,7 @@ def _from_sentencepiece(settings: TokenizerSettings) -> Vocabulary:
             f"{path}: how {settings.class_name or 'this model'} uses a sentencepiece model is not "
             "known here; name a folder or hub id that has it as a tokenizer.json by --tokenizer"
         )
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ModelLoadError(f"{path}: cannot be read: {error}") from error
+    data = _content(path)
     model = parse_model_proto(str(path), data)
     pieces = [piece.piece for piece in model.pieces]
     check_pieces(str(path), pieces)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from minserve.errors import ModelLoadError
 from minserve.models.finding.generation_config import ADVICE, FILE, read_generation_config
 from minserve.models.finding.json_file import read_json
+from minserve.models.gguf_files.gguf_file import token_id
 
 if TYPE_CHECKING:
     from minserve.models.gguf_files.gguf_file import GGUFFile
@@ -86,18 +87,8 @@ def named_tokens(gguf: GGUFFile) -> dict[str, int]:
     Raises:
         ModelLoadError: naming the file and the key whose value is no token's id.
     """
-    found = {}
-    for name in _NAMED:
-        key = f"tokenizer.ggml.{name}_token_id"
-        value = gguf.metadata.get(key)
-        if value is None:
-            continue
-        if not _is_id(value):
-            raise ModelLoadError(
-                f"{gguf.path}: metadata {key!r} should be a token's id, not {value!r:.80}"
-            )
-        found[name] = value
-    return found
+    ids = {name: token_id(gguf.metadata, name, gguf.path) for name in _NAMED}
+    return {name: i for name, i in ids.items() if i is not None}
 
 
 def named_ends(named: Mapping[str, int]) -> frozenset[int]:

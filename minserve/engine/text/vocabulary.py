@@ -13,7 +13,6 @@ from minserve.errors import ModelLoadError
 
 # What llama.cpp's converter calls ids that have no token, and what it does so for an empty token.
 _PADDING = re.compile(r"\[(PAD|EMPTY_)\d+\]")
-GIT_LFS = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,6 @@ def parse_model_proto(where: str, data: bytes) -> Any:
     """
     from google.protobuf.message import DecodeError
 
-    if data.startswith(GIT_LFS):
-        raise ModelLoadError(f"{where}: {LFS_ADVICE}")
     try:
         model = new_model_proto()
         model.ParseFromString(data)
@@ -100,6 +97,3 @@ def parse_model_proto(where: str, data: bytes) -> Any:
                 "get the file again"
             )
     return model
-
-
-LFS_ADVICE = "is a pointer of git-lfs, not the file itself; run 'git lfs pull' in its folder"

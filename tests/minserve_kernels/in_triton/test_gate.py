@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,34 +13,34 @@ from minserve.kernels.triton.gate import gelu_tanh_mul, silu_mul
 from minserve.models.layers import gelu_tanh_mul as plain_gelu_tanh_mul
 from minserve.models.layers import silu_mul as plain_silu_mul
 
-# Tokens by width: odd, SmolLM2's, Llama-2-7B's, those of Llama-3-8B and 70B.
-SHAPES = [(123, 101), (5, 1536), (5, 11008), (1, 14336), (1, 28672), (0, 14336)]
+# Tokens by width: odd, SmolLM2's, Llama-2-7B's, those of Llama-3-8B, Gemma-2B and
+# Llama-3-70B.
+SHAPES = [
+    (123, 101), (5, 1536), (5, 11008), (1, 14336), (5, 16384), (1, 28672), (0, 14336)
+]  # fmt: skip
+
+
+# Ours, the form in torch, and the activation in float64.
+GATES = {
+    "silu": (silu_mul, plain_silu_mul, F.silu),
+    "gelu_tanh": (gelu_tanh_mul, plain_gelu_tanh_mul, partial(F.gelu, approximate="tanh")),
+}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_silu_mul_is_as_exact_as_torch(
-    shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+@pytest.mark.parametrize("name", GATES)
+def test_a_gate_is_as_exact_as_torch(
+    name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> None:
     torch.manual_seed(0)
+    ours, plain, activation = GATES[name]
     tokens, size = shape
     gate_up = (torch.randn(tokens, 2 * size) * 4).to(device, dtype)
     gate, up = gate_up.double().chunk(2, dim=-1)
     untouched = gate_up.clone()
-    got = silu_mul(gate_up)
+    got = ours(gate_up)
     assert torch.equal(gate_up, untouched)
-    assert_as_exact_as(plain_silu_mul(gate_up), got, F.silu(gate) * up)
-
-
-@pytest.mark.parametrize("shape", [(123, 101), (5, 16384)], ids=str)
-def test_gelu_tanh_mul_is_as_exact_as_torch(
-    shape: tuple[int, int], dtype: torch.dtype, device: torch.device
-) -> None:
-    torch.manual_seed(0)
-    tokens, size = shape
-    gate_up = (torch.randn(tokens, 2 * size) * 4).to(device, dtype)
-    gate, up = gate_up.double().chunk(2, dim=-1)
-    exact = F.gelu(gate, approximate="tanh") * up
-    assert_as_exact_as(plain_gelu_tanh_mul(gate_up), gelu_tanh_mul(gate_up), exact)
+    assert_as_exact_as(plain(gate_up), got, activation(gate) * up)
 
 
 # NumPy, under the interpreter, says that exp overflowed: it may, 1 / inf is the right zero.
