@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from msgspec import Meta, field
 
+from minserve.engine.text.inputs import PromptOptions
 from minserve.errors import InvalidRequestError
 from minserve.sampling_params import MAX_LOGPROBS, SamplingParams
 from minserve.server.body import Form, brief, convert, refusal, refuse_unsupported
@@ -75,6 +77,7 @@ class GenerationCall:
         include_usage: end a stream with a usage chunk.
         continuous_usage: put the usage so far in every chunk.
         include_acceptance: report in the final usage how many drafted tokens were accepted.
+        prompt_options: how the prompts become token ids.
     """
 
     chat: bool
@@ -89,6 +92,7 @@ class GenerationCall:
     drop_output: bool = False
     priority: int = 0
     cache_salt: str = ""
+    prompt_options: PromptOptions = dataclass_field(default_factory=PromptOptions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
