@@ -25,11 +25,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 # Fields that are not implemented, with the values that ask for nothing.
 _HARMLESS: dict[str, tuple[Any, ...]] = {
-    "logit_bias": ({},),
     "service_tier": ("auto", "default"),
     "add_special_tokens": (True,),
-    "allowed_token_ids": ([],),
-    "bad_words": ([],),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1, 1.0),
     "spaces_between_special_tokens": (True,),
@@ -58,6 +55,10 @@ _SETTINGS: dict[str, Any] = {
     **get_type_hints(SamplingParams),
     "stop": Any,
     "stop_token_ids": list[_TokenId],
+    "allowed_token_ids": list[_TokenId],
+    "bad_words": list[str],
+    # JSON's keys are strings. `SamplingParams` reads the ids in them, and names a wrong entry.
+    "logit_bias": dict[str, Any],
 }
 for _name in ("max_tokens", "logprobs", "prompt_logprobs"):
     del _SETTINGS[_name]
