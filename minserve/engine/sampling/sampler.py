@@ -15,18 +15,16 @@ from torch import Tensor
 
 from minserve.engine.sampling.adjustments import adjust
 from minserve.engine.sampling.distribution import (
-    CHOICE,
-    DRAFT,
     INVALID,
     argmax,
+    choose,
     draw,
-    inverse_cdf,
-    uniforms,
     warm_up,
     weigh,
 )
 from minserve.engine.sampling.logprobs import logprob_tensors, token_logprobs
-from minserve.engine.sampling.rows import SamplingRow, column, index_of
+from minserve.engine.sampling.noise import CHOICE, DRAFT, to_keys, words
+from minserve.engine.sampling.rows import SamplingRow, index_of
 from minserve.engine.speculation.proposal import Proposal, SampledToken, Verified
 from minserve.engine.speculation.verification import PendingTokens, Span, normalized, reject
 from minserve.errors import GenerationError
@@ -129,8 +127,8 @@ class Sampler:
     def draft(self, logits: Tensor, rows: SequenceOf[SamplingRow]) -> list[Drafted]:
         """Return a draft model's choices, such that the target is likely to accept them.
 
-        A greedy row takes the most likely token, a seeded one is drawn with the number that
-        the target will use; others have draws of their own.
+        A greedy row takes the most likely token, a seeded one is drawn with the noise that
+        the target will use; others have noise of their own.
 
         Args:
             logits: those of the draft model, ``[len(rows), vocab]``; not changed.
@@ -143,8 +141,8 @@ class Sampler:
         if drawn:
             own = [rows[i] for i in drawn]
             weights, is_valid = weigh(logits[index_of(drawn, logits)], own, fused=self._fused)
-            draws = uniforms(own, [CHOICE if row.is_seeded else DRAFT for row in own])
-            chosen = inverse_cdf(weights, column(draws, weights, torch.float64))
+            noise = words(own, [CHOICE if row.is_seeded else DRAFT for row in own])
+            chosen = choose(weights, to_keys(noise, weights.device))
             ids[index_of(drawn, logits)] = torch.where(is_valid, chosen, INVALID)
             shares = normalized(weights)
             probabilities = {
