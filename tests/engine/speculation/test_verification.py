@@ -261,8 +261,9 @@ def _every_draft_accepted(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(verification, "_nums_accepted", broken)
 
 
-def _residual_by_the_drafts_own_noise(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(verification, "RESIDUAL", DRAFT)
+def _the_same_noise_for_every_residual(patch: pytest.MonkeyPatch) -> None:
+    original = verification.to_keys
+    patch.setattr(verification, "to_keys", lambda words, device: original(words * 0, device))
 
 
 def _one_number_for_every_acceptance(patch: pytest.MonkeyPatch) -> None:
@@ -276,7 +277,7 @@ def _one_number_for_every_acceptance(patch: pytest.MonkeyPatch) -> None:
         (_p_in_place_of_the_residual, 1),
         (_q_in_place_of_p_for_the_bonus, 2),
         (_every_draft_accepted, 0),
-        (_residual_by_the_drafts_own_noise, 0),
+        (_the_same_noise_for_every_residual, 0),
         (_one_number_for_every_acceptance, 0),
     ],
     ids=lambda value: str(getattr(value, "__name__", value)),
