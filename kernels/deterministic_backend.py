@@ -24,7 +24,7 @@ QUERY_TILE = 8
 KEY_SPAN = 64
 # torch divides elementwise work on more numbers than these among threads, and at a border between
 # two threads numbers are computed one by one, which may round otherwise.
-MOST_UNDIVIDED = 32768
+MOST_UNDIVIDED = 32767
 
 
 class _Tile(NamedTuple):

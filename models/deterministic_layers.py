@@ -1,9 +1,13 @@
 """Layers on a CPU whose result for a row does not depend on the other rows, to the last bit.
 
 Libraries choose among kernels by the number of rows, and these may add in another order. So a
-layer runs on tiles of fixed numbers of rows, the last one filled up. `RowTiles` tries out which
-larger tiles give each row exactly what a small tile gives it; with their help, prompts take less
-time.
+layer that adds runs on tiles of fixed numbers of rows, the last one filled up. It is tried out
+which larger tiles give each row exactly what a small tile gives it; with their help, prompts take
+less time. Sums in another order differ in most rows, so that a trial finds them.
+
+Activations are computed number by number, but torch does so in two ways, for whole vectors and
+for the numbers that are left at an end, which round otherwise only now and then. No trial would
+find that; `SerialRows` leaves no number at an end whose place depends on the other rows.
 """
 
 from __future__ import annotations
@@ -14,11 +18,21 @@ import torch
 from torch import Tensor
 
 from minserve.errors import ConfigError
-from minserve.models.layers import Activation, Linear, Norm, WeightPlacement
+from minserve.kernels.deterministic_backend import MOST_UNDIVIDED
+from minserve.models.layers import (
+    Activation,
+    Linear,
+    Norm,
+    RMSNorm,
+    WeightFormat,
+    WeightPlacement,
+)
 
 # Numbers of rows, of which the last always serves.
 TILES = (64, 32, 16, 8, 4)
 SMALL = TILES[-1]
+# A multiple of the numbers that any processor computes at once.
+WHOLE_VECTORS = 128
 
 Rows = Callable[[Tensor], Tensor]
 
@@ -73,6 +87,36 @@ def agreeing_sizes(function: Rows, sample: Tensor) -> tuple[int, ...]:
     return tuple(size for size in TILES if torch.equal(in_tiles(size, sample), small))
 
 
+class SerialRows:
+    """A function of numbers, or of pairs in one row, that rounds a row the same among any others.
+
+    It gets so few rows at once that torch does not divide them among threads, and these are whole
+    vectors; else one row at a time.
+    """
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Rows) -> None:
+        self._function = function
+
+    def __call__(self, x: Tensor) -> Tensor:
+        width = x.shape[-1]
+        at_once = 1 if width % WHOLE_VECTORS else max(1, MOST_UNDIVIDED // width)
+        if len(x) <= at_once:
+            return self._function(x)
+        return torch.cat([self._function(some) for some in x.split(at_once)])
+
+
+class SeparateRMSNorm(RMSNorm):
+    """`RMSNorm` without an operation that rounds once or twice, depending on the rows."""
+
+    __slots__ = ()
+
+    def _inverse(self, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return norm.square_().mul_(self.scale).add_(self.eps).rsqrt_()
+
+
 class TiledNorm(Norm):
     """A norm over tiles of rows."""
 
@@ -123,16 +167,24 @@ class DeterministicPlacement(WeightPlacement):
         biases: tuple[Tensor, Tensor] | None = None,
         activation: str = "silu",
     ) -> Linear:
-        return self._tiled(super().glu(gate, up, biases, activation), activation, gate.shape)
+        glu = super().glu(gate, up, biases, activation)
+        # Else its parts are in tiles already.
+        is_whole = self.format is WeightFormat.ONEDNN
+        return self._tiled(glu, activation, gate.shape) if is_whole else glu
 
     def activated_linear(
         self, weight: Tensor, bias: Tensor | None, activation: Activation
     ) -> Linear:
-        linear = super().activated_linear(weight, bias, activation)
-        return self._tiled(linear, str(activation), weight.shape)
+        if activation is not torch.relu_:  # which rounds nothing
+            return super().activated_linear(weight, bias, SerialRows(activation))
+        return self._tiled(super().activated_linear(weight, bias, activation), "relu", weight.shape)
+
+    def gate(self, activation: str) -> Activation:
+        return SerialRows(super().gate(activation))
 
     def rms_norm(self, weight: Tensor, eps: float) -> Norm:
-        return TiledNorm(self._tiled(super().rms_norm(weight, eps), "norm", (1, *weight.shape)))
+        norm = SeparateRMSNorm(weight.to(self.device, torch.float32), eps)
+        return TiledNorm(self._tiled(norm, "norm", (1, *weight.shape)))
 
     def layer_norm(self, size: int, weight: Tensor | None, bias: Tensor | None) -> Norm:
         return TiledNorm(self._tiled(super().layer_norm(size, weight, bias), "norm", (1, size)))
