@@ -20,10 +20,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from minserve.kernels.attention import AttentionMetadata, LayerKV
 from minserve.kernels.torch_backend import TorchBackend
+from minserve.progress import progress_bar
 from minserve.tables import text_table
 from shared.cpu_ceilings import milliseconds
 
@@ -189,7 +189,7 @@ def main() -> None:
     torch.manual_seed(0)
     print(f"{args.threads} threads, {args.dtype}; microseconds a layer (error, plain = 1)")
     rows, cells = [], []
-    for size in tqdm(CASES, desc="Measuring", unit="case", leave=False):
+    for size in progress_bar(CASES, desc="Measuring", unit="case", leave=False):
         case = make_case(tuple(args.heads), getattr(torch, args.dtype), size)
         found = measure(case, args.repeats)
         num_seqs, context, num_tokens = size

@@ -29,6 +29,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minserve.exit_codes import EXIT_INTERRUPTED
+from minserve.progress import progress_bar
 from shared.children import child, events, script
 from shared.cpu_time import busy_process
 from shared.machine import machine
@@ -216,7 +217,7 @@ def main() -> None:
         return
     found = []
     try:
-        with tqdm(total=2 * args.turns * (1 + len(args.variants)), unit="turn") as bar:
+        with progress_bar(total=2 * args.turns * (1 + len(args.variants)), unit="turn") as bar:
             for env in ({}, *args.variants):
                 bar.set_description(_name(env) or "as it comes")
                 found.append(summary(measure(args, env, bar)))

@@ -32,6 +32,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minserve.exit_codes import EXIT_INTERRUPTED
+from minserve.progress import progress_bar
 from minserve.workload.plots import check_can_plot
 from parts.offline.contenders import (
     QUANTIZATIONS,
@@ -137,7 +138,7 @@ class OfflineBenchmark:
     def all(self, ours: Sequence[Contender], peers: Sequence[Contender]) -> None:
         """Measure minserve, then the peers, and then minserve again if there are peers."""
         order = [*ours, *peers, *(ours if peers else ())]
-        with tqdm(order, unit="engine", file=sys.stderr) as bar:
+        with progress_bar(order, unit="engine", file=sys.stderr) as bar:
             for contender in bar:
                 bar.set_description(contender.label)
                 self._turn(contender, lambda event, bar=bar: bar.set_postfix_str(event["event"]))

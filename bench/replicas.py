@@ -29,6 +29,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minserve.errors import EngineStoppedError, WorkloadError
+from minserve.progress import progress_bar
 from minserve.tables import text_table
 from minserve.workload.capacity import find_capacity
 from minserve.workload.client import LoadProgress
@@ -107,7 +108,10 @@ def measure(case: ReplicaCase, results: Results, args: argparse.Namespace, count
         results.expected[case.name] = expected_capacity(slowed, case, args.seconds, TOLERANCE)
         results.save()
     runs = results.runs.setdefault(case.name, {})
-    with served(slowed, case) as server, tqdm(desc=case.name, unit="req", leave=False) as bar:
+    with (
+        served(slowed, case) as server,
+        progress_bar(desc=case.name, unit="req", leave=False) as bar,
+    ):
         wait_until_up(server.url, case.replicas)
         endpoint = server.endpoint
 
@@ -254,7 +258,7 @@ def main() -> None:
             "routing_us": {name: routing_us(name, args.seed) for name in ROUTERS},
         }
         results.save()
-    for case in tqdm(cases, unit="capacity"):
+    for case in progress_bar(cases, unit="capacity"):
         if case.name not in results.capacity:
             measure(case, results, args, count)
     print(capacity_table(results, cases))

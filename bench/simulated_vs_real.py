@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 from minserve.devices import Device, find_device
 from minserve.planner.policies.registry import POLICIES, planner_class
+from minserve.progress import progress_bar
 from minserve.simulator.simulation import Setup, simulate
 from minserve.slo.objectives import SLO
 from minserve.workload.capacity import find_capacity
@@ -288,7 +289,7 @@ def main() -> None:
     device = read_profile(args)
     work = points(args, device)
     rows = []
-    with tqdm(total=len(work) * len(args.policies), unit="run", smoothing=0) as bar:
+    with progress_bar(total=len(work) * len(args.policies), unit="run", smoothing=0) as bar:
         for policy in args.policies:
             with ExitStack() as stack:
                 server = PolicyServer(args, policy)

@@ -44,6 +44,7 @@ from tqdm import tqdm
 from minserve import Engine
 from minserve.errors import MinserveError
 from minserve.models.finding.source import EMBEDDED_DRAFT, find_model, load_config
+from minserve.progress import progress_bar
 from minserve.workload import data_files
 from parts.speculative.report import SYNTHETIC, CaseResult, plot, summary, table
 from parts.speculative.runs import (
@@ -206,7 +207,7 @@ def bench_real(
     cases = [case for case in cases if results[case.name].missing is None]
     efforts = {case.group: EFFORTS[case.group.split("-")[0], args.quick] for case in cases}
     total = sum(num_runs([case], efforts[case.group], args) for case in cases)
-    with tqdm(total=total, desc="Measuring", unit="run") as bar:
+    with progress_bar(total=total, desc="Measuring", unit="run") as bar:
         for name, effort in efforts.items():
             own = [case for case in cases if case.group == name]
             target, draft, code = name, None, []
@@ -260,7 +261,9 @@ def bench_synthetic(
             for role, shape in (("target", args.target_shape), ("draft", args.draft_shape))
         )
         bar = stack.enter_context(
-            tqdm(total=num_runs([case], effort, args), desc=f"{SYNTHETIC}measuring", unit="run")
+            progress_bar(
+                total=num_runs([case], effort, args), desc=f"{SYNTHETIC}measuring", unit="run"
+            )
         )
         load = synthetic_loader(args.synthetic_acceptance, args.device)
         group = Group(str(target), str(draft), effort.profile_s, load)

@@ -11,8 +11,6 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any, cast
 
-from tqdm import tqdm
-
 from minserve.config import DEFAULT_MODEL
 from minserve.engine.base import PROBE_S, EngineBase, Submission
 from minserve.engine.core import IDLE_S
@@ -25,6 +23,7 @@ from minserve.errors import (
     MinserveError,
 )
 from minserve.outputs import CompletionOutput, OutputDelta, RequestOutput
+from minserve.progress import progress_bar
 from minserve.request import FinishReason
 from minserve.sampling_params import SamplingParams
 from minserve.slo.objectives import SLO
@@ -87,7 +86,7 @@ class Engine(EngineBase):
         ]
         outputs = [_empty_output(submission) for submission in submissions]
         total = sum(len(s.sequences) for s in submissions)
-        with tqdm(total=total, desc="Generating", unit="seq", disable=not progress) as bar:
+        with progress_bar(total=total, desc="Generating", unit="seq", disable=not progress) as bar:
             for output, delta in self._drain(submissions):
                 outputs[output].add(delta)
                 bar.update(delta.finish_reason is not None)

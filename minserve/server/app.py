@@ -20,6 +20,7 @@ from minserve.errors import EngineStoppedError, InvalidRequestError
 from minserve.server.body import read_object
 from minserve.server.engine_face import EngineFace, ReplicaSet
 from minserve.server.errors import HttpError, error_response, to_http_error, unavailable
+from minserve.server.front_page import example_command, front_page
 from minserve.server.generation import streamed_response, whole_response
 from minserve.server.metrics import CONTENT_TYPE, create_registry, render
 from minserve.server.protocol import (
@@ -41,9 +42,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 # The time in which connections may send their last bytes once the engine has stopped.
 FLUSH_TIMEOUT_S = 5.0
-# Monitoring systems ask these paths. Their answers tell nothing of prompts and outputs, so no key
-# is needed.
-OPEN_PATHS = ("/health", "/metrics")
+# Browsers and monitoring systems ask these paths. Their answers tell nothing of prompts and
+# outputs, so no key is needed.
+OPEN_PATHS = ("/", "/health", "/metrics")
 LOOPBACK = ("127.0.0.1", "::1")
 
 
@@ -70,6 +71,7 @@ class Server:
         )
         app.add_routes(
             [
+                web.get("/", self.front_page),
                 web.get("/health", self.health),
                 web.get("/metrics", self.metrics),
                 web.get("/v1/models", self.list_models),
@@ -97,6 +99,19 @@ class Server:
         )
 
     # --- endpoints ---
+
+    async def front_page(self, request: web.Request) -> web.Response:
+        """Answer with a page for people: the model and a command to try; 503 while it loads."""
+        url, needs_key = f"{request.scheme}://{request.host}", self.config.api_key is not None
+        if self.engine is None:
+            return front_page(url, "The model is still loading.", None, status=503)
+        model = None if needs_key else self._model_name
+        chat = self.engine.tokenizer.has_chat_template
+        return front_page(
+            url,
+            "Requests need this server's API key." if model is None else f"It serves {model}.",
+            example_command(url, model, chat=chat, needs_key=needs_key),
+        )
 
     async def health(self, request: web.Request) -> web.Response:
         """Answer 200 while the server takes requests, and 503 otherwise.
