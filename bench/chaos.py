@@ -6,8 +6,8 @@ requests are answered twice: first undisturbed, then while replicas are killed (
 (SIGSTOP) and restarted (`minserve ctl restart`), all at random times. Every stream must bring
 exactly the tokens of the undisturbed run.
 
-    python bench/chaos.py                 # two minutes of chaos
-    python bench/chaos.py --seconds 60
+    .venv/bin/python bench/chaos.py                 # two minutes of chaos
+    .venv/bin/python bench/chaos.py --seconds 60
 
 The last line is JSON; the exit code is 0 only if nothing was lost, doubled or changed.
 """

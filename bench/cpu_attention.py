@@ -5,8 +5,8 @@ that no CPU cache makes a form look faster than it is. Measure on an idle machin
 minute. The error is the largest deviation from float64, divided by that of the plain computation
 (matmul, softmax, matmul) in the same dtype; a backend must not exceed 2. The last line is JSON.
 
-    python bench/cpu_attention.py
-    python bench/cpu_attention.py --heads 32 8 64 --dtype float32
+    .venv/bin/python bench/cpu_attention.py
+    .venv/bin/python bench/cpu_attention.py --heads 32 8 64 --dtype float32
 """
 
 from __future__ import annotations

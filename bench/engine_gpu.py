@@ -5,9 +5,9 @@ measured copy bandwidth. Then it measures mixed batches, prefill, and iterations
 beside the runner's alone (is planning hidden behind the device's work?), and compares all of them
 with the planner's predictions. The last line is JSON.
 
-    python bench/engine_gpu.py --out engine.jsonl           # on an NVIDIA GPU
-    python bench/engine_gpu.py --model opt-6.7b --profile-seconds 0
-    python bench/engine_gpu.py --dry                        # tiny, on a CPU
+    .venv/bin/python bench/engine_gpu.py --out engine.jsonl           # on an NVIDIA GPU
+    .venv/bin/python bench/engine_gpu.py --model opt-6.7b --profile-seconds 0
+    .venv/bin/python bench/engine_gpu.py --dry                        # tiny, on a CPU
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ First it measures the machine's limits. Then it runs all linears of the model's 
 measurement, so that no weight stays in a cache, and then the language model's head. The last
 line is JSON.
 
-    python bench/linears.py
+    .venv/bin/python bench/linears.py
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ random weights. Each form is written to a temporary file (up to 2 GB) and read i
 without more (what dequantizing takes), and once with repacking for this machine. The last line is
 JSON, with times for a whole 8B, eight times as long.
 
-    python bench/loading.py
+    .venv/bin/python bench/loading.py
 """
 
 from __future__ import annotations

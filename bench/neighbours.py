@@ -6,8 +6,8 @@ before each one beside a neighbour; figures are medians of seconds. The last lin
 ``alone_s``, ``busy_loop_s``, ``other_minserve_s``, and ``worst_ratio``, the time beside the worse
 neighbour over the time alone.
 
-    python bench/neighbours.py                          # as minserve comes; 2 minutes
-    python bench/neighbours.py --variants OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=2000
+    .venv/bin/python bench/neighbours.py                          # as minserve comes; 2 minutes
+    .venv/bin/python bench/neighbours.py --variants OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=2000
 
 A variant is an environment for both engines, NAME=VALUE or several of these separated by commas;
 each has its own figures under ``variants``.

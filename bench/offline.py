@@ -15,10 +15,10 @@ The same run measures minserve's linears alone and the memory's rates: no forwar
 time than its matmuls, or than reading weights and KV once. Each row gives the share of that limit
 that it reaches.
 
-    python bench/offline.py                                    # minserve alone, 5 minutes
-    python bench/offline.py --peer vllm --peer llama.cpp       # beside both; 25 minutes
-    python bench/offline.py --quantization int8 --parts engine,limits
-    python bench/offline.py --peer vllm --vllm-python DIR/bin/python --plot docs/offline.png
+    .venv/bin/python bench/offline.py                                    # minserve alone, 5 minutes
+    .venv/bin/python bench/offline.py --peer vllm --peer llama.cpp       # beside both; 25 minutes
+    .venv/bin/python bench/offline.py --quantization int8 --parts engine,limits
+    .venv/bin/python bench/offline.py --peer vllm --vllm-python DIR/bin/python --plot docs/offline.png
 """
 
 from __future__ import annotations

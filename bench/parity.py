@@ -6,7 +6,7 @@ chunks and decodes over a paged cache with scattered blocks. In bfloat16 minserv
 from transformers' float32 than transformers' own bfloat16 is. There is a line for each family; the
 last line is JSON.
 
-    python bench/parity.py
+    .venv/bin/python bench/parity.py
 """
 
 from __future__ import annotations

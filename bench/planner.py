@@ -8,8 +8,8 @@ not, because then the dynamic program has most work. Then it compares admission 
 over all subsets of small random instances. `proven` is the share of rounds whose set is proven to be
 the best: the search keeps few states where there are many. The last line is JSON.
 
-    python bench/planner.py          # a table
-    python bench/planner.py --json   # the last line alone
+    .venv/bin/python bench/planner.py          # a table
+    .venv/bin/python bench/planner.py --json   # the last line alone
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ The text is Python's own language reference, which comes with Python. Quality is
 float32: the perplexity of the text, and how far greedy outputs stay the same. The last
 line is JSON.
 
-    python bench/quantization.py
+    .venv/bin/python bench/quantization.py
 """
 
 from __future__ import annotations

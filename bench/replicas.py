@@ -9,9 +9,9 @@ all requests attain their SLO by the client's clock; the simulator's capacity is
 It also measures how much time the controller adds to the first token at 100 requests per second,
 and how long a routing decision between 64 replicas takes.
 
-    python bench/replicas.py              # about 70 minutes
-    python bench/replicas.py --quick      # chat on 1 and 2 replicas, 3 minutes
-    python bench/replicas.py --results FILE.json    # goes on where it ended
+    .venv/bin/python bench/replicas.py              # about 70 minutes
+    .venv/bin/python bench/replicas.py --quick      # chat on 1 and 2 replicas, 3 minutes
+    .venv/bin/python bench/replicas.py --results FILE.json    # goes on where it ended
 
 The last line is JSON.
 """

@@ -22,9 +22,9 @@ other seeds of the scatter, and all repeats count: near capacity, one iteration 
 which requests are admitted. The second table has the errors of a simulation without any of these
 values.
 
-    python bench/simulated_vs_real.py                     # about 8 minutes
-    python bench/simulated_vs_real.py --quick             # 3 minutes
-    python bench/simulated_vs_real.py --plot simulated.png
+    .venv/bin/python bench/simulated_vs_real.py                     # about 8 minutes
+    .venv/bin/python bench/simulated_vs_real.py --quick             # 3 minutes
+    .venv/bin/python bench/simulated_vs_real.py --plot simulated.png
 
 Rates are shares of the capacity that the simulator finds for dp. The last line is JSON.
 """

@@ -10,10 +10,10 @@ second in a round; its median and extremes are shown.
 It also checks that outputs are the same as without speculation: in float32, greedy and sampled
 under a seed, every decode with drafts. After a mismatch the exit code is 1.
 
-    python bench/speculative.py              # 10 to 15 minutes on two cores, the first time
+    .venv/bin/python bench/speculative.py              # 10 to 15 minutes on two cores, the first time
                                              # some more to train the tiny pairs
-    python bench/speculative.py --quick      # within a minute
-    python bench/speculative.py --synthetic-acceptance 0.7 --target-shape opt-6.7b \\
+    .venv/bin/python bench/speculative.py --quick      # within a minute
+    .venv/bin/python bench/speculative.py --synthetic-acceptance 0.7 --target-shape opt-6.7b \\
         --draft-shape opt-125m               # random weights, acceptance by chance
 
 --quick uses the small recipe of the tiny Llama pair and none of the OPT pair, fewer and shorter
@@ -305,7 +305,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if len({SHAPES[s]["vocab_size"] for s in (args.target_shape, args.draft_shape)}) > 1:
             parser.error("target and draft shape must have the same vocabulary")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib: pip install matplotlib")
+        parser.error("--plot needs matplotlib: .venv/bin/pip install -e '.[plot]'")
     return args
 
 

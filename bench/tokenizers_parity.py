@@ -5,7 +5,7 @@ tokenizer.model or vocab.json and merges.txt, and GGUF files; SmolLM2's is real.
 minserve, and its tokens and texts, streamed ones included, are compared on texts of all kinds.
 Takes a minute and a half at most. The last line is JSON.
 
-    python bench/tokenizers_parity.py
+    .venv/bin/python bench/tokenizers_parity.py
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Three steps, each of which can be stopped and taken up again:
 
-    python examples/distill_draft.py generate --data DIR --tokens 140000
-    python examples/distill_draft.py train --data DIR --out models/smollm2_draft
-    python examples/distill_draft.py evaluate --draft models/smollm2_draft
+    .venv/bin/python examples/distill_draft.py generate --data DIR --tokens 140000
+    .venv/bin/python examples/distill_draft.py train --data DIR --out models/smollm2_draft
+    .venv/bin/python examples/distill_draft.py evaluate --draft models/smollm2_draft
 
 `generate` lets the target write both sides of chats, from nothing but the beginning of a
 user's turn (Xu et al., "Magpie: alignment data synthesis from scratch", 2024), and keeps its

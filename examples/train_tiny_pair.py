@@ -3,7 +3,7 @@
 Nothing is downloaded: the text is the source code of Python's own standard library. Both
 models share one byte-level BPE tokenizer and load as any other folder does:
 
-    python examples/train_tiny_pair.py --out pairs
+    .venv/bin/python examples/train_tiny_pair.py --out pairs
     minserve serve --model pairs/llama/target
 
 The models are real but weak: what they are good for is that the draft's greedy token is
