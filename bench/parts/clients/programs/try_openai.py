@@ -26,9 +26,10 @@ chunks = list(client.chat.completions.create(**CHAT, stream=True,
 streamed = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
 check("the same chat as a stream", streamed == text)
 check("its usage in the last chunk", chunks[-1].usage.total_tokens == answer.usage.total_tokens)
-with client.chat.completions.stream(**CHAT) as events:
-    whole = events.get_final_completion()
-check("the client's own way to gather a stream", whole.choices[0].message.content == text)
+# It takes an answer that ends by its length for an error.
+with client.chat.completions.stream(**CHAT, stop=[":"]) as events:
+    whole = events.get_final_completion().choices[0].message.content
+check("the client's own way to gather a stream", whole == text.split(":")[0], whole)
 
 several = client.chat.completions.create(**CHAT | {"n": 3, "temperature": 1, "seed": 7})
 check("n outputs", sorted(one.index for one in several.choices) == [0, 1, 2])
