@@ -60,7 +60,9 @@ class Server:
         self.engine = engine
         self.draining = False
         self._created = int(time.time())
-        self._metrics = create_registry(self._loaded_engine)
+        self._metrics = create_registry(
+            self._loaded_engine, lambda: self._model_name, config.metrics_prefix
+        )
 
     def create_app(self) -> web.Application:
         """Return the application with all routes."""
@@ -213,8 +215,15 @@ class Server:
             reply = Reply(call, handles, self._model_name, engine.tokenizer)
             if call.stream:
                 refusable = slo is not None and slo.refuses_delay
-                return await streamed_response(request, call, reply, handles, refusable=refusable)
-            return await whole_response(reply, handles)
+                return await streamed_response(
+                    request,
+                    call,
+                    reply,
+                    handles,
+                    refusable=refusable,
+                    first_byte_s=self.config.first_byte_s,
+                )
+            return await whole_response(request, reply, handles)
         finally:
             for handle in handles:
                 handle.abort()

@@ -30,7 +30,6 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (True,),
     "allowed_token_ids": ([],),
     "bad_words": ([],),
-    "include_stop_str_in_output": (False,),
     "length_penalty": (1, 1.0),
     "spaces_between_special_tokens": (True,),
     "use_beam_search": (False,),
@@ -77,6 +76,9 @@ class GenerationCall:
         include_usage: end a stream with a usage chunk.
         continuous_usage: put the usage so far in every chunk.
         include_acceptance: report in the final usage how many drafted tokens were accepted.
+        prompt_logprobs: the alternatives to tell of each prompt token, in a field of the answer.
+            ``params.prompt_logprobs`` also counts what ``echo`` with log probabilities needs.
+        return_token_ids: tell the token ids of prompts and outputs.
         prompt_options: how the prompts become token ids.
     """
 
@@ -92,6 +94,8 @@ class GenerationCall:
     drop_output: bool = False
     priority: int = 0
     cache_salt: str = ""
+    prompt_logprobs: int | None = None
+    return_token_ids: bool = False
     prompt_options: PromptOptions = dataclass_field(default_factory=PromptOptions)
 
 
@@ -135,6 +139,8 @@ class _Body(Form):
     stream: bool = False
     stream_options: _StreamOptions = field(default_factory=_StreamOptions)
     include_acceptance: bool = False
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    return_token_ids: bool = False
     priority: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] = 0
     cache_salt: str = ""
     # Labels for the client's own records; no value of theirs changes the result.
@@ -196,7 +202,14 @@ def parse_completion(values: dict[str, Any], defaults: Mapping[str, Any]) -> Gen
         **settings,
         max_tokens=1 if drop_output else body.max_tokens,
         logprobs=body.logprobs,
-        prompt_logprobs=body.logprobs if body.echo else None,
+        prompt_logprobs=max(
+            (
+                one
+                for one in (body.prompt_logprobs, body.logprobs if body.echo else None)
+                if one is not None
+            ),
+            default=None,
+        ),
     )
     return _call(body, prompts, params, chat=False, echo=body.echo, drop_output=drop_output)
 
@@ -219,6 +232,7 @@ def parse_chat(values: dict[str, Any], defaults: Mapping[str, Any]) -> Generatio
         # Without a limit in a chat, the model's own limits count.
         max_tokens=body.max_tokens if newer is None else newer,
         logprobs=body.top_logprobs if body.logprobs else None,
+        prompt_logprobs=body.prompt_logprobs,
     )
     return _call(body, [_plain_messages(body.messages)], params, chat=True)
 
@@ -262,6 +276,8 @@ def _call(
         include_acceptance=body.include_acceptance,
         priority=body.priority,
         cache_salt=body.cache_salt,
+        prompt_logprobs=body.prompt_logprobs,
+        return_token_ids=body.return_token_ids,
         **more,
     )
 
