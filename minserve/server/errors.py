@@ -55,8 +55,9 @@ class HttpError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By default an exception is made again, in another process, from its message alone.
-        details = {"kind": self.kind, "param": self.param, "code": self.code}
-        make = partial(HttpError, **details, headers=self.headers)
+        make = partial(
+            HttpError, kind=self.kind, param=self.param, code=self.code, headers=self.headers
+        )
         return make, (self.status, self.message)
 
 

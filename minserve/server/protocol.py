@@ -241,7 +241,7 @@ def _read(
 
 
 def _call(
-    body: _Body, prompts: list[Prompt], params: SamplingParams, **more: bool
+    body: _Body, prompts: list[Prompt], params: SamplingParams, **more: Any
 ) -> GenerationCall:
     options = body.stream_options
     if options.include_obfuscation:
