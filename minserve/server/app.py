@@ -22,6 +22,7 @@ from minserve.server.engine_face import EngineFace, ReplicaSet
 from minserve.server.errors import HttpError, error_response, to_http_error, unavailable
 from minserve.server.generation import streamed_response, whole_response
 from minserve.server.metrics import CONTENT_TYPE, create_registry, render
+from minserve.server.openapi import openapi_json
 from minserve.server.protocol import (
     GenerationCall,
     TokenizeCall,
@@ -45,6 +46,8 @@ FLUSH_TIMEOUT_S = 5.0
 # is needed.
 OPEN_PATHS = ("/health", "/metrics")
 LOOPBACK = ("127.0.0.1", "::1")
+# Where a request keeps the names of its hints that change nothing.
+IGNORED = web.RequestKey("ignored", tuple[str, ...])
 
 
 class Server:
@@ -68,8 +71,10 @@ class Server:
             middlewares=[_answer_errors, self._check_key],
             client_max_size=int(self.config.max_body_mib * 2**20),
         )
+        app.on_response_prepare.append(_name_ignored)
         app.add_routes(
             [
+                web.get("/openapi.json", self.openapi),
                 web.get("/health", self.health),
                 web.get("/metrics", self.metrics),
                 web.get("/v1/models", self.list_models),
@@ -126,6 +131,10 @@ class Server:
         text = await asyncio.to_thread(render, self._metrics)
         return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
 
+    async def openapi(self, request: web.Request) -> web.Response:
+        """Answer with the description of all endpoints, in OpenAPI 3.1."""
+        return web.Response(body=openapi_json(), content_type="application/json")
+
     async def list_models(self, request: web.Request) -> web.Response:
         """Answer with a list that holds the one model."""
         return _json({"object": "list", "data": [self._model_card()]})
@@ -150,11 +159,10 @@ class Server:
         self._check_model(call.model)
         if not isinstance(call.prompt, str):
             _require_chat_template(engine)
+        request[IGNORED] = call.ignored
         # In a thread: a body of megabytes takes about a second, and no other request should wait.
-        tokens = await asyncio.to_thread(_tokenize, engine.tokenizer, call)
-        return _json(
-            {"tokens": tokens, "count": len(tokens), "max_model_len": engine.max_model_len}
-        )
+        answer = await asyncio.to_thread(_tokenize, engine.tokenizer, call)
+        return _json({**answer, "max_model_len": engine.max_model_len})
 
     async def detokenize(self, request: web.Request) -> web.Response:
         """Answer POST /detokenize, which turns token ids into text, special tokens included."""
@@ -196,9 +204,9 @@ class Server:
     ) -> web.StreamResponse:
         values = await read_object(request)
         engine = self._ready_engine()
-        # Parts of the SLO may be in the headers, so the parser of the body does not read it.
-        slo = read_slo(values.pop("slo", None), request.headers, engine)
         call = parse(values, engine.sampling_defaults)
+        request[IGNORED] = call.ignored
+        slo = read_slo(call.slo, request.headers, engine)
         self._check_model(call.model)
         if call.chat:
             _require_chat_template(engine)
@@ -287,6 +295,12 @@ class Server:
         return await handler(request)
 
 
+async def _name_ignored(request: web.Request, response: web.StreamResponse) -> None:
+    """Name the hints that changed nothing. Their names are the table's, not the client's."""
+    if names := request.get(IGNORED, ()):
+        response.headers["x-minserve-ignored"] = ", ".join(names)
+
+
 @web.middleware
 async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Turn every failure into OpenAI's JSON error. This is the outermost layer."""
@@ -307,10 +321,26 @@ def _require_chat_template(engine: EngineFace) -> None:
         )
 
 
-def _tokenize(tokenizer: Tokenizer, call: TokenizeCall) -> list[int]:
-    prompt = call.prompt
-    text = prompt if isinstance(prompt, str) else tokenizer.render_chat(prompt)
-    return list(tokenizer.encode(text, add_special_tokens=call.add_special_tokens))
+def _tokenize(tokenizer: Tokenizer, call: TokenizeCall) -> dict[str, Any]:
+    options = call.prompt_options
+    if isinstance(call.prompt, str):
+        text = call.prompt
+    else:
+        text = tokenizer.render_chat(
+            call.prompt,
+            add_generation_prompt=options.add_generation_prompt,
+            continue_final_message=options.continue_final_message,
+            **options.template_kwargs,
+        )
+    special = options.add_special_tokens
+    if special is None:
+        # A chat template writes the special tokens itself.
+        special = isinstance(call.prompt, str)
+    tokens = list(tokenizer.encode(text, add_special_tokens=special))
+    answer = {"tokens": tokens, "count": len(tokens)}
+    if call.return_token_strs:
+        answer["token_strs"] = [tokenizer.token_text(one) for one in tokens]
+    return answer
 
 
 def _json(value: Any) -> web.Response:
