@@ -6,14 +6,14 @@ several fields mean together. Parsing depends on the body and the model's sampli
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
-from minserve.engine.text.inputs import PromptOptions
 from minserve.errors import InvalidRequestError
+from minserve.prompts import Prompt, PromptOptions
 from minserve.sampling_params import SamplingParams
 from minserve.server.body import brief, convert, refusal
 from minserve.server.messages import plain_messages
@@ -21,8 +21,6 @@ from minserve.server.parameters.forms import StreamOptions, TokenId
 from minserve.server.parameters.parameter import Sort
 from minserve.server.parameters.table import read_body
 from minserve.server.parameters.works import SAMPLING
-
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 COMPLETION_MAX_TOKENS = 16
 MAX_TEMPLATE_KWARGS_BYTES = 2**14

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minserve.engine.text.inputs import PromptOptions
 from minserve.errors import InvalidRequestError
 from minserve.outputs import OutputDelta, TokenLogprob
+from minserve.prompts import PromptOptions
 from minserve.request import FinishReason
 from minserve.server.body import parse_object
 from minserve.server.logprobs import LogprobWriter
