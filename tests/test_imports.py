@@ -33,6 +33,7 @@ GROUND = {
     "slots",
     "tables",
     "outputs",
+    "prompts",
     "planner",
 }
 ALLOWED: dict[str, set[str]] = {
