@@ -59,11 +59,10 @@ class Target:
             body: bytes as they are; what else is written as JSON.
             headers: in addition to the usual ones, or in their place. `Authorization` is added.
         """
-        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         sent = [*headers]
         if self.key and not any(name.lower() == "authorization" for name, _ in sent):
             sent.append(("Authorization", f"Bearer {self.key}"))
-        return await exchange(self.address, request_bytes(self.address, method, path, data, sent))
+        return await exchange(self.address, request_bytes(self.address, method, path, as_bytes(body), sent))
 
     async def generate(self, body: dict[str, Any], headers: Headers = ()) -> str:
         """Return the text of a completion.
@@ -75,6 +74,11 @@ class Target:
         if answer.status != 200:
             raise ServedWrong(f"a good request got {answer}")
         return answer.json()["choices"][0]["text"]
+
+
+def as_bytes(body: Any) -> bytes | None:
+    """Return a body as it is sent: bytes as they are, what else as JSON; ``None`` stays none."""
+    return body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
 
 
 class ServedWrong(Exception):
@@ -139,7 +143,11 @@ def refused(
 
     async def attack(target: Target) -> str | None:
         value = body(target.limits) if callable(body) else body
-        return refusal_problem(await target.ask(method, path, value, sent), status, param)
+        data = as_bytes(value)
+        # A body over the limit is not read, so nothing in it can be refused.
+        if data is not None and len(data) > target.limits.max_body:
+            return refusal_problem(await target.ask(method, path, data, sent), 413)
+        return refusal_problem(await target.ask(method, path, data, sent), status, param)
 
     return Case(family, name, attack, **more)
 

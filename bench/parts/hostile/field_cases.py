@@ -91,7 +91,7 @@ CHAT_ONLY: dict[str, list[Any]] = {
     "response_format": [5, "json", {"type": "no_such_type"}],
 }  # fmt: skip
 SLO: dict[str, list[Any]] = {
-    "ttft_ms": [0, -1, -0.0, 1e-320, 1e308, HUGE, LONG, *NO_NUMBER],
+    "ttft_ms": [0, -1, -0.0, Raw("1e-400"), 1e308, HUGE, LONG, *NO_NUMBER],
     "tpot_ms": [0, -1, 1e308, *NO_NUMBER],
     "thinking_tpot_ms": [0, -1, NAN],
     "ttft_slowdown": [0, -1, 0.5, 1e308, *NO_NUMBER],
@@ -130,10 +130,16 @@ def brief(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:28]}... ({len(text)})"
 
 
+# Of an integer that the parser of JSON takes.
+MAX_DIGITS = 20
+
+
 def _bad_json(value: Any) -> bool:
-    """Return whether a body with this value is no JSON, so that no field can be named."""
+    """Return whether a body with this value is refused as JSON, so that no field can be named."""
     if isinstance(value, dict):
         return any(map(_bad_json, value.values()))
+    if isinstance(value, int):
+        return len(str(abs(value))) > MAX_DIGITS
     return any(map(_bad_json, value)) if isinstance(value, list) else isinstance(value, Raw)
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from parts.hostile.case import Case, ServedWrong, Target
 from parts.hostile.connection_cases import TEN_TOKENS
-from parts.hostile.neighbour import Neighbour, unquiet
+from parts.hostile.neighbour import RETRY_S, Neighbour, unquiet
+from parts.hostile.wire import ANSWER_S
 
 # Cases that run at once, unless they want to be alone.
 AT_ONCE = 8
@@ -95,9 +96,14 @@ async def _attack(case: Case, target: Target) -> str | None:
 
 
 async def _next_one(target: Target) -> str | None:
-    """Ask for ten tokens."""
+    """Ask for ten tokens, again while the queue is full of what has just been dropped."""
     try:
-        answer = await target.ask("POST", "/v1/completions", TEN_TOKENS)
+        deadline = time.monotonic() + ANSWER_S
+        while True:
+            answer = await target.ask("POST", "/v1/completions", TEN_TOKENS)
+            if answer.status != 429 or time.monotonic() > deadline:
+                break
+            await asyncio.sleep(RETRY_S)
         if answer.status != 200:
             return f"got {answer}"
         tokens = answer.json()["usage"]["completion_tokens"]

@@ -151,14 +151,15 @@ async def read_answer(reader: asyncio.StreamReader) -> Answer:
         return Answer(0)
     except ValueError:  # a line without an end
         return Answer(-2, body=head)
-    try:
-        response = http.client.HTTPResponse(_Bytes(head))  # type: ignore[arg-type]
-        response.begin()
-    except http.client.HTTPException:
+    version, _, rest = head.partition(b"\r\n")[0].partition(b" ")
+    code = rest[:3]
+    if not version.startswith(b"HTTP/") or not code.isdigit():
         return Answer(-2, body=head)
-    headers = {name.lower(): value for name, value in response.getheaders()}
-    if 100 <= response.status < 200:
+    status = int(code)
+    if 100 <= status < 200:
         return await read_answer(reader)
+    lines = http.client.parse_headers(io.BytesIO(head.partition(b"\r\n")[2]))
+    headers = {name.lower(): value for name, value in lines.items()}
     body = b""
     with suppress(OSError, asyncio.IncompleteReadError, ValueError):
         if "chunked" in headers.get("transfer-encoding", ""):
@@ -168,14 +169,4 @@ async def read_answer(reader: asyncio.StreamReader) -> Answer:
             body = await reader.readexactly(int(length))
         else:
             body = await reader.read()
-    return Answer(response.status, headers, body)
-
-
-class _Bytes:
-    """Received bytes, in the form of the socket that `http.client` reads from."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-
-    def makefile(self, mode: str) -> io.BytesIO:
-        return io.BytesIO(self._data)
+    return Answer(status, headers, body)
