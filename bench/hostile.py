@@ -47,6 +47,7 @@ from shared.program import names, positive, run_program
 from shared.servers import wait_until_up
 
 MODEL = "smollm2"
+TRACEBACK = "Traceback (most recent call last):\n"
 MAX_BODY_MIB, MAX_QUEUE = 8, 1024
 # What the neighbour's p99 and the longest /health may be under the tokenizing load.
 GOALS = {"neighbour_p99_ratio": 1.3, "health_max_ms": 100.0}
@@ -82,8 +83,12 @@ async def _vocab_size(target: Target) -> int:
 
 
 @contextmanager
-def served(args: argparse.Namespace, key: str = "") -> Iterator[Target]:
-    """Start a server, or take the one that is there."""
+def served(args: argparse.Namespace, logged: list[str], key: str = "") -> Iterator[Target]:
+    """Start a server, or take the one that is there.
+
+    Args:
+        logged: gets what the server has written, when the context ends.
+    """
     if args.url is not None:
         yield asyncio.run(find_target(args.url, key=args.key, replicas=args.replicas))
         return
@@ -94,9 +99,7 @@ def served(args: argparse.Namespace, key: str = "") -> Iterator[Target]:
         if not key:
             wait_until_up(server.url, args.replicas)
         yield asyncio.run(find_target(server.url, pid=server.pid, key=key, replicas=args.replicas))
-        if args.log is not None:
-            with args.log.open("a") as file:
-                file.write(server.output() + "\n")
+        logged.append(server.output())
 
 
 def run(target: Target, cases: list[Case]) -> list[Outcome]:
@@ -109,6 +112,30 @@ def run(target: Target, cases: list[Case]) -> list[Outcome]:
             bar.update()
 
         return asyncio.run(run_cases(target, fitting, done))
+
+
+def judge_log(logged: list[str], file: Path | None) -> Outcome:
+    """Return the last case: that nothing in the servers' output is a traceback.
+
+    What a client does is worth a line at most, or clients could fill a disk.
+
+    Args:
+        file: where to keep the output.
+    """
+    text = "\n".join(logged)
+    if file is not None:
+        file.write_text(text)
+    found = text.count(TRACEBACK)
+    outcome = Outcome(Case("log", "no traceback", _no_attack))
+    if found:
+        last = text.rpartition(TRACEBACK)[2].splitlines()
+        ends = next((line for line in last if line and not line.startswith(" ")), "")
+        outcome.answer = f"{found} tracebacks in {text.count(chr(10))} lines, the last of {ends}"
+    return outcome
+
+
+async def _no_attack(target: Target) -> None:
+    """Do nothing: what the other cases did is looked at."""
 
 
 def report(outcomes: list[Outcome]) -> dict[str, Any]:
@@ -139,7 +166,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--only", type=names, metavar="FAMILIES", help="names separated by commas")
     parser.add_argument("--no-load", action="store_true", help="leave the tokenizing load out")
     parser.add_argument("--load-seconds", type=float, default=5.0, help="of each of its turns")
-    parser.add_argument("--log", type=Path, metavar="FILE", help="append the servers' output")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="keep the servers' output")
     parser.add_argument("--list", action="store_true", help="print the cases, and run none")
     args = parser.parse_args()
     if args.only is not None:
@@ -158,9 +185,10 @@ def main() -> int:
         return 0
     outcomes: list[Outcome] = []
     more: dict[str, Any] = {}
+    logged: list[str] = []
     open_ones = [case for case in cases if case.needs != "key"]
     if open_ones or not args.no_load:
-        with served(args) as target:
+        with served(args, logged) as target:
             outcomes += run(target, open_ones)
             more |= target.figures
             if not args.no_load:
@@ -170,8 +198,10 @@ def main() -> int:
                 more |= asyncio.run(measure(target, args.load_seconds))
     keyed = [case for case in cases if case.needs == "key"]
     if keyed and args.url is None:
-        with served(args, KEY) as target:
+        with served(args, logged, KEY) as target:
             outcomes += run(target, keyed)
+    if logged:
+        outcomes.append(judge_log(logged, args.log))
     counts = report(outcomes)
     print(json.dumps(machine() | {"replicas": args.replicas, "goals": GOALS}))
     print(json.dumps({**counts, **more}))

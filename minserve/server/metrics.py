@@ -7,11 +7,18 @@ a class; a request without an SLO is in no class), positions up to ``max_specula
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Gauge,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.metrics_core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -106,10 +113,24 @@ def _replicas(replicas: ReplicaSet) -> Iterator[Metric]:
 
 
 def create_registry(find_engine: Callable[[], EngineFace]) -> CollectorRegistry:
-    """Return a registry with one engine's metrics and nothing of the process's other registries."""
+    """Return a registry with one engine's metrics and those of the server's own process.
+
+    Of the process it has what every Prometheus client tells: ``process_open_fds`` and the like.
+    """
     registry = CollectorRegistry()
     registry.register(EngineCollector(find_engine))
+    ProcessCollector(registry=registry)
     return registry
+
+
+def count_tasks(registry: CollectorRegistry) -> Callable[[], None]:
+    """Add a gauge of asyncio's tasks to a registry.
+
+    Returns:
+        a function that counts the tasks of the event loop in which it is called.
+    """
+    gauge = Gauge(PREFIX + "asyncio_tasks", "Tasks of the server's event loop.", registry=registry)
+    return lambda: gauge.set(len(asyncio.all_tasks()))
 
 
 def render(registry: CollectorRegistry) -> bytes:

@@ -62,7 +62,9 @@ class Target:
         sent = [*headers]
         if self.key and not any(name.lower() == "authorization" for name, _ in sent):
             sent.append(("Authorization", f"Bearer {self.key}"))
-        return await exchange(self.address, request_bytes(self.address, method, path, as_bytes(body), sent))
+        return await exchange(
+            self.address, request_bytes(self.address, method, path, as_bytes(body), sent)
+        )
 
     async def generate(self, body: dict[str, Any], headers: Headers = ()) -> str:
         """Return the text of a completion.

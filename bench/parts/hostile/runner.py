@@ -14,7 +14,7 @@ from parts.hostile.neighbour import RETRY_S, Neighbour, unquiet
 from parts.hostile.wire import ANSWER_S
 
 # Cases that run at once, unless they want to be alone.
-AT_ONCE = 8
+AT_ONCE = 16
 
 
 @dataclass(slots=True)
