@@ -53,7 +53,9 @@ async def soak(
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(url, timeout=timeout, connector=connector) as session:
         watch = Watch(pid, session)
-        traffic = Traffic(session, random.Random(args.seed))
+        async with session.get("/v1/models") as response:
+            (model,) = (await response.json())["data"]
+        traffic = Traffic(session, model["max_model_len"], random.Random(args.seed))
         end, began = time.monotonic() + 60 * args.minutes, time.monotonic()
 
         async def keep_sampling() -> None:

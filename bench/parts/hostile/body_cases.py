@@ -15,7 +15,9 @@ from parts.hostile.case import (
     TOKENIZE,
     Case,
     Limits,
+    Target,
     raw,
+    refusal_problem,
     refused,
     served,
 )
@@ -197,6 +199,15 @@ def _slo_headers() -> list[Case]:
     return [*cases, unknown, twice, loses]
 
 
+async def _drained_by_a_page(target: Target) -> str | None:
+    """Order what a page of another origin may send without asking: a POST of plain text."""
+    headers = [("Origin", "https://evil.example"), ("Content-Type", "text/plain")]
+    answer = await target.ask("POST", "/replicas/0/drain", b"", headers)
+    if answer.status == 200:
+        await target.ask("POST", "/replicas/0/resume", {})
+    return refusal_problem(answer, 403)
+
+
 def _browsers() -> list[Case]:
     """Return what only a browser sends, on behalf of a page of another origin."""
     evil = [("Origin", "https://evil.example")]
@@ -211,8 +222,7 @@ def _browsers() -> list[Case]:
                 headers=[("Origin", "http://127.0.0.1.evil.example")]),
         refused("browsers", "Sec-Fetch-Site: cross-site", COMPLETIONS, GOOD, 403,
                 headers=[("Sec-Fetch-Site", "cross-site")]),
-        refused("browsers", "another origin drains a replica", "/replicas/0/drain", b"", 403,
-                headers=[*evil, ("Content-Type", "text/plain")], needs="replicas"),
+        Case("browsers", "another origin drains a replica", _drained_by_a_page, needs="replicas"),
     ]  # fmt: skip
 
 

@@ -39,11 +39,13 @@ class Traffic:
 
     Attributes:
         session: their connections.
+        max_model_len: most tokens of a prompt and its output.
         requests: the number of requests sent, by kind.
         problems: answers that should not have come.
     """
 
     session: aiohttp.ClientSession
+    max_model_len: int
     rng: random.Random
     requests: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
@@ -94,12 +96,14 @@ class Traffic:
                                                       max_tokens=8), GOOD)  # fmt: skip
 
     async def _long(self) -> None:
-        prompt = " ".join(self._prompt() for _ in range(20))[:6000]
+        prompt = " ".join(self._prompt() for _ in range(20))
+        # Hardly any text has more tokens than half its characters.
+        prompt = prompt[: min(6000, self.max_model_len)]
         await self._ask(COMPLETIONS, self._completion(prompt=prompt, max_tokens=4), GOOD)
 
     async def _left(self) -> None:
         """Leave a long stream after its first events."""
-        body = self._completion(max_tokens=1000, stream=True, ignore_eos=True)
+        body = self._completion(max_tokens=self._long_tokens, stream=True, ignore_eos=True)
         async with self.session.post(COMPLETIONS, json=body) as response:
             await self._check(response, MAYBE)
             for _ in range(self.rng.randint(1, 6)):
@@ -107,7 +111,7 @@ class Traffic:
 
     async def _given_up(self) -> None:
         """Give up on a whole answer before it comes."""
-        body = self._completion(max_tokens=1000, ignore_eos=True)
+        body = self._completion(max_tokens=self._long_tokens, ignore_eos=True)
         try:
             async with asyncio.timeout(self.rng.uniform(0.0, 0.5)):
                 await self._ask(COMPLETIONS, body, MAYBE)
@@ -135,8 +139,12 @@ class Traffic:
 
     # --- helpers ---
 
+    @property
+    def _long_tokens(self) -> int:
+        return min(1000, self.max_model_len // 2)
+
     def _prompt(self) -> str:
-        return self.rng.choice(self._prompts)[:500]
+        return self.rng.choice(self._prompts)[: min(500, self.max_model_len // 4)]
 
     def _completion(self, **fields: Any) -> dict[str, Any]:
         return {"prompt": self._prompt(), "max_tokens": self.rng.randint(4, 40), "temperature": 0,
