@@ -6,7 +6,8 @@ import random
 from dataclasses import replace
 
 import pytest
-from parts.soak.analysis import Sample, after_warm_up, growth_pct, grew, summary
+
+from parts.soak.analysis import Sample, after_warm_up, grew, growth_pct, summary
 from parts.soak.watching import gauges
 
 FLAT = Sample(at_s=0.0, rss_mib=1000.0, fds=40, sockets=5, threads=12, tasks=3, busy={})

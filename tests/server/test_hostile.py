@@ -7,13 +7,14 @@ from itertools import groupby
 
 import pytest
 from live_server import RunningServer
-from parts.hostile.case import Case, Limits, Target
+
+from parts.hostile.case import Limits, Target
 from parts.hostile.runner import run_cases
 from parts.hostile.table import all_cases
 from parts.hostile.wire import Address
 
-# Of fields there are hundreds; the program runs them all.
-EVERY = 1
+# Of large families a part is run here; the program runs all.
+MOST = 30
 LIGHT = [case for case in all_cases() if not case.slow]
 FAMILIES = {family: list(cases) for family, cases in groupby(LIGHT, lambda case: case.family)}
 
@@ -29,6 +30,9 @@ def test_each_is_refused_neighbours_feel_nothing_and_the_next_is_served(
         max_queue=server.engine.config.max_queue,
     )
     target = Target(Address("127.0.0.1", server.port), limits)
-    cases = [case for case in FAMILIES[family][::EVERY] if case.fits(target)]
+    cases = [
+        case for case in FAMILIES[family][:: 1 + len(FAMILIES[family]) // MOST] if case.fits(target)
+    ]
     outcomes = asyncio.run(run_cases(target, cases))
+    assert outcomes
     assert {one.case.name: one.problems for one in outcomes if one.problems} == {}

@@ -228,23 +228,24 @@ def _browsers() -> list[Case]:
 
 def _hosts() -> list[Case]:
     """Return Host headers of names that this server does not have (DNS rebinding)."""
-    names = (
-        "evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost.evil.example",
-        "127.0.0.1@evil.example", "evil.example#127.0.0.1", "[::", "a b",
-    )  # fmt: skip
+    unknown = (
+        "evil.example",
+        "evil.example:80",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example",
+    )
+    malformed = ("127.0.0.1@evil.example", "evil.example#127.0.0.1", "[::", "a b", "a/b")
     cases = [
         raw(
             "hosts",
             name,
-            b"POST /v1/completions HTTP/1.1\r\nHost: " + name.encode()
-            + b"\r\nContent-Type: application/json\r\nConnection: close\r\n"
-            + b"Content-Length: %d\r\n\r\n" % len(GOOD_BYTES) + GOOD_BYTES,
-            400,
-            403,
-            421,
+            b"POST /v1/completions HTTP/1.1\r\nHost: %b\r\nContent-Type: application/json\r\n"
+            b"Connection: close\r\nContent-Length: %d\r\n\r\n%b"
+            % (name.encode(), len(GOOD_BYTES), GOOD_BYTES),
+            400 if name in malformed else 403,
         )
-        for name in names
-    ]  # fmt: skip
+        for name in (*unknown, *malformed)
+    ]
     two = (
         b"GET /v1/models HTTP/1.1\r\nHost: HOST\r\nHost: evil.example\r\nConnection: close\r\n\r\n"
     )
@@ -254,8 +255,8 @@ def _hosts() -> list[Case]:
     )
     return [
         *cases,
-        raw("hosts", "two of them", two, 400, 403, 421),
-        raw("hosts", "an absolute URI", absolute, 400, 403, 421),
+        raw("hosts", "two of them", two, 400),
+        raw("hosts", "an absolute URI", absolute, 403),
     ]
 
 
