@@ -159,9 +159,12 @@ class Intake:
             default = self._default_max_tokens
             max_tokens = room if default is None else min(room, max(default, params.min_tokens))
         if max_tokens > room:
+            # OpenAI's words, whatever the prompt is: clients look for them, and for the code.
             raise RequestTooLongError(
-                f"{num_prompt_tokens} prompt tokens and max_tokens {max_tokens} exceed the "
-                f"{self.max_model_len} tokens that a sequence may have here",
+                f"This model's maximum context length is {self.max_model_len} tokens. However, you "
+                f"requested {num_prompt_tokens + max_tokens} tokens ({num_prompt_tokens} in the "
+                f"messages, {max_tokens} in the completion). Please reduce the length of the "
+                "messages or completion. (context_length_exceeded)",
                 "max_tokens",
             )
         if params.min_tokens > max_tokens:

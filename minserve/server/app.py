@@ -21,6 +21,7 @@ from minserve.server.engine_face import EngineFace, ReplicaSet
 from minserve.server.errors import HttpError, error_response, to_http_error, unavailable
 from minserve.server.generation import streamed_response, whole_response
 from minserve.server.metrics import CONTENT_TYPE, count_tasks, create_registry, render
+from minserve.server.openapi import openapi_json
 from minserve.server.reading.body_reader import BodyReader
 from minserve.server.reading.reader import Endpoint, Facts, check_model
 from minserve.server.responses import Reply
@@ -34,6 +35,8 @@ FLUSH_TIMEOUT_S = 5.0
 # is needed.
 OPEN_PATHS = ("/health", "/metrics")
 LOOPBACK = ("127.0.0.1", "::1")
+# Where a request keeps the names of its hints that change nothing.
+IGNORED = web.RequestKey("ignored", tuple[str, ...])
 
 
 class Server:
@@ -58,9 +61,11 @@ class Server:
         app = web.Application(
             middlewares=[_answer_errors, self._check_key],
         )
+        app.on_response_prepare.append(_name_ignored)
         app.on_cleanup.append(self._close)
         app.add_routes(
             [
+                web.get("/openapi.json", self.openapi),
                 web.get("/health", self.health),
                 web.get("/metrics", self.metrics),
                 web.get("/v1/models", self.list_models),
@@ -118,6 +123,10 @@ class Server:
         text = await asyncio.to_thread(render, self._metrics)
         return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
 
+    async def openapi(self, request: web.Request) -> web.Response:
+        """Answer with the description of all endpoints, in OpenAPI 3.1."""
+        return web.Response(body=openapi_json(), content_type="application/json")
+
     async def list_models(self, request: web.Request) -> web.Response:
         """Answer with a list that holds the one model."""
         return _json({"object": "list", "data": [self._model_card()]})
@@ -137,7 +146,8 @@ class Server:
 
     async def tokenize(self, request: web.Request) -> web.Response:
         """Answer POST /tokenize, which turns text or messages into token ids."""
-        return _json_bytes(await self._body_reader().tokenized(request))
+        body, request[IGNORED] = await self._body_reader().tokenized(request)
+        return _json_bytes(body)
 
     async def detokenize(self, request: web.Request) -> web.Response:
         """Answer POST /detokenize, which turns token ids into text, special tokens included."""
@@ -166,6 +176,7 @@ class Server:
         self._ready_engine()
         read = await self._body_reader().generation(endpoint, request)
         engine, call = self._ready_engine(), read.call
+        request[IGNORED] = call.ignored
         handles = engine.submit(
             read.prompts,
             call.params,
@@ -267,6 +278,12 @@ class Server:
                     headers={"WWW-Authenticate": "Bearer"},
                 )
         return await handler(request)
+
+
+async def _name_ignored(request: web.Request, response: web.StreamResponse) -> None:
+    """Name the hints that changed nothing. Their names are the table's, not the client's."""
+    if names := request.get(IGNORED, ()):
+        response.headers["x-minserve-ignored"] = ", ".join(names)
 
 
 @web.middleware
