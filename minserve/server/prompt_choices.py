@@ -64,7 +64,7 @@ class Part:
         """Return the fields of a choice besides its text and its end."""
         facts: dict[str, Any] = {"logprobs": self.logprobs.value() if self.logprobs else None}
         if self._call.return_token_ids:
-            facts["token_ids"] = self.token_ids.raw()
+            facts["token_ids"] = self.token_ids
         return facts
 
 
@@ -164,7 +164,7 @@ class PromptChoices:
         """Return what an answer tells of the prompt, as vLLM's do, where it is wanted."""
         facts: dict[str, Any] = {}
         if self._call.prompt_logprobs is not None:
-            facts["prompt_logprobs"] = self._prompt_logprobs.raw()
+            facts["prompt_logprobs"] = self._prompt_logprobs
         if self._call.return_token_ids:
             facts["prompt_token_ids"] = self.handle.prompt_token_ids
         return facts
