@@ -33,6 +33,7 @@ from minserve.server.protocol import (
 from minserve.server.responses import Reply
 from minserve.server.slo_http import read_slo
 from minserve.server.sse import dump_json
+from minserve.server.watchdog import problem_of
 
 if TYPE_CHECKING:
     from minserve.engine.text.tokenizer import Tokenizer
@@ -105,12 +106,8 @@ class Server:
         number of replicas in each state.
         """
         engine = self._ready_engine()
-        if not engine.is_healthy:
-            raise unavailable("the engine has stopped working")
-        if engine.iteration_s > self.config.watchdog_s:
-            raise unavailable(
-                f"no iteration has ended for {engine.iteration_s:.0f} s although there is work"
-            )
+        if problem := problem_of(engine, self.config.watchdog_s):
+            raise unavailable(problem)
         body: dict[str, Any] = {"status": "ok", "unfinished": engine.num_unfinished}
         if engine.replica_set is not None:
             body["replicas"] = Counter(one["state"] for one in engine.replica_set.replicas())
@@ -198,6 +195,8 @@ class Server:
         engine = self._ready_engine()
         # Parts of the SLO may be in the headers, so the parser of the body does not read it.
         slo = read_slo(values.pop("slo", None), request.headers, engine)
+        if problem := problem_of(engine, self.config.watchdog_s):
+            raise unavailable(problem)
         call = parse(values, engine.sampling_defaults)
         self._check_model(call.model)
         if call.chat:
