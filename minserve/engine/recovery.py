@@ -97,9 +97,7 @@ def _drop_locals(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def last_words(
-    output: Output, end: End, error: Exception | None
-) -> tuple[OutputDelta, End]:
+def last_words(output: Output, end: End, error: Exception | None) -> tuple[OutputDelta, End]:
     """Return the last delta of an output, and how it ends: with an error where its text cannot be
     made. Whatever is wrong with it, its blocks must be freed.
     """

@@ -140,9 +140,7 @@ class EngineStats:
     planning_s: Histogram = field(default_factory=_of_iterations)
     plans_ahead: dict[str, int] = field(default_factory=lambda: {"held": 0, "discarded": 0})
     planner_fallbacks: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
-    failed_batches: dict[str, int] = field(
-        default_factory=lambda: {"error": 0, "out_of_memory": 0}
-    )
+    failed_batches: dict[str, int] = field(default_factory=lambda: {"error": 0, "out_of_memory": 0})
     prefill_tokens: Histogram = field(default_factory=_of_batches)
     decode_tokens: Histogram = field(default_factory=_of_batches)
     draft_tokens: Histogram = field(default_factory=_of_batches)

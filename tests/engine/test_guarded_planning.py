@@ -189,7 +189,9 @@ def test_a_policy_that_hangs_is_interrupted(
         await engine.start()
 
         async def ask() -> list[int]:
-            return [t async for delta in engine.generate([5, 6, 7], PARAMS) for t in delta.token_ids]
+            return [
+                t async for delta in engine.generate([5, 6, 7], PARAMS) for t in delta.token_ids
+            ]
 
         expected = await ask()
         plan, num = core.planner.plan, iter(range(1000))
