@@ -13,5 +13,7 @@ EXIT_USAGE = 2
 EXIT_REFUSED = 3
 EXIT_LOST = 4
 EXIT_AGAIN = 5
+# A server whose only engine hung or broke; a new process may do better.
+EXIT_HUNG = 6
 # Ctrl-C.
 EXIT_INTERRUPTED = 128 + signal.SIGINT

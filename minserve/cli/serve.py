@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from minserve.cli.flags import add_config_flags, given
 from minserve.cli.replicas import create_controller, follow, is_follower, under_torchrun
 from minserve.config import ControllerConfig, EngineConfig, ServerConfig
+from minserve.exit_codes import EXIT_HUNG
 
 if TYPE_CHECKING:
     from minserve.server.engine_face import EngineFace
@@ -86,10 +87,13 @@ def _serve(args: argparse.Namespace) -> int:
         print(lifecycle.ready_message(url, model, chat=chat, needs_key=needs_key), flush=True)
 
     try:
-        ended_by = asyncio.run(lifecycle.serve(sock, server_config, load_engine, announce))
+        ended = asyncio.run(lifecycle.serve(sock, server_config, load_engine, announce))
     except lifecycle.LoadInterrupted as interrupted:
         _exit_now(_exit_code(interrupted.signal_number))
-    return _exit_code(ended_by)
+    code = EXIT_HUNG if ended.signal_number is None else _exit_code(ended.signal_number)
+    if ended.hangs:
+        _exit_now(code)
+    return code
 
 
 def _exit_code(signal_number: int) -> int:

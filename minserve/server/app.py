@@ -27,6 +27,7 @@ from minserve.server.reading.body_reader import BodyReader
 from minserve.server.reading.reader import Endpoint, Facts, check_model
 from minserve.server.responses import Reply
 from minserve.server.sse import dump_json
+from minserve.server.watchdog import problem_of
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -118,12 +119,8 @@ class Server:
         number of replicas in each state.
         """
         engine = self._ready_engine()
-        if not engine.is_healthy:
-            raise unavailable("the engine has stopped working")
-        if engine.iteration_s > self.config.watchdog_s:
-            raise unavailable(
-                f"no iteration has ended for {engine.iteration_s:.0f} s although there is work"
-            )
+        if problem := problem_of(engine, self.config.watchdog_s):
+            raise unavailable(problem)
         body: dict[str, Any] = {"status": "ok", "unfinished": engine.num_unfinished}
         if engine.replica_set is not None:
             body["replicas"] = Counter(one["state"] for one in engine.replica_set.replicas())
@@ -193,6 +190,8 @@ class Server:
         self._ready_engine()
         read = await self._body_reader().generation(endpoint, request)
         engine, call = self._ready_engine(), read.call
+        if problem := problem_of(engine, self.config.watchdog_s):
+            raise unavailable(problem)
         request[IGNORED] = call.ignored
         handles = engine.submit(
             read.prompts,
