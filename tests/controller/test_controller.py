@@ -20,7 +20,7 @@ import pytest
 from cluster import Cluster, start_cluster
 from waiting import PATIENCE_S, wait_until
 
-from minserve.controller.replica_loop import ReplicaSpec
+from minserve.controller.replica_process import ReplicaSpec
 from minserve.engine.profile.profile_cache import Profile
 from minserve.exit_codes import EXIT_REFUSED
 
@@ -168,7 +168,13 @@ def test_a_replica_of_another_model_length_is_refused_with_a_clear_line(
         watchdog_s=60.0,
     )  # fmt: skip
     ended = subprocess.run(
-        [sys.executable, "-m", "minserve.controller.replica_loop", spec.to_json()],
+        [
+            sys.executable,
+            "-m",
+            "minserve.controller.replica_process",
+            spec.to_json(),
+            str(os.getpid()),
+        ],
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,
