@@ -177,8 +177,7 @@ class Dispatcher:
         quarantine = self._quarantine
         if not quarantine.is_waiting and not quarantine.wards:
             return
-        moving = quarantine.release()
-        moving += self._leave_wards()
+        moving = self._leave_wards()
         if quarantine.is_waiting and (number := self._next_ward()) is not None:
             quarantine.wards[number] = None
             # Where it is not idle, what it runs goes on elsewhere.

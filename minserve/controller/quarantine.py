@@ -9,7 +9,7 @@ The rule:
 3. A suspect goes on alone: on a replica that has said that it has nothing else, and that gets
    nothing else until the suspect is cleared. Such a replica is a *ward*.
 4. A suspect is *cleared* once each of its outputs has brought `PROOF_TOKENS` tokens more or has
-   ended, or once another suspect of the same loss is convicted.
+   ended. That another one is convicted does not clear it: both may kill, as copies of a request do.
 5. A suspect whose ward is lost by a fault is *convicted*: it is ended with an error. So it costs
    two processes, and nothing else was running when the second one was lost.
 6. Losses that accuse nobody are counted for each request until it brings a token. After
@@ -23,7 +23,6 @@ for a fault of the request that comes next.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from minserve.controller.flights import Flight
 
@@ -37,19 +36,6 @@ MOST_LOSSES = 10
 WARD_S = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class Suspicion:
-    """Why a request has to run alone.
-
-    Attributes:
-        loss: number of the loss after which it was suspected.
-        num_tokens: that each of its outputs had delivered then.
-    """
-
-    loss: int
-    num_tokens: tuple[int, ...]
-
-
 class Quarantine:
     """The suspects, and the replicas where they run alone.
 
@@ -60,14 +46,14 @@ class Quarantine:
 
     def __init__(self) -> None:
         self.wards: dict[int, Flight | None] = {}
-        self._suspicions: dict[str, Suspicion] = {}
+        # By request, how many tokens each output had delivered when it came under suspicion.
+        self._suspects: dict[str, tuple[int, ...]] = {}
         self._waiting: dict[str, Flight] = {}
-        self._num_losses = 0
         self._since_s = 0.0
 
     def is_suspect(self, flight: Flight) -> bool:
         """Return whether a request may only run alone."""
-        return flight.request.request_id in self._suspicions
+        return flight.request.request_id in self._suspects
 
     @property
     def is_waiting(self) -> bool:
@@ -79,15 +65,13 @@ class Quarantine:
     ) -> list[Flight]:
         """Note that a replica was lost, and return the requests that are convicted.
 
-        The other suspects of a convicted one's loss are cleared. After that, `is_suspect` says of
-        each request how it may go on.
+        After that, `is_suspect` says of each of the others how it may go on.
 
         Args:
             flights: what ran there, and still has a client.
             alone: the suspect whose ward it was.
             fault: whether the replica was lost by a fault.
         """
-        self._num_losses += 1
         convicted = []
         for flight in flights:
             flight.num_losses += 1
@@ -95,21 +79,8 @@ class Quarantine:
                 convicted.append(flight)
             elif fault or flight.num_losses >= ISOLATING_LOSSES:
                 had = tuple(len(output.token_ids) for output in flight.outputs)
-                self._suspicions.setdefault(
-                    flight.request.request_id, Suspicion(self._num_losses, had)
-                )
-        for flight in convicted:
-            self._clear_others(flight)
+                self._suspects[flight.request.request_id] = had
         return convicted
-
-    def _clear_others(self, convicted: Flight) -> None:
-        found = self._suspicions.pop(convicted.request.request_id, None)
-        if found is not None:
-            self._suspicions = {
-                request_id: suspicion
-                for request_id, suspicion in self._suspicions.items()
-                if suspicion.loss != found.loss
-            }
 
     def wait(self, flight: Flight, now: float) -> None:
         """Let a suspect wait for a ward, in seconds of ``time.monotonic`` since now."""
@@ -120,13 +91,6 @@ class Quarantine:
     def is_pressing(self, now: float) -> bool:
         """Return whether suspects have waited for so long that a replica has to be emptied."""
         return self.is_waiting and not self.wards and now - self._since_s > WARD_S
-
-    def release(self) -> list[Flight]:
-        """Return those who wait although they are suspect no more; they wait no longer."""
-        free = [flight for flight in self._waiting.values() if not self.is_suspect(flight)]
-        for flight in free:
-            del self._waiting[flight.request.request_id]
-        return free
 
     def admit(self, number: int) -> Flight | None:
         """Return the suspect that a ward with nothing to do gets now, or ``None`` without any.
@@ -145,13 +109,13 @@ class Quarantine:
 
     def clear_if_proved(self, flight: Flight) -> None:
         """Suspect a request no more if it has brought enough tokens."""
-        suspicion = self._suspicions.get(flight.request.request_id)
-        if suspicion is not None and _has_proved(flight, suspicion.num_tokens):
-            del self._suspicions[flight.request.request_id]
+        had = self._suspects.get(flight.request.request_id)
+        if had is not None and _has_proved(flight, had):
+            del self._suspects[flight.request.request_id]
 
     def forget(self, flight: Flight) -> None:
         """Forget a request that has ended. Its ward stays one until the replica says it is idle."""
-        self._suspicions.pop(flight.request.request_id, None)
+        self._suspects.pop(flight.request.request_id, None)
         self._waiting.pop(flight.request.request_id, None)
         if flight.replica is not None and self.wards.get(flight.replica) is flight:
             self.wards[flight.replica] = None
