@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from cluster import is_alive
 from waiting import PATIENCE_S, wait_until
 
 from minserve.controller import processes
@@ -19,9 +20,7 @@ from minserve.controller.processes import Watcher, is_stopped
 from minserve.controller.replica_process import ReplicaSpec
 from minserve.exit_codes import EXIT_AGAIN, EXIT_ERROR, EXIT_FAULT, EXIT_LOST
 
-SPEC = ReplicaSpec(
-    index=0, store_host="", store_port=0, settings={}, profile_s=1.0, watchdog_s=1.0
-)
+SPEC = ReplicaSpec(index=0, store_host="", store_port=0, settings={}, profile_s=1.0, watchdog_s=1.0)
 # Takes the place of a replica's process, without an engine.
 STAND_IN = """
 import os, signal, sys, time
@@ -47,8 +46,6 @@ async def main():
     await asyncio.sleep(1000)
 asyncio.run(main())
 """
-
-Test = Callable[[Watcher, Callable[[], Coroutine]], Coroutine]
 
 
 @pytest.fixture
@@ -116,9 +113,8 @@ def test_a_fault_is_told_from_what_comes_from_outside(
     watched(test)
 
 
-def test_a_kill_for_want_of_memory_is_a_fault(
-    stand_in: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("stand_in")
+def test_a_kill_for_want_of_memory_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(watcher: Watcher) -> None:
         monkeypatch.setattr(processes, "num_oom_kills", lambda: 10**9)
         os.kill(watcher.pid, signal.SIGKILL)
@@ -137,7 +133,8 @@ def test_a_process_that_is_stopped_before_it_has_joined_is_replaced(stand_in: Pa
     watched(test, patience_s=0.5)
 
 
-def test_ending_a_stopped_process_takes_no_patience(stand_in: Path) -> None:
+@pytest.mark.usefixtures("stand_in")
+def test_ending_a_stopped_process_takes_no_patience() -> None:
     async def test(watcher: Watcher) -> None:
         os.kill(watcher.pid, signal.SIGSTOP)
         await until(lambda: is_stopped(watcher.pid))
@@ -164,7 +161,7 @@ def test_a_process_ends_with_its_parent(
             child.suspend()
         parent.kill()
         parent.wait()
-        wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+        wait_until(lambda: not is_alive(child.pid))
     finally:
         parent.kill()
         if child.is_running():

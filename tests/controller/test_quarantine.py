@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Callable, Iterable
 
@@ -250,7 +249,7 @@ class Played:
         lose(self.controller, number, error)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_only_what_kills_is_ended_and_after_two_losses_whatever_else_is_lost(
     run: Callable, seed: int
 ) -> None:

@@ -1,7 +1,7 @@
 """A replica's process with faults planted from outside: requests that kill it, and halts.
 
-A prompt of token ids that begins with `ABORT` or `HANG` and a position makes the process that runs
-the token of this position abort, or never come back from it.
+A prompt of token ids that begins with `ABORT` or `HANG` and ends in a position makes the process
+that runs the token of this position abort, or never come back from it.
 
 A file ``MOMENT.halt`` in the folder that the environment names makes the process stop itself at
 this moment of its life: then the file is renamed to ``MOMENT.PID``.
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = "MINSERVE_TEST_HALTS"
-ABORT, HANG = 504, 505
+# Tokens at the beginning of such a prompt; a device is profiled with others.
+ABORT, HANG = (504, 7, 504, 11), (505, 7, 505, 11)
 
 
 def halt(moment: str) -> None:
@@ -41,11 +42,12 @@ def before(owner: Any, name: str, action: Callable[..., None]) -> None:
     setattr(owner, name, planted)
 
 
-def kill(runner: Any, batch: Any) -> None:
+def kill(_: Any, batch: Any) -> None:
     """Do what a request in the batch asks for."""
     for item in batch:
-        deed, position = item.seq.token_ids[:2]
-        if deed in (ABORT, HANG) and item.start <= position < item.end:
+        prompt = item.seq.request.prompt_token_ids
+        deed = tuple(prompt[:4])
+        if deed in (ABORT, HANG) and item.start <= prompt[-1] < item.end:
             if deed == ABORT:
                 os.abort()
             threading.Event().wait()
