@@ -41,7 +41,7 @@ SHARED: dict[str, list[Any]] = {
     "frequency_penalty": [-2.1, 2.1, -1e308, *NO_NUMBER],
     "repetition_penalty": [0, -1, 1e308, 1e-308, *NO_NUMBER],
     "seed": [2**64, -(2**63) - 1, *NO_INTEGER],
-    "stop": [5, [5], [["a"]], {}, "", [""], ["a"] * 65, HALF],
+    "stop": [5, [5], [["a"]], {}, [""], ["a"] * 65, HALF],
     "stop_token_ids": [[-1], [2**40], [2**63], [True], ["1"], [1.5], "1", {}],
     "logit_bias": [[1], {"-1": 1}, {"x": 1}, {"1": 101}, {"1": True}, {"1": "1"}, {str(2**40): 1}],
     "allowed_token_ids": [[-1], [2**40], [True], ["a"], 5],
@@ -71,7 +71,7 @@ COMPLETION: dict[str, list[Any]] = {
 }  # fmt: skip
 CHAT_ONLY: dict[str, list[Any]] = {
     "max_tokens": [0, -1, 10**9, *NO_INTEGER],
-    "max_completion_tokens": [0, -1, 10**9, *NO_INTEGER],
+    "max_completion_tokens": [0, -1, *NO_INTEGER],
     "logprobs": [1, "yes", {}],
     "top_logprobs": [-1, 5, 10**9, *NO_INTEGER],
     "messages": [
@@ -208,6 +208,8 @@ def _sizes() -> list[Case]:
         case("one word of megabytes", {"prompt": "x" * 6_000_000}),
         case("one of two prompts too long", lambda m: {"prompt": [[1], [5] * m.max_model_len]}),
         case("prompt and output beyond the pool", pool, param="max_tokens"),
+        case("a chat beyond the pool", lambda m: {
+            "messages": MESSAGES, "max_completion_tokens": m.max_model_len}, CHAT),
         case("min_tokens without room", lambda m: {
             "messages": MESSAGES, "min_tokens": m.max_model_len}, CHAT, param="min_tokens"),
         case("as many prompts as the queue, and one", lambda m: {"prompt": ["a"] * (m.max_queue + 1)}),
