@@ -29,6 +29,7 @@ RETRY_AFTER = {"Retry-After": "1"}
 # Clients of OpenAI's API disregard a longer time than this, and some really sleep as long.
 MAX_RETRY_AFTER_S = 60.0
 MAX_MESSAGE_CHARS = 1000
+MAX_PARAM_CHARS = 200
 
 
 class HttpError(Exception):
@@ -47,9 +48,10 @@ class HttpError(Exception):
         super().__init__(message)
         self.status = status
         # A header that the message repeats may hold bytes that are not UTF-8.
-        self.message = message.encode("utf-8", "replace").decode()
+        self.message = message.encode("utf-8", "replace").decode()[:MAX_MESSAGE_CHARS]
         self.kind = kind
-        self.param = param
+        # An unknown field is named by its name, which the client has chosen.
+        self.param = None if param is None else param[:MAX_PARAM_CHARS]
         self.code = code
         self.headers = dict(headers or {})
 

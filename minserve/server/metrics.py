@@ -7,11 +7,18 @@ a class; a request without an SLO is in no class), positions up to ``max_specula
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Gauge,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.metrics_core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -129,13 +136,29 @@ def create_registry(
     find_name: Callable[[], str],
     prefix: str = OWN_PREFIX,
 ) -> CollectorRegistry:
-    """Return a registry with one engine's metrics and nothing of the process's other registries.
+    """Return a registry with one engine's metrics and those of the server's own process.
 
+    Of the process it has what every Prometheus client tells: ``process_open_fds`` and the like.
     The arguments are those of `EngineCollector`.
     """
     registry = CollectorRegistry()
     registry.register(EngineCollector(find_engine, find_name, prefix))
+    ProcessCollector(registry=registry)
     return registry
+
+
+def count_tasks(registry: CollectorRegistry, prefix: str = OWN_PREFIX) -> Callable[[], None]:
+    """Add a gauge of asyncio's tasks to a registry.
+
+    Args:
+        prefix: as in `EngineCollector`.
+
+    Returns:
+        a function that counts the tasks of the event loop in which it is called.
+    """
+    name, says = f"{prefix}:asyncio_tasks", "Tasks of the server's event loop."
+    gauge = Gauge(name, says, registry=registry)
+    return lambda: gauge.set(len(asyncio.all_tasks()))
 
 
 def render(registry: CollectorRegistry) -> bytes:
@@ -190,6 +213,19 @@ def _counters(stats: EngineStats) -> Iterator[Metric]:
         "Iterations planned while the one before ran, by whether the plan held.",
         "outcome",
         stats.plans_ahead.items(),
+    )
+    yield _counter(
+        "planner_fallbacks",
+        "Iterations that a safe policy planned, by what the configured one did: raised an error, "
+        "hung, made a plan that cannot be carried out, or rests after that.",
+        "reason",
+        stats.planner_fallbacks.items(),
+    )
+    yield _counter(
+        "failed_batches",
+        "Batches that failed as a whole and ran in parts, by the reason.",
+        "reason",
+        stats.failed_batches.items(),
     )
 
 

@@ -27,6 +27,7 @@ CONTRACT = {
     "num_requests_unfinished": "gauge",
     "kv_cache_usage_perc": "gauge",
     "profile_completeness": "gauge",
+    "asyncio_tasks": "gauge",
     "slo_attainment": "gauge",
     "prefix_cache_queries": "counter",
     "prefix_cache_hits": "counter",
@@ -54,6 +55,15 @@ CONTRACT = {
     "iteration_surprise": "histogram",
     "planning_seconds": "histogram",
     "batch_tokens": "histogram",
+}
+# What every Prometheus client tells of its process.
+PROCESS = {
+    "process_virtual_memory_bytes": "gauge",
+    "process_resident_memory_bytes": "gauge",
+    "process_start_time_seconds": "gauge",
+    "process_cpu_seconds": "counter",
+    "process_open_fds": "gauge",
+    "process_max_fds": "gauge",
 }
 PROMPT = "The quick brown fox jumps over the lazy dog while the rain in Spain stays mainly"
 GREEDY = {"prompt": PROMPT, "temperature": 0, "max_tokens": 24, "ignore_eos": True}
@@ -108,11 +118,23 @@ def test_the_metrics_are_those_of_the_contract(server: RunningServer) -> None:
     ask(server, slo=GENEROUS)
     _, _, raw = post(server, "/metrics", None, method="GET")
     families = list(text_string_to_metric_families(raw.decode()))
-    assert {f.name.removeprefix("minserve:"): f.type for f in families} == CONTRACT
+    expected = {f"minserve:{name}": kind for name, kind in CONTRACT.items()} | PROCESS
+    assert {f.name: f.type for f in families} == expected
     for family in families:
-        assert family.name.startswith("minserve:")
         assert family.documentation
         assert family.samples
+
+
+def test_the_tasks_of_connections_end_with_them(plain: RunningServer) -> None:
+    def tasks() -> float:
+        return scrape(plain)["asyncio_tasks"]
+
+    before = tasks()
+    crowd = [plain.connect() for _ in range(20)]
+    wait_until(lambda: tasks() >= before + 20)
+    for sock in crowd:
+        sock.close()
+    wait_until(lambda: tasks() <= before)
 
 
 def test_counters_end_in_total_and_labels_come_from_fixed_sets(plain: RunningServer) -> None:
