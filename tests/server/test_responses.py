@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from minserve.engine.text.tokenizer import Tokenizer
 from minserve.outputs import OutputDelta, TokenLogprob
 from minserve.request import FinishReason
 from minserve.server.json_array import PIECE, JsonArray, dump_json, dump_pieces
@@ -32,6 +33,9 @@ class ByteTokenizer:
     def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
         kept = [i for i in ids if not (skip_special_tokens and i == 257)]
         return b"".join(map(self.token_bytes, kept)).decode("utf-8", "replace")
+
+    prompt_offsets = Tokenizer.prompt_offsets
+    output_offsets = Tokenizer.output_offsets
 
 
 class Handle:
