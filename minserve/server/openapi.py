@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -14,6 +15,7 @@ from minserve.server.parameters.table import BY_ENDPOINT
 from minserve.server.sse import dump_json
 
 _COMPONENTS = "#/components/schemas/{name}"
+_LINK = re.compile(r"\[([^]]*)\]\([^)]*\)")  # of Markdown
 _NULL = {"type": "null"}
 _ERRORS = {
     "400": "a wrong or unsupported value, named by `param`",
@@ -113,6 +115,7 @@ def _value(parameter: Parameter, forms: dict[str, Any]) -> dict[str, Any]:
 
 
 def _described(schema: dict[str, Any], text: str) -> dict[str, Any]:
+    text = _LINK.sub(r"\1", text)
     return {**schema, "description": text} if text else schema
 
 

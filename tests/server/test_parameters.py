@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -23,6 +24,7 @@ from minserve.sampling_params import SamplingParams
 from minserve.server.body import parse_object
 from minserve.server.parameters.forms import Message, StreamOptions, TextPart
 from minserve.server.parameters.hints import NESTED
+from minserve.server.parameters.page import write_tables
 from minserve.server.parameters.parameter import PATHS, SERVERS, Endpoint, Parameter, Sort
 from minserve.server.parameters.table import BY_ENDPOINT, FIELDS, PARAMETERS
 from minserve.server.parameters.works import OWN_MEANING, SAMPLING
@@ -179,6 +181,13 @@ def test_the_parameters_of_other_servers_are_sorted(
     assert set(names.split()) - known.keys() == set()
     unnamed = [name for name in names.split() if server not in known[name].known_from]
     assert unnamed == []
+
+
+def test_the_tables_of_the_page_are_those_of_the_code() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "parameters.md").read_text(encoding="utf-8")
+    assert page == write_tables(page)
+    for one in PARAMETERS:
+        assert f"`{one.name}`" in page
 
 
 # --- the parser follows it ---

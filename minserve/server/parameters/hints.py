@@ -47,7 +47,7 @@ EFFORT = (
     _hint("verbosity", "O", "the length is the model's own", str, endpoints=CHAT),
     _hint("reasoning_effort", "OVSL", _EFFORT, str | _Number, endpoints=MESSAGES),
     _hint("reasoning", "S", _EFFORT, _Object, endpoints=CHAT, neutral=({},)),
-    _hint("thinking", "L", _EFFORT, _Object | bool | str, endpoints=CHAT),
+    _hint("thinking", "X", _EFFORT, _Object | bool | str, endpoints=CHAT),
     _hint(
         "separate_reasoning",
         "S",
@@ -90,7 +90,7 @@ SPEED = (
     _hint("speculative.p_min", "L", _DRAFTS, _Number),
     _hint("backend_sampling", "L", "where tokens are sampled changes no result", bool),
     _hint("stream_interval", "V", "each token is sent at once", int, neutral=(1,)),
-    _hint("sse_ping_interval", "L", "`--first-byte-s` says when a stream answers", int),
+    _hint("sse_ping_interval", "L", "the server's own setting counts", int),
 )
 
 NOT_THERE = (
@@ -124,7 +124,7 @@ NESTED = (
     _hint(
         "messages.refusal", "O", "the content counts, where both are given", str, endpoints=MESSAGES
     ),
-    _hint("messages.cache_control", "L", _CACHE, _Object, endpoints=MESSAGES),
-    _hint("messages.content.cache_control", "L", _CACHE, _Object, endpoints=MESSAGES),
+    _hint("messages.cache_control", "X", _CACHE, _Object, endpoints=MESSAGES),
+    _hint("messages.content.cache_control", "X", _CACHE, _Object, endpoints=MESSAGES),
     _hint("messages.content.prompt_cache_breakpoint", "O", _CACHE, _Object, endpoints=MESSAGES),
 )

@@ -96,6 +96,7 @@ SAMPLING = (
         "OVSL",
         "a 64-bit integer, for [sampled outputs that come again](#sampling)",
         default="drawn",
+        form=int,
         schema=_range(SEED_MIN, SEED_MAX),
     ),
     _setting(
