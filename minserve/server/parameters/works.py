@@ -15,7 +15,7 @@ from minserve.sampling_params import (
     SEED_MIN,
     SamplingParams,
 )
-from minserve.server.parameters.forms import Messages, Positive, StreamOptions, TokenId
+from minserve.server.parameters.forms import Int64, Messages, Positive, StreamOptions, TokenId
 from minserve.server.parameters.parameter import (
     ALL,
     CHAT,
@@ -29,7 +29,6 @@ from minserve.server.parameters.parameter import (
 )
 
 _HINTS = get_type_hints(SamplingParams)
-_INT64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 _LOGPROBS = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 _TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _STRINGS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
@@ -353,7 +352,7 @@ ANSWER = (
         "priority",
         "VS",
         "among requests of equal standing, the lower number goes first",
-        form=_INT64,
+        form=Int64,
         default="0",
     ),
     _works(
