@@ -20,15 +20,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from minserve.errors import EngineStoppedError, WorkloadError
+from minserve.errors import WorkloadError
 from minserve.tables import text_table
 from minserve.workload.capacity import find_capacity
 from minserve.workload.client import LoadProgress
@@ -50,11 +48,11 @@ from parts.replicas.runs import (
 from shared.machine import machine
 from shared.program import names, run_program
 from shared.prompt_texts import Counter
+from shared.servers import wait_until_up
 
 # A search starts at the simulator's result, takes steps of this size, and ends in a bracket so
 # wide.
 STEP, TOLERANCE = 1.15, 0.16
-UP_S = 120.0
 SETTINGS = ("seconds", "repeats", "slow", "seed")
 
 
@@ -144,23 +142,6 @@ def measure(case: ReplicaCase, results: Results, args: argparse.Namespace, count
         )
     results.capacity[case.name] = None if found.rate is None else round(found.rate, 3)
     results.save()
-
-
-def wait_until_up(url: str, replicas: int) -> None:
-    """Wait until all replicas are up: a server answers as soon as one replica is.
-
-    Raises:
-        EngineStoppedError: if they are not up in time.
-    """
-    deadline = time.monotonic() + UP_S
-    while replicas > 1 and time.monotonic() < deadline:
-        with urllib.request.urlopen(url + "/replicas") as answer:
-            states = [one["state"] for one in json.loads(answer.read())["replicas"]]
-        if states == ["up"] * replicas:
-            return
-        time.sleep(0.2)
-    if replicas > 1:
-        raise EngineStoppedError(f"of {replicas} replicas, not all are up after {UP_S:g} s")
 
 
 def cases_of(args: argparse.Namespace) -> list[ReplicaCase]:

@@ -19,7 +19,7 @@ from minserve.planner.replica_load import ReplicaLoad
 from minserve.request import Request
 
 # Raised by 1 whenever the meaning of a message changes.
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):

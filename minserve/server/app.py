@@ -20,7 +20,7 @@ from minserve.errors import EngineStoppedError
 from minserve.server.engine_face import EngineFace, ReplicaSet
 from minserve.server.errors import HttpError, error_response, to_http_error, unavailable
 from minserve.server.generation import streamed_response, whole_response
-from minserve.server.metrics import CONTENT_TYPE, create_registry, render
+from minserve.server.metrics import CONTENT_TYPE, count_tasks, create_registry, render
 from minserve.server.openapi import openapi_json
 from minserve.server.reading.body_reader import BodyReader
 from minserve.server.reading.reader import Endpoint, Facts, check_model
@@ -53,7 +53,10 @@ class Server:
         self.draining = False
         self._bodies: BodyReader | None = None
         self._created = int(time.time())
-        self._metrics = create_registry(self._loaded_engine)
+        self._metrics = create_registry(
+            self._loaded_engine, lambda: self._model_name, config.metrics_prefix
+        )
+        self._count_tasks = count_tasks(self._metrics, config.metrics_prefix)
 
     def create_app(self) -> web.Application:
         """Return the application with all routes."""
@@ -117,6 +120,7 @@ class Server:
         Like /health, it needs no API key. It answers while the server drains too, and with 503
         while the model loads.
         """
+        self._count_tasks()
         # In a thread: formatting takes a few milliseconds, and no stream should wait for it.
         text = await asyncio.to_thread(render, self._metrics)
         return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
@@ -187,8 +191,15 @@ class Server:
             reply = Reply(call, handles, self._model_name, engine.tokenizer)
             if call.stream:
                 refusable = read.slo is not None and read.slo.refuses_delay
-                return await streamed_response(request, call, reply, handles, refusable=refusable)
-            return await whole_response(reply, handles)
+                return await streamed_response(
+                    request,
+                    call,
+                    reply,
+                    handles,
+                    refusable=refusable,
+                    first_byte_s=self.config.first_byte_s,
+                )
+            return await whole_response(request, reply, handles)
         finally:
             for handle in handles:
                 handle.abort()

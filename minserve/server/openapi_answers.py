@@ -42,25 +42,34 @@ _CHOICE = {
     "finish_reason": {"enum": [one.value for one in FinishReason]},
     "stop_reason": {"type": ["string", "integer", "null"]},
 }
-_CHOICE_EXTRA = {"token_ids": _TOKEN_IDS, "prompt_token_ids": _TOKEN_IDS}
+# By token id, as text.
+_PROMPT_LOGPROB = {
+    "type": "object",
+    "additionalProperties": obj({"logprob": _NUMBER, "rank": _COUNT, "decoded_token": _TEXT}),
+}
+# What is told of a prompt on request: in each choice of a completion, once in a chat.
+_OF_PROMPT = {
+    "prompt_token_ids": _TOKEN_IDS,
+    "prompt_logprobs": array(_or_null(_PROMPT_LOGPROB)),
+}
 _LOGPROB = {"token": _TEXT, "logprob": _NUMBER, "bytes": _or_null(array(_COUNT))}
 
 
-def _answer(choice: str, kind: str) -> dict[str, Any]:
-    return obj(
-        {
-            "id": _TEXT,
-            "object": {"const": kind},
-            "created": _COUNT,
-            "model": _TEXT,
-            "choices": array(ref(choice)),
-            "usage": ref("Usage"),
-        }
-    )
+def _answer(choice: str, kind: str, **more: dict[str, Any]) -> dict[str, Any]:
+    always = {
+        "id": _TEXT,
+        "object": {"const": kind},
+        "created": _COUNT,
+        "model": _TEXT,
+        "choices": array(ref(choice)),
+        "usage": ref("Usage"),
+    }
+    return obj({**always, **more}, required=list(always))
 
 
-def _choice(properties: dict[str, Any]) -> dict[str, Any]:
-    return obj({**_CHOICE, **properties, **_CHOICE_EXTRA}, required=[*_CHOICE, *properties])
+def _choice(properties: dict[str, Any], **more: dict[str, Any]) -> dict[str, Any]:
+    always = {**_CHOICE, **properties}
+    return obj({**always, "token_ids": _TOKEN_IDS, **more}, required=list(always))
 
 
 SCHEMAS: dict[str, Any] = {
@@ -77,7 +86,9 @@ SCHEMAS: dict[str, Any] = {
         }
     ),
     "Completion": _answer("CompletionChoice", "text_completion"),
-    "CompletionChoice": _choice({"text": _TEXT, "logprobs": _or_null(ref("CompletionLogprobs"))}),
+    "CompletionChoice": _choice(
+        {"text": _TEXT, "logprobs": _or_null(ref("CompletionLogprobs"))}, **_OF_PROMPT
+    ),
     "CompletionLogprobs": obj(
         {
             "tokens": array(_TEXT),
@@ -86,7 +97,7 @@ SCHEMAS: dict[str, Any] = {
             "text_offset": array(_COUNT),
         }
     ),
-    "ChatCompletion": _answer("ChatCompletionChoice", "chat.completion"),
+    "ChatCompletion": _answer("ChatCompletionChoice", "chat.completion", **_OF_PROMPT),
     "ChatCompletionChoice": _choice(
         {
             "message": obj({"role": _TEXT, "content": _TEXT_OR_NULL, "refusal": _TEXT_OR_NULL}),

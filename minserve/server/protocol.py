@@ -18,13 +18,12 @@ from minserve.sampling_params import SamplingParams
 from minserve.server.body import brief, convert, refusal
 from minserve.server.messages import plain_messages
 from minserve.server.parameters.forms import StreamOptions, TokenId
-from minserve.server.parameters.parameter import Sort
 from minserve.server.parameters.table import read_body
 from minserve.server.parameters.works import SAMPLING
 
 COMPLETION_MAX_TOKENS = 16
 MAX_TEMPLATE_KWARGS_BYTES = 2**14
-_SETTINGS = frozenset(one.name for one in SAMPLING if one.sort is Sort.WORKS)
+_SETTINGS = frozenset(one.name for one in SAMPLING)
 # Variables of a template that are parameters of their own, or the server's.
 _RESERVED = frozenset(
     {
@@ -54,6 +53,8 @@ class GenerationCall:
         slo: what the body asks for, unchecked: headers may have parts of it.
         echo: repeat the prompt in front of each output.
         drop_output: true for ``max_tokens: 0`` with ``echo``: the client wants only the prompt.
+        prompt_logprobs: the alternatives to tell of each prompt token, in a field of the answer.
+            ``params.prompt_logprobs`` also counts what ``echo`` with log probabilities needs.
         return_token_ids: tell the ids of the tokens of prompts and outputs.
         include_usage: end a stream with a usage chunk.
         continuous_usage: put the usage so far in every chunk.
@@ -73,6 +74,7 @@ class GenerationCall:
     include_acceptance: bool = False
     echo: bool = False
     drop_output: bool = False
+    prompt_logprobs: int | None = None
     return_token_ids: bool = False
     priority: int = 0
     cache_salt: str = ""
@@ -117,7 +119,7 @@ def parse_completion(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
         **settings,
         max_tokens=1 if drop_output else max_tokens,
         logprobs=logprobs,
-        prompt_logprobs=given.get("prompt_logprobs", logprobs if echo else None),
+        prompt_logprobs=_most(given.get("prompt_logprobs"), logprobs if echo else None),
     )
     prompts = parse_prompts(given["prompt"])
     return _call(given, hints, prompts, params, chat=False, echo=echo, drop_output=drop_output)
@@ -146,6 +148,11 @@ def parse_chat(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Genera
     )
     messages, their_hints = plain_messages(given["messages"])
     return _call(given, hints + their_hints, [messages], params, chat=True)
+
+
+def _most(*numbers: int | None) -> int | None:
+    """Return the largest number that is given."""
+    return max((one for one in numbers if one is not None), default=None)
 
 
 def _settings(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,6 +189,7 @@ def _call(
         include_usage=options.include_usage,
         continuous_usage=options.continuous_usage_stats,
         include_acceptance=acceptance,
+        prompt_logprobs=given.get("prompt_logprobs"),
         return_token_ids=given.get("return_token_ids", False),
         priority=given.get("priority", 0),
         cache_salt=given.get("cache_salt", ""),

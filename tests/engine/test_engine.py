@@ -207,9 +207,22 @@ def test_a_repeated_prompt_hits_the_prefix_cache(tiny_llama_dir: Path) -> None:
         ([5, 512], GREEDY, "outside the vocabulary"),
         ("", GREEDY, "empty"),
         ([5], SamplingParams(stop_token_ids=[10**6]), "outside the vocabulary"),
+        ([5], SamplingParams(allowed_token_ids=[512]), "allowed_token_ids: 512 is outside"),
+        ([5], SamplingParams(logit_bias={512: 1.0}), "logit_bias: 512 is outside"),
+        ([5], SamplingParams(allowed_token_ids=[9], stop_token_ids=[9], min_tokens=1), "no token"),
         ([5] * 509, SamplingParams(max_tokens=None, min_tokens=10), "min_tokens"),
     ],
-    ids=["long prompt", "long output", "bad token", "empty", "bad stop id", "min_tokens"],
+    ids=[
+        "long prompt",
+        "long output",
+        "bad token",
+        "empty",
+        "bad stop id",
+        "bad allowed id",
+        "bad bias",
+        "nothing allowed",
+        "min_tokens",
+    ],
 )
 def test_what_cannot_be_served_is_refused_at_once(
     engine: Engine, prompt: object, params: SamplingParams, message: str

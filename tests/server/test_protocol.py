@@ -11,18 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minserve.errors import InvalidRequestError
-from minserve.outputs import OutputDelta, TokenLogprob
 from minserve.prompts import PromptOptions
-from minserve.request import FinishReason
 from minserve.server.body import parse_object
-from minserve.server.logprobs import LogprobWriter
 from minserve.server.protocol import (
     parse_chat,
     parse_completion,
     parse_detokenize,
     parse_tokenize,
 )
-from minserve.server.responses import Reply
 from minserve.server.sse import dump_json
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -197,6 +193,8 @@ HARMLESS = [
     {"suffix": None},
     {"logit_bias": None},
     {"logit_bias": {}},
+    {"allowed_token_ids": []},
+    {"bad_words": []},
     {"stream_options": None},
     {"stream_options": {"include_usage": True}},
     {"service_tier": "auto"},
@@ -239,7 +237,23 @@ def test_harmless_chat_defaults_are_accepted(fields: dict[str, Any]) -> None:
 REFUSED = [
     ("best_of", 3),
     ("suffix", "end"),
-    ("logit_bias", {"5": 10}),
+    ("logit_bias", {"5": 100.5}),
+    ("logit_bias", {"-5": 1}),
+    ("logit_bias", {"05": 1}),
+    ("logit_bias", {"five": 1}),
+    ("logit_bias", {"5": "1"}),
+    ("logit_bias", {"5": True}),
+    ("logit_bias", {"9" * 5000: 1}),
+    ("logit_bias", {str(i): 1 for i in range(1025)}),
+    ("logit_bias", [5]),
+    ("allowed_token_ids", [-1]),
+    ("allowed_token_ids", 5),
+    ("allowed_token_ids", [5] * 1025),
+    ("bad_words", "word"),
+    ("bad_words", [""]),
+    ("bad_words", [5]),
+    ("bad_words", ["a"] * 257),
+    ("bad_words", ["a" * 8193]),
     ("temprature", 0.5),
     ("use_beam_search", True),
     ("typical_p", True),
@@ -447,6 +461,13 @@ def test_echo_asks_for_prompt_logprobs_too() -> None:
     assert completion(echo=True).params.prompt_logprobs is None
 
 
+def test_prompt_logprobs_are_the_most_that_the_answer_tells_of() -> None:
+    for asked, echo, needed in ((None, True, 2), (5, True, 5), (0, True, 2), (3, False, 3)):
+        call = completion(logprobs=2, echo=echo, prompt_logprobs=asked)
+        assert (call.params.prompt_logprobs, call.prompt_logprobs) == (needed, asked)
+    assert chat(prompt_logprobs=4).params.prompt_logprobs == chat(prompt_logprobs=4).prompt_logprobs
+
+
 def test_echo_without_output_runs_one_token_and_drops_it() -> None:
     call = completion(echo=True, max_tokens=0)
     assert call.drop_output
@@ -574,7 +595,7 @@ def test_detokenize_takes_ids_only() -> None:
             parse_detokenize({"tokens": tokens})
 
 
-# --- responses ---
+# --- JSON that is written ---
 
 
 @given(JSON.filter(lambda value: "inf" not in str(value)))
@@ -585,89 +606,6 @@ def test_what_is_written_is_read_as_the_same_value_in_the_same_order(value: Any)
 def test_numbers_that_json_lacks_are_written_as_null() -> None:
     values = [float("nan"), float("inf"), float("-inf"), 1.0]
     assert dump_json(values) == b"[null,null,null,1.0]"
-
-
-class LetterTokenizer:
-    """Token ``i`` is the letter ``chr(97 + i)``."""
-
-    def token_text(self, token_id: int) -> str:
-        return chr(97 + token_id)
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return bytes([97 + token_id])
-
-    def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
-        return "".join(map(self.token_text, ids))
-
-
-class FinishedHandle:
-    prompt = "ab"
-    prompt_token_ids = (0, 1)
-
-
-def entry(token_id: int, logprob: float = -1.0, top: Any = ()) -> TokenLogprob:
-    return TokenLogprob(token_id, logprob, 1, top)
-
-
-def reply_to(call: Any) -> Reply:
-    return Reply(call, [FinishedHandle()] * len(call.prompts), "m", LetterTokenizer())
-
-
-def test_impossible_tokens_have_a_finite_logprob() -> None:
-    writer = LogprobWriter(LetterTokenizer())
-    arrays, _ = writer.completion([0], [entry(0, float("-inf"))])
-    assert arrays["token_logprobs"] == [-9999.0]
-    dump_json(arrays)
-    dump_json(writer.chat([entry(0, float("-inf"), ((1, float("-inf")),))]))
-
-
-def test_the_sampled_token_is_always_among_the_alternatives() -> None:
-    writer = LogprobWriter(LetterTokenizer())
-    arrays, offset = writer.completion([2, 0], [entry(2, -3.0, ((0, -0.1),)), entry(0, -0.5)])
-    assert arrays == {
-        "tokens": ["c", "a"],
-        "token_logprobs": [-3.0, -0.5],
-        "top_logprobs": [{"a": -0.1, "c": -3.0}, {"a": -0.5}],
-        "text_offset": [0, 1],
-    }
-    assert offset == 2
-
-
-def test_every_choice_begins_with_the_prompts_logprobs_whoever_comes_first() -> None:
-    reply = reply_to(completion(prompt=[0, 1], echo=True, logprobs=0, n=2, max_tokens=1))
-    end = {"finish_reason": FinishReason.LENGTH, "request_id": "r"}
-    early = OutputDelta(index=1, text="d", token_ids=(3,), logprobs=(entry(3),), **end)
-    assert reply.chunks(0, early) == []
-    first = OutputDelta(
-        text="c", token_ids=(2,), logprobs=(entry(2),), prompt_logprobs=(None, entry(1)), **end
-    )
-    choices = [chunk["choices"][0] for chunk in reply.chunks(0, first)]
-    assert [choice["index"] for choice in choices] == [1, 0]
-    assert [choice["text"] for choice in choices] == ["abd", "abc"]
-    assert choices[0]["logprobs"]["tokens"] == ["a", "b", "d"]
-    assert choices[0]["logprobs"]["token_logprobs"] == [None, -1.0, -1.0]
-    assert choices[0]["logprobs"]["text_offset"] == [0, 1, 2]
-
-
-def test_held_back_deltas_make_no_chunk_and_the_role_comes_once() -> None:
-    reply = reply_to(chat())
-    assert reply.chunks(0, OutputDelta(request_id="r", token_ids=(0,))) == []
-    (one,) = reply.chunks(0, OutputDelta(request_id="r", text="ab", token_ids=(1,)))
-    assert one["choices"][0]["delta"] == {"role": "assistant", "content": "ab"}
-    end = OutputDelta(request_id="r", token_ids=(2,), finish_reason=FinishReason.STOP)
-    (last,) = reply.chunks(0, end)
-    assert last["choices"][0]["delta"] == {}
-    assert last["choices"][0]["finish_reason"] == "stop"
-    assert reply.usage_chunk()["usage"]["completion_tokens"] == 3
-
-
-def test_dropped_output_leaves_the_prompt_alone() -> None:
-    reply = reply_to(completion(prompt=[0, 1], echo=True, max_tokens=0))
-    delta = OutputDelta(request_id="r", text="z", token_ids=(25,), finish_reason=FinishReason.STOP)
-    body = reply.body([(0, delta)])
-    assert body["choices"][0]["text"] == "ab"
-    assert body["choices"][0]["finish_reason"] == "length"
-    assert body["usage"]["completion_tokens"] == 0
 
 
 @pytest.mark.parametrize(

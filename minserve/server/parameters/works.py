@@ -7,8 +7,10 @@ from typing import Annotated, Any, get_type_hints
 from msgspec import Meta
 
 from minserve.sampling_params import (
+    MAX_BAD_WORDS,
     MAX_LOGPROBS,
     MAX_N,
+    MAX_NAMED_TOKENS,
     MAX_STOP_STRINGS,
     MAX_TOP_K,
     SEED_MAX,
@@ -40,9 +42,6 @@ def _works(name: str, known_from: str, says: str, **more: Any) -> Parameter:
 
 def _setting(name: str, known_from: str, says: str, **more: Any) -> Parameter:
     """Return the row of a field of `SamplingParams`, which checks the range itself."""
-    if name not in _HINTS:
-        more.pop("form", None)
-        return Parameter(name=name, sort=Sort.NEUTRAL, known_from=known_from, **more)
     return _works(name, known_from, says, **{"form": _HINTS[name], **more})
 
 
@@ -55,7 +54,7 @@ SAMPLING = (
     _setting(
         "min_tokens",
         "VS",
-        "before so many tokens nothing ends the output",
+        "before so many tokens nothing ends the output; a stop text counts where it is complete",
         default="0",
         schema=_range(0),
     ),
@@ -126,14 +125,15 @@ SAMPLING = (
     _setting(
         "include_stop_str_in_output",
         "V",
-        "ends the text with the stop text that ended it",
+        "ends the text with the stop text, or the stop token's text, and not before it",
         default="false",
         neutral=(False,),
     ),
     _setting(
         "logit_bias",
         "OVSL",
-        "an object of token ids and what is added to their logits, -100 to 100",
+        f"an object of up to {MAX_NAMED_TOKENS} token ids and what is added to their logits, "
+        "-100 to 100",
         default="none",
         form=dict[str, int | float],
         neutral=({}, []),
@@ -141,7 +141,8 @@ SAMPLING = (
     _setting(
         "allowed_token_ids",
         "V",
-        "the only token ids that are sampled, those that end the output included",
+        f"up to {MAX_NAMED_TOKENS}: the only token ids that are sampled, those that end the output "
+        "included",
         default="all",
         form=list[TokenId],
         neutral=([],),
@@ -149,7 +150,8 @@ SAMPLING = (
     _setting(
         "bad_words",
         "V",
-        "texts that the output never holds",
+        f"up to {MAX_BAD_WORDS} texts that the output never holds as the tokenizer writes them, with "
+        "or without a leading space",
         default="none",
         form=list[str],
         neutral=([],),
