@@ -194,10 +194,10 @@ class Intake:
         banned = {ids[0] for ids in sequences if len(ids) == 1}
         if params.min_tokens:
             banned |= ends
-        if params.allowed_token_ids and banned.issuperset(params.allowed_token_ids):
+        if banned.issuperset(params.allowed_token_ids or range(self.vocab_size)):
+            name = "allowed_token_ids" if params.allowed_token_ids else "stop_token_ids"
             raise InvalidRequestError(
-                "allowed_token_ids leaves no token: bad_words and min_tokens forbid all of them",
-                "allowed_token_ids",
+                f"{name} leaves no token: bad_words and min_tokens forbid all of them", name
             )
         return sequences
 
