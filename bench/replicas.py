@@ -9,9 +9,9 @@ all requests attain their SLO by the client's clock; the simulator's capacity is
 It also measures how much time the controller adds to the first token at 100 requests per second,
 and how long a routing decision between 64 replicas takes.
 
-    python bench/replicas.py              # about 70 minutes
-    python bench/replicas.py --quick      # chat on 1 and 2 replicas, 3 minutes
-    python bench/replicas.py --results FILE.json    # goes on where it ended
+    .venv/bin/python bench/replicas.py              # about 70 minutes
+    .venv/bin/python bench/replicas.py --quick      # chat on 1 and 2 replicas, 3 minutes
+    .venv/bin/python bench/replicas.py --results FILE.json    # goes on where it ended
 
 The last line is JSON.
 """
@@ -27,6 +27,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minserve.errors import WorkloadError
+from minserve.progress import progress_bar
 from minserve.tables import text_table
 from minserve.workload.capacity import find_capacity
 from minserve.workload.client import LoadProgress
@@ -105,7 +106,10 @@ def measure(case: ReplicaCase, results: Results, args: argparse.Namespace, count
         results.expected[case.name] = expected_capacity(slowed, case, args.seconds, TOLERANCE)
         results.save()
     runs = results.runs.setdefault(case.name, {})
-    with served(slowed, case) as server, tqdm(desc=case.name, unit="req", leave=False) as bar:
+    with (
+        served(slowed, case) as server,
+        progress_bar(desc=case.name, unit="req", leave=False) as bar,
+    ):
         wait_until_up(server.url, case.replicas)
         endpoint = server.endpoint
 
@@ -235,7 +239,7 @@ def main() -> None:
             "routing_us": {name: routing_us(name, args.seed) for name in ROUTERS},
         }
         results.save()
-    for case in tqdm(cases, unit="capacity"):
+    for case in progress_bar(cases, unit="capacity"):
         if case.name not in results.capacity:
             measure(case, results, args, count)
     print(capacity_table(results, cases))

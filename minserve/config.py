@@ -326,11 +326,19 @@ class ServerConfig:
         "an engine whose iteration lasts longer hangs: /health fails, and one of several is given up",
         group="server",
     )
+    watchdog_exit_s: float = option(
+        60.0,
+        "a server whose only engine hangs or is broken for so long ends its process, with exit code "
+        "6, so that it is started again; 0: never",
+        group="server",
+    )
 
     def __post_init__(self) -> None:
         for name in ("profile_seconds", "watchdog_s"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
+        if not 0 <= self.watchdog_exit_s < float("inf"):
+            raise ConfigError(f"watchdog_exit_s must not be below 0, not {self.watchdog_exit_s}")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be between 0 and 65535, not {self.port}")
         if self.api_key == "":

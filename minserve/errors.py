@@ -114,6 +114,10 @@ class ReplicaLostError(MinserveError):
     """A replica's process has ended, hangs, or cannot be reached any more."""
 
 
+class ReplicaHungError(ReplicaLostError):
+    """A replica has told of an iteration that takes longer than the watchdog allows."""
+
+
 class ReplicaRefusedError(MinserveError):
     """A replica that differs from the others of its controller, and so is not taken in."""
 

@@ -19,6 +19,7 @@ from minserve.config import ServerConfig
 from minserve.errors import EngineStoppedError
 from minserve.server.engine_face import EngineFace, ReplicaSet
 from minserve.server.errors import HttpError, error_response, to_http_error, unavailable
+from minserve.server.front_page import example_command, front_page
 from minserve.server.generation import streamed_response, whole_response
 from minserve.server.metrics import CONTENT_TYPE, count_tasks, create_registry, render
 from minserve.server.openapi import openapi_json
@@ -26,14 +27,15 @@ from minserve.server.reading.body_reader import BodyReader
 from minserve.server.reading.reader import Endpoint, Facts, check_model
 from minserve.server.responses import Reply
 from minserve.server.sse import dump_json
+from minserve.server.watchdog import problem_of
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 # The time in which connections may send their last bytes once the engine has stopped.
 FLUSH_TIMEOUT_S = 5.0
-# Monitoring systems ask these paths. Their answers tell nothing of prompts and outputs, so no key
-# is needed.
-OPEN_PATHS = ("/health", "/metrics")
+# Browsers and monitoring systems ask these paths. Their answers tell nothing of prompts and
+# outputs, so no key is needed.
+OPEN_PATHS = ("/", "/health", "/metrics")
 LOOPBACK = ("127.0.0.1", "::1")
 # Where a request keeps the names of its hints that change nothing.
 IGNORED = web.RequestKey("ignored", tuple[str, ...])
@@ -67,6 +69,7 @@ class Server:
         app.on_cleanup.append(self._close)
         app.add_routes(
             [
+                web.get("/", self.front_page),
                 web.get("/openapi.json", self.openapi),
                 web.get("/health", self.health),
                 web.get("/metrics", self.metrics),
@@ -96,6 +99,19 @@ class Server:
 
     # --- endpoints ---
 
+    async def front_page(self, request: web.Request) -> web.Response:
+        """Answer with a page for people: the model and a command to try; 503 while it loads."""
+        url, needs_key = f"{request.scheme}://{request.host}", self.config.api_key is not None
+        if self.engine is None:
+            return front_page(url, "The model is still loading.", None, status=503)
+        model = None if needs_key else self._model_name
+        chat = self.engine.tokenizer.has_chat_template
+        return front_page(
+            url,
+            "Requests need this server's API key." if model is None else f"It serves {model}.",
+            example_command(url, model, chat=chat, needs_key=needs_key),
+        )
+
     async def health(self, request: web.Request) -> web.Response:
         """Answer 200 while the server takes requests, and 503 otherwise.
 
@@ -103,12 +119,8 @@ class Server:
         number of replicas in each state.
         """
         engine = self._ready_engine()
-        if not engine.is_healthy:
-            raise unavailable("the engine has stopped working")
-        if engine.iteration_s > self.config.watchdog_s:
-            raise unavailable(
-                f"no iteration has ended for {engine.iteration_s:.0f} s although there is work"
-            )
+        if problem := problem_of(engine, self.config.watchdog_s):
+            raise unavailable(problem)
         body: dict[str, Any] = {"status": "ok", "unfinished": engine.num_unfinished}
         if engine.replica_set is not None:
             body["replicas"] = Counter(one["state"] for one in engine.replica_set.replicas())
@@ -178,6 +190,8 @@ class Server:
         self._ready_engine()
         read = await self._body_reader().generation(endpoint, request)
         engine, call = self._ready_engine(), read.call
+        if problem := problem_of(engine, self.config.watchdog_s):
+            raise unavailable(problem)
         request[IGNORED] = call.ignored
         handles = engine.submit(
             read.prompts,
