@@ -5,6 +5,7 @@ Knows nothing of torch: names of devices and dtypes are strings until the engine
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -309,6 +310,17 @@ class ServerConfig:
         "nothing runs",
         group="server",
     )
+    first_byte_s: float = option(
+        10.0,
+        "a stream that has sent nothing for so many seconds begins with a comment, since proxies "
+        "give up; until then an error has its own status; 0 waits for ever",
+        group="server",
+    )
+    metrics_prefix: str = option(
+        "minserve",
+        "what the names in /metrics begin with; 'vllm' lets dashboards made for vLLM work",
+        group="server",
+    )
     watchdog_s: float = option(
         60.0,
         "an engine whose iteration lasts longer hangs: /health fails, and one of several is given up",
@@ -333,8 +345,14 @@ class ServerConfig:
             raise ConfigError("the API key is empty; leave it out to serve without one")
         if not 0 < self.max_body_mib < float("inf"):
             raise ConfigError(f"max_body_mib must be above 0, not {self.max_body_mib}")
-        if not 0 <= self.shutdown_timeout < float("inf"):
-            raise ConfigError(f"shutdown_timeout must not be below 0, not {self.shutdown_timeout}")
+        for name in ("shutdown_timeout", "first_byte_s"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} must not be below 0, not {getattr(self, name)}")
+        if not re.fullmatch("[a-zA-Z_][a-zA-Z0-9_]*", self.metrics_prefix):
+            raise ConfigError(
+                f"metrics_prefix must be letters, digits and '_', and begin with no digit, "
+                f"not {self.metrics_prefix!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

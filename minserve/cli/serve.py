@@ -56,18 +56,20 @@ def _serve(args: argparse.Namespace) -> int:
     settings.setdefault("api_key", os.environ.get(KEY_VARIABLE) or None)
     server_config = ServerConfig(**settings)
     engine_settings = given(args, EngineConfig)
-    EngineConfig.create(**engine_settings)  # refuse wrong settings before anything slow
+    model = EngineConfig.create(**engine_settings).model  # refuse wrong settings early
 
     controller_config = under_torchrun(ControllerConfig(**given(args, ControllerConfig)))
     if is_follower():
         return follow(controller_config, engine_settings, server_config)
 
+    from minserve.models.finding.source import find_model
     from minserve.server import lifecycle
 
     sock = lifecycle.bind_socket(server_config.host, server_config.port)
     url = lifecycle.reachable_url(sock)
 
     def load_engine() -> EngineFace:
+        find_model(model)  # a model that is not to be had is told before torch is imported
         if controller_config.replicas > 1:
             return create_controller(controller_config, engine_settings, server_config)
         from minserve import AsyncEngine

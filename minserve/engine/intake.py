@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 import uuid
 from collections.abc import Callable, Mapping
-from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from minserve.config import EngineConfig
 from minserve.engine.model_tokenizer import load_model_tokenizer
 from minserve.engine.promises import Promises
 from minserve.engine.sampling_defaults import load_sampling_defaults
+from minserve.engine.text.bad_words import bad_word_ids
 from minserve.engine.text.inputs import PromptProcessor
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import (
@@ -28,11 +28,10 @@ from minserve.errors import (
 from minserve.models.finding.source import find_model
 from minserve.planner.policies.registry import planner_class, promising_policies
 from minserve.planner.predict.perf_model import PerfModel
+from minserve.prompts import Prompt
 from minserve.request import Request
 from minserve.sampling_params import SamplingParams
 from minserve.slo.objectives import SLO, Targets
-
-Prompt = str | SequenceOf[int] | SequenceOf[Mapping[str, Any]]
 
 
 def load_tokenizer(config: EngineConfig) -> Tokenizer:
@@ -92,6 +91,7 @@ class Intake:
         sampling_defaults: the model's own, from `load_sampling_defaults`.
 
     Attributes:
+        prompts: turns prompts into token ids.
         perf_model: the device's speed, of which slowdowns are multiples; ``None`` until it is
             known.
     """
@@ -112,7 +112,7 @@ class Intake:
         self.promises = Promises(config, tokenizer)
         self.perf_model: PerfModel | None = None
         self._default_max_tokens: int | None = sampling_defaults.get("max_tokens")
-        self._prompts = PromptProcessor(tokenizer, vocab_size, max_model_len)
+        self.prompts = PromptProcessor(tokenizer, vocab_size, max_model_len)
         self._seeds = random.Random(config.seed)
 
     def request(
@@ -122,28 +122,34 @@ class Intake:
         priority: int = 0,
         cache_salt: str = "",
         slo: SLO | str | None = None,
+        age_s: float = 0.0,
     ) -> tuple[str | None, Request]:
         """Return the prompt's text (``None`` for token ids) and the request.
+
+        Args:
+            age_s: seconds since it arrived; until now it was read.
 
         Raises:
             InvalidRequestError: where it can never be served as it stands.
             InvalidSLOError: for an unknown class, or a promise that the policy cannot make.
         """
-        text, token_ids = self._prompts.process(prompt)
+        tokenized = self.prompts.process(prompt)
+        text, token_ids = tokenized.text, tokenized.token_ids
         max_tokens = self._max_tokens(params, len(token_ids))
         slo = self.promises.find(slo)
         # Files of models may name ids that the model's head does not have. It samples none of them.
         eos = () if params.ignore_eos else self.tokenizer.eos_token_ids
+        ends = frozenset(i for i in eos if i < self.vocab_size) | frozenset(params.stop_token_ids)
         return text, Request(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=token_ids,
             params=replace(params, max_tokens=max_tokens),
             seed=self._seeds.getrandbits(64) if params.seed is None else params.seed,
-            arrival_s=self._clock(),
+            arrival_s=self._clock() - age_s,
             priority=priority,
             cache_salt=cache_salt,
-            stop_token_ids=frozenset(i for i in eos if i < self.vocab_size)
-            | frozenset(params.stop_token_ids),
+            stop_token_ids=ends,
+            bad_word_ids=self._bad_word_ids(params, ends),
             slo=slo,
             targets=None if slo is None else self._targets(slo, len(token_ids)),
         )
@@ -155,9 +161,12 @@ class Intake:
             default = self._default_max_tokens
             max_tokens = room if default is None else min(room, max(default, params.min_tokens))
         if max_tokens > room:
+            # OpenAI's words, whatever the prompt is: clients look for them, and for the code.
             raise RequestTooLongError(
-                f"{num_prompt_tokens} prompt tokens and max_tokens {max_tokens} exceed the "
-                f"{self.max_model_len} tokens that a sequence may have here",
+                f"This model's maximum context length is {self.max_model_len} tokens. However, you "
+                f"requested {num_prompt_tokens + max_tokens} tokens ({num_prompt_tokens} in the "
+                f"messages, {max_tokens} in the completion). Please reduce the length of the "
+                "messages or completion. (context_length_exceeded)",
                 "max_tokens",
             )
         if params.min_tokens > max_tokens:
@@ -165,13 +174,32 @@ class Intake:
                 f"min_tokens {params.min_tokens} leaves no room: the prompt allows {max_tokens}",
                 "min_tokens",
             )
-        for token in params.stop_token_ids:
-            if token >= self.vocab_size:
-                raise InvalidRequestError(
-                    f"stop token id {token} is outside the vocabulary of {self.vocab_size}",
-                    "stop_token_ids",
-                )
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            for token in getattr(params, name):
+                if token >= self.vocab_size:
+                    raise InvalidRequestError(
+                        f"{name}: {token} is outside the vocabulary of {self.vocab_size}", name
+                    )
         return max_tokens
+
+    def _bad_word_ids(
+        self, params: SamplingParams, ends: frozenset[int]
+    ) -> tuple[tuple[int, ...], ...]:
+        """Return the token sequences of the bad words.
+
+        Raises:
+            InvalidRequestError: where nothing that is allowed may be the first token.
+        """
+        sequences = bad_word_ids(params.bad_words, self.tokenizer, self.vocab_size)
+        banned = {ids[0] for ids in sequences if len(ids) == 1}
+        if params.min_tokens:
+            banned |= ends
+        if banned.issuperset(params.allowed_token_ids or range(self.vocab_size)):
+            name = "allowed_token_ids" if params.allowed_token_ids else "stop_token_ids"
+            raise InvalidRequestError(
+                f"{name} leaves no token: bad_words and min_tokens forbid all of them", name
+            )
+        return sequences
 
     def _targets(self, slo: SLO, num_prompt_tokens: int) -> Targets:
         policy = self._config.policy

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import logging
-import shlex
 import signal
 import socket
 import threading
@@ -27,6 +25,7 @@ from minserve.errors import ConfigError
 from minserve.sampling_params import default_words
 from minserve.server.app import Server
 from minserve.server.engine_face import EngineFace
+from minserve.server.front_page import example_command
 from minserve.server.watchdog import until_given_up
 
 logger = logging.getLogger(__name__)
@@ -124,6 +123,7 @@ async def serve(
         patience_s = 0.0
         try:
             server.engine = engine
+            server.start_reading()
             if defaults := engine.sampling_defaults:
                 logger.info(
                     "sampling defaults from the model's generation_config.json: %s",
@@ -160,20 +160,8 @@ async def _ended_or_given_up(
 
 def ready_message(url: str, model: str, *, chat: bool, needs_key: bool) -> str:
     """Return the console's text once requests are served: the URL, and a command to try."""
-    body: dict[str, object] = {"model": model}
-    if chat:
-        body["messages"] = [{"role": "user", "content": "Name three colours."}]
-    else:
-        body["prompt"] = "The capital of France is"
-    body["max_tokens"] = 64 if chat else 16
-    body["temperature"] = 0
-    path = "/v1/chat/completions" if chat else "/v1/completions"
-    key = ' -H "Authorization: Bearer $MINSERVE_API_KEY"' if needs_key else ""
-    return (
-        f"minserve serves {model} on {url}\n"
-        f"Try: curl {url}{path}{key} -H 'Content-Type: application/json' "
-        f"-d {shlex.quote(json.dumps(body))}"
-    )
+    command = example_command(url, model, chat=chat, needs_key=needs_key)
+    return f"minserve serves {model} on {url}\nTry: {command}"
 
 
 def reachable_url(sock: socket.socket) -> str:
