@@ -21,7 +21,7 @@ from minserve.errors import (
     RequestTooLongError,
     SLOUnattainableError,
 )
-from minserve.server.sse import dump_json
+from minserve.server.json_array import dump_json
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import msgspec
 
+from minserve.server.json_array import dump_json
 from minserve.server.openapi_answers import SCHEMAS, obj, ref
 from minserve.server.parameters.parameter import PATHS, Endpoint, Parameter, Sort
 from minserve.server.parameters.table import BY_ENDPOINT
-from minserve.server.sse import dump_json
 
 _COMPONENTS = "#/components/schemas/{name}"
 _LINK = re.compile(r"\[([^]]*)\]\([^)]*\)")  # of Markdown

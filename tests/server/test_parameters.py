@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from minserve.errors import InvalidRequestError
 from minserve.sampling_params import SamplingParams
 from minserve.server.body import parse_object
+from minserve.server.json_array import dump_json
 from minserve.server.parameters.forms import Message, StreamOptions, TextPart
 from minserve.server.parameters.hints import NESTED
 from minserve.server.parameters.page import write_tables
@@ -33,7 +34,6 @@ from minserve.server.protocol import (
     parse_detokenize,
     parse_tokenize,
 )
-from minserve.server.sse import dump_json
 
 HELLO = [{"role": "user", "content": "hello"}]
 ENOUGH: dict[Endpoint, dict[str, Any]] = {
