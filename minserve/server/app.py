@@ -1,4 +1,6 @@
-"""The aiohttp application: its routes, and the checks that every request passes through.
+"""The aiohttp application: its routes and their handlers.
+
+What every request passes through before is in `minserve.server.edge`.
 
 The module uses only the public interface of the engine: ``submit``, the handles that it
 returns, ``stats``, and the tokenizer.
@@ -7,10 +9,9 @@ returns, ``stats``, and the tokenizer.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -18,9 +19,12 @@ from aiohttp import web
 from minserve.config import ServerConfig
 from minserve.errors import EngineStoppedError, InvalidRequestError
 from minserve.server.body import read_object
+from minserve.server.connections import Runner
+from minserve.server.edge import Edge
 from minserve.server.engine_face import EngineFace, ReplicaSet
-from minserve.server.errors import HttpError, error_response, to_http_error, unavailable
+from minserve.server.errors import HttpError, unavailable
 from minserve.server.generation import streamed_response, whole_response
+from minserve.server.limits import time_limit
 from minserve.server.metrics import CONTENT_TYPE, create_registry, render
 from minserve.server.protocol import (
     GenerationCall,
@@ -37,13 +41,8 @@ from minserve.server.sse import dump_json
 if TYPE_CHECKING:
     from minserve.engine.text.tokenizer import Tokenizer
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
 # The time in which connections may send their last bytes once the engine has stopped.
 FLUSH_TIMEOUT_S = 5.0
-# Monitoring systems ask these paths. Their answers tell nothing of prompts and outputs, so no key
-# is needed.
-OPEN_PATHS = ("/health", "/metrics")
 LOOPBACK = ("127.0.0.1", "::1")
 
 
@@ -53,21 +52,26 @@ class Server:
     Args:
         config: the server's settings.
         engine: a started engine; ``None`` while it is still loading, and set later.
+
+    Raises:
+        ConfigError: if the file of API keys cannot be used.
     """
 
     def __init__(self, config: ServerConfig, engine: EngineFace | None = None) -> None:
         self.config = config
         self.engine = engine
         self.draining = False
+        self._edge = Edge(config)
         self._created = int(time.time())
         self._metrics = create_registry(self._loaded_engine)
 
     def create_app(self) -> web.Application:
         """Return the application with all routes."""
         app = web.Application(
-            middlewares=[_answer_errors, self._check_key],
+            middlewares=self._edge.middlewares,
             client_max_size=int(self.config.max_body_mib * 2**20),
         )
+        app.on_response_prepare.extend(self._edge.signals)
         app.add_routes(
             [
                 web.get("/health", self.health),
@@ -84,17 +88,9 @@ class Server:
         )
         return app
 
-    def create_runner(self) -> web.AppRunner:
-        """Return a runner with the connection settings that the handlers rely on."""
-        return web.AppRunner(
-            self.create_app(),
-            # A client that leaves cancels its handler, whose finally frees the KV.
-            handler_cancellation=True,
-            # Compressed bodies are refused, so aiohttp must not unpack them first.
-            auto_decompress=False,
-            access_log=None,
-            shutdown_timeout=FLUSH_TIMEOUT_S,
-        )
+    def create_runner(self) -> Runner:
+        """Return a runner with the connections that the handlers rely on."""
+        return Runner(self.create_app(), self.config, FLUSH_TIMEOUT_S)
 
     # --- endpoints ---
 
@@ -209,12 +205,16 @@ class Server:
             cache_salt=call.cache_salt,
             slo=slo,
         )
+        timeout_s = self.config.request_timeout_s
         try:
             reply = Reply(call, handles, self._model_name, engine.tokenizer)
             if call.stream:
                 refusable = slo is not None and slo.refuses_delay
-                return await streamed_response(request, call, reply, handles, refusable=refusable)
-            return await whole_response(reply, handles)
+                return await streamed_response(
+                    request, call, reply, handles, refusable=refusable, timeout_s=timeout_s
+                )
+            async with time_limit(timeout_s):
+                return await whole_response(reply, handles)
         finally:
             for handle in handles:
                 handle.abort()
@@ -229,7 +229,7 @@ class Server:
         if replicas is None:
             raise HttpError(404, "this server has no replicas; start it with --replicas")
         # Without a key, any user of this machine may give orders.
-        if self.config.api_key is None and request.remote not in LOOPBACK:
+        if not self.config.has_keys and request.remote not in LOOPBACK:
             raise HttpError(403, "without an API key, replicas are controlled from this machine")
         return replicas
 
@@ -267,35 +267,6 @@ class Server:
             "max_model_len": engine.max_model_len,
             "default_sampling_params": dict(engine.sampling_defaults),
         }
-
-    @web.middleware
-    async def _check_key(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if self.config.api_key is not None and request.path not in OPEN_PATHS:
-            given = request.headers.get("Authorization", "")
-            expected = f"Bearer {self.config.api_key}"
-            # compare_digest takes equally long for a nearly right key and a wholly wrong one.
-            if not hmac.compare_digest(
-                given.encode("utf-8", "surrogateescape"), expected.encode("utf-8")
-            ):
-                raise HttpError(
-                    401,
-                    "missing or wrong API key; send 'Authorization: Bearer KEY'",
-                    kind="authentication_error",
-                    code="invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
-        return await handler(request)
-
-
-@web.middleware
-async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn every failure into OpenAI's JSON error. This is the outermost layer."""
-    try:
-        return await handler(request)
-    except ConnectionError:
-        raise  # the client has closed the connection, so no answer can be sent
-    except Exception as error:
-        return error_response(to_http_error(error))
 
 
 def _require_chat_template(engine: EngineFace) -> None:

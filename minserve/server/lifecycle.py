@@ -20,13 +20,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-from aiohttp import web
-
 from minserve.config import ServerConfig
 from minserve.errors import ConfigError
 from minserve.sampling_params import default_words
 from minserve.server.app import Server
 from minserve.server.engine_face import EngineFace
+from minserve.server.listener import Listener, allow_connections
 
 logger = logging.getLogger(__name__)
 
@@ -94,9 +93,9 @@ async def serve(
     server = Server(config)
     runner = server.create_runner()
     await runner.setup()
+    listener = Listener(sock, runner.connections, allow_connections(config.max_connections))
     ended = _first_signal()
     try:
-        await web.SockSite(runner, sock, backlog=BACKLOG).start()
         engine = await _unless(ended, _in_thread(load_engine))
         starting = asyncio.ensure_future(engine.start())
         try:
@@ -128,6 +127,7 @@ async def serve(
             await engine.stop(config.shutdown_timeout)
         return ended.result()
     finally:
+        await listener.close()
         await runner.cleanup()
 
 

@@ -70,7 +70,7 @@ def url(controller: Controller, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
 @contextmanager
 def guarded(controller: Controller, key: str) -> Iterator[str]:
     """The URL of a server that asks for a key."""
-    with served(Server(ServerConfig(api_key=key), controller).create_runner()) as url:
+    with served(Server(ServerConfig(api_key=(key,)), controller).create_runner()) as url:
         yield url
 
 
