@@ -104,9 +104,9 @@ class Connection(web.RequestHandler):
             self._refuse(refusal_of(error))
             return
         # A body may turn out to be malformed while its handler waits for more of it.
-        error = getattr(self._messages[-1][0], "exc", None) if self._messages else None
-        if error is not None and self._request is not None:
-            self._request.content.set_exception(refusal_of(error))
+        refused = getattr(self._messages[-1][0], "exc", None) if self._messages else None
+        if refused is not None and self._request is not None:
+            self._request.content.set_exception(refusal_of(refused))
 
     def pause_writing(self) -> None:
         """Give the client a limited time to read what is buffered for it."""

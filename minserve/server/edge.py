@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
 from minserve.config import ServerConfig
 from minserve.server.browsers import BrowserRules
@@ -28,7 +29,7 @@ class Edge:
 
     def __init__(self, config: ServerConfig) -> None:
         browsers, keys, limits = BrowserRules(config), KeyRing(config), ClientLimits(config)
-        self.middlewares: Sequence[Handler] = (
+        self.middlewares: Sequence[Middleware] = (
             answer_errors,
             refuse_unspoken_versions,
             browsers.check,

@@ -14,8 +14,8 @@ from minserve.errors import ConfigError
 from minserve.server.errors import HttpError
 from minserve.server.routes import Handler, is_open
 
-# The number of a request's key, counted from 0; ``None`` for an open route without one.
-KEY_NUMBER: web.RequestKey[int | None] = web.RequestKey("key_number", object)
+# The number of a request's key, counted from 0.
+KEY_NUMBER = web.RequestKey("key_number", int)
 
 
 class KeyRing:
@@ -40,7 +40,9 @@ class KeyRing:
         """
         if self._digests:
             number = self._number_of(request.headers.get("Authorization", ""))
-            if number is None and not is_open(request):
+            if number is not None:
+                request[KEY_NUMBER] = number
+            elif not is_open(request):
                 raise HttpError(
                     401,
                     "missing or wrong API key; send 'Authorization: Bearer KEY'",
@@ -48,7 +50,6 @@ class KeyRing:
                     code="invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
-            request[KEY_NUMBER] = number
         return await handler(request)
 
     def _number_of(self, header: str) -> int | None:
