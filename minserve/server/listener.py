@@ -88,8 +88,7 @@ class Listener:
                 continue  # the client has gone again
             except OSError as error:  # mostly: no file descriptor is left
                 self._server.log.warning("cannot accept a connection: %s", error.strerror)
-                self._server.make_room()
-                await asyncio.sleep(RETRY_S)
+                await asyncio.sleep(0 if self._server.make_room() else RETRY_S)
                 continue
             if self._server.num_open >= self._most and not self._server.make_room():
                 self._refuse(connection)

@@ -8,6 +8,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from waiting import PATIENCE_S, wait_until
 
 from minserve import AsyncEngine
 from minserve.config import ServerConfig
+from minserve.outputs import OutputDelta
 from minserve.server.app import Server
 from minserve.server.connections import Runner
 from minserve.server.lifecycle import bind_socket
@@ -129,3 +131,24 @@ def raw_answer(server: RunningServer, sent: bytes) -> tuple[int, dict[str, str],
         assert response.version == 11
         headers = {name.lower(): value for name, value in response.getheaders()}
         return response.status, headers, response.read()
+
+
+@contextmanager
+def hanging(server: RunningServer, after: int = 0) -> Iterator[threading.Event]:
+    """Let the engine hang after so many more iterations, until the event is set or the block ends."""
+    core, go_on = server.engine._core, threading.Event()
+    step, left = core.step, after
+
+    def hanging_step() -> list[OutputDelta]:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            go_on.wait(PATIENCE_S)
+        return step()
+
+    core.step = hanging_step  # type: ignore[method-assign]
+    try:
+        yield go_on
+    finally:
+        go_on.set()
+        core.step = step  # type: ignore[method-assign]
