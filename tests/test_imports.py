@@ -32,6 +32,7 @@ GROUND = {
     "slots",
     "tables",
     "outputs",
+    "prompts",
     "planner",
 }
 ALLOWED: dict[str, set[str]] = {

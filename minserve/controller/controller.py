@@ -24,8 +24,9 @@ from minserve.controller.processes import STOP_S, Watcher
 from minserve.controller.rendezvous import Rendezvous
 from minserve.controller.replicas import Replica, ReplicaState, ReplicaTable
 from minserve.controller.router import make_router
-from minserve.engine.intake import Intake, Prompt, check_room, load_front
+from minserve.engine.intake import Intake, check_room, load_front
 from minserve.engine.stats import EngineStats
+from minserve.engine.text.inputs import PromptProcessor
 from minserve.errors import (
     EngineStoppedError,
     GenerationError,
@@ -37,6 +38,7 @@ from minserve.errors import (
 from minserve.outputs import OutputDelta, ReplicaReport
 from minserve.planner.predict.lengths import make_length_estimator
 from minserve.planner.predict.perf_model import PerfModel
+from minserve.prompts import Prompt
 from minserve.request import FinishReason
 from minserve.sampling_params import SamplingParams
 from minserve.slo.objectives import SLO
@@ -131,6 +133,10 @@ class Controller:
     @property
     def model_name(self) -> str:
         return next(r.hello.model_name for r in self.table.replicas if r.hello is not None)
+
+    @property
+    def prompts(self) -> PromptProcessor:
+        return self._intake.prompts
 
     @property
     def max_model_len(self) -> int:
@@ -238,6 +244,7 @@ class Controller:
         priority: int = 0,
         cache_salt: str = "",
         slo: SLO | str | None = None,
+        age_s: float = 0.0,
     ) -> list[FlightHandle]:
         """Submit one request per prompt, as `AsyncEngine.submit` does.
 
@@ -250,7 +257,7 @@ class Controller:
             raise NoReplicaError("no replica is up; they are being started again")
         num_outputs, most = len(prompts) * params.n, self.config.max_queue
         check_room(num_outputs, self._num_unfinished, most, len(self.table.replicas))
-        asked = [self._intake.request(p, params, priority, cache_salt, slo) for p in prompts]
+        asked = [self._intake.request(p, params, priority, cache_salt, slo, age_s) for p in prompts]
         handles = []
         for text, request in asked:
             flight = Flight.of(request)

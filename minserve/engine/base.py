@@ -10,7 +10,7 @@ from typing import Any
 
 from minserve.config import DEFAULT_MODEL, EngineConfig
 from minserve.engine.build import LoadedEngine, load_engine
-from minserve.engine.intake import Intake, Prompt
+from minserve.engine.intake import Intake
 from minserve.engine.live_output import History
 from minserve.engine.profile import profile_cache
 from minserve.engine.profile.profile_cache import Profile
@@ -33,6 +33,7 @@ from minserve.planner.predict.lone_request import (
     lone_request_misses,
 )
 from minserve.planner.predict.perf_model import PerfModel
+from minserve.prompts import Prompt
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
 from minserve.slo.objectives import SLO
@@ -72,6 +73,7 @@ class EngineBase:
     """Loads the model, and turns prompts into sequences.
 
     Attributes:
+        prompts: turns prompts into token ids, in any thread or, sent there, in another process.
         sampling_defaults: fields of `SamplingParams` that the model's generation_config.json sets,
             for requests that leave them out.
     """
@@ -102,6 +104,7 @@ class EngineBase:
             sampling_defaults=self.sampling_defaults,
         )
         self._promises = self._intake.promises
+        self.prompts = self._intake.prompts
         self._core.stats.add_classes(self._promises.classes)
         self.tokenizer = self._loaded.tokenizer
         self.model_name = self._loaded.source.name
@@ -278,10 +281,11 @@ class EngineBase:
         priority: int = 0,
         cache_salt: str = "",
         slo: SLO | str | None = None,
+        age_s: float = 0.0,
     ) -> Submission:
         """Check a request against the model and resolve its open settings."""
         self._intake.perf_model = self.perf_model
-        return Submission(*self._intake.request(prompt, params, priority, cache_salt, slo))
+        return Submission(*self._intake.request(prompt, params, priority, cache_salt, slo, age_s))
 
     def _ready_for(self, slo: SLO | str | None) -> None:
         """Make sure that the device's speed is known before a promise or a draft depends on it."""

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from minserve.config import DEFAULT_MODEL
 from minserve.engine.base import PROBE_S, EngineBase, Submission
 from minserve.engine.core import IDLE_S
-from minserve.engine.intake import Prompt, check_room
+from minserve.engine.intake import check_room
 from minserve.engine.stats import EngineStats
 from minserve.errors import (
     EngineStoppedError,
@@ -25,6 +25,7 @@ from minserve.errors import (
     MinserveError,
 )
 from minserve.outputs import CompletionOutput, OutputDelta, RequestOutput
+from minserve.prompts import Prompt
 from minserve.request import FinishReason
 from minserve.sampling_params import SamplingParams
 from minserve.slo.objectives import SLO
@@ -274,15 +275,19 @@ class AsyncEngine(EngineBase):
         priority: int = 0,
         cache_salt: str = "",
         slo: SLO | str | None = None,
+        age_s: float = 0.0,
     ) -> list[RequestHandle]:
         """Queue requests, all or none; checking and counting are one step.
 
         Args:
+            prompts: texts and chats are tokenized here, which takes a second for a megabyte;
+                `prompts.process` does it in another thread or process.
             priority: lower runs earlier.
             cache_salt: cached prefixes are shared only between requests of equal salt.
             slo: the latency asked for, as an `SLO` or a class's name; default: the engine's.
                 One that cannot be kept and asks to be refused ends its handle's first
                 output with `SLOUnattainableError`.
+            age_s: seconds since the requests arrived, which count for their SLOs.
 
         Raises:
             InvalidSLOError: for an unknown class.
@@ -293,7 +298,7 @@ class AsyncEngine(EngineBase):
         if not self.is_healthy:
             raise EngineStoppedError("the engine is not running")
         check_room(len(prompts) * params.n, self._num_unfinished, self.config.max_queue)
-        submissions = [self._prepare(p, params, priority, cache_salt, slo) for p in prompts]
+        submissions = [self._prepare(p, params, priority, cache_salt, slo, age_s) for p in prompts]
         handles = []
         for submission in submissions:
             handle = RequestHandle(self, submission)
@@ -314,7 +319,9 @@ class AsyncEngine(EngineBase):
             GenerationError: if running it failed.
         """
         await self.start()
-        (handle,) = self.submit([prompt], params or self.default_sampling_params, **options)
+        # In a thread, so that no other stream waits for it.
+        tokenized = await asyncio.to_thread(self.prompts.process, prompt)
+        (handle,) = self.submit([tokenized], params or self.default_sampling_params, **options)
         try:
             async for delta in handle:
                 _raise_if_failed(delta)

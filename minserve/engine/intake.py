@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 import uuid
 from collections.abc import Callable, Mapping
-from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from typing import Any
 
@@ -28,11 +27,10 @@ from minserve.errors import (
 from minserve.models.finding.source import find_model
 from minserve.planner.policies.registry import planner_class, promising_policies
 from minserve.planner.predict.perf_model import PerfModel
+from minserve.prompts import Prompt
 from minserve.request import Request
 from minserve.sampling_params import SamplingParams
 from minserve.slo.objectives import SLO, Targets
-
-Prompt = str | SequenceOf[int] | SequenceOf[Mapping[str, Any]]
 
 
 def load_tokenizer(config: EngineConfig) -> Tokenizer:
@@ -92,6 +90,7 @@ class Intake:
         sampling_defaults: the model's own, from `load_sampling_defaults`.
 
     Attributes:
+        prompts: turns prompts into token ids.
         perf_model: the device's speed, of which slowdowns are multiples; ``None`` until it is
             known.
     """
@@ -112,7 +111,7 @@ class Intake:
         self.promises = Promises(config, tokenizer)
         self.perf_model: PerfModel | None = None
         self._default_max_tokens: int | None = sampling_defaults.get("max_tokens")
-        self._prompts = PromptProcessor(tokenizer, vocab_size, max_model_len)
+        self.prompts = PromptProcessor(tokenizer, vocab_size, max_model_len)
         self._seeds = random.Random(config.seed)
 
     def request(
@@ -122,14 +121,19 @@ class Intake:
         priority: int = 0,
         cache_salt: str = "",
         slo: SLO | str | None = None,
+        age_s: float = 0.0,
     ) -> tuple[str | None, Request]:
         """Return the prompt's text (``None`` for token ids) and the request.
+
+        Args:
+            age_s: seconds since it arrived; until now it was read.
 
         Raises:
             InvalidRequestError: where it can never be served as it stands.
             InvalidSLOError: for an unknown class, or a promise that the policy cannot make.
         """
-        text, token_ids = self._prompts.process(prompt)
+        tokenized = self.prompts.process(prompt)
+        text, token_ids = tokenized.text, tokenized.token_ids
         max_tokens = self._max_tokens(params, len(token_ids))
         slo = self.promises.find(slo)
         # Files of models may name ids that the model's head does not have. It samples none of them.
@@ -139,7 +143,7 @@ class Intake:
             prompt_token_ids=token_ids,
             params=replace(params, max_tokens=max_tokens),
             seed=self._seeds.getrandbits(64) if params.seed is None else params.seed,
-            arrival_s=self._clock(),
+            arrival_s=self._clock() - age_s,
             priority=priority,
             cache_salt=cache_salt,
             stop_token_ids=frozenset(i for i in eos if i < self.vocab_size)

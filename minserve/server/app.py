@@ -11,14 +11,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aiohttp import web
 
 from minserve.config import ServerConfig
-from minserve.errors import EngineStoppedError, InvalidRequestError
-from minserve.server.body import read_object
+from minserve.errors import EngineStoppedError
 from minserve.server.connections import Runner
 from minserve.server.edge import Edge
 from minserve.server.engine_face import EngineFace, ReplicaSet
@@ -26,20 +24,10 @@ from minserve.server.errors import HttpError, unavailable
 from minserve.server.generation import streamed_response, whole_response
 from minserve.server.limits import time_limit
 from minserve.server.metrics import CONTENT_TYPE, create_registry, render
-from minserve.server.protocol import (
-    GenerationCall,
-    TokenizeCall,
-    parse_chat,
-    parse_completion,
-    parse_detokenize,
-    parse_tokenize,
-)
+from minserve.server.reading.body_reader import BodyReader
+from minserve.server.reading.reader import Endpoint, Facts, check_model
 from minserve.server.responses import Reply
-from minserve.server.slo_http import read_slo
 from minserve.server.sse import dump_json
-
-if TYPE_CHECKING:
-    from minserve.engine.text.tokenizer import Tokenizer
 
 # The time in which connections may send their last bytes once the engine has stopped.
 FLUSH_TIMEOUT_S = 5.0
@@ -62,6 +50,7 @@ class Server:
         self.engine = engine
         self.draining = False
         self._edge = Edge(config)
+        self._bodies: BodyReader | None = None
         self._created = int(time.time())
         self._metrics = create_registry(self._loaded_engine)
 
@@ -69,9 +58,9 @@ class Server:
         """Return the application with all routes."""
         app = web.Application(
             middlewares=self._edge.middlewares,
-            client_max_size=int(self.config.max_body_mib * 2**20),
         )
         app.on_response_prepare.extend(self._edge.signals)
+        app.on_cleanup.append(self._close)
         app.add_routes(
             [
                 web.get("/health", self.health),
@@ -128,43 +117,24 @@ class Server:
 
     async def get_model(self, request: web.Request) -> web.Response:
         """Answer with the one model, asked for by its name."""
-        self._check_model(request.match_info["model"])
+        check_model(request.match_info["model"], self._model_name)
         return _json(self._model_card())
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         """Answer POST /v1/completions."""
-        return await self._generate(request, parse_completion)
+        return await self._generate(request, "completions")
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
         """Answer POST /v1/chat/completions."""
-        return await self._generate(request, parse_chat)
+        return await self._generate(request, "chat")
 
     async def tokenize(self, request: web.Request) -> web.Response:
         """Answer POST /tokenize, which turns text or messages into token ids."""
-        call = parse_tokenize(await read_object(request))
-        engine = self._loaded_engine()
-        self._check_model(call.model)
-        if not isinstance(call.prompt, str):
-            _require_chat_template(engine)
-        # In a thread: a body of megabytes takes about a second, and no other request should wait.
-        tokens = await asyncio.to_thread(_tokenize, engine.tokenizer, call)
-        return _json(
-            {"tokens": tokens, "count": len(tokens), "max_model_len": engine.max_model_len}
-        )
+        return _json_bytes(await self._body_reader().tokenized(request))
 
     async def detokenize(self, request: web.Request) -> web.Response:
         """Answer POST /detokenize, which turns token ids into text, special tokens included."""
-        model, tokens = parse_detokenize(await read_object(request))
-        engine = self._loaded_engine()
-        self._check_model(model)
-        for token in tokens:
-            if token >= engine.vocab_size:
-                raise InvalidRequestError(
-                    f"tokens: {token} is outside the vocabulary of {engine.vocab_size}", "tokens"
-                )
-        decode = engine.tokenizer.decode
-        text = await asyncio.to_thread(decode, tokens, skip_special_tokens=False)
-        return _json({"prompt": text})
+        return _json_bytes(await self._body_reader().detokenized(request))
 
     async def replicas(self, request: web.Request) -> web.Response:
         """Answer with the state of each replica."""
@@ -185,35 +155,27 @@ class Server:
 
     # --- what the endpoints share ---
 
-    async def _generate(
-        self,
-        request: web.Request,
-        parse: Callable[[dict[str, Any], Mapping[str, Any]], GenerationCall],
-    ) -> web.StreamResponse:
-        values = await read_object(request)
-        engine = self._ready_engine()
-        # Parts of the SLO may be in the headers, so the parser of the body does not read it.
-        slo = read_slo(values.pop("slo", None), request.headers, engine)
-        call = parse(values, engine.sampling_defaults)
-        self._check_model(call.model)
-        if call.chat:
-            _require_chat_template(engine)
+    async def _generate(self, request: web.Request, endpoint: Endpoint) -> web.StreamResponse:
+        self._ready_engine()
+        read = await self._body_reader().generation(endpoint, request)
+        engine, call = self._ready_engine(), read.call
         handles = engine.submit(
-            call.prompts,
+            read.prompts,
             call.params,
             priority=call.priority,
             cache_salt=call.cache_salt,
-            slo=slo,
+            slo=read.slo,
+            age_s=time.monotonic() - read.came_s,
         )
-        timeout_s = self.config.request_timeout_s
+        limit = time_limit(self.config.request_timeout_s, read.came_s)
         try:
             reply = Reply(call, handles, self._model_name, engine.tokenizer)
             if call.stream:
-                refusable = slo is not None and slo.refuses_delay
+                refusable = read.slo is not None and read.slo.refuses_delay
                 return await streamed_response(
-                    request, call, reply, handles, refusable=refusable, timeout_s=timeout_s
+                    request, call, reply, handles, limit, refusable=refusable
                 )
-            async with time_limit(timeout_s):
+            async with limit:
                 return await whole_response(reply, handles)
         finally:
             for handle in handles:
@@ -247,14 +209,31 @@ class Server:
             raise EngineStoppedError("the server is shutting down")
         return self._loaded_engine()
 
-    def _check_model(self, name: str | None) -> None:
-        if name is not None and name != self._model_name:
-            raise HttpError(
-                404,
-                f"the model {name!r} is not served here; this server has {self._model_name!r}",
-                param="model",
-                code="model_not_found",
+    def start_reading(self) -> None:
+        """Start the process that reads large bodies, so that no request waits for its start."""
+        self._body_reader().start()
+
+    def _body_reader(self) -> BodyReader:
+        if self._bodies is None:
+            engine = self._loaded_engine()
+            facts = Facts(
+                model_name=self._model_name,
+                tokenizer=engine.tokenizer,
+                prompts=engine.prompts,
+                max_model_len=engine.max_model_len,
+                vocab_size=engine.vocab_size,
+                max_queue=engine.config.max_queue,
+                sampling_defaults=dict(engine.sampling_defaults),
+                slo_classes=dict(engine.slo_classes),
+                default_slo=engine.default_slo,
+                thinking_marker=engine.thinking_marker,
             )
+            self._bodies = BodyReader(facts, int(self.config.max_body_mib * 2**20))
+        return self._bodies
+
+    async def _close(self, app: web.Application) -> None:
+        if self._bodies is not None:
+            await self._bodies.close()
 
     def _model_card(self) -> dict[str, Any]:
         engine = self._loaded_engine()
@@ -269,20 +248,9 @@ class Server:
         }
 
 
-def _require_chat_template(engine: EngineFace) -> None:
-    if not engine.tokenizer.has_chat_template:
-        raise InvalidRequestError(
-            "this model has no chat template; use /v1/completions, or start the server with "
-            "--chat-template FILE",
-            "messages",
-        )
-
-
-def _tokenize(tokenizer: Tokenizer, call: TokenizeCall) -> list[int]:
-    prompt = call.prompt
-    text = prompt if isinstance(prompt, str) else tokenizer.render_chat(prompt)
-    return list(tokenizer.encode(text, add_special_tokens=call.add_special_tokens))
-
-
 def _json(value: Any) -> web.Response:
-    return web.Response(body=dump_json(value), content_type="application/json")
+    return _json_bytes(dump_json(value))
+
+
+def _json_bytes(body: bytes) -> web.Response:
+    return web.Response(body=body, content_type="application/json")

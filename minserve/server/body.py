@@ -1,4 +1,4 @@
-"""Turn bytes into a checked JSON object: size, encoding, strict JSON, typed fields.
+"""Turn bytes into a checked JSON object: strict JSON, typed fields.
 
 Python's own JSON reader takes more than JSON: NaN, duplicate keys, integers of any
 length, halves of surrogate pairs. Each of these is refused here, so that the code that uses
@@ -15,10 +15,8 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
-from aiohttp import ClientPayloadError, web
 
 from minserve.errors import InvalidRequestError
-from minserve.server.errors import HttpError
 
 MAX_DIGITS = 20  # of an integer; enough for every 64-bit number
 _LONG_NUMBER = re.compile(rf"[0-9]{{{MAX_DIGITS + 1}}}")
@@ -44,27 +42,6 @@ _T = TypeVar("_T")
 
 class Form(msgspec.Struct, forbid_unknown_fields=True):
     """The fields of a JSON object, their types and what stands for those that are not given."""
-
-
-async def read_object(request: web.Request) -> dict[str, Any]:
-    """Read a request's body as one JSON object.
-
-    Raises:
-        HttpError: 413 for a body over the limit, 415 for a compressed one.
-        InvalidRequestError: for a body that is not a strict JSON object.
-    """
-    encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
-    if encoding not in ("", "identity"):
-        # A few kilobytes can unpack to gigabytes; prompts are small enough to send plain.
-        raise HttpError(415, f"request bodies must not be compressed ({encoding})")
-    limit = request.client_max_size
-    if request.content_length is not None and request.content_length > limit:
-        raise HttpError(413, f"the request body is larger than {limit / 2**20:g} MiB")
-    try:
-        raw = await request.read()
-    except (ClientPayloadError, web.RequestPayloadError) as error:
-        raise InvalidRequestError(f"the request body could not be read: {error}") from None
-    return parse_object(raw)
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -52,6 +53,13 @@ class HttpError(Exception):
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By default an exception is made again, in another process, from its message alone.
+        make = partial(
+            HttpError, kind=self.kind, param=self.param, code=self.code, headers=self.headers
+        )
+        return make, (self.status, self.message)
 
 
 def to_http_error(error: Exception) -> HttpError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
 from aiohttp import web
@@ -18,7 +18,6 @@ from minserve.outputs import OutputDelta
 from minserve.request import FinishReason
 from minserve.server.engine_face import Handle
 from minserve.server.errors import error_body, to_http_error
-from minserve.server.limits import time_limit
 from minserve.server.protocol import GenerationCall
 from minserve.server.responses import Reply
 from minserve.server.sse import EventStream, dump_json
@@ -42,9 +41,9 @@ async def streamed_response(
     call: GenerationCall,
     reply: Reply,
     handles: Sequence[Handle],
+    limit: AbstractAsyncContextManager[None],
     *,
     refusable: bool = False,
-    timeout_s: float | None = None,
 ) -> web.StreamResponse:
     """Answer with server-sent events.
 
@@ -52,10 +51,10 @@ async def streamed_response(
     failure becomes an error event, after which the stream ends without ``[DONE]``.
 
     Args:
+        limit: ends the outputs when their time is over; see `minserve.server.limits.time_limit`.
         refusable: true where the planner may still refuse an output that has not begun. To answer
             such a refusal with a status, nothing is sent before all outputs have begun. The
             outputs share one TTFT, so the request's last first token comes no later by this.
-        timeout_s: most seconds for all of it; ``None`` for no limit.
 
     Raises:
         MinserveError: if an output failed before anything was sent.
@@ -66,7 +65,7 @@ async def streamed_response(
     begun: set[tuple[int, int]] = set()
     held: list[dict[str, Any]] = []
     try:
-        async with time_limit(timeout_s), aclosing(merged(handles)) as stream:
+        async with limit, aclosing(merged(handles)) as stream:
             async for prompt, delta in stream:
                 begun.add((prompt, delta.index))
                 held += reply.chunks(prompt, delta)

@@ -110,6 +110,7 @@ async def serve(
         gc.freeze()
         try:
             server.engine = engine
+            server.start_reading()
             if defaults := engine.sampling_defaults:
                 logger.info(
                     "sampling defaults from the model's generation_config.json: %s",

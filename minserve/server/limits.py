@@ -87,14 +87,18 @@ async def refuse_unspoken_versions(request: web.Request, handler: Handler) -> we
 
 
 @asynccontextmanager
-async def time_limit(seconds: float | None) -> AsyncIterator[None]:
-    """Let a block run for so long.
+async def time_limit(seconds: float | None, began_s: float) -> AsyncIterator[None]:
+    """Let a block run until a request has taken so long.
+
+    Args:
+        seconds: the most; ``None`` for no limit.
+        began_s: when the request began, by the monotonic clock, which is the event loop's too.
 
     Raises:
         RequestTimeoutError: when the time is over.
     """
     try:
-        async with asyncio.timeout(seconds) as limit:
+        async with asyncio.timeout_at(None if seconds is None else began_s + seconds) as limit:
             yield
     except TimeoutError:
         if not limit.expired():

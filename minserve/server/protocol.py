@@ -6,19 +6,17 @@ asks for nothing (an empty tool list, ``best_of: 1``) is accepted, because clien
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from msgspec import Meta, field
 
-from minserve.engine.text.inputs import PromptOptions
 from minserve.errors import InvalidRequestError
+from minserve.prompts import Prompt, PromptOptions
 from minserve.sampling_params import MAX_LOGPROBS, SamplingParams
 from minserve.server.body import Form, brief, convert, refusal, refuse_unsupported
-
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 COMPLETION_MAX_TOKENS = 16
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -243,7 +241,7 @@ def _read(
 
 
 def _call(
-    body: _Body, prompts: list[Prompt], params: SamplingParams, **more: bool
+    body: _Body, prompts: list[Prompt], params: SamplingParams, **more: Any
 ) -> GenerationCall:
     options = body.stream_options
     if options.include_obfuscation:
