@@ -351,7 +351,9 @@ class ServerConfig:
     header_timeout_s: float = option(
         30.0, "most seconds for sending a request's headers", group="limits"
     )
-    body_timeout_s: float = option(60.0, "most seconds for sending its body", group="limits")
+    body_timeout_s: float = option(
+        60.0, "most seconds for sending a request's body", group="limits"
+    )
     send_timeout_s: float = option(
         60.0,
         "a client that takes so long to read what is buffered for it loses its connection",

@@ -17,7 +17,7 @@ from aiohttp import web
 
 from minserve.config import ServerConfig
 from minserve.errors import EngineStoppedError
-from minserve.server.connections import Runner
+from minserve.server.connections import ConnectionRunner
 from minserve.server.edge import Edge
 from minserve.server.engine_face import EngineFace, ReplicaSet
 from minserve.server.errors import HttpError, unavailable
@@ -77,9 +77,9 @@ class Server:
         )
         return app
 
-    def create_runner(self) -> Runner:
+    def create_runner(self) -> ConnectionRunner:
         """Return a runner with the connections that the handlers rely on."""
-        return Runner(self.create_app(), self.config, FLUSH_TIMEOUT_S)
+        return ConnectionRunner(self.create_app(), self.config, FLUSH_TIMEOUT_S)
 
     # --- endpoints ---
 

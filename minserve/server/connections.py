@@ -296,7 +296,7 @@ class ConnectionServer(web.Server):
         return request
 
 
-class Runner(web.AppRunner):
+class ConnectionRunner(web.AppRunner):
     """aiohttp's runner of an application, with the connections of this module."""
 
     def __init__(self, app: web.Application, config: ServerConfig, shutdown_timeout: float) -> None:

@@ -19,7 +19,7 @@ from minserve import AsyncEngine
 from minserve.config import ServerConfig
 from minserve.outputs import OutputDelta
 from minserve.server.app import Server
-from minserve.server.connections import Runner
+from minserve.server.connections import ConnectionRunner
 from minserve.server.lifecycle import bind_socket
 from minserve.server.listener import Listener
 
@@ -41,7 +41,7 @@ class RunningServer:
     engine: AsyncEngine
     loop: asyncio.AbstractEventLoop
     port: int
-    runner: Runner
+    runner: ConnectionRunner
 
     @property
     def url(self) -> str:
@@ -70,13 +70,13 @@ def run_server(engine: AsyncEngine, config: ServerConfig) -> Iterator[RunningSer
     thread.start()
     sock = bind_socket("127.0.0.1", 0)
 
-    async def start() -> tuple[Runner, Listener]:
+    async def start() -> tuple[ConnectionRunner, Listener]:
         runner = Server(config, engine).create_runner()
         await engine.start()
         await runner.setup()
         return runner, Listener(sock, runner.connections, config.max_connections)
 
-    async def stop(runner: Runner, listener: Listener) -> None:
+    async def stop(runner: ConnectionRunner, listener: Listener) -> None:
         await engine.stop()
         await listener.close()
         await runner.cleanup()

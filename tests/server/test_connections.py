@@ -144,7 +144,7 @@ FEW_FILES = """
 import asyncio, resource
 from aiohttp import web
 from minserve.config import ServerConfig
-from minserve.server.connections import Runner
+from minserve.server.connections import ConnectionRunner
 from minserve.server.lifecycle import bind_socket
 from minserve.server.listener import Listener, allow_connections
 
@@ -157,7 +157,7 @@ async def main():
         return web.Response(text="fine")
 
     app.add_routes([web.get("/health", health)])
-    runner = Runner(app, ServerConfig(), 1.0)
+    runner = ConnectionRunner(app, ServerConfig(), 1.0)
     await runner.setup()
     sock = bind_socket("127.0.0.1", 0)
     # More than there are files, so that accepting fails.
