@@ -309,9 +309,26 @@ class ServerConfig:
         "nothing runs",
         group="server",
     )
+    first_byte_s: float = option(
+        10.0,
+        "a stream that has sent nothing for so many seconds begins with a comment, since proxies "
+        "give up; until then an error has its own status; 0 waits for ever",
+        group="server",
+    )
+    metrics_prefix: str = option(
+        "minserve",
+        "what the names in /metrics begin with; 'vllm' lets dashboards made for vLLM work",
+        group="server",
+    )
     watchdog_s: float = option(
         60.0,
         "an engine whose iteration lasts longer hangs: /health fails, and one of several is given up",
+        group="server",
+    )
+    watchdog_exit_s: float = option(
+        60.0,
+        "a server whose only engine hangs or is broken for so long ends its process, with exit code "
+        "6, so that it is started again; 0: never",
         group="server",
     )
     api_key: tuple[str, ...] = option(
@@ -388,8 +405,14 @@ class ServerConfig:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be between 0 and 65535, not {self.port}")
-        if not 0 <= self.shutdown_timeout < float("inf"):
-            raise ConfigError(f"shutdown_timeout must not be below 0, not {self.shutdown_timeout}")
+        for name in ("shutdown_timeout", "first_byte_s", "watchdog_exit_s"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} must not be below 0, not {getattr(self, name)}")
+        if not re.fullmatch("[a-zA-Z_][a-zA-Z0-9_]*", self.metrics_prefix):
+            raise ConfigError(
+                f"metrics_prefix must be letters, digits and '_', and begin with no digit, "
+                f"not {self.metrics_prefix!r}"
+            )
         for name in ("api_key", "allowed_hosts", "allowed_origins"):
             if isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} must be a tuple of texts, not one text")

@@ -64,6 +64,7 @@ class Request:
         cache_salt: requests share cached prefixes only with the same salt.
         stop_token_ids: every id that ends the output (the model's end-of-sequence
             ids unless ignored, and the request's own).
+        bad_word_ids: the token sequences of ``params.bad_words``; none may be completed.
         slo: what latency was asked for; ``None`` asks for nothing.
         targets: the SLO in seconds on this device; set together with ``slo``.
     """
@@ -76,6 +77,7 @@ class Request:
     priority: int = 0
     cache_salt: str = ""
     stop_token_ids: frozenset[int] = frozenset()
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()
     slo: SLO | None = None
     targets: Targets | None = None
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from minserve.errors import InvalidRequestError
@@ -11,8 +12,13 @@ from minserve.errors import InvalidRequestError
 MAX_LOGPROBS = 100
 MAX_N = 128
 MAX_STOP_STRINGS = 64
+# What these name is looked up for each token of the output.
+MAX_NAMED_TOKENS = 1024
+MAX_BAD_WORDS, MAX_BAD_WORDS_LENGTH = 256, 8192
 MAX_TOP_K = 2**31 - 1
 SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1
+# A number has one form, so that two keys never name the same token.
+_DECIMAL = re.compile(r"0|[1-9][0-9]{0,19}", re.ASCII)
 # transformers' names of the settings in generation_config.json that count, and the fields of
 # `SamplingParams` that they set. ``do_sample`` is none of them, as in vLLM: it says what
 # transformers' own `generate` does unasked, and clients of this API choose by the temperature.
@@ -35,7 +41,8 @@ class SamplingParams:
         max_tokens: most output tokens; ``None`` means as many as the model's own
             ``max_new_tokens`` allows (generation_config.json), or else its length.
         min_tokens: end-of-sequence and stop token ids are not sampled before this
-            many output tokens, and stop strings do not end the output.
+            many output tokens, and stop strings that are complete before do not end the
+            output.
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_p: keep the smallest set of most likely tokens with at least this mass.
         top_k: keep the k most likely tokens; 0 or -1 keeps all.
@@ -46,9 +53,17 @@ class SamplingParams:
         frequency_penalty: subtracted once per time that a token was generated.
         repetition_penalty: divides positive (multiplies negative) logits of tokens
             seen in the prompt or the output (Keskar et al., 2019, CTRL).
-        stop: strings that end the output; they are not part of it.
+        logit_bias: added to the logits of these token ids, -100 to 100, before penalties. Ids
+            may be written as decimal strings, as in JSON.
+        allowed_token_ids: the only token ids that are sampled, those that end the output
+            included; none named allows all.
+        bad_words: strings that the output never holds as the tokenizer writes them, with a
+            space before them or without: the last token that completes one is not sampled.
+        stop: strings that end the output; they are not part of its text.
         stop_token_ids: token ids that end the output, kept in ``token_ids`` but
             not in the text.
+        include_stop_str_in_output: the text ends with the stop string, or with the text of the
+            stop token (which ``skip_special_tokens`` may leave out), and not before it.
         ignore_eos: do not stop at the model's end-of-sequence token.
         logprobs: how many alternatives to report per output token (0: only the
             sampled one); ``None``: no log probabilities. They are of the model's
@@ -71,8 +86,12 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = field(default_factory=dict, hash=False)
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -83,15 +102,21 @@ class SamplingParams:
         object.__setattr__(self, "stop", _tuple("stop", stop, "a string or a list of strings"))
         ids = _tuple("stop_token_ids", self.stop_token_ids, "a list of token ids")
         object.__setattr__(self, "stop_token_ids", ids)
+        ids = _tuple("allowed_token_ids", self.allowed_token_ids, "a list of token ids")
+        object.__setattr__(self, "allowed_token_ids", ids)
+        words = _tuple("bad_words", self.bad_words, "a list of strings")
+        object.__setattr__(self, "bad_words", words)
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         if self.top_k == -1 and not isinstance(self.top_k, bool):
             object.__setattr__(self, "top_k", 0)
-        for name in ("ignore_eos", "skip_special_tokens"):
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise InvalidRequestError(f"{name} must be true or false, not {value!r:.80}", name)
         self._check_integers()
         self._check_numbers()
         self._check_stops()
+        self._check_named()
 
     def _check_integers(self) -> None:
         _integer("n", self.n, 1, MAX_N)
@@ -129,6 +154,23 @@ class SamplingParams:
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0)
 
+    def _check_named(self) -> None:
+        """Check the tokens and words that the settings name one by one."""
+        for name in ("logit_bias", "allowed_token_ids"):
+            if len(getattr(self, name)) > MAX_NAMED_TOKENS:
+                raise InvalidRequestError(f"{name} holds at most {MAX_NAMED_TOKENS} tokens", name)
+        for token in self.allowed_token_ids:
+            _integer("allowed_token_ids", token, 0)
+        if len(self.bad_words) > MAX_BAD_WORDS:
+            raise InvalidRequestError(f"at most {MAX_BAD_WORDS} bad words", "bad_words")
+        for text in self.bad_words:
+            if not isinstance(text, str) or not text:
+                raise InvalidRequestError("bad_words must hold non-empty strings", "bad_words")
+        if sum(map(len, self.bad_words)) > MAX_BAD_WORDS_LENGTH:
+            raise InvalidRequestError(
+                f"bad_words hold at most {MAX_BAD_WORDS_LENGTH} characters together", "bad_words"
+            )
+
     @property
     def greedy(self) -> bool:
         """True where the most likely token is always taken."""
@@ -141,6 +183,13 @@ class SamplingParams:
             self.presence_penalty != 0.0
             or self.frequency_penalty != 0.0
             or self.repetition_penalty != 1.0
+        )
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """True where a token is not chosen by the model's own logits."""
+        return self.has_penalties or bool(
+            self.logit_bias or self.allowed_token_ids or self.bad_words
         )
 
 
@@ -160,12 +209,32 @@ def _tuple(name: str, value: object, wanted: str) -> tuple:
     return tuple(value)
 
 
-def _number(name: str, value: object, low: float, high: float) -> None:
+def _biases(value: object) -> dict[int, float]:
+    name = "logit_bias"
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise InvalidRequestError(f"{name} must map token ids to numbers, not {value!r:.80}", name)
+    biases = {}
+    for key, bias in value.items():
+        token = int(key) if isinstance(key, str) and _DECIMAL.fullmatch(key) else key
+        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+            raise InvalidRequestError(f"{name} names the token {key!r:.40}, which is no id", name)
+        _number(f"{name}[{token}]", bias, -100.0, 100.0, name)
+        biases[token] = float(bias)
+    return biases
+
+
+def _number(name: str, value: object, low: float, high: float, param: str | None = None) -> None:
+    """Check a number. ``param`` is the field, where ``name`` is a part of it."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:  # NaN
-        raise InvalidRequestError(f"{name} must be a number, not {value!r:.80}", name)
+        raise InvalidRequestError(
+            f"{name} must be a number, not {value!r:.80}", name if param is None else param
+        )
     if not low <= value <= high:
         raise InvalidRequestError(
-            f"{name} must be between {low:g} and {high:g}, not {value!s:.40}", name
+            f"{name} must be between {low:g} and {high:g}, not {value!s:.40}",
+            name if param is None else param,
         )
 
 

@@ -7,7 +7,7 @@ dataclasses alone.
 from __future__ import annotations
 
 import argparse
-from dataclasses import Field, fields
+from dataclasses import MISSING, Field, fields
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -26,7 +26,11 @@ _SAMPLING_HELP = {
     "presence_penalty": "lower the logit of a token that was generated",
     "frequency_penalty": "lower a token's logit for each time it was generated",
     "repetition_penalty": "above 1, make tokens of prompt and output less likely",
+    "logit_bias": "add to a token's logit, as ID=NUMBER; may be given several times",
+    "allowed_token_ids": "token id that may be sampled, and only those; several times",
+    "bad_words": "string that the output never holds; may be given several times",
     "stop": "string that ends the output; may be given several times",
+    "include_stop_str_in_output": "keep a stop string at the end of the text",
     "stop_token_ids": "token id that ends the output; may be given several times",
     "ignore_eos": "go on after the model's end-of-sequence token",
     "logprobs": "with --json, report this many alternatives per output token",
@@ -84,6 +88,8 @@ def _add_flag(group: argparse._ArgumentGroup, field: Field[Any], hint: Any, help
     kind = _plain_type(hint)
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
+    elif get_origin(kind) is dict:
+        options.update(action=_AddEntry, type=_bias)
     elif get_origin(kind) is tuple:
         options.update(action="append", type=get_args(kind)[0])
     else:
@@ -106,11 +112,35 @@ def _plain_type(hint: Any) -> Any:
 def _metavar(kind: Any) -> str:
     if get_origin(kind) is tuple:
         kind = get_args(kind)[0]
+    if get_origin(kind) is dict:
+        return "ID=X"
     return {int: "N", float: "X"}.get(kind, "TEXT")
 
 
+def _bias(text: str) -> tuple[str, float]:
+    token, _, bias = text.partition("=")
+    try:
+        return token, float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form ID=NUMBER") from None
+
+
+class _AddEntry(argparse.Action):
+    """Collects entries in a dict, one each time that the flag is given."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        entries = dict([*getattr(namespace, self.dest, {}).items(), values])
+        setattr(namespace, self.dest, entries)
+
+
 def _with_default(help_text: str, default: Any) -> str:
-    if default is None or default == ():
+    if default is None or default is MISSING or default == ():
         return help_text
     if isinstance(default, bool):
         default = "on" if default else "off"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from minserve.cli.flags import add_config_flags, given
 from minserve.cli.replicas import create_controller, follow, is_follower, under_torchrun
 from minserve.config import ControllerConfig, EngineConfig, ServerConfig
+from minserve.exit_codes import EXIT_HUNG
 
 if TYPE_CHECKING:
     from minserve.server.engine_face import EngineFace
@@ -54,18 +55,20 @@ def _serve(args: argparse.Namespace) -> int:
         settings.setdefault("api_key", (key,))
     server_config = ServerConfig(**settings)
     engine_settings = given(args, EngineConfig)
-    EngineConfig.create(**engine_settings)  # refuse wrong settings before anything slow
+    model = EngineConfig.create(**engine_settings).model  # refuse wrong settings early
 
     controller_config = under_torchrun(ControllerConfig(**given(args, ControllerConfig)))
     if is_follower():
         return follow(controller_config, engine_settings, server_config)
 
+    from minserve.models.finding.source import find_model
     from minserve.server import lifecycle
 
     sock = lifecycle.bind_socket(server_config.host, server_config.port)
     url = lifecycle.reachable_url(sock)
 
     def load_engine() -> EngineFace:
+        find_model(model)  # a model that is not to be had is told before torch is imported
         if controller_config.replicas > 1:
             return create_controller(controller_config, engine_settings, server_config)
         from minserve import AsyncEngine
@@ -85,10 +88,13 @@ def _serve(args: argparse.Namespace) -> int:
         print(lifecycle.ready_message(url, model, chat=chat, needs_key=needs_key), flush=True)
 
     try:
-        ended_by = asyncio.run(lifecycle.serve(sock, server_config, load_engine, announce))
+        ended = asyncio.run(lifecycle.serve(sock, server_config, load_engine, announce))
     except lifecycle.LoadInterrupted as interrupted:
         _exit_now(_exit_code(interrupted.signal_number))
-    return _exit_code(ended_by)
+    code = EXIT_HUNG if ended.signal_number is None else _exit_code(ended.signal_number)
+    if ended.hangs:
+        _exit_now(code)
+    return code
 
 
 def _exit_code(signal_number: int) -> int:

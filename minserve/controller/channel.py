@@ -144,6 +144,11 @@ class Mailbox:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def is_sending(self) -> bool:
+        """True while a message waits behind the one that is being sent."""
+        return not self._outbox.empty()
+
     def post(self, data: bytes) -> None:
         """Put a message in the queue to be sent; after the connection is lost it is dropped."""
         self._outbox.put(data)

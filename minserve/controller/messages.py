@@ -19,7 +19,7 @@ from minserve.planner.replica_load import ReplicaLoad
 from minserve.request import Request
 
 # Raised by 1 whenever the meaning of a message changes.
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,8 +147,18 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     num_taken: int
 
 
+class Hung(msgspec.Struct, frozen=True, tag=True):
+    """The last message of a replica whose iteration takes longer than the watchdog allows.
+
+    Attributes:
+        iteration_s: how many seconds it has taken so far.
+    """
+
+    iteration_s: float
+
+
 Message = (
-    Hello | Welcome | Refused | Submit | Abort | Withdraw | Withdrawn | Stop | News | Heartbeat
+    Hello | Welcome | Refused | Submit | Abort | Withdraw | Withdrawn | Stop | News | Heartbeat | Hung
 )  # fmt: skip
 
 

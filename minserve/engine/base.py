@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from minserve.config import DEFAULT_MODEL, EngineConfig
+from minserve.engine import guarded_planning
 from minserve.engine.build import LoadedEngine, load_engine
 from minserve.engine.intake import Intake
 from minserve.engine.live_output import History
@@ -304,6 +305,16 @@ class EngineBase:
         began = self._step_began
         return 0.0 if began is None else time.monotonic() - began
 
+    def interrupt_hung_plan(self) -> bool:
+        """Interrupt the planner if it takes much too long; a safe policy goes on in its place.
+
+        Any thread but the core's own may call it, every second or so.
+
+        Returns:
+            True if a plan was interrupted now.
+        """
+        return self._core.planning.time_limit.enforce(guarded_planning.LONGEST_PLAN_S)
+
     def _iterate(self) -> list[OutputDelta]:
         """Run one iteration. An error in it ends the requests in flight, but not the engine.
 
@@ -324,10 +335,15 @@ class EngineBase:
             self._step_began, self._step_ended = None, time.monotonic()
 
     def _enqueue(self, submission: Submission) -> None:
+        """Queue a request, all outputs or, where that raises an error, none."""
         request = submission.request
         marker_ids = self._promises.marker_ids(request.slo)
-        for seq, history in zip(submission.sequences, submission.histories, strict=True):
-            detokenizer = IncrementalDetokenizer(
-                self.tokenizer.decode, request.prompt_token_ids, request.params
-            )
-            self._core.add(seq, detokenizer, marker_ids, history)
+        try:
+            for seq, history in zip(submission.sequences, submission.histories, strict=True):
+                detokenizer = IncrementalDetokenizer(
+                    self.tokenizer.decode, request.prompt_token_ids, request.params
+                )
+                self._core.add(seq, detokenizer, marker_ids, history)
+        except Exception:
+            self._core.abort(request.request_id)
+            raise

@@ -16,6 +16,7 @@ from minserve.config import EngineConfig
 from minserve.engine.model_tokenizer import load_model_tokenizer
 from minserve.engine.promises import Promises
 from minserve.engine.sampling_defaults import load_sampling_defaults
+from minserve.engine.text.bad_words import bad_word_ids
 from minserve.engine.text.inputs import PromptProcessor
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import (
@@ -138,6 +139,7 @@ class Intake:
         slo = self.promises.find(slo)
         # Files of models may name ids that the model's head does not have. It samples none of them.
         eos = () if params.ignore_eos else self.tokenizer.eos_token_ids
+        ends = frozenset(i for i in eos if i < self.vocab_size) | frozenset(params.stop_token_ids)
         return text, Request(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=token_ids,
@@ -146,8 +148,8 @@ class Intake:
             arrival_s=self._clock() - age_s,
             priority=priority,
             cache_salt=cache_salt,
-            stop_token_ids=frozenset(i for i in eos if i < self.vocab_size)
-            | frozenset(params.stop_token_ids),
+            stop_token_ids=ends,
+            bad_word_ids=self._bad_word_ids(params, ends),
             slo=slo,
             targets=None if slo is None else self._targets(slo, len(token_ids)),
         )
@@ -159,9 +161,12 @@ class Intake:
             default = self._default_max_tokens
             max_tokens = room if default is None else min(room, max(default, params.min_tokens))
         if max_tokens > room:
+            # OpenAI's words, whatever the prompt is: clients look for them, and for the code.
             raise RequestTooLongError(
-                f"{num_prompt_tokens} prompt tokens and max_tokens {max_tokens} exceed the "
-                f"{self.max_model_len} tokens that a sequence may have here",
+                f"This model's maximum context length is {self.max_model_len} tokens. However, you "
+                f"requested {num_prompt_tokens + max_tokens} tokens ({num_prompt_tokens} in the "
+                f"messages, {max_tokens} in the completion). Please reduce the length of the "
+                "messages or completion. (context_length_exceeded)",
                 "max_tokens",
             )
         if params.min_tokens > max_tokens:
@@ -169,13 +174,32 @@ class Intake:
                 f"min_tokens {params.min_tokens} leaves no room: the prompt allows {max_tokens}",
                 "min_tokens",
             )
-        for token in params.stop_token_ids:
-            if token >= self.vocab_size:
-                raise InvalidRequestError(
-                    f"stop token id {token} is outside the vocabulary of {self.vocab_size}",
-                    "stop_token_ids",
-                )
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            for token in getattr(params, name):
+                if token >= self.vocab_size:
+                    raise InvalidRequestError(
+                        f"{name}: {token} is outside the vocabulary of {self.vocab_size}", name
+                    )
         return max_tokens
+
+    def _bad_word_ids(
+        self, params: SamplingParams, ends: frozenset[int]
+    ) -> tuple[tuple[int, ...], ...]:
+        """Return the token sequences of the bad words.
+
+        Raises:
+            InvalidRequestError: where nothing that is allowed may be the first token.
+        """
+        sequences = bad_word_ids(params.bad_words, self.tokenizer, self.vocab_size)
+        banned = {ids[0] for ids in sequences if len(ids) == 1}
+        if params.min_tokens:
+            banned |= ends
+        if banned.issuperset(params.allowed_token_ids or range(self.vocab_size)):
+            name = "allowed_token_ids" if params.allowed_token_ids else "stop_token_ids"
+            raise InvalidRequestError(
+                f"{name} leaves no token: bad_words and min_tokens forbid all of them", name
+            )
+        return sequences
 
     def _targets(self, slo: SLO, num_prompt_tokens: int) -> Targets:
         policy = self._config.policy

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from itertools import chain
 from typing import NamedTuple
 
 from minserve.engine.base import EngineBase, Submission
@@ -104,7 +105,13 @@ class RelayEngine(EngineBase):
 
     def _check_fits(self, request: Request, histories: Mapping[int, History]) -> None:
         params, prompt = request.params, request.prompt_token_ids
-        tokens = [*prompt, *(token for one in histories.values() for token in one.token_ids)]
+        tokens = [
+            *prompt,
+            *(token for one in histories.values() for token in one.token_ids),
+            *params.logit_bias,
+            *params.allowed_token_ids,
+            *chain.from_iterable(request.bad_word_ids),
+        ]
         fits = (
             prompt
             and histories

@@ -21,17 +21,22 @@ from minserve.server.connections import ConnectionRunner
 from minserve.server.edge import Edge
 from minserve.server.engine_face import EngineFace, ReplicaSet
 from minserve.server.errors import HttpError, unavailable
+from minserve.server.front_page import example_command, front_page
 from minserve.server.generation import streamed_response, whole_response
 from minserve.server.limits import time_limit
-from minserve.server.metrics import CONTENT_TYPE, create_registry, render
+from minserve.server.metrics import CONTENT_TYPE, count_tasks, create_registry, render
+from minserve.server.openapi import openapi_json
 from minserve.server.reading.body_reader import BodyReader
 from minserve.server.reading.reader import Endpoint, Facts, check_model
 from minserve.server.responses import Reply
 from minserve.server.sse import dump_json
+from minserve.server.watchdog import problem_of
 
 # The time in which connections may send their last bytes once the engine has stopped.
 FLUSH_TIMEOUT_S = 5.0
 LOOPBACK = ("127.0.0.1", "::1")
+# Where a request keeps the names of its hints that change nothing.
+IGNORED = web.RequestKey("ignored", tuple[str, ...])
 
 
 class Server:
@@ -52,17 +57,22 @@ class Server:
         self._edge = Edge(config)
         self._bodies: BodyReader | None = None
         self._created = int(time.time())
-        self._metrics = create_registry(self._loaded_engine)
+        self._metrics = create_registry(
+            self._loaded_engine, lambda: self._model_name, config.metrics_prefix
+        )
+        self._count_tasks = count_tasks(self._metrics, config.metrics_prefix)
 
     def create_app(self) -> web.Application:
         """Return the application with all routes."""
         app = web.Application(
             middlewares=self._edge.middlewares,
         )
-        app.on_response_prepare.extend(self._edge.signals)
+        app.on_response_prepare.extend([*self._edge.signals, _name_ignored])
         app.on_cleanup.append(self._close)
         app.add_routes(
             [
+                web.get("/", self.front_page),
+                web.get("/openapi.json", self.openapi),
                 web.get("/health", self.health),
                 web.get("/metrics", self.metrics),
                 web.get("/v1/models", self.list_models),
@@ -83,6 +93,21 @@ class Server:
 
     # --- endpoints ---
 
+    async def front_page(self, request: web.Request) -> web.Response:
+        """Answer with a page for people: the model and a command to try; 503 while it loads."""
+        # Not `request.host`: where a request names none, that asks a name service, and waits.
+        host = request.headers.get("Host", self.config.host)
+        url, needs_key = f"{request.scheme}://{host}", self.config.has_keys
+        if self.engine is None:
+            return front_page(url, "The model is still loading.", None, status=503)
+        model = None if needs_key else self._model_name
+        chat = self.engine.tokenizer.has_chat_template
+        return front_page(
+            url,
+            "Requests need this server's API key." if model is None else f"It serves {model}.",
+            example_command(url, model, chat=chat, needs_key=needs_key),
+        )
+
     async def health(self, request: web.Request) -> web.Response:
         """Answer 200 while the server takes requests, and 503 otherwise.
 
@@ -90,12 +115,8 @@ class Server:
         number of replicas in each state.
         """
         engine = self._ready_engine()
-        if not engine.is_healthy:
-            raise unavailable("the engine has stopped working")
-        if engine.iteration_s > self.config.watchdog_s:
-            raise unavailable(
-                f"no iteration has ended for {engine.iteration_s:.0f} s although there is work"
-            )
+        if problem := problem_of(engine, self.config.watchdog_s):
+            raise unavailable(problem)
         body: dict[str, Any] = {"status": "ok", "unfinished": engine.num_unfinished}
         if engine.replica_set is not None:
             body["replicas"] = Counter(one["state"] for one in engine.replica_set.replicas())
@@ -107,9 +128,14 @@ class Server:
         Like /health, it needs no API key. It answers while the server drains too, and with 503
         while the model loads.
         """
+        self._count_tasks()
         # In a thread: formatting takes a few milliseconds, and no stream should wait for it.
         text = await asyncio.to_thread(render, self._metrics)
         return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
+
+    async def openapi(self, request: web.Request) -> web.Response:
+        """Answer with the description of all endpoints, in OpenAPI 3.1."""
+        return web.Response(body=openapi_json(), content_type="application/json")
 
     async def list_models(self, request: web.Request) -> web.Response:
         """Answer with a list that holds the one model."""
@@ -130,7 +156,8 @@ class Server:
 
     async def tokenize(self, request: web.Request) -> web.Response:
         """Answer POST /tokenize, which turns text or messages into token ids."""
-        return _json_bytes(await self._body_reader().tokenized(request))
+        body, request[IGNORED] = await self._body_reader().tokenized(request)
+        return _json_bytes(body)
 
     async def detokenize(self, request: web.Request) -> web.Response:
         """Answer POST /detokenize, which turns token ids into text, special tokens included."""
@@ -159,6 +186,9 @@ class Server:
         self._ready_engine()
         read = await self._body_reader().generation(endpoint, request)
         engine, call = self._ready_engine(), read.call
+        if problem := problem_of(engine, self.config.watchdog_s):
+            raise unavailable(problem)
+        request[IGNORED] = call.ignored
         handles = engine.submit(
             read.prompts,
             call.params,
@@ -173,10 +203,15 @@ class Server:
             if call.stream:
                 refusable = read.slo is not None and read.slo.refuses_delay
                 return await streamed_response(
-                    request, call, reply, handles, limit, refusable=refusable
+                    request,
+                    call,
+                    reply,
+                    handles,
+                    limit,
+                    refusable=refusable,
+                    first_byte_s=self.config.first_byte_s,
                 )
-            async with limit:
-                return await whole_response(reply, handles)
+            return await whole_response(request, reply, handles, limit)
         finally:
             for handle in handles:
                 handle.abort()
@@ -246,6 +281,12 @@ class Server:
             "max_model_len": engine.max_model_len,
             "default_sampling_params": dict(engine.sampling_defaults),
         }
+
+
+async def _name_ignored(request: web.Request, response: web.StreamResponse) -> None:
+    """Name the hints that changed nothing. Their names are the table's, not the client's."""
+    if names := request.get(IGNORED, ()):
+        response.headers["x-minserve-ignored"] = ", ".join(names)
 
 
 def _json(value: Any) -> web.Response:

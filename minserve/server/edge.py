@@ -42,13 +42,20 @@ class Edge:
 
 @web.middleware
 async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn every failure into OpenAI's JSON error."""
+    """Turn every failure into OpenAI's JSON error.
+
+    Raises:
+        ConnectionError: where an answer has begun; breaking it off is all that tells of the failure.
+    """
     try:
         return await handler(request)
     except ConnectionError:
         raise  # the client has closed the connection, so no answer can be sent
     except Exception as error:
-        response = error_response(to_http_error(error))
+        told = to_http_error(error)
+        if request.writer.output_size > 0:
+            raise ConnectionAbortedError(told.message) from error
+        response = error_response(told)
         if request.content.exception() is not None:
             response.force_close()  # the rest of the body cannot be told from a next request
         return response

@@ -27,9 +27,10 @@ from minserve.server.sse import dump_json
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER = {"Retry-After": "1"}
-# The bound of the advice where the planner predicts no room at all: no prediction reaches that far.
-MAX_RETRY_AFTER_S = 3600.0
+# Clients of OpenAI's API disregard a longer time than this, and some really sleep as long.
+MAX_RETRY_AFTER_S = 60.0
 MAX_MESSAGE_CHARS = 1000
+MAX_PARAM_CHARS = 200
 
 
 class HttpError(Exception):
@@ -48,9 +49,10 @@ class HttpError(Exception):
         super().__init__(message)
         self.status = status
         # A header that the message repeats may hold bytes that are not UTF-8.
-        self.message = message.encode("utf-8", "replace").decode()
+        self.message = message.encode("utf-8", "replace").decode()[:MAX_MESSAGE_CHARS]
         self.kind = kind
-        self.param = param
+        # An unknown field is named by its name, which the client has chosen.
+        self.param = None if param is None else param[:MAX_PARAM_CHARS]
         self.code = code
         self.headers = dict(headers or {})
 
@@ -111,8 +113,11 @@ def to_http_error(error: Exception) -> HttpError:
 def _when_to_retry(error: SLOUnattainableError) -> dict[str, str]:
     """Return headers with the wait that the planner predicts, in seconds and in milliseconds.
 
-    In seconds it is rounded up and at least 1, for clients that read this header alone.
+    In seconds it is rounded up and at least 1, for clients that read this header alone. Where no
+    wait helps, a header says that instead, which OpenAI's own clients obey.
     """
+    if math.isinf(error.retry_after_s):
+        return {"x-should-retry": "false", "x-request-dropped-reason": error.reason}
     wait_s = min(max(0.0, error.retry_after_s), MAX_RETRY_AFTER_S)
     return {
         "Retry-After": str(max(1, math.ceil(wait_s))),

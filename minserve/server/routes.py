@@ -12,9 +12,9 @@ from aiohttp import web
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-# Monitoring systems ask these. Their answers tell nothing of prompts and outputs, so no key is
-# needed.
-OPEN_ROUTES = ("/health", "/metrics")
+# Browsers and monitoring systems ask these. Their answers tell nothing of prompts and outputs, so no
+# key is needed.
+OPEN_ROUTES = ("/", "/health", "/metrics")
 _ORDERS = "/replicas/"
 
 

@@ -20,10 +20,20 @@ SLO = preset_classes()["reasoning"]
 REQUEST = Request(
     request_id="a",
     prompt_token_ids=(1, 2, 3),
-    params=SamplingParams(n=2, stop=("x", "ÿ"), logprobs=3, seed=-(2**63), temperature=0.3),
+    params=SamplingParams(
+        n=2,
+        stop=("x", "ÿ"),
+        logprobs=3,
+        seed=-(2**63),
+        temperature=0.3,
+        logit_bias={5: -100.0, 2**40: 0.25},
+        allowed_token_ids=(5, 6),
+        bad_words=("ÿ",),
+    ),
     seed=2**64 - 1,
     arrival_s=0.0,
     stop_token_ids=frozenset({7, 9}),
+    bad_word_ids=((1, 2), (3,)),
     slo=SLO,
     targets=SLO.resolve(0.5, 0.02),
 )

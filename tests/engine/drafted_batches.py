@@ -13,7 +13,7 @@ from sampling_reference import (
 )
 from torch import Tensor
 
-from minserve.engine.sampling.distribution import SamplingRow
+from minserve.engine.sampling.rows import SamplingRow
 from minserve.engine.sampling.sampler import Sampler
 from minserve.engine.speculation.proposal import Proposal
 from minserve.request import Sequence

@@ -18,7 +18,9 @@ SAMPLER = Sampler()
 VOCAB = 700  # not a multiple of the chunk size, and more than one chunk
 
 
-def make_seq(prompt=(1, 2, 3), output=(), *, seed=0, index=0, stop=(), **params) -> Sequence:
+def make_seq(
+    prompt=(1, 2, 3), output=(), *, seed=0, index=0, stop=(), bad=(), **params
+) -> Sequence:
     request = Request(
         request_id=f"r{seed}",
         prompt_token_ids=tuple(prompt),
@@ -26,6 +28,7 @@ def make_seq(prompt=(1, 2, 3), output=(), *, seed=0, index=0, stop=(), **params)
         seed=seed,
         arrival_s=0.0,
         stop_token_ids=frozenset(stop),
+        bad_word_ids=tuple(bad),
     )
     seq = Sequence(request, index=index)
     seq.token_ids += output
@@ -45,6 +48,8 @@ def reference_distribution(logits: list[float], seq: Sequence) -> list[float]:
     """Exact sampling probabilities, token by token in plain Python."""
     p, x = seq.request.params, list(logits)
     output = Counter(seq.output_token_ids)
+    for t, bias in p.logit_bias.items():
+        x[t] += bias
     for t in set(seq.token_ids):
         x[t] = x[t] / p.repetition_penalty if x[t] > 0 else x[t] * p.repetition_penalty
     for t, n in output.items():
@@ -52,6 +57,11 @@ def reference_distribution(logits: list[float], seq: Sequence) -> list[float]:
     if seq.num_output_tokens < p.min_tokens:
         for t in seq.request.stop_token_ids:
             x[t] = -math.inf
+    if p.allowed_token_ids:
+        x = [v if t in p.allowed_token_ids else -math.inf for t, v in enumerate(x)]
+    for *beginning, last in seq.request.bad_word_ids:
+        if seq.output_token_ids[max(0, seq.num_output_tokens - len(beginning)) :] == beginning:
+            x[last] = -math.inf
     if p.greedy:
         return [float(t == x.index(max(x))) for t in range(len(x))]
     best = max(x)
@@ -116,4 +126,11 @@ SETTINGS = [
     {"min_tokens": 50},
     {"min_tokens": 50, "temperature": 0.0},
     {"min_tokens": 4},
+    {"logit_bias": {5: 6.0, 699: -100.0, 9: 2.5}},
+    {"logit_bias": {11: 100.0, 7: -3.0}, "repetition_penalty": 1.5, "temperature": 0.0},
+    {"allowed_token_ids": (3, 300, 11, 650)},
+    {"allowed_token_ids": (3, 300, 11, 650), "min_tokens": 50, "top_k": 2},
+    {"allowed_token_ids": (9, 5, 9, 7), "temperature": 0.0, "logit_bias": {7: 4.0}},
+    {"bad_words": ("x",)},
+    {"bad_words": ("x",), "temperature": 0.0},
 ]

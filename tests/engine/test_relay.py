@@ -213,6 +213,15 @@ UNFIT: dict[str, tuple[dict[str, Any], dict[int, History]]] = {
     "history beyond the vocabulary": ({}, {0: history([5, 512])}),
     "negative token in a history": ({}, {0: history([5, -1])}),
     "stop token beyond the vocabulary": ({"stop_token_ids": frozenset({512})}, {0: History()}),
+    "bias beyond the vocabulary": (
+        {"params": replace(GREEDY, logit_bias={512: 1.0})},
+        {0: History()},
+    ),
+    "allowed token beyond the vocabulary": (
+        {"params": replace(GREEDY, allowed_token_ids=(512,))},
+        {0: History()},
+    ),
+    "bad word beyond the vocabulary": ({"bad_word_ids": ((5, 512),)}, {0: History()}),
     "too long": ({"prompt_token_ids": (5,) * 489}, {0: History()}),
     "without a length": ({"params": replace(GREEDY, max_tokens=None)}, {0: History()}),
     "index beyond n": ({}, {1: History()}),

@@ -8,18 +8,15 @@ on its neighbours in the batch nor on preemptions. Nothing here waits for a devi
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence as SequenceOf
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minserve.engine.device import transfers
+from minserve.engine.sampling.rows import SamplingRow, column
 from minserve.kernels.truncation import TruncationLimits, truncate
-from minserve.kernels.upload import to_device
-from minserve.request import Sequence
 from minserve.sampling_params import SamplingParams
 
 _MASK64 = 2**64 - 1
@@ -39,47 +36,6 @@ INVALID = -1  # in place of a token id: this row has no distribution to choose f
 
 # Tokens per chunk of the two-level argmax and inverse CDF.
 _CHUNK = 256
-
-
-class SamplingRow(NamedTuple):
-    """A place where a token is to be chosen: behind a sequence's tokens and some drafted ones."""
-
-    seq: Sequence
-    drafted: tuple[int, ...] = ()
-
-    @property
-    def params(self) -> SamplingParams:
-        return self.seq.request.params
-
-    @property
-    def position(self) -> int:
-        """The position of the token in the output, from 0 on."""
-        return self.seq.num_output_tokens + len(self.drafted)
-
-    @property
-    def token_ids(self) -> list[int]:
-        """The ids of all tokens before it."""
-        return self.seq.token_ids + list(self.drafted) if self.drafted else self.seq.token_ids
-
-    @property
-    def is_seeded(self) -> bool:
-        """True where the request chose its seed, so that its output must be reproducible."""
-        return self.params.seed is not None
-
-    @property
-    def must_go_on(self) -> bool:
-        """True where the tokens that end the output are not allowed yet."""
-        return self.position < self.params.min_tokens
-
-    @property
-    def is_plain(self) -> bool:
-        """True where the raw logits' argmax is the answer."""
-        params = self.params
-        return params.greedy and not params.has_penalties and not self.must_go_on
-
-    def uniform(self, stream: int) -> float:
-        """Return this token's draw from a stream, in [0, 1)."""
-        return uniform(self.seq.request.seed, self.seq.index, self.position, stream)
 
 
 def philox(counter: tuple[int, int], key: int) -> tuple[int, int]:
@@ -116,9 +72,12 @@ def uniform(seed: int, index: int, position: int, stream: int = 0) -> float:
 
 
 def uniforms(rows: SequenceOf[SamplingRow], streams: SequenceOf[int]) -> list[float]:
-    """Return `SamplingRow.uniform` of each row and its stream."""
+    """Return the draw of each row's token from its stream."""
     if len(rows) < _FEWEST_AT_ONCE:
-        return [row.uniform(stream) for row, stream in zip(rows, streams, strict=True)]
+        return [
+            uniform(row.seq.request.seed, row.seq.index, row.position, stream)
+            for row, stream in zip(rows, streams, strict=True)
+        ]
     num = len(rows)
     low = np.fromiter((row.position for row in rows), np.uint64, num)
     indices = np.fromiter((row.seq.index for row in rows), np.uint64, num)
@@ -138,15 +97,6 @@ def _high_word(x: np.ndarray) -> np.ndarray:
     middle = a_high * x_low + (a_low * x_low >> half)
     other = a_low * x_high + (middle & lower)
     return a_high * x_high + (middle >> half) + (other >> half)
-
-
-def index_of(rows: SequenceOf[int] | SequenceOf[SequenceOf[int]], like: Tensor) -> Tensor:
-    return to_device(rows, torch.long, like.device)
-
-
-def column(values: SequenceOf[float], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return one number per row, ``[rows, 1]``."""
-    return to_device(values, dtype, like.device).unsqueeze(1)
 
 
 def argmax(logits: Tensor) -> Tensor:
@@ -173,55 +123,6 @@ def _argmax(logits: Tensor) -> Tensor:
     first = (chunk * _CHUNK).clamp_(max=vocab - _CHUNK)
     inner = logits.gather(1, first + torch.arange(_CHUNK))
     return (first + inner.argmax(dim=-1, keepdim=True)).squeeze(1)
-
-
-def adjust(logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
-    """Return logits ``[rows, vocab]`` after penalties, and without ends that come too early."""
-    return _mask_early_stops(_penalize(logits, rows), rows)
-
-
-def _penalize(logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
-    """Apply repetition, then frequency and presence penalties, at the few tokens that have any."""
-    repeated = [
-        (i, token, row.params.repetition_penalty)
-        for i, row in enumerate(rows)
-        if row.params.repetition_penalty != 1.0
-        for token in set(row.token_ids)
-    ]
-    if repeated:
-        cells, factor = _cells(repeated, logits)
-        x = logits[cells]
-        logits = logits.index_put(cells, torch.where(x > 0, x / factor, x * factor))
-    generated = [
-        (i, token, p.frequency_penalty * count + p.presence_penalty)
-        for i, row in enumerate(rows)
-        if (p := row.params).frequency_penalty != 0.0 or p.presence_penalty != 0.0
-        for token, count in Counter(row.token_ids[row.seq.num_prompt_tokens :]).items()
-    ]
-    if generated:
-        cells, amount = _cells(generated, logits)
-        logits = logits.index_put(cells, logits[cells] - amount)
-    return logits
-
-
-def _mask_early_stops(logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
-    """Forbid the tokens that end an output while it is shorter than ``min_tokens``."""
-    forbidden = [
-        (i, token, -math.inf)
-        for i, row in enumerate(rows)
-        if row.must_go_on
-        for token in row.seq.request.stop_token_ids
-        if token < logits.shape[1]
-    ]
-    return logits.index_put(*_cells(forbidden, logits)) if forbidden else logits
-
-
-def _cells(
-    entries: list[tuple[int, int, float]], like: Tensor
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Return (row, token, value) triples as an index into ``[rows, vocab]`` and its values."""
-    rows, tokens, values = zip(*entries, strict=True)
-    return (index_of(rows, like), index_of(tokens, like)), column(values, like).squeeze(1)
 
 
 def draw(

@@ -13,22 +13,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minserve.engine.sampling.adjustments import adjust
 from minserve.engine.sampling.distribution import (
     CHOICE,
     DRAFT,
     INVALID,
-    SamplingRow,
-    adjust,
     argmax,
-    column,
     draw,
-    index_of,
     inverse_cdf,
     uniforms,
     warm_up,
     weigh,
 )
 from minserve.engine.sampling.logprobs import logprob_tensors, token_logprobs
+from minserve.engine.sampling.rows import SamplingRow, column, index_of
 from minserve.engine.speculation.proposal import Proposal, SampledToken, Verified
 from minserve.engine.speculation.verification import PendingTokens, Span, normalized, reject
 from minserve.errors import GenerationError
@@ -50,8 +48,8 @@ class Drafted(NamedTuple):
 class Sampler:
     """Chooses the next tokens of every sequence in a batch. Keeps no state.
 
-    Order per row: raw log probabilities, penalties, ``min_tokens``, then argmax, or
-    temperature, ``min_p``, ``top_k``, ``top_p`` and the draw. A row that needs none of
+    Order per row: raw log probabilities, biases, penalties, bans, then argmax, or temperature,
+    ``min_p``, ``top_k``, ``top_p`` and the draw. A row that needs none of
     this costs one argmax, whatever the other rows ask for.
 
     Args:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from minserve.engine.device.batch_tensors import Chunk
 from minserve.engine.device.paged_model import PagedModel
-from minserve.engine.sampling.distribution import INVALID, SamplingRow
+from minserve.engine.sampling.distribution import INVALID
+from minserve.engine.sampling.rows import SamplingRow
 from minserve.engine.sampling.sampler import Sampler
 from minserve.engine.speculation.proposal import Proposal
 from minserve.engine.speculation.proposer import DraftRequest, Proposer

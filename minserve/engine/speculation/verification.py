@@ -12,20 +12,18 @@ import torch
 from torch import Tensor
 
 from minserve.engine.device import transfers
+from minserve.engine.sampling.adjustments import adjust
 from minserve.engine.sampling.distribution import (
     ACCEPTANCE,
     CHOICE,
     INVALID,
     RESIDUAL,
-    SamplingRow,
-    adjust,
-    column,
-    index_of,
     inverse_cdf,
     uniforms,
     weigh,
 )
 from minserve.engine.sampling.logprobs import logprob_tensors, token_logprobs
+from minserve.engine.sampling.rows import SamplingRow, column, index_of
 from minserve.engine.speculation.proposal import Proposal, SampledToken, Verified
 from minserve.errors import GenerationError
 from minserve.outputs import TokenLogprob

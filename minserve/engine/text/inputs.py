@@ -173,8 +173,10 @@ class PromptProcessor:
         return tuple(ids)
 
     def _too_long(self, tokens: str, param: str) -> RequestTooLongError:
+        # Clients know an overflow by these words of OpenAI's, or by its code in them.
         return RequestTooLongError(
-            f"the prompt has {tokens} tokens; the model's length is {self._max_model_len} tokens "
-            f"and the output needs one of them, so at most {self._max_model_len - 1} fit",
+            f"This model's maximum context length is {self._max_model_len} tokens. However, your "
+            f"{param} resulted in {tokens} tokens, and the output needs one more. Please reduce "
+            f"the length of the {param}. (context_length_exceeded)",
             param,
         )

@@ -57,7 +57,7 @@ class BodyReader:
         async with self._received(request) as raw:
             return await self._call("generation", raw, time.monotonic(), endpoint, headers)
 
-    async def tokenized(self, request: web.Request) -> bytes:
+    async def tokenized(self, request: web.Request) -> tuple[bytes, tuple[str, ...]]:
         """Answer the body of /tokenize; raises what `Reader.tokenized` raises."""
         async with self._received(request) as raw:
             return await self._call("tokenized", raw)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from minserve.errors import InvalidRequestError
-from minserve.prompts import PromptOptions, TokenizedPrompt
+from minserve.prompts import TokenizedPrompt
 from minserve.server.body import parse_object
 from minserve.server.errors import HttpError
 from minserve.server.protocol import (
@@ -93,11 +93,9 @@ class Reader:
             HttpError: 404 for another model.
         """
         facts = self._facts
-        values = parse_object(raw)
-        # Parts of the SLO may be in the headers, so the parser of the body does not read it.
-        slo = read_slo(values.pop("slo", None), headers, facts)
         parse = parse_chat if endpoint == "chat" else parse_completion
-        call = parse(values, facts.sampling_defaults)
+        call = parse(parse_object(raw), facts.sampling_defaults)
+        slo = read_slo(call.slo, headers, facts)
         self._check_model(call.model)
         if call.chat:
             self._require_chat_template()
@@ -112,8 +110,11 @@ class Reader:
             prompts.append(one if call.echo else one._replace(text=None))
         return ReadCall(replace(call, prompts=[]), prompts, slo, came_s)
 
-    def tokenized(self, raw: bytes) -> bytes:
-        """Return the answer to a body of /tokenize, as JSON.
+    def tokenized(self, raw: bytes) -> tuple[bytes, tuple[str, ...]]:
+        """Answer a body of /tokenize.
+
+        Returns:
+            The answer as JSON, and the names of hints that changed nothing.
 
         Raises:
             InvalidRequestError: if a field is wrong; the error names it.
@@ -123,10 +124,12 @@ class Reader:
         self._check_model(call.model)
         if not isinstance(call.prompt, str):
             self._require_chat_template()
-        options = PromptOptions(add_special_tokens=call.add_special_tokens)
-        tokens = self._facts.prompts.tokenize(call.prompt, options).token_ids
+        tokens = self._facts.prompts.tokenize(call.prompt, call.prompt_options).token_ids
         most = self._facts.max_model_len
-        return dump_json({"tokens": tokens, "count": len(tokens), "max_model_len": most})
+        answer = {"tokens": tokens, "count": len(tokens), "max_model_len": most}
+        if call.return_token_strs:
+            answer["token_strs"] = [self._facts.tokenizer.token_text(token) for token in tokens]
+        return dump_json(answer), call.ignored
 
     def detokenized(self, raw: bytes) -> bytes:
         """Return the answer to a body of /detokenize, as JSON; special tokens are written out.

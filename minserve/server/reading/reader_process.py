@@ -21,7 +21,7 @@ PATIENCE_S = 60.0
 
 
 @dataclass(order=True, slots=True)
-class _Job:
+class _PendingRead:
     """A call that waits, with the size of its body in bytes, by which jobs are sorted."""
 
     size: int
@@ -39,7 +39,7 @@ class ReaderProcess:
 
     def __init__(self, facts: Facts) -> None:
         self._facts = facts
-        self._jobs: asyncio.PriorityQueue[_Job] = asyncio.PriorityQueue()
+        self._jobs: asyncio.PriorityQueue[_PendingRead] = asyncio.PriorityQueue()
         self._numbers = itertools.count()
         self._process: asyncio.subprocess.Process | None = None
         self._serving: asyncio.Task[None] | None = None
@@ -62,7 +62,7 @@ class ReaderProcess:
         self.start()
         result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         frame = frames.pack((method, args))
-        self._jobs.put_nowait(_Job(size, next(self._numbers), frame, result))
+        self._jobs.put_nowait(_PendingRead(size, next(self._numbers), frame, result))
         return await result
 
     async def close(self) -> None:

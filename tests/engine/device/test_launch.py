@@ -25,7 +25,7 @@ from minserve.engine.batch import Scheduled
 from minserve.engine.device import transfers
 from minserve.engine.device.cuda_graphs import DecodeGraphs, GraphLimits
 from minserve.engine.device.runner import InFlightBatch, ModelRunner
-from minserve.engine.sampling.distribution import SamplingRow
+from minserve.engine.sampling.rows import SamplingRow
 from minserve.engine.sampling.sampler import Sampler
 from minserve.engine.speculation.proposal import Proposal
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV

@@ -23,12 +23,12 @@ from sampling_reference import (
 
 from minserve.engine.sampling.distribution import (
     INVALID,
-    SamplingRow,
     argmax,
     philox,
     uniform,
     uniforms,
 )
+from minserve.engine.sampling.rows import SamplingRow
 from minserve.errors import GenerationError
 from minserve.request import Sequence
 
@@ -84,7 +84,10 @@ def test_numbers_drawn_together_are_those_drawn_one_by_one(num):
         seed = (0, 7, 2**63 + i, -(2**63) + i, MASK64 - i)[i % 5] * (1 + i)
         rows.append(SamplingRow(make_seq(output=[5] * (i % 9), seed=seed, index=i * 37 % 128)))
         streams.append(i % 4)
-    expected = [row.uniform(stream) for row, stream in zip(rows, streams, strict=True)]
+    expected = [
+        uniform(row.seq.request.seed, row.seq.index, row.position, stream)
+        for row, stream in zip(rows, streams, strict=True)
+    ]
     assert uniforms(rows, streams) == expected
 
 
@@ -92,10 +95,15 @@ def test_numbers_drawn_together_are_those_drawn_one_by_one(num):
 
 
 def varied_seqs(settings: dict, best: list[int]) -> list[Sequence]:
-    """Sequences whose likeliest tokens were seen before or are stop tokens."""
+    """Sequences whose likeliest tokens were seen before, are stop tokens or end a bad word."""
     return [
         make_seq(
-            prompt=[top, 5, 5, 9], output=[top, top, 7, 8], seed=row, stop=[top, 11], **settings
+            prompt=[top, 5, 5, 9],
+            output=[top, top, 7, 8],
+            seed=row,
+            stop=[top, 11],
+            bad=[(7, 8, top), (12,), (9, 13)] if "bad_words" in settings else (),
+            **settings,
         )
         for row, top in enumerate(best)
     ]
@@ -252,6 +260,53 @@ def test_stop_tokens_return_when_min_tokens_are_reached_and_unknown_ids_do_no_ha
             )
             (token,) = token_ids(SAMPLER.sample(logits, [seq]))
             assert (token == 42) is allowed
+
+
+# -- tokens that a request names ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_only_allowed_tokens_are_chosen_and_a_bias_of_100_decides(temperature):
+    logits = [0.0] * 600
+    allowed = (3, 250, 599)
+    assert possible_tokens(logits, temperature=temperature, allowed_token_ids=allowed) == (
+        {3} if temperature == 0.0 else set(allowed)
+    )
+    assert possible_tokens(logits, temperature=temperature, logit_bias={17: 100.0}) == {17}
+    banned = dict.fromkeys(range(1, 600), -100.0)
+    assert possible_tokens(logits, temperature=temperature, logit_bias=banned) == {0}
+
+
+def test_a_bad_word_is_never_completed_within_the_output():
+    bad = [(4,), (5, 6), (1, 2, 3), (6, 6, 6)]
+
+    def allowed(output, prompt=(5, 1, 2)):
+        seqs = [
+            make_seq(prompt, output, seed=seed, bad=bad, bad_words=("x",)) for seed in range(300)
+        ]
+        return set(token_ids(SAMPLER.sample(torch.zeros(1, 8).expand(300, -1), seqs)))
+
+    everything = set(range(8)) - {4}
+    assert allowed([]) == everything  # what the prompt ends with counts for nothing
+    assert allowed([5]) == everything - {6}
+    assert allowed([2]) == everything
+    assert allowed([1, 2]) == everything - {3}
+    assert allowed([0, 6, 6]) == everything - {6}
+
+
+def test_named_tokens_beyond_the_logits_are_passed_over():
+    # A draft model's head may be narrower than the vocabulary.
+    seq = make_seq(
+        bad=[(900,)], bad_words=("x",), logit_bias={900: 5.0}, allowed_token_ids=(7, 900)
+    )
+    assert token_ids(SAMPLER.sample(torch.zeros(1, 8), [seq])) == [7]
+
+
+def test_a_request_that_allows_no_token_gets_an_error_of_its_own():
+    seqs = [make_seq(bad=[(7,)], bad_words=("x",), allowed_token_ids=(7,)), make_seq()]
+    first, second = SAMPLER.sample(torch.zeros(2, 8), seqs)
+    assert isinstance(first, GenerationError)
+    assert second.token_id in range(8)
 
 
 # -- hard numbers ------------------------------------------------------------------------

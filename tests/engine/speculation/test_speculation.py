@@ -26,6 +26,8 @@ KINDS = {
     "nucleus": replace(SEEDED, temperature=1.0, top_p=0.7),
     "cold": replace(SEEDED, temperature=0.3, top_k=20, min_p=0.05),
     "penalties": replace(SEEDED, repetition_penalty=1.2, frequency_penalty=0.4, presence_penalty=0.2),
+    "named tokens": replace(SEEDED, logit_bias={i: 0.05 * i - 3.0 for i in range(100)}, bad_words=("self", "\n", "i", "e")),
+    "greedy without words": replace(GREEDY, bad_words=("self", "e", " ", "in", "import"), allowed_token_ids=tuple(range(40, 120))),
     "greedy penalties": replace(GREEDY, repetition_penalty=1.15, presence_penalty=0.3),
 }  # fmt: skip
 

@@ -29,7 +29,8 @@ from sampling_reference import (
 )
 from torch import Tensor
 
-from minserve.engine.sampling.distribution import ACCEPTANCE, DRAFT, INVALID, SamplingRow, uniform
+from minserve.engine.sampling.distribution import ACCEPTANCE, DRAFT, INVALID, uniform
+from minserve.engine.sampling.rows import SamplingRow
 from minserve.engine.speculation import verification
 from minserve.engine.speculation.proposal import Proposal, SampledToken, Verified
 from minserve.errors import GenerationError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -189,6 +190,8 @@ def test_what_no_idle_device_could_do_is_refused_as_such() -> None:
     replay.waiting = [request("impossible", 100, 5, 0.0, slo)]
     (refusal,) = replay.step().reject.values()
     assert refusal.reason == "device"
+    assert refusal.retry_after_s == math.inf
+    assert "idle device" in str(refusal.error())
 
 
 def test_memory_that_is_promised_away_refuses_with_that_reason() -> None:
