@@ -75,7 +75,11 @@ def add_sampling_flags(parser: argparse.ArgumentParser, defaults: dict[str, Any]
 def given(args: argparse.Namespace, config: type) -> dict[str, Any]:
     """Return the fields of a dataclass that were given as flags, with their values."""
     names = {field.name for field in fields(config)}
-    return {name: value for name, value in vars(args).items() if name in names}
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(args).items()
+        if name in names
+    }
 
 
 def _add_flag(group: argparse._ArgumentGroup, field: Field[Any], hint: Any, help_text: str) -> None:
