@@ -12,10 +12,10 @@ API key, every way around the key. A case has survived if
 
 Then it measures the neighbour's time between tokens, and /health, while megabytes of prompts are sent.
 
-    python bench/hostile.py                 # 3 minutes on two idle cores
-    python bench/hostile.py --replicas 2
-    python bench/hostile.py --only wire,keys
-    python bench/hostile.py --url http://127.0.0.1:8000     # a server with default limits
+    .venv/bin/python bench/hostile.py                 # 3 minutes on two idle cores
+    .venv/bin/python bench/hostile.py --replicas 2
+    .venv/bin/python bench/hostile.py --only wire,keys
+    .venv/bin/python bench/hostile.py --url http://127.0.0.1:8000     # a server with default limits
 
 The last line is JSON; the exit code is 0 only if all cases have survived.
 """

@@ -5,8 +5,8 @@ classes and best effort, long prompts, several outputs, log probabilities, burst
 clients that leave. Every half minute it stops asking: then no request, KV block, connection, thread
 or task may be left, and a fixed request is timed. Memory is that of the server with its replicas.
 
-    python bench/soak.py --minutes 2
-    python bench/soak.py --minutes 20 --replicas 2 --results soak.json --plot soak.png
+    .venv/bin/python bench/soak.py --minutes 2
+    .venv/bin/python bench/soak.py --minutes 20 --replicas 2 --results soak.json --plot soak.png
 
 The last line is JSON: `leaks`, `rss_growth_pct` (after the first quarter, which is warm-up),
 `latency_drift` (the fixed request's time at the end over that at the beginning). The exit code is 0 if
