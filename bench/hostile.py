@@ -33,8 +33,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tqdm import tqdm
-
+from minserve.progress import progress_bar
 from minserve.workload.server_process import ServerProcess, minserve_command
 from parts.hostile.auth_cases import KEY
 from parts.hostile.case import DETOKENIZE, Case, Limits, Target
@@ -105,7 +104,7 @@ def served(args: argparse.Namespace, logged: list[str], key: str = "") -> Iterat
 def run(target: Target, cases: list[Case]) -> list[Outcome]:
     """Run the cases that fit a target, with a bar, and tell failures as they come."""
     fitting = [case for case in cases if case.fits(target)]
-    with tqdm(total=len(fitting), unit="case") as bar:
+    with progress_bar(total=len(fitting), unit="case") as bar:
 
         def done(outcome: Outcome) -> None:
             bar.set_description(outcome.case.family)

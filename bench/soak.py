@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from tqdm import tqdm
 
+from minserve.progress import progress_bar
 from minserve.workload.plots import check_can_plot, figure_of, save
 from minserve.workload.server_process import ServerProcess, minserve_command
 from parts.soak.analysis import Sample, summary
@@ -63,7 +63,7 @@ async def soak(
                 samples.append(await watch.sample())
                 await asyncio.sleep(SAMPLE_S)
 
-        with tqdm(total=round(60 * args.minutes), unit="s") as bar:
+        with progress_bar(total=round(60 * args.minutes), unit="s") as bar:
             sampling = asyncio.create_task(keep_sampling())
             while (left := end - time.monotonic()) > 0:
                 await traffic.for_seconds(min(BUSY_S, left), args.workers)

@@ -5,12 +5,15 @@ Any sane value is accepted, and the answer's header names those that asked for s
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from minserve.server.parameters.forms import Int64
 from minserve.server.parameters.parameter import CHAT, MESSAGES, Parameter, Sort
 
-_Object = dict[str, Any]
+# More fields than this are no hint, but a load.
+_Object = Annotated[dict[str, Any], Meta(max_length=256)]
 _Number = Int64 | float
 
 

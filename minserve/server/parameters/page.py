@@ -14,7 +14,7 @@ from pathlib import Path
 
 from minserve.server.parameters.hints import HINTS, NESTED
 from minserve.server.parameters.parameter import ALL, GENERATION, MESSAGES, SERVERS, Parameter
-from minserve.server.parameters.refused import SUBJECTS
+from minserve.server.parameters.unsupported import SUBJECTS
 from minserve.server.parameters.works import ANSWER, PROMPT, SAMPLING
 
 _TABLE = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
