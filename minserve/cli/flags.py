@@ -30,7 +30,7 @@ _SAMPLING_HELP = {
     "allowed_token_ids": "token id that may be sampled, and only those; several times",
     "bad_words": "string that the output never holds; may be given several times",
     "stop": "string that ends the output; may be given several times",
-    "include_stop_str_in_output": "keep a stop string at the end of the text",
+    "include_stop_str_in_output": "leave the stop string in the text",
     "stop_token_ids": "token id that ends the output; may be given several times",
     "ignore_eos": "go on after the model's end-of-sequence token",
     "logprobs": "with --json, report this many alternatives per output token",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from minserve.cli.flags import add_config_flags, given
 from minserve.cli.replicas import create_controller, follow, is_follower, under_torchrun
+from minserve.cli.standard_files import secure_standard_files
 from minserve.config import ControllerConfig, EngineConfig, ServerConfig
 from minserve.exit_codes import EXIT_HUNG
 
@@ -50,6 +51,7 @@ def _serve(args: argparse.Namespace) -> int:
     """Bind the socket, load the model, and serve until a signal comes."""
     import asyncio
 
+    secure_standard_files()
     settings = given(args, ServerConfig)
     if "api_keys_file" not in settings and (key := os.environ.get(KEY_VARIABLE)):
         settings.setdefault("api_key", (key,))
@@ -85,7 +87,15 @@ def _serve(args: argparse.Namespace) -> int:
     def announce(engine: EngineFace, model: str) -> None:
         chat = engine.tokenizer.has_chat_template
         needs_key = server_config.has_keys
-        print(lifecycle.ready_message(url, model, chat=chat, needs_key=needs_key), flush=True)
+        try:
+            print(lifecycle.ready_message(url, model, chat=chat, needs_key=needs_key), flush=True)
+        except OSError as error:
+            # A full disk, or a reader that has gone, is no reason not to serve. What is still in
+            # the buffer goes nowhere, or Python would fail once more when it ends.
+            logging.getLogger(__name__).warning(
+                "%s is served, which stdout is not told: %s", url, error
+            )
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     try:
         ended = asyncio.run(lifecycle.serve(sock, server_config, load_engine, announce))

@@ -23,13 +23,13 @@ from minserve.server.engine_face import EngineFace, ReplicaSet
 from minserve.server.errors import HttpError, unavailable
 from minserve.server.front_page import example_command, front_page
 from minserve.server.generation import streamed_response, whole_response
+from minserve.server.json_array import dump_json
 from minserve.server.limits import time_limit
 from minserve.server.metrics import CONTENT_TYPE, count_tasks, create_registry, render
 from minserve.server.openapi import openapi_json
 from minserve.server.reading.body_reader import BodyReader
 from minserve.server.reading.reader import Endpoint, Facts, check_model
 from minserve.server.responses import Reply
-from minserve.server.sse import dump_json
 from minserve.server.watchdog import problem_of
 
 # The time in which connections may send their last bytes once the engine has stopped.

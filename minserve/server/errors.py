@@ -9,7 +9,7 @@ from functools import partial
 from http import HTTPStatus
 from typing import Any
 
-from aiohttp import web
+from aiohttp import ClientConnectionResetError, web
 
 from minserve.errors import (
     EngineStoppedError,
@@ -22,7 +22,7 @@ from minserve.errors import (
     RequestTooLongError,
     SLOUnattainableError,
 )
-from minserve.server.sse import dump_json
+from minserve.server.json_array import dump_json
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,9 @@ def to_http_error(error: Exception) -> HttpError:
             return HttpError(500, text, kind="server_error", code="generation_failed")
         case web.HTTPException():
             return _from_aiohttp(error)
+        case ClientConnectionResetError():
+            # Nobody is there to read it. Clients that leave are nothing to fill the log with.
+            return HttpError(400, "the client has closed the connection")
     logger.error("unexpected error", exc_info=error)
     return HttpError(500, "internal server error", kind="server_error")
 

@@ -100,11 +100,12 @@ async def streamed_response(
     """
     events = EventStream(request)
     num_held = len(handles) * call.params.n if refusable else 0
+    in_pieces = call.params.prompt_logprobs is not None
     async with events.kept_alive(first_byte_s):
         try:
             async with limit, aclosing(_chunks(reply, handles, num_held)) as chunks:
                 async for chunk in chunks:
-                    await events.send(chunk)
+                    await events.send(chunk, in_pieces=in_pieces)
             if call.include_usage:
                 await events.send(reply.usage_chunk())
             await events.done()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,11 +114,36 @@ def test_errors_become_the_clients_exceptions(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as long:
         client.completions.create(model="tiny", prompt=PROMPT, max_tokens=10**6)
     assert long.value.code == "context_length_exceeded"
+    assert long.value.param == "max_tokens"
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="other", prompt=PROMPT)
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError, match="at most 64 can be queued"):
         client.completions.create(model="tiny", prompt=[PROMPT] * 65)
+
+
+@pytest.mark.parametrize(
+    ("fields", "requested"),
+    [
+        ({"prompt": [5] * 20, "max_tokens": 1000}, "you requested 1020 tokens (20 in the messages"),
+        ({"prompt": [5] * 600}, "your prompt resulted in 600 tokens"),
+        ({"prompt": "word " * 20_000}, "your prompt resulted in "),
+        ({"messages": [{"role": "user", "content": "word " * 2000}]}, "your messages resulted in "),
+    ],
+)
+def test_clients_know_an_overflow_by_its_words(
+    server: RunningServer, fields: dict[str, Any], requested: str
+) -> None:
+    """They are those for which litellm, LangChain and others look, in the message or anywhere."""
+    path = "/v1/chat/completions" if "messages" in fields else "/v1/completions"
+    status, _, raw = post(server, path, fields)
+    error = error_of(raw)
+    assert (status, error["code"]) == (400, "context_length_exceeded")
+    start = "This model's maximum context length is 512 tokens. However, "
+    assert error["message"].startswith(start + requested)
+    assert "context_length_exceeded" in error["message"]
+    # Words by which litellm knows another error, for which it looks first.
+    assert not re.search(r"rate[\s_\-]*limit", error["message"].lower())
 
 
 def test_a_full_queue_is_a_rate_limit_and_room_comes_back(
