@@ -31,6 +31,7 @@ _SAMPLING_HELP = {
     "bad_words": "string that the output never holds; may be given several times",
     "stop": "string that ends the output; may be given several times",
     "stop_token_ids": "token id that ends the output; may be given several times",
+    "include_stop_str_in_output": "end the text with what ended it, not before it",
     "ignore_eos": "go on after the model's end-of-sequence token",
     "logprobs": "with --json, report this many alternatives per output token",
     "prompt_logprobs": "with --json, the same for the prompt's tokens",
