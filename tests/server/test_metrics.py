@@ -425,7 +425,7 @@ def test_two_servers_of_one_process_count_apart(
 def test_the_metrics_need_no_key_as_health_needs_none(
     tiny_llama_dir: Path, start_server: Callable[..., RunningServer]
 ) -> None:
-    server = start_server(tiny_llama_dir, ServerConfig(api_key="secret"), policy="sarathi")
+    server = start_server(tiny_llama_dir, ServerConfig(api_key=("secret",)), policy="sarathi")
     assert post(server, "/v1/models", None, method="GET")[0] == 401
     assert scrape(server)["num_requests_running"] == 0
     assert post(server, "/metrics", {})[0] == 405

@@ -202,50 +202,13 @@ def test_large_and_compressed_bodies(server: RunningServer) -> None:
 def test_a_chunked_body_over_the_limit(server: RunningServer) -> None:
     with server.connect() as sock:
         sock.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
         )
         chunk = b"10000\r\n" + b"x" * 65536 + b"\r\n"
         for _ in range(17):
             sock.sendall(chunk)
         assert sock.recv(65536).startswith(b"HTTP/1.1 413")
-
-
-@pytest.mark.parametrize(
-    "head",
-    [
-        b"POST /v1/completions HTTP/1.1\r\nHost: [::\r\nContent-Length: 2\r\n\r\n{}",
-        b"what is this?\r\n\r\n",
-        b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 20_000 + b"\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n{}",
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-    ],
-)
-def test_broken_http_gets_4xx(server: RunningServer, head: bytes) -> None:
-    with server.connect() as sock:
-        sock.sendall(head)
-        assert re.match(rb"HTTP/1\.[01] 4\d\d ", sock.recv(65536))
-
-
-def test_any_content_type_is_read_as_json(server: RunningServer) -> None:
-    for content_type in ("application/json", "application/x-www-form-urlencoded", "text/plain"):
-        headers = {"Content-Type": content_type}
-        assert post(server, "/v1/completions", completion_with(), headers)[0] == 200
-
-
-def test_the_key_guards_everything_but_health_and_metrics(
-    tiny_llama_dir: Path, start_server: Callable[..., RunningServer]
-) -> None:
-    server = start_server(tiny_llama_dir, ServerConfig(api_key="sécret"))
-    for path in ("/health", "/metrics"):
-        assert post(server, path, None, method="GET")[0] == 200
-    for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": "sécret"}):
-        sent = {k: v.encode() for k, v in headers.items()}
-        status, _, raw = post(server, "/v1/models", None, sent, method="GET")
-        assert status == 401
-        assert error_of(raw)["code"] == "invalid_api_key"
-    sent = {"Authorization": "Bearer sécret".encode()}
-    assert post(server, "/v1/models", None, sent, method="GET")[0] == 200
 
 
 def test_a_model_without_chat_template_refuses_chat(
