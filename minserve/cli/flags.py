@@ -32,7 +32,6 @@ _SAMPLING_HELP = {
     "stop": "string that ends the output; may be given several times",
     "include_stop_str_in_output": "leave the stop string in the text",
     "stop_token_ids": "token id that ends the output; may be given several times",
-    "include_stop_str_in_output": "end the text with what ended it, not before it",
     "ignore_eos": "go on after the model's end-of-sequence token",
     "logprobs": "with --json, report this many alternatives per output token",
     "prompt_logprobs": "with --json, the same for the prompt's tokens",
