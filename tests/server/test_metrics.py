@@ -35,6 +35,8 @@ CONTRACT = {
     "prompt_tokens": "counter",
     "generation_tokens": "counter",
     "request_success": "counter",
+    "planner_fallbacks": "counter",
+    "failed_batches": "counter",
     "plans_ahead": "counter",
     "spec_decode_num_drafts": "counter",
     "spec_decode_num_draft_tokens": "counter",
@@ -144,6 +146,7 @@ def test_counters_end_in_total_and_labels_come_from_fixed_sets(plain: RunningSer
         "outcome": {"held", "discarded", *(outcome.value for outcome in Outcome)},
         "class": classes,
         "kind": {"prefill", "decode", "draft"},
+        "reason": {"error", "hang", "invalid", "rest", "out_of_memory"},
         "position": {str(place) for place in range(plain.engine.config.max_speculation)},
     }
     _, _, raw = post(plain, "/metrics", None, method="GET")
