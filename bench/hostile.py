@@ -12,10 +12,10 @@ API key, every way around the key. A case has survived if
 
 Then it measures the neighbour's time between tokens, and /health, while megabytes of prompts are sent.
 
-    python bench/hostile.py                 # 3 minutes on two idle cores
-    python bench/hostile.py --replicas 2
-    python bench/hostile.py --only wire,keys
-    python bench/hostile.py --url http://127.0.0.1:8000     # a server with default limits
+    .venv/bin/python bench/hostile.py                 # 3 minutes on two idle cores
+    .venv/bin/python bench/hostile.py --replicas 2
+    .venv/bin/python bench/hostile.py --only wire,keys
+    .venv/bin/python bench/hostile.py --url http://127.0.0.1:8000     # a server with default limits
 
 The last line is JSON; the exit code is 0 only if all cases have survived.
 """
@@ -33,8 +33,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tqdm import tqdm
-
+from minserve.progress import progress_bar
 from minserve.workload.server_process import ServerProcess, minserve_command
 from parts.hostile.auth_cases import KEY
 from parts.hostile.case import DETOKENIZE, Case, Limits, Target
@@ -105,7 +104,7 @@ def served(args: argparse.Namespace, logged: list[str], key: str = "") -> Iterat
 def run(target: Target, cases: list[Case]) -> list[Outcome]:
     """Run the cases that fit a target, with a bar, and tell failures as they come."""
     fitting = [case for case in cases if case.fits(target)]
-    with tqdm(total=len(fitting), unit="case") as bar:
+    with progress_bar(total=len(fitting), unit="case") as bar:
 
         def done(outcome: Outcome) -> None:
             bar.set_description(outcome.case.family)

@@ -5,8 +5,8 @@ classes and best effort, long prompts, several outputs, log probabilities, burst
 clients that leave. Every half minute it stops asking: then no request, KV block, connection, thread
 or task may be left, and a fixed request is timed. Memory is that of the server with its replicas.
 
-    python bench/soak.py --minutes 2
-    python bench/soak.py --minutes 20 --replicas 2 --results soak.json --plot soak.png
+    .venv/bin/python bench/soak.py --minutes 2
+    .venv/bin/python bench/soak.py --minutes 20 --replicas 2 --results soak.json --plot soak.png
 
 The last line is JSON: `leaks`, `rss_growth_pct` (after the first quarter, which is warm-up),
 `latency_drift` (the fixed request's time at the end over that at the beginning). The exit code is 0 if
@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from tqdm import tqdm
 
+from minserve.progress import progress_bar
 from minserve.workload.plots import check_can_plot, figure_of, save
 from minserve.workload.server_process import ServerProcess, minserve_command
 from parts.soak.analysis import Sample, summary
@@ -63,7 +63,7 @@ async def soak(
                 samples.append(await watch.sample())
                 await asyncio.sleep(SAMPLE_S)
 
-        with tqdm(total=round(60 * args.minutes), unit="s") as bar:
+        with progress_bar(total=round(60 * args.minutes), unit="s") as bar:
             sampling = asyncio.create_task(keep_sampling())
             while (left := end - time.monotonic()) > 0:
                 await traffic.for_seconds(min(BUSY_S, left), args.workers)

@@ -96,6 +96,10 @@ class EngineStoppedError(MinserveError):
     """The engine is shutting down or has stopped; the request was not served."""
 
 
+class RequestTimeoutError(MinserveError):
+    """A request took longer than the server allows; what was generated so far is no whole output."""
+
+
 class GenerationError(MinserveError):
     """Running this one request failed; other requests are not affected."""
 

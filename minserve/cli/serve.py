@@ -53,7 +53,8 @@ def _serve(args: argparse.Namespace) -> int:
 
     secure_standard_files()
     settings = given(args, ServerConfig)
-    settings.setdefault("api_key", os.environ.get(KEY_VARIABLE) or None)
+    if "api_keys_file" not in settings and (key := os.environ.get(KEY_VARIABLE)):
+        settings.setdefault("api_key", (key,))
     server_config = ServerConfig(**settings)
     engine_settings = given(args, EngineConfig)
     model = EngineConfig.create(**engine_settings).model  # refuse wrong settings early
@@ -85,7 +86,7 @@ def _serve(args: argparse.Namespace) -> int:
 
     def announce(engine: EngineFace, model: str) -> None:
         chat = engine.tokenizer.has_chat_template
-        needs_key = server_config.api_key is not None
+        needs_key = server_config.has_keys
         try:
             print(lifecycle.ready_message(url, model, chat=chat, needs_key=needs_key), flush=True)
         except OSError as error:

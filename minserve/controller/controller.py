@@ -23,7 +23,7 @@ from minserve.controller.processes import STOP_S, Watcher
 from minserve.controller.rendezvous import Rendezvous
 from minserve.controller.replicas import Replica, ReplicaState, ReplicaTable
 from minserve.controller.router import make_router
-from minserve.engine.intake import Intake, check_room, load_front
+from minserve.engine.intake import Intake, check_room, load_front, warm_up_chats
 from minserve.engine.stats import EngineStats
 from minserve.engine.text.inputs import PromptProcessor
 from minserve.errors import (
@@ -163,6 +163,9 @@ class Controller:
         first, *others = self._watchers.values() or (None,)
         if first is not None:
             self._watch(first)
+        warming = asyncio.create_task(
+            asyncio.to_thread(warm_up_chats, self.tokenizer, self.config.model)
+        )
         while not self.is_healthy:
             change = asyncio.create_task(self._next_change())
             done, _ = await asyncio.wait(
@@ -173,6 +176,7 @@ class Controller:
         self.table.open_to_others()
         for watcher in others:
             self._watch(watcher)
+        await warming
         for task in self._watching:
             task.add_done_callback(_log_failure)
 

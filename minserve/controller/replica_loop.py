@@ -265,7 +265,6 @@ def run_replica(spec: ReplicaSpec) -> int:
     )
     try:
         engine = RelayEngine(**spec.settings)
-        engine.warm_up()
         if engine.perf_model is None:
             engine.profile(spec.profile_s)
         channel = connect(spec, engine)

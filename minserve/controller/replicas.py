@@ -224,8 +224,13 @@ class ReplicaTable:
             return
         if replica.mailbox is not None:
             self.give_up(replica, ProtocolError("another process has taken its place"))
-        self._identity = self._identity or hello.identity
-        self._connect(replica, arrival.epoch, channel, hello)
+        try:
+            self._connect(replica, arrival.epoch, channel, hello)
+        except Exception as error:  # what it says of itself makes no sense
+            log.exception("replica %d cannot be used", arrival.replica)
+            self.give_up(replica, ProtocolError(f"{type(error).__name__}: {error}"))
+        else:
+            self._identity = self._identity or hello.identity
 
     def _open(self, arrival: Arrival) -> tuple[Channel, m.Hello]:
         store = self._rendezvous.store.clone()  # type: ignore[attr-defined]  # not in torch's stubs

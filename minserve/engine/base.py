@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any
 
 from minserve.config import DEFAULT_MODEL, EngineConfig
 from minserve.engine import guarded_planning
 from minserve.engine.build import LoadedEngine, load_engine
-from minserve.engine.intake import Intake
+from minserve.engine.intake import Intake, warm_up_chats
 from minserve.engine.live_output import History
 from minserve.engine.profile import profile_cache
 from minserve.engine.profile.profile_cache import Profile
@@ -24,7 +23,6 @@ from minserve.errors import (
     ConfigError,
     DeviceLostError,
     GenerationError,
-    InvalidRequestError,
 )
 from minserve.outputs import OutputDelta
 from minserve.planner.policies.registry import planner_class
@@ -163,18 +161,7 @@ class EngineBase:
 
         Templates that no chat can use are named in the log.
         """
-        if self.tokenizer.has_chat_template:
-            for name, problem in self.tokenizer.broken_chat_templates().items():
-                log.warning(
-                    "%s: chats will be refused, for its chat template %r is no valid jinja "
-                    "template: %s; give another one by --chat-template",
-                    self.model_name,
-                    name,
-                    problem,
-                )
-            # A template may refuse this chat; by then it is loaded.
-            with suppress(InvalidRequestError):
-                self.tokenizer.render_chat([{"role": "user", "content": "Hello"}])
+        warm_up_chats(self.tokenizer, self.model_name)
 
     def profile(self, seconds: float, *, progress: bool = False) -> Profile:
         """Take this device's speed from the cache, or measure it, and keep what was measured.

@@ -18,14 +18,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from aiohttp import web
-
 from minserve.config import ServerConfig
 from minserve.errors import ConfigError
 from minserve.sampling_params import default_words
 from minserve.server.app import Server
 from minserve.server.engine_face import EngineFace
 from minserve.server.front_page import example_command
+from minserve.server.listener import Listener, allow_connections
 from minserve.server.watchdog import until_given_up
 
 logger = logging.getLogger(__name__)
@@ -105,9 +104,9 @@ async def serve(
     server = Server(config)
     runner = server.create_runner()
     await runner.setup()
+    listener = Listener(sock, runner.connections, allow_connections(config.max_connections))
     ended = _first_signal()
     try:
-        await web.SockSite(runner, sock, backlog=BACKLOG).start()
         engine = await _unless(ended, _in_thread(load_engine))
         starting = asyncio.ensure_future(engine.start())
         try:
@@ -142,6 +141,7 @@ async def serve(
             await engine.stop(patience_s)
         return Ended(ended.result() if ended.done() else None, hangs=engine.iteration_s > 0.0)
     finally:
+        await listener.close()
         await runner.cleanup()
 
 

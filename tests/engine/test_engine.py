@@ -222,6 +222,7 @@ def test_a_repeated_prompt_hits_the_prefix_cache(tiny_llama_dir: Path) -> None:
         "bad allowed id",
         "bad bias",
         "nothing allowed",
+        "nothing but ends",
         "min_tokens",
     ],
 )
