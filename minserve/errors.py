@@ -96,6 +96,10 @@ class EngineStoppedError(MinserveError):
     """The engine is shutting down or has stopped; the request was not served."""
 
 
+class RequestTimeoutError(MinserveError):
+    """A request took longer than the server allows; what was generated so far is no whole output."""
+
+
 class GenerationError(MinserveError):
     """Running this one request failed; other requests are not affected."""
 
@@ -112,6 +116,10 @@ class ProtocolError(MinserveError):
 
 class ReplicaLostError(MinserveError):
     """A replica's process has ended, hangs, or cannot be reached any more."""
+
+
+class ReplicaHungError(ReplicaLostError):
+    """A replica has told of an iteration that takes longer than the watchdog allows."""
 
 
 class ReplicaRefusedError(MinserveError):

@@ -35,7 +35,7 @@ class TokenizedPrompt(NamedTuple):
 
     Attributes:
         text: the prompt as text, for a chat as the template wrote it; ``None`` where it was given
-            as token ids.
+            as token ids, or truncated.
         token_ids: at least one, and fewer than the model's length.
     """
 

@@ -282,7 +282,7 @@ def check_script(script: str, arguments: list[str]) -> None:
     assert unknown == [], f"{script} has no such flag"
 
 
-PARAMETERS = prose(ROOT / "docs" / "http.md").partition("## Parameters of")[2].partition("\n## ")[0]
+PARAMETERS = prose(ROOT / "docs" / "parameters.md")
 
 
 def check_curl(arguments: list[str]) -> None:
@@ -402,15 +402,6 @@ def test_python_compiles_and_uses_names_that_exist(fence: Fence) -> None:
             assert node.attr in attributes
         elif isinstance(node, ast.keyword):
             assert node.arg in parameters
-
-
-def test_the_parameters_of_the_page_on_http_are_those_of_the_server() -> None:
-    rows = re.findall(r"^\| (`.+?) \|", PARAMETERS, re.MULTILINE)
-    names = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
-    server = "".join(path.read_text() for path in (ROOT / "minserve/server").glob("*.py"))
-    server += (ROOT / "minserve/sampling_params.py").read_text(encoding="utf-8")
-    assert len(names) > 25
-    assert {name for name in names if not re.search(rf"\b{name}\b", server)} == set()
 
 
 def test_the_classes_of_the_page_on_promises_are_those_of_the_code() -> None:

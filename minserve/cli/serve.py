@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 from minserve.cli.flags import add_config_flags, given
 from minserve.cli.replicas import create_controller, follow, is_follower, under_torchrun
+from minserve.cli.standard_files import secure_standard_files
 from minserve.config import ControllerConfig, EngineConfig, ServerConfig
+from minserve.exit_codes import EXIT_HUNG
 
 if TYPE_CHECKING:
     from minserve.server.engine_face import EngineFace
@@ -49,8 +51,10 @@ def _serve(args: argparse.Namespace) -> int:
     """Bind the socket, load the model, and serve until a signal comes."""
     import asyncio
 
+    secure_standard_files()
     settings = given(args, ServerConfig)
-    settings.setdefault("api_key", os.environ.get(KEY_VARIABLE) or None)
+    if "api_keys_file" not in settings and (key := os.environ.get(KEY_VARIABLE)):
+        settings.setdefault("api_key", (key,))
     server_config = ServerConfig(**settings)
     engine_settings = given(args, EngineConfig)
     model = EngineConfig.create(**engine_settings).model  # refuse wrong settings early
@@ -82,14 +86,25 @@ def _serve(args: argparse.Namespace) -> int:
 
     def announce(engine: EngineFace, model: str) -> None:
         chat = engine.tokenizer.has_chat_template
-        needs_key = server_config.api_key is not None
-        print(lifecycle.ready_message(url, model, chat=chat, needs_key=needs_key), flush=True)
+        needs_key = server_config.has_keys
+        try:
+            print(lifecycle.ready_message(url, model, chat=chat, needs_key=needs_key), flush=True)
+        except OSError as error:
+            # A full disk, or a reader that has gone, is no reason not to serve. What is still in
+            # the buffer goes nowhere, or Python would fail once more when it ends.
+            logging.getLogger(__name__).warning(
+                "%s is served, which stdout is not told: %s", url, error
+            )
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     try:
-        ended_by = asyncio.run(lifecycle.serve(sock, server_config, load_engine, announce))
+        ended = asyncio.run(lifecycle.serve(sock, server_config, load_engine, announce))
     except lifecycle.LoadInterrupted as interrupted:
         _exit_now(_exit_code(interrupted.signal_number))
-    return _exit_code(ended_by)
+    code = EXIT_HUNG if ended.signal_number is None else _exit_code(ended.signal_number)
+    if ended.hangs:
+        _exit_now(code)
+    return code
 
 
 def _exit_code(signal_number: int) -> int:

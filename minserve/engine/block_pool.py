@@ -206,6 +206,11 @@ class BlockPool:
         seq.block_table.clear()
         self._num_committed.pop(seq.seq_id, None)
 
+    def forget(self, seq: Sequence) -> None:
+        """Let no other sequence find the blocks of ``seq``, whose KV may be wrong."""
+        for block in seq.block_table:
+            self._forget(block)
+
     def check_integrity(self, live: Iterable[Sequence]) -> None:
         """Check every invariant of the pool against all sequences that hold blocks.
 

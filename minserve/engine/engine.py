@@ -31,6 +31,11 @@ from minserve.slo.objectives import SLO
 
 log = logging.getLogger(__name__)
 
+# Seconds between two looks at whether a plan takes too long.
+WATCH_S = 1.0
+# Seconds for which an engine that stops waits for the iteration under way.
+LAST_ITERATION_S = 5.0
+
 
 class Engine(EngineBase):
     """A blocking engine for scripts and notebooks. Not thread-safe.
@@ -193,6 +198,7 @@ class AsyncEngine(EngineBase):
         self._inbox: deque[tuple[str, Any]] = deque()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._watch: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()
         self._idle.set()
         self._accepting = False
@@ -250,10 +256,15 @@ class AsyncEngine(EngineBase):
             target=self._run, args=(loop,), name="minserve-core", daemon=True
         )
         self._thread.start()
+        self._watch = asyncio.create_task(self._watch_plans())
         self._accepting = True
 
     async def stop(self, timeout_s: float = 0.0) -> None:
-        """Accept nothing more, wait for what runs, then abort the rest with `EngineStoppedError`."""
+        """Accept nothing more, wait for what runs, then abort the rest with `EngineStoppedError`.
+
+        The iteration that runs then has `LAST_ITERATION_S` to end. A thread that hangs is left
+        behind: end the process by ``os._exit``, since the interpreter's own end may crash on it.
+        """
         self._accepting = False
         if self._thread is None:
             return
@@ -262,7 +273,13 @@ class AsyncEngine(EngineBase):
         except TimeoutError:
             log.warning("aborting %d unfinished outputs", self._num_unfinished)
         self._tell("stop", None)
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, LAST_ITERATION_S)
+        if self._watch is not None:
+            self._watch.cancel()
+        if self._thread.is_alive():
+            log.error("the iteration under way does not end; its thread is left behind")
+            self._fail_all([], EngineStoppedError("the engine is shutting down, and hangs"))
+            return
         await asyncio.sleep(0)
         self._thread = None
 
@@ -337,6 +354,11 @@ class AsyncEngine(EngineBase):
             self._inbox.append((verb, what))
             self._wake.notify()
 
+    async def _watch_plans(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_S)
+            self.interrupt_hung_plan()
+
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         """Do the work of the core's thread. If the core itself breaks, every request is told."""
         try:
@@ -344,7 +366,8 @@ class AsyncEngine(EngineBase):
             self.keep_profile()
         except Exception as error:
             log.exception("the engine core is broken; restart the process")
-            loop.call_soon_threadsafe(self._fail_all, self._core.take_untold(), error)
+            failure = GenerationError(f"the engine broke: {error!r}")
+            loop.call_soon_threadsafe(self._fail_all, self._core.take_untold(), failure)
 
     def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
         """Take in news, step, publish, until told to stop."""
@@ -390,7 +413,7 @@ class AsyncEngine(EngineBase):
         while self._inbox:
             verb, what = self._inbox.popleft()
             if verb == "add":
-                self._enqueue(what)
+                deltas += self._take_up(what)
             elif verb == "abort":
                 deltas += self._core.abort(what)
             else:
@@ -398,7 +421,25 @@ class AsyncEngine(EngineBase):
                 return deltas + self._core.abort_all(stopped), True
         return deltas, False
 
-    def _fail_all(self, untold: list[OutputDelta], error: Exception) -> None:
+    def _take_up(self, submission: Submission) -> list[OutputDelta]:
+        """Queue a request; where that fails, return its end."""
+        try:
+            self._enqueue(submission)
+        except Exception as error:
+            log.exception("a request could not be queued; it ends with an error")
+            failure = GenerationError(f"the request could not be queued: {error!r}")
+            return [
+                OutputDelta(
+                    request_id=submission.request.request_id,
+                    index=seq.index,
+                    finish_reason=FinishReason.ERROR,
+                    error=failure,
+                )
+                for seq in submission.sequences
+            ]
+        return []
+
+    def _fail_all(self, untold: list[OutputDelta], failure: MinserveError) -> None:
         """On the loop, end every request in flight, and accept no more.
 
         Args:
@@ -406,7 +447,6 @@ class AsyncEngine(EngineBase):
         """
         self._accepting = False
         self._publish(untold)
-        failure = GenerationError(f"the engine broke: {error!r}")
         self._publish(
             [
                 OutputDelta(request_id=request_id, finish_reason=FinishReason.ERROR, error=failure)

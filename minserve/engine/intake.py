@@ -6,9 +6,11 @@ promises before it chooses who runs them.
 
 from __future__ import annotations
 
+import logging
 import random
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +34,8 @@ from minserve.prompts import Prompt
 from minserve.request import Request
 from minserve.sampling_params import SamplingParams
 from minserve.slo.objectives import SLO, Targets
+
+log = logging.getLogger(__name__)
 
 
 def load_tokenizer(config: EngineConfig) -> Tokenizer:
@@ -57,6 +61,26 @@ def load_front(config: EngineConfig) -> tuple[Tokenizer, dict[str, Any]]:
     source = find_model(config.model)
     tokenizer = load_model_tokenizer(config, source)
     return tokenizer, load_sampling_defaults(config, source)
+
+
+def warm_up_chats(tokenizer: Tokenizer, model_name: str) -> None:
+    """Load what the first chat needs, so that no request waits for it.
+
+    Templates that no chat can use are named in the log.
+    """
+    if not tokenizer.has_chat_template:
+        return
+    for name, problem in tokenizer.broken_chat_templates().items():
+        log.warning(
+            "%s: chats will be refused, for its chat template %r is no valid jinja template: %s; "
+            "give another one by --chat-template",
+            model_name,
+            name,
+            problem,
+        )
+    # A template may refuse this chat; by then it is loaded.
+    with suppress(InvalidRequestError):
+        tokenizer.render_chat([{"role": "user", "content": "Hello"}])
 
 
 def check_room(num_outputs: int, num_unfinished: int, max_queue: int, num_engines: int = 1) -> None:
@@ -194,10 +218,10 @@ class Intake:
         banned = {ids[0] for ids in sequences if len(ids) == 1}
         if params.min_tokens:
             banned |= ends
-        if params.allowed_token_ids and banned.issuperset(params.allowed_token_ids):
+        if banned.issuperset(params.allowed_token_ids or range(self.vocab_size)):
+            name = "allowed_token_ids" if params.allowed_token_ids else "stop_token_ids"
             raise InvalidRequestError(
-                "allowed_token_ids leaves no token: bad_words and min_tokens forbid all of them",
-                "allowed_token_ids",
+                f"{name} leaves no token: bad_words and min_tokens forbid all of them", name
             )
         return sequences
 

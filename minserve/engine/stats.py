@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from minserve.engine.batch import Scheduled
+from minserve.engine.guarded_planning import REASONS
 from minserve.engine.speculation.proposer import SpeculationStats
 from minserve.planner.plan import IterationPlan
 from minserve.planner.predict.perf_model import PerfModel
@@ -106,6 +107,10 @@ class EngineStats:
             what was learned since.
         surprises: measured over predicted seconds of each of these iterations.
         planning_s: seconds of each plan.
+        planner_fallbacks: iterations that the safe policy planned in the planner's place, by the
+            reason.
+        failed_batches: batches that failed as a whole and ran in parts, by whether memory was
+            short.
         plans_ahead: plans made while an iteration ran, by whether they ``held`` when it had
             ended or were ``discarded``.
         prefill_tokens, decode_tokens, draft_tokens: tokens of each kind that one iteration ran.
@@ -142,6 +147,8 @@ class EngineStats:
     surprises: Histogram = field(default_factory=_of_surprises)
     planning_s: Histogram = field(default_factory=_of_iterations)
     plans_ahead: dict[str, int] = field(default_factory=lambda: {"held": 0, "discarded": 0})
+    planner_fallbacks: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
+    failed_batches: dict[str, int] = field(default_factory=lambda: {"error": 0, "out_of_memory": 0})
     prefill_tokens: Histogram = field(default_factory=_of_tokens)
     decode_tokens: Histogram = field(default_factory=_of_tokens)
     draft_tokens: Histogram = field(default_factory=_of_tokens)
@@ -210,7 +217,7 @@ class EngineStats:
         self.iteration_s.observe(measured_s)
         if model is not None:
             self.profiled_s.observe(model.profiled(plan.shape))
-        if plan.predicted_s is not None:
+        if plan.predicted_s:
             self.predicted_s.observe(plan.predicted_s)
             self.surprises.observe(measured_s / plan.predicted_s)
 

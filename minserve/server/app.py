@@ -1,4 +1,6 @@
-"""The aiohttp application: its routes, and the checks that every request passes through.
+"""The aiohttp application: its routes and their handlers.
+
+What every request passes through before is in `minserve.server.edge`.
 
 The module uses only the public interface of the engine: ``submit``, the handles that it
 returns, ``stats``, and the tokenizer.
@@ -7,34 +9,31 @@ returns, ``stats``, and the tokenizer.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
 
 from minserve.config import ServerConfig
 from minserve.errors import EngineStoppedError
+from minserve.server.connections import ConnectionRunner
+from minserve.server.edge import Edge
 from minserve.server.engine_face import EngineFace, ReplicaSet
-from minserve.server.errors import HttpError, error_response, to_http_error, unavailable
+from minserve.server.errors import HttpError, unavailable
 from minserve.server.front_page import example_command, front_page
 from minserve.server.generation import streamed_response, whole_response
+from minserve.server.json_array import dump_json
+from minserve.server.limits import time_limit
 from minserve.server.metrics import CONTENT_TYPE, count_tasks, create_registry, render
 from minserve.server.openapi import openapi_json
 from minserve.server.reading.body_reader import BodyReader
 from minserve.server.reading.reader import Endpoint, Facts, check_model
 from minserve.server.responses import Reply
-from minserve.server.sse import dump_json
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+from minserve.server.watchdog import problem_of
 
 # The time in which connections may send their last bytes once the engine has stopped.
 FLUSH_TIMEOUT_S = 5.0
-# Browsers and monitoring systems ask these paths. Their answers tell nothing of prompts and
-# outputs, so no key is needed.
-OPEN_PATHS = ("/", "/health", "/metrics")
 LOOPBACK = ("127.0.0.1", "::1")
 # Where a request keeps the names of its hints that change nothing.
 IGNORED = web.RequestKey("ignored", tuple[str, ...])
@@ -46,12 +45,16 @@ class Server:
     Args:
         config: the server's settings.
         engine: a started engine; ``None`` while it is still loading, and set later.
+
+    Raises:
+        ConfigError: if the file of API keys cannot be used.
     """
 
     def __init__(self, config: ServerConfig, engine: EngineFace | None = None) -> None:
         self.config = config
         self.engine = engine
         self.draining = False
+        self._edge = Edge(config)
         self._bodies: BodyReader | None = None
         self._created = int(time.time())
         self._metrics = create_registry(
@@ -62,9 +65,9 @@ class Server:
     def create_app(self) -> web.Application:
         """Return the application with all routes."""
         app = web.Application(
-            middlewares=[_answer_errors, self._check_key],
+            middlewares=self._edge.middlewares,
         )
-        app.on_response_prepare.append(_name_ignored)
+        app.on_response_prepare.extend([*self._edge.signals, _name_ignored])
         app.on_cleanup.append(self._close)
         app.add_routes(
             [
@@ -84,23 +87,17 @@ class Server:
         )
         return app
 
-    def create_runner(self) -> web.AppRunner:
-        """Return a runner with the connection settings that the handlers rely on."""
-        return web.AppRunner(
-            self.create_app(),
-            # A client that leaves cancels its handler, whose finally frees the KV.
-            handler_cancellation=True,
-            # Compressed bodies are refused, so aiohttp must not unpack them first.
-            auto_decompress=False,
-            access_log=None,
-            shutdown_timeout=FLUSH_TIMEOUT_S,
-        )
+    def create_runner(self) -> ConnectionRunner:
+        """Return a runner with the connections that the handlers rely on."""
+        return ConnectionRunner(self.create_app(), self.config, FLUSH_TIMEOUT_S)
 
     # --- endpoints ---
 
     async def front_page(self, request: web.Request) -> web.Response:
         """Answer with a page for people: the model and a command to try; 503 while it loads."""
-        url, needs_key = f"{request.scheme}://{request.host}", self.config.api_key is not None
+        # Not `request.host`: where a request names none, that asks a name service, and waits.
+        host = request.headers.get("Host", self.config.host)
+        url, needs_key = f"{request.scheme}://{host}", self.config.has_keys
         if self.engine is None:
             return front_page(url, "The model is still loading.", None, status=503)
         model = None if needs_key else self._model_name
@@ -118,12 +115,8 @@ class Server:
         number of replicas in each state.
         """
         engine = self._ready_engine()
-        if not engine.is_healthy:
-            raise unavailable("the engine has stopped working")
-        if engine.iteration_s > self.config.watchdog_s:
-            raise unavailable(
-                f"no iteration has ended for {engine.iteration_s:.0f} s although there is work"
-            )
+        if problem := problem_of(engine, self.config.watchdog_s):
+            raise unavailable(problem)
         body: dict[str, Any] = {"status": "ok", "unfinished": engine.num_unfinished}
         if engine.replica_set is not None:
             body["replicas"] = Counter(one["state"] for one in engine.replica_set.replicas())
@@ -193,6 +186,8 @@ class Server:
         self._ready_engine()
         read = await self._body_reader().generation(endpoint, request)
         engine, call = self._ready_engine(), read.call
+        if problem := problem_of(engine, self.config.watchdog_s):
+            raise unavailable(problem)
         request[IGNORED] = call.ignored
         handles = engine.submit(
             read.prompts,
@@ -202,6 +197,7 @@ class Server:
             slo=read.slo,
             age_s=time.monotonic() - read.came_s,
         )
+        limit = time_limit(self.config.request_timeout_s, read.came_s)
         try:
             reply = Reply(call, handles, self._model_name, engine.tokenizer)
             if call.stream:
@@ -211,10 +207,11 @@ class Server:
                     call,
                     reply,
                     handles,
+                    limit,
                     refusable=refusable,
                     first_byte_s=self.config.first_byte_s,
                 )
-            return await whole_response(request, reply, handles)
+            return await whole_response(request, reply, handles, limit)
         finally:
             for handle in handles:
                 handle.abort()
@@ -229,7 +226,7 @@ class Server:
         if replicas is None:
             raise HttpError(404, "this server has no replicas; start it with --replicas")
         # Without a key, any user of this machine may give orders.
-        if self.config.api_key is None and request.remote not in LOOPBACK:
+        if not self.config.has_keys and request.remote not in LOOPBACK:
             raise HttpError(403, "without an API key, replicas are controlled from this machine")
         return replicas
 
@@ -285,40 +282,11 @@ class Server:
             "default_sampling_params": dict(engine.sampling_defaults),
         }
 
-    @web.middleware
-    async def _check_key(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if self.config.api_key is not None and request.path not in OPEN_PATHS:
-            given = request.headers.get("Authorization", "")
-            expected = f"Bearer {self.config.api_key}"
-            # compare_digest takes equally long for a nearly right key and a wholly wrong one.
-            if not hmac.compare_digest(
-                given.encode("utf-8", "surrogateescape"), expected.encode("utf-8")
-            ):
-                raise HttpError(
-                    401,
-                    "missing or wrong API key; send 'Authorization: Bearer KEY'",
-                    kind="authentication_error",
-                    code="invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
-        return await handler(request)
-
 
 async def _name_ignored(request: web.Request, response: web.StreamResponse) -> None:
     """Name the hints that changed nothing. Their names are the table's, not the client's."""
     if names := request.get(IGNORED, ()):
         response.headers["x-minserve-ignored"] = ", ".join(names)
-
-
-@web.middleware
-async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn every failure into OpenAI's JSON error. This is the outermost layer."""
-    try:
-        return await handler(request)
-    except ConnectionError:
-        raise  # the client has closed the connection, so no answer can be sent
-    except Exception as error:
-        return error_response(to_http_error(error))
 
 
 def _json(value: Any) -> web.Response:

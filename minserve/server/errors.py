@@ -9,7 +9,7 @@ from functools import partial
 from http import HTTPStatus
 from typing import Any
 
-from aiohttp import web
+from aiohttp import ClientConnectionResetError, web
 
 from minserve.errors import (
     EngineStoppedError,
@@ -18,10 +18,11 @@ from minserve.errors import (
     NoReplicaError,
     QueueFullError,
     ReplicaLostError,
+    RequestTimeoutError,
     RequestTooLongError,
     SLOUnattainableError,
 )
-from minserve.server.sse import dump_json
+from minserve.server.json_array import dump_json
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,14 @@ def to_http_error(error: Exception) -> HttpError:
                 code="slo_unattainable",
                 headers=_when_to_retry(error),
             )
+        case RequestTimeoutError():
+            return HttpError(
+                504,
+                text,
+                kind="timeout_error",
+                code="request_timeout",
+                headers={"x-should-retry": "false"},  # it would take as long again
+            )
         case EngineStoppedError() | NoReplicaError() | ReplicaLostError():
             return unavailable(text)
         case GenerationError():
@@ -97,6 +106,9 @@ def to_http_error(error: Exception) -> HttpError:
             return HttpError(500, text, kind="server_error", code="generation_failed")
         case web.HTTPException():
             return _from_aiohttp(error)
+        case ClientConnectionResetError():
+            # Nobody is there to read it. Clients that leave are nothing to fill the log with.
+            return HttpError(400, "the client has closed the connection")
     logger.error("unexpected error", exc_info=error)
     return HttpError(500, "internal server error", kind="server_error")
 
@@ -149,6 +161,7 @@ def _from_aiohttp(error: web.HTTPException) -> HttpError:
         404: "no such path; see GET /v1/models and POST /v1/chat/completions",
         405: "this path does not take that method",
         413: "the request body is too large",
+        417: "Expect may only be 100-continue",
     }.get(error.status, HTTPStatus(error.status).phrase)
     kind = "invalid_request_error" if error.status < 500 else "server_error"
     headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}

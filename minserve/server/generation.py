@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterable, Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -26,19 +26,26 @@ from minserve.server.sse import EventStream
 
 # Bytes of a whole answer from which on it is sent in pieces.
 LARGE_BODY = 2**20
+UNLIMITED: AbstractAsyncContextManager[None] = nullcontext()
 
 
 async def whole_response(
-    request: web.Request, reply: Reply, handles: Sequence[Handle]
+    request: web.Request,
+    reply: Reply,
+    handles: Sequence[Handle],
+    limit: AbstractAsyncContextManager[None] = UNLIMITED,
 ) -> web.StreamResponse:
     """Wait for every output and return one response with all of them.
+
+    Args:
+        limit: ends the outputs when their time is over; see `minserve.server.limits.time_limit`.
 
     Raises:
         MinserveError: if one of the outputs failed.
         ConnectionResetError: if the client has closed the connection.
     """
     pauses = Pauses()
-    async with aclosing(merged(handles)) as stream:
+    async with limit, aclosing(merged(handles)) as stream:
         async for prompt, delta in stream:
             await reply.note(prompt, delta, pauses)
             reply.add(prompt, delta)
@@ -69,6 +76,7 @@ async def streamed_response(
     call: GenerationCall,
     reply: Reply,
     handles: Sequence[Handle],
+    limit: AbstractAsyncContextManager[None] = UNLIMITED,
     *,
     refusable: bool = False,
     first_byte_s: float = 0.0,
@@ -79,6 +87,7 @@ async def streamed_response(
     failure becomes an error event, after which the stream ends without ``[DONE]``.
 
     Args:
+        limit: ends the outputs when their time is over; see `minserve.server.limits.time_limit`.
         refusable: true where the planner may still refuse an output that has not begun. To answer
             such a refusal with a status, nothing is sent before all outputs have begun. The
             outputs share one TTFT, so the request's last first token comes no later by this.
@@ -91,11 +100,12 @@ async def streamed_response(
     """
     events = EventStream(request)
     num_held = len(handles) * call.params.n if refusable else 0
+    in_pieces = call.params.prompt_logprobs is not None
     async with events.kept_alive(first_byte_s):
         try:
-            async with aclosing(_chunks(reply, handles, num_held)) as chunks:
+            async with limit, aclosing(_chunks(reply, handles, num_held)) as chunks:
                 async for chunk in chunks:
-                    await events.send(chunk)
+                    await events.send(chunk, in_pieces=in_pieces)
             if call.include_usage:
                 await events.send(reply.usage_chunk())
             await events.done()

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from minserve.outputs import TokenLogprob
 from minserve.server.json_array import JsonArray
 
@@ -34,9 +32,9 @@ class CompletionLogprobs:
         for name, array in self.arrays.items():
             array.join(other.arrays[name])
 
-    def value(self) -> dict[str, msgspec.Raw]:
+    def value(self) -> dict[str, JsonArray]:
         """Return what an answer has as ``logprobs``."""
-        return {name: array.raw() for name, array in self.arrays.items()}
+        return self.arrays
 
 
 class ChatLogprobs:
@@ -50,9 +48,9 @@ class ChatLogprobs:
     def __bool__(self) -> bool:
         return bool(self.content)
 
-    def value(self) -> dict[str, msgspec.Raw]:
+    def value(self) -> dict[str, JsonArray]:
         """Return what an answer has as ``logprobs``."""
-        return {"content": self.content.raw()}
+        return {"content": self.content}
 
 
 class LogprobWriter:

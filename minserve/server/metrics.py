@@ -214,6 +214,19 @@ def _counters(stats: EngineStats) -> Iterator[Metric]:
         "outcome",
         stats.plans_ahead.items(),
     )
+    yield _counter(
+        "planner_fallbacks",
+        "Iterations that a safe policy planned, by what the configured one did: raised an error, "
+        "hung, made a plan that cannot be carried out, or rests after that.",
+        "reason",
+        stats.planner_fallbacks.items(),
+    )
+    yield _counter(
+        "failed_batches",
+        "Batches that failed as a whole and ran in parts, by the reason.",
+        "reason",
+        stats.failed_batches.items(),
+    )
 
 
 def _speculation(stats: EngineStats, max_speculation: int) -> Iterator[Metric]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from importlib.metadata import version
 from typing import Any
 
 import msgspec
 
+from minserve.server.json_array import dump_json
 from minserve.server.openapi_answers import SCHEMAS, obj, ref
 from minserve.server.parameters.parameter import PATHS, Endpoint, Parameter, Sort
 from minserve.server.parameters.table import BY_ENDPOINT
-from minserve.server.sse import dump_json
 
 _COMPONENTS = "#/components/schemas/{name}"
+_LINK = re.compile(r"\[([^]]*)\]\([^)]*\)")  # of Markdown
 _NULL = {"type": "null"}
 _ERRORS = {
     "400": "a wrong or unsupported value, named by `param`",
@@ -22,11 +24,13 @@ _ERRORS = {
     "404": "an unknown path, model or replica",
     "405": "the path does not take that method",
     "408": "the request did not come in time",
+    "411": "the length of the body is not told",
     "413": "the body is too large",
     "415": "the body is compressed, or no JSON",
     "429": "the queue is full, or an SLO cannot be kept",
     "500": "generation failed",
     "503": "the server is starting, draining or dead",
+    "504": "the request took longer than the server allows",
 }
 _BODIES: dict[Endpoint, str] = {
     "completions": "CompletionRequest",
@@ -113,6 +117,7 @@ def _value(parameter: Parameter, forms: dict[str, Any]) -> dict[str, Any]:
 
 
 def _described(schema: dict[str, Any], text: str) -> dict[str, Any]:
+    text = _LINK.sub(r"\1", text)
     return {**schema, "description": text} if text else schema
 
 
@@ -147,13 +152,9 @@ def _post(endpoint: Endpoint) -> dict[str, Any]:
     return {**operation, "responses": {"200": answer, **_errors()}}
 
 
-def _errors(*statuses: str) -> dict[str, Any]:
-    """Return the answers with these statuses, or else with all there are."""
+def _errors() -> dict[str, Any]:
     content = {"application/json": {"schema": ref("Error")}}
-    return {
-        status: {"description": _ERRORS[status], "content": content}
-        for status in statuses or _ERRORS
-    }
+    return {status: {"description": cause, "content": content} for status, cause in _ERRORS.items()}
 
 
 def _answer(schema: dict[str, Any], kind: str = "application/json") -> dict[str, Any]:
@@ -165,6 +166,7 @@ def _gets() -> dict[str, Any]:
     model = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
     text = {"type": "string"}
     rows: dict[str, tuple[str, str, dict[str, Any], list[dict[str, Any]]]] = {
+        "/": ("frontPage", "A page for people", _answer(text, "text/html"), []),
         "/v1/models": ("listModels", "The one model, in a list", _answer(ref("ModelList")), []),
         "/v1/models/{model}": ("getModel", "The one model", _answer(ref("Model")), [model]),
         "/health": ("health", "Whether requests are taken", _answer(ref("Health")), []),
@@ -177,7 +179,7 @@ def _gets() -> dict[str, Any]:
             "get": {
                 "operationId": name,
                 "summary": summary,
-                "responses": {**answer, **_errors("401", "403", "404", "503")},
+                "responses": {**answer, **_errors()},
                 **({"parameters": parameters} if parameters else {}),
             }
         }
@@ -204,10 +206,7 @@ def _orders() -> dict[str, Any]:
                 "operationId": f"{verb}Replica",
                 "summary": summary,
                 "parameters": [number],
-                "responses": {
-                    **_answer(ref("Replicas")),
-                    **_errors("400", "401", "403", "404", "500", "503"),
-                },
+                "responses": {**_answer(ref("Replicas")), **_errors()},
             }
         }
         for verb, summary in verbs.items()

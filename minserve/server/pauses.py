@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
-# About a millisecond of writing log probabilities.
-UNITS_BETWEEN = 1000
+# About half a millisecond of writing log probabilities, or two where each token is a new one.
+UNITS_BETWEEN = 300
 # What a delta costs besides its log probabilities.
 UNITS_PER_DELTA = 20
 
 
 class Pauses:
-    """Counts work on the event loop, and gives way to others after each millisecond of it.
+    """Counts work on the event loop, and gives way to others every now and then.
 
     A unit is one log probability of one token that is written. What is there already can be taken
     from a queue without ever giving way, so that a task has to do it by itself.

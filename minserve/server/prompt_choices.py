@@ -12,10 +12,10 @@ from minserve.server.json_array import JsonArray
 from minserve.server.logprobs import ChatLogprobs, CompletionLogprobs, LogprobWriter
 from minserve.server.pauses import UNITS_PER_DELTA, Pauses
 from minserve.server.protocol import GenerationCall
-from minserve.server.text_offsets import TextOffsets, prompt_offsets
 from minserve.slo.attainment import SLOReport
 
 if TYPE_CHECKING:
+    from minserve.engine.text.text_offsets import TextOffsets
     from minserve.engine.text.tokenizer import Tokenizer
 
 
@@ -64,7 +64,7 @@ class Part:
         """Return the fields of a choice besides its text and its end."""
         facts: dict[str, Any] = {"logprobs": self.logprobs.value() if self.logprobs else None}
         if self._call.return_token_ids:
-            facts["token_ids"] = self.token_ids.raw()
+            facts["token_ids"] = self.token_ids
         return facts
 
 
@@ -164,7 +164,7 @@ class PromptChoices:
         """Return what an answer tells of the prompt, as vLLM's do, where it is wanted."""
         facts: dict[str, Any] = {}
         if self._call.prompt_logprobs is not None:
-            facts["prompt_logprobs"] = self._prompt_logprobs.raw()
+            facts["prompt_logprobs"] = self._prompt_logprobs
         if self._call.return_token_ids:
             facts["prompt_token_ids"] = self.handle.prompt_token_ids
         return facts
@@ -176,7 +176,7 @@ class PromptChoices:
         """
         call, ids = self._call, self.handle.prompt_token_ids
         echoed = call.params.logprobs if call.echo else None
-        offsets = prompt_offsets(self._tokenizer, self.handle.prompt, ids)
+        offsets = self._tokenizer.prompt_offsets(self.handle.prompt, ids)
         units = 10 + (echoed or 0) + (call.prompt_logprobs or 0)
         step = 1 + 250 // units
         for start in range(0, len(ids), step):
@@ -191,11 +191,10 @@ class PromptChoices:
 
     def _offsets(self, choice: Choice) -> TextOffsets:
         if choice.offsets is None:
-            choice.offsets = TextOffsets(
-                self._tokenizer,
-                behind=self.handle.prompt_token_ids,
-                start=len(self._echo_text()) if self._call.echo else 0,
-                skip_special_tokens=self._call.params.skip_special_tokens,
+            choice.offsets = self._tokenizer.output_offsets(
+                self.handle.prompt_token_ids,
+                len(self._echo_text()) if self._call.echo else 0,
+                self._call.params.skip_special_tokens,
             )
         return choice.offsets
 

@@ -18,13 +18,12 @@ from minserve.sampling_params import SamplingParams
 from minserve.server.body import brief, convert, refusal
 from minserve.server.messages import plain_messages
 from minserve.server.parameters.forms import StreamOptions, TokenId
-from minserve.server.parameters.parameter import Sort
 from minserve.server.parameters.table import read_body
 from minserve.server.parameters.works import SAMPLING
 
 COMPLETION_MAX_TOKENS = 16
 MAX_TEMPLATE_KWARGS_BYTES = 2**14
-_SETTINGS = frozenset(one.name for one in SAMPLING if one.sort is Sort.WORKS)
+_SETTINGS = frozenset(one.name for one in SAMPLING)
 # Variables of a template that are parameters of their own, or the server's.
 _RESERVED = frozenset(
     {

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from minserve.outputs import OutputDelta, acceptance
 from minserve.server.engine_face import Handle
+from minserve.server.json_array import dump_pieces
 from minserve.server.logprobs import LogprobWriter
 from minserve.server.pauses import Pauses
 from minserve.server.prompt_choices import Choice, Part, PromptChoices
 from minserve.server.protocol import GenerationCall
 from minserve.server.slo_http import slo_object
-from minserve.server.sse import dump_json
 from minserve.slo.attainment import worst_report
 
 if TYPE_CHECKING:
@@ -89,18 +89,17 @@ class Reply:
         choice.end = delta
 
     def body(self) -> Iterator[bytes]:
-        """Yield the whole response's JSON, in pieces of one choice at most."""
-        yield dump_json(self._head)[:-1] + b',"choices":['
-        separator = b""
-        for prompt, group in enumerate(self._groups):
-            for choice in group.choices:
-                if choice.part is not None and choice.end is not None:
-                    yield separator + dump_json(self._whole(prompt, choice.part, choice.end))
-                    separator = b","
-        tail = {"usage": self._final_usage()}
-        if self._call.chat:
-            tail |= self._groups[0].facts()
-        yield b"]," + dump_json(tail)[1:]
+        """Yield the whole response's JSON in pieces."""
+        choices = [
+            self._whole(prompt, choice.part, choice.end)
+            for prompt, group in enumerate(self._groups)
+            for choice in group.choices
+            if choice.part is not None and choice.end is not None
+        ]
+        of_prompt = self._groups[0].facts() if self._call.chat else {}
+        return dump_pieces(
+            {**self._head, "choices": choices, "usage": self._final_usage(), **of_prompt}
+        )
 
     def _chunk(self, prompt: int, delta: OutputDelta) -> dict[str, Any] | None:
         """Return a chunk with one choice; ``None`` where the delta has nothing to report."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from itertools import chain
 from typing import Any
 
-import msgspec
 from aiohttp import web
+
+from minserve.server.json_array import coalesced, dump_json, dump_pieces
 
 _HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -20,16 +22,6 @@ _HEADERS = {
     # Reverse proxies that buffer would turn a stream of tokens into one late block.
     "X-Accel-Buffering": "no",
 }
-_encoder = msgspec.json.Encoder()
-
-
-def dump_json(value: Any) -> bytes:
-    """Return a value as compact JSON in UTF-8; NaN and infinity, which JSON lacks, as ``null``.
-
-    Raises:
-        UnicodeEncodeError: for a string with half of a surrogate pair.
-    """
-    return _encoder.encode(value)
 
 
 class EventStream:
@@ -67,13 +59,22 @@ class EventStream:
             if comments is not None:
                 comments.cancel()
 
-    async def send(self, event: Any) -> None:
+    async def send(self, event: Any, *, in_pieces: bool = False) -> None:
         """Write one event; waits while the client reads slowly.
+
+        Args:
+            in_pieces: the event may be of megabytes, so that others run while it is written.
 
         Raises:
             ConnectionResetError: if the client has closed the connection.
         """
-        await self._write_event(dump_json(event))
+        if not in_pieces:
+            await self._write_event(dump_json(event))
+            return
+        self._has_events = True
+        for piece in coalesced(chain([b"data: "], dump_pieces(event), [b"\n\n"])):
+            await self._write(piece)
+            await asyncio.sleep(0)
 
     async def done(self) -> None:
         """Write the marker of a complete stream and end the response."""

@@ -210,6 +210,7 @@ def test_a_repeated_prompt_hits_the_prefix_cache(tiny_llama_dir: Path) -> None:
         ([5], SamplingParams(allowed_token_ids=[512]), "allowed_token_ids: 512 is outside"),
         ([5], SamplingParams(logit_bias={512: 1.0}), "logit_bias: 512 is outside"),
         ([5], SamplingParams(allowed_token_ids=[9], stop_token_ids=[9], min_tokens=1), "no token"),
+        ([5], SamplingParams(stop_token_ids=list(range(512)), min_tokens=1), "no token"),
         ([5] * 509, SamplingParams(max_tokens=None, min_tokens=10), "min_tokens"),
     ],
     ids=[
@@ -221,6 +222,7 @@ def test_a_repeated_prompt_hits_the_prefix_cache(tiny_llama_dir: Path) -> None:
         "bad allowed id",
         "bad bias",
         "nothing allowed",
+        "nothing but ends",
         "min_tokens",
     ],
 )

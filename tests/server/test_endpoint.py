@@ -194,6 +194,18 @@ def test_echoed_tokens_are_found_by_their_place_in_the_text(
         assert token.startswith(("bytes:", "<")) or text.startswith(token, at)
 
 
+def test_what_was_cut_off_a_prompt_is_not_echoed(
+    client: openai.OpenAI, server: RunningServer
+) -> None:
+    cut = {"truncate_prompt_tokens": 2}
+    (choice,) = client.completions.create(
+        prompt=PROMPT, echo=True, logprobs=0, extra_body=cut, **{**GREEDY, "max_tokens": 0}
+    ).choices
+    _, _, kept = post(server, "/detokenize", {"tokens": ids_of(server, PROMPT)[-2:]})
+    assert choice.text == json.loads(kept)["prompt"]
+    assert choice.logprobs.text_offset == [0, len(choice.logprobs.tokens[0])]
+
+
 def test_prompt_logprobs_are_those_of_transformers(
     client: openai.OpenAI, server: RunningServer, tiny_llama_dir: Path
 ) -> None:

@@ -107,7 +107,7 @@ def test_a_host_of_the_clients_own_making_is_only_text(server: RunningServer) ->
 def test_where_a_key_is_needed_it_tells_nothing_that_the_key_protects(
     start_server: Callable[..., RunningServer], tiny_llama_dir: Path
 ) -> None:
-    config = ServerConfig(served_model_name="hidden-name", api_key=KEY)
+    config = ServerConfig(served_model_name="hidden-name", api_key=(KEY,))
     server = start_server(tiny_llama_dir, config)
     _, text = get_page(server)
     assert "hidden-name" not in text

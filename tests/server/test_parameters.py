@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -21,8 +21,10 @@ from hypothesis import strategies as st
 from minserve.errors import InvalidRequestError
 from minserve.sampling_params import SamplingParams
 from minserve.server.body import parse_object
+from minserve.server.json_array import dump_json
 from minserve.server.parameters.forms import Message, StreamOptions, TextPart
 from minserve.server.parameters.hints import NESTED
+from minserve.server.parameters.page import write_tables
 from minserve.server.parameters.parameter import PATHS, SERVERS, Endpoint, Parameter, Sort
 from minserve.server.parameters.table import BY_ENDPOINT, FIELDS, PARAMETERS
 from minserve.server.parameters.works import OWN_MEANING, SAMPLING
@@ -32,7 +34,6 @@ from minserve.server.protocol import (
     parse_detokenize,
     parse_tokenize,
 )
-from minserve.server.sse import dump_json
 
 HELLO = [{"role": "user", "content": "hello"}]
 ENOUGH: dict[Endpoint, dict[str, Any]] = {
@@ -48,11 +49,7 @@ PARSERS: dict[Endpoint, Callable[[dict[str, Any]], Any]] = {
     "detokenize": parse_detokenize,
 }
 ROWS = [(endpoint, one) for one in FIELDS for endpoint in one.endpoints]
-of_rows = partial(
-    pytest.mark.parametrize,
-    ("endpoint", "parameter"),
-    ids=lambda value: getattr(value, "name", value),
-)
+each_endpoint = pytest.mark.parametrize("endpoint", list(PATHS))
 
 
 def parse(endpoint: Endpoint, **values: Any) -> Any:
@@ -68,6 +65,10 @@ def refused(endpoint: Endpoint, **values: Any) -> InvalidRequestError | None:
     except InvalidRequestError as error:
         return error
     return None
+
+
+def of_sorts(endpoint: Endpoint, *sorts: Sort) -> list[tuple[str, Parameter]]:
+    return [row for row in BY_ENDPOINT[endpoint].items() if row[1].sort in sorts]
 
 
 # --- the table itself ---
@@ -90,7 +91,7 @@ def test_each_parameter_of_an_endpoint_has_one_row_with_all_that_readers_need() 
 
 
 def test_each_sampling_setting_is_a_parameter() -> None:
-    rows = {one.name for one in SAMPLING if one.sort is Sort.WORKS}
+    rows = {one.name for one in SAMPLING}
     settings = {one.name for one in fields(SamplingParams)}
     assert settings == rows | set(OWN_MEANING)
     for endpoint in ("completions", "chat"):
@@ -181,6 +182,13 @@ def test_the_parameters_of_other_servers_are_sorted(
     assert unnamed == []
 
 
+def test_the_tables_of_the_page_are_those_of_the_code() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "parameters.md").read_text(encoding="utf-8")
+    assert page == write_tables(page)
+    for one in PARAMETERS:
+        assert f"`{one.name}`" in page
+
+
 # --- the parser follows it ---
 
 SANE: dict[Any, Any] = {
@@ -195,24 +203,25 @@ SANE: dict[Any, Any] = {
 }
 
 
-@of_rows(ROWS)
-def test_values_that_ask_for_nothing_change_nothing(
-    endpoint: Endpoint, parameter: Parameter
-) -> None:
-    for value in (*parameter.neutral, None):
-        if parameter.name not in ENOUGH[endpoint]:
-            assert parse(endpoint, **{parameter.name: value}) == parse(endpoint)
+@each_endpoint
+def test_values_that_ask_for_nothing_change_nothing(endpoint: Endpoint) -> None:
+    plain = parse(endpoint)
+    for name, parameter in BY_ENDPOINT[endpoint].items():
+        for value in (*parameter.neutral, None):
+            if name not in ENOUGH[endpoint]:
+                assert parse(endpoint, **{name: value}) == plain, (name, value)
 
 
-@of_rows([row for row in ROWS if row[1].sort is Sort.HINT])
-def test_hints_change_nothing_and_are_named(endpoint: Endpoint, parameter: Parameter) -> None:
-    sane = [value for form, value in SANE.items() if _takes(parameter.form, value)]
-    assert sane
-    for value in sane:
-        call = parse(endpoint, **{parameter.name: value})
-        neutral = parameter.is_neutral(value, {})
-        assert call.ignored == (() if neutral else (parameter.name,))
-        assert _without_hints(call) == _without_hints(parse(endpoint))
+@each_endpoint
+def test_hints_change_nothing_and_are_named(endpoint: Endpoint) -> None:
+    for name, parameter in of_sorts(endpoint, Sort.HINT):
+        sane = [value for form, value in SANE.items() if _takes(parameter.form, value)]
+        assert sane, name
+        for value in sane:
+            call = parse(endpoint, **{name: value})
+            neutral = parameter.is_neutral(value, {})
+            assert call.ignored == (() if neutral else (name,))
+            assert _without_hints(call) == _without_hints(parse(endpoint))
 
 
 def _takes(form: Any, value: Any) -> bool:
@@ -227,14 +236,14 @@ def _without_hints(call: Any) -> dict[str, Any]:
     return {one.name: getattr(call, one.name) for one in fields(call) if one.name != "ignored"}
 
 
-@of_rows([row for row in ROWS if row[1].sort in (Sort.NEUTRAL, Sort.REFUSED)])
-def test_what_is_not_implemented_is_refused_by_name_with_advice(
-    endpoint: Endpoint, parameter: Parameter
-) -> None:
-    with pytest.raises(InvalidRequestError, match="is not supported") as caught:
-        parse(endpoint, **{parameter.name: {"something": ["else"]}})
-    assert caught.value.param == parameter.name
-    assert parameter.says in str(caught.value)
+@each_endpoint
+def test_what_is_not_implemented_is_refused_by_name_with_advice(endpoint: Endpoint) -> None:
+    for name, parameter in of_sorts(endpoint, Sort.NEUTRAL, Sort.REFUSED):
+        error = refused(endpoint, **{name: {"something": ["else"]}})
+        assert error is not None, name
+        assert error.param == name
+        assert "is not supported" in str(error)
+        assert parameter.says in str(error)
 
 
 JSON = st.recursive(
@@ -252,7 +261,7 @@ JSON = st.recursive(
 )
 
 
-@pytest.mark.parametrize("endpoint", list(PATHS))
+@each_endpoint
 @given(data=st.data())
 def test_any_value_of_any_parameter_is_taken_or_refused_by_its_name(
     endpoint: Endpoint, data: st.DataObject
@@ -272,8 +281,9 @@ def test_any_value_of_any_parameter_is_taken_or_refused_by_its_name(
         st.dictionaries(
             st.sampled_from([*Message.__struct_fields__, "audio"]) | st.text(max_size=3),
             JSON | st.sampled_from(["user", "assistant", "tool"]),
+            max_size=4,
         ),
-        max_size=3,
+        max_size=2,
     )
 )
 def test_any_messages_are_taken_or_refused_by_their_place(messages: list[dict[str, Any]]) -> None:

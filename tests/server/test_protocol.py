@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from minserve.errors import InvalidRequestError
 from minserve.prompts import PromptOptions
 from minserve.server.body import parse_object
+from minserve.server.json_array import dump_json
 from minserve.server.protocol import (
     parse_chat,
     parse_completion,
     parse_detokenize,
     parse_tokenize,
 )
-from minserve.server.sse import dump_json
 
 HELLO = [{"role": "user", "content": "hello"}]
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
+from minserve.engine.text.tokenizer import Tokenizer
 from minserve.outputs import OutputDelta, TokenLogprob
 from minserve.request import FinishReason
-from minserve.server.json_array import JsonArray
+from minserve.server.json_array import PIECE, JsonArray, dump_json, dump_pieces
 from minserve.server.logprobs import ChatLogprobs, CompletionLogprobs, LogprobWriter
 from minserve.server.pauses import Pauses
 from minserve.server.protocol import parse_chat, parse_completion
 from minserve.server.responses import Reply
-from minserve.server.sse import dump_json
 
 STOP = {"request_id": "r", "finish_reason": FinishReason.STOP}
 
@@ -33,6 +33,9 @@ class ByteTokenizer:
     def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
         kept = [i for i in ids if not (skip_special_tokens and i == 257)]
         return b"".join(map(self.token_bytes, kept)).decode("utf-8", "replace")
+
+    prompt_offsets = Tokenizer.prompt_offsets
+    output_offsets = Tokenizer.output_offsets
 
 
 class Handle:
@@ -143,7 +146,7 @@ def test_prompt_logprobs_have_vllms_form() -> None:
     b = {"logprob": -0.1, "rank": 1, "decoded_token": "b"}
     a = {"logprob": -0.2, "rank": 2, "decoded_token": "a"}
     x = {"logprob": -9999.0, "rank": 9, "decoded_token": "x"}
-    assert json.loads(dump_json(array.raw())) == [
+    assert json.loads(dump_json(array)) == [
         None,
         {"120": x, "98": b, "97": a},
         {"97": a, "98": b},
@@ -251,3 +254,27 @@ def test_echoed_and_told_prompts_each_have_as_many_alternatives_as_were_asked_fo
     (choice,) = whole(reply, letters("c", prompt_logprobs=told, **STOP))["choices"]
     assert choice["logprobs"]["top_logprobs"] == [None, {"b": -0.1}]
     assert list(choice["prompt_logprobs"][1]) == ["98", "97", "99"]
+
+
+# --- arrays ---
+
+
+def test_arrays_share_what_was_joined_and_come_in_pieces() -> None:
+    first, second = JsonArray(), JsonArray()
+    assert json.loads(dump_json({"a": first})) == {"a": []}
+    first.extend([1, "é"])
+    second.join(first)
+    second.extend([None])
+    first.extend([{"b": 2}])
+    second.join(JsonArray())
+    second.join(first)
+    many = JsonArray()
+    for start in range(0, 100_000, 10):
+        many.extend(list(range(start, start + 10)))
+    value = {"x": [{"f": first, "s": second}], "n": None, "many": many, "e": {}, "l": []}
+    pieces = list(dump_pieces(value))
+    assert b"".join(pieces) == dump_json(value)
+    assert all(PIECE <= len(piece) < 2 * PIECE for piece in pieces[:-1])
+    told = json.loads(dump_json(value))
+    assert told["x"] == [{"f": [1, "é", {"b": 2}], "s": [1, "é", None, 1, "é", {"b": 2}]}]
+    assert told["many"] == list(range(100_000))

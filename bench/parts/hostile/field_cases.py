@@ -41,11 +41,30 @@ SHARED: dict[str, list[Any]] = {
     "frequency_penalty": [-2.1, 2.1, -1e308, *NO_NUMBER],
     "repetition_penalty": [0, -1, 1e308, 1e-308, *NO_NUMBER],
     "seed": [2**64, -(2**63) - 1, *NO_INTEGER],
-    "stop": [5, [5], [["a"]], {}, "", [""], ["a"] * 65, HALF],
+    "stop": [5, [5], [["a"]], {}, [""], ["a"] * 65, HALF],
     "stop_token_ids": [[-1], [2**40], [2**63], [True], ["1"], [1.5], "1", {}],
-    "logit_bias": [[1], {"-1": 1}, {"x": 1}, {"1": 101}, {"1": True}, {"1": "1"}, {str(2**40): 1}],
-    "allowed_token_ids": [[-1], [2**40], [True], ["a"], 5],
-    "bad_words": [5, [5], [[]], [""]],
+    "logit_bias": [
+        [1],
+        {"-1": 1},
+        {"x": 1},
+        {"1": 101},
+        {"1": -101},
+        {"1": NAN},
+        {"1": True},
+        {"1": "1"},
+        {str(2**40): 1},
+        {"1" * 400: 1},
+        {"+1": 1},
+        {"1_0": 1},
+        {"1e2": 1},
+    ],
+    "allowed_token_ids": [[-1], [2**40], [True], ["a"], [1.5], [1] * 10_000, 5],
+    "bad_words": [5, [5], [[]], [""], ["x"] * 10_000, ["x" * 100_000], HALF],
+    "add_special_tokens": ["yes", 1],
+    "skip_special_tokens": ["yes", 1],
+    "include_stop_str_in_output": ["yes", 1],
+    "return_token_ids": ["yes", 1],
+    "metadata": [5, "x", [[[]]]],
     "ignore_eos": ["yes", 1, []],
     "stream": ["true", 1, {}],
     "stream_options": [5, {"include_usage": 1}, {"no_such_option": True}],
@@ -53,7 +72,7 @@ SHARED: dict[str, list[Any]] = {
     "user": [5, {}, HALF],
     "cache_salt": [5, [], HALF],
     "request_id": [5, [], HALF],
-    "truncate_prompt_tokens": [-2, *NO_INTEGER],
+    "truncate_prompt_tokens": [0, -2, *NO_INTEGER],
     "include_acceptance": ["yes", 1],
     "no_such_field": [1, "x", [1], {"a": 1}],
 }
@@ -71,7 +90,7 @@ COMPLETION: dict[str, list[Any]] = {
 }  # fmt: skip
 CHAT_ONLY: dict[str, list[Any]] = {
     "max_tokens": [0, -1, 10**9, *NO_INTEGER],
-    "max_completion_tokens": [0, -1, 10**9, *NO_INTEGER],
+    "max_completion_tokens": [0, -1, *NO_INTEGER],
     "logprobs": [1, "yes", {}],
     "top_logprobs": [-1, 5, 10**9, *NO_INTEGER],
     "messages": [
@@ -86,8 +105,14 @@ CHAT_ONLY: dict[str, list[Any]] = {
         [{"role": "user", "content": HALF}], [{"role": "user", "content": "x", "no_such": 1}],
     ],
     "chat_template": ["{{ ''.__class__.__mro__ }}", 5],
-    "chat_template_kwargs": [5, "x", [1]],
+    "chat_template_kwargs": [
+        5, "x", [1], {"messages": []}, {"bos_token": "x"}, {"self": 1}, {"x" * 100_000: 1},
+        {str(i): i for i in range(10_000)},
+    ],
+    "add_generation_prompt": ["yes", 1],
+    "continue_final_message": ["yes", 1],
     "tools": [5, "x", [5]],
+    "tool_choice": ["required", 5, {"type": "function"}],
     "response_format": [5, "json", {"type": "no_such_type"}],
 }  # fmt: skip
 SLO: dict[str, list[Any]] = {
@@ -208,8 +233,12 @@ def _sizes() -> list[Case]:
         case("one word of megabytes", {"prompt": "x" * 6_000_000}),
         case("one of two prompts too long", lambda m: {"prompt": [[1], [5] * m.max_model_len]}),
         case("prompt and output beyond the pool", pool, param="max_tokens"),
+        case("a chat beyond the pool", lambda m: {
+            "messages": MESSAGES, "max_completion_tokens": m.max_model_len}, CHAT),
         case("min_tokens without room", lambda m: {
             "messages": MESSAGES, "min_tokens": m.max_model_len}, CHAT, param="min_tokens"),
+        case("ends that leave no token", lambda m: {
+            "prompt": "a", "min_tokens": 1, "stop_token_ids": list(range(m.vocab_size))}),
         case("as many prompts as the queue, and one", lambda m: {"prompt": ["a"] * (m.max_queue + 1)}),
         case("a hundred thousand prompts", {"prompt": ["a"] * 100_000}),
         case("prompts x n", lambda m: {"prompt": ["a"] * (m.max_queue // 64 + 1), "n": 64}),

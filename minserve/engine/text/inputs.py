@@ -67,7 +67,7 @@ class PromptProcessor:
         if isinstance(prompt, str):
             special = options.add_special_tokens is not False
             ids: Sequence[Any] = self._encode(prompt, "prompt", special, options)
-            return TokenizedPrompt(prompt, self._checked_ids(ids, "prompt", options))
+            return self._checked(prompt, ids, "prompt", options)
         if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
             raise InvalidRequestError(
                 "a prompt is a text, a list of token ids or a list of messages, "
@@ -78,8 +78,8 @@ class PromptProcessor:
             text = self._render(prompt, options)
             # The template has written the special tokens already.
             ids = self._encode(text, "messages", bool(options.add_special_tokens), options)
-            return TokenizedPrompt(text, self._checked_ids(ids, "messages", options))
-        return TokenizedPrompt(None, self._checked_ids(prompt, "prompt", options))
+            return self._checked(text, ids, "messages", options)
+        return self._checked(None, prompt, "prompt", options)
 
     def tokenize(self, prompt: Prompt, options: PromptOptions = _USUAL) -> TokenizedPrompt:
         """Turn a text or messages into token ids, as many as there are and perhaps none.
@@ -151,10 +151,14 @@ class PromptProcessor:
         most = self._max_model_len - 1 if most == -1 else most
         return ids[-most:]
 
-    def _checked_ids(
-        self, ids: Sequence[Any], param: str, options: PromptOptions
-    ) -> tuple[int, ...]:
-        ids = self._truncated(ids, options)
+    def _checked(
+        self, text: str | None, ids: Sequence[Any], param: str, options: PromptOptions
+    ) -> TokenizedPrompt:
+        kept = self._truncated(ids, options)
+        # The text of what was cut is no part of the prompt.
+        return TokenizedPrompt(text if len(kept) == len(ids) else None, self._ids(kept, param))
+
+    def _ids(self, ids: Sequence[Any], param: str) -> tuple[int, ...]:
         if not ids:
             raise InvalidRequestError("the prompt is empty", param)
         if len(ids) >= self._max_model_len:

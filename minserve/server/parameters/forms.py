@@ -11,6 +11,7 @@ from minserve.server.body import Form
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 Nothing = tuple[()]
+Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Positive = Annotated[int, Meta(ge=1)]
 TokenId = Annotated[int, Meta(ge=0)]
 

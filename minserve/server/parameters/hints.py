@@ -5,12 +5,16 @@ Any sane value is accepted, and the answer's header names those that asked for s
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
+from msgspec import Meta
+
+from minserve.server.parameters.forms import Int64
 from minserve.server.parameters.parameter import CHAT, MESSAGES, Parameter, Sort
 
-_Object = dict[str, Any]
-_Number = int | float
+# More fields than this are no hint, but a load.
+_Object = Annotated[dict[str, Any], Meta(max_length=256)]
+_Number = Int64 | float
 
 
 def _hint(name: str, known_from: str, says: str, form: Any, **more: Any) -> Parameter:
@@ -47,7 +51,7 @@ EFFORT = (
     _hint("verbosity", "O", "the length is the model's own", str, endpoints=CHAT),
     _hint("reasoning_effort", "OVSL", _EFFORT, str | _Number, endpoints=MESSAGES),
     _hint("reasoning", "S", _EFFORT, _Object, endpoints=CHAT, neutral=({},)),
-    _hint("thinking", "L", _EFFORT, _Object | bool | str, endpoints=CHAT),
+    _hint("thinking", "X", _EFFORT, _Object | bool | str, endpoints=CHAT),
     _hint(
         "separate_reasoning",
         "S",
@@ -73,36 +77,38 @@ CACHES = (
     _hint("prompt_cache_options", "O", _CACHE, _Object, neutral=({},)),
     _hint("prompt_cache_retention", "O", _CACHE, str),
     _hint("cache_prompt", "L", "cached prefixes change no result", bool, neutral=(True,)),
-    _hint("n_cache_reuse", "L", "only whole prefixes are taken from the cache", int, neutral=(0,)),
-    _hint("n_keep", "L", "a full context ends an output; nothing is discarded", int),
-    _hint("n_discard", "L", "a full context ends an output; nothing is discarded", int),
-    _hint("id_slot", "L", _ROUTE, int, neutral=(-1,)),
-    _hint("routed_dp_rank", "S", _ROUTE, int),
-    _hint("data_parallel_rank", "S", _ROUTE, int),
-    _hint("disagg_prefill_dp_rank", "S", _ROUTE, int),
+    _hint(
+        "n_cache_reuse", "L", "only whole prefixes are taken from the cache", Int64, neutral=(0,)
+    ),
+    _hint("n_keep", "L", "a full context ends an output; nothing is discarded", Int64),
+    _hint("n_discard", "L", "a full context ends an output; nothing is discarded", Int64),
+    _hint("id_slot", "L", _ROUTE, Int64, neutral=(-1,)),
+    _hint("routed_dp_rank", "S", _ROUTE, Int64),
+    _hint("data_parallel_rank", "S", _ROUTE, Int64),
+    _hint("disagg_prefill_dp_rank", "S", _ROUTE, Int64),
 )
 
 SPEED = (
     _hint("prediction", "O", _DRAFTS, _Object, endpoints=CHAT),
     _hint("ngram_corpus_id", "S", _DRAFTS, str | list[str | None]),
-    _hint("speculative.n_max", "L", _DRAFTS, int),
-    _hint("speculative.n_min", "L", _DRAFTS, int),
+    _hint("speculative.n_max", "L", _DRAFTS, Int64),
+    _hint("speculative.n_min", "L", _DRAFTS, Int64),
     _hint("speculative.p_min", "L", _DRAFTS, _Number),
     _hint("backend_sampling", "L", "where tokens are sampled changes no result", bool),
-    _hint("stream_interval", "V", "each token is sent at once", int, neutral=(1,)),
-    _hint("sse_ping_interval", "L", "`--first-byte-s` says when a stream answers", int),
+    _hint("stream_interval", "V", "each token is sent at once", Int64, neutral=(1,)),
+    _hint("sse_ping_interval", "L", "the server's own setting counts", Int64),
 )
 
 NOT_THERE = (
-    _hint("max_dynamic_patch", "S", _IMAGES, int),
-    _hint("min_dynamic_patch", "S", _IMAGES, int),
+    _hint("max_dynamic_patch", "S", _IMAGES, Int64),
+    _hint("min_dynamic_patch", "S", _IMAGES, Int64),
     _hint("use_audio_in_video", "S", _IMAGES, bool, neutral=(False,)),
     _hint("images_config", "S", _IMAGES, _Object, neutral=({},)),
     _hint("return_mm_kwargs", "V", _IMAGES, bool, neutral=(True,)),
     _hint("dynatemp_exponent", "L", _OF_REFUSED.format("`dynatemp_range`"), _Number),
     _hint("dry_base", "L", _OF_REFUSED.format("`dry_multiplier`"), _Number),
-    _hint("dry_allowed_length", "L", _OF_REFUSED.format("`dry_multiplier`"), int),
-    _hint("dry_penalty_last_n", "L", _OF_REFUSED.format("`dry_multiplier`"), int),
+    _hint("dry_allowed_length", "L", _OF_REFUSED.format("`dry_multiplier`"), Int64),
+    _hint("dry_penalty_last_n", "L", _OF_REFUSED.format("`dry_multiplier`"), Int64),
     _hint("dry_sequence_breakers", "L", _OF_REFUSED.format("`dry_multiplier`"), list[str]),
     _hint("xtc_threshold", "L", _OF_REFUSED.format("`xtc_probability`"), _Number),
     _hint("mirostat_tau", "L", _OF_REFUSED.format("`mirostat`"), _Number),
@@ -124,7 +130,7 @@ NESTED = (
     _hint(
         "messages.refusal", "O", "the content counts, where both are given", str, endpoints=MESSAGES
     ),
-    _hint("messages.cache_control", "L", _CACHE, _Object, endpoints=MESSAGES),
-    _hint("messages.content.cache_control", "L", _CACHE, _Object, endpoints=MESSAGES),
+    _hint("messages.cache_control", "X", _CACHE, _Object, endpoints=MESSAGES),
+    _hint("messages.content.cache_control", "X", _CACHE, _Object, endpoints=MESSAGES),
     _hint("messages.content.prompt_cache_breakpoint", "O", _CACHE, _Object, endpoints=MESSAGES),
 )

@@ -27,7 +27,14 @@ DETOKENIZE: tuple[Endpoint, ...] = ("detokenize",)
 ALL: tuple[Endpoint, ...] = (*GENERATION, *TOKENIZE, *DETOKENIZE)
 
 # Letters of `Parameter.known_from`.
-SERVERS = {"O": "OpenAI", "V": "vLLM", "S": "SGLang", "L": "llama.cpp", "M": "minserve"}
+SERVERS = {
+    "O": "OpenAI",
+    "V": "vLLM",
+    "S": "SGLang",
+    "L": "llama.cpp",
+    "M": "minserve",
+    "X": "others",
+}
 
 
 class Sort(Enum):
@@ -45,7 +52,7 @@ class Parameter:
 
     Attributes:
         endpoints: those that know it, all in the same way.
-        known_from: whose parameter it is, as letters of `SERVERS`.
+        known_from: whose parameter it is too, as letters of `SERVERS`.
         form: the type of what works, and of sane hints; ``Any`` where the endpoint's parser looks
             at the value itself.
         neutral: values that ask for nothing, as if the parameter were not given.

@@ -10,7 +10,7 @@ from minserve.errors import InvalidRequestError
 from minserve.server.body import refusal
 from minserve.server.parameters.hints import HINTS, NESTED
 from minserve.server.parameters.parameter import PATHS, Endpoint, Parameter, Sort
-from minserve.server.parameters.refused import REFUSED
+from minserve.server.parameters.unsupported import REFUSED
 from minserve.server.parameters.works import WORKS
 
 FIELDS: tuple[Parameter, ...] = (*WORKS, *HINTS, *REFUSED)

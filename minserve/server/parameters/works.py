@@ -7,15 +7,17 @@ from typing import Annotated, Any, get_type_hints
 from msgspec import Meta
 
 from minserve.sampling_params import (
+    MAX_BAD_WORDS,
     MAX_LOGPROBS,
     MAX_N,
+    MAX_NAMED_TOKENS,
     MAX_STOP_STRINGS,
     MAX_TOP_K,
     SEED_MAX,
     SEED_MIN,
     SamplingParams,
 )
-from minserve.server.parameters.forms import Messages, Positive, StreamOptions, TokenId
+from minserve.server.parameters.forms import Int64, Messages, Positive, StreamOptions, TokenId
 from minserve.server.parameters.parameter import (
     ALL,
     CHAT,
@@ -29,7 +31,6 @@ from minserve.server.parameters.parameter import (
 )
 
 _HINTS = get_type_hints(SamplingParams)
-_INT64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 _LOGPROBS = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 _TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _STRINGS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
@@ -41,9 +42,6 @@ def _works(name: str, known_from: str, says: str, **more: Any) -> Parameter:
 
 def _setting(name: str, known_from: str, says: str, **more: Any) -> Parameter:
     """Return the row of a field of `SamplingParams`, which checks the range itself."""
-    if name not in _HINTS:
-        more.pop("form", None)
-        return Parameter(name=name, sort=Sort.NEUTRAL, known_from=known_from, **more)
     return _works(name, known_from, says, **{"form": _HINTS[name], **more})
 
 
@@ -96,6 +94,7 @@ SAMPLING = (
         "OVSL",
         "a 64-bit integer, for [sampled outputs that come again](#sampling)",
         default="drawn",
+        form=int,
         schema=_range(SEED_MIN, SEED_MAX),
     ),
     _setting(
@@ -133,7 +132,8 @@ SAMPLING = (
     _setting(
         "logit_bias",
         "OVSL",
-        "an object of token ids and what is added to their logits, -100 to 100",
+        f"an object of up to {MAX_NAMED_TOKENS} token ids and what is added to their logits, "
+        "-100 to 100",
         default="none",
         form=dict[str, int | float],
         neutral=({}, []),
@@ -141,7 +141,8 @@ SAMPLING = (
     _setting(
         "allowed_token_ids",
         "V",
-        "the only token ids that are sampled, those that end the output included",
+        f"up to {MAX_NAMED_TOKENS}: the only token ids that are sampled, those that end the output "
+        "included",
         default="all",
         form=list[TokenId],
         neutral=([],),
@@ -149,7 +150,8 @@ SAMPLING = (
     _setting(
         "bad_words",
         "V",
-        "texts that the output never holds",
+        f"up to {MAX_BAD_WORDS} texts that the output never holds as the tokenizer writes them, with "
+        "or without a leading space",
         default="none",
         form=list[str],
         neutral=([],),
@@ -352,7 +354,7 @@ ANSWER = (
         "priority",
         "VS",
         "among requests of equal standing, the lower number goes first",
-        form=_INT64,
+        form=Int64,
         default="0",
     ),
     _works(

@@ -114,6 +114,9 @@ def _check_head(request: web.Request, most_bytes: int) -> None:
         HttpError: 413 for a body over the limit, 415 for a compressed one.
     """
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
+    transfer = request.headers.get("Transfer-Encoding", "chunked").strip().lower()
+    if transfer != "chunked":  # aiohttp takes others too, as long as they end in it
+        encoding = transfer
     if encoding not in ("", "identity"):
         # A few kilobytes can unpack to gigabytes; prompts are small enough to send plain.
         raise HttpError(415, f"request bodies must not be compressed ({encoding})")

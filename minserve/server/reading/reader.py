@@ -15,6 +15,7 @@ from minserve.errors import InvalidRequestError
 from minserve.prompts import TokenizedPrompt
 from minserve.server.body import parse_object
 from minserve.server.errors import HttpError
+from minserve.server.json_array import dump_json
 from minserve.server.protocol import (
     GenerationCall,
     parse_chat,
@@ -23,7 +24,6 @@ from minserve.server.protocol import (
     parse_tokenize,
 )
 from minserve.server.slo_http import read_slo
-from minserve.server.sse import dump_json
 from minserve.slo.objectives import SLO
 
 if TYPE_CHECKING:

@@ -175,7 +175,8 @@ def test_a_template_sees_variables_of_the_request_but_none_of_its_own(tokenizer)
 def test_a_long_prompt_can_be_cut_to_its_last_tokens(prompts, tokenizer):
     text = " ".join(f"word {i}" for i in range(50))
     ids = tuple(tokenizer.encode(text))
-    assert prompts.process(text, PromptOptions(truncate_prompt_tokens=5)) == (text, ids[-5:])
+    assert prompts.process(text, PromptOptions(truncate_prompt_tokens=5)) == (None, ids[-5:])
+    assert prompts.process("short", PromptOptions(truncate_prompt_tokens=9)).text == "short"
     all_that_fit = PromptOptions(truncate_prompt_tokens=-1)
     assert prompts.process(text, all_that_fit).token_ids == ids[-(MAX_LEN - 1) :]
     assert prompts.process(list(ids), all_that_fit).token_ids == ids[-(MAX_LEN - 1) :]

@@ -59,7 +59,7 @@ CHATS = (
     ),
     _refused(
         "enable_thinking",
-        "S",
+        "X",
         'use `chat_template_kwargs`, as `{"enable_thinking": false}`',
         endpoints=CHAT,
     ),

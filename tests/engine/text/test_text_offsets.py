@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_responses import ByteTokenizer
 from tokenizers import AddedToken
 
 from minserve.engine.text.sentencepiece_backend import (
@@ -17,11 +16,22 @@ from minserve.engine.text.sentencepiece_backend import (
     SentencePieceBackend,
     SentencePieceRules,
 )
+from minserve.engine.text.text_offsets import TextOffsets, prompt_offsets
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.engine.text.vocabulary import parse_model_proto
 from minserve.models.finding.source import find_model
-from minserve.server.text_offsets import TextOffsets, prompt_offsets
 from parts.tokenizers_parity import vocabularies as made
+
+
+class ByteTokenizer:
+    """Token ``i`` is that byte."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id])
+
+    def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
+        return bytes(ids).decode("utf-8", "replace")
+
 
 TEXTS = ["Hello world", " é😀 世界, naïve 👨‍👩‍👧 x", "a\n\nb  c", "東京"]
 
