@@ -2,6 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+ifeq ($(shell command -v "$(PYTHON)"),)
+ifneq ($(origin PYTHON),file)
+$(error there is no program '$(PYTHON)'; give a Python 3.11 or newer, as in: make PYTHON=python3.12 ...)
+endif
+endif
+
 INSTALL := pyproject.toml setup.py constraints.txt scripts/install.sh
 
 .PHONY: serve test types bench lint clean

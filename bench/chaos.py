@@ -6,8 +6,8 @@ requests are answered twice: first undisturbed, then while replicas are killed (
 (SIGSTOP) and restarted (`minserve ctl restart`), all at random times. Every stream must bring
 exactly the tokens of the undisturbed run.
 
-    python bench/chaos.py                 # two minutes of chaos
-    python bench/chaos.py --seconds 60
+    .venv/bin/python bench/chaos.py                 # two minutes of chaos
+    .venv/bin/python bench/chaos.py --seconds 60
 
 The last line is JSON; the exit code is 0 only if nothing was lost, doubled or changed.
 """
@@ -26,8 +26,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
-from tqdm import tqdm
 
+from minserve.progress import progress_bar
 from minserve.workload.data_files import read_prompts
 from minserve.workload.server_process import ServerProcess, minserve_command
 from shared.program import run_program
@@ -167,7 +167,10 @@ async def true_answers(
     session: aiohttp.ClientSession, bodies: list[dict[str, Any]]
 ) -> list[StreamResult]:
     """Return the answers without any disturbance."""
-    gate, bar = asyncio.Semaphore(AT_ONCE), tqdm(total=len(bodies), desc="undisturbed", unit="req")
+    gate, bar = (
+        asyncio.Semaphore(AT_ONCE),
+        progress_bar(total=len(bodies), desc="undisturbed", unit="req"),
+    )
 
     async def one(body: dict[str, Any]) -> StreamResult:
         async with gate:
@@ -188,7 +191,7 @@ async def answers_in_chaos(
 ) -> list[StreamResult]:
     """Return the answers to the same requests, sent at random times while replicas are hit."""
     due = sorted(rng.uniform(0.0, seconds) for _ in bodies)
-    bar = tqdm(total=len(bodies), desc="in chaos", unit="req")
+    bar = progress_bar(total=len(bodies), desc="in chaos", unit="req")
 
     async def one(body: dict[str, Any], at: float) -> StreamResult:
         await asyncio.sleep(at)

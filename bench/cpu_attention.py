@@ -5,8 +5,8 @@ that no CPU cache makes a form look faster than it is. Measure on an idle machin
 minute. The error is the largest deviation from float64, divided by that of the plain computation
 (matmul, softmax, matmul) in the same dtype; a backend must not exceed 2. The last line is JSON.
 
-    python bench/cpu_attention.py
-    python bench/cpu_attention.py --heads 32 8 64 --dtype float32
+    .venv/bin/python bench/cpu_attention.py
+    .venv/bin/python bench/cpu_attention.py --heads 32 8 64 --dtype float32
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from minserve.kernels.attention import AttentionMetadata, LayerKV
 from minserve.kernels.torch_backend import TorchBackend
+from minserve.progress import progress_bar
 from minserve.tables import text_table
 from shared.cpu_ceilings import milliseconds
 
@@ -189,7 +189,7 @@ def main() -> None:
     torch.manual_seed(0)
     print(f"{args.threads} threads, {args.dtype}; microseconds a layer (error, plain = 1)")
     rows, cells = [], []
-    for size in tqdm(CASES, desc="Measuring", unit="case", leave=False):
+    for size in progress_bar(CASES, desc="Measuring", unit="case", leave=False):
         case = make_case(tuple(args.heads), getattr(torch, args.dtype), size)
         found = measure(case, args.repeats)
         num_seqs, context, num_tokens = size

@@ -5,9 +5,9 @@ measured copy bandwidth. Then it measures mixed batches, prefill, and iterations
 beside the runner's alone (is planning hidden behind the device's work?), and compares all of them
 with the planner's predictions. The last line is JSON.
 
-    python bench/engine_gpu.py --out engine.jsonl           # on an NVIDIA GPU
-    python bench/engine_gpu.py --model opt-6.7b --profile-seconds 0
-    python bench/engine_gpu.py --dry                        # tiny, on a CPU
+    .venv/bin/python bench/engine_gpu.py --out engine.jsonl           # on an NVIDIA GPU
+    .venv/bin/python bench/engine_gpu.py --model opt-6.7b --profile-seconds 0
+    .venv/bin/python bench/engine_gpu.py --dry                        # tiny, on a CPU
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from minserve.engine.core import EngineCore
 from minserve.engine.device.kv_cache import bytes_per_block
 from minserve.engine.profile.profile_design import ProfileBatch
 from minserve.engine.profile.profiler import Workbench, profile_core
+from minserve.progress import progress_bar
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
 from shared.interpreter import choose_interpreter
@@ -322,7 +323,7 @@ def main() -> int:
     # With graphs: this is how minserve serves, and it is what is profiled; a CPU has no graphs.
     variants = [False] if args.dry else [True, False]
     runs = [(model, graphs) for graphs in variants for model in args.model or effort.models]
-    for model, graphs in tqdm(runs, unit="engine", desc="Measuring"):
+    for model, graphs in progress_bar(runs, unit="engine", desc="Measuring"):
         seconds = args.profile_seconds if graphs == variants[0] else 0.0
         try:
             result = measure_model(model, effort, copy_gb_s, seconds, graphs)

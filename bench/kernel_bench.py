@@ -4,11 +4,11 @@ Every case is first compared with float32 arithmetic; a wrong kernel is never ti
 are medians of replays from a CUDA graph, over up to 64 sets of inputs in turn, to keep them
 out of the cache. The last line is JSON.
 
-    python bench/kernel_bench.py --out rows.jsonl --plot shares.png     # on an NVIDIA GPU
-    python bench/kernel_bench.py --only decode --quick
-    python bench/kernel_bench.py --tune --quick      # other tiles for the attention kernels
-    python bench/kernel_bench.py --compile-only      # for sm_80 and sm_90, without a GPU
-    python bench/kernel_bench.py --dry               # all of it on a CPU, tiny, in the interpreter
+    .venv/bin/python bench/kernel_bench.py --out rows.jsonl --plot shares.png     # on an NVIDIA GPU
+    .venv/bin/python bench/kernel_bench.py --only decode --quick
+    .venv/bin/python bench/kernel_bench.py --tune --quick      # other tiles for the attention kernels
+    .venv/bin/python bench/kernel_bench.py --compile-only      # for sm_80 and sm_90, without a GPU
+    .venv/bin/python bench/kernel_bench.py --dry               # all of it on a CPU, tiny, in the interpreter
 """
 
 from __future__ import annotations

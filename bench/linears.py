@@ -4,7 +4,7 @@ First it measures the machine's limits. Then it runs all linears of the model's 
 measurement, so that no weight stays in a cache, and then the language model's head. The last
 line is JSON.
 
-    python bench/linears.py
+    .venv/bin/python bench/linears.py
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import argparse
 import json
 
 import torch
-from tqdm import tqdm
 
 from minserve.models.finding.source import find_model, load_config
 from minserve.models.layers import WeightFormat, WeightPlacement
+from minserve.progress import progress_bar
 from minserve.tables import text_table
 from shared.cpu_ceilings import ceilings, fast_bf16, pass_milliseconds
 
@@ -98,7 +98,7 @@ def main() -> None:
     print(f"{args.threads} threads; ceilings: {limits}")
     num_layers, shapes, head = linear_shapes(args.model)
     layers, head_times = {}, {}
-    for name, placement in tqdm(forms().items(), desc="Measuring", unit="form"):
+    for name, placement in progress_bar(forms().items(), desc="Measuring", unit="form"):
         layers[name] = sweep(placement, num_layers, shapes)
         head_times[name] = sweep(placement, 1, [head], HEAD_ROWS)
     print_table("milliseconds for all linears of all layers; * is the fastest", layers)

@@ -5,7 +5,7 @@ random weights. Each form is written to a temporary file (up to 2 GB) and read i
 without more (what dequantizing takes), and once with repacking for this machine. The last line is
 JSON, with times for a whole 8B, eight times as long.
 
-    python bench/loading.py
+    .venv/bin/python bench/loading.py
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
-from tqdm import tqdm
 
 from minserve.machine import Machine
 from minserve.models.finding.source import find_model, load_config
 from minserve.models.layers import WeightPlacement
 from minserve.models.registry import build_model
 from minserve.models.weights.loader import open_checkpoint
+from minserve.progress import progress_bar
 from minserve.tables import text_table
 
 LAYERS, SHARE = 4, 8
@@ -52,9 +52,9 @@ def main() -> None:
     }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in forms}
     with tempfile.TemporaryDirectory() as folder:
-        for name, kind in tqdm(forms.items(), desc="Writing", unit="file"):
+        for name, kind in progress_bar(forms.items(), desc="Writing", unit="file"):
             _write(_file(folder, name), kind)
-        for name in tqdm([*forms] * args.turns, desc="Reading", unit="turn"):
+        for name in progress_bar([*forms] * args.turns, desc="Reading", unit="turn"):
             times[name].append(_read(_file(folder, name)))
     rows = {
         name: [SHARE * statistics.median(one) for one in zip(*taken, strict=True)]

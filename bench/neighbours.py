@@ -6,8 +6,8 @@ before each one beside a neighbour; figures are medians of seconds. The last lin
 ``alone_s``, ``busy_loop_s``, ``other_minserve_s``, and ``worst_ratio``, the time beside the worse
 neighbour over the time alone.
 
-    python bench/neighbours.py                          # as minserve comes; 2 minutes
-    python bench/neighbours.py --variants OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=2000
+    .venv/bin/python bench/neighbours.py                          # as minserve comes; 2 minutes
+    .venv/bin/python bench/neighbours.py --variants OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=2000
 
 A variant is an environment for both engines, NAME=VALUE or several of these separated by commas;
 each has its own figures under ``variants``.
@@ -29,6 +29,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minserve.exit_codes import EXIT_INTERRUPTED
+from minserve.progress import progress_bar
 from shared.children import child, events, script
 from shared.cpu_time import busy_process
 from shared.machine import machine
@@ -216,7 +217,7 @@ def main() -> None:
         return
     found = []
     try:
-        with tqdm(total=2 * args.turns * (1 + len(args.variants)), unit="turn") as bar:
+        with progress_bar(total=2 * args.turns * (1 + len(args.variants)), unit="turn") as bar:
             for env in ({}, *args.variants):
                 bar.set_description(_name(env) or "as it comes")
                 found.append(summary(measure(args, env, bar)))

@@ -19,9 +19,9 @@ each iteration's noise in advance. All draws have seeds: two runs of the same co
 The noise-free capacities are those of the last full run, so that another version of the planner
 meets the same requests; ``--search`` finds them anew.
 
-    python bench/noise.py                          # under 10 minutes on 2 cores
-    python bench/noise.py --quick                  # a minute
-    python bench/noise.py --only scenario=coding,noise=0.2,tight=1.7 --policies dp,sarathi
+    .venv/bin/python bench/noise.py                          # under 10 minutes on 2 cores
+    .venv/bin/python bench/noise.py --quick                  # a minute
+    .venv/bin/python bench/noise.py --only scenario=coding,noise=0.2,tight=1.7 --policies dp,sarathi
 """
 
 from __future__ import annotations

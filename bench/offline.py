@@ -15,10 +15,10 @@ The same run measures minserve's linears alone and the memory's rates: no forwar
 time than its matmuls, or than reading weights and KV once. Each row gives the share of that limit
 that it reaches.
 
-    python bench/offline.py                                    # minserve alone, 5 minutes
-    python bench/offline.py --peer vllm --peer llama.cpp       # beside both; 25 minutes
-    python bench/offline.py --quantization int8 --parts engine,limits
-    python bench/offline.py --peer vllm --vllm-python DIR/bin/python --plot docs/offline.png
+    .venv/bin/python bench/offline.py                                    # minserve alone, 5 minutes
+    .venv/bin/python bench/offline.py --peer vllm --peer llama.cpp       # beside both; 25 minutes
+    .venv/bin/python bench/offline.py --quantization int8 --parts engine,limits
+    .venv/bin/python bench/offline.py --peer vllm --vllm-python DIR/bin/python --plot docs/offline.png
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minserve.exit_codes import EXIT_INTERRUPTED
+from minserve.progress import progress_bar
 from minserve.workload.plots import check_can_plot
 from parts.offline.contenders import (
     QUANTIZATIONS,
@@ -137,7 +138,7 @@ class OfflineBenchmark:
     def all(self, ours: Sequence[Contender], peers: Sequence[Contender]) -> None:
         """Measure minserve, then the peers, and then minserve again if there are peers."""
         order = [*ours, *peers, *(ours if peers else ())]
-        with tqdm(order, unit="engine", file=sys.stderr) as bar:
+        with progress_bar(order, unit="engine", file=sys.stderr) as bar:
             for contender in bar:
                 bar.set_description(contender.label)
                 self._turn(contender, lambda event, bar=bar: bar.set_postfix_str(event["event"]))

@@ -6,7 +6,7 @@ chunks and decodes over a paged cache with scattered blocks. In bfloat16 minserv
 from transformers' float32 than transformers' own bfloat16 is. There is a line for each family; the
 last line is JSON.
 
-    python bench/parity.py
+    .venv/bin/python bench/parity.py
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from minserve.engine.device.runner import ModelRunner
+from minserve.progress import progress_bar
 from parts.parity.passes import chunked_logits, greedy, load, make_runner
 from parts.parity.reference import VOCAB, reference_greedy, reference_model, save
 from parts.parity.variants import CASES, ModelVariant
@@ -140,7 +140,7 @@ def main() -> None:
     ).parse_args()
     torch.set_num_threads(1)
     families: dict[str, list[tuple[ModelVariant, ParityResult]]] = {}
-    for case in tqdm(CASES, desc="Parity", unit="case"):
+    for case in progress_bar(CASES, desc="Parity", unit="case"):
         families.setdefault(case.family, []).append((case, compare(case)))
     for family, results in families.items():
         print(_family_line(family, results))

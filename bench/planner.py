@@ -8,8 +8,8 @@ not, because then the dynamic program has most work. Then it compares admission 
 over all subsets of small random instances. `proven` is the share of rounds whose set is proven to be
 the best: the search keeps few states where there are many. The last line is JSON.
 
-    python bench/planner.py          # a table
-    python bench/planner.py --json   # the last line alone
+    .venv/bin/python bench/planner.py          # a table
+    .venv/bin/python bench/planner.py --json   # the last line alone
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
 from minserve.engine.block_pool import BlockPool
 from minserve.planner.admission.dynamic_program import admit
 from minserve.planner.admission.outlook import Outlook
@@ -33,6 +31,7 @@ from minserve.planner.admission.timeline import Admission, Candidate, simulate
 from minserve.planner.plan import PlannerView
 from minserve.planner.policies.dp import DpPlanner
 from minserve.planner.predict.perf_model import PerfModel, Piece
+from minserve.progress import progress_bar
 from minserve.request import Request, Sequence, SequenceState
 from minserve.sampling_params import SamplingParams
 from minserve.slo.attainment import Progress
@@ -159,7 +158,7 @@ def agreement(instances: int, seed: int, progress: bool) -> float:
     whose forced candidates never fit for good are left out, because no result can be compared.
     """
     agreed = compared = 0
-    for number in tqdm(range(instances), desc="brute force", disable=not progress):
+    for number in progress_bar(range(instances), desc="brute force", disable=not progress):
         # Some instances have requests of one output each, some of up to so many outputs.
         most_seqs = (1, 3, 12)[number % 3]
         instance = random_instance(
@@ -193,7 +192,7 @@ def main() -> None:
     gc.freeze()  # as the server does
     rows = {}
     cases = [(r, w, t) for r, w in SIZES for t in (1, 2, 3)]
-    for running, waiting, tiers in tqdm(cases, desc="planning", disable=args.json):
+    for running, waiting, tiers in progress_bar(cases, desc="planning", disable=args.json):
         name = f"{running} running, {waiting} waiting, {tiers} tiers"
         samples = args.samples if name == HEADLINE else -(-args.samples // 4)
         rows[name] = time_planning(running, waiting, tiers, samples, args.seed)

@@ -13,11 +13,11 @@ dp is compared with the best simple policy of each cell: the policy over which i
 lead, chosen with hindsight. A cell counts as below (or above) if the 95% interval of the difference
 over pairs, by Student's t, does not contain 0: this holds for 5% of the cells by chance alone.
 
-    python bench/policies.py --json                       # all cells: about 10 hours
-    python bench/policies.py --tight 1.7 --json           # a third of them: 3.2 hours
-    python bench/policies.py --scenarios mixed --tight 1.7 --beside nothing --json  # 50 minutes
-    python bench/policies.py --quick                      # does it run? 5 minutes
-    python bench/policies.py ... --resume FILE.json       # goes on where it ended
+    .venv/bin/python bench/policies.py --json                       # all cells: about 10 hours
+    .venv/bin/python bench/policies.py --tight 1.7 --json           # a third of them: 3.2 hours
+    .venv/bin/python bench/policies.py --scenarios mixed --tight 1.7 --beside nothing --json  # 50 minutes
+    .venv/bin/python bench/policies.py --quick                      # does it run? 5 minutes
+    .venv/bin/python bench/policies.py ... --resume FILE.json       # goes on where it ended
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ The text is Python's own language reference, which comes with Python. Quality is
 float32: the perplexity of the text, and how far greedy outputs stay the same. The last
 line is JSON.
 
-    python bench/quantization.py
+    .venv/bin/python bench/quantization.py
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from dataclasses import asdict, dataclass
 from pydoc_data.topics import topics
 
 import torch
-from tqdm import tqdm
 
 from minserve import Engine, SamplingParams
 from minserve.config import QUANTIZATIONS
 from minserve.cpu_name import cpu_name
+from minserve.progress import progress_bar
 from minserve.tables import text_table
 
 WINDOW = 256
@@ -109,7 +109,7 @@ def main() -> None:
     forms |= {name: {"dtype": args.dtype, "quantization": name} for name in QUANTIZATIONS}
     rows: dict[str, dict[str, float]] = {}
     reference: tuple[torch.Tensor, list[list[int]]] | None = None
-    for name, settings in tqdm(forms.items(), desc="Measuring", unit="form"):
+    for name, settings in progress_bar(forms.items(), desc="Measuring", unit="form"):
         engine = Engine(args.model, prefix_caching=False, threads=args.threads, **settings)
         texts = windows(engine, args.windows)
         logprobs, outputs = (

@@ -9,9 +9,9 @@ all requests attain their SLO by the client's clock; the simulator's capacity is
 It also measures how much time the controller adds to the first token at 100 requests per second,
 and how long a routing decision between 64 replicas takes.
 
-    python bench/replicas.py              # about 70 minutes
-    python bench/replicas.py --quick      # chat on 1 and 2 replicas, 3 minutes
-    python bench/replicas.py --results FILE.json    # goes on where it ended
+    .venv/bin/python bench/replicas.py              # about 70 minutes
+    .venv/bin/python bench/replicas.py --quick      # chat on 1 and 2 replicas, 3 minutes
+    .venv/bin/python bench/replicas.py --results FILE.json    # goes on where it ended
 
 The last line is JSON.
 """
@@ -20,15 +20,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from minserve.errors import EngineStoppedError, WorkloadError
+from minserve.errors import WorkloadError
+from minserve.progress import progress_bar
 from minserve.tables import text_table
 from minserve.workload.capacity import find_capacity
 from minserve.workload.client import LoadProgress
@@ -50,11 +49,11 @@ from parts.replicas.runs import (
 from shared.machine import machine
 from shared.program import names, run_program
 from shared.prompt_texts import Counter
+from shared.servers import wait_until_up
 
 # A search starts at the simulator's result, takes steps of this size, and ends in a bracket so
 # wide.
 STEP, TOLERANCE = 1.15, 0.16
-UP_S = 120.0
 SETTINGS = ("seconds", "repeats", "slow", "seed")
 
 
@@ -107,7 +106,10 @@ def measure(case: ReplicaCase, results: Results, args: argparse.Namespace, count
         results.expected[case.name] = expected_capacity(slowed, case, args.seconds, TOLERANCE)
         results.save()
     runs = results.runs.setdefault(case.name, {})
-    with served(slowed, case) as server, tqdm(desc=case.name, unit="req", leave=False) as bar:
+    with (
+        served(slowed, case) as server,
+        progress_bar(desc=case.name, unit="req", leave=False) as bar,
+    ):
         wait_until_up(server.url, case.replicas)
         endpoint = server.endpoint
 
@@ -144,23 +146,6 @@ def measure(case: ReplicaCase, results: Results, args: argparse.Namespace, count
         )
     results.capacity[case.name] = None if found.rate is None else round(found.rate, 3)
     results.save()
-
-
-def wait_until_up(url: str, replicas: int) -> None:
-    """Wait until all replicas are up: a server answers as soon as one replica is.
-
-    Raises:
-        EngineStoppedError: if they are not up in time.
-    """
-    deadline = time.monotonic() + UP_S
-    while replicas > 1 and time.monotonic() < deadline:
-        with urllib.request.urlopen(url + "/replicas") as answer:
-            states = [one["state"] for one in json.loads(answer.read())["replicas"]]
-        if states == ["up"] * replicas:
-            return
-        time.sleep(0.2)
-    if replicas > 1:
-        raise EngineStoppedError(f"of {replicas} replicas, not all are up after {UP_S:g} s")
 
 
 def cases_of(args: argparse.Namespace) -> list[ReplicaCase]:
@@ -254,7 +239,7 @@ def main() -> None:
             "routing_us": {name: routing_us(name, args.seed) for name in ROUTERS},
         }
         results.save()
-    for case in tqdm(cases, unit="capacity"):
+    for case in progress_bar(cases, unit="capacity"):
         if case.name not in results.capacity:
             measure(case, results, args, count)
     print(capacity_table(results, cases))

@@ -11,9 +11,9 @@ the distilled 1.5B model, for which none is published.
 Results are kept as they come, and an interrupted run continues when it is started again. Tables go
 to ``bench/results/reproduce.md``, figures to ``reproduce.json``, pictures beside them.
 
-    python bench/reproduce.py                    # everything, 40 minutes on 2 cores
-    python bench/reproduce.py --quick            # OPT-6.7B alone, under 5 minutes
-    python bench/reproduce.py --only capacity,scaling
+    .venv/bin/python bench/reproduce.py                    # everything, 40 minutes on 2 cores
+    .venv/bin/python bench/reproduce.py --quick            # OPT-6.7B alone, under 5 minutes
+    .venv/bin/python bench/reproduce.py --only capacity,scaling
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     sections = args.only or [one for one in SECTIONS if not (args.quick and one in NOT_QUICK)]
     # Simulations are pure Python: more threads would only disturb each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    command = " ".join(["python bench/reproduce.py", *(argv if argv is not None else sys.argv[1:])])
+    command = " ".join(
+        [".venv/bin/python bench/reproduce.py", *(argv if argv is not None else sys.argv[1:])]
+    )
     store = ResultStore(args.results)
     done, figures = evaluate(Plan(quick=args.quick), sections, store, args.jobs, args.out, command)
     if done.interrupted:

@@ -22,9 +22,9 @@ other seeds of the scatter, and all repeats count: near capacity, one iteration 
 which requests are admitted. The second table has the errors of a simulation without any of these
 values.
 
-    python bench/simulated_vs_real.py                     # about 8 minutes
-    python bench/simulated_vs_real.py --quick             # 3 minutes
-    python bench/simulated_vs_real.py --plot simulated.png
+    .venv/bin/python bench/simulated_vs_real.py                     # about 8 minutes
+    .venv/bin/python bench/simulated_vs_real.py --quick             # 3 minutes
+    .venv/bin/python bench/simulated_vs_real.py --plot simulated.png
 
 Rates are shares of the capacity that the simulator finds for dp. The last line is JSON.
 """
@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 from minserve.devices import Device, find_device
 from minserve.planner.policies.registry import POLICIES, planner_class
+from minserve.progress import progress_bar
 from minserve.simulator.simulation import Setup, simulate
 from minserve.slo.objectives import SLO
 from minserve.workload.capacity import find_capacity
@@ -288,7 +289,7 @@ def main() -> None:
     device = read_profile(args)
     work = points(args, device)
     rows = []
-    with tqdm(total=len(work) * len(args.policies), unit="run", smoothing=0) as bar:
+    with progress_bar(total=len(work) * len(args.policies), unit="run", smoothing=0) as bar:
         for policy in args.policies:
             with ExitStack() as stack:
                 server = PolicyServer(args, policy)

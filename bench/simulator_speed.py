@@ -6,9 +6,9 @@ trace included: another program on the machine slows them much less than the wal
 `--against` the two checkouts take turns, and the ratio is the median over the pairs: own seconds
 over the other's. Whether both simulate the same is compared too. The last line is JSON.
 
-    python bench/simulator_speed.py
-    python bench/simulator_speed.py --against ../other-checkout --pairs 5
-    python bench/simulator_speed.py --against ../other-checkout -- --speculation 4 \\
+    .venv/bin/python bench/simulator_speed.py
+    .venv/bin/python bench/simulator_speed.py --against ../other-checkout --pairs 5
+    .venv/bin/python bench/simulator_speed.py --against ../other-checkout -- --speculation 4 \\
         --profile opt-6.7b-a100 --drop-longer
 
 Flags behind `--` go to `minserve simulate`.

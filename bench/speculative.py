@@ -10,10 +10,10 @@ second in a round; its median and extremes are shown.
 It also checks that outputs are the same as without speculation: in float32, greedy and sampled
 under a seed, every decode with drafts. After a mismatch the exit code is 1.
 
-    python bench/speculative.py              # 10 to 15 minutes on two cores, the first time
+    .venv/bin/python bench/speculative.py              # 10 to 15 minutes on two cores, the first time
                                              # some more to train the tiny pairs
-    python bench/speculative.py --quick      # within a minute
-    python bench/speculative.py --synthetic-acceptance 0.7 --target-shape opt-6.7b \\
+    .venv/bin/python bench/speculative.py --quick      # within a minute
+    .venv/bin/python bench/speculative.py --synthetic-acceptance 0.7 --target-shape opt-6.7b \\
         --draft-shape opt-125m               # random weights, acceptance by chance
 
 --quick uses the small recipe of the tiny Llama pair and none of the OPT pair, fewer and shorter
@@ -44,6 +44,7 @@ from tqdm import tqdm
 from minserve import Engine
 from minserve.errors import MinserveError
 from minserve.models.finding.source import EMBEDDED_DRAFT, find_model, load_config
+from minserve.progress import progress_bar
 from minserve.workload import data_files
 from parts.speculative.report import SYNTHETIC, CaseResult, plot, summary, table
 from parts.speculative.runs import (
@@ -206,7 +207,7 @@ def bench_real(
     cases = [case for case in cases if results[case.name].missing is None]
     efforts = {case.group: EFFORTS[case.group.split("-")[0], args.quick] for case in cases}
     total = sum(num_runs([case], efforts[case.group], args) for case in cases)
-    with tqdm(total=total, desc="Measuring", unit="run") as bar:
+    with progress_bar(total=total, desc="Measuring", unit="run") as bar:
         for name, effort in efforts.items():
             own = [case for case in cases if case.group == name]
             target, draft, code = name, None, []
@@ -260,7 +261,9 @@ def bench_synthetic(
             for role, shape in (("target", args.target_shape), ("draft", args.draft_shape))
         )
         bar = stack.enter_context(
-            tqdm(total=num_runs([case], effort, args), desc=f"{SYNTHETIC}measuring", unit="run")
+            progress_bar(
+                total=num_runs([case], effort, args), desc=f"{SYNTHETIC}measuring", unit="run"
+            )
         )
         load = synthetic_loader(args.synthetic_acceptance, args.device)
         group = Group(str(target), str(draft), effort.profile_s, load)
@@ -302,7 +305,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if len({SHAPES[s]["vocab_size"] for s in (args.target_shape, args.draft_shape)}) > 1:
             parser.error("target and draft shape must have the same vocabulary")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib: pip install matplotlib")
+        parser.error("--plot needs matplotlib: .venv/bin/pip install -e '.[plot]'")
     return args
 
 

@@ -5,7 +5,7 @@ tokenizer.model or vocab.json and merges.txt, and GGUF files; SmolLM2's is real.
 minserve, and its tokens and texts, streamed ones included, are compared on texts of all kinds.
 Takes a minute and a half at most. The last line is JSON.
 
-    python bench/tokenizers_parity.py
+    .venv/bin/python bench/tokenizers_parity.py
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import json
 import tempfile
 from pathlib import Path
 
-from tqdm import tqdm
-
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.models.finding.source import find_model
+from minserve.progress import progress_bar
 from parts.tokenizers_parity.cases import make_cases
 from parts.tokenizers_parity.comparing import mismatches
 from parts.tokenizers_parity.vocabularies import texts
@@ -37,7 +36,7 @@ def main() -> int:
     found: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         cases = make_cases(Path(folder))
-        with tqdm(total=len(cases) * len(chosen), unit="text", unit_scale=True) as bar:
+        with progress_bar(total=len(cases) * len(chosen), unit="text", unit_scale=True) as bar:
             for case in cases:
                 bar.set_description(case.name)
                 tokenizer = Tokenizer.load(find_model(str(case.path)))

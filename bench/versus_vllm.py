@@ -17,10 +17,10 @@ vLLM runs as its documentation advises for CPUs (all cores bound, tcmalloc and I
 preloaded if they are installed) and otherwise with its defaults; minserve runs with its own. Prefix
 caching is on in both, and no two prompts begin alike.
 
-    python bench/versus_vllm.py --vllm-python DIR/bin/python          # about 45 minutes
-    python bench/versus_vllm.py --vllm-python DIR/bin/python --quick  # does it run? 8 minutes
-    python bench/versus_vllm.py ... --resume FILE.json                # goes on where it ended
-    python bench/versus_vllm.py ... --rates mixed=2,4,8 chatbot=3,6   # these and no others
+    .venv/bin/python bench/versus_vllm.py --vllm-python DIR/bin/python          # about 45 minutes
+    .venv/bin/python bench/versus_vllm.py --vllm-python DIR/bin/python --quick  # does it run? 8 minutes
+    .venv/bin/python bench/versus_vllm.py ... --resume FILE.json                # goes on where it ended
+    .venv/bin/python bench/versus_vllm.py ... --rates mixed=2,4,8 chatbot=3,6   # these and no others
 """
 
 from __future__ import annotations

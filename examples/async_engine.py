@@ -1,6 +1,6 @@
 """Several requests at once inside an asyncio program, one of them abandoned half-way.
 
-python examples/async_engine.py
+.venv/bin/python examples/async_engine.py
 """
 
 import asyncio

@@ -2,9 +2,9 @@
 
 Three steps, each of which can be stopped and taken up again:
 
-    python examples/distill_draft.py generate --data DIR --tokens 140000
-    python examples/distill_draft.py train --data DIR --out models/smollm2_draft
-    python examples/distill_draft.py evaluate --draft models/smollm2_draft
+    .venv/bin/python examples/distill_draft.py generate --data DIR --tokens 140000
+    .venv/bin/python examples/distill_draft.py train --data DIR --out models/smollm2_draft
+    .venv/bin/python examples/distill_draft.py evaluate --draft models/smollm2_draft
 
 `generate` lets the target write both sides of chats, from nothing but the beginning of a
 user's turn (Xu et al., "Magpie: alignment data synthesis from scratch", 2024), and keeps its
@@ -29,12 +29,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaModel
 
 from minserve import Engine, SamplingParams
 from minserve.models.finding.source import find_model, load_config
 from minserve.models.weights.loader import open_checkpoint
+from minserve.progress import progress_bar
 
 TARGET = "smollm2"
 PROMPTS = Path(__file__).parent.parent / "bench" / "data"
@@ -121,7 +121,7 @@ def generate(folder: Path, num_tokens: int, seed: int, threads: int | None) -> N
     folder.mkdir(parents=True, exist_ok=True)
     engine = Engine(TARGET, threads=threads, seed=seed, max_num_seqs=ROUND)
     rng = random.Random(seed)
-    with tqdm(total=num_tokens, unit="token", desc="Answers") as bar:
+    with progress_bar(total=num_tokens, unit="token", desc="Answers") as bar:
         for number in itertools.count():
             if bar.n >= num_tokens:
                 return
@@ -223,7 +223,7 @@ def train(folder: Path, out: Path, recipe: DistillationRecipe) -> None:
         optimizer, recipe.peak_lr, total_steps=len(batches), pct_start=0.05
     )
     losses: list[float] = []
-    with tqdm(batches, desc="Training", unit="batch") as bar:
+    with progress_bar(batches, desc="Training", unit="batch") as bar:
         for batch in bar:
             loss = _loss(model, rows, place, [answers[i] for i in batch])
             optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Run many prompts together and wait for all of them: `python examples/generate.py`."""
+"""Run many prompts together and wait for all of them: `.venv/bin/python examples/generate.py`."""
 
 from minserve import Engine, SamplingParams
 

@@ -1,6 +1,6 @@
-"""Talk to a running server (`make serve`) with the official client: `pip install openai`.
+"""Talk to a running server (`make serve`) with the official client, after `.venv/bin/pip install openai`.
 
-python examples/openai_client.py
+.venv/bin/python examples/openai_client.py
 """
 
 from openai import OpenAI

@@ -1,6 +1,6 @@
 """Ask a running server (`make serve`) to keep a latency promise, and see whether it did.
 
-python examples/slo_client.py
+.venv/bin/python examples/slo_client.py
 """
 
 from openai import OpenAI

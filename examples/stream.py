@@ -1,4 +1,4 @@
-"""Print one answer as it comes: `python examples/stream.py`."""
+"""Print one answer as it comes: `.venv/bin/python examples/stream.py`."""
 
 from minserve import Engine, SamplingParams
 

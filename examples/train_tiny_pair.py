@@ -3,7 +3,7 @@
 Nothing is downloaded: the text is the source code of Python's own standard library. Both
 models share one byte-level BPE tokenizer and load as any other folder does:
 
-    python examples/train_tiny_pair.py --out pairs
+    .venv/bin/python examples/train_tiny_pair.py --out pairs
     minserve serve --model pairs/llama/target
 
 The models are real but weak: what they are good for is that the draft's greedy token is
@@ -26,11 +26,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 from torch.optim.lr_scheduler import OneCycleLR
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 from transformers.utils.logging import disable_progress_bar
+
+from minserve.progress import progress_bar
 
 FAMILIES = ("llama", "opt")
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>"]
@@ -286,7 +287,7 @@ def fit(target: Model, draft: Model, tokens: torch.Tensor, recipe: Recipe, progr
     teacher = Learner(target, recipe.target, recipe.steps)
     pupil = Learner(draft, recipe.draft, recipe.steps + own_steps)
     lessons = chain(windows(tokens, recipe, recipe.steps), own_texts(target, tokens, recipe))
-    bar = tqdm(lessons, total=recipe.steps + own_steps, unit="step", disable=not progress)
+    bar = progress_bar(lessons, total=recipe.steps + own_steps, unit="step", disable=not progress)
     shown = {}
     for step, (ids, positions) in enumerate(bar):
         with torch.set_grad_enabled(step < recipe.steps):

@@ -57,15 +57,20 @@ class _Gathered(NamedTuple):
         rows: int64 ``[sequences * kv heads * blocks]``: indices into `_Views.blocks`.
         buffer: ``[len(rows), block_size * head_dim]``.
         tokens: the buffer as ``[sequences * kv heads, tokens, head_dim]``.
+        stale: int64: places in ``[sequences * kv heads * tokens]`` that belong to no sequence.
     """
 
     rows: Tensor
     buffer: Tensor
     tokens: Tensor
+    stale: Tensor | None = None
 
     def read(self, kv: LayerKV) -> Tensor:
         """Gather from a layer's cache and return `tokens`."""
         torch.index_select(kv.views.blocks, 0, self.rows, out=self.buffer)
+        if self.stale is not None:
+            # Masked or not, a NaN there would spoil the sums of this sequence.
+            self.tokens.flatten(0, 1).index_fill_(0, self.stale, 0.0)
         return self.tokens
 
 
@@ -77,8 +82,10 @@ class _PaddedGroup:
 
     Attributes:
         tokens: the group's rows of the batch: a slice where adjacent, else int64 indices.
-        tables: int64 ``[sequences, blocks]``.
+        tables: int64 ``[sequences, blocks]``, each padded with its first block.
         visible: bool ``[sequences, queries, padded length]``: true where a query sees a key.
+        stale: int64: places in ``[sequences, padded length]`` behind a sequence's last token, in the
+            same block: whatever an earlier owner of the block left there.
         gathered: keys, values, and a bias of 0 where visible, else -inf, ``[sequences * kv heads,
             group * queries or 1, padded length]``; made by the first layer.
     """
@@ -86,6 +93,7 @@ class _PaddedGroup:
     tokens: slice | Tensor
     tables: Tensor
     visible: Tensor
+    stale: Tensor
     gathered: tuple[_Gathered, _Gathered, Tensor] | None = None
 
 
@@ -198,7 +206,9 @@ class TorchBackend(AttentionBackend):
         num_seqs, num_queries, _ = group.visible.shape
         if group.gathered is None:
             bias = self._bias(group.visible, kv.key.dtype)
-            group.gathered = (*self._place(group.tables, kv), bias)
+            stale = self._in_each_head(group.stale, group.visible.shape[2])
+            keys, values = self._place(group.tables, kv)
+            group.gathered = keys._replace(stale=stale), values._replace(stale=stale), bias
         # Values are gathered after the softmax, not with the keys: so each core multiplies by the
         # values that it has gathered itself, which are in its own cache.
         keys, values, bias = group.gathered
@@ -286,6 +296,14 @@ class TorchBackend(AttentionBackend):
         head = head.view(2, 1, self.num_kv_heads, 1)
         return (head * num_blocks + tables.unsqueeze(1)).flatten(1)
 
+    def _in_each_head(self, places: Tensor, length: int) -> Tensor | None:
+        """Return places in ``[sequences, length]`` as those in ``[sequences, kv heads, length]``."""
+        if not len(places):
+            return None
+        seqs, tokens = places // length, places % length
+        heads = torch.arange(self.num_kv_heads, device=places.device).unsqueeze(1)
+        return ((seqs * self.num_kv_heads + heads) * length + tokens).flatten()
+
     def _bias(self, visible: Tensor, dtype: torch.dtype) -> Tensor:
         bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
         bias.masked_fill_(~visible, -torch.inf)
@@ -325,7 +343,12 @@ def _prepare_group(sequences: list[int], metadata: AttentionMetadata) -> _Padded
     num_blocks = blocks_for(max(metadata.seq_lens[i] for i in sequences), metadata.block_size)
     position = torch.arange(num_blocks * metadata.block_size, device=device)
     visible = position <= (lengths - queries + nth).unsqueeze(2)
-    return _PaddedGroup(tokens, tables[:, :num_blocks], visible)
+    num_own = (lengths + metadata.block_size - 1) // metadata.block_size
+    is_stale = (position >= lengths) & (position < num_own * metadata.block_size)
+    # Padded with a block of its own, since block 0 may be another sequence's and hold NaN.
+    is_own = torch.arange(num_blocks, device=device) < num_own
+    tables = torch.where(is_own, tables[:, :num_blocks], tables[:, :1])
+    return _PaddedGroup(tokens, tables, visible, is_stale.flatten().nonzero().squeeze(1))
 
 
 def _prepare_single(i: int, metadata: AttentionMetadata) -> _Single:

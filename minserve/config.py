@@ -5,6 +5,7 @@ Knows nothing of torch: names of devices and dtypes are strings until the engine
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -27,6 +28,9 @@ ATTENTION_BACKENDS = ("auto", "torch", "triton", "flash-attn")
 SPECULATORS = ("auto", "draft", "ngram", "off")
 EXECUTORS = ("model", "simulated")
 ROUTERS = ("slo", "least-loaded", "round-robin")
+# How an origin is written in the header Origin; `null` is that of files and of sandboxed frames.
+_ORIGIN = re.compile(r"\*|null|[A-Za-z][A-Za-z0-9+.-]*://[^/\s?#]+/?")
+_HOST_NAME = re.compile(r"\*|[A-Za-z0-9._-]+")
 
 
 def option(default: Any, help: str, *, group: str, choices: Collection[str] | None = None) -> Any:
@@ -317,10 +321,6 @@ class ServerConfig:
     served_model_name: str | None = option(
         None, "the model's name in the API; default: taken from --model", group="server"
     )
-    api_key: str | None = option(
-        None, "require 'Authorization: Bearer KEY' (also MINSERVE_API_KEY)", group="server"
-    )
-    max_body_mib: float = option(8.0, "largest request body in MiB", group="server")
     shutdown_timeout: float = option(
         30.0, "seconds that running requests may still take after SIGTERM", group="server"
     )
@@ -330,24 +330,144 @@ class ServerConfig:
         "nothing runs",
         group="server",
     )
+    first_byte_s: float = option(
+        10.0,
+        "a stream that has sent nothing for so many seconds begins with a comment, since proxies "
+        "give up; until then an error has its own status; 0 waits for ever",
+        group="server",
+    )
+    metrics_prefix: str = option(
+        "minserve",
+        "what the names in /metrics begin with; 'vllm' lets dashboards made for vLLM work",
+        group="server",
+    )
     watchdog_s: float = option(
         60.0,
         "an engine whose iteration lasts longer hangs: /health fails, and one of several is given up",
         group="server",
     )
+    watchdog_exit_s: float = option(
+        60.0,
+        "a server whose only engine hangs or is broken for so long ends its process, with exit code "
+        "6, so that it is started again; 0: never",
+        group="server",
+    )
+    api_key: tuple[str, ...] = option(
+        (),
+        "require 'Authorization: Bearer KEY'; may be given several times (also MINSERVE_API_KEY)",
+        group="access",
+    )
+    api_keys_file: str | None = option(
+        None, "file with more keys, one a line; # begins a comment", group="access"
+    )
+    allowed_hosts: tuple[str, ...] = option(
+        (),
+        "names by which clients may call this server, beside addresses, localhost and the "
+        "machine's own; *: any. May be given several times",
+        group="access",
+    )
+    allowed_origins: tuple[str, ...] = option(
+        (),
+        "origins whose web pages may use this server, such as https://chat.example.com; *: all. "
+        "May be given several times",
+        group="access",
+    )
+    max_body_mib: float = option(8.0, "largest request body in MiB", group="limits")
+    max_connections: int = option(4096, "most connections at a time", group="limits")
+    max_requests_per_key: int | None = option(
+        None,
+        "most requests at a time with one API key, or without keys from one address; default: no "
+        "limit but --max-queue",
+        group="limits",
+    )
+    request_timeout_s: float | None = option(
+        None,
+        "most seconds for a generation, waiting included; one that takes longer ends with an "
+        "error; default: no limit",
+        group="limits",
+    )
+    header_timeout_s: float = option(
+        30.0, "most seconds for sending a request's headers", group="limits"
+    )
+    body_timeout_s: float = option(
+        60.0, "most seconds for sending a request's body", group="limits"
+    )
+    send_timeout_s: float = option(
+        60.0,
+        "a client that takes so long to read what is buffered for it loses its connection",
+        group="limits",
+    )
+    keep_alive_s: float = option(
+        620.0, "a connection without requests is closed after so many seconds", group="limits"
+    )
+
+    @property
+    def has_keys(self) -> bool:
+        """True where requests need an API key."""
+        return bool(self.api_key) or self.api_keys_file is not None
 
     def __post_init__(self) -> None:
-        for name in ("profile_seconds", "watchdog_s"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
+        for name in (
+            "profile_seconds",
+            "watchdog_s",
+            "max_body_mib",
+            "header_timeout_s",
+            "body_timeout_s",
+            "send_timeout_s",
+            "keep_alive_s",
+            "request_timeout_s",
+        ):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"{name} must be above 0, not {value}")
+        for name in ("max_connections", "max_requests_per_key"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be between 0 and 65535, not {self.port}")
-        if self.api_key == "":
-            raise ConfigError("the API key is empty; leave it out to serve without one")
-        if not 0 < self.max_body_mib < float("inf"):
-            raise ConfigError(f"max_body_mib must be above 0, not {self.max_body_mib}")
-        if not 0 <= self.shutdown_timeout < float("inf"):
-            raise ConfigError(f"shutdown_timeout must not be below 0, not {self.shutdown_timeout}")
+        for name in ("shutdown_timeout", "first_byte_s", "watchdog_exit_s"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} must not be below 0, not {getattr(self, name)}")
+        if not re.fullmatch("[a-zA-Z_][a-zA-Z0-9_]*", self.metrics_prefix):
+            raise ConfigError(
+                f"metrics_prefix must be letters, digits and '_', and begin with no digit, "
+                f"not {self.metrics_prefix!r}"
+            )
+        for name in ("api_key", "allowed_hosts", "allowed_origins"):
+            if isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} must be a tuple of texts, not one text")
+        for key in self.api_key:
+            check_key(key, "an API key")
+        for origin in names_in(self.allowed_origins):
+            if not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"allowed_origins: {origin!r} is no origin; one looks like "
+                    "https://chat.example.com or http://localhost:3000, without a path"
+                )
+        for host in names_in(self.allowed_hosts):
+            if not _HOST_NAME.fullmatch(host):
+                raise ConfigError(
+                    f"allowed_hosts: {host!r} is no name; one looks like llm.example.com, "
+                    "without a port"
+                )
+
+
+def names_in(values: Collection[str]) -> list[str]:
+    """Return the names of a setting that may be given several times, or with commas."""
+    return [name for value in values for name in value.replace(",", " ").split()]
+
+
+def check_key(key: str, what: str) -> None:
+    """Check that a key can be sent in a header.
+
+    Raises:
+        ConfigError: if not; it does not hold the key.
+    """
+    if key == "":
+        raise ConfigError(f"{what} is empty; the API key may be left out to serve without one")
+    if not key.isprintable() or any(character.isspace() for character in key):
+        raise ConfigError(f"{what} has spaces or characters in it that no header can hold")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,7 +70,8 @@ class SLOUnattainableError(MinserveError):
 
     Attributes:
         reason: a word for logs and headers, such as ``compute`` or ``memory``.
-        retry_after_s: when, by the planner's prediction, the same request would be admitted.
+        retry_after_s: when, by the planner's prediction, the same request would be admitted;
+            infinite where it never would.
     """
 
     def __init__(self, message: str, *, reason: str, retry_after_s: float) -> None:
@@ -95,6 +96,10 @@ class EngineStoppedError(MinserveError):
     """The engine is shutting down or has stopped; the request was not served."""
 
 
+class RequestTimeoutError(MinserveError):
+    """A request took longer than the server allows; what was generated so far is no whole output."""
+
+
 class GenerationError(MinserveError):
     """Running this one request failed; other requests are not affected."""
 
@@ -111,6 +116,10 @@ class ProtocolError(MinserveError):
 
 class ReplicaLostError(MinserveError):
     """A replica's process has ended, hangs, or cannot be reached any more."""
+
+
+class ReplicaHungError(ReplicaLostError):
+    """A replica has told of an iteration that takes longer than the watchdog allows."""
 
 
 class ReplicaRefusedError(MinserveError):

@@ -41,7 +41,8 @@ class SamplingParams:
         max_tokens: most output tokens; ``None`` means as many as the model's own
             ``max_new_tokens`` allows (generation_config.json), or else its length.
         min_tokens: end-of-sequence and stop token ids are not sampled before this
-            many output tokens, and stop strings do not end the output.
+            many output tokens, and stop strings that are complete before do not end the
+            output.
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_p: keep the smallest set of most likely tokens with at least this mass.
         top_k: keep the k most likely tokens; 0 or -1 keeps all.
@@ -58,9 +59,11 @@ class SamplingParams:
             included; none named allows all.
         bad_words: strings that the output never holds as the tokenizer writes them, with a
             space before them or without: the last token that completes one is not sampled.
-        stop: strings that end the output; they are not part of it.
+        stop: strings that end the output; they are not part of its text.
         stop_token_ids: token ids that end the output, kept in ``token_ids`` but
             not in the text.
+        include_stop_str_in_output: the text ends with the stop string, or with the text of the
+            stop token (which ``skip_special_tokens`` may leave out), and not before it.
         ignore_eos: do not stop at the model's end-of-sequence token.
         logprobs: how many alternatives to report per output token (0: only the
             sampled one); ``None``: no log probabilities. They are of the model's
@@ -88,6 +91,7 @@ class SamplingParams:
     bad_words: tuple[str, ...] = ()
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -105,7 +109,7 @@ class SamplingParams:
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         if self.top_k == -1 and not isinstance(self.top_k, bool):
             object.__setattr__(self, "top_k", 0)
-        for name in ("ignore_eos", "skip_special_tokens"):
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise InvalidRequestError(f"{name} must be true or false, not {value!r:.80}", name)

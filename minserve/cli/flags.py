@@ -30,6 +30,7 @@ _SAMPLING_HELP = {
     "allowed_token_ids": "token id that may be sampled, and only those; several times",
     "bad_words": "string that the output never holds; may be given several times",
     "stop": "string that ends the output; may be given several times",
+    "include_stop_str_in_output": "leave the stop string in the text",
     "stop_token_ids": "token id that ends the output; may be given several times",
     "ignore_eos": "go on after the model's end-of-sequence token",
     "logprobs": "with --json, report this many alternatives per output token",
@@ -75,7 +76,11 @@ def add_sampling_flags(parser: argparse.ArgumentParser, defaults: dict[str, Any]
 def given(args: argparse.Namespace, config: type) -> dict[str, Any]:
     """Return the fields of a dataclass that were given as flags, with their values."""
     names = {field.name for field in fields(config)}
-    return {name: value for name, value in vars(args).items() if name in names}
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(args).items()
+        if name in names
+    }
 
 
 def _add_flag(group: argparse._ArgumentGroup, field: Field[Any], hint: Any, help_text: str) -> None:

@@ -78,9 +78,13 @@ def _generate(args: argparse.Namespace) -> int:
     SamplingParams(**{"max_tokens": None, **wanted})  # refuse wrong settings before anything slow
     settings = given(args, EngineConfig)
     settings.pop("seed", None)  # here --seed is the request's
-    EngineConfig.create(**settings)
+    config = EngineConfig.create(**settings)
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     logging.getLogger().setLevel(logging.WARNING)
+
+    from minserve.models.finding.source import find_model
+
+    find_model(config.model)  # a model that is not to be had is told before torch is imported
 
     from minserve import Engine
 

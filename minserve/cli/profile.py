@@ -89,6 +89,10 @@ def _profile(args: argparse.Namespace) -> int:
     if config.executor == "simulated":
         raise ConfigError("a simulated device has its profile already; there is nothing to measure")
 
+    from minserve.models.finding.source import find_model
+
+    find_model(config.model)  # a model that is not to be had is told before torch is imported
+
     from minserve.engine.build import load_engine
     from minserve.engine.profile import profile_cache
     from minserve.engine.profile.profile_plot import can_plot, save_picture

@@ -127,7 +127,7 @@ def create_watcher(
 ) -> Watcher:
     """Return a watcher of one replica's process."""
     from minserve.controller.processes import Watcher
-    from minserve.controller.replica_loop import ReplicaSpec
+    from minserve.controller.replica_process import ReplicaSpec
 
     spec = ReplicaSpec(
         index=index,
@@ -137,7 +137,7 @@ def create_watcher(
         profile_s=server.profile_seconds,
         watchdog_s=server.watchdog_s,
     )
-    return Watcher(spec, environment)
+    return Watcher(spec, environment, config.replica_timeout)
 
 
 def share_device(

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 from minserve.cli.flags import add_config_flags, given
 from minserve.cli.replicas import create_controller, follow, is_follower, under_torchrun
+from minserve.cli.standard_files import secure_standard_files
 from minserve.config import ControllerConfig, EngineConfig, ServerConfig
+from minserve.exit_codes import EXIT_HUNG
 
 if TYPE_CHECKING:
     from minserve.server.engine_face import EngineFace
@@ -49,22 +51,26 @@ def _serve(args: argparse.Namespace) -> int:
     """Bind the socket, load the model, and serve until a signal comes."""
     import asyncio
 
+    secure_standard_files()
     settings = given(args, ServerConfig)
-    settings.setdefault("api_key", os.environ.get(KEY_VARIABLE) or None)
+    if "api_keys_file" not in settings and (key := os.environ.get(KEY_VARIABLE)):
+        settings.setdefault("api_key", (key,))
     server_config = ServerConfig(**settings)
     engine_settings = given(args, EngineConfig)
-    EngineConfig.create(**engine_settings)  # refuse wrong settings before anything slow
+    model = EngineConfig.create(**engine_settings).model  # refuse wrong settings early
 
     controller_config = under_torchrun(ControllerConfig(**given(args, ControllerConfig)))
     if is_follower():
         return follow(controller_config, engine_settings, server_config)
 
+    from minserve.models.finding.source import find_model
     from minserve.server import lifecycle
 
     sock = lifecycle.bind_socket(server_config.host, server_config.port)
     url = lifecycle.reachable_url(sock)
 
     def load_engine() -> EngineFace:
+        find_model(model)  # a model that is not to be had is told before torch is imported
         if controller_config.replicas > 1:
             return create_controller(controller_config, engine_settings, server_config)
         from minserve import AsyncEngine
@@ -80,14 +86,25 @@ def _serve(args: argparse.Namespace) -> int:
 
     def announce(engine: EngineFace, model: str) -> None:
         chat = engine.tokenizer.has_chat_template
-        needs_key = server_config.api_key is not None
-        print(lifecycle.ready_message(url, model, chat=chat, needs_key=needs_key), flush=True)
+        needs_key = server_config.has_keys
+        try:
+            print(lifecycle.ready_message(url, model, chat=chat, needs_key=needs_key), flush=True)
+        except OSError as error:
+            # A full disk, or a reader that has gone, is no reason not to serve. What is still in
+            # the buffer goes nowhere, or Python would fail once more when it ends.
+            logging.getLogger(__name__).warning(
+                "%s is served, which stdout is not told: %s", url, error
+            )
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     try:
-        ended_by = asyncio.run(lifecycle.serve(sock, server_config, load_engine, announce))
+        ended = asyncio.run(lifecycle.serve(sock, server_config, load_engine, announce))
     except lifecycle.LoadInterrupted as interrupted:
         _exit_now(_exit_code(interrupted.signal_number))
-    return _exit_code(ended_by)
+    code = EXIT_HUNG if ended.signal_number is None else _exit_code(ended.signal_number)
+    if ended.hangs:
+        _exit_now(code)
+    return code
 
 
 def _exit_code(signal_number: int) -> int:

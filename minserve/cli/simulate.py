@@ -201,8 +201,7 @@ class _Simulations:
             repeat: is added to the seed.
             replicas: number of replicas instead of the setup's.
         """
-        from tqdm import tqdm
-
+        from minserve.progress import progress_bar
         from minserve.simulator.simulation import SimulationResult, simulate
         from minserve.workload.conversation import num_turns
         from minserve.workload.report import Report
@@ -215,9 +214,7 @@ class _Simulations:
         if replicas is not None:
             name += f", {replicas} replicas"
         result = SimulationResult()
-        with tqdm(
-            total=num_turns(workload), desc=name, unit="request", leave=False, disable=None
-        ) as bar:
+        with progress_bar(total=num_turns(workload), desc=name, unit="request", leave=False) as bar:
 
             def progressed(_: OfferedLoad) -> None:
                 bar.update()

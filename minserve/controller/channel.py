@@ -98,6 +98,10 @@ class Channel:
         first = head[_LENGTH.size : _LENGTH.size + length]
         return first if length == len(first) else first + self._receive(length - len(first))
 
+    def close(self) -> None:
+        """Close the connection; nothing may be sent or received any more."""
+        del self._group
+
     def _send(self, data: bytearray) -> None:
         try:
             tensor = torch.frombuffer(data, dtype=torch.uint8)
@@ -134,15 +138,21 @@ class Mailbox:
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._guard = threading.Lock()
         self._open = True
+        self._num_at_work = 2
         self._threads = [
-            threading.Thread(target=self._send_all, name=f"{name}-send", daemon=True),
-            threading.Thread(target=self._receive_all, name=f"{name}-receive", daemon=True),
+            threading.Thread(target=self._work, args=(work,), name=f"{name}-{verb}", daemon=True)
+            for verb, work in (("send", self._send_all), ("receive", self._receive_all))
         ]
 
     def start(self) -> None:
         """Start both threads."""
         for thread in self._threads:
             thread.start()
+
+    @property
+    def is_sending(self) -> bool:
+        """True while a message waits behind the one that is being sent."""
+        return not self._outbox.empty()
 
     def post(self, data: bytes) -> None:
         """Put a message in the queue to be sent; after the connection is lost it is dropped."""
@@ -166,19 +176,24 @@ class Mailbox:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _send_all(self) -> None:
+    def _work(self, work: Callable[[], None]) -> None:
+        """Send or receive until the end; the last thread to end closes the channel."""
         try:
-            while (data := self._outbox.get()) is not None:
-                self._channel.send(data)
+            work()
         except Exception as error:
             self._give_up(error)
+        with self._guard:
+            self._num_at_work -= 1
+        if not self._num_at_work:
+            self._channel.close()
+
+    def _send_all(self) -> None:
+        while (data := self._outbox.get()) is not None:
+            self._channel.send(data)
 
     def _receive_all(self) -> None:
-        try:
-            while self._open:
-                self._received(self._channel.receive())
-        except Exception as error:
-            self._give_up(error)
+        while self._open:
+            self._received(self._channel.receive())
 
     def _give_up(self, error: Exception) -> None:
         with self._guard:

@@ -78,6 +78,10 @@ class Flight:
         longest = max(len(o.token_ids) for o in self.outputs if not o.ended)
         return len(self.request.prompt_token_ids) + longest
 
+    def expects(self, index: int) -> bool:
+        """Return whether it has an output of this index that has not ended."""
+        return 0 <= index < len(self.outputs) and not self.outputs[index].ended
+
     def note(self, delta: OutputDelta, now: float) -> None:
         """Record that a delta was delivered at time ``now``."""
         self.num_losses = 0

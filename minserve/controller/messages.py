@@ -147,8 +147,18 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     num_taken: int
 
 
+class Hung(msgspec.Struct, frozen=True, tag=True):
+    """The last message of a replica whose iteration takes longer than the watchdog allows.
+
+    Attributes:
+        iteration_s: how many seconds it has taken so far.
+    """
+
+    iteration_s: float
+
+
 Message = (
-    Hello | Welcome | Refused | Submit | Abort | Withdraw | Withdrawn | Stop | News | Heartbeat
+    Hello | Welcome | Refused | Submit | Abort | Withdraw | Withdrawn | Stop | News | Heartbeat | Hung
 )  # fmt: skip
 
 

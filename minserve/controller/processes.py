@@ -2,7 +2,8 @@
 
 A process that ends is started again: at once if it had served for a while, else after a pause
 that doubles. A process that hangs would end by itself when it wakes, but that may be late: once
-the controller has given it up, it is killed, since its device and memory are needed.
+the controller has given it up, it is killed, since its device and memory are needed. So is one
+that somebody stops before it has joined, of which the controller knows nothing yet.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
-from minserve.controller.replica_loop import ReplicaSpec
+from minserve.controller.replica_process import ReplicaSpec
 from minserve.errors import ReplicaLostError, ReplicaRefusedError
-from minserve.exit_codes import EXIT_AGAIN, EXIT_ERROR, EXIT_REFUSED
+from minserve.exit_codes import EXIT_AGAIN, EXIT_ERROR, EXIT_LOST, EXIT_REFUSED
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +30,39 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 # A process that lived for so many seconds had started well.
 HEALTHY_S = 10.0
 STOP_S = 10.0
+# Seconds from the loss of a connection to the end of its process, where that ends by itself.
+END_S = 2.0
+# Seconds between looks at whether a process is stopped.
+LOOK_S = 1.0
+# The module that is a replica's process.
+MODULE = "minserve.controller.replica_process"
+# Ends that were no fault of the process.
+_INNOCENT_CODES = (0, EXIT_LOST, EXIT_AGAIN, EXIT_REFUSED)
+_CRASHES = tuple(
+    -number
+    for number in (
+        signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV, signal.SIGSYS,
+        signal.SIGTRAP,
+    )
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Life:
+    """A process, with the number of out-of-memory kills on this machine when it started."""
+
+    process: asyncio.subprocess.Process
+    num_oom_kills: int
+
+    @property
+    def ended_by_fault(self) -> bool:
+        """True if it crashed, ended with an error, or was killed for want of memory."""
+        code = self.process.returncode
+        if code is None:
+            return False
+        if code == -signal.SIGKILL:
+            return num_oom_kills() > self.num_oom_kills
+        return code in _CRASHES if code < 0 else code not in _INNOCENT_CODES
 
 
 class Watcher:
@@ -33,12 +70,16 @@ class Watcher:
 
     Args:
         environment: variables of the process in addition to this process's own.
+        patience_s: a process that is stopped for so many seconds is killed.
     """
 
-    def __init__(self, spec: ReplicaSpec, environment: Mapping[str, str]) -> None:
-        self.spec = spec
+    def __init__(
+        self, spec: ReplicaSpec, environment: Mapping[str, str], patience_s: float
+    ) -> None:
+        self.spec, self._patience_s = spec, patience_s
         self._environment = {**os.environ, **environment}
-        self._process: asyncio.subprocess.Process | None = None
+        # The present process and the one before, of whose end the controller may still ask.
+        self._lives: deque[_Life] = deque(maxlen=2)
         self._stopping = False
 
     @property
@@ -50,7 +91,7 @@ class Watcher:
     @property
     def _running(self) -> asyncio.subprocess.Process | None:
         """The process, while it runs."""
-        process = self._process
+        process = self._lives[-1].process if self._lives else None
         return process if process is not None and process.returncode is None else None
 
     async def run(self, has_served: Callable[[], bool]) -> None:
@@ -89,31 +130,55 @@ class Watcher:
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
     async def _run_once(self) -> int:
-        self._process = await asyncio.create_subprocess_exec(
+        before = num_oom_kills()
+        process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "minserve.controller.replica_loop",
+            MODULE,
             self.spec.to_json(),
+            str(os.getpid()),
             env=self._environment,
+            # A group of its own, see `replica_process`.
+            process_group=0,
         )
-        return await self._process.wait()
+        self._lives.append(_Life(process, before))
+        if self._stopping:
+            self.kill()
+        stopped_s = 0.0
+        while True:
+            if stopped_s > self._patience_s:
+                self.kill()
+            with contextlib.suppress(TimeoutError):
+                return await asyncio.wait_for(process.wait(), LOOK_S)
+            stopped_s = stopped_s + LOOK_S if is_stopped(process.pid) else 0.0
 
-    def kill(self) -> None:
-        """Kill the process at once; `run` starts it again."""
+    def kill(self, pid: int | None = None) -> None:
+        """Kill the process at once, if it has this id or none is given; `run` starts it again."""
         running = self._running
-        if running is not None:
+        if running is not None and pid in (None, running.pid):
             with contextlib.suppress(ProcessLookupError):
                 running.kill()
+
+    async def ended_by_fault(self, pid: int) -> bool:
+        """Return whether a process whose connection is lost ended by a fault of its own.
+
+        It has `END_S` seconds to end. One that does not, or is stopped, is killed: no fault.
+        """
+        life = next((one for one in self._lives if one.process.pid == pid), None)
+        if life is None:
+            return False
+        await _ended(life.process, END_S)
+        if life.process.returncode is None:
+            self.kill(pid)
+            return False
+        return life.ended_by_fault
 
     async def await_end(self) -> None:
         """Wait for a process that was told to end; kill it after `STOP_S` seconds."""
         running = self._running
-        if running is None:
-            return
-        try:
-            await asyncio.wait_for(running.wait(), STOP_S)
-        except TimeoutError:
-            self.kill()
+        if running is not None:
+            await _ended(running, STOP_S)
+            self.kill(running.pid)
 
     async def stop(self, patience_s: float = STOP_S) -> None:
         """End the process for good. The controller has told it to end; it is killed if it does not.
@@ -123,11 +188,34 @@ class Watcher:
         """
         self._stopping = True
         running = self._running
-        if running is None:
-            return
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(running.wait(), patience_s)
+        if running is not None:
+            await _ended(running, patience_s)
         self.kill()
+
+
+async def _ended(process: asyncio.subprocess.Process, patience_s: float) -> None:
+    """Wait until a process has ended, but not for one that is stopped."""
+    if not is_stopped(process.pid):
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), patience_s)
+
+
+def is_stopped(pid: int) -> bool:
+    """Return whether a process is stopped by a signal, as by SIGSTOP; False where unknown."""
+    with contextlib.suppress(OSError):
+        # See proc(5): the state follows the name, which may itself hold brackets.
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+        return state == b"T"
+    return False
+
+
+def num_oom_kills() -> int:
+    """Return how many processes of this machine were killed for want of memory; 0 if unknown."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
 
 
 def _how(code: int) -> str:

@@ -7,25 +7,22 @@ reach a client, so the process ends, and its watcher starts the next one.
 
 from __future__ import annotations
 
-import ctypes
-import json
 import logging
 import os
 import queue
-import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from minserve import __version__
 from minserve.controller import messages as m
 from minserve.controller.channel import MAX_MESSAGE, REPLICA, Channel, Mailbox, pair_store
 from minserve.controller.rendezvous import announce, local_address
+from minserve.controller.replica_process import ReplicaSpec
 from minserve.engine.core import IDLE_S
 from minserve.engine.live_output import History
 from minserve.engine.relay import RelayEngine
@@ -38,7 +35,7 @@ from minserve.errors import (
     ReplicaLostError,
     ReplicaRefusedError,
 )
-from minserve.exit_codes import EXIT_AGAIN, EXIT_ERROR, EXIT_LOST, EXIT_REFUSED
+from minserve.exit_codes import EXIT_AGAIN, EXIT_ERROR, EXIT_FAULT, EXIT_LOST, EXIT_REFUSED
 from minserve.outputs import OutputDelta
 from minserve.planner.replica_load import ReplicaLoad
 from minserve.request import FinishReason
@@ -48,32 +45,6 @@ log = logging.getLogger(__name__)
 # Seconds between signs of life.
 BEAT_S = 0.25
 JOIN_S = 120.0
-# The constant of Linux's prctl(2).
-PR_SET_PDEATHSIG = 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaSpec:
-    """The settings of a replica's process.
-
-    Attributes:
-        store_host, store_port: address of the controller's rendezvous.
-        settings: of the replica's engine.
-        profile_s: longest time for measuring the device, if no profile of it is stored.
-        watchdog_s: longest iteration in seconds. After that the replica sends no more signs of
-            life, so that the controller gives it up.
-    """
-
-    index: int
-    store_host: str
-    store_port: int
-    settings: Mapping[str, Any]
-    profile_s: float
-    watchdog_s: float
-
-    def to_json(self) -> str:
-        """Return the settings as JSON, for the command line of a process."""
-        return json.dumps(asdict(self))
 
 
 def identity_of(engine: RelayEngine) -> m.Identity:
@@ -188,6 +159,7 @@ class ReplicaLoop:
         try:
             self._engine.add(replace(asked.request, arrival_s=came_s - asked.age_s), histories)
         except InvalidRequestError as error:
+            self._stand(self._engine.load())
             self._tell_news(_failed(asked.request.request_id, asked.outputs, error), ())
 
     def _stand(self, load: ReplicaLoad) -> None:
@@ -222,9 +194,13 @@ class ReplicaLoop:
         self._mailbox.post(data)
 
     def _beat(self) -> None:
-        """Send signs of life with statistics, but none while an iteration exceeds the watchdog."""
+        """Send signs of life with statistics; the last of them tells of an iteration that hangs."""
         while not self._stopped.wait(BEAT_S):
-            if self._engine.iteration_s < self._watchdog_s:
+            if (iteration_s := self._engine.iteration_s) > self._watchdog_s:
+                self._tell(m.encode(m.Hung(iteration_s)))
+                return
+            # While nothing goes out, what waits to be sent is sign enough: signs must not pile up.
+            if not self._mailbox.is_sending:
                 load, num_taken = self._standing
                 stats = m.Heartbeat(stats=self._engine.snapshot(), load=load, num_taken=num_taken)
                 self._tell(m.encode(stats))
@@ -280,23 +256,16 @@ def connect(spec: ReplicaSpec, engine: RelayEngine) -> Channel:
     return channel
 
 
-def main(argument: str) -> int:
-    """Run one replica and return its exit code, which says whether another try is worthwhile."""
-    spec = ReplicaSpec(**json.loads(argument))
+def run_replica(spec: ReplicaSpec) -> int:
+    """Run one replica and return the exit code of its process."""
     logging.basicConfig(
         level=logging.INFO,
         format=f"%(asctime)s %(levelname)s replica {spec.index}: %(message)s",
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
-    _end_with_parent()
-    # Ctrl-C and SIGTERM may reach the whole group of processes; only the controller decides when
-    # a replica stops.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     try:
         engine = RelayEngine(**spec.settings)
-        engine.warm_up()
         if engine.perf_model is None:
             engine.profile(spec.profile_s)
         channel = connect(spec, engine)
@@ -312,20 +281,10 @@ def main(argument: str) -> int:
     try:
         stop = ReplicaLoop(engine, channel, spec.watchdog_s).run()
         engine.keep_profile()
-    except MinserveError as error:
+    except (ReplicaLostError, ProtocolError) as error:
         log.error("%s", error)
         return EXIT_LOST
+    except MinserveError as error:
+        log.error("%s", error)
+        return EXIT_FAULT
     return EXIT_AGAIN if stop.again else 0
-
-
-def _end_with_parent() -> None:
-    """Let the system kill this process, even a hung one, when its parent ends (Linux only)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    code = main(sys.argv[1])
-    logging.shutdown()
-    # Threads of gloo may still wait for a peer that will never send again.
-    os._exit(code)

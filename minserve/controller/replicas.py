@@ -25,7 +25,12 @@ from minserve.controller.channel import CONTROLLER, Channel, Mailbox, pair_store
 from minserve.controller.rendezvous import Arrival, Rendezvous
 from minserve.controller.router import Ask
 from minserve.engine.stats import EngineStats
-from minserve.errors import MinserveError, ProtocolError, ReplicaRefusedError
+from minserve.errors import (
+    MinserveError,
+    ProtocolError,
+    ReplicaHungError,
+    ReplicaRefusedError,
+)
 from minserve.outputs import ReplicaReport
 from minserve.planner.replica_load import ReplicaLoad
 
@@ -219,8 +224,13 @@ class ReplicaTable:
             return
         if replica.mailbox is not None:
             self.give_up(replica, ProtocolError("another process has taken its place"))
-        self._identity = self._identity or hello.identity
-        self._connect(replica, arrival.epoch, channel, hello)
+        try:
+            self._connect(replica, arrival.epoch, channel, hello)
+        except Exception as error:  # what it says of itself makes no sense
+            log.exception("replica %d cannot be used", arrival.replica)
+            self.give_up(replica, ProtocolError(f"{type(error).__name__}: {error}"))
+        else:
+            self._identity = self._identity or hello.identity
 
     def _open(self, arrival: Arrival) -> tuple[Channel, m.Hello]:
         store = self._rendezvous.store.clone()  # type: ignore[attr-defined]  # not in torch's stubs
@@ -288,14 +298,23 @@ class ReplicaTable:
         self._joined(replica, hello)
 
     def _hear(self, replica: Replica, message: m.Message) -> None:
-        match message:
-            case m.News() | m.Heartbeat():
-                if isinstance(message, m.Heartbeat):
-                    replica.stats = message.stats
-                if message.load is not None:
-                    replica.report(message.load, message.num_taken)
-                self._told(replica, message)
-            case m.Withdrawn():
-                self._told(replica, message)
-            case _:
-                self.give_up(replica, ProtocolError(f"it sent {type(message).__name__}"))
+        """Take a message of a replica; one that makes no sense ends its connection."""
+        try:
+            match message:
+                case m.News() | m.Heartbeat() | m.Withdrawn():
+                    if isinstance(message, m.Heartbeat):
+                        replica.stats = message.stats
+                    if not isinstance(message, m.Withdrawn) and message.load is not None:
+                        replica.report(message.load, message.num_taken)
+                    self._told(replica, message)
+                case m.Hung():
+                    raise ReplicaHungError(
+                        f"an iteration hangs: it has taken {message.iteration_s:.1f} s"
+                    )
+                case _:
+                    raise ProtocolError(f"it sent {type(message).__name__}")
+        except (ProtocolError, ReplicaHungError) as error:
+            self.give_up(replica, error)
+        except Exception as error:  # whatever a message does, it does to its replica alone
+            log.exception("replica %d sent what cannot be taken", replica.number)
+            self.give_up(replica, ProtocolError(f"{type(error).__name__}: {error}"))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any
 
 from minserve.config import DEFAULT_MODEL, EngineConfig
+from minserve.engine import guarded_planning
 from minserve.engine.build import LoadedEngine, load_engine
-from minserve.engine.intake import Intake, Prompt
+from minserve.engine.intake import Intake, warm_up_chats
 from minserve.engine.live_output import History
 from minserve.engine.profile import profile_cache
 from minserve.engine.profile.profile_cache import Profile
@@ -23,7 +23,6 @@ from minserve.errors import (
     ConfigError,
     DeviceLostError,
     GenerationError,
-    InvalidRequestError,
 )
 from minserve.outputs import OutputDelta
 from minserve.planner.policies.registry import planner_class
@@ -33,6 +32,7 @@ from minserve.planner.predict.lone_request import (
     lone_request_misses,
 )
 from minserve.planner.predict.perf_model import PerfModel
+from minserve.prompts import Prompt
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
 from minserve.slo.objectives import SLO
@@ -72,6 +72,7 @@ class EngineBase:
     """Loads the model, and turns prompts into sequences.
 
     Attributes:
+        prompts: turns prompts into token ids, in any thread or, sent there, in another process.
         sampling_defaults: fields of `SamplingParams` that the model's generation_config.json sets,
             for requests that leave them out.
     """
@@ -102,6 +103,7 @@ class EngineBase:
             sampling_defaults=self.sampling_defaults,
         )
         self._promises = self._intake.promises
+        self.prompts = self._intake.prompts
         self._core.stats.add_classes(self._promises.classes)
         self.tokenizer = self._loaded.tokenizer
         self.model_name = self._loaded.source.name
@@ -159,18 +161,7 @@ class EngineBase:
 
         Templates that no chat can use are named in the log.
         """
-        if self.tokenizer.has_chat_template:
-            for name, problem in self.tokenizer.broken_chat_templates().items():
-                log.warning(
-                    "%s: chats will be refused, for its chat template %r is no valid jinja "
-                    "template: %s; give another one by --chat-template",
-                    self.model_name,
-                    name,
-                    problem,
-                )
-            # A template may refuse this chat; by then it is loaded.
-            with suppress(InvalidRequestError):
-                self.tokenizer.render_chat([{"role": "user", "content": "Hello"}])
+        warm_up_chats(self.tokenizer, self.model_name)
 
     def profile(self, seconds: float, *, progress: bool = False) -> Profile:
         """Take this device's speed from the cache, or measure it, and keep what was measured.
@@ -278,10 +269,11 @@ class EngineBase:
         priority: int = 0,
         cache_salt: str = "",
         slo: SLO | str | None = None,
+        age_s: float = 0.0,
     ) -> Submission:
         """Check a request against the model and resolve its open settings."""
         self._intake.perf_model = self.perf_model
-        return Submission(*self._intake.request(prompt, params, priority, cache_salt, slo))
+        return Submission(*self._intake.request(prompt, params, priority, cache_salt, slo, age_s))
 
     def _ready_for(self, slo: SLO | str | None) -> None:
         """Make sure that the device's speed is known before a promise or a draft depends on it."""
@@ -299,6 +291,16 @@ class EngineBase:
         """Seconds that the current iteration has taken so far; 0 between iterations."""
         began = self._step_began
         return 0.0 if began is None else time.monotonic() - began
+
+    def interrupt_hung_plan(self) -> bool:
+        """Interrupt the planner if it takes much too long; a safe policy goes on in its place.
+
+        Any thread but the core's own may call it, every second or so.
+
+        Returns:
+            True if a plan was interrupted now.
+        """
+        return self._core.planning.time_limit.enforce(guarded_planning.LONGEST_PLAN_S)
 
     def _iterate(self) -> list[OutputDelta]:
         """Run one iteration. An error in it ends the requests in flight, but not the engine.
@@ -320,10 +322,15 @@ class EngineBase:
             self._step_began, self._step_ended = None, time.monotonic()
 
     def _enqueue(self, submission: Submission) -> None:
+        """Queue a request, all outputs or, where that raises an error, none."""
         request = submission.request
         marker_ids = self._promises.marker_ids(request.slo)
-        for seq, history in zip(submission.sequences, submission.histories, strict=True):
-            detokenizer = IncrementalDetokenizer(
-                self.tokenizer.decode, request.prompt_token_ids, request.params
-            )
-            self._core.add(seq, detokenizer, marker_ids, history)
+        try:
+            for seq, history in zip(submission.sequences, submission.histories, strict=True):
+                detokenizer = IncrementalDetokenizer(
+                    self.tokenizer.decode, request.prompt_token_ids, request.params
+                )
+                self._core.add(seq, detokenizer, marker_ids, history)
+        except Exception:
+            self._core.abort(request.request_id)
+            raise

@@ -71,7 +71,7 @@ class BlockPool:
         num_blocks: size of the pool.
         block_size: tokens per block.
         prefix_caching: False keeps no index, so that nothing is ever shared.
-        prefix_queries_tokens: tokens of all started sequences that may take a hit.
+        prefix_queries_tokens: tokens of all sequences that may take a hit, at their first start.
         prefix_hits_tokens: tokens of these that the index held.
     """
 
@@ -139,8 +139,10 @@ class BlockPool:
         num_tokens = len(seq.block_table) * self.block_size
         if seq.block_table:
             self._num_committed[seq.seq_id] = len(seq.block_table)
-        self.prefix_queries_tokens += seq.num_tokens
-        self.prefix_hits_tokens += num_tokens
+        # What a preempted sequence finds of itself saves nothing that others had computed.
+        if seq.num_preemptions == 0:
+            self.prefix_queries_tokens += seq.num_tokens
+            self.prefix_hits_tokens += num_tokens
         return num_tokens
 
     def grow(self, seq: Sequence, num_tokens: int) -> None:
@@ -203,6 +205,11 @@ class BlockPool:
             self._drop(block)
         seq.block_table.clear()
         self._num_committed.pop(seq.seq_id, None)
+
+    def forget(self, seq: Sequence) -> None:
+        """Let no other sequence find the blocks of ``seq``, whose KV may be wrong."""
+        for block in seq.block_table:
+            self._forget(block)
 
     def check_integrity(self, live: Iterable[Sequence]) -> None:
         """Check every invariant of the pool against all sequences that hold blocks.

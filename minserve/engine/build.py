@@ -52,7 +52,7 @@ from minserve.models.layers import WeightPlacement
 from minserve.models.registry import build_model
 from minserve.models.tensor_check import require_tensors
 from minserve.models.weights.loader import open_checkpoint
-from minserve.planner.policies.registry import make_planner
+from minserve.planner.policies.registry import make_planner, make_safe_planner
 from minserve.planner.predict.lengths import make_length_estimator
 
 log = logging.getLogger(__name__)
@@ -123,6 +123,7 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         max_model_len=max_model_len,
         clock=time.monotonic,
         proposer=proposer,
+        safe_planner=make_safe_planner(chunked_prefill=config.chunked_prefill),
         plans_ahead=device.type == "cuda",
     )
     dtype = dtype_words(placement.linear_dtype, placement.dtype)

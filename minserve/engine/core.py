@@ -23,9 +23,11 @@ from typing import NamedTuple
 
 from minserve.engine.batch import BatchRunner, RunResult, Scheduled
 from minserve.engine.block_pool import BlockPool
+from minserve.engine.guarded_planning import GuardedPlanning
 from minserve.engine.launch import Launch, Results
 from minserve.engine.live_output import NO_HISTORY, End, History, LiveOutput, Output
 from minserve.engine.lookahead import PlanAhead, confirm, project
+from minserve.engine.recovery import last_words
 from minserve.engine.sequence_table import SequenceTable
 from minserve.engine.speculation.drafted_batch import with_proposals
 from minserve.engine.speculation.proposal import Verified
@@ -72,6 +74,7 @@ class EngineCore:
         max_model_len: most tokens of a sequence; the caller of `add` sees to it.
         clock: monotonic seconds.
         proposer: drafts tokens where the planner asks for it; ``None`` never does.
+        safe_planner: plans in the planner's place where that fails; ``None`` raises its errors.
         plans_ahead: plan each iteration while the one before it runs. Worth it where the
             device does not need the thread that plans; otherwise a plan made at the last
             moment knows more.
@@ -96,6 +99,7 @@ class EngineCore:
         max_model_len: int,
         clock: Callable[[], float],
         proposer: Proposer | None = None,
+        safe_planner: Planner | None = None,
         plans_ahead: bool = False,
         stats: EngineStats | None = None,
     ) -> None:
@@ -109,6 +113,7 @@ class EngineCore:
         self.proposer = proposer
         self.plans_ahead = plans_ahead
         self.stats = EngineStats() if stats is None else stats
+        self.planning = GuardedPlanning(planner, safe_planner, self.stats.planner_fallbacks)
         self.speculation = self.stats.speculation
         self.table = SequenceTable()
         self.waiting, self.running = self.table.waiting, self.table.running
@@ -207,7 +212,7 @@ class EngineCore:
         if takes is not None and self.declined:
             plan = self._give_away(plan, takes)
         batch = self._start(plan)
-        self.planner.started(plan)
+        self.planning.started(plan)
         if not batch:
             return False
         batch = with_proposals(batch, plan, self.proposer)
@@ -235,8 +240,11 @@ class EngineCore:
         if in_flight is not None:
             self._apply(in_flight.batch, in_flight.launch.results())
             seconds = self.clock() - in_flight.began_s if took_s is None else took_s
-            self.planner.observe(in_flight.plan, seconds)
-            self.stats.iteration(in_flight.plan, self.planner.model, seconds)
+            if in_flight.launch.failure is None:
+                self.planning.observe(in_flight.plan, seconds)
+                self.stats.iteration(in_flight.plan, self.planner.model, seconds)
+            else:
+                self.stats.failed_batches[in_flight.launch.failure] += 1
         return self.take_untold()
 
     def take_untold(self) -> list[OutputDelta]:
@@ -283,9 +291,9 @@ class EngineCore:
             self.stats.plans_ahead["discarded" if plan is None else "held"] += 1
             if plan is not None:
                 if plan is not ahead.plan:
-                    self.planner.reckon(plan, view)
+                    self.planning.reckon(plan, view)
                 return plan
-            self.planner.discarded()
+            self.planning.discarded()
         return self._ask_planner(view, self.clock())
 
     def _plan_ahead(self, batch: SequenceOf[Scheduled], ends_at: float) -> None:
@@ -300,24 +308,27 @@ class EngineCore:
                 self._ahead = PlanAhead.of(plan, view)
         except Exception:
             # What the batch brings must not be lost. Without a plan the next step makes one.
-            self.planner.discarded()
+            self.planning.discarded()
             log.exception("planning ahead failed; the next iteration is planned when it is due")
 
     def _ask_planner(self, view: PlannerView, now: float) -> IterationPlan:
         started = self.clock()
-        plan = self.planner.plan(view, now)
+        plan = self.planning.plan(view, now)
         self.stats.planning_s.observe(self.clock() - started)
         return plan
 
     def _checked(self, plan: IterationPlan) -> IterationPlan:
-        """Return the part of a plan that can be carried out.
+        """Return the plan, or another one where it contradicts itself or the state.
 
-        The requests about which it contradicts itself or the state end here.
+        Where that is no better, the requests concerned end here.
         """
         view = self.view()
         faults = faults_of(plan, view)
         if not faults:
             return plan
+        other = self.planning.replace(view, self.clock(), f"its plan is wrong: {faults}")
+        if other is not None:
+            plan, faults = other, faults_of(other, view)
         outputs = self.table.outputs
         for seq_id, fault in faults.items():
             if seq_id in outputs:
@@ -329,7 +340,7 @@ class EngineCore:
     def _rest_of(self, plan: IterationPlan) -> IterationPlan:
         """Return a plan without the sequences that are gone."""
         plan = plan.only(self.table.outputs)
-        self.planner.reckon(plan, self.view())
+        self.planning.reckon(plan, self.view())
         return plan
 
     def _end_request(self, seq: Sequence, why: str) -> None:
@@ -381,7 +392,10 @@ class EngineCore:
                 try:
                     pool.grow(seq, num_tokens)
                 except OutOfBlocksError as error:
-                    self._end_request(seq, str(error))
+                    if self.planning.blame(str(error), self.clock()):
+                        self._preempt(seq)
+                    else:
+                        self._end_request(seq, str(error))
                     continue
             if speculation:
                 num_tokens -= speculation.get(seq_id, 0)
@@ -428,7 +442,7 @@ class EngineCore:
     def _count(self, item: Scheduled, verified: Verified) -> None:
         """Keep count of what became of a decode's proposal."""
         num_drafted, seq = len(item.drafted), item.seq
-        self.planner.verified(seq, num_drafted, verified.num_accepted)
+        self.planning.verified(seq, num_drafted, verified.num_accepted)
         if num_drafted:
             seq.num_draft_tokens += num_drafted
             seq.num_accepted_tokens += verified.num_accepted
@@ -465,10 +479,12 @@ class EngineCore:
     def _finish(self, output: Output, end: End, error: Exception | None = None) -> OutputDelta:
         """End a sequence, free its blocks and forget it."""
         seq = output.seq
-        delta = output.last_news(end, error)
+        delta, end = last_words(output, end, error)
         if end.reason in (FinishReason.STOP, FinishReason.LENGTH):
-            self.planner.finished(seq)
+            self.planning.finished(seq)
         self.table.remove(seq)
+        if end.reason is FinishReason.ERROR:
+            self.pool.forget(seq)
         self._release(seq)
         seq.state = SequenceState.FINISHED
         seq.finish_reason, seq.stop_reason = end

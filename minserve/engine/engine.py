@@ -11,12 +11,10 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any, cast
 
-from tqdm import tqdm
-
 from minserve.config import DEFAULT_MODEL
 from minserve.engine.base import PROBE_S, EngineBase, Submission
 from minserve.engine.core import IDLE_S
-from minserve.engine.intake import Prompt, check_room
+from minserve.engine.intake import check_room
 from minserve.engine.stats import EngineStats
 from minserve.errors import (
     EngineStoppedError,
@@ -25,11 +23,18 @@ from minserve.errors import (
     MinserveError,
 )
 from minserve.outputs import CompletionOutput, OutputDelta, RequestOutput
+from minserve.progress import progress_bar
+from minserve.prompts import Prompt
 from minserve.request import FinishReason
 from minserve.sampling_params import SamplingParams
 from minserve.slo.objectives import SLO
 
 log = logging.getLogger(__name__)
+
+# Seconds between two looks at whether a plan takes too long.
+WATCH_S = 1.0
+# Seconds for which an engine that stops waits for the iteration under way.
+LAST_ITERATION_S = 5.0
 
 
 class Engine(EngineBase):
@@ -87,7 +92,7 @@ class Engine(EngineBase):
         ]
         outputs = [_empty_output(submission) for submission in submissions]
         total = sum(len(s.sequences) for s in submissions)
-        with tqdm(total=total, desc="Generating", unit="seq", disable=not progress) as bar:
+        with progress_bar(total=total, desc="Generating", unit="seq", disable=not progress) as bar:
             for output, delta in self._drain(submissions):
                 outputs[output].add(delta)
                 bar.update(delta.finish_reason is not None)
@@ -193,6 +198,7 @@ class AsyncEngine(EngineBase):
         self._inbox: deque[tuple[str, Any]] = deque()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._watch: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()
         self._idle.set()
         self._accepting = False
@@ -250,10 +256,15 @@ class AsyncEngine(EngineBase):
             target=self._run, args=(loop,), name="minserve-core", daemon=True
         )
         self._thread.start()
+        self._watch = asyncio.create_task(self._watch_plans())
         self._accepting = True
 
     async def stop(self, timeout_s: float = 0.0) -> None:
-        """Accept nothing more, wait for what runs, then abort the rest with `EngineStoppedError`."""
+        """Accept nothing more, wait for what runs, then abort the rest with `EngineStoppedError`.
+
+        The iteration that runs then has `LAST_ITERATION_S` to end. A thread that hangs is left
+        behind: end the process by ``os._exit``, since the interpreter's own end may crash on it.
+        """
         self._accepting = False
         if self._thread is None:
             return
@@ -262,7 +273,13 @@ class AsyncEngine(EngineBase):
         except TimeoutError:
             log.warning("aborting %d unfinished outputs", self._num_unfinished)
         self._tell("stop", None)
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, LAST_ITERATION_S)
+        if self._watch is not None:
+            self._watch.cancel()
+        if self._thread.is_alive():
+            log.error("the iteration under way does not end; its thread is left behind")
+            self._fail_all([], EngineStoppedError("the engine is shutting down, and hangs"))
+            return
         await asyncio.sleep(0)
         self._thread = None
 
@@ -274,15 +291,19 @@ class AsyncEngine(EngineBase):
         priority: int = 0,
         cache_salt: str = "",
         slo: SLO | str | None = None,
+        age_s: float = 0.0,
     ) -> list[RequestHandle]:
         """Queue requests, all or none; checking and counting are one step.
 
         Args:
+            prompts: texts and chats are tokenized here, which takes a second for a megabyte;
+                `prompts.process` does it in another thread or process.
             priority: lower runs earlier.
             cache_salt: cached prefixes are shared only between requests of equal salt.
             slo: the latency asked for, as an `SLO` or a class's name; default: the engine's.
                 One that cannot be kept and asks to be refused ends its handle's first
                 output with `SLOUnattainableError`.
+            age_s: seconds since the requests arrived, which count for their SLOs.
 
         Raises:
             InvalidSLOError: for an unknown class.
@@ -293,7 +314,7 @@ class AsyncEngine(EngineBase):
         if not self.is_healthy:
             raise EngineStoppedError("the engine is not running")
         check_room(len(prompts) * params.n, self._num_unfinished, self.config.max_queue)
-        submissions = [self._prepare(p, params, priority, cache_salt, slo) for p in prompts]
+        submissions = [self._prepare(p, params, priority, cache_salt, slo, age_s) for p in prompts]
         handles = []
         for submission in submissions:
             handle = RequestHandle(self, submission)
@@ -314,7 +335,9 @@ class AsyncEngine(EngineBase):
             GenerationError: if running it failed.
         """
         await self.start()
-        (handle,) = self.submit([prompt], params or self.default_sampling_params, **options)
+        # In a thread, so that no other stream waits for it.
+        tokenized = await asyncio.to_thread(self.prompts.process, prompt)
+        (handle,) = self.submit([tokenized], params or self.default_sampling_params, **options)
         try:
             async for delta in handle:
                 _raise_if_failed(delta)
@@ -331,6 +354,11 @@ class AsyncEngine(EngineBase):
             self._inbox.append((verb, what))
             self._wake.notify()
 
+    async def _watch_plans(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_S)
+            self.interrupt_hung_plan()
+
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         """Do the work of the core's thread. If the core itself breaks, every request is told."""
         try:
@@ -338,7 +366,8 @@ class AsyncEngine(EngineBase):
             self.keep_profile()
         except Exception as error:
             log.exception("the engine core is broken; restart the process")
-            loop.call_soon_threadsafe(self._fail_all, self._core.take_untold(), error)
+            failure = GenerationError(f"the engine broke: {error!r}")
+            loop.call_soon_threadsafe(self._fail_all, self._core.take_untold(), failure)
 
     def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
         """Take in news, step, publish, until told to stop."""
@@ -384,7 +413,7 @@ class AsyncEngine(EngineBase):
         while self._inbox:
             verb, what = self._inbox.popleft()
             if verb == "add":
-                self._enqueue(what)
+                deltas += self._take_up(what)
             elif verb == "abort":
                 deltas += self._core.abort(what)
             else:
@@ -392,7 +421,25 @@ class AsyncEngine(EngineBase):
                 return deltas + self._core.abort_all(stopped), True
         return deltas, False
 
-    def _fail_all(self, untold: list[OutputDelta], error: Exception) -> None:
+    def _take_up(self, submission: Submission) -> list[OutputDelta]:
+        """Queue a request; where that fails, return its end."""
+        try:
+            self._enqueue(submission)
+        except Exception as error:
+            log.exception("a request could not be queued; it ends with an error")
+            failure = GenerationError(f"the request could not be queued: {error!r}")
+            return [
+                OutputDelta(
+                    request_id=submission.request.request_id,
+                    index=seq.index,
+                    finish_reason=FinishReason.ERROR,
+                    error=failure,
+                )
+                for seq in submission.sequences
+            ]
+        return []
+
+    def _fail_all(self, untold: list[OutputDelta], failure: MinserveError) -> None:
         """On the loop, end every request in flight, and accept no more.
 
         Args:
@@ -400,7 +447,6 @@ class AsyncEngine(EngineBase):
         """
         self._accepting = False
         self._publish(untold)
-        failure = GenerationError(f"the engine broke: {error!r}")
         self._publish(
             [
                 OutputDelta(request_id=request_id, finish_reason=FinishReason.ERROR, error=failure)

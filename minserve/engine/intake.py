@@ -6,10 +6,11 @@ promises before it chooses who runs them.
 
 from __future__ import annotations
 
+import logging
 import random
 import uuid
 from collections.abc import Callable, Mapping
-from collections.abc import Sequence as SequenceOf
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -29,11 +30,12 @@ from minserve.errors import (
 from minserve.models.finding.source import find_model
 from minserve.planner.policies.registry import planner_class, promising_policies
 from minserve.planner.predict.perf_model import PerfModel
+from minserve.prompts import Prompt
 from minserve.request import Request
 from minserve.sampling_params import SamplingParams
 from minserve.slo.objectives import SLO, Targets
 
-Prompt = str | SequenceOf[int] | SequenceOf[Mapping[str, Any]]
+log = logging.getLogger(__name__)
 
 
 def load_tokenizer(config: EngineConfig) -> Tokenizer:
@@ -59,6 +61,26 @@ def load_front(config: EngineConfig) -> tuple[Tokenizer, dict[str, Any]]:
     source = find_model(config.model)
     tokenizer = load_model_tokenizer(config, source)
     return tokenizer, load_sampling_defaults(config, source)
+
+
+def warm_up_chats(tokenizer: Tokenizer, model_name: str) -> None:
+    """Load what the first chat needs, so that no request waits for it.
+
+    Templates that no chat can use are named in the log.
+    """
+    if not tokenizer.has_chat_template:
+        return
+    for name, problem in tokenizer.broken_chat_templates().items():
+        log.warning(
+            "%s: chats will be refused, for its chat template %r is no valid jinja template: %s; "
+            "give another one by --chat-template",
+            model_name,
+            name,
+            problem,
+        )
+    # A template may refuse this chat; by then it is loaded.
+    with suppress(InvalidRequestError):
+        tokenizer.render_chat([{"role": "user", "content": "Hello"}])
 
 
 def check_room(num_outputs: int, num_unfinished: int, max_queue: int, num_engines: int = 1) -> None:
@@ -93,6 +115,7 @@ class Intake:
         sampling_defaults: the model's own, from `load_sampling_defaults`.
 
     Attributes:
+        prompts: turns prompts into token ids.
         perf_model: the device's speed, of which slowdowns are multiples; ``None`` until it is
             known.
     """
@@ -113,7 +136,7 @@ class Intake:
         self.promises = Promises(config, tokenizer)
         self.perf_model: PerfModel | None = None
         self._default_max_tokens: int | None = sampling_defaults.get("max_tokens")
-        self._prompts = PromptProcessor(tokenizer, vocab_size, max_model_len)
+        self.prompts = PromptProcessor(tokenizer, vocab_size, max_model_len)
         self._seeds = random.Random(config.seed)
 
     def request(
@@ -123,14 +146,19 @@ class Intake:
         priority: int = 0,
         cache_salt: str = "",
         slo: SLO | str | None = None,
+        age_s: float = 0.0,
     ) -> tuple[str | None, Request]:
         """Return the prompt's text (``None`` for token ids) and the request.
+
+        Args:
+            age_s: seconds since it arrived; until now it was read.
 
         Raises:
             InvalidRequestError: where it can never be served as it stands.
             InvalidSLOError: for an unknown class, or a promise that the policy cannot make.
         """
-        text, token_ids = self._prompts.process(prompt)
+        tokenized = self.prompts.process(prompt)
+        text, token_ids = tokenized.text, tokenized.token_ids
         max_tokens = self._max_tokens(params, len(token_ids))
         slo = self.promises.find(slo)
         # Files of models may name ids that the model's head does not have. It samples none of them.
@@ -141,7 +169,7 @@ class Intake:
             prompt_token_ids=token_ids,
             params=replace(params, max_tokens=max_tokens),
             seed=self._seeds.getrandbits(64) if params.seed is None else params.seed,
-            arrival_s=self._clock(),
+            arrival_s=self._clock() - age_s,
             priority=priority,
             cache_salt=cache_salt,
             stop_token_ids=ends,
@@ -157,9 +185,12 @@ class Intake:
             default = self._default_max_tokens
             max_tokens = room if default is None else min(room, max(default, params.min_tokens))
         if max_tokens > room:
+            # OpenAI's words, whatever the prompt is: clients look for them, and for the code.
             raise RequestTooLongError(
-                f"{num_prompt_tokens} prompt tokens and max_tokens {max_tokens} exceed the "
-                f"{self.max_model_len} tokens that a sequence may have here",
+                f"This model's maximum context length is {self.max_model_len} tokens. However, you "
+                f"requested {num_prompt_tokens + max_tokens} tokens ({num_prompt_tokens} in the "
+                f"messages, {max_tokens} in the completion). Please reduce the length of the "
+                "messages or completion. (context_length_exceeded)",
                 "max_tokens",
             )
         if params.min_tokens > max_tokens:
@@ -187,10 +218,10 @@ class Intake:
         banned = {ids[0] for ids in sequences if len(ids) == 1}
         if params.min_tokens:
             banned |= ends
-        if params.allowed_token_ids and banned.issuperset(params.allowed_token_ids):
+        if banned.issuperset(params.allowed_token_ids or range(self.vocab_size)):
+            name = "allowed_token_ids" if params.allowed_token_ids else "stop_token_ids"
             raise InvalidRequestError(
-                "allowed_token_ids leaves no token: bad_words and min_tokens forbid all of them",
-                "allowed_token_ids",
+                f"{name} leaves no token: bad_words and min_tokens forbid all of them", name
             )
         return sequences
 

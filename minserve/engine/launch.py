@@ -1,4 +1,4 @@
-"""`Launch`: a batch handed to a runner. Where it fails, it finds out whose error that is."""
+"""`Launch`: a batch handed to a runner. Where it fails, its innocent sequences run all the same."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 
 from minserve.engine.batch import BatchRunner, RunningBatch, RunResult, Scheduled
-from minserve.errors import DeviceLostError
+from minserve.engine.recovery import is_out_of_memory, recover
 
 log = logging.getLogger(__name__)
 
@@ -20,11 +20,14 @@ class Launch:
 
     Attributes:
         failed: True if the runner has not taken the batch.
+        failure: why the batch as a whole failed, ``out_of_memory`` or ``error``; ``None`` as long as
+            it did not.
     """
 
     def __init__(self, runner: BatchRunner, batch: SequenceOf[Scheduled]) -> None:
         self._runner, self._batch = runner, batch
         self._running: RunningBatch | Exception
+        self.failure: str | None = None
         try:
             self._running = runner.launch(batch)
         except Exception as error:
@@ -35,25 +38,19 @@ class Launch:
         return isinstance(self._running, Exception)
 
     def results(self) -> Results:
-        """Wait for the batch; where it fails, run each of its sequences alone.
+        """Wait for the batch; where it fails, run it in parts (`minserve.engine.recovery`).
 
         Raises:
             DeviceLostError: if the error belongs to no sequence: the device runs nothing any more.
         """
-        try:
-            if isinstance(self._running, Exception):
-                raise self._running
-            return self._running.results()
-        except Exception as error:
-            if self._runner.is_lost:
-                raise DeviceLostError(
-                    f"{self._runner.device} runs nothing any more; restart the process ({error})"
-                ) from error
-            if len(self._batch) == 1:
-                log.exception("running %s failed", self._batch[0].seq)
-                return {self._batch[0].seq.seq_id: error}
-            log.warning("a batch failed (%s); running its sequences one by one", error)
-            alone: dict[str, RunResult | Exception] = {}
-            for item in self._batch:
-                alone.update(Launch(self._runner, [item]).results())
-            return alone
+        if isinstance(self._running, Exception):
+            error = self._running
+        else:
+            try:
+                return self._running.results()
+            except Exception as caught:
+                error = caught
+        self.failure = "out_of_memory" if is_out_of_memory(error) else "error"
+        if len(self._batch) > 1:
+            log.warning("a batch of %d failed (%s); it runs in parts", len(self._batch), error)
+        return recover(self._runner, self._batch, error)

@@ -170,9 +170,11 @@ class LiveOutput:
         if progress is not None:
             marker = progress.marker
             progress.add_token(now)
-        if token_id in seq.request.stop_token_ids:
-            return "", End(FinishReason.STOP, token_id)
         text, stop = "", None
+        if token_id in seq.request.stop_token_ids:
+            if self.detokenizer is not None and seq.request.params.include_stop_str_in_output:
+                text, _ = self.detokenizer.add([token_id])
+            return text, End(FinishReason.STOP, token_id)
         if self.detokenizer is not None:
             text, stop = self.detokenizer.add([token_id])
         if progress is not None and marker is not None and self._passes(marker, token_id, text):

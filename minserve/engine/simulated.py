@@ -26,7 +26,7 @@ from minserve.engine.speculation.proposal import SampledToken, Verified
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import ConfigError, GenerationError
 from minserve.models.finding.source import ModelSource
-from minserve.planner.policies.registry import make_planner
+from minserve.planner.policies.registry import make_planner, make_safe_planner
 from minserve.planner.predict.lengths import make_length_estimator
 from minserve.planner.predict.perf_model import PerfModel
 from minserve.request import Sequence
@@ -141,6 +141,7 @@ def load_simulated_core(
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
         clock=time.monotonic,
+        safe_planner=make_safe_planner(chunked_prefill=config.chunked_prefill),
     )
     core.stats.profile_completeness = 1.0
     return core, tokenizer, max_model_len

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from minserve.engine.batch import Scheduled
+from minserve.engine.guarded_planning import REASONS
 from minserve.engine.speculation.proposer import SpeculationStats
 from minserve.planner.plan import IterationPlan
 from minserve.planner.predict.perf_model import PerfModel
@@ -27,7 +28,7 @@ ITERATION_SECONDS = tuple(float(f"{m}e{e}") for e in range(-5, 1) for m in (1, 2
 REQUEST_SECONDS = tuple(float(f"{m}e{e}") for e in range(-3, 3) for m in (1, 2, 5))
 # Of measured over predicted time.
 SURPRISES = (*(n / 20 for n in range(10, 31)), 1.75, 2.0, 2.5, 3.0, 5.0)
-BATCH_TOKENS = (0, *(2**e for e in range(15)))
+NUM_TOKENS = (0, *(2**e for e in range(15)))
 
 
 class Histogram:
@@ -70,8 +71,8 @@ def _of_surprises() -> Histogram:
     return Histogram(SURPRISES)
 
 
-def _of_batches() -> Histogram:
-    return Histogram(BATCH_TOKENS)
+def _of_tokens() -> Histogram:
+    return Histogram(NUM_TOKENS)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -93,8 +94,12 @@ class EngineStats:
         ttft_s: seconds from arrival to the first token.
         inter_token_s: seconds between two deliveries to one output; by speculation a delivery may
             bring several tokens.
-        e2e_s: seconds from arrival to the last token, of outputs that stopped or reached their length.
+        e2e_s: seconds from arrival to the last token, of outputs that stopped or reached their
+            length.
         queue_s: seconds from arrival to the first start.
+        prefill_s: seconds from the newest start before the first token to that token.
+        decode_s: seconds from the first to the last token, of the outputs of ``e2e_s``.
+        request_prompt_tokens, request_generation_tokens: tokens of their prompts and of themselves.
         iteration_s: seconds of iterations that ran something, with the planning that they waited
             for.
         predicted_s: seconds of the same iterations as the planner predicted them, where it could.
@@ -102,6 +107,10 @@ class EngineStats:
             what was learned since.
         surprises: measured over predicted seconds of each of these iterations.
         planning_s: seconds of each plan.
+        planner_fallbacks: iterations that the safe policy planned in the planner's place, by the
+            reason.
+        failed_batches: batches that failed as a whole and ran in parts, by whether memory was
+            short.
         plans_ahead: plans made while an iteration ran, by whether they ``held`` when it had
             ended or were ``discarded``.
         prefill_tokens, decode_tokens, draft_tokens: tokens of each kind that one iteration ran.
@@ -128,15 +137,21 @@ class EngineStats:
     inter_token_s: Histogram = field(default_factory=_of_iterations)
     e2e_s: Histogram = field(default_factory=_of_requests)
     queue_s: Histogram = field(default_factory=_of_requests)
+    prefill_s: Histogram = field(default_factory=_of_requests)
+    decode_s: Histogram = field(default_factory=_of_requests)
+    request_prompt_tokens: Histogram = field(default_factory=_of_tokens)
+    request_generation_tokens: Histogram = field(default_factory=_of_tokens)
     iteration_s: Histogram = field(default_factory=_of_iterations)
     predicted_s: Histogram = field(default_factory=_of_iterations)
     profiled_s: Histogram = field(default_factory=_of_iterations)
     surprises: Histogram = field(default_factory=_of_surprises)
     planning_s: Histogram = field(default_factory=_of_iterations)
     plans_ahead: dict[str, int] = field(default_factory=lambda: {"held": 0, "discarded": 0})
-    prefill_tokens: Histogram = field(default_factory=_of_batches)
-    decode_tokens: Histogram = field(default_factory=_of_batches)
-    draft_tokens: Histogram = field(default_factory=_of_batches)
+    planner_fallbacks: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
+    failed_batches: dict[str, int] = field(default_factory=lambda: {"error": 0, "out_of_memory": 0})
+    prefill_tokens: Histogram = field(default_factory=_of_tokens)
+    decode_tokens: Histogram = field(default_factory=_of_tokens)
+    draft_tokens: Histogram = field(default_factory=_of_tokens)
     speculation: SpeculationStats = field(default_factory=SpeculationStats)
     profile_completeness: float = 0.0
 
@@ -161,6 +176,7 @@ class EngineStats:
             self.inter_token_s.observe(now - last)
             return
         self.ttft_s.observe(now - seq.request.arrival_s)
+        self.prefill_s.observe(now - seq.events.get(RequestEvent.SCHEDULED, now))
         if seq.index == 0:
             self.num_prompt_tokens += seq.num_prompt_tokens
 
@@ -171,6 +187,10 @@ class EngineStats:
         self.finished[reason] += 1
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.e2e_s.observe(now - seq.request.arrival_s)
+            first = seq.events.get(RequestEvent.FIRST_TOKEN, now)
+            self.decode_s.observe(seq.events.get(RequestEvent.TOKENS, now) - first)
+            self.request_prompt_tokens.observe(seq.num_prompt_tokens)
+            self.request_generation_tokens.observe(seq.num_output_tokens)
         if report is None or seq.progress is None:
             return
         # A client that leaves while all is in time says nothing of the SLO.
@@ -197,7 +217,7 @@ class EngineStats:
         self.iteration_s.observe(measured_s)
         if model is not None:
             self.profiled_s.observe(model.profiled(plan.shape))
-        if plan.predicted_s is not None:
+        if plan.predicted_s:
             self.predicted_s.observe(plan.predicted_s)
             self.surprises.observe(measured_s / plan.predicted_s)
 

@@ -22,7 +22,7 @@ class Refusal:
     Attributes:
         reason: the resource that is short: ``compute``, ``memory``, or ``device`` if even an idle
             device could not keep the SLO.
-        retry_after_s: seconds from now, by the planner's prediction.
+        retry_after_s: seconds from now, by the planner's prediction; infinite for ``device``.
     """
 
     reason: str
@@ -30,9 +30,14 @@ class Refusal:
 
     def error(self) -> SLOUnattainableError:
         """Return the error that the client gets."""
+        problem = (
+            "the SLO cannot be kept here, not even by the idle device; ask for less"
+            if math.isinf(self.retry_after_s)
+            else f"the SLO cannot be kept now (too little {self.reason}); "
+            f"try again in {self.retry_after_s:.1f} s"
+        )
         return SLOUnattainableError(
-            f"the SLO cannot be kept now (too little {self.reason}); "
-            f"try again in {self.retry_after_s:.1f} s",
+            problem,
             reason=self.reason,
             retry_after_s=self.retry_after_s,
         )

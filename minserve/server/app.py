@@ -1,4 +1,6 @@
-"""The aiohttp application: its routes, and the checks that every request passes through.
+"""The aiohttp application: its routes and their handlers.
+
+What every request passes through before is in `minserve.server.edge`.
 
 The module uses only the public interface of the engine: ``submit``, the handles that it
 returns, ``stats``, and the tokenizer.
@@ -7,44 +9,34 @@ returns, ``stats``, and the tokenizer.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aiohttp import web
 
 from minserve.config import ServerConfig
-from minserve.errors import EngineStoppedError, InvalidRequestError
-from minserve.server.body import read_object
+from minserve.errors import EngineStoppedError
+from minserve.server.connections import ConnectionRunner
+from minserve.server.edge import Edge
 from minserve.server.engine_face import EngineFace, ReplicaSet
-from minserve.server.errors import HttpError, error_response, to_http_error, unavailable
+from minserve.server.errors import HttpError, unavailable
+from minserve.server.front_page import example_command, front_page
 from minserve.server.generation import streamed_response, whole_response
-from minserve.server.metrics import CONTENT_TYPE, create_registry, render
-from minserve.server.protocol import (
-    GenerationCall,
-    TokenizeCall,
-    parse_chat,
-    parse_completion,
-    parse_detokenize,
-    parse_tokenize,
-)
+from minserve.server.json_array import dump_json
+from minserve.server.limits import time_limit
+from minserve.server.metrics import CONTENT_TYPE, count_tasks, create_registry, render
+from minserve.server.openapi import openapi_json
+from minserve.server.reading.body_reader import BodyReader
+from minserve.server.reading.reader import Endpoint, Facts, check_model
 from minserve.server.responses import Reply
-from minserve.server.slo_http import read_slo
-from minserve.server.sse import dump_json
-
-if TYPE_CHECKING:
-    from minserve.engine.text.tokenizer import Tokenizer
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+from minserve.server.watchdog import problem_of
 
 # The time in which connections may send their last bytes once the engine has stopped.
 FLUSH_TIMEOUT_S = 5.0
-# Monitoring systems ask these paths. Their answers tell nothing of prompts and outputs, so no key
-# is needed.
-OPEN_PATHS = ("/health", "/metrics")
 LOOPBACK = ("127.0.0.1", "::1")
+# Where a request keeps the names of its hints that change nothing.
+IGNORED = web.RequestKey("ignored", tuple[str, ...])
 
 
 class Server:
@@ -53,23 +45,34 @@ class Server:
     Args:
         config: the server's settings.
         engine: a started engine; ``None`` while it is still loading, and set later.
+
+    Raises:
+        ConfigError: if the file of API keys cannot be used.
     """
 
     def __init__(self, config: ServerConfig, engine: EngineFace | None = None) -> None:
         self.config = config
         self.engine = engine
         self.draining = False
+        self._edge = Edge(config)
+        self._bodies: BodyReader | None = None
         self._created = int(time.time())
-        self._metrics = create_registry(self._loaded_engine)
+        self._metrics = create_registry(
+            self._loaded_engine, lambda: self._model_name, config.metrics_prefix
+        )
+        self._count_tasks = count_tasks(self._metrics, config.metrics_prefix)
 
     def create_app(self) -> web.Application:
         """Return the application with all routes."""
         app = web.Application(
-            middlewares=[_answer_errors, self._check_key],
-            client_max_size=int(self.config.max_body_mib * 2**20),
+            middlewares=self._edge.middlewares,
         )
+        app.on_response_prepare.extend([*self._edge.signals, _name_ignored])
+        app.on_cleanup.append(self._close)
         app.add_routes(
             [
+                web.get("/", self.front_page),
+                web.get("/openapi.json", self.openapi),
                 web.get("/health", self.health),
                 web.get("/metrics", self.metrics),
                 web.get("/v1/models", self.list_models),
@@ -84,19 +87,26 @@ class Server:
         )
         return app
 
-    def create_runner(self) -> web.AppRunner:
-        """Return a runner with the connection settings that the handlers rely on."""
-        return web.AppRunner(
-            self.create_app(),
-            # A client that leaves cancels its handler, whose finally frees the KV.
-            handler_cancellation=True,
-            # Compressed bodies are refused, so aiohttp must not unpack them first.
-            auto_decompress=False,
-            access_log=None,
-            shutdown_timeout=FLUSH_TIMEOUT_S,
-        )
+    def create_runner(self) -> ConnectionRunner:
+        """Return a runner with the connections that the handlers rely on."""
+        return ConnectionRunner(self.create_app(), self.config, FLUSH_TIMEOUT_S)
 
     # --- endpoints ---
+
+    async def front_page(self, request: web.Request) -> web.Response:
+        """Answer with a page for people: the model and a command to try; 503 while it loads."""
+        # Not `request.host`: where a request names none, that asks a name service, and waits.
+        host = request.headers.get("Host", self.config.host)
+        url, needs_key = f"{request.scheme}://{host}", self.config.has_keys
+        if self.engine is None:
+            return front_page(url, "The model is still loading.", None, status=503)
+        model = None if needs_key else self._model_name
+        chat = self.engine.tokenizer.has_chat_template
+        return front_page(
+            url,
+            "Requests need this server's API key." if model is None else f"It serves {model}.",
+            example_command(url, model, chat=chat, needs_key=needs_key),
+        )
 
     async def health(self, request: web.Request) -> web.Response:
         """Answer 200 while the server takes requests, and 503 otherwise.
@@ -105,12 +115,8 @@ class Server:
         number of replicas in each state.
         """
         engine = self._ready_engine()
-        if not engine.is_healthy:
-            raise unavailable("the engine has stopped working")
-        if engine.iteration_s > self.config.watchdog_s:
-            raise unavailable(
-                f"no iteration has ended for {engine.iteration_s:.0f} s although there is work"
-            )
+        if problem := problem_of(engine, self.config.watchdog_s):
+            raise unavailable(problem)
         body: dict[str, Any] = {"status": "ok", "unfinished": engine.num_unfinished}
         if engine.replica_set is not None:
             body["replicas"] = Counter(one["state"] for one in engine.replica_set.replicas())
@@ -122,9 +128,14 @@ class Server:
         Like /health, it needs no API key. It answers while the server drains too, and with 503
         while the model loads.
         """
+        self._count_tasks()
         # In a thread: formatting takes a few milliseconds, and no stream should wait for it.
         text = await asyncio.to_thread(render, self._metrics)
         return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
+
+    async def openapi(self, request: web.Request) -> web.Response:
+        """Answer with the description of all endpoints, in OpenAPI 3.1."""
+        return web.Response(body=openapi_json(), content_type="application/json")
 
     async def list_models(self, request: web.Request) -> web.Response:
         """Answer with a list that holds the one model."""
@@ -132,43 +143,25 @@ class Server:
 
     async def get_model(self, request: web.Request) -> web.Response:
         """Answer with the one model, asked for by its name."""
-        self._check_model(request.match_info["model"])
+        check_model(request.match_info["model"], self._model_name)
         return _json(self._model_card())
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         """Answer POST /v1/completions."""
-        return await self._generate(request, parse_completion)
+        return await self._generate(request, "completions")
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
         """Answer POST /v1/chat/completions."""
-        return await self._generate(request, parse_chat)
+        return await self._generate(request, "chat")
 
     async def tokenize(self, request: web.Request) -> web.Response:
         """Answer POST /tokenize, which turns text or messages into token ids."""
-        call = parse_tokenize(await read_object(request))
-        engine = self._loaded_engine()
-        self._check_model(call.model)
-        if not isinstance(call.prompt, str):
-            _require_chat_template(engine)
-        # In a thread: a body of megabytes takes about a second, and no other request should wait.
-        tokens = await asyncio.to_thread(_tokenize, engine.tokenizer, call)
-        return _json(
-            {"tokens": tokens, "count": len(tokens), "max_model_len": engine.max_model_len}
-        )
+        body, request[IGNORED] = await self._body_reader().tokenized(request)
+        return _json_bytes(body)
 
     async def detokenize(self, request: web.Request) -> web.Response:
         """Answer POST /detokenize, which turns token ids into text, special tokens included."""
-        model, tokens = parse_detokenize(await read_object(request))
-        engine = self._loaded_engine()
-        self._check_model(model)
-        for token in tokens:
-            if token >= engine.vocab_size:
-                raise InvalidRequestError(
-                    f"tokens: {token} is outside the vocabulary of {engine.vocab_size}", "tokens"
-                )
-        decode = engine.tokenizer.decode
-        text = await asyncio.to_thread(decode, tokens, skip_special_tokens=False)
-        return _json({"prompt": text})
+        return _json_bytes(await self._body_reader().detokenized(request))
 
     async def replicas(self, request: web.Request) -> web.Response:
         """Answer with the state of each replica."""
@@ -189,32 +182,36 @@ class Server:
 
     # --- what the endpoints share ---
 
-    async def _generate(
-        self,
-        request: web.Request,
-        parse: Callable[[dict[str, Any], Mapping[str, Any]], GenerationCall],
-    ) -> web.StreamResponse:
-        values = await read_object(request)
-        engine = self._ready_engine()
-        # Parts of the SLO may be in the headers, so the parser of the body does not read it.
-        slo = read_slo(values.pop("slo", None), request.headers, engine)
-        call = parse(values, engine.sampling_defaults)
-        self._check_model(call.model)
-        if call.chat:
-            _require_chat_template(engine)
+    async def _generate(self, request: web.Request, endpoint: Endpoint) -> web.StreamResponse:
+        self._ready_engine()
+        read = await self._body_reader().generation(endpoint, request)
+        engine, call = self._ready_engine(), read.call
+        if problem := problem_of(engine, self.config.watchdog_s):
+            raise unavailable(problem)
+        request[IGNORED] = call.ignored
         handles = engine.submit(
-            call.prompts,
+            read.prompts,
             call.params,
             priority=call.priority,
             cache_salt=call.cache_salt,
-            slo=slo,
+            slo=read.slo,
+            age_s=time.monotonic() - read.came_s,
         )
+        limit = time_limit(self.config.request_timeout_s, read.came_s)
         try:
             reply = Reply(call, handles, self._model_name, engine.tokenizer)
             if call.stream:
-                refusable = slo is not None and slo.refuses_delay
-                return await streamed_response(request, call, reply, handles, refusable=refusable)
-            return await whole_response(reply, handles)
+                refusable = read.slo is not None and read.slo.refuses_delay
+                return await streamed_response(
+                    request,
+                    call,
+                    reply,
+                    handles,
+                    limit,
+                    refusable=refusable,
+                    first_byte_s=self.config.first_byte_s,
+                )
+            return await whole_response(request, reply, handles, limit)
         finally:
             for handle in handles:
                 handle.abort()
@@ -229,7 +226,7 @@ class Server:
         if replicas is None:
             raise HttpError(404, "this server has no replicas; start it with --replicas")
         # Without a key, any user of this machine may give orders.
-        if self.config.api_key is None and request.remote not in LOOPBACK:
+        if not self.config.has_keys and request.remote not in LOOPBACK:
             raise HttpError(403, "without an API key, replicas are controlled from this machine")
         return replicas
 
@@ -247,14 +244,31 @@ class Server:
             raise EngineStoppedError("the server is shutting down")
         return self._loaded_engine()
 
-    def _check_model(self, name: str | None) -> None:
-        if name is not None and name != self._model_name:
-            raise HttpError(
-                404,
-                f"the model {name!r} is not served here; this server has {self._model_name!r}",
-                param="model",
-                code="model_not_found",
+    def start_reading(self) -> None:
+        """Start the process that reads large bodies, so that no request waits for its start."""
+        self._body_reader().start()
+
+    def _body_reader(self) -> BodyReader:
+        if self._bodies is None:
+            engine = self._loaded_engine()
+            facts = Facts(
+                model_name=self._model_name,
+                tokenizer=engine.tokenizer,
+                prompts=engine.prompts,
+                max_model_len=engine.max_model_len,
+                vocab_size=engine.vocab_size,
+                max_queue=engine.config.max_queue,
+                sampling_defaults=dict(engine.sampling_defaults),
+                slo_classes=dict(engine.slo_classes),
+                default_slo=engine.default_slo,
+                thinking_marker=engine.thinking_marker,
             )
+            self._bodies = BodyReader(facts, int(self.config.max_body_mib * 2**20))
+        return self._bodies
+
+    async def _close(self, app: web.Application) -> None:
+        if self._bodies is not None:
+            await self._bodies.close()
 
     def _model_card(self) -> dict[str, Any]:
         engine = self._loaded_engine()
@@ -268,50 +282,16 @@ class Server:
             "default_sampling_params": dict(engine.sampling_defaults),
         }
 
-    @web.middleware
-    async def _check_key(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if self.config.api_key is not None and request.path not in OPEN_PATHS:
-            given = request.headers.get("Authorization", "")
-            expected = f"Bearer {self.config.api_key}"
-            # compare_digest takes equally long for a nearly right key and a wholly wrong one.
-            if not hmac.compare_digest(
-                given.encode("utf-8", "surrogateescape"), expected.encode("utf-8")
-            ):
-                raise HttpError(
-                    401,
-                    "missing or wrong API key; send 'Authorization: Bearer KEY'",
-                    kind="authentication_error",
-                    code="invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
-        return await handler(request)
 
-
-@web.middleware
-async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn every failure into OpenAI's JSON error. This is the outermost layer."""
-    try:
-        return await handler(request)
-    except ConnectionError:
-        raise  # the client has closed the connection, so no answer can be sent
-    except Exception as error:
-        return error_response(to_http_error(error))
-
-
-def _require_chat_template(engine: EngineFace) -> None:
-    if not engine.tokenizer.has_chat_template:
-        raise InvalidRequestError(
-            "this model has no chat template; use /v1/completions, or start the server with "
-            "--chat-template FILE",
-            "messages",
-        )
-
-
-def _tokenize(tokenizer: Tokenizer, call: TokenizeCall) -> list[int]:
-    prompt = call.prompt
-    text = prompt if isinstance(prompt, str) else tokenizer.render_chat(prompt)
-    return list(tokenizer.encode(text, add_special_tokens=call.add_special_tokens))
+async def _name_ignored(request: web.Request, response: web.StreamResponse) -> None:
+    """Name the hints that changed nothing. Their names are the table's, not the client's."""
+    if names := request.get(IGNORED, ()):
+        response.headers["x-minserve-ignored"] = ", ".join(names)
 
 
 def _json(value: Any) -> web.Response:
-    return web.Response(body=dump_json(value), content_type="application/json")
+    return _json_bytes(dump_json(value))
+
+
+def _json_bytes(body: bytes) -> web.Response:
+    return web.Response(body=body, content_type="application/json")

@@ -1,4 +1,4 @@
-"""Turn bytes into a checked JSON object: size, encoding, strict JSON, typed fields.
+"""Turn bytes into a checked JSON object: strict JSON, typed fields.
 
 Python's own JSON reader takes more than JSON: NaN, duplicate keys, integers of any
 length, halves of surrogate pairs. Each of these is refused here, so that the code that uses
@@ -11,16 +11,16 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
 from typing import Any, TypeVar
 
 import msgspec
-from aiohttp import ClientPayloadError, web
 
 from minserve.errors import InvalidRequestError
-from minserve.server.errors import HttpError
 
 MAX_DIGITS = 20  # of an integer; enough for every 64-bit number
+# Up to here each integer has a float of its own.
+_MAX_WHOLE = 2.0**53
 _LONG_NUMBER = re.compile(rf"[0-9]{{{MAX_DIGITS + 1}}}")
 
 # msgspec names the place in a value at the end of its message, in the form of a JSON path.
@@ -44,27 +44,6 @@ _T = TypeVar("_T")
 
 class Form(msgspec.Struct, forbid_unknown_fields=True):
     """The fields of a JSON object, their types and what stands for those that are not given."""
-
-
-async def read_object(request: web.Request) -> dict[str, Any]:
-    """Read a request's body as one JSON object.
-
-    Raises:
-        HttpError: 413 for a body over the limit, 415 for a compressed one.
-        InvalidRequestError: for a body that is not a strict JSON object.
-    """
-    encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
-    if encoding not in ("", "identity"):
-        # A few kilobytes can unpack to gigabytes; prompts are small enough to send plain.
-        raise HttpError(415, f"request bodies must not be compressed ({encoding})")
-    limit = request.client_max_size
-    if request.content_length is not None and request.content_length > limit:
-        raise HttpError(413, f"the request body is larger than {limit / 2**20:g} MiB")
-    try:
-        raw = await request.read()
-    except (ClientPayloadError, web.RequestPayloadError) as error:
-        raise InvalidRequestError(f"the request body could not be read: {error}") from None
-    return parse_object(raw)
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
@@ -104,9 +83,9 @@ def parse_object(raw: bytes) -> dict[str, Any]:
 def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise InvalidRequestError(f"the field {twice!r} appears twice")
+        counts = Counter(key for key, _ in pairs)
+        twice = next(key for key, count in counts.items() if count > 1)
+        raise InvalidRequestError(f"the field {twice[:100]!r} appears twice")
     return result
 
 
@@ -128,10 +107,11 @@ def _bounded_int(text: str) -> int:
 
 
 def convert(value: Any, form: type[_T], where: str = "") -> _T:
-    """Return a JSON value as an instance of a type, such as a `Form`, without any coercion.
+    """Return a JSON value as an instance of a type, such as a `Form`.
 
     Fields that are ``null`` count as not given, whatever their name: answers come back in the next
-    turn of a chat with many empty fields.
+    turn of a chat with many empty fields. A whole number counts as an integer however it is
+    written (``16.0``), as JSON has one kind of number. Nothing else is coerced.
 
     Args:
         value: the value, as `parse_object` returns it.
@@ -141,11 +121,18 @@ def convert(value: Any, form: type[_T], where: str = "") -> _T:
     Raises:
         InvalidRequestError: naming the field, what it must be and what it is.
     """
-    value = _given(value)
     try:
-        return msgspec.convert(value, form)
-    except msgspec.ValidationError as error:
-        text = str(error)
+        value = _given(value)
+        text = ""
+        for attempt in (_as_it_is, _whole_as_integers):
+            try:
+                return msgspec.convert(attempt(value), form)
+            except msgspec.ValidationError as error:
+                text = str(error)
+            if "got `float`" not in text:
+                break
+    except RecursionError:
+        raise refusal(where, "is nested too deeply") from None
     if field := _FIELD.fullmatch(text):
         place = f"{where}{field[3] or ''}.{field[2]}".removeprefix(".")
         is_missing = field[1].startswith("missing")
@@ -171,24 +158,21 @@ def _given(value: Any) -> Any:
     return value
 
 
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _whole_as_integers(value: Any) -> Any:
+    """Return a value with its whole numbers as integers, at any depth."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() and abs(value) < _MAX_WHOLE else value
+    if isinstance(value, dict):
+        return {name: _whole_as_integers(each) for name, each in value.items()}
+    return [_whole_as_integers(each) for each in value] if isinstance(value, list) else value
+
+
 def _plain_words(types: re.Match[str]) -> str:
     return " or ".join(_WORDS.get(one, one) for one in types[1].split(" | ") if one != "null")
-
-
-def refuse_unsupported(values: dict[str, Any], harmless: Mapping[str, tuple[Any, ...]]) -> None:
-    """Take fields that are not implemented out of an object.
-
-    Args:
-        values: the object.
-        harmless: the fields, each with the values that ask for nothing.
-
-    Raises:
-        InvalidRequestError: if one of them has another value.
-    """
-    for name, accepted in harmless.items():
-        value = values.pop(name, None)
-        if value is not None and not any(type(value) is type(x) and value == x for x in accepted):
-            raise refusal(name, f"{brief(value)} is not supported")
 
 
 def refusal(param: str, problem: str) -> InvalidRequestError:

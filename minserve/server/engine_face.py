@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from minserve.config import EngineConfig
 from minserve.outputs import OutputDelta, ReplicaReport
+from minserve.prompts import Prompt
 from minserve.sampling_params import SamplingParams
 from minserve.slo.objectives import SLO
 
 if TYPE_CHECKING:
-    from minserve.engine.intake import Prompt
     from minserve.engine.stats import EngineStats
+    from minserve.engine.text.inputs import PromptProcessor
     from minserve.engine.text.tokenizer import Tokenizer
 
 
@@ -79,6 +80,10 @@ class EngineFace(Protocol):
     def tokenizer(self) -> Tokenizer: ...
 
     @property
+    def prompts(self) -> PromptProcessor:
+        """Turns prompts into token ids. It can be sent to another process."""
+
+    @property
     def model_name(self) -> str: ...
 
     @property
@@ -140,5 +145,6 @@ class EngineFace(Protocol):
         priority: int = 0,
         cache_salt: str = "",
         slo: SLO | str | None = None,
+        age_s: float = 0.0,
     ) -> Sequence[Handle]:
         """Queue requests, all or none; see `minserve.engine.engine.AsyncEngine.submit`."""

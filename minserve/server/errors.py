@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
-from aiohttp import web
+from aiohttp import ClientConnectionResetError, web
 
 from minserve.errors import (
     EngineStoppedError,
@@ -17,17 +18,19 @@ from minserve.errors import (
     NoReplicaError,
     QueueFullError,
     ReplicaLostError,
+    RequestTimeoutError,
     RequestTooLongError,
     SLOUnattainableError,
 )
-from minserve.server.sse import dump_json
+from minserve.server.json_array import dump_json
 
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER = {"Retry-After": "1"}
-# The bound of the advice where the planner predicts no room at all: no prediction reaches that far.
-MAX_RETRY_AFTER_S = 3600.0
+# Clients of OpenAI's API disregard a longer time than this, and some really sleep as long.
+MAX_RETRY_AFTER_S = 60.0
 MAX_MESSAGE_CHARS = 1000
+MAX_PARAM_CHARS = 200
 
 
 class HttpError(Exception):
@@ -46,11 +49,19 @@ class HttpError(Exception):
         super().__init__(message)
         self.status = status
         # A header that the message repeats may hold bytes that are not UTF-8.
-        self.message = message.encode("utf-8", "replace").decode()
+        self.message = message.encode("utf-8", "replace").decode()[:MAX_MESSAGE_CHARS]
         self.kind = kind
-        self.param = param
+        # An unknown field is named by its name, which the client has chosen.
+        self.param = None if param is None else param[:MAX_PARAM_CHARS]
         self.code = code
         self.headers = dict(headers or {})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By default an exception is made again, in another process, from its message alone.
+        make = partial(
+            HttpError, kind=self.kind, param=self.param, code=self.code, headers=self.headers
+        )
+        return make, (self.status, self.message)
 
 
 def to_http_error(error: Exception) -> HttpError:
@@ -80,6 +91,14 @@ def to_http_error(error: Exception) -> HttpError:
                 code="slo_unattainable",
                 headers=_when_to_retry(error),
             )
+        case RequestTimeoutError():
+            return HttpError(
+                504,
+                text,
+                kind="timeout_error",
+                code="request_timeout",
+                headers={"x-should-retry": "false"},  # it would take as long again
+            )
         case EngineStoppedError() | NoReplicaError() | ReplicaLostError():
             return unavailable(text)
         case GenerationError():
@@ -87,6 +106,9 @@ def to_http_error(error: Exception) -> HttpError:
             return HttpError(500, text, kind="server_error", code="generation_failed")
         case web.HTTPException():
             return _from_aiohttp(error)
+        case ClientConnectionResetError():
+            # Nobody is there to read it. Clients that leave are nothing to fill the log with.
+            return HttpError(400, "the client has closed the connection")
     logger.error("unexpected error", exc_info=error)
     return HttpError(500, "internal server error", kind="server_error")
 
@@ -94,8 +116,11 @@ def to_http_error(error: Exception) -> HttpError:
 def _when_to_retry(error: SLOUnattainableError) -> dict[str, str]:
     """Return headers with the wait that the planner predicts, in seconds and in milliseconds.
 
-    In seconds it is rounded up and at least 1, for clients that read this header alone.
+    In seconds it is rounded up and at least 1, for clients that read this header alone. Where no
+    wait helps, a header says that instead, which OpenAI's own clients obey.
     """
+    if math.isinf(error.retry_after_s):
+        return {"x-should-retry": "false", "x-request-dropped-reason": error.reason}
     wait_s = min(max(0.0, error.retry_after_s), MAX_RETRY_AFTER_S)
     return {
         "Retry-After": str(max(1, math.ceil(wait_s))),
@@ -136,6 +161,7 @@ def _from_aiohttp(error: web.HTTPException) -> HttpError:
         404: "no such path; see GET /v1/models and POST /v1/chat/completions",
         405: "this path does not take that method",
         413: "the request body is too large",
+        417: "Expect may only be 100-continue",
     }.get(error.status, HTTPStatus(error.status).phrase)
     kind = "invalid_request_error" if error.status < 500 else "server_error"
     headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}

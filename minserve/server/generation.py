@@ -7,8 +7,9 @@ No function here aborts a handle. The function that submitted the handles aborts
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
+from itertools import chain
 from typing import Any
 
 from aiohttp import web
@@ -18,22 +19,56 @@ from minserve.outputs import OutputDelta
 from minserve.request import FinishReason
 from minserve.server.engine_face import Handle
 from minserve.server.errors import error_body, to_http_error
+from minserve.server.pauses import Pauses
 from minserve.server.protocol import GenerationCall
 from minserve.server.responses import Reply
-from minserve.server.sse import EventStream, dump_json
+from minserve.server.sse import EventStream
+
+# Bytes of a whole answer from which on it is sent in pieces.
+LARGE_BODY = 2**20
+UNLIMITED: AbstractAsyncContextManager[None] = nullcontext()
 
 
-async def whole_response(reply: Reply, handles: Sequence[Handle]) -> web.Response:
+async def whole_response(
+    request: web.Request,
+    reply: Reply,
+    handles: Sequence[Handle],
+    limit: AbstractAsyncContextManager[None] = UNLIMITED,
+) -> web.StreamResponse:
     """Wait for every output and return one response with all of them.
+
+    Args:
+        limit: ends the outputs when their time is over; see `minserve.server.limits.time_limit`.
 
     Raises:
         MinserveError: if one of the outputs failed.
+        ConnectionResetError: if the client has closed the connection.
     """
-    deltas = []
-    async with aclosing(merged(handles)) as stream:
+    pauses = Pauses()
+    async with limit, aclosing(merged(handles)) as stream:
         async for prompt, delta in stream:
-            deltas.append((prompt, delta))
-    return web.Response(body=dump_json(reply.body(deltas)), content_type="application/json")
+            await reply.note(prompt, delta, pauses)
+            reply.add(prompt, delta)
+    pieces, size = [], 0
+    body = reply.body()
+    for piece in body:
+        pieces.append(piece)
+        size += len(piece)
+        if size > LARGE_BODY:
+            return await _send_pieces(request, chain(pieces, body))
+    return web.Response(body=b"".join(pieces), content_type="application/json")
+
+
+async def _send_pieces(request: web.Request, pieces: Iterable[bytes]) -> web.StreamResponse:
+    """Send a body piece by piece, at the pace of its reader, so that no copy of it is made."""
+    response = web.StreamResponse(headers={"Content-Type": "application/json"})
+    await response.prepare(request)
+    for piece in pieces:
+        await response.write(piece)
+        # A write waits for nobody while the connection takes the bytes at once.
+        await asyncio.sleep(0)
+    await response.write_eof()
+    return response
 
 
 async def streamed_response(
@@ -41,18 +76,23 @@ async def streamed_response(
     call: GenerationCall,
     reply: Reply,
     handles: Sequence[Handle],
+    limit: AbstractAsyncContextManager[None] = UNLIMITED,
     *,
     refusable: bool = False,
+    first_byte_s: float = 0.0,
 ) -> web.StreamResponse:
     """Answer with server-sent events.
 
-    A failure before the first event is raised, so that its HTTP status can be sent. A later
+    A failure before the first byte is raised, so that its HTTP status can be sent. A later
     failure becomes an error event, after which the stream ends without ``[DONE]``.
 
     Args:
+        limit: ends the outputs when their time is over; see `minserve.server.limits.time_limit`.
         refusable: true where the planner may still refuse an output that has not begun. To answer
             such a refusal with a status, nothing is sent before all outputs have begun. The
             outputs share one TTFT, so the request's last first token comes no later by this.
+        first_byte_s: seconds without an event after which the status and a comment are sent, and
+            a comment again as long as there is none; 0 sends none.
 
     Raises:
         MinserveError: if an output failed before anything was sent.
@@ -60,28 +100,40 @@ async def streamed_response(
     """
     events = EventStream(request)
     num_held = len(handles) * call.params.n if refusable else 0
+    in_pieces = call.params.prompt_logprobs is not None
+    async with events.kept_alive(first_byte_s):
+        try:
+            async with limit, aclosing(_chunks(reply, handles, num_held)) as chunks:
+                async for chunk in chunks:
+                    await events.send(chunk, in_pieces=in_pieces)
+            if call.include_usage:
+                await events.send(reply.usage_chunk())
+            await events.done()
+        except ConnectionError:
+            raise
+        except Exception as error:
+            if not events.started:
+                raise
+            await events.fail(error_body(to_http_error(error)))
+    return events.response
+
+
+async def _chunks(
+    reply: Reply, handles: Sequence[Handle], num_held: int
+) -> AsyncGenerator[dict[str, Any], None]:
+    """Yield the chunks of a stream, the first when so many outputs have begun."""
+    pauses = Pauses()
     begun: set[tuple[int, int]] = set()
     held: list[dict[str, Any]] = []
-    try:
-        async with aclosing(merged(handles)) as stream:
-            async for prompt, delta in stream:
-                begun.add((prompt, delta.index))
-                held += reply.chunks(prompt, delta)
-                if len(begun) >= num_held:
-                    for chunk in held:
-                        await events.send(chunk)
-                    held.clear()
-    except ConnectionError:
-        raise
-    except Exception as error:
-        if not events.started:
-            raise
-        await events.fail(error_body(to_http_error(error)))
-        return events.response
-    if call.include_usage:
-        await events.send(reply.usage_chunk())
-    await events.done()
-    return events.response
+    async with aclosing(merged(handles)) as stream:
+        async for prompt, delta in stream:
+            begun.add((prompt, delta.index))
+            await reply.note(prompt, delta, pauses)
+            held += reply.chunks(prompt, delta)
+            if len(begun) >= num_held:
+                for chunk in held:
+                    yield chunk
+                held.clear()
 
 
 async def merged(handles: Sequence[Handle]) -> AsyncGenerator[tuple[int, OutputDelta], None]:

@@ -10,27 +10,40 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import logging
-import shlex
 import signal
 import socket
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
-
-from aiohttp import web
+from typing import Any, NamedTuple, TypeVar
 
 from minserve.config import ServerConfig
 from minserve.errors import ConfigError
 from minserve.sampling_params import default_words
 from minserve.server.app import Server
 from minserve.server.engine_face import EngineFace
+from minserve.server.front_page import example_command
+from minserve.server.listener import Listener, allow_connections
+from minserve.server.watchdog import until_given_up
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+class Ended(NamedTuple):
+    """How a server ended.
+
+    Attributes:
+        signal_number: the signal that ended it; ``None`` where its engine was given up.
+        hangs: True if an iteration is still under way, in a thread that nothing can end.
+    """
+
+    signal_number: int | None
+    hangs: bool
+
+
 BACKLOG = 1024
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -76,16 +89,13 @@ async def serve(
     config: ServerConfig,
     load_engine: Callable[[], EngineFace],
     announce: Callable[[EngineFace, str], None],
-) -> int:
-    """Serve until a signal comes.
+) -> Ended:
+    """Serve until a signal comes, or the engine has to be given up.
 
     Args:
         sock: a listening socket; closed at the end.
         load_engine: makes the engine; blocks, and runs in its own thread.
         announce: called with the engine and the model's name once requests are served.
-
-    Returns:
-        The number of the signal that ended it.
 
     Raises:
         MinserveError: if the model cannot be loaded.
@@ -94,9 +104,9 @@ async def serve(
     server = Server(config)
     runner = server.create_runner()
     await runner.setup()
+    listener = Listener(sock, runner.connections, allow_connections(config.max_connections))
     ended = _first_signal()
     try:
-        await web.SockSite(runner, sock, backlog=BACKLOG).start()
         engine = await _unless(ended, _in_thread(load_engine))
         starting = asyncio.ensure_future(engine.start())
         try:
@@ -109,44 +119,49 @@ async def serve(
         # would stop every stream for 0.1 s now and then.
         gc.collect()
         gc.freeze()
+        patience_s = 0.0
         try:
             server.engine = engine
+            server.start_reading()
             if defaults := engine.sampling_defaults:
                 logger.info(
                     "sampling defaults from the model's generation_config.json: %s",
                     default_words(defaults),
                 )
             announce(engine, config.served_model_name or engine.model_name)
-            await ended
+            await _ended_or_given_up(engine, config, ended)
             server.draining = True
+            patience_s = config.shutdown_timeout if ended.done() else 0.0
             logger.info(
                 "shutting down: %d unfinished, at most %g s more",
                 engine.num_unfinished,
-                config.shutdown_timeout,
+                patience_s,
             )
         finally:
-            await engine.stop(config.shutdown_timeout)
-        return ended.result()
+            await engine.stop(patience_s)
+        return Ended(ended.result() if ended.done() else None, hangs=engine.iteration_s > 0.0)
     finally:
+        await listener.close()
         await runner.cleanup()
+
+
+async def _ended_or_given_up(
+    engine: EngineFace, config: ServerConfig, ended: asyncio.Future[int]
+) -> None:
+    watchdog = asyncio.create_task(
+        until_given_up(engine, config.watchdog_s, config.watchdog_exit_s)
+    )
+    try:
+        either: set[asyncio.Future[Any]] = {ended, watchdog}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        watchdog.cancel()
 
 
 def ready_message(url: str, model: str, *, chat: bool, needs_key: bool) -> str:
     """Return the console's text once requests are served: the URL, and a command to try."""
-    body: dict[str, object] = {"model": model}
-    if chat:
-        body["messages"] = [{"role": "user", "content": "Name three colours."}]
-    else:
-        body["prompt"] = "The capital of France is"
-    body["max_tokens"] = 64 if chat else 16
-    body["temperature"] = 0
-    path = "/v1/chat/completions" if chat else "/v1/completions"
-    key = ' -H "Authorization: Bearer $MINSERVE_API_KEY"' if needs_key else ""
-    return (
-        f"minserve serves {model} on {url}\n"
-        f"Try: curl {url}{path}{key} -H 'Content-Type: application/json' "
-        f"-d {shlex.quote(json.dumps(body))}"
-    )
+    command = example_command(url, model, chat=chat, needs_key=needs_key)
+    return f"minserve serves {model} on {url}\nTry: {command}"
 
 
 def reachable_url(sock: socket.socket) -> str:

@@ -7,11 +7,18 @@ a class; a request without an SLO is in no class), positions up to ``max_specula
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Gauge,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.metrics_core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -26,7 +33,8 @@ from minserve.slo.attainment import Outcome
 if TYPE_CHECKING:
     from minserve.engine.stats import EngineStats, Histogram
 
-PREFIX = "minserve:"
+# The prefix of minserve's own names.
+OWN_PREFIX = "minserve"
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
@@ -35,35 +43,55 @@ class EngineCollector(Collector):
 
     Args:
         find_engine: returns the engine to ask; raises while there is none.
+        find_name: returns the model's name in the API.
+        prefix: what all names begin with, before a colon. With another one than minserve's own,
+            all samples have the model's name as a label: dashboards made for vLLM choose by it.
     """
 
-    def __init__(self, find_engine: Callable[[], EngineFace]) -> None:
-        self._find_engine = find_engine
+    def __init__(
+        self,
+        find_engine: Callable[[], EngineFace],
+        find_name: Callable[[], str],
+        prefix: str = OWN_PREFIX,
+    ) -> None:
+        self._find_engine, self._find_name, self._prefix = find_engine, find_name, prefix
 
     def collect(self) -> Iterator[Metric]:
         """Yield all metrics, all of the same moment."""
-        engine = self._find_engine()
-        replicas, most = engine.replica_set, engine.config.max_speculation
-        yield GaugeMetricFamily(
-            PREFIX + "num_requests_unfinished",
-            "Outputs that clients wait for, wherever they are.",
-            engine.num_unfinished,
-        )
-        merged: dict[str, Metric] = {}
-        for replica, own in engine.stats_by_replica().items():
-            labels = {} if replicas is None else {"replica": replica}
-            for family in _families(own, most):
-                merged.setdefault(family.name, family)
-                if merged[family.name] is family:
-                    samples, family.samples = family.samples, []
-                else:
-                    samples = family.samples
-                merged[family.name].samples += [
-                    sample._replace(labels={**sample.labels, **labels}) for sample in samples
-                ]
-        yield from merged.values()
-        if replicas is not None:
-            yield from _replicas(replicas)
+        engine, prefix = self._find_engine(), f"{self._prefix}:"
+        labels = {} if self._prefix == OWN_PREFIX else {"model_name": self._find_name()}
+        for family in _all_families(engine):
+            family.name = prefix + family.name
+            family.samples = [
+                sample._replace(name=prefix + sample.name, labels={**labels, **sample.labels})
+                for sample in family.samples
+            ]
+            yield family
+
+
+def _all_families(engine: EngineFace) -> Iterator[Metric]:
+    """Yield the metrics of an engine, or of its replicas side by side; names without prefix."""
+    replicas, most = engine.replica_set, engine.config.max_speculation
+    yield GaugeMetricFamily(
+        "num_requests_unfinished",
+        "Outputs that clients wait for, wherever they are.",
+        engine.num_unfinished,
+    )
+    merged: dict[str, Metric] = {}
+    for replica, own in engine.stats_by_replica().items():
+        labels = {} if replicas is None else {"replica": replica}
+        for family in _families(own, most):
+            merged.setdefault(family.name, family)
+            if merged[family.name] is family:
+                samples, family.samples = family.samples, []
+            else:
+                samples = family.samples
+            merged[family.name].samples += [
+                sample._replace(labels={**sample.labels, **labels}) for sample in samples
+            ]
+    yield from merged.values()
+    if replicas is not None:
+        yield from _replicas(replicas)
 
 
 def _families(stats: EngineStats, max_speculation: int) -> Iterator[Metric]:
@@ -78,14 +106,12 @@ def _families(stats: EngineStats, max_speculation: int) -> Iterator[Metric]:
 
 def _replicas(replicas: ReplicaSet) -> Iterator[Metric]:
     """Yield what a replicas counts in addition to the counts of its replicas."""
-    up = GaugeMetricFamily(
-        PREFIX + "replica_up", "1 while the replica takes requests.", labels=("replica",)
-    )
+    up = GaugeMetricFamily("replica_up", "1 while the replica takes requests.", labels=("replica",))
     routed = CounterMetricFamily(
-        PREFIX + "routed_requests", "Requests sent to a replica.", labels=("replica",)
+        "routed_requests", "Requests sent to a replica.", labels=("replica",)
     )
     lost = CounterMetricFamily(
-        PREFIX + "replica_losses", "Times that a replica was lost.", labels=("replica",)
+        "replica_losses", "Times that a replica was lost.", labels=("replica",)
     )
     for replica in replicas.replicas():
         name = (str(replica["replica"]),)
@@ -94,22 +120,45 @@ def _replicas(replicas: ReplicaSet) -> Iterator[Metric]:
         lost.add_metric(name, replica["lost"])
     yield from (up, routed, lost)
     yield CounterMetricFamily(
-        PREFIX + "request_hops",
+        "request_hops",
         "Times that a request was moved on to a replica that may keep its SLO.",
         replicas.routing.num_hops,
     )
     yield CounterMetricFamily(
-        PREFIX + "resumed_requests",
+        "resumed_requests",
         "Times that a request went on elsewhere because its replica was lost.",
         replicas.routing.num_resumed,
     )
 
 
-def create_registry(find_engine: Callable[[], EngineFace]) -> CollectorRegistry:
-    """Return a registry with one engine's metrics and nothing of the process's other registries."""
+def create_registry(
+    find_engine: Callable[[], EngineFace],
+    find_name: Callable[[], str],
+    prefix: str = OWN_PREFIX,
+) -> CollectorRegistry:
+    """Return a registry with one engine's metrics and those of the server's own process.
+
+    Of the process it has what every Prometheus client tells: ``process_open_fds`` and the like.
+    The arguments are those of `EngineCollector`.
+    """
     registry = CollectorRegistry()
-    registry.register(EngineCollector(find_engine))
+    registry.register(EngineCollector(find_engine, find_name, prefix))
+    ProcessCollector(registry=registry)
     return registry
+
+
+def count_tasks(registry: CollectorRegistry, prefix: str = OWN_PREFIX) -> Callable[[], None]:
+    """Add a gauge of asyncio's tasks to a registry.
+
+    Args:
+        prefix: as in `EngineCollector`.
+
+    Returns:
+        a function that counts the tasks of the event loop in which it is called.
+    """
+    name, says = f"{prefix}:asyncio_tasks", "Tasks of the server's event loop."
+    gauge = Gauge(name, says, registry=registry)
+    return lambda: gauge.set(len(asyncio.all_tasks()))
 
 
 def render(registry: CollectorRegistry) -> bytes:
@@ -129,7 +178,7 @@ def _gauges(stats: EngineStats) -> Iterator[Metric]:
             stats.profile_completeness,
         ),
     ):
-        yield GaugeMetricFamily(PREFIX + name, text, value)
+        yield GaugeMetricFamily(name, text, value)
 
 
 def _counters(stats: EngineStats) -> Iterator[Metric]:
@@ -152,7 +201,7 @@ def _counters(stats: EngineStats) -> Iterator[Metric]:
         ),
         ("generation_tokens", "Tokens of outputs.", stats.num_generation_tokens),
     ):
-        yield CounterMetricFamily(PREFIX + name, text, value)
+        yield CounterMetricFamily(name, text, value)
     yield _counter(
         "request_success",
         "Outputs that ended, by reason.",
@@ -165,6 +214,19 @@ def _counters(stats: EngineStats) -> Iterator[Metric]:
         "outcome",
         stats.plans_ahead.items(),
     )
+    yield _counter(
+        "planner_fallbacks",
+        "Iterations that a safe policy planned, by what the configured one did: raised an error, "
+        "hung, made a plan that cannot be carried out, or rests after that.",
+        "reason",
+        stats.planner_fallbacks.items(),
+    )
+    yield _counter(
+        "failed_batches",
+        "Batches that failed as a whole and ran in parts, by the reason.",
+        "reason",
+        stats.failed_batches.items(),
+    )
 
 
 def _speculation(stats: EngineStats, max_speculation: int) -> Iterator[Metric]:
@@ -174,7 +236,7 @@ def _speculation(stats: EngineStats, max_speculation: int) -> Iterator[Metric]:
         ("num_draft_tokens", "Tokens drafted.", counts.num_draft_tokens),
         ("num_accepted_tokens", "Drafted tokens accepted.", counts.num_accepted_tokens),
     ):
-        yield CounterMetricFamily(f"{PREFIX}spec_decode_{name}", text, value)
+        yield CounterMetricFamily(f"spec_decode_{name}", text, value)
     places = dict.fromkeys(range(max_speculation), 0)
     places.update(enumerate(counts.num_accepted_per_pos))
     yield _counter(
@@ -187,7 +249,7 @@ def _speculation(stats: EngineStats, max_speculation: int) -> Iterator[Metric]:
 
 def _slo(stats: EngineStats) -> Iterator[Metric]:
     requests = CounterMetricFamily(
-        f"{PREFIX}slo_requests",
+        "slo_requests",
         "Outputs with an SLO that ended; one that was aborted counts only where it was late.",
         labels=("class", "outcome"),
     )
@@ -197,7 +259,7 @@ def _slo(stats: EngineStats) -> Iterator[Metric]:
         ended[name] = ended.get(name, 0) + num
     yield requests
     attainment = GaugeMetricFamily(
-        f"{PREFIX}slo_attainment",
+        "slo_attainment",
         "Share of these that attained their SLO since the start; missing before the first.",
         labels=("class",),
     )
@@ -221,6 +283,26 @@ def _request_histograms(stats: EngineStats) -> Iterator[Metric]:
             stats.e2e_s,
         ),
         ("request_queue_time_seconds", "From arrival to the first start.", stats.queue_s),
+        (
+            "request_prefill_time_seconds",
+            "From the start to the first token.",
+            stats.prefill_s,
+        ),
+        (
+            "request_decode_time_seconds",
+            "From the first to the last token, of outputs that ended by stop or length.",
+            stats.decode_s,
+        ),
+        (
+            "request_prompt_tokens",
+            "Prompt tokens of outputs that ended by stop or length.",
+            stats.request_prompt_tokens,
+        ),
+        (
+            "request_generation_tokens",
+            "Tokens of outputs that ended by stop or length.",
+            stats.request_generation_tokens,
+        ),
     ):
         yield _histogram(name, text, histogram)
 
@@ -243,7 +325,7 @@ def _iteration_histograms(stats: EngineStats) -> Iterator[Metric]:
     ):
         yield _histogram(name, text, histogram)
     tokens = HistogramMetricFamily(
-        f"{PREFIX}batch_tokens", "Tokens that one iteration ran, by kind.", labels=("kind",)
+        "batch_tokens", "Tokens that one iteration ran, by kind.", labels=("kind",)
     )
     for kind, histogram in (
         ("prefill", stats.prefill_tokens),
@@ -255,16 +337,14 @@ def _iteration_histograms(stats: EngineStats) -> Iterator[Metric]:
 
 
 def _counter(name: str, text: str, label: str, values: Iterable[tuple[str, int]]) -> Metric:
-    family = CounterMetricFamily(PREFIX + name, text, labels=(label,))
+    family = CounterMetricFamily(name, text, labels=(label,))
     for value, num in values:
         family.add_metric((value,), num)
     return family
 
 
 def _histogram(name: str, text: str, histogram: Histogram) -> Metric:
-    return HistogramMetricFamily(
-        PREFIX + name, text, buckets=_buckets(histogram), sum_value=histogram.total
-    )
+    return HistogramMetricFamily(name, text, buckets=_buckets(histogram), sum_value=histogram.total)
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, int]]:

@@ -1,69 +1,46 @@
-"""OpenAI's request bodies, parsed strictly into minserve's own types.
+"""The bodies of requests, parsed strictly into minserve's own types.
 
-A field that would change the result and is not implemented is refused by name. A field that
-asks for nothing (an empty tool list, ``best_of: 1``) is accepted, because clients send it unasked.
+What becomes of each field is a row of the table in `minserve.server.parameters.table`; here is what
+several fields mean together. Parsing depends on the body and the model's sampling settings alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from dataclasses import field as dataclass_field
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from msgspec import Meta, field
+import msgspec
 
-from minserve.engine.text.inputs import PromptOptions
 from minserve.errors import InvalidRequestError
-from minserve.sampling_params import MAX_LOGPROBS, SamplingParams
-from minserve.server.body import Form, brief, convert, refusal, refuse_unsupported
-
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+from minserve.prompts import Prompt, PromptOptions
+from minserve.sampling_params import SamplingParams
+from minserve.server.body import brief, convert, refusal
+from minserve.server.messages import plain_messages
+from minserve.server.parameters.forms import StreamOptions, TokenId
+from minserve.server.parameters.table import read_body
+from minserve.server.parameters.works import SAMPLING
 
 COMPLETION_MAX_TOKENS = 16
-ROLES = ("system", "developer", "user", "assistant", "tool")
-
-# Fields that are not implemented, with the values that ask for nothing.
-_HARMLESS: dict[str, tuple[Any, ...]] = {
-    "service_tier": ("auto", "default"),
-    "add_special_tokens": (True,),
-    "include_stop_str_in_output": (False,),
-    "length_penalty": (1, 1.0),
-    "spaces_between_special_tokens": (True,),
-    "use_beam_search": (False,),
-}
-_HARMLESS_COMPLETION: dict[str, tuple[Any, ...]] = {"suffix": ("",)}
-_HARMLESS_CHAT: dict[str, tuple[Any, ...]] = {
-    "add_generation_prompt": (True,),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "echo": (False,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-}
-_HARMLESS_TOKENIZE: dict[str, tuple[Any, ...]] = {
-    "add_generation_prompt": (True,),
-    "return_token_strs": (False,),
-}
-_TokenId = Annotated[int, Meta(ge=0)]
-# Fields that `SamplingParams` has by the same name, with their types; it checks their ranges.
-_SETTINGS: dict[str, Any] = {
-    **get_type_hints(SamplingParams),
-    "stop": Any,
-    "stop_token_ids": list[_TokenId],
-    "allowed_token_ids": list[_TokenId],
-    "bad_words": list[str],
-    # JSON's keys are strings. `SamplingParams` reads the ids in them, and names a wrong entry.
-    "logit_bias": dict[str, Any],
-}
-for _name in ("max_tokens", "logprobs", "prompt_logprobs"):
-    del _SETTINGS[_name]
-_Positive = Annotated[int, Meta(ge=1)]
-_Nothing = tuple[()]
+MAX_TEMPLATE_KWARGS_BYTES = 2**14
+_SETTINGS = frozenset(one.name for one in SAMPLING)
+# Variables of a template that are parameters of their own, or the server's.
+_RESERVED = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "conversations",
+        "documents",
+        "messages",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "self",
+        "tokenize",
+        "tools",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,111 +50,55 @@ class GenerationCall:
     Attributes:
         model: the name that the client asked for; ``None`` takes the model that is served.
         prompts: one prompt per group of ``params.n`` choices; a chat has exactly one.
+        slo: what the body asks for, unchecked: headers may have parts of it.
         echo: repeat the prompt in front of each output.
         drop_output: true for ``max_tokens: 0`` with ``echo``: the client wants only the prompt.
+        prompt_logprobs: the alternatives to tell of each prompt token, in a field of the answer.
+            ``params.prompt_logprobs`` also counts what ``echo`` with log probabilities needs.
+        return_token_ids: tell the ids of the tokens of prompts and outputs.
         include_usage: end a stream with a usage chunk.
         continuous_usage: put the usage so far in every chunk.
         include_acceptance: report in the final usage how many drafted tokens were accepted.
         prompt_options: how the prompts become token ids.
+        ignored: names of hints that change nothing here, for the header of the answer.
     """
 
     chat: bool
     model: str | None
     prompts: list[Prompt]
     params: SamplingParams
+    slo: Any = None
     stream: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
     include_acceptance: bool = False
     echo: bool = False
     drop_output: bool = False
+    prompt_logprobs: int | None = None
+    return_token_ids: bool = False
     priority: int = 0
     cache_salt: str = ""
-    prompt_options: PromptOptions = dataclass_field(default_factory=PromptOptions)
+    prompt_options: PromptOptions = field(default_factory=PromptOptions)
+    ignored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizeCall:
-    """A checked /tokenize body, whose prompt is a text or messages."""
+    """A checked /tokenize body, whose prompt is a text or messages.
+
+    Attributes:
+        return_token_strs: tell the text of each token too.
+        ignored: names of hints that change nothing here.
+    """
 
     model: str | None
     prompt: str | list[dict[str, str]]
-    add_special_tokens: bool
+    prompt_options: PromptOptions = field(default_factory=PromptOptions)
+    return_token_strs: bool = False
+    ignored: tuple[str, ...] = ()
 
 
-class _StreamOptions(Form):
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
-    include_obfuscation: bool = False
-
-
-class _TextPart(Form):
-    text: str
-    type: Literal["text"] = "text"
-
-
-class _Message(Form):
-    """A message of a chat. An answer comes back in the next turn with its empty fields."""
-
-    role: str
-    content: str | list[_TextPart]
-    name: str | None = None
-    tool_calls: _Nothing = ()
-    annotations: _Nothing = ()
-
-
-_Messages = Annotated[list[_Message], Meta(min_length=1)]
-
-
-class _Body(Form):
-    """The fields that both endpoints share, beside `_SETTINGS` and `_HARMLESS`."""
-
-    model: str | None = None
-    stream: bool = False
-    stream_options: _StreamOptions = field(default_factory=_StreamOptions)
-    include_acceptance: bool = False
-    priority: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] = 0
-    cache_salt: str = ""
-    # Labels for the client's own records; no value of theirs changes the result.
-    user: str = ""
-    safety_identifier: str = ""
-    prompt_cache_key: str = ""
-    store: bool = False
-    parallel_tool_calls: bool = True
-
-
-_B = TypeVar("_B", bound=_Body)
-
-
-class _CompletionBody(_Body):
-    prompt: Any = None
-    echo: bool = False
-    best_of: int = 1
-    max_tokens: int = COMPLETION_MAX_TOKENS
-    logprobs: int | None = None
-
-
-class _ChatBody(_Body, kw_only=True):
-    messages: _Messages
-    max_tokens: _Positive | None = None
-    max_completion_tokens: _Positive | None = None
-    logprobs: bool = False
-    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] = 0
-
-
-class _TokenizeBody(Form):
-    model: str | None = None
-    prompt: str | None = None
-    messages: _Messages | None = None
-    add_special_tokens: bool | None = None
-
-
-class _DetokenizeBody(Form, kw_only=True):
-    model: str | None = None
-    tokens: list
-
-
-def parse_completion(values: dict[str, Any], defaults: Mapping[str, Any]) -> GenerationCall:
+def parse_completion(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> GenerationCall:
     """Check a /v1/completions body.
 
     Args:
@@ -186,23 +107,25 @@ def parse_completion(values: dict[str, Any], defaults: Mapping[str, Any]) -> Gen
     Raises:
         InvalidRequestError: if a field is wrong; the error names it.
     """
-    body, settings = _read(values, _CompletionBody, _HARMLESS_COMPLETION, defaults)
-    prompts = parse_prompts(body.prompt)
-    if body.best_of not in (1, settings.get("n", 1)):
-        raise refusal("best_of", "only 1 (or the same as n) is supported")
-    drop_output = body.echo and body.max_tokens == 0
+    given, hints = read_body(values, "completions")
+    settings = _settings(given, defaults)
+    echo = given.get("echo", False)
+    max_tokens = given.get("max_tokens", COMPLETION_MAX_TOKENS)
+    drop_output = echo and max_tokens == 0
     if drop_output and settings.get("min_tokens"):
         raise refusal("min_tokens", "is larger than max_tokens (0)")
+    logprobs = given.get("logprobs")
     params = SamplingParams(
         **settings,
-        max_tokens=1 if drop_output else body.max_tokens,
-        logprobs=body.logprobs,
-        prompt_logprobs=body.logprobs if body.echo else None,
+        max_tokens=1 if drop_output else max_tokens,
+        logprobs=logprobs,
+        prompt_logprobs=_most(given.get("prompt_logprobs"), logprobs if echo else None),
     )
-    return _call(body, prompts, params, chat=False, echo=body.echo, drop_output=drop_output)
+    prompts = parse_prompts(given["prompt"])
+    return _call(given, hints, prompts, params, chat=False, echo=echo, drop_output=drop_output)
 
 
-def parse_chat(values: dict[str, Any], defaults: Mapping[str, Any]) -> GenerationCall:
+def parse_chat(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> GenerationCall:
     """Check a /v1/chat/completions body.
 
     Args:
@@ -211,60 +134,113 @@ def parse_chat(values: dict[str, Any], defaults: Mapping[str, Any]) -> Generatio
     Raises:
         InvalidRequestError: if a field is wrong; the error names it.
     """
-    body, settings = _read(values, _ChatBody, _HARMLESS_CHAT, defaults)
-    if body.top_logprobs and not body.logprobs:
+    given, hints = read_body(values, "chat")
+    settings = _settings(given, defaults)
+    logprobs, top_logprobs = given.get("logprobs", False), given.get("top_logprobs", 0)
+    if top_logprobs and not logprobs:
         raise refusal("top_logprobs", "needs logprobs: true")
-    newer = body.max_completion_tokens
     params = SamplingParams(
         **settings,
         # Without a limit in a chat, the model's own limits count.
-        max_tokens=body.max_tokens if newer is None else newer,
-        logprobs=body.top_logprobs if body.logprobs else None,
+        max_tokens=given.get("max_completion_tokens", given.get("max_tokens")),
+        logprobs=top_logprobs if logprobs else None,
+        prompt_logprobs=given.get("prompt_logprobs"),
     )
-    return _call(body, [_plain_messages(body.messages)], params, chat=True)
+    messages, their_hints = plain_messages(given["messages"])
+    return _call(given, hints + their_hints, [messages], params, chat=True)
 
 
-def _read(
-    values: dict[str, Any],
-    form: type[_B],
-    harmless: dict[str, tuple[Any, ...]],
-    defaults: Mapping[str, Any],
-) -> tuple[_B, dict[str, Any]]:
-    """Return the body, and the sampling settings in it, which `SamplingParams` checks itself."""
-    values = dict(values)
-    settings = {name: values.pop(name) for name in _SETTINGS if name in values}
-    for name, value in settings.items():
-        try:
-            convert(value, _SETTINGS[name], name)
-        except InvalidRequestError as error:
-            raise InvalidRequestError(str(error), name) from None
-    refuse_unsupported(values, _HARMLESS | harmless)
-    proposed = {name: value for name, value in defaults.items() if name in _SETTINGS}
-    return convert(values, form), {**proposed, **settings}
+def _most(*numbers: int | None) -> int | None:
+    """Return the largest number that is given."""
+    return max((one for one in numbers if one is not None), default=None)
+
+
+def _settings(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sampling settings of a body, which `SamplingParams` checks itself."""
+    settings = {name: value for name, value in defaults.items() if name in _SETTINGS}
+    settings |= {name: value for name, value in given.items() if name in _SETTINGS}
+    if given.get("top_p") == 0:
+        # The smallest set of tokens that has no mass at all: the most likely token alone.
+        settings |= {"top_p": 1.0, "top_k": 1}
+    return settings
 
 
 def _call(
-    body: _Body, prompts: list[Prompt], params: SamplingParams, **more: bool
+    given: Mapping[str, Any],
+    hints: list[str],
+    prompts: list[Prompt],
+    params: SamplingParams,
+    **more: bool,
 ) -> GenerationCall:
-    options = body.stream_options
+    options = given.get("stream_options") or StreamOptions()
     if options.include_obfuscation:
-        raise refusal("stream_options.include_obfuscation", "true is not supported")
-    if body.include_acceptance and body.stream and not options.include_usage:
+        hints.append("stream_options.include_obfuscation")
+    stream, acceptance = given.get("stream", False), given.get("include_acceptance", False)
+    if acceptance and stream and not options.include_usage:
         raise refusal(
             "include_acceptance", "needs stream_options.include_usage: it is told in that chunk"
         )
     return GenerationCall(
-        model=body.model,
+        model=given.get("model"),
         prompts=prompts,
         params=params,
-        stream=body.stream,
+        slo=given.get("slo"),
+        stream=stream,
         include_usage=options.include_usage,
         continuous_usage=options.continuous_usage_stats,
-        include_acceptance=body.include_acceptance,
-        priority=body.priority,
-        cache_salt=body.cache_salt,
+        include_acceptance=acceptance,
+        prompt_logprobs=given.get("prompt_logprobs"),
+        return_token_ids=given.get("return_token_ids", False),
+        priority=given.get("priority", 0),
+        cache_salt=given.get("cache_salt", ""),
+        prompt_options=_prompt_options(given),
+        ignored=tuple(hints),
         **more,
     )
+
+
+def _prompt_options(given: Mapping[str, Any]) -> PromptOptions:
+    ends_open = given.get("continue_final_message", False)
+    if ends_open and given.get("add_generation_prompt"):
+        raise refusal(
+            "continue_final_message",
+            "the prompt cannot end within the last message and with the beginning of another; "
+            "leave out add_generation_prompt",
+        )
+    if (keep := given.get("truncate_prompt_tokens")) == 0:
+        raise refusal("truncate_prompt_tokens", "must be -1 or at least 1, not 0")
+    return PromptOptions(
+        add_special_tokens=given.get("add_special_tokens"),
+        add_generation_prompt=given.get("add_generation_prompt", not ends_open),
+        continue_final_message=ends_open,
+        template_kwargs=_template_kwargs(given.get("chat_template_kwargs", {})),
+        truncate_prompt_tokens=keep,
+    )
+
+
+def _template_kwargs(value: Any) -> dict[str, Any]:
+    """Return variables for a chat template, in which ``null`` is a value like others.
+
+    Raises:
+        InvalidRequestError: for what is no object of names, is too large, or has a variable of the
+            server's own.
+    """
+    param = "chat_template_kwargs"
+    if not isinstance(value, dict):
+        raise refusal(param, f"must be an object, not {brief(value)}")
+    for name in value:
+        # Special tokens are named like bos_token.
+        if name in _RESERVED or name.endswith("_token") or not name.isidentifier():
+            raise refusal(param, f"{brief(name)} cannot be set as a variable of the template")
+    try:
+        size = len(msgspec.json.encode(value))
+    except RecursionError:
+        raise refusal(param, "is nested too deeply") from None
+    if size > MAX_TEMPLATE_KWARGS_BYTES:
+        raise refusal(
+            param, f"has {size} bytes of JSON, and at most {MAX_TEMPLATE_KWARGS_BYTES} are taken"
+        )
+    return value
 
 
 def parse_prompts(value: Any) -> list[Prompt]:
@@ -274,10 +250,8 @@ def parse_prompts(value: Any) -> list[Prompt]:
         One entry per prompt: a string, or a list of token ids.
 
     Raises:
-        InvalidRequestError: for an absent, empty or mixed prompt.
+        InvalidRequestError: for an empty or mixed prompt.
     """
-    if value is None:
-        raise InvalidRequestError("prompt is required", "prompt")
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list):
@@ -304,56 +278,43 @@ def parse_token_ids(value: Any, param: str) -> list[int]:
     if not isinstance(value, list) or not value:
         raise InvalidRequestError(f"{param} must be a non-empty list of token ids", param)
     try:
-        return convert(value, list[_TokenId], param)
+        return convert(value, list[TokenId], param)
     except InvalidRequestError as error:  # It names the item; clients look for the field.
         raise InvalidRequestError(str(error), param) from None
 
 
-def _plain_messages(messages: list[_Message]) -> list[dict[str, str]]:
-    """Return messages as chat templates take them; the text parts of each joined with newlines.
-
-    Raises:
-        InvalidRequestError: naming the message with an unknown role.
-    """
-    plain = []
-    for i, message in enumerate(messages):
-        role, content = message.role, message.content
-        if role not in ROLES:
-            problem = f"must be one of {', '.join(ROLES)}, not {brief(role)}"
-            raise refusal(f"messages[{i}].role", problem)
-        if not isinstance(content, str):
-            content = "\n".join(part.text for part in content)
-        # "developer" is OpenAI's later name for the role that chat templates call "system".
-        one = {"role": "system" if role == "developer" else role, "content": content}
-        plain.append(one if message.name is None else {**one, "name": message.name})
-    return plain
-
-
-def parse_tokenize(values: dict[str, Any]) -> TokenizeCall:
+def parse_tokenize(values: Mapping[str, Any]) -> TokenizeCall:
     """Check a /tokenize body.
 
     Raises:
         InvalidRequestError: if a field is wrong; the error names it.
     """
-    values = dict(values)
-    refuse_unsupported(values, _HARMLESS_TOKENIZE)
-    body = convert(values, _TokenizeBody)
+    given, hints = read_body(values, "tokenize")
     prompt: str | list[dict[str, str]]
-    match body.prompt, body.messages:
+    match given.get("prompt"), given.get("messages"):
         case str(prompt), None:
-            pass
+            _refuse_of_chats(given)
         case None, [*messages]:
-            prompt = _plain_messages(messages)
+            prompt, their_hints = plain_messages(messages)
+            hints += their_hints
         case _:
             raise InvalidRequestError("give either prompt or messages", "prompt")
-    special = body.add_special_tokens
-    if special is None:
-        # A chat template writes the special tokens itself, so a chat takes none on top.
-        special = isinstance(prompt, str)
-    return TokenizeCall(model=body.model, prompt=prompt, add_special_tokens=special)
+    return TokenizeCall(
+        model=given.get("model"),
+        prompt=prompt,
+        prompt_options=_prompt_options(given),
+        return_token_strs=given.get("return_token_strs", False),
+        ignored=tuple(hints),
+    )
 
 
-def parse_detokenize(values: dict[str, Any]) -> tuple[str | None, list[int]]:
+def _refuse_of_chats(given: Mapping[str, Any]) -> None:
+    for name in ("continue_final_message", "chat_template_kwargs"):
+        if given.get(name):
+            raise refusal(name, "needs messages")
+
+
+def parse_detokenize(values: Mapping[str, Any]) -> tuple[str | None, list[int]]:
     """Check a /detokenize body.
 
     Returns:
@@ -362,5 +323,6 @@ def parse_detokenize(values: dict[str, Any]) -> tuple[str | None, list[int]]:
     Raises:
         InvalidRequestError: if a field is wrong; the error names it.
     """
-    body = convert(values, _DetokenizeBody)
-    return body.model, body.tokens and parse_token_ids(body.tokens, "tokens")
+    given, _ = read_body(values, "detokenize")
+    tokens = given["tokens"]
+    return given.get("model"), [] if tokens == [] else parse_token_ids(tokens, "tokens")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from minserve.errors import InvalidSLOError
-from minserve.server.engine_face import EngineFace
 from minserve.slo.attainment import SLOReport
 from minserve.slo.objectives import SLO
 from minserve.slo.slo_fields import find_class, parse_slo, seconds
@@ -24,7 +23,20 @@ _HEADERS = {
 _NUMBER = re.compile(r"[0-9]{1,12}(\.[0-9]{1,12})?")
 
 
-def read_slo(value: Any, headers: Mapping[str, str], engine: EngineFace) -> SLO | None:
+class SLOFacts(Protocol):
+    """What there is to know of a server's SLOs."""
+
+    @property
+    def slo_classes(self) -> Mapping[str, SLO]: ...
+
+    @property
+    def default_slo(self) -> SLO | None: ...
+
+    @property
+    def thinking_marker(self) -> str | None: ...
+
+
+def read_slo(value: Any, headers: Mapping[str, str], facts: SLOFacts) -> SLO | None:
     """Return the SLO that a request asks for.
 
     A class name in the body is the whole SLO. Objectives in the body replace the headers'
@@ -34,7 +46,7 @@ def read_slo(value: Any, headers: Mapping[str, str], engine: EngineFace) -> SLO 
         value: the body's ``slo``: a class name, an object of `parse_slo`'s fields, or
             ``None``.
         headers: all headers of the request.
-        engine: has the classes, and knows the marker of its model's thinking.
+        facts: the classes, and the marker of the model's thinking.
 
     Returns:
         The SLO; without any in the request the engine's default, ``None`` where it has none.
@@ -44,17 +56,17 @@ def read_slo(value: Any, headers: Mapping[str, str], engine: EngineFace) -> SLO 
     """
     asked = _read_headers(headers)
     if isinstance(value, str):
-        return find_class(value, engine.slo_classes, "slo")
+        return find_class(value, facts.slo_classes, "slo")
     if value is None and not asked:
-        return engine.default_slo
+        return facts.default_slo
     if value is not None and not isinstance(value, dict):
         raise InvalidSLOError("slo: must be the name of a class or an object", "slo")
     return parse_slo(
         asked if value is None else {**value, **_left_open(value, asked)},
         where="slo",
-        classes=engine.slo_classes,
-        thinking_marker=engine.thinking_marker,
-        base=engine.default_slo if value is None else None,
+        classes=facts.slo_classes,
+        thinking_marker=facts.thinking_marker,
+        base=facts.default_slo if value is None else None,
     )
 
 

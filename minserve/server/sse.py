@@ -1,39 +1,41 @@
-"""Server-sent events: JSON in one ``data:`` line per event, and nothing else on the wire."""
+"""Server-sent events: JSON in one ``data:`` line per event.
+
+Besides there are comments, which every reader of events leaves out, while nothing else is there to
+send.
+"""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from itertools import chain
 from typing import Any
 
-import msgspec
 from aiohttp import web
 
+from minserve.server.json_array import coalesced, dump_json, dump_pieces
+
 _HEADERS = {
-    "Content-Type": "text/event-stream",
+    "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
     # Reverse proxies that buffer would turn a stream of tokens into one late block.
     "X-Accel-Buffering": "no",
 }
-_encoder = msgspec.json.Encoder()
-
-
-def dump_json(value: Any) -> bytes:
-    """Return a value as compact JSON in UTF-8; NaN and infinity, which JSON lacks, as ``null``.
-
-    Raises:
-        UnicodeEncodeError: for a string with half of a surrogate pair.
-    """
-    return _encoder.encode(value)
 
 
 class EventStream:
     """A streamed response.
 
-    The headers are sent with the first event, so that a failure before it can still be answered
-    with its HTTP status.
+    The headers are sent with the first event or comment, so that a failure before it can still be
+    answered with its HTTP status.
     """
 
     def __init__(self, request: web.Request) -> None:
         self._request = request
+        self._has_events = False
+        # Comments are written beside the events.
+        self._writing = asyncio.Lock()
         self.response = web.StreamResponse(headers=_HEADERS)
 
     @property
@@ -41,25 +43,64 @@ class EventStream:
         """True once the status line has been sent and can no longer be changed."""
         return self.response.prepared
 
-    async def send(self, event: Any) -> None:
+    @asynccontextmanager
+    async def kept_alive(self, every_s: float) -> AsyncIterator[None]:
+        """Write a comment each time that so many seconds pass before the first event.
+
+        Proxies and clients give up a connection on which nothing comes.
+
+        Args:
+            every_s: 0 writes none.
+        """
+        comments = asyncio.create_task(self._comment(every_s)) if every_s else None
+        try:
+            yield
+        finally:
+            if comments is not None:
+                comments.cancel()
+
+    async def send(self, event: Any, *, in_pieces: bool = False) -> None:
         """Write one event; waits while the client reads slowly.
+
+        Args:
+            in_pieces: the event may be of megabytes, so that others run while it is written.
 
         Raises:
             ConnectionResetError: if the client has closed the connection.
         """
-        await self._write(dump_json(event))
+        if not in_pieces:
+            await self._write_event(dump_json(event))
+            return
+        self._has_events = True
+        for piece in coalesced(chain([b"data: "], dump_pieces(event), [b"\n\n"])):
+            await self._write(piece)
+            await asyncio.sleep(0)
 
     async def done(self) -> None:
         """Write the marker of a complete stream and end the response."""
-        await self._write(b"[DONE]")
+        await self._write_event(b"[DONE]")
         await self.response.write_eof()
 
     async def fail(self, event: Any) -> None:
         """Write an error event and end the response without the marker."""
-        await self._write(dump_json(event))
+        await self._write_event(dump_json(event))
         await self.response.write_eof()
 
-    async def _write(self, payload: bytes) -> None:
-        if not self.response.prepared:
-            await self.response.prepare(self._request)
-        await self.response.write(b"data: " + payload + b"\n\n")
+    async def _write_event(self, payload: bytes) -> None:
+        self._has_events = True
+        await self._write(b"data: " + payload + b"\n\n")
+
+    async def _comment(self, every_s: float) -> None:
+        # A client that has left is noticed where its handler is cancelled.
+        with suppress(ConnectionError):
+            while True:
+                await asyncio.sleep(every_s)
+                if self._has_events:
+                    return
+                await self._write(b": waiting\n\n")
+
+    async def _write(self, data: bytes) -> None:
+        async with self._writing:
+            if not self.response.prepared:
+                await self.response.prepare(self._request)
+            await self.response.write(data)

@@ -120,7 +120,7 @@ class ServerProcess:
 
     def _announced_url(self) -> str:
         """Wait until the server announces its URL, and return it."""
-        while not (found := _ANNOUNCEMENT.search(self._output())):
+        while not (found := _ANNOUNCEMENT.search(self.output())):
             self._wait_more()
         return found[1]
 
@@ -144,9 +144,10 @@ class ServerProcess:
 
     def last_words(self) -> str:
         """Return the end of the server's output."""
-        return self._output()[-LAST_WORDS:].strip()
+        return self.output()[-LAST_WORDS:].strip()
 
-    def _output(self) -> str:
+    def output(self) -> str:
+        """Return all that the server has written so far."""
         return self._log.read_text(encoding="utf-8", errors="replace")
 
     def cpu_seconds(self) -> float:

@@ -12,11 +12,13 @@ import os
 import re
 import threading
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from minserve.errors import ModelLoadError
 from minserve.models.finding.files import first_line, folder_names, kind_of, listed
+from minserve.progress import LogProgress, is_terminal
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 # Files of a repository that are fetched beside its weights: in its first folder, and templates.
@@ -24,7 +26,7 @@ _BESIDE_WEIGHTS = re.compile(
     r"[^/]*\.(json|model|txt|jinja)|additional_chat_templates/[^/]*\.jinja", re.ASCII
 )
 # Seconds in which the hub has to answer; then the cache is looked at.
-ANSWER_S = 2.5
+ANSWER_S = 2.0
 _CACHE_PREFIX, _SNAPSHOTS = "models--", "snapshots"
 
 _T = TypeVar("_T")
@@ -99,8 +101,11 @@ def _snapshot(repo_folder: Path) -> Path:
     )
 
 
+@cache
 def fetch(repo: str, *, download: bool = True, weights: bool = True) -> Path:
     """Return the folder of a hub repository's model files, downloaded where they are not here.
+
+    A process asks the hub once for each repository that it has.
 
     Args:
         download: false looks into the cache on this disk alone.
@@ -190,7 +195,9 @@ def _download(repo: str, names: set[str]) -> Path:
     # A name is a pattern that fits itself; brackets would be taken for more.
     patterns = [glob.escape(name) for name in sorted(names)]
     try:
-        return Path(snapshot_download(repo, allow_patterns=patterns))
+        # In a log, the hub's own bars would say nothing for as long as a download takes.
+        lines = None if is_terminal() else LogProgress
+        return Path(snapshot_download(repo, allow_patterns=patterns, tqdm_class=lines))
     except Exception as error:  # the hub's HTTP client may raise any type, and the disk may fill
         raise ModelLoadError(f"downloading {repo!r} failed: {first_line(error)}") from error
 
@@ -221,7 +228,7 @@ def _within(seconds: float, ask: Callable[[], _T]) -> _T:
 
     thread = threading.Thread(target=run, name="minserve-hub", daemon=True)
     thread.start()
-    thread.join(seconds + 0.2)
+    thread.join(seconds + 0.1)
     if not outcome:
         host = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         raise TimeoutError(f"no answer from {host} within {seconds:g} s")

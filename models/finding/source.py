@@ -29,10 +29,7 @@ from minserve.models.finding.ollama import (
     read_manifest,
 )
 from minserve.models.finding.unsupported_types import explain_head, explain_type
-from minserve.models.gguf_files.gguf_config import gguf_config
-from minserve.models.gguf_files.gguf_model import GGUFModel
 from minserve.models.gguf_files.gguf_split import gguf_parts
-from minserve.models.weights.quantization import read_quantization
 from minserve.models.weights.weight_files import find_weights, is_shard
 
 EMBEDDED_MODEL = "smollm2"
@@ -243,6 +240,11 @@ def load_config(source: ModelSource) -> ModelConfig:
             cannot be read.
         ModelLoadError: if the file is missing or holds values that make no sense.
     """
+    # They import torch, which takes seconds: a model that is not found is told before that.
+    from minserve.models.gguf_files.gguf_config import gguf_config
+    from minserve.models.gguf_files.gguf_model import GGUFModel
+    from minserve.models.weights.quantization import read_quantization
+
     if source.gguf_file is not None:
         path, values = source.gguf_file, gguf_config(GGUFModel(source.gguf_file))
     else:

@@ -8,13 +8,14 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from minserve.errors import ModelLoadError
-from minserve.models.gguf_files.gguf_dequantize import dequantize
+
+if TYPE_CHECKING:
+    import torch
 
 _SCALARS = {
     0: "B",
@@ -33,8 +34,8 @@ _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
 # Bytes of magic and version, with which every file begins.
 _SHORTEST = 8
-# ggml types whose values are torch's.
-_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# ggml types whose values are torch's, with the names of its dtypes.
+_PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -110,24 +111,29 @@ class GGUFFile:
             raise ModelLoadError(f"{self.path}: tensor {name!r} is missing")
         return self.tensors[name]
 
-    def read(self, name: str, rounded_to: torch.dtype = torch.float32) -> torch.Tensor:
+    def read(self, name: str, rounded_to: torch.dtype | None = None) -> torch.Tensor:
         """Return a tensor in torch's order of dimensions.
 
         It has its stored dtype if that is float32, float16 or bfloat16; quantized tensors have the
-        dtype ``rounded_to``. The caller owns it.
+        dtype ``rounded_to``, by default float32. The caller owns it.
 
         Raises:
             ModelLoadError: if the tensor is missing or of a type that cannot be read.
         """
+        # Processes that only need the tokenizer do without torch, which takes seconds to import.
+        import torch
         from gguf.constants import GGMLQuantizationType
+
+        from minserve.models.gguf_files.gguf_dequantize import dequantize
 
         entry = self.tensor(name)
         kind = GGMLQuantizationType(entry.type)
         raw = np.frombuffer(self._data, np.uint8, entry.size, entry.start)
         if kind.name in _PLAIN:
-            return torch.from_numpy(raw.copy()).view(_PLAIN[kind.name]).view(entry.shape)
+            dtype = getattr(torch, _PLAIN[kind.name])
+            return torch.from_numpy(raw.copy()).view(dtype).view(entry.shape)
         try:
-            return dequantize(raw, kind, rounded_to).view(entry.shape)
+            return dequantize(raw, kind, rounded_to or torch.float32).view(entry.shape)
         except NotImplementedError as error:
             raise ModelLoadError(
                 f"{self.path}: tensor {name!r} has type {kind.name}, which is no weight type "

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from minserve.errors import ModelLoadError
+from minserve.progress import progress_bar
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # The names by which headers of safetensors, and torch, call dtypes that no weight has as it stands.
@@ -198,12 +199,11 @@ class Checkpoint(ABC):
 
     def _advance(self) -> None:
         if self._bar is None:
-            # Only on a terminal (None): in a log every update would add a line.
-            self._bar = tqdm(
+            self._bar = progress_bar(
                 total=len(self._stored),
                 desc="Loading weights",
                 unit="tensor",
-                disable=None if self._progress else True,
+                disable=not self._progress,
             )
         self._bar.update()
 

@@ -15,7 +15,7 @@ import pytest
 BENCH = Path(__file__).parents[2] / "bench"
 PROGRAMS = {path.stem: path for path in BENCH.glob("*.py")}
 # Folders of parts whose program is no Python file.
-SCRIPTS = {"gpu": BENCH / "gpu.sh"}
+SCRIPTS = {name: BENCH / f"{name}.sh" for name in ("clients", "gpu")}
 FILES = sorted(BENCH.rglob("*.py"))
 
 

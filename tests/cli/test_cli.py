@@ -25,6 +25,7 @@ from minserve.cli.main import main
 from minserve.config import EngineConfig, ServerConfig
 from minserve.sampling_params import SamplingParams
 
+JSON = {"Content-Type": "application/json"}
 MINSERVE = [sys.executable, "-m", "minserve"]
 SMALL = ["--device", "cpu", "--dtype", "float32", "--threads", "1", "--num-blocks", "300"]
 PROMPT = "The quick brown fox"
@@ -79,7 +80,7 @@ def start_stream(port: int) -> http.client.HTTPResponse:
     """A request that runs for seconds, with its first bytes already here."""
     body = {"prompt": PROMPT, "max_tokens": 480, "n": 8, "ignore_eos": True, "stream": True}
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
-    connection.request("POST", "/v1/completions", json.dumps(body))
+    connection.request("POST", "/v1/completions", json.dumps(body), JSON)
     response = connection.getresponse()
     assert response.status == 200
     assert response.read(10).startswith(b"data: ")
@@ -319,7 +320,7 @@ def test_sigterm_lets_running_requests_finish_and_exits_0(tiny_llama_dir: Path) 
         server.send_signal(signal.SIGTERM)
         wait_until(lambda: get(port, "/health")[0] == 503)
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
-        connection.request("POST", "/v1/completions", json.dumps({"prompt": PROMPT}))
+        connection.request("POST", "/v1/completions", json.dumps({"prompt": PROMPT}), JSON)
         assert connection.getresponse().status == 503
         rest = stream.read()
         assert rest.endswith(b"data: [DONE]\n\n")

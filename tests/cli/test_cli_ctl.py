@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import socket
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from aiohttp import web
+from served import served
 from waiting import PATIENCE_S
 
 from minserve.cli.main import main
@@ -23,28 +22,6 @@ from minserve.controller.replicas import ReplicaState
 from minserve.server.app import Server
 
 COLUMNS = ["replica", "state", "for_s", "pid", "host", "requests", "routed", "lost"]
-
-
-@contextmanager
-def served(runner: web.AppRunner) -> Iterator[str]:
-    """The URL of an application, which runs in a thread of its own."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-
-    async def start() -> str:
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        return f"http://127.0.0.1:{runner.addresses[0][1]}"
-
-    url = asyncio.run_coroutine_threadsafe(start(), loop).result(PATIENCE_S)
-    try:
-        yield url
-    finally:
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(PATIENCE_S)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(PATIENCE_S)
-        loop.close()
 
 
 @pytest.fixture
@@ -70,7 +47,7 @@ def url(controller: Controller, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
 @contextmanager
 def guarded(controller: Controller, key: str) -> Iterator[str]:
     """The URL of a server that asks for a key."""
-    with served(Server(ServerConfig(api_key=key), controller).create_runner()) as url:
+    with served(Server(ServerConfig(api_key=(key,)), controller).create_runner()) as url:
         yield url
 
 

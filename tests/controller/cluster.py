@@ -8,12 +8,14 @@ import re
 import signal
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from waiting import PATIENCE_S, wait_until
 
 READY = re.compile(r"on (http://\S+)")
@@ -47,6 +49,14 @@ class Cluster:
     def busy(self) -> dict[str, Any]:
         """The replica that runs something."""
         return next(replica for replica in self.replicas() if replica["requests"])
+
+    def error_of(self, body: Mapping[str, Any]) -> str:
+        """The message of a request that is answered with an error."""
+        try:
+            answer = self.post("/v1/completions", body)
+        except urllib.error.HTTPError as error:
+            return json.loads(error.read())["error"]["message"]
+        raise AssertionError(answer)
 
     def wait_until_up(self) -> list[dict[str, Any]]:
         """All replicas, once all are up."""
@@ -87,25 +97,42 @@ class Cluster:
         return list(zip(texts, tokens, strict=True))
 
 
-def launch(log: Path, model: Path, *flags: str, torchrun: Sequence[str] = ()) -> subprocess.Popen:
+def is_alive(pid: int) -> bool:
+    """Whether a process runs or is stopped; nobody may be there to collect one that has ended."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def launch(
+    log: Path,
+    model: Path,
+    *flags: str,
+    torchrun: Sequence[str] = (),
+    module: str = "minserve",
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.Popen:
     """``minserve serve`` with a small model.
 
     Args:
         log: takes what it writes to stderr.
         torchrun: its flags, where that is to start it.
+        module: what is run in place of ``minserve``.
+        environment: variables beside this process's own.
     """
     command = ["-m", "torch.distributed.run", *torchrun, "-m"] if torchrun else ["-m"]
     with log.open("w") as stderr:
         return subprocess.Popen(
             [
-                sys.executable, *command, "minserve", "serve", "--model", str(model),
+                sys.executable, *command, module, "serve", "--model", str(model),
                 "--port", "0", "--dtype", "float32", "--profile-seconds", "2",
                 "--num-blocks", "160", "--block-size", "16", *flags,
             ],
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
         )  # fmt: skip
 
 

@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, start_cluster
+from cluster import Cluster, is_alive, start_cluster
 from waiting import PATIENCE_S, wait_until
 
-from minserve.controller.replica_loop import ReplicaSpec
+from minserve.controller.replica_process import ReplicaSpec
 from minserve.engine.profile.profile_cache import Profile
 from minserve.exit_codes import EXIT_REFUSED
 
@@ -45,7 +45,13 @@ WAYS = {
 def cluster(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
     # A replica is hung for so long before it is given up; one that is only slow must not be.
-    yield from start_cluster(tiny_llama_dir, folder, "--replicas", "2", "--replica-timeout", "5")
+    flags = ("--replicas", "2", "--replica-timeout", "5")
+    for own in start_cluster(tiny_llama_dir, folder, *flags):
+        yield own
+        pids = [one["pid"] for one in own.wait_until_up()]
+        # SIGTERM comes now, and this one cannot hear that it has to end.
+        os.kill(pids[1], signal.SIGSTOP)
+    wait_until(lambda: not any(is_alive(pid) for pid in pids))
 
 
 @pytest.fixture(autouse=True)
@@ -168,7 +174,13 @@ def test_a_replica_of_another_model_length_is_refused_with_a_clear_line(
         watchdog_s=60.0,
     )  # fmt: skip
     ended = subprocess.run(
-        [sys.executable, "-m", "minserve.controller.replica_loop", spec.to_json()],
+        [
+            sys.executable,
+            "-m",
+            "minserve.controller.replica_process",
+            spec.to_json(),
+            str(os.getpid()),
+        ],
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,

@@ -7,28 +7,37 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from hellos import hello
+from played import (
+    FULL,
+    IDLE,
+    PROMPT,
+    Outbox,
+    join,
+    lose,
+    report,
+    say,
+    submit,
+    submitted,
+    tokens,
+    where,
+)
 from waiting import PATIENCE_S
 
 from minserve.config import ControllerConfig, EngineConfig
-from minserve.controller import controller as controller_module
+from minserve.controller import dispatcher as dispatcher_module
 from minserve.controller import messages as m
-from minserve.controller.controller import MOST_LOSSES, Controller
-from minserve.controller.flights import FlightHandle
+from minserve.controller.controller import Controller
 from minserve.controller.rendezvous import Rendezvous
 from minserve.controller.replicas import ReplicaState
 from minserve.engine.stats import EngineStats
 from minserve.errors import (
-    GenerationError,
     InvalidRequestError,
     NoReplicaError,
-    ReplicaLostError,
     SLOUnattainableError,
 )
 from minserve.outputs import OutputDelta
@@ -36,87 +45,6 @@ from minserve.planner.replica_load import ReplicaLoad
 from minserve.request import FinishReason
 from minserve.sampling_params import SamplingParams
 from minserve.slo.objectives import SLO
-
-PROMPT = list(range(5, 105))
-PARAMS = SamplingParams(max_tokens=20, ignore_eos=True, temperature=0.0)
-PROMISE = SLO(ttft=1.0, tpot=0.1)
-FULL = ReplicaLoad(prefill_tokens=10**6, free_tokens=0, num_sequences=50)
-IDLE = ReplicaLoad(free_tokens=10**5)
-
-
-class Outbox:
-    """Stands where the connection to a replica would be."""
-
-    def __init__(self) -> None:
-        self.sent: list[m.Message] = []
-
-    def post(self, data: bytes) -> None:
-        self.sent.append(m.decode(data))
-
-    def close(self) -> None:
-        pass
-
-
-def join(controller: Controller, number: int) -> Outbox:
-    """A replica comes; also one that was there before."""
-    replica, outbox = controller.table.replicas[number], Outbox()
-    replica.mailbox, replica.hello, replica.load = outbox, hello(load=IDLE), IDLE
-    replica.epoch, replica.num_submitted = replica.epoch + 1, 0
-    replica.under_way.clear()
-    replica.enter(ReplicaState.UP)
-    controller._joined(replica, replica.hello)
-    return outbox
-
-
-def lose(controller: Controller, number: int) -> None:
-    controller.table.give_up(controller.table.replicas[number], ReplicaLostError("killed"))
-
-
-Test = Callable[[Controller, list[Outbox]], Coroutine[Any, Any, None]]
-
-
-@pytest.fixture
-def run(tiny_llama_dir: Path) -> Callable[..., None]:
-    """Runs a test with a controller of three idle replicas."""
-
-    def run(test: Test, **settings: Any) -> None:
-        async def main() -> None:
-            controller = Controller(
-                EngineConfig(model=str(tiny_llama_dir)),
-                ControllerConfig(**{"replicas": 3, **settings}),
-                Rendezvous("127.0.0.1", 0, 3),
-            )
-            controller._accepting = True
-            await test(controller, [join(controller, number) for number in range(3)])
-
-        asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
-
-    return run
-
-
-def submit(controller: Controller, slo: SLO | None = PROMISE, **more: Any) -> FlightHandle:
-    return controller.submit([PROMPT], PARAMS, slo=slo, **more)[0]
-
-
-def where(controller: Controller, handle: FlightHandle) -> int:
-    return controller._flights[handle.request_id].replica
-
-
-def say(controller: Controller, number: int, message: m.News | m.Heartbeat | m.Withdrawn) -> None:
-    controller.table._hear(controller.table.replicas[number], message)
-
-
-def tokens(handle: FlightHandle, *token_ids: int, **more: Any) -> m.News:
-    return m.News(deltas=(OutputDelta(handle.request_id, 0, token_ids=token_ids, **more),))
-
-
-def submitted(outbox: Outbox) -> list[m.Submit]:
-    return [one for one in outbox.sent if isinstance(one, m.Submit)]
-
-
-def report(controller: Controller, number: int, load: ReplicaLoad) -> None:
-    sent = controller.table.replicas[number].num_submitted
-    say(controller, number, m.News(load=load, num_taken=sent))
 
 
 def test_the_controller_resolves_the_models_own_settings(
@@ -145,7 +73,9 @@ def test_the_controller_resolves_the_models_own_settings(
 def test_a_report_from_before_a_request_came_does_not_hide_it(run: Callable, router: str) -> None:
     async def test(controller: Controller, _: list[Outbox]) -> None:
         def place() -> int:
-            return where(controller, submit(controller, cache_salt=str(len(controller._flights))))
+            return where(
+                controller, submit(controller, cache_salt=str(len(controller._dispatcher._flights)))
+            )
 
         first = place()
         # The iteration that was running when it came has ended.
@@ -165,7 +95,7 @@ def test_a_request_that_is_declined_moves_on_with_its_arrival_kept(
         handle = submit(controller)
         first = where(controller, handle)
         later = SimpleNamespace(monotonic=lambda: time.monotonic() + 0.05)
-        monkeypatch.setattr(controller_module, "time", later)
+        monkeypatch.setattr(dispatcher_module, "time", later)
         say(controller, first, m.News(declined=(handle.request_id,), load=FULL))
         assert outboxes[first].sent[-1] == m.Withdraw(handle.request_id)
         say(controller, first, m.Withdrawn(handle.request_id))
@@ -283,23 +213,6 @@ def test_what_a_lost_replica_ran_goes_on_behind_what_was_delivered(run: Callable
         say(controller, second, tokens(handle, 9, finish_reason=FinishReason.LENGTH))
         found = [token for delta in [one async for one in handle] for token in delta.token_ids]
         assert found == [7, 8, 9]
-
-    run(test)
-
-
-def test_a_request_under_which_replica_after_replica_is_lost_is_ended(run: Callable) -> None:
-    async def test(controller: Controller, _: list[Outbox]) -> None:
-        handle, bystander = submit(controller), submit(controller)
-        for _ in range(MOST_LOSSES + 1):
-            number = where(controller, handle)
-            if where(controller, bystander) == number:
-                say(controller, number, tokens(bystander, 5))
-            lose(controller, number)
-            join(controller, number)
-        (delta,) = [one async for one in handle]
-        assert isinstance(delta.error, GenerationError)
-        assert "were lost while this request ran on them" in str(delta.error)
-        assert where(controller, bystander) is not None
 
     run(test)
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 import pytest
 from hellos import hello
+from waiting import PATIENCE_S
 
 from minserve import __version__
 from minserve.controller import messages as m
-from minserve.controller.rendezvous import Arrival, Rendezvous
+from minserve.controller.channel import FRAME, MAX_MESSAGE, REPLICA, Channel, pair_store
+from minserve.controller.rendezvous import Arrival, Rendezvous, announce
 from minserve.controller.replicas import ReplicaTable
-from minserve.errors import ReplicaRefusedError
+from minserve.errors import ReplicaLostError, ReplicaRefusedError
+from minserve.planner.replica_load import ReplicaLoad
 
 TRAITS = {"model": "tiny (0123456789ab)", "dtype": "float32", "policy": "dp"}
 OWN = m.Identity(protocol=m.PROTOCOL, version=__version__, traits=TRAITS)
@@ -69,3 +75,102 @@ def test_the_version_counts_for_the_first_one_too(table: ReplicaTable) -> None:
     check(table, OWN)
     with pytest.raises(ReplicaRefusedError, match="it is minserve"):
         check(table, msgspec.structs.replace(OWN, version="0.0.0"))
+
+
+FRAMES = {
+    "no message": (9).to_bytes(8, "little") + bytes([0xC1] * 9),
+    "empty": bytes(8),
+    "too long": (MAX_MESSAGE + 1).to_bytes(8, "little"),
+    "longer than memory": b"\xff" * 8,
+}
+MESSAGES = {
+    "of the controller": m.encode(m.Welcome()),
+    "a second hello": m.encode(hello(identity=OWN)),
+    "a load that is none": m.encode(m.News(load=ReplicaLoad())).replace(
+        b"free_tokens\x00", b"free_tokens\xc0"
+    ),
+}
+
+
+@pytest.mark.parametrize("what", [*FRAMES, *MESSAGES])
+def test_whatever_a_replica_sends_ends_its_own_connection_alone(what: str) -> None:
+    """Real channels, whose other ends are threads here."""
+    told, lost = [], []
+
+    def play(rendezvous: Rendezvous, number: int, go: threading.Event) -> None:
+        meeting = announce(rendezvous.host, rendezvous.port, number)
+        channel = Channel(
+            pair_store(meeting.store, number, meeting.epoch),
+            REPLICA,
+            address="127.0.0.1",
+            patience_s=PATIENCE_S,
+            join_s=PATIENCE_S,
+        )
+        channel.send(m.encode(hello(identity=OWN)))
+        assert isinstance(m.decode(channel.receive()), m.Welcome)
+        go.wait(PATIENCE_S)
+        if number == 1:
+            channel.send(m.encode(m.Withdrawn("a")))
+            assert m.decode(channel.receive()) == m.Stop()
+            return
+        if what in FRAMES:
+            channel._send(bytearray(FRAMES[what].ljust(FRAME, b"\0")))
+        else:
+            channel.send(MESSAGES[what])
+        with pytest.raises(ReplicaLostError):
+            _send_on(channel)
+
+    async def main() -> None:
+        joined, go = asyncio.Event(), threading.Event()
+        rendezvous = Rendezvous("127.0.0.1", 0, 2)
+        table = ReplicaTable(
+            rendezvous,
+            2,
+            PATIENCE_S,
+            joined=lambda *_: joined.set() if all(r.is_up for r in table.replicas) else None,
+            told=lambda replica, message: told.append((replica.number, message)),
+            lost=lambda replica, error: lost.append((replica.number, error)),
+        )
+        table.start()
+        ends = [asyncio.to_thread(play, rendezvous, number, go) for number in range(2)]
+        ending = asyncio.gather(*ends)
+        await joined.wait()
+        go.set()
+        while not (lost and told):
+            await asyncio.sleep(0.01)
+        assert [number for number, _ in lost] == [0]
+        assert told == [(1, m.Withdrawn("a"))]
+        assert table.replicas[1].is_up
+        closing = asyncio.create_task(table.close())
+        await asyncio.gather(closing, ending)
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
+
+
+@pytest.mark.parametrize("raises", [KeyError("x"), OverflowError(math.inf)])
+def test_what_a_message_breaks_it_breaks_for_its_replica(
+    table: ReplicaTable, raises: Exception
+) -> None:
+    lost = []
+
+    def told(*_: object) -> None:
+        raise raises
+
+    table._told, table._lost = told, lambda replica, _: lost.append(replica.number)
+    mailbox = table.replicas[1].mailbox = Mute()
+    table._hear(table.replicas[1], m.Withdrawn("a"))
+    assert (lost, mailbox.closed) == ([1], True)
+
+
+def _send_on(channel: Channel) -> None:
+    while True:
+        channel.send(m.encode(m.Withdrawn("a")))
+
+
+class Mute:
+    """A mailbox that only closes."""
+
+    closed = False
+
+    def close(self) -> None:
+        self.closed = True

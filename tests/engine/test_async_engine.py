@@ -144,14 +144,14 @@ def test_an_iteration_that_fails_ends_its_requests_and_the_engine_serves_on(
     run: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def test(engine: AsyncEngine) -> None:
-        plan = engine._core.planner.plan
+        start = engine._core._start
 
         def broken(*_: object) -> None:
-            monkeypatch.setattr(engine._core.planner, "plan", plan)
-            raise RuntimeError("planner bug")
+            monkeypatch.setattr(engine._core, "_start", start)
+            raise RuntimeError("books in disorder")
 
-        monkeypatch.setattr(engine._core.planner, "plan", broken)
-        with pytest.raises(GenerationError, match="planner bug"):
+        monkeypatch.setattr(engine._core, "_start", broken)
+        with pytest.raises(GenerationError, match="books in disorder"):
             await collect(engine, [5], GREEDY)
         assert engine.is_healthy
         assert len(await collect(engine, [5], GREEDY)) == 20

@@ -196,6 +196,16 @@ def test_hits_and_queries_are_counted_when_a_prefix_is_attached():
     assert (pool.prefix_queries_tokens, pool.prefix_hits_tokens) == (19, 8)
 
 
+def test_what_a_preempted_sequence_finds_of_itself_is_no_hit():
+    pool = BlockPool(16, BLOCK)
+    seq = make_seq(range(9))
+    start(pool, seq)
+    pool.release(seq)
+    seq.num_computed_tokens, seq.num_preemptions = 0, 1
+    assert pool.attach(seq) == 8
+    assert (pool.prefix_queries_tokens, pool.prefix_hits_tokens) == (9, 0)
+
+
 def test_blank_blocks_go_before_cached_ones_and_ends_before_beginnings():
     pool = BlockPool(6, BLOCK)
     seq = make_seq(range(16))

@@ -36,6 +36,12 @@ def settings(tiny_llama_dir: Path) -> dict[str, Any]:
     return {"model": str(tiny_llama_dir), **SETTINGS}
 
 
+def unguarded(engine: Any) -> Any:
+    """An engine without a safe policy to fall back to."""
+    engine._core.planning._safe = None
+    return prepared(engine)
+
+
 def prepared(engine: Any) -> Any:
     engine._core.planner.model = PerfModel(DEVICE)
     engine._core.plans_ahead = False
@@ -81,7 +87,7 @@ def refuse_half(request_id: str) -> Change:
 def test_a_plan_that_contradicts_itself_about_a_request_ends_that_one_alone(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = prepared(Engine(**settings))
+    engine = unguarded(Engine(**settings))
     (alone,) = engine.generate([[5, 6, 7]], PARAMS)
     good, bad = add(engine, [5, 6, 7]), add(engine, [8, 9], n=4, slo=REFUSING)
     change_plans(engine._core, refuse_half(bad), monkeypatch)
@@ -94,7 +100,7 @@ def test_a_plan_that_contradicts_itself_about_a_request_ends_that_one_alone(
 def test_sequences_that_nobody_knows_are_passed_over(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine = prepared(Engine(**settings))
+    engine = unguarded(Engine(**settings))
     (alone,) = engine.generate([[5, 6, 7]], PARAMS)
 
     def change(plan: IterationPlan, _: PlannerView) -> IterationPlan:
@@ -126,6 +132,53 @@ def test_who_is_promised_more_blocks_than_there_are_ends_alone(
     told = drain(engine)
     assert [token for d in told[good] for token in d.token_ids] == alone.outputs[0].token_ids
     assert [type(d.error) for d in told[bad]] == [InvalidPlanError] * 2
+
+
+def test_who_gets_no_blocks_once_waits_for_the_safe_policy_to_run_it(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = prepared(Engine(**settings))
+    alone = engine.generate([[5, 6, 7], list(range(5, 60))], PARAMS)
+    good, unlucky = add(engine, [5, 6, 7]), add(engine, list(range(5, 60)))
+    core = engine._core
+    grow = core.pool.grow
+
+    def tight(seq: Any, num_tokens: int) -> None:
+        fails = seq.seq_id == unlucky and seq.num_preemptions == 0
+        grow(seq, 10_000 if fails else num_tokens)
+
+    monkeypatch.setattr(core.pool, "grow", tight)
+    told = drain(engine)
+    for request_id, expected in zip((good, unlucky), alone, strict=True):
+        got = [token for d in told[request_id] for token in d.token_ids]
+        assert got == expected.outputs[0].token_ids
+    assert core.stats.planner_fallbacks["rest"] == 1
+
+
+@pytest.mark.parametrize("end", ["stops by itself", "is aborted"])
+def test_an_output_whose_last_words_fail_frees_its_blocks(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    engine = prepared(Engine(**settings))
+    (alone,) = engine.generate([[5, 6, 7]], PARAMS)
+    good, bad = add(engine, [5, 6, 7]), add(engine, [8, 9])
+    core = engine._core
+
+    def broken() -> str:
+        raise RuntimeError("half a letter")
+
+    monkeypatch.setattr(core.table.outputs[bad].detokenizer, "flush", broken)
+    deltas = core.step()
+    if end == "is aborted":
+        deltas += core.abort(bad)
+    while core.has_work:
+        deltas += core.step()
+    core.check_integrity()
+    told = [token for d in deltas if d.request_id == good for token in d.token_ids]
+    assert told == alone.outputs[0].token_ids
+    (error,) = [d.error for d in deltas if d.request_id == bad and d.finish_reason is not None]
+    assert isinstance(error, GenerationError)
+    assert "half a letter" in str(error)
 
 
 def test_an_output_whose_text_cannot_be_made_ends_alone(

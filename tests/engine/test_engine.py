@@ -203,13 +203,14 @@ def test_a_repeated_prompt_hits_the_prefix_cache(tiny_llama_dir: Path) -> None:
     ("prompt", "params", "message"),
     [
         ([5] * 600, GREEDY, "512"),
-        ([5] * 500, SamplingParams(max_tokens=100), "exceed the 512 tokens"),
+        ([5] * 500, SamplingParams(max_tokens=100), "length is 512 tokens.*600 tokens"),
         ([5, 512], GREEDY, "outside the vocabulary"),
         ("", GREEDY, "empty"),
         ([5], SamplingParams(stop_token_ids=[10**6]), "outside the vocabulary"),
         ([5], SamplingParams(allowed_token_ids=[512]), "allowed_token_ids: 512 is outside"),
         ([5], SamplingParams(logit_bias={512: 1.0}), "logit_bias: 512 is outside"),
         ([5], SamplingParams(allowed_token_ids=[9], stop_token_ids=[9], min_tokens=1), "no token"),
+        ([5], SamplingParams(stop_token_ids=list(range(512)), min_tokens=1), "no token"),
         ([5] * 509, SamplingParams(max_tokens=None, min_tokens=10), "min_tokens"),
     ],
     ids=[
@@ -221,6 +222,7 @@ def test_a_repeated_prompt_hits_the_prefix_cache(tiny_llama_dir: Path) -> None:
         "bad allowed id",
         "bad bias",
         "nothing allowed",
+        "nothing but ends",
         "min_tokens",
     ],
 )
@@ -234,7 +236,7 @@ def test_what_cannot_be_served_is_refused_at_once(
 
 def test_a_request_beyond_the_whole_pool_is_refused(tiny_llama_dir: Path) -> None:
     engine = Engine(str(tiny_llama_dir), **SETTINGS | {"num_blocks": 4})
-    with pytest.raises(RequestTooLongError, match="exceed the 32 tokens"):
+    with pytest.raises(RequestTooLongError, match="length is 32 tokens"):
         engine.generate([[5] * 20], SamplingParams(max_tokens=20))
     assert (
         len(

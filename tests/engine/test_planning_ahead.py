@@ -282,6 +282,7 @@ def test_a_failing_plan_loses_nothing_of_the_iteration_that_runs(
 ) -> None:
     engine = engine_of(tiny_llama_dir)
     expected = engine.generate([5, 6, 7], GREEDY)[0].outputs[0].token_ids
+    engine._core.planning._safe = None
     stream, plan = engine.stream([5, 6, 7], GREEDY), engine._core.planner.plan
     got = list(next(stream).token_ids)
 

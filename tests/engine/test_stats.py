@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from minserve.engine.stats import BATCH_TOKENS, ITERATION_SECONDS, EngineStats, Histogram
+from minserve.engine.stats import ITERATION_SECONDS, NUM_TOKENS, EngineStats, Histogram
 from minserve.planner.plan import IterationPlan
 from minserve.planner.predict.perf_model import PerfModel, Piece
 from minserve.request import FinishReason, Request, RequestEvent, Sequence
@@ -43,7 +43,7 @@ def outcomes(stats: EngineStats) -> dict[tuple[str, str], int]:
     return {(name, o.value): num for (name, o), num in stats.slo_requests.items() if num}
 
 
-@pytest.mark.parametrize("bounds", [ITERATION_SECONDS, BATCH_TOKENS])
+@pytest.mark.parametrize("bounds", [ITERATION_SECONDS, NUM_TOKENS])
 def test_a_number_falls_into_the_first_bucket_that_holds_it(bounds: tuple[float, ...]) -> None:
     assert list(bounds) == sorted(set(bounds))
     histogram = Histogram(bounds)

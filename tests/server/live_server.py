@@ -8,16 +8,20 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import openai
-from aiohttp import web
 from waiting import PATIENCE_S, wait_until
 
 from minserve import AsyncEngine
 from minserve.config import ServerConfig
+from minserve.outputs import OutputDelta
 from minserve.server.app import Server
+from minserve.server.connections import ConnectionRunner
+from minserve.server.lifecycle import bind_socket
+from minserve.server.listener import Listener
 
 ENGINE_SETTINGS: dict[str, Any] = {
     "dtype": "float32",
@@ -37,6 +41,7 @@ class RunningServer:
     engine: AsyncEngine
     loop: asyncio.AbstractEventLoop
     port: int
+    runner: ConnectionRunner
 
     @property
     def url(self) -> str:
@@ -63,26 +68,24 @@ def run_server(engine: AsyncEngine, config: ServerConfig) -> Iterator[RunningSer
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    ports: list[int] = []
+    sock = bind_socket("127.0.0.1", 0)
 
-    async def start() -> web.AppRunner:
+    async def start() -> tuple[ConnectionRunner, Listener]:
         runner = Server(config, engine).create_runner()
         await engine.start()
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        ports.append(runner.addresses[0][1])
-        return runner
+        return runner, Listener(sock, runner.connections, config.max_connections)
 
-    async def stop(runner: web.AppRunner) -> None:
+    async def stop(runner: ConnectionRunner, listener: Listener) -> None:
         await engine.stop()
+        await listener.close()
         await runner.cleanup()
 
-    runner = asyncio.run_coroutine_threadsafe(start(), loop).result(PATIENCE_S)
+    parts = asyncio.run_coroutine_threadsafe(start(), loop).result(PATIENCE_S)
     try:
-        yield RunningServer(engine, loop, ports[0])
+        yield RunningServer(engine, loop, sock.getsockname()[1], parts[0])
     finally:
-        asyncio.run_coroutine_threadsafe(stop(runner), loop).result(PATIENCE_S)
+        asyncio.run_coroutine_threadsafe(stop(*parts), loop).result(PATIENCE_S)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(PATIENCE_S)
         loop.close()
@@ -95,11 +98,15 @@ def post(
     headers: dict[str, str] | None = None,
     method: str = "POST",
 ) -> tuple[int, dict[str, str], bytes]:
-    """One request on a connection of its own; ``body`` is bytes or becomes JSON."""
+    """One request on a connection of its own; ``body`` is bytes or becomes JSON.
+
+    A body is sent as JSON unless ``headers`` say otherwise.
+    """
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE_S)
     data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
     try:
-        connection.request(method, path, data, headers or {})
+        kind = {} if data is None else {"Content-Type": "application/json"}
+        connection.request(method, path, data, {**kind, **(headers or {})})
         response = connection.getresponse()
         return response.status, dict(response.getheaders()), response.read()
     finally:
@@ -108,5 +115,40 @@ def post(
 
 def request_bytes(path: str, body: dict[str, Any]) -> bytes:
     data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(data)}\r\n\r\n"
+    )
     return head.encode() + data
+
+
+def raw_answer(server: RunningServer, sent: bytes) -> tuple[int, dict[str, str], bytes]:
+    """Send bytes on a connection of their own, and return the one answer that HTTP/1.1 needs."""
+    with server.connect() as sock:
+        sock.sendall(sent)
+        response = http.client.HTTPResponse(sock)
+        response.begin()
+        assert response.version == 11
+        headers = {name.lower(): value for name, value in response.getheaders()}
+        return response.status, headers, response.read()
+
+
+@contextmanager
+def hanging(server: RunningServer, after: int = 0) -> Iterator[threading.Event]:
+    """Let the engine hang after so many more iterations, until the event is set or the block ends."""
+    core, go_on = server.engine._core, threading.Event()
+    step, left = core.step, after
+
+    def hanging_step() -> list[OutputDelta]:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            go_on.wait(PATIENCE_S)
+        return step()
+
+    core.step = hanging_step  # type: ignore[method-assign]
+    try:
+        yield go_on
+    finally:
+        go_on.set()
+        core.step = step  # type: ignore[method-assign]

@@ -143,7 +143,11 @@ def test_chat_logprobs(client: openai.OpenAI) -> None:
     for entry in content:
         assert len(entry.top_logprobs) == 2
         assert entry.top_logprobs[0].logprob == entry.logprob
-        assert bytes(entry.bytes).decode("utf-8", "replace") == entry.token
+        for one in (entry, *entry.top_logprobs):
+            try:
+                assert bytes(one.bytes).decode() == one.token
+            except UnicodeDecodeError:
+                assert one.token == "bytes:" + "".join(f"\\x{byte:02x}" for byte in one.bytes)
 
 
 def test_echo_gives_the_prompts_logprobs_as_lm_eval_asks(
@@ -168,6 +172,94 @@ def test_echo_gives_the_prompts_logprobs_as_lm_eval_asks(
         best = [max(top.values()) for top in logprobs.top_logprobs[1:]]
         assert best == pytest.approx(expected.max(-1).values.tolist(), abs=1e-3)
     assert response.choices[0].text.startswith(PROMPT)
+
+
+def test_echoed_tokens_are_found_by_their_place_in_the_text(
+    client: openai.OpenAI, server: RunningServer
+) -> None:
+    """As lm-eval finds a continuation: from the first token at the end of the context."""
+    context, continuation = "naïve 😀 東京:", " return 世"
+    prompt = [ids_of(server, context), ids_of(server, continuation)]
+    (choice,) = client.completions.create(
+        prompt=prompt[0] + prompt[1], echo=True, logprobs=1, **{**GREEDY, "max_tokens": 8}
+    ).choices
+    offsets, text = choice.logprobs.text_offset, choice.text
+    start = next(i for i, at in enumerate(offsets) if at >= len(context))
+    assert start == len(prompt[0])
+    assert text[offsets[start] :].startswith(continuation)
+    assert offsets[len(prompt[0]) + len(prompt[1])] == len(context + continuation)
+    assert offsets == sorted(offsets)
+    # Tokens of whole characters stand in the text where their offset says.
+    for token, at in zip(choice.logprobs.tokens, offsets, strict=True):
+        assert token.startswith(("bytes:", "<")) or text.startswith(token, at)
+
+
+def test_what_was_cut_off_a_prompt_is_not_echoed(
+    client: openai.OpenAI, server: RunningServer
+) -> None:
+    cut = {"truncate_prompt_tokens": 2}
+    (choice,) = client.completions.create(
+        prompt=PROMPT, echo=True, logprobs=0, extra_body=cut, **{**GREEDY, "max_tokens": 0}
+    ).choices
+    _, _, kept = post(server, "/detokenize", {"tokens": ids_of(server, PROMPT)[-2:]})
+    assert choice.text == json.loads(kept)["prompt"]
+    assert choice.logprobs.text_offset == [0, len(choice.logprobs.tokens[0])]
+
+
+def test_prompt_logprobs_are_those_of_transformers(
+    client: openai.OpenAI, server: RunningServer, tiny_llama_dir: Path
+) -> None:
+    more = {"prompt_logprobs": 3, "return_token_ids": True}
+    model = LlamaForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)
+    completed = client.completions.create(prompt=PROMPT, extra_body=more, **GREEDY)
+    chatted = client.chat.completions.create(messages=MESSAGES, extra_body=more, **GREEDY)
+    for told in (completed.choices[0], chatted):
+        ids = told.prompt_token_ids
+        with torch.inference_mode():
+            expected = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        assert told.prompt_logprobs[0] is None
+        assert len(told.prompt_logprobs) == len(ids)
+        for place, entries in enumerate(told.prompt_logprobs[1:], 1):
+            assert str(ids[place]) in entries
+            assert 3 <= len(entries) <= 4
+            for token_id, one in entries.items():
+                logprobs = expected[place - 1]
+                assert one["logprob"] == pytest.approx(logprobs[int(token_id)].item(), abs=1e-3)
+                assert one["rank"] == 1 + (logprobs > logprobs[int(token_id)]).sum()
+    assert completed.choices[0].prompt_token_ids == ids_of(server, PROMPT)
+    for choice in (completed.choices[0], chatted.choices[0]):
+        assert len(choice.token_ids) == GREEDY["max_tokens"]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_stop_string_or_token_is_in_the_text_on_request(
+    client: openai.OpenAI, chat: bool
+) -> None:
+    def ask(**more: Any) -> tuple[str, str, Any]:
+        if chat:
+            answer = client.chat.completions.create(messages=MESSAGES, extra_body=more, **GREEDY)
+            (choice,) = answer.choices
+            return choice.message.content, choice.finish_reason, choice.stop_reason
+        (choice,) = client.completions.create(prompt=PROMPT, extra_body=more, **GREEDY).choices
+        return choice.text, choice.finish_reason, choice.stop_reason
+
+    whole = ask()[0]
+    stop = whole[5:8]
+    end = whole.index(stop)
+    assert ask(stop=stop) == (whole[:end], "stop", stop)
+    included = {"include_stop_str_in_output": True}
+    assert ask(stop=stop, **included) == (whole[: end + len(stop)], "stop", stop)
+    more = {"return_token_ids": True}
+    if chat:
+        ids = client.chat.completions.create(messages=MESSAGES, extra_body=more, **GREEDY)
+    else:
+        ids = client.completions.create(prompt=PROMPT, extra_body=more, **GREEDY)
+    token = ids.choices[0].token_ids[3]
+    without = ask(stop_token_ids=[token])
+    with_it = ask(stop_token_ids=[token], **included)
+    assert without[1:] == with_it[1:] == ("stop", token)
+    assert whole.startswith(with_it[0])
+    assert len(with_it[0]) > len(without[0])
 
 
 def test_echo_without_output_tokens(client: openai.OpenAI) -> None:
@@ -225,7 +317,7 @@ def test_the_bytes_of_a_stream(server: RunningServer) -> None:
     body = {**GREEDY, "messages": MESSAGES, "stream": True}
     status, headers, raw = post(server, "/v1/chat/completions", body)
     assert status == 200
-    assert headers["Content-Type"] == "text/event-stream"
+    assert headers["Content-Type"] == "text/event-stream; charset=utf-8"
     *chunks, done = events(raw)
     assert done == "[DONE]"
     parsed = [json.loads(chunk) for chunk in chunks]

@@ -64,7 +64,8 @@ def test_it_is_refused_or_served_and_its_neighbours_go_on(
     if expected == 429:
         error = json.loads(raw)["error"]
         assert (error["type"], error["code"]) == ("rate_limit_error", "slo_unattainable")
-        assert int(headers["Retry-After"]) >= 1
+        # More outputs than the engine ever runs at once.
+        assert headers["x-should-retry"] == "false"
     elif not stream:
         answer = json.loads(raw)
         assert [choice["finish_reason"] for choice in answer["choices"]] == ["length"] * n

@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from waiting import wait_until
 
 from minserve.config import ServerConfig
+from minserve.errors import ConfigError
 from minserve.request import FinishReason
 from minserve.server.app import Server
 from minserve.slo.attainment import Outcome
@@ -26,6 +27,7 @@ CONTRACT = {
     "num_requests_unfinished": "gauge",
     "kv_cache_usage_perc": "gauge",
     "profile_completeness": "gauge",
+    "asyncio_tasks": "gauge",
     "slo_attainment": "gauge",
     "prefix_cache_queries": "counter",
     "prefix_cache_hits": "counter",
@@ -34,6 +36,8 @@ CONTRACT = {
     "generation_tokens": "counter",
     "request_success": "counter",
     "plans_ahead": "counter",
+    "failed_batches": "counter",
+    "planner_fallbacks": "counter",
     "spec_decode_num_drafts": "counter",
     "spec_decode_num_draft_tokens": "counter",
     "spec_decode_num_accepted_tokens": "counter",
@@ -43,12 +47,25 @@ CONTRACT = {
     "inter_token_latency_seconds": "histogram",
     "e2e_request_latency_seconds": "histogram",
     "request_queue_time_seconds": "histogram",
+    "request_prefill_time_seconds": "histogram",
+    "request_decode_time_seconds": "histogram",
+    "request_prompt_tokens": "histogram",
+    "request_generation_tokens": "histogram",
     "iteration_seconds": "histogram",
     "iteration_predicted_seconds": "histogram",
     "iteration_profiled_seconds": "histogram",
     "iteration_surprise": "histogram",
     "planning_seconds": "histogram",
     "batch_tokens": "histogram",
+}
+# What every Prometheus client tells of its process.
+PROCESS = {
+    "process_virtual_memory_bytes": "gauge",
+    "process_resident_memory_bytes": "gauge",
+    "process_start_time_seconds": "gauge",
+    "process_cpu_seconds": "counter",
+    "process_open_fds": "gauge",
+    "process_max_fds": "gauge",
 }
 PROMPT = "The quick brown fox jumps over the lazy dog while the rain in Spain stays mainly"
 GREEDY = {"prompt": PROMPT, "temperature": 0, "max_tokens": 24, "ignore_eos": True}
@@ -103,11 +120,23 @@ def test_the_metrics_are_those_of_the_contract(server: RunningServer) -> None:
     ask(server, slo=GENEROUS)
     _, _, raw = post(server, "/metrics", None, method="GET")
     families = list(text_string_to_metric_families(raw.decode()))
-    assert {f.name.removeprefix("minserve:"): f.type for f in families} == CONTRACT
+    expected = {f"minserve:{name}": kind for name, kind in CONTRACT.items()} | PROCESS
+    assert {f.name: f.type for f in families} == expected
     for family in families:
-        assert family.name.startswith("minserve:")
         assert family.documentation
         assert family.samples
+
+
+def test_the_tasks_of_connections_end_with_them(plain: RunningServer) -> None:
+    def tasks() -> float:
+        return scrape(plain)["asyncio_tasks"]
+
+    before = tasks()
+    crowd = [plain.connect() for _ in range(20)]
+    wait_until(lambda: tasks() >= before + 20)
+    for sock in crowd:
+        sock.close()
+    wait_until(lambda: tasks() <= before)
 
 
 def test_counters_end_in_total_and_labels_come_from_fixed_sets(plain: RunningServer) -> None:
@@ -117,6 +146,7 @@ def test_counters_end_in_total_and_labels_come_from_fixed_sets(plain: RunningSer
         "outcome": {"held", "discarded", *(outcome.value for outcome in Outcome)},
         "class": classes,
         "kind": {"prefill", "decode", "draft"},
+        "reason": {"error", "hang", "invalid", "out_of_memory", "rest"},
         "position": {str(place) for place in range(plain.engine.config.max_speculation)},
     }
     _, _, raw = post(plain, "/metrics", None, method="GET")
@@ -151,7 +181,8 @@ def test_buckets_rise_to_the_count(plain: RunningServer) -> None:
 
 def test_tokens_and_finishes_are_those_of_the_usages(plain: RunningServer) -> None:
     before = scrape(plain)
-    assert all(v == 0 for name, v in before.items() if "_count" in name or "_total" in name)
+    counted = {n: v for n, v in before.items() if "_count" in n or "_total" in n}
+    assert not any(v for n, v in counted.items() if not n.startswith("process_"))
     answers = [ask(plain), ask(plain, prompt=["a b c", "The rain"], n=2, max_tokens=7)]
     text = answers[0]["choices"][0]["text"]
     answers.append(ask(plain, stop=text[len(text) // 2 :][:3]))
@@ -169,10 +200,17 @@ def test_tokens_and_finishes_are_those_of_the_usages(plain: RunningServer) -> No
     assert now["request_success_total abort"] == now["request_success_total error"] == 0
     for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time"):
         assert now[f"{name}_seconds_count"] == len(choices)
+    for name in ("request_prefill_time", "request_decode_time"):
+        assert now[f"{name}_seconds_count"] == len(choices)
+    assert now["request_generation_tokens_sum"] == generated
+    assert now["request_prompt_tokens_count"] == len(choices)
     assert now["inter_token_latency_seconds_count"] == generated - len(choices)
     # What lies within what, on the engine's one clock.
     first, gaps = now["time_to_first_token_seconds_sum"], now["inter_token_latency_seconds_sum"]
     assert 0 < now["request_queue_time_seconds_sum"] <= first
+    prefill, decode = (now[f"request_{one}_time_seconds_sum"] for one in ("prefill", "decode"))
+    assert 0 < prefill <= first
+    assert decode == pytest.approx(gaps)
     assert first + gaps <= now["e2e_request_latency_seconds_sum"] + 1e-6
     assert now["num_requests_running"] == now["num_requests_waiting"] == 0
 
@@ -219,6 +257,39 @@ def test_preemptions_are_counted(
     assert now["request_queue_time_seconds_count"] == 2
     assert now["prompt_tokens_total"] == answer["usage"]["prompt_tokens"]
     assert now["generation_tokens_total"] == answer["usage"]["completion_tokens"] == 600
+    # Nor does it find a prefix: what it finds are its own tokens.
+    assert now["prefix_cache_queries_total"] == answer["usage"]["prompt_tokens"]
+    assert now["prefix_cache_hits_total"] == 0
+
+
+def test_with_vllms_prefix_its_dashboard_finds_what_it_asks_for(
+    tiny_llama_dir: Path, start_server: Callable[..., RunningServer]
+) -> None:
+    config = ServerConfig(metrics_prefix="vllm", served_model_name='a "model"')
+    server = start_server(tiny_llama_dir, config)
+    ask(server)
+    _, _, raw = post(server, "/metrics", None, method="GET")
+    samples = [s for f in text_string_to_metric_families(raw.decode()) for s in f.samples]
+    # Those of the process have no model.
+    own = [s for s in samples if not s.name.startswith(("process_", "vllm:asyncio_tasks"))]
+    assert all(sample.name.startswith("vllm:") for sample in own)
+    assert {sample.labels["model_name"] for sample in own} == {'a "model"'}
+    # Panels of vLLM's example for Grafana.
+    asked = {
+        *("num_requests_running", "num_requests_waiting"),
+        *("prompt_tokens_total", "generation_tokens_total", "request_success_total"),
+        *("e2e_request_latency_seconds_bucket", "time_to_first_token_seconds_bucket"),
+        *("request_prompt_tokens_bucket", "request_generation_tokens_bucket"),
+        *("request_queue_time_seconds_sum", "request_prefill_time_seconds_sum"),
+        "request_decode_time_seconds_sum",
+    }
+    assert {f"vllm:{name}" for name in asked} <= {sample.name for sample in samples}
+
+
+@pytest.mark.parametrize("prefix", ["", "v llm", "vllm:", "1st", "vllm\n", "é"])
+def test_a_prefix_that_is_no_name_is_refused(prefix: str) -> None:
+    with pytest.raises(ConfigError, match="metrics_prefix"):
+        ServerConfig(metrics_prefix=prefix)
 
 
 # --- a busy server ---
@@ -354,7 +425,7 @@ def test_two_servers_of_one_process_count_apart(
 def test_the_metrics_need_no_key_as_health_needs_none(
     tiny_llama_dir: Path, start_server: Callable[..., RunningServer]
 ) -> None:
-    server = start_server(tiny_llama_dir, ServerConfig(api_key="secret"), policy="sarathi")
+    server = start_server(tiny_llama_dir, ServerConfig(api_key=("secret",)), policy="sarathi")
     assert post(server, "/v1/models", None, method="GET")[0] == 401
     assert scrape(server)["num_requests_running"] == 0
     assert post(server, "/metrics", {})[0] == 405

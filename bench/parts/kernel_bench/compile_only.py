@@ -22,6 +22,7 @@ from tqdm import tqdm
 from triton.compiler import CompiledKernel
 
 from minserve.machine import Machine
+from minserve.progress import progress_bar
 from minserve.tables import text_table
 from parts.kernel_bench.attention import BLOCK_SIZE, UniformBatch, attention_problem
 from parts.kernel_bench.rows import gate_problem, kv_problem, norm_problem, qk_norm_problem
@@ -183,7 +184,7 @@ def precompile(makes: Sequence[Make], dtype: torch.dtype, arch: int, multiproces
         pending = [
             pool.submit(_precompile_one, make, dtype, arch, multiprocessors) for make in makes
         ]
-        for _ in tqdm(as_completed(pending), "Compiling", len(pending), mininterval=1.0):
+        for _ in progress_bar(as_completed(pending), "Compiling", len(pending), mininterval=1.0):
             pass
 
 
@@ -215,7 +216,9 @@ def run_compile(only: Sequence[str] | None, *, quick: bool) -> int:
     results: list[Compiled] = []
     with _pool(WORKERS) as pool:
         pending = [pool.submit(compile_case, *task) for task in tasks]
-        for done in tqdm(as_completed(pending), total=len(tasks), unit="case", mininterval=1.0):
+        for done in progress_bar(
+            as_completed(pending), total=len(tasks), unit="case", mininterval=1.0
+        ):
             results.append(result := done.result())
             for failure in result.failures:
                 tqdm.write(f"{result.kernel} {result.label} sm_{result.arch}: {failure}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from minserve.progress import progress_bar
 from parts.kernel_bench.attention import attention_problems
 from parts.kernel_bench.rows import KERNELS as ROW_KERNELS
 from parts.kernel_bench.rows import row_problems
@@ -57,7 +58,7 @@ def sweep(
     Raises:
         RuntimeError: if the device no longer works, for instance after an illegal access.
     """
-    bar = tqdm(cases, unit="case", mininterval=1.0)
+    bar = progress_bar(cases, unit="case", mininterval=1.0)
     for kernel, make in bar:
         bar.set_description(kernel)
         problem = make(setting)

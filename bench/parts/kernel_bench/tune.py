@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 from tqdm import tqdm
 
+from minserve.progress import progress_bar
 from parts.kernel_bench.attention import attention_problems
 from shared.kernel_cases import OURS, KernelSetting, Problem, Scale
 from shared.kernel_timing import checked, measure, one_call
@@ -49,7 +50,7 @@ def tune(problem: Problem, scale: Scale, rep_ms: float) -> Iterator[tuple[float,
     module, _, name = CHOICES[problem.kernel].rpartition(".")
     chosen = getattr(__import__(module, fromlist=[name]), name)
     expected = problem.expected()
-    for change in tqdm(changes(problem.kernel, scale), desc=problem.label, leave=False):
+    for change in progress_bar(changes(problem.kernel, scale), desc=problem.label, leave=False):
 
         def choose(*args: Any, change: Change = change, **kwargs: Any) -> Any:
             return chosen(*args, **kwargs)._replace(**change)

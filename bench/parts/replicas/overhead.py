@@ -9,13 +9,12 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
-from tqdm import tqdm
-
 from minserve.controller.prefixes import PrefixMap, chunks_of
 from minserve.controller.router import Ask, make_router
 from minserve.devices import find_device
 from minserve.planner.predict.perf_model import PerfModel, Piece
 from minserve.planner.replica_load import ReplicaLoad
+from minserve.progress import progress_bar
 from minserve.slo.objectives import SLO
 from minserve.workload.arrivals import gamma_arrivals
 from minserve.workload.client import run_load
@@ -54,7 +53,7 @@ def added_to_ttft(seconds: float, pairs: int, seed: int) -> dict[str, Any]:
         for name, replicas in (("direct", 1), ("controller", 2)):
             command = minserve_command(*flags, "--replicas", str(replicas), label=name)
             endpoints[name] = stack.enter_context(ServerProcess(command)).endpoint
-        bar = stack.enter_context(tqdm(total=2 * (pairs + 1), desc="overhead", unit="run"))
+        bar = stack.enter_context(progress_bar(total=2 * (pairs + 1), desc="overhead", unit="run"))
         for pair in range(-1, pairs):
             for name, endpoint in endpoints.items():
                 span_s = WARM_UP_S if pair < 0 else seconds

@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minserve.errors import WorkloadError
+from minserve.progress import progress_bar
 from minserve.slo.objectives import SLO
 from minserve.workload.client import Load, LoadProgress, run_load
 from minserve.workload.conversation import Conversation, Turn
@@ -102,7 +103,7 @@ class PairedBenchmark:
     def _measure(self, cells: Sequence[Cell]) -> None:
         slots = schedule(cells, list(self._servers), self._effort.pairs)
         missing = self._store.missing(slots)
-        with tqdm(total=len(slots), initial=len(slots) - len(missing), unit="turn") as bar:
+        with progress_bar(total=len(slots), initial=len(slots) - len(missing), unit="turn") as bar:
             for slot in missing:
                 self._store.add(self._turn(slot, bar))
                 bar.update()
@@ -213,7 +214,7 @@ def best_reference(servers: Mapping[str, Served], rounds: int) -> Reference:
     forth = list(servers)
     order = [label for i in range(rounds) for label in (forth if i % 2 == 0 else forth[::-1])]
     found: list[tuple[str, ZeroLoad]] = []
-    for label in tqdm(order, desc="speed of the idle servers", unit="server", leave=False):
+    for label in progress_bar(order, desc="speed of the idle servers", unit="server", leave=False):
         await_quiet()
         found.append((label, asyncio.run(measure_speed(servers[label].endpoint))))
     return best_of(found, next(iter(servers.values())).endpoint.model)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from minserve.progress import progress_bar
 from shared.simulated.jobs import Job, Result
 
 FILE = "jobs.jsonl"
@@ -101,7 +102,7 @@ def run_all(ask: Callable[[], list[Job]], store: ResultStore, num_workers: int) 
         ask: returns all jobs that are known to be needed by now.
     """
     done = Done()
-    with tqdm(unit="job", dynamic_ncols=True, smoothing=0.05) as bar:
+    with progress_bar(unit="job", dynamic_ncols=True, smoothing=0.05) as bar:
         try:
             while True:
                 done.jobs = ask()

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from minserve.blocks import blocks_for
 from minserve.engine.device.batch_tensors import BatchLayout, Chunk, place
 from minserve.engine.device.paged_model import PagedModel
+from minserve.progress import progress_bar
 
 # Sizes up to here are so many tokens apart, larger ones an eighth of themselves.
 STEP = 8
@@ -113,7 +113,7 @@ class DecodeGraphs:
         # The largest first: the others find room in the memory that it needed.
         order = [(layout, most) for most, own in layouts.items() for layout in own]
         order.sort(key=lambda one: one[0].num_tokens, reverse=True)
-        for layout, most in tqdm(order, desc="Recording CUDA graphs", disable=None):
+        for layout, most in progress_bar(order, desc="Recording CUDA graphs"):
             self._families[most].insert(0, self._record(recorder, layout, most))
 
     @torch.inference_mode()

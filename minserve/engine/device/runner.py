@@ -16,7 +16,7 @@ from minserve.engine.device.paged_model import PagedModel
 from minserve.engine.device.thread_count import ThreadCount
 from minserve.engine.sampling.sampler import Sampler
 from minserve.engine.speculation.verification import PendingTokens
-from minserve.errors import ConfigError
+from minserve.errors import ConfigError, GenerationError
 from minserve.kernels.attention import AttentionBackend, LayerKV
 from minserve.models.base import CausalLM
 from minserve.outputs import TokenLogprob
@@ -66,15 +66,18 @@ class InFlightBatch:
     def results(self) -> dict[str, RunResult]:
         """Wait for the device and return the results by sequence id.
 
-        Raises:
-            GenerationError: where a prompt's logits, asked for, contain NaN.
+        The result of a sequence with NaN in its logits is an error, which affects no other.
         """
         results = {seq_id: RunResult() for seq_id in self._seq_ids}
         if self._pending is not None:
             for seq_id, tokens in zip(self._sampling, self._pending.results(), strict=True):
                 results[seq_id].sampled = tokens
         for rows in self._prompts:
-            results[rows.seq_id].prompt_logprobs += self._prompt_logprobs(rows)
+            result = results[rows.seq_id]
+            try:
+                result.prompt_logprobs += self._prompt_logprobs(rows)
+            except GenerationError as error:
+                result.sampled = error
         return results
 
 

@@ -131,9 +131,9 @@ class Profile:
             key=ProfileKey(**values["key"]),
             torch=str(values["torch"]),
             model=PerfModel.from_dict(values["model"]),
-            quality=FitQuality(**values["quality"]),
-            held_out=tuple(Prediction(BatchShape(*s), m, p) for *s, m, p in values["held_out"]),
-            runs={BatchShape(*shape): _seconds(runs) for *shape, runs in values["runs"]},
+            quality=FitQuality(**{name: +value for name, value in values["quality"].items()}),
+            held_out=tuple(Prediction(_shape(s), m, p) for *s, m, p in values["held_out"]),
+            runs={_shape(shape): _seconds(runs) for *shape, runs in values["runs"]},
             measured_at=str(values["measured_at"]),
             seconds=float(values["seconds"]),
             allowed_s=float(values["allowed_s"]),
@@ -162,24 +162,34 @@ def profile_key(core: EngineCore, model_name: str) -> ProfileKey:
 
 
 def profile_path(key: ProfileKey) -> Path:
-    """Return the file in which the key's profile is kept, whether it exists or not."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    cache = Path(base) if base else Path.home() / ".cache"
+    """Return the file in which the key's profile is kept, whether it exists or not.
+
+    Raises:
+        FileNotFoundError: where there is no folder to keep it in.
+    """
     text = json.dumps(asdict(key), sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:10]
     words = f"{key.model.split(' (')[0]} {key.device} {key.dtype} {key.threads}t"
     slug = re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-.")[:80]
-    return cache / "minserve" / "profiles" / f"{slug}-{digest}.json"
+    return _cache_folder() / "minserve" / "profiles" / f"{slug}-{digest}.json"
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(base) if base else Path.home() / ".cache"
+    except RuntimeError:
+        raise FileNotFoundError("this user has no home folder; set XDG_CACHE_HOME") from None
 
 
 def load(key: ProfileKey) -> Profile | None:
     """Return the kept profile, or ``None``; an unusable file is warned of."""
-    path = profile_path(key)
     try:
+        path = profile_path(key)
         profile = Profile.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # whatever may be in the file: a start must not depend on it
         log.warning("ignoring the profile %s: %s: %s", path, type(error).__name__, error)
         return None
     if profile.key != key:
@@ -217,8 +227,8 @@ def alone_with(key: ProfileKey, wait_s: float) -> Iterator[bool]:
     Yields:
         True where the caller is alone, or no lock can be taken in the folder.
     """
-    path = profile_path(key).with_suffix(".lock")
     try:
+        path = profile_path(key).with_suffix(".lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError:
@@ -242,6 +252,17 @@ def _lock(file: int, deadline: float) -> bool:
             return True
         else:
             return True
+
+
+def _shape(numbers: Any) -> BatchShape:
+    """Return the shape of a batch in a file, checked.
+
+    Raises:
+        ValueError, TypeError: where it is none.
+    """
+    if not all(isinstance(each, int) and 0 <= each < 2**53 for each in numbers):
+        raise ValueError(f"{numbers!r} is no shape of a batch")
+    return BatchShape(*numbers)
 
 
 def _seconds(runs: Any) -> tuple[float, ...]:

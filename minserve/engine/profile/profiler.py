@@ -36,6 +36,7 @@ from minserve.planner.predict.perf_model import (
     PerfModel,
     residual_quantile,
 )
+from minserve.progress import progress_bar
 
 NUM_BATCHES = 96
 # These are measured however long they take: fewer cannot be fitted and checked.
@@ -86,7 +87,7 @@ def profile_core(
     if core.has_work:
         raise ProfileError("only an idle engine can be profiled; wait until its requests ended")
     survey = Survey(core, model_name, seed=seed, kept=kept)
-    with tqdm(
+    with progress_bar(
         total=seconds,
         desc="Profiling",
         bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s",

@@ -64,7 +64,8 @@ class IncrementalDetokenizer:
 
         Returns:
             The new text that is safe to send, and the stop string that ended the output
-            or ``None``. The text ends before the stop string.
+            or ``None``. The text ends before the stop string, or with it where
+            ``include_stop_str_in_output`` asks for that.
         """
         sent = []
         for token_id in token_ids:
@@ -84,6 +85,12 @@ class IncrementalDetokenizer:
             return ""
         self._stopped = True
         return self._held_back + self._difference(self._text(self._window))
+
+    def pending_text(self) -> str:
+        """Return the text, as it is so far, of tokens that wait for the rest of a character."""
+        if len(self._window) == self._num_read:
+            return ""
+        return self._difference(self._text(self._window))
 
     def _text(self, token_ids: list[int]) -> str:
         return self._decode(token_ids, self._params.skip_special_tokens) if token_ids else ""
@@ -133,20 +140,30 @@ class IncrementalDetokenizer:
         return self._num_read
 
     def _release(self, new_text: str) -> tuple[str, str | None]:
-        """Do the second stage: split held-back and new text into a safe part and the rest."""
-        text = self._held_back + new_text
-        if not self._params.stop or self.num_tokens < self._params.min_tokens:
-            return text, None
-        found = [
-            (at, -len(stop), stop) for stop in self._params.stop if (at := text.find(stop)) >= 0
-        ]
-        if found:
-            at, _, stop = min(found)
-            self._held_back = ""
-            return text[:at], stop
+        """Do the second stage: split held-back and new text into a safe part and the rest.
+
+        A stop string counts where the newest token completes it and the output may end there,
+        however early it began. One that was completed before ``min_tokens`` is ordinary text.
+        """
+        params, old = self._params, self._held_back
+        if not params.stop:
+            return new_text, None
+        text = old + new_text
+        if self.num_tokens >= params.min_tokens:
+            found = [
+                (at, -len(stop), stop)
+                for stop in params.stop
+                # Only what ends in the new text, since `old` may hold one that did not count.
+                if (at := text.find(stop, max(0, len(old) - len(stop) + 1))) >= 0
+            ]
+            if found:
+                at, _, stop = min(found)
+                self._held_back = ""
+                end = at + len(stop) if params.include_stop_str_in_output else at
+                return text[:end], stop
         # Text sent before could not begin a stop string, so any match to come begins in
         # this tail or behind it.
-        safe = len(text) - max(_overlap(text, stop) for stop in self._params.stop)
+        safe = len(text) - max(_overlap(text, stop) for stop in params.stop)
         self._held_back = text[safe:]
         return text[:safe], None
 

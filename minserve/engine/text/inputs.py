@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from minserve.errors import InvalidRequestError, RequestTooLongError
+from minserve.prompts import Prompt, PromptOptions, TokenizedPrompt
 
 if TYPE_CHECKING:
     from minserve.engine.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptOptions:
-    """How a prompt becomes token ids, where a caller wants it otherwise than usual.
-
-    Attributes:
-        add_special_tokens: add what the model wants around a text (often a BOS); ``None`` does so
-            for texts, but not for chats, whose template writes the special tokens itself.
-        add_generation_prompt: of a chat: end with the beginning of the assistant's answer.
-        continue_final_message: of a chat: leave the last message open, so that the output goes on
-            in it. Needs ``add_generation_prompt`` to be false.
-        template_kwargs: of a chat: further variables of its template.
-        truncate_prompt_tokens: keep so many tokens of a longer prompt, the last ones; -1 keeps as
-            many as leave room for one token of output. ``None`` refuses a prompt that is too long.
-    """
-
-    add_special_tokens: bool | None = None
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    truncate_prompt_tokens: int | None = None
+# The longest text that is tokenized to its end before its length is known, in characters for each
+# token that fits. Of a longer one the beginning is tokenized first.
+_PROBE_CHARACTERS = 8
+# So many times more tokens than fit, a beginning must have: where it is cut off, its tokens may
+# differ from those of the whole text.
+_PROBE_MARGIN = 1.25
+_USUAL = PromptOptions()
+# What a chat template sees of the conversation itself, and arguments of transformers' function that
+# runs it.
+_OWN_VARIABLES = frozenset(
+    {
+        "messages",
+        "conversations",
+        "tools",
+        "documents",
+        "chat_template",
+        "return_assistant_tokens_mask",
+    }
+)
 
 
 class PromptProcessor:
@@ -49,51 +48,74 @@ class PromptProcessor:
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
 
-    def process(
-        self, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]]
-    ) -> tuple[str | None, tuple[int, ...]]:
+    def process(self, prompt: Prompt, options: PromptOptions = _USUAL) -> TokenizedPrompt:
         """Check one prompt and turn it into token ids.
 
         Args:
-            prompt: a text, token ids, or the messages of a chat.
+            prompt: a text, token ids, the messages of a chat, or what this method has returned.
 
         Returns:
-            The text (for a chat: as the template wrote it; ``None`` for token ids), and the
-            token ids: at least one, fewer than ``max_model_len``, all in the vocabulary.
+            The prompt with at least one token and fewer than ``max_model_len``, all of them in the
+            vocabulary.
 
         Raises:
             RequestTooLongError: where no room is left for an output.
             InvalidRequestError: for any other prompt that cannot be run.
         """
-        param = "prompt"
-        text: str | None = None
-        ids: Sequence[Any] = ()
+        if isinstance(prompt, TokenizedPrompt):
+            return prompt
         if isinstance(prompt, str):
-            text, ids = prompt, self._encode(prompt, param, add_special_tokens=True)
-        elif not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
+            special = options.add_special_tokens is not False
+            ids: Sequence[Any] = self._encode(prompt, "prompt", special, options)
+            return self._checked(prompt, ids, "prompt", options)
+        if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
             raise InvalidRequestError(
                 "a prompt is a text, a list of token ids or a list of messages, "
                 f"not {type(prompt).__name__}",
                 "prompt",
             )
-        elif prompt and isinstance(prompt[0], Mapping):
-            param = "messages"
-            text = self._render(prompt)
+        if prompt and isinstance(prompt[0], Mapping):
+            text = self._render(prompt, options)
             # The template has written the special tokens already.
-            ids = self._encode(text, param, add_special_tokens=False)
-        else:
-            ids = prompt
-        return text, self._checked_ids(ids, param)
+            ids = self._encode(text, "messages", bool(options.add_special_tokens), options)
+            return self._checked(text, ids, "messages", options)
+        return self._checked(None, prompt, "prompt", options)
 
-    def _render(self, messages: Sequence[Any]) -> str:
+    def tokenize(self, prompt: Prompt, options: PromptOptions = _USUAL) -> TokenizedPrompt:
+        """Turn a text or messages into token ids, as many as there are and perhaps none.
+
+        Raises:
+            InvalidRequestError: for messages that the chat template refuses.
+        """
+        if isinstance(prompt, str):
+            text, special = prompt, options.add_special_tokens is not False
+        else:
+            text, special = self._render(prompt, options), bool(options.add_special_tokens)
+        ids = self._tokenizer.encode(text, add_special_tokens=special)
+        return TokenizedPrompt(text, tuple(ids))
+
+    def _render(self, messages: Any, options: PromptOptions) -> str:
+        if taken := _OWN_VARIABLES & options.template_kwargs.keys():
+            raise InvalidRequestError(
+                f"chat_template_kwargs: {min(taken)!r} cannot be set there", "chat_template_kwargs"
+            )
         for i, message in enumerate(messages):
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise InvalidRequestError(
                     f"message {i} must be an object with a 'role', not {message!r:.80}", "messages"
                 )
-        return self._tokenizer.render_chat(messages)
+        return self._tokenizer.render_chat(
+            messages,
+            **{
+                **options.template_kwargs,
+                "add_generation_prompt": options.add_generation_prompt,
+                "continue_final_message": options.continue_final_message,
+            },
+        )
 
-    def _encode(self, text: str, param: str, *, add_special_tokens: bool) -> Sequence[int]:
+    def _encode(
+        self, text: str, param: str, add_special_tokens: bool, options: PromptOptions
+    ) -> Sequence[int]:
         if not text:
             raise InvalidRequestError("the prompt is empty", param)
         try:
@@ -109,9 +131,34 @@ class PromptProcessor:
         fewest_tokens = -(-size // self._tokenizer.max_token_bytes)
         if fewest_tokens >= self._max_model_len:
             raise self._too_long(f"at least {fewest_tokens}", param)
+        if options.truncate_prompt_tokens is None:
+            self._probe(text, param)
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-    def _checked_ids(self, ids: Sequence[Any], param: str) -> tuple[int, ...]:
+    def _probe(self, text: str, param: str) -> None:
+        """Refuse a long text whose beginning alone is too long."""
+        num_characters = _PROBE_CHARACTERS * self._max_model_len
+        if len(text) <= num_characters:
+            return
+        beginning = self._tokenizer.encode(text[:num_characters], add_special_tokens=False)
+        if len(beginning) > _PROBE_MARGIN * self._max_model_len:
+            raise self._too_long(f"more than {self._max_model_len}", param)
+
+    def _truncated(self, ids: Sequence[Any], options: PromptOptions) -> Sequence[Any]:
+        most = options.truncate_prompt_tokens
+        if most is None:
+            return ids
+        most = self._max_model_len - 1 if most == -1 else most
+        return ids[-most:]
+
+    def _checked(
+        self, text: str | None, ids: Sequence[Any], param: str, options: PromptOptions
+    ) -> TokenizedPrompt:
+        kept = self._truncated(ids, options)
+        # The text of what was cut is no part of the prompt.
+        return TokenizedPrompt(text if len(kept) == len(ids) else None, self._ids(kept, param))
+
+    def _ids(self, ids: Sequence[Any], param: str) -> tuple[int, ...]:
         if not ids:
             raise InvalidRequestError("the prompt is empty", param)
         if len(ids) >= self._max_model_len:
@@ -130,8 +177,10 @@ class PromptProcessor:
         return tuple(ids)
 
     def _too_long(self, tokens: str, param: str) -> RequestTooLongError:
+        # Clients know an overflow by these words of OpenAI's, or by its code in them.
         return RequestTooLongError(
-            f"the prompt has {tokens} tokens; the model's length is {self._max_model_len} tokens "
-            f"and the output needs one of them, so at most {self._max_model_len - 1} fit",
+            f"This model's maximum context length is {self._max_model_len} tokens. However, your "
+            f"{param} resulted in {tokens} tokens, and the output needs one more. Please reduce "
+            f"the length of the {param}. (context_length_exceeded)",
             param,
         )

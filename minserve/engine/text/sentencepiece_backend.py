@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minserve.engine.text.backend import LONG_TEXT
-from minserve.engine.text.sentencepiece_proto import BYTE, UNKNOWN
+from minserve.engine.text.sentencepiece_proto import BYTE, UNKNOWN, new_model_proto
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -78,6 +78,10 @@ class SentencePieceBackend:
         self._vocabulary = {piece.piece: i for i, piece in enumerate(model.pieces)}
         self._vocabulary.update({token.content: i for i, token in rules.added.items()})
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The library's model is made again in the other process.
+        return _from_bytes, (self.model.SerializeToString(), self.rules, self.kind)
+
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         ids = list(self.rules.before) if add_special_tokens else []
         for token, start, end in self._fragments(text):
@@ -127,6 +131,12 @@ class SentencePieceBackend:
             (self._added_ids.get(number), start, end)
             for number, (start, end) in zip(found.ids, found.offsets, strict=True)
         ]
+
+
+def _from_bytes(data: bytes, rules: SentencePieceRules, kind: str) -> SentencePieceBackend:
+    model = new_model_proto()
+    model.ParseFromString(data)
+    return SentencePieceBackend(model, rules, kind)
 
 
 def _make_splitter(added: Mapping[int, AddedToken]) -> tuple[Any, dict[int, int]]:

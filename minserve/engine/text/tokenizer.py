@@ -22,6 +22,7 @@ from minserve.engine.text.chat_template import (
 from minserve.engine.text.folder_vocabulary import has_vocabulary, load_folder
 from minserve.engine.text.gguf_vocabulary import load_gguf
 from minserve.engine.text.stop_tokens import folder_stop_tokens, named_ends, named_tokens
+from minserve.engine.text.text_offsets import TextOffsets, prompt_offsets
 from minserve.engine.text.vocabulary import Vocabulary, are_alike
 from minserve.errors import ModelLoadError
 
@@ -147,6 +148,27 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """Return the exact bytes of one token, perhaps part of a character; empty if unknown."""
         return self._backend.token_bytes(token_id)
+
+    def prompt_offsets(self, text: str | None, token_ids: Sequence[int]) -> TextOffsets:
+        """Return what tells where the tokens of a prompt begin in its text.
+
+        Args:
+            text: the text as it was given; ``None`` for that of all tokens, special ones included.
+        """
+        return prompt_offsets(self, text, token_ids)
+
+    def output_offsets(
+        self, behind: Sequence[int], start: int, skip_special_tokens: bool = True
+    ) -> TextOffsets:
+        """Return what tells where the tokens of an output begin in its text.
+
+        Args:
+            behind: the tokens of the prompt.
+            start: the place of the output's first token.
+        """
+        return TextOffsets(
+            self, behind=behind, start=start, skip_special_tokens=skip_special_tokens
+        )
 
     @property
     def has_chat_template(self) -> bool:

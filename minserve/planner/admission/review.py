@@ -38,8 +38,6 @@ from minserve.slo.objectives import Standing
 
 # Stands for "no deadline"; finite, so that what never gets done is never accepted.
 FAR_S = 1e7
-# An answer for requests that would not fit the idle device either.
-NEVER_S = 3600.0
 SOON_S = 0.1
 
 Choose = Callable[[SequenceOf[Candidate], Outlook, PrefillRates], Admission]
@@ -419,13 +417,19 @@ class _ReviewRound:
         return self.now + candidate.work / rate if rate > 0 else math.inf
 
     def _refusal(self, i: int, accepted: set[int]) -> Refusal:
-        """Return the resource that is short, and the time until that changes by prediction."""
+        """Return the resource that is short, and the time until that changes by prediction.
+
+        The same request would come anew then, with all its time before it.
+        """
         candidate = self.candidates[i]
+        waited_s = self.now - self.undecided[i].request.arrival_s
+        candidate = candidate._replace(deadline_s=candidate.deadline_s + waited_s)
         own = [0] * len(self.tiers)
         if candidate.tier is not None:
             own[candidate.tier] = candidate.num_seqs
-        if not self._fits_alone(candidate, self.rates) or self.rates.one(own) < 0:
-            return Refusal("device", NEVER_S)
+        rates = self.whole_rates
+        if not self._fits_alone(candidate, rates) or rates.one(own) < 0:
+            return Refusal("device", math.inf)
         outlook = self.outlook(math.inf, [self.candidates[j] for j in accepted])
         paced = self.rates(outlook.counts + np.array(own, dtype=np.int64)) > 0
         room = outlook.free_blocks >= candidate.blocks

@@ -43,6 +43,13 @@ def promising_policies() -> list[str]:
     return [name for name in POLICIES if planner_class(name).promises]
 
 
+def make_safe_planner(*, chunked_prefill: bool = True) -> Planner:
+    """Return a planner to fall back to where another one fails: simple, without memory, and
+    without promises.
+    """
+    return make_planner("sarathi" if chunked_prefill else "fcfs", chunked_prefill=chunked_prefill)
+
+
 def make_planner(
     name: str,
     *,

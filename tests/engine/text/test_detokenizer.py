@@ -226,28 +226,78 @@ def test_earliest_match_wins_and_then_the_longest():
 
 @pytest.mark.parametrize(
     ("min_tokens", "sent", "stop"),
-    [(0, "", "aa"), (2, "a", "aa"), (4, "aaa", "aa"), (6, "aaaaaab", None), (7, "aaaaaab", None)],
+    [
+        (0, "", "aa"),
+        (2, "", "aa"),
+        (4, "aa", "aa"),
+        (6, "aaaa", "aa"),
+        (7, "aaaaaab", None),
+    ],
 )
-def test_matches_that_begin_before_min_tokens_do_not_stop(min_tokens, sent, stop):
+def test_a_stop_string_counts_where_it_is_complete_at_min_tokens(min_tokens, sent, stop):
     deltas, hit, detokenizer = letters("aaaaaab", stop=("aa",), min_tokens=min_tokens)
     assert "".join(deltas) + detokenizer.flush() == sent
     assert hit == stop
 
 
-@settings(max_examples=300, derandomize=True)
+def test_a_stop_string_that_begins_before_min_tokens_ends_the_output(tokenizer):
+    ids = [tokenizer.encode(text)[0] for text in (" a", " b", "\n", "\n", "The", " end")]
+    deltas, stop = Stream(tokenizer, stop=("\n\nThe",), min_tokens=4).run(ids)
+    assert stop == "\n\nThe"
+    assert "".join(deltas) == " a b"
+
+
+def test_a_stop_string_completed_before_min_tokens_still_begins_a_longer_one():
+    deltas, stop, _ = letters("xabcz", stop=("a", "abcz"), min_tokens=4)
+    assert (deltas, stop) == (["x", "", "", "", ""], "abcz")
+
+
+@settings(max_examples=400, derandomize=True)
 @given(
-    text=st.text("abc", max_size=25),
+    tokens=st.lists(st.text("abc", max_size=3), max_size=14),
     stops=st.lists(st.text("abc", min_size=1, max_size=5), min_size=1, max_size=3),
+    min_tokens=st.integers(0, 8),
+    include=st.booleans(),
 )
-def test_stop_strings_agree_with_a_search_of_the_whole_text(text, stops):
-    """The first moment at which the text so far holds a match, and the first match then."""
-    deltas, stop, detokenizer = letters(text, stop=tuple(stops))
-    expected, hit = text, None
-    for end in range(1, len(text) + 1):
-        found = [(text[:end].find(s), -len(s), s) for s in stops if s in text[:end]]
+@example(tokens=["a", "b", "\n", "\n", "The"], stops=["\n\nThe"], min_tokens=4, include=False)
+def test_stop_strings_agree_with_a_search_of_the_whole_text(tokens, stops, min_tokens, include):
+    """The first token that completes a match where the output may end, and the first match then.
+
+    A match is complete with the token that brings its last character. Nothing that was sent is
+    ever taken back.
+    """
+    expected, hit = "".join(tokens), None
+    for num in range(max(min_tokens, 1), len(tokens) + 1):
+        before, text = len("".join(tokens[: num - 1])), "".join(tokens[:num])
+        found = [
+            (at, -len(stop), stop)
+            for stop in stops
+            for at in range(len(text))
+            if text.startswith(stop, at) and at + len(stop) > before
+        ]
         if found:
             at, _, hit = min(found)
-            expected = text[:at]
+            expected = text[: at + len(hit)] if include else text[:at]
+            break
+    params = SamplingParams(
+        max_tokens=100, stop=stops, min_tokens=min_tokens, include_stop_str_in_output=include
+    )
+    detokenizer = IncrementalDetokenizer(lambda ids, _: "".join(tokens[i] for i in ids), [], params)
+    sent, stop = "", None
+    for token in range(len(tokens)):
+        text, stop = detokenizer.add([token])
+        sent += text
+        assert expected.startswith(sent)
+        if stop is not None:
             break
     assert stop == hit
-    assert "".join(deltas) + detokenizer.flush() == expected
+    assert sent + detokenizer.flush() == expected
+
+
+@pytest.mark.parametrize(("include", "sent"), [(False, "one "), (True, "one END")])
+def test_the_stop_string_is_part_of_the_text_on_request(include, sent):
+    deltas, stop, detokenizer = letters(
+        "one ENDed", stop=("END",), include_stop_str_in_output=include
+    )
+    assert stop == "END"
+    assert "".join(deltas) + detokenizer.flush() == sent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -61,6 +62,19 @@ def test_the_space_put_before_a_text_is_not_in_what_comes_back(prefix):
         came_back = tokenizer.decode(ids, skip_special_tokens=False)
         behind_special = prefix is PrefixSpace.ALWAYS
         assert came_back == (text.replace("<s>", "<s> ") if behind_special else text)
+
+
+@pytest.mark.parametrize("prefix", PrefixSpace)
+def test_a_copy_in_another_process_cuts_texts_alike(prefix):
+    tokenizer = backend(prefix, left={"lstrip": True}, end={"special": True, "single_word": True})
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    for text in ("self <left> self", "<s>self<end> <end>", "é ▁ \U0001f600", " self"):
+        for special in (True, False):
+            assert copy.encode(text, special) == tokenizer.encode(text, special)
+            ids = tokenizer.encode(text, special)
+            assert copy.decode(ids, special) == tokenizer.decode(ids, special)
+    assert copy.vocabulary() == tokenizer.vocabulary()
+    assert copy.kind == tokenizer.kind
 
 
 def test_added_tokens_have_their_flags():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -189,6 +190,19 @@ def test_what_no_idle_device_could_do_is_refused_as_such() -> None:
     replay.waiting = [request("impossible", 100, 5, 0.0, slo)]
     (refusal,) = replay.step().reject.values()
     assert refusal.reason == "device"
+    assert refusal.retry_after_s == math.inf
+    assert "idle device" in str(refusal.error())
+
+
+def test_a_refusal_for_want_of_time_alone_does_not_say_never() -> None:
+    """It came while an iteration ran for so long that it was late before it was seen."""
+    slo = SLO(ttft=1.0, tpot=0.1, on_unattainable=OnUnattainable.REJECT)
+    replay = replay_of()
+    replay.now = 5.0
+    replay.waiting = [request("late", 100, 5, 3.9, slo)]
+    (refusal,) = replay.step().reject.values()
+    assert refusal.reason == "compute"
+    assert 0 < refusal.retry_after_s < 2.0
 
 
 def test_memory_that_is_promised_away_refuses_with_that_reason() -> None:

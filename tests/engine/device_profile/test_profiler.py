@@ -298,13 +298,22 @@ def test_without_xdg_profiles_lie_under_dot_cache(
         lambda text: json.dumps({**json.loads(text), "model": {"pieces": [], "margin": 1}}),
         lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "quality"}),
         lambda text: text.replace('"tiny (', '"other ('),
+        lambda text: text.replace('"tiny (', '"\udcff ('),
+        lambda _: "[" * 100_000,
+        lambda text: json.dumps({**json.loads(text), "seconds": 10**400}),
+        lambda text: json.dumps({**json.loads(text), "allowed_s": None}),
+        lambda text: json.dumps({**json.loads(text), "quality": "good"}),
+        lambda text: json.dumps({**json.loads(text), "quality": {"r2": "good"}}),
+        lambda text: json.dumps({**json.loads(text), "runs": [[1.5, 1, 1, 1, 0, 0, [1.0]]]}),
+        lambda text: json.dumps({**json.loads(text), "runs": [["a", 1, 1, 1, 0, 0, [1.0]]]}),
+        lambda text: json.dumps({**json.loads(text), "runs": [[-1, 1, 1, 1, 0, 0, [1.0]]]}),
     ],
 )
 def test_an_unusable_file_is_a_warning_and_no_profile(
     profile: Profile, spoil: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = profile_cache.save(profile)
-    path.write_text(spoil(path.read_text()))
+    path.write_text(spoil(path.read_text()), errors="surrogateescape")
     with caplog.at_level(logging.WARNING):
         assert profile_cache.load(profile.key) is None
     assert str(path) in caplog.text
@@ -324,3 +333,18 @@ def test_a_failed_save_leaves_the_old_profile_and_no_rest(
         profile_cache.save(profile)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_user_without_a_home_folder_has_no_cache_and_starts(
+    profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert profile_cache.load(profile.key) is None
+    with profile_cache.alone_with(profile.key, 0.0) as alone:
+        assert alone
+    with pytest.raises(OSError, match="set XDG_CACHE_HOME"):
+        profile_cache.save(profile)

@@ -1,0 +1,61 @@
+"""The edge of the server: what every request passes through before its handler, in this order.
+
+An answer to every error; HTTP's version; ``Host``, origins and preflights; the API key; the limits
+of each client; the time for the body. Each check is cheap, and none of them reads a body.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from aiohttp import web
+from aiohttp.typedefs import Middleware
+
+from minserve.config import ServerConfig
+from minserve.server.browsers import BrowserRules
+from minserve.server.errors import error_response, to_http_error
+from minserve.server.keys import KeyRing
+from minserve.server.limits import ClientLimits, refuse_unspoken_versions
+from minserve.server.request_ids import add_request_id
+from minserve.server.routes import Handler
+
+
+class Edge:
+    """The middlewares and signals of an application, outermost first.
+
+    Raises:
+        ConfigError: if the file of API keys cannot be used.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        browsers, keys, limits = BrowserRules(config), KeyRing(config), ClientLimits(config)
+        self.middlewares: Sequence[Middleware] = (
+            answer_errors,
+            refuse_unspoken_versions,
+            browsers.check,
+            keys.check,
+            limits.count,
+            limits.bound_body,
+        )
+        self.signals = (add_request_id, browsers.add_headers)
+
+
+@web.middleware
+async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn every failure into OpenAI's JSON error.
+
+    Raises:
+        ConnectionError: where an answer has begun; breaking it off is all that tells of the failure.
+    """
+    try:
+        return await handler(request)
+    except ConnectionError:
+        raise  # the client has closed the connection, so no answer can be sent
+    except Exception as error:
+        told = to_http_error(error)
+        if request.writer.output_size > 0:
+            raise ConnectionAbortedError(told.message) from error
+        response = error_response(told)
+        if request.content.exception() is not None:
+            response.force_close()  # the rest of the body cannot be told from a next request
+        return response

@@ -1,0 +1,86 @@
+"""Writes the tables of a page on the parameters: ``python -m minserve.server.parameters.page FILE``.
+
+The page's text is written by people; what stands between ``<!-- table: NAME -->`` and
+``<!-- end -->`` comes from here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from minserve.server.parameters.hints import HINTS, NESTED
+from minserve.server.parameters.parameter import ALL, GENERATION, MESSAGES, SERVERS, Parameter
+from minserve.server.parameters.unsupported import SUBJECTS
+from minserve.server.parameters.works import ANSWER, PROMPT, SAMPLING
+
+_TABLE = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_PLACES = {ALL: "all", GENERATION: "", MESSAGES: "chat, tokenize"}
+
+
+def write_tables(page: str) -> str:
+    """Return a page with its tables renewed.
+
+    Raises:
+        KeyError: for a table of an unknown name.
+    """
+    return _TABLE.sub(lambda found: f"{found[1]}{_TABLES[found[2]]()}{found[3]}", page)
+
+
+def _works(parameters: Iterable[Parameter]) -> str:
+    return _rows(
+        ("parameter", "values", "default", "as in"),
+        ((_name(one), one.says, one.default, _origin(one)) for one in parameters),
+    )
+
+
+def _hints(parameters: Iterable[Parameter]) -> str:
+    return _rows(
+        ("parameter", "why it changes nothing", "as in"),
+        ((_name(one), one.says, _origin(one)) for one in parameters),
+    )
+
+
+def _refused() -> str:
+    rows = (
+        (_name(one), _neutral(one), one.says, _origin(one))
+        for parameters in SUBJECTS.values()
+        for one in parameters
+    )
+    return _rows(("parameter", "taken as not given", "otherwise refused", "as in"), rows)
+
+
+def _name(parameter: Parameter) -> str:
+    """Return a parameter's name, with the endpoints it belongs to unless they are the usual two."""
+    places = _PLACES.get(parameter.endpoints, ", ".join(parameter.endpoints))
+    return f"`{parameter.name}`" + (f" ({places})" if places else "")
+
+
+def _neutral(parameter: Parameter) -> str:
+    values = [f"`{json.dumps(one)}`" for one in parameter.neutral]
+    return ", ".join(values + ([f"the same as `{parameter.same_as}`"] if parameter.same_as else []))
+
+
+def _origin(parameter: Parameter) -> str:
+    return ", ".join(SERVERS[letter] for letter in parameter.known_from)
+
+
+def _rows(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n".replace("|  |", "| |") for cells in lines)
+
+
+_TABLES: dict[str, Callable[[], str]] = {
+    "prompt": lambda: _works(PROMPT),
+    "answer": lambda: _works(ANSWER),
+    "sampling": lambda: _works(SAMPLING),
+    "hints": lambda: _hints((*HINTS, *NESTED)),
+    "refused": _refused,
+}
+
+if __name__ == "__main__":
+    file = Path(sys.argv[1])
+    file.write_text(write_tables(file.read_text(encoding="utf-8")), encoding="utf-8")

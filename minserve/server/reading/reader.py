@@ -1,0 +1,177 @@
+"""`Reader`: all that is done with a request's body before the engine gets it.
+
+It is a pure function of the body and of what is known of the model, and needs neither torch nor
+a running engine, so that it can run in another process. What it takes grows with the body:
+reading JSON, running the chat template, tokenizing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from minserve.errors import InvalidRequestError
+from minserve.prompts import TokenizedPrompt
+from minserve.server.body import parse_object
+from minserve.server.errors import HttpError
+from minserve.server.json_array import dump_json
+from minserve.server.protocol import (
+    GenerationCall,
+    parse_chat,
+    parse_completion,
+    parse_detokenize,
+    parse_tokenize,
+)
+from minserve.server.slo_http import read_slo
+from minserve.slo.objectives import SLO
+
+if TYPE_CHECKING:
+    from minserve.engine.text.inputs import PromptProcessor
+    from minserve.engine.text.tokenizer import Tokenizer
+
+Endpoint = Literal["completions", "chat"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What a reader knows of the model and the engine. It can be sent to another process.
+
+    Attributes:
+        model_name: the name of the model in the API.
+        prompts: tokenizes and checks prompts.
+        max_queue: the most outputs that one request may ask for.
+        sampling_defaults: the model's own, for requests that leave settings out.
+        slo_classes, default_slo, thinking_marker: as in `EngineFace`.
+    """
+
+    model_name: str
+    tokenizer: Tokenizer
+    prompts: PromptProcessor
+    max_model_len: int
+    vocab_size: int
+    max_queue: int
+    sampling_defaults: Mapping[str, Any]
+    slo_classes: Mapping[str, SLO]
+    default_slo: SLO | None
+    thinking_marker: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ReadCall:
+    """A generation that can be submitted.
+
+    Attributes:
+        call: what was asked, without its prompts.
+        prompts: the prompts as token ids; their text only where the answer repeats it.
+        came_s: when the body had come, in seconds of ``time.monotonic()``.
+    """
+
+    call: GenerationCall
+    prompts: list[TokenizedPrompt]
+    slo: SLO | None
+    came_s: float
+
+
+class Reader:
+    """Reads bodies for one model."""
+
+    def __init__(self, facts: Facts) -> None:
+        self._facts = facts
+
+    def generation(
+        self, raw: bytes, came_s: float, endpoint: Endpoint, headers: Mapping[str, str]
+    ) -> ReadCall:
+        """Read the body of a completion or a chat.
+
+        Args:
+            came_s: for the result.
+            headers: those of the request that say something of its SLO.
+
+        Raises:
+            InvalidRequestError: if a field is wrong; the error names it.
+            HttpError: 404 for another model.
+        """
+        facts = self._facts
+        parse = parse_chat if endpoint == "chat" else parse_completion
+        call = parse(parse_object(raw), facts.sampling_defaults)
+        slo = read_slo(call.slo, headers, facts)
+        self._check_model(call.model)
+        if call.chat:
+            self._require_chat_template()
+        num_outputs = len(call.prompts) * call.params.n
+        if num_outputs > facts.max_queue:  # before so many prompts are tokenized
+            raise InvalidRequestError(
+                f"{num_outputs} outputs in one request; at most {facts.max_queue} can be queued here"
+            )
+        prompts = []
+        for prompt in call.prompts:
+            one = facts.prompts.process(prompt, call.prompt_options)
+            prompts.append(one if call.echo else one._replace(text=None))
+        return ReadCall(replace(call, prompts=[]), prompts, slo, came_s)
+
+    def tokenized(self, raw: bytes) -> tuple[bytes, tuple[str, ...]]:
+        """Answer a body of /tokenize.
+
+        Returns:
+            The answer as JSON, and the names of hints that changed nothing.
+
+        Raises:
+            InvalidRequestError: if a field is wrong; the error names it.
+            HttpError: 404 for another model.
+        """
+        call = parse_tokenize(parse_object(raw))
+        self._check_model(call.model)
+        if not isinstance(call.prompt, str):
+            self._require_chat_template()
+        tokens = self._facts.prompts.tokenize(call.prompt, call.prompt_options).token_ids
+        most = self._facts.max_model_len
+        answer = {"tokens": tokens, "count": len(tokens), "max_model_len": most}
+        if call.return_token_strs:
+            answer["token_strs"] = [self._facts.tokenizer.token_text(token) for token in tokens]
+        return dump_json(answer), call.ignored
+
+    def detokenized(self, raw: bytes) -> bytes:
+        """Return the answer to a body of /detokenize, as JSON; special tokens are written out.
+
+        Raises:
+            InvalidRequestError: if a field is wrong; the error names it.
+            HttpError: 404 for another model.
+        """
+        model, tokens = parse_detokenize(parse_object(raw))
+        self._check_model(model)
+        vocab_size = self._facts.vocab_size
+        for token in tokens:
+            if token >= vocab_size:
+                raise InvalidRequestError(
+                    f"tokens: {token} is outside the vocabulary of {vocab_size}", "tokens"
+                )
+        text = self._facts.tokenizer.decode(tokens, skip_special_tokens=False)
+        return dump_json({"prompt": text})
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None:
+            check_model(name, self._facts.model_name)
+
+    def _require_chat_template(self) -> None:
+        if not self._facts.tokenizer.has_chat_template:
+            raise InvalidRequestError(
+                "this model has no chat template; use /v1/completions, or start the server with "
+                "--chat-template FILE",
+                "messages",
+            )
+
+
+def check_model(name: str, served: str) -> None:
+    """Check the name of a model that a client asks for.
+
+    Raises:
+        HttpError: 404 for another one than that which is served.
+    """
+    if name != served:
+        raise HttpError(
+            404,
+            f"the model {name!r} is not served here; this server has {served!r}",
+            param="model",
+            code="model_not_found",
+        )
