@@ -5,8 +5,8 @@ rounding differs between the two, near ties may be decided otherwise, and the te
 from there on. The last line is JSON, by dtype: ``outputs``, ``equal``, ``same_tokens``: the
 tokens before the first difference, or all of them, added up, and ``tokens``.
 
-    python bench/seeds.py                                # float32; some minutes
-    python bench/seeds.py --dtypes float32 bfloat16 --deterministic
+    .venv/bin/python bench/seeds.py                                # float32; some minutes
+    .venv/bin/python bench/seeds.py --dtypes float32 bfloat16 --deterministic
 """
 
 from __future__ import annotations
