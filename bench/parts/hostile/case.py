@@ -98,6 +98,8 @@ class Case:
         attack: does it; returns what is wrong with the answer, ``None`` if it is right.
         alone: True where nothing else of this program may run beside it.
         slow: True where it takes seconds, so that it is no unit test.
+        crowded: True where there are more connections than the server can hold, so that it may close
+            one that has asked nothing yet. Whoever has asked is served all the same.
         needs: what the target must have or be: ``pid``, ``replicas``, ``single`` or ``key``.
     """
 
@@ -106,6 +108,7 @@ class Case:
     attack: Attack = field(repr=False)
     alone: bool = False
     slow: bool = False
+    crowded: bool = False
     needs: str = ""
 
     def fits(self, target: Target) -> bool:

@@ -240,7 +240,7 @@ def cases() -> list[Case]:
         Case(NAME, "30 slow readers", _slow_readers, alone=True, slow=True),
         Case(NAME, "a full queue", _full_queue, alone=True, slow=True),
         Case(NAME, "more connections than descriptors", _more_than_descriptors, alone=True,
-             slow=True, needs="pid"),
+             slow=True, crowded=True, needs="pid"),
         Case(NAME, f"{STORM} streams of {STORM_TOKENS} tokens dropped", _abort_storm, alone=True,
              slow=True),
     ]  # fmt: skip

@@ -81,7 +81,9 @@ async def run_cases(
             async with neighbour.silent():
                 batch[-1].left = await _left(target)
     for outcome in outcomes:
-        outcome.neighbour = neighbour.problem_between(*times[id(outcome)])
+        outcome.neighbour = neighbour.problem_between(
+            *times[id(outcome)], may_be_turned_away=outcome.case.crowded
+        )
     return outcomes
 
 
