@@ -5,8 +5,8 @@ rounding differs between the two, near ties may be decided otherwise, and the te
 from there on. The last line is JSON, by dtype: ``outputs``, ``equal``, ``same_tokens``: the
 tokens before the first difference, or all of them, added up, and ``tokens``.
 
-    python bench/seeds.py                                # float32; some minutes
-    python bench/seeds.py --dtypes float32 bfloat16 --deterministic
+    .venv/bin/python bench/seeds.py                                # float32; some minutes
+    .venv/bin/python bench/seeds.py --dtypes float32 bfloat16 --deterministic
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from minserve import Engine, SamplingParams
+from minserve.progress import progress_bar
 from shared.machine import machine
 from shared.program import positive, run_program
 
@@ -85,9 +84,9 @@ def measure(args: argparse.Namespace, dtype: str) -> dict[str, int]:
     engine = Engine(args.model, dtype=dtype, prefix_caching=False, **settings)
     every = requests(args)
     alone, together = [], []
-    for one in tqdm(every, desc=f"{dtype}, alone"):
+    for one in progress_bar(every, desc=f"{dtype}, alone"):
         alone += token_ids(engine, [one])
-    for start in tqdm(range(0, len(every), args.batch), desc=f"{dtype}, together"):
+    for start in progress_bar(range(0, len(every), args.batch), desc=f"{dtype}, together"):
         together += token_ids(engine, every[start : start + args.batch])
     same = [num_same(a, b) for a, b in zip(alone, together, strict=True)]
     return {
