@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from parts.hostile.case import COMPLETIONS, Target
-from parts.hostile.wire import ANSWER_S, Answer, request_bytes
+from parts.hostile.wire import ANSWER_S, WireAnswer, request_bytes
 
 NEIGHBOUR_PROMPT = "Once upon a time, in a small town by the sea,"
 # A connection that the server closed before it had answered: whoever has just come may ask again.
@@ -163,7 +163,7 @@ async def unquiet(target: Target) -> str | None:
 
 async def busy_gauges(target: Target) -> dict[str, float]:
     """Return the gauges of requests and memory that are not 0."""
-    answer: Answer = await target.ask("GET", "/metrics")
+    answer: WireAnswer = await target.ask("GET", "/metrics")
     names = ("num_requests_running", "num_requests_waiting", "num_requests_unfinished",
              "kv_cache_usage_perc")  # fmt: skip
     found = {}
