@@ -18,12 +18,12 @@ import time
 from collections.abc import Sequence
 
 import torch
-from tqdm import tqdm
 
 from minserve import Engine
 from minserve.blocks import blocks_for
 from minserve.engine.device.batch_tensors import Chunk
 from minserve.engine.device.runner import ModelRunner, model_runner
+from minserve.progress_bar import progress_bar
 from shared.machine import machine
 from shared.program import positive, run_program
 
@@ -83,7 +83,7 @@ def main() -> None:
     args = parse_args()
     runners = {name: load(args, name == "deterministic") for name in ("default", "deterministic")}
     result: dict[str, dict[str, float]] = {}
-    for kind, chunks in tqdm(batches().items()):
+    for kind, chunks in progress_bar(batches().items()):
         found: dict[str, list[float]] = {name: [] for name in runners}
         for turn in range(args.turns + 1):
             for name, runner in runners.items():

@@ -16,9 +16,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from minserve import Engine, SamplingParams
+from minserve.progress_bar import progress_bar
 from shared.machine import machine
 from shared.program import positive, run_program
 
@@ -85,9 +84,9 @@ def measure(args: argparse.Namespace, dtype: str) -> dict[str, int]:
     engine = Engine(args.model, dtype=dtype, prefix_caching=False, **settings)
     every = requests(args)
     alone, together = [], []
-    for one in tqdm(every, desc=f"{dtype}, alone"):
+    for one in progress_bar(every, desc=f"{dtype}, alone"):
         alone += token_ids(engine, [one])
-    for start in tqdm(range(0, len(every), args.batch), desc=f"{dtype}, together"):
+    for start in progress_bar(range(0, len(every), args.batch), desc=f"{dtype}, together"):
         together += token_ids(engine, every[start : start + args.batch])
     same = [num_same(a, b) for a, b in zip(alone, together, strict=True)]
     return {
