@@ -17,6 +17,9 @@ from minserve.config import ATTENTION_BACKENDS
 from minserve.errors import BackendUnavailableError
 from minserve.kernels.upload import to_device
 
+# The torch backend where results must not depend on the batch; a setting of its own asks for it.
+DETERMINISTIC = "torch, deterministic"
+
 
 @dataclass(frozen=True, slots=True)
 class LayerKV:
@@ -203,11 +206,15 @@ def _why_not_triton(device: torch.device) -> str | None:
 def make_attention_backend(
     name: str, num_heads: int, num_kv_heads: int, head_dim: int, scale: float
 ) -> AttentionBackend:
-    """Return a new backend for a name that `choose_attention_backend` returned.
+    """Return a new backend for a name that `choose_attention_backend` returned, or `DETERMINISTIC`.
 
     Raises:
         BackendUnavailableError: for an unknown name, or if it cannot serve such heads.
     """
+    if name == DETERMINISTIC:
+        from minserve.kernels.deterministic_backend import DeterministicBackend
+
+        return DeterministicBackend(num_heads, num_kv_heads, head_dim, scale)
     if name == "torch":
         from minserve.kernels.torch_backend import TorchBackend
 

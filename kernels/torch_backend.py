@@ -172,7 +172,7 @@ class TorchBackend(AttentionBackend):
         rotations: Tensor | None = None,
     ) -> None:
         if rotations is not None:
-            _rotate_(qkv.narrow(1, 0, self.num_heads + self.num_kv_heads), rotations)
+            rotate_(qkv.narrow(1, 0, self.num_heads + self.num_kv_heads), rotations)
         new = qkv.narrow(1, self.num_heads, 2 * self.num_kv_heads)
         if metadata.state.left_over is not None:
             # Groups read blocks whole. Masked or not, a NaN of the block's owner before would
@@ -376,7 +376,7 @@ def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return torch.from_numpy(pages).view(dtype).view(size)
 
 
-def _rotate_(heads: Tensor, rotations: Tensor) -> None:
+def rotate_(heads: Tensor, rotations: Tensor) -> None:
     """Rotate ``[num_tokens, num_heads, head_dim]`` in place (RoPE; Su et al., 2021)."""
     is_wide = heads.dtype is torch.float32
     wide = heads if is_wide else heads.float()

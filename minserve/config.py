@@ -110,6 +110,12 @@ class EngineConfig:
         "--attention-backend triton)",
         group="model",
     )
+    deterministic: bool = option(
+        False,
+        "make every output the same, to the last bit of its log probabilities, whatever else runs "
+        "beside it: alone or in a batch, with drafts or without. On CPUs alone, and slower",
+        group="model",
+    )
     executor: str = option(
         "model",
         "model: run it. simulated: wait for as long as a device would take by its --profile, and "
@@ -234,6 +240,8 @@ class EngineConfig:
                 "executor simulated has no weights: leave quantization out, and simulate by a "
                 "profile measured with it"
             )
+        if self.deterministic:
+            self._check_deterministic()
         if self.draft_model is not None and self.speculator not in ("auto", "draft"):
             raise ConfigError(
                 f"draft_model is given, but speculator {self.speculator!r} does not use one"
@@ -254,6 +262,19 @@ class EngineConfig:
             if choices and getattr(self, f.name) not in choices:
                 raise ConfigError(
                     f"{f.name} must be one of {', '.join(choices)}, not {getattr(self, f.name)!r}"
+                )
+
+    def _check_deterministic(self) -> None:
+        for name, fitting in (
+            ("device", ("auto", "cpu")),
+            ("attention_backend", ("auto", "torch")),
+            ("quantization", ("none",)),
+            ("executor", ("model",)),
+        ):
+            if getattr(self, name) not in fitting:
+                raise ConfigError(
+                    f"deterministic is not available with {name} {getattr(self, name)!r}; "
+                    "leave one of the two out"
                 )
 
     def budget_on(self, device: str) -> int:

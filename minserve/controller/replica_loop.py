@@ -59,6 +59,7 @@ def identity_of(engine: RelayEngine) -> m.Identity:
         "tokenizer": engine.config.tokenizer or "the model's",
         "max_model_len": str(engine.max_model_len),
         "policy": engine.config.policy,
+        "deterministic": str(engine.config.deterministic).lower(),
     }
     return m.Identity(protocol=m.PROTOCOL, version=__version__, traits=traits)
 

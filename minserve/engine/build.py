@@ -24,12 +24,14 @@ from minserve.engine.device.runner import ModelRunner
 from minserve.engine.device.thread_count import ThreadCount
 from minserve.engine.model_tokenizer import load_model_tokenizer
 from minserve.engine.profile.profile_cache import dtype_words
+from minserve.engine.sampling.sampler import Sampler
 from minserve.engine.simulated import load_simulated_core
 from minserve.engine.speculation.draft_model_proposer import MOST_DECODE_TOKENS, DraftModelProposer
 from minserve.engine.speculation.proposer import NgramProposer, Proposer
 from minserve.engine.text.tokenizer import Tokenizer, has_tokenizer
 from minserve.errors import ConfigError
 from minserve.kernels.attention import (
+    DETERMINISTIC,
     AttentionBackend,
     LayerKV,
     choose_attention_backend,
@@ -38,6 +40,7 @@ from minserve.kernels.attention import (
 from minserve.machine import Machine
 from minserve.models.base import CausalLM, ModelShape
 from minserve.models.config import ModelConfig
+from minserve.models.deterministic_layers import DeterministicPlacement
 from minserve.models.draft_model import check_vocabulary, load_draft_model
 from minserve.models.finding.source import (
     EMBEDDED_DRAFT,
@@ -98,10 +101,13 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     draft_source = find_draft_model(config, model_config, tokenizer)
     attention = choose_attention_backend(config.attention_backend, device)
     model, placement = _load_model(config, source, model_config, device, attention)
+    if config.deterministic:
+        attention = DETERMINISTIC
     parts = _PartMaker(attention, config.block_size, placement)
     proposer = _make_proposer(config, model, draft_source, parts)
     runner = ModelRunner(model, *parts.of(model.shape))
     runner.threads = threads
+    runner.sampler = Sampler(fused=runner.backend.in_triton, one_by_one=config.deterministic)
     num_blocks, max_model_len = _make_ready(config, runner, proposer, placement)
     core = EngineCore(
         runner,
@@ -167,15 +173,23 @@ def _load_model(
     with open_checkpoint(source) as checkpoint:
         require_tensors(checkpoint, model_config)
         twice = device.type == "cpu" and has_room_twice(checkpoint.num_parameters())
-        placement = WeightPlacement.choose(
-            device,
-            config.dtype,
-            fused=attention != "torch",
-            twice=twice,
-            quantization=config.quantization,
-        )
+        placement = choose_placement(config, device, fused=attention != "torch", twice=twice)
         checkpoint.rounded_to = placement.read_dtype
         return build_model(checkpoint, model_config, placement, longest), placement
+
+
+def choose_placement(
+    config: EngineConfig, device: torch.device, *, fused: bool = False, twice: bool = False
+) -> WeightPlacement:
+    """Return where the weights are kept and in which form; the arguments are those of `choose`.
+
+    Raises:
+        ConfigError: where the device cannot run what the settings ask for.
+    """
+    kind = DeterministicPlacement if config.deterministic else WeightPlacement
+    return kind.choose(
+        device, config.dtype, fused=fused, twice=twice, quantization=config.quantization
+    )
 
 
 def _make_ready(
@@ -411,7 +425,9 @@ def _set_num_threads(config: EngineConfig, device: torch.device) -> ThreadCount 
     if config.threads is not None:
         machine.warn_of(config.threads, f"--threads {config.threads}")
     torch.set_num_threads(config.threads or machine.num_threads)
-    return ThreadCount(torch.get_num_threads(), machine.cores)
+    # How work is divided among threads may show in the last bits.
+    adapts = not config.deterministic
+    return ThreadCount(torch.get_num_threads(), machine.cores, adapts=adapts)
 
 
 def longest_sequence(config: EngineConfig, model: ModelConfig) -> int:

@@ -23,7 +23,7 @@ from minserve.errors import (
     MinserveError,
 )
 from minserve.outputs import CompletionOutput, OutputDelta, RequestOutput
-from minserve.progress import progress_bar
+from minserve.progress_bar import progress_bar
 from minserve.prompts import Prompt
 from minserve.request import FinishReason
 from minserve.sampling_params import SamplingParams

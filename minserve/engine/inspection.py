@@ -15,6 +15,7 @@ import torch
 from minserve.config import EngineConfig
 from minserve.engine.build import (
     choose_device,
+    choose_placement,
     find_draft_model,
     has_room_twice,
     longest_sequence,
@@ -137,9 +138,7 @@ def _look_at_weights(
     longest = longest_sequence(config, model)
     device = choose_device(config.device)
     twice = device.type == "cpu" and has_room_twice(checkpoint.num_parameters())
-    placement = WeightPlacement.choose(
-        device, config.dtype, twice=twice, quantization=config.quantization
-    )
+    placement = choose_placement(config, device, twice=twice)
     found.facts["runs_as"] = {
         "device": device.type,
         "dtype": dtype_words(placement.linear_dtype, placement.dtype),

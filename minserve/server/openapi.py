@@ -166,6 +166,7 @@ def _gets() -> dict[str, Any]:
     model = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
     text = {"type": "string"}
     rows: dict[str, tuple[str, str, dict[str, Any], list[dict[str, Any]]]] = {
+        "/": ("frontPage", "A page for people", _answer(text, "text/html"), []),
         "/v1/models": ("listModels", "The one model, in a list", _answer(ref("ModelList")), []),
         "/v1/models/{model}": ("getModel", "The one model", _answer(ref("Model")), [model]),
         "/health": ("health", "Whether requests are taken", _answer(ref("Health")), []),

@@ -36,6 +36,8 @@ def is_safe(request: web.Request) -> bool:
 
 def is_open(request: web.Request) -> bool:
     """Return whether a request needs no API key."""
+    if isinstance(request.match_info.http_exception, web.HTTPMethodNotAllowed):
+        return request.path in OPEN_ROUTES  # no handler will run
     return route_of(request) in OPEN_ROUTES
 
 

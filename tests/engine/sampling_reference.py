@@ -82,15 +82,36 @@ def reference_distribution(logits: list[float], seq: Sequence) -> list[float]:
     return [v / total for v in w]
 
 
-def reference_token(probabilities: list[float], u: float) -> tuple[int, float]:
-    """Inverse CDF, and how far the draw is from the nearest step."""
-    total, steps = 0.0, []
-    for token, probability in enumerate(probabilities):
-        total += probability
-        if probability:
-            steps.append((total, token))
-    token = next((t for cdf, t in steps if cdf > u), steps[-1][1])
-    return token, min(abs(cdf - u) for cdf, _ in steps)
+def splitmix64(state: int, num: int) -> list[int]:
+    """The first outputs of SplitMix64, by its published code."""
+    found = []
+    for _ in range(num):
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        z = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        found.append(z ^ (z >> 31))
+    return found
+
+
+CHUNK = 256
+
+
+def reference_token(probabilities: list[float], word: int) -> tuple[int, float]:
+    """The winner of a race of chunks and of one of its tokens, and the smaller lead, in nats."""
+    sums = [math.fsum(probabilities[i : i + CHUNK]) for i in range(0, len(probabilities), CHUNK)]
+    words = splitmix64(word, CHUNK + len(sums))
+    times = [-math.log(((one >> 12) + 0.5) * 2.0**-52) for one in words]
+    chunk, lead = _winner(sums, times[CHUNK:])
+    token, own_lead = _winner(probabilities[chunk * CHUNK : (chunk + 1) * CHUNK], times)
+    return chunk * CHUNK + token, min(lead, own_lead)
+
+
+def _winner(rates: list[float], times: list[float]) -> tuple[int, float]:
+    scores = [
+        math.log(r) - math.log(e) if r else -math.inf for r, e in zip(rates, times, strict=False)
+    ]
+    second, best = sorted([-math.inf, *scores])[-2:]
+    return scores.index(best), best - second
 
 
 def chi_square_limit(degrees: int) -> float:

@@ -30,7 +30,7 @@ class Client:
     command: tuple[str, ...]
     packages: tuple[str, ...]
     source: str = "pip"
-    limit_s: float = 600.0
+    limit_s: float = 1800.0
 
 
 def _program(file: str) -> tuple[str, ...]:
@@ -100,11 +100,13 @@ _ALL = (
     Client(
         "guidellm",
         "a synchronous benchmark of chats that ends without an error",
-        ("{bin}/guidellm", "benchmark", "run", "--target", "{url}", "--model", "{model}",
-         "--processor", "{folder}", "--data", "prompt_tokens=32,output_tokens=16",
-         "--profile", "synchronous", "--max-requests", "4",
-         "--backend-kwargs", '{{"api_key": "{key}"}}', "--output-dir", "{out}"),
-        ("guidellm==0.8.1",),
+        ("{bin}/guidellm", "run",
+         "--backend", "kind=openai_http,target={url},model={model},api_key={key}",
+         "--tokenizer", "kind=huggingface_auto,model={folder}",
+         "--data", "kind=synthetic_text,prompt_tokens=32,output_tokens=16",
+         "--profile", "kind=synchronous", "--constraint", "kind=max_requests,count=4",
+         "--disable-progress"),
+        ("guidellm==0.8.1", "torch==2.13.0+cpu"),
     ),
     Client(
         "aiperf",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from minserve import Engine
-from minserve.engine.sampling.distribution import ACCEPTANCE, uniforms
+from minserve.engine.sampling.noise import ACCEPTANCE, uniforms, words
 from minserve.engine.sampling.rows import SamplingRow
 from minserve.engine.sampling.sampler import Sampler
 from minserve.engine.speculation.draft_model_proposer import DraftModelProposer
@@ -46,7 +46,7 @@ class SyntheticSampler(Sampler):
     def _decide(self, real: Verified, seq: EngineSequence, drafted: tuple[int, ...]) -> Verified:
         num = 0
         while num < len(drafted):
-            if uniforms([SamplingRow(seq, drafted[:num])], [ACCEPTANCE])[0] >= self._rate:
+            if uniforms(words([SamplingRow(seq, drafted[:num])], [ACCEPTANCE]))[0] >= self._rate:
                 break
             num += 1
         accepted = tuple(SampledToken(token, None) for token in drafted[:num])

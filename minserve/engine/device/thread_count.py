@@ -62,6 +62,7 @@ class ThreadCount:
         most: the threads of a pass that is alone on the machine.
         cores: the number of cores that this process may run on.
         look: tells the machine's usage.
+        adapts: false keeps the number, whatever else runs.
 
     It sets torch's number for the thread that calls, which stays so after the pass.
 
@@ -69,11 +70,18 @@ class ThreadCount:
         now: the number of threads that passes have at the moment.
     """
 
-    def __init__(self, most: int, cores: int, look: Callable[[], Usage] = Usage.look) -> None:
+    def __init__(
+        self,
+        most: int,
+        cores: int,
+        look: Callable[[], Usage] = Usage.look,
+        *,
+        adapts: bool = True,
+    ) -> None:
         self.most = self.now = self._fitting = most
         self.cores = cores
         self._look = look
-        self._last = self._usage()
+        self._last = self._usage() if adapts else None
 
     def before_pass(self) -> None:
         """Set torch's threads for the next pass. Each look takes a tenth of a millisecond."""

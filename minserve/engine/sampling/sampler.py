@@ -15,18 +15,16 @@ from torch import Tensor
 
 from minserve.engine.sampling.adjustments import adjust
 from minserve.engine.sampling.distribution import (
-    CHOICE,
-    DRAFT,
     INVALID,
     argmax,
+    choose,
     draw,
-    inverse_cdf,
-    uniforms,
     warm_up,
     weigh,
 )
 from minserve.engine.sampling.logprobs import logprob_tensors, token_logprobs
-from minserve.engine.sampling.rows import SamplingRow, column, index_of
+from minserve.engine.sampling.noise import CHOICE, DRAFT, to_keys, words
+from minserve.engine.sampling.rows import SamplingRow, index_of
 from minserve.engine.speculation.proposal import Proposal, SampledToken, Verified
 from minserve.engine.speculation.verification import PendingTokens, Span, normalized, reject
 from minserve.errors import GenerationError
@@ -54,10 +52,13 @@ class Sampler:
 
     Args:
         fused: whether Triton's kernels run on the device of the logits; the tokens are the same.
+        one_by_one: whether each row is drawn by itself, so that the batch's shape does not
+            change its rounding.
     """
 
-    def __init__(self, *, fused: bool = False) -> None:
+    def __init__(self, *, fused: bool = False, one_by_one: bool = False) -> None:
         self._fused = fused
+        self._one_by_one = one_by_one
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, seqs: list[Sequence]) -> list[SampledToken | GenerationError]:
@@ -119,7 +120,7 @@ class Sampler:
         if order != sorted(order):
             logits = logits[index_of(_rows_before(spans), logits)]
         split = spans[-len(drawn)].first if drawn else len(rows)
-        ids, nums_accepted = _choose(logits[:split], rows[:split], self._fused), None
+        ids, nums_accepted = self._choose(logits[:split], rows[:split]), None
         if drawn:
             others, nums_accepted = reject(logits[split:], rows[split:], drawn, fused=self._fused)
             ids = torch.cat((ids, others))
@@ -129,8 +130,8 @@ class Sampler:
     def draft(self, logits: Tensor, rows: SequenceOf[SamplingRow]) -> list[Drafted]:
         """Return a draft model's choices, such that the target is likely to accept them.
 
-        A greedy row takes the most likely token, a seeded one is drawn with the number that
-        the target will use; others have draws of their own.
+        A greedy row takes the most likely token, a seeded one is drawn with the noise that
+        the target will use; others have noise of their own.
 
         Args:
             logits: those of the draft model, ``[len(rows), vocab]``; not changed.
@@ -143,8 +144,8 @@ class Sampler:
         if drawn:
             own = [rows[i] for i in drawn]
             weights, is_valid = weigh(logits[index_of(drawn, logits)], own, fused=self._fused)
-            draws = uniforms(own, [CHOICE if row.is_seeded else DRAFT for row in own])
-            chosen = inverse_cdf(weights, column(draws, weights, torch.float64))
+            noise = words(own, [CHOICE if row.is_seeded else DRAFT for row in own])
+            chosen = choose(weights, to_keys(noise, weights.device))
             ids[index_of(drawn, logits)] = torch.where(is_valid, chosen, INVALID)
             shares = normalized(weights)
             probabilities = {
@@ -179,6 +180,32 @@ class Sampler:
         ids = index_of(token_ids, logits)
         return token_logprobs(token_ids, tops, logprob_tensors(logits, ids, tops))
 
+    def _choose(self, logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
+        """Return the target's own choice for each row, ``[rows]``."""
+        special = [i for i, row in enumerate(rows) if not row.is_plain]
+        if not special:
+            return argmax(logits)
+        if len(special) < len(rows):
+            chosen, index = argmax(logits), index_of(special, logits)
+            chosen[index] = self._choose(logits[index], [rows[i] for i in special])
+            return chosen
+        logits = adjust(logits.float(), rows)
+        drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
+        if len(drawn) == len(rows):
+            return self._draw(logits, rows)
+        chosen = argmax(logits)
+        if drawn:
+            index = index_of(drawn, logits)
+            chosen[index] = self._draw(logits[index], [rows[i] for i in drawn])
+        return chosen
+
+    def _draw(self, logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
+        if not self._one_by_one or len(rows) == 1:
+            return draw(logits, rows, fused=self._fused)
+        return torch.cat(
+            [draw(logits[i : i + 1], [row], fused=self._fused) for i, row in enumerate(rows)]
+        )
+
 
 def _rows_before(spans: SequenceOf[Span]) -> list[int]:
     """Return, for each row, which one it was before the spans were put in order."""
@@ -187,23 +214,3 @@ def _rows_before(spans: SequenceOf[Span]) -> list[int]:
         firsts[span.place] = row
         row += len(span.rows)
     return [firsts[span.place] + num for span in spans for num in range(len(span.rows))]
-
-
-def _choose(logits: Tensor, rows: SequenceOf[SamplingRow], fused: bool) -> Tensor:
-    """Return the target's own choice for each row, ``[rows]``."""
-    special = [i for i, row in enumerate(rows) if not row.is_plain]
-    if not special:
-        return argmax(logits)
-    if len(special) < len(rows):
-        chosen, index = argmax(logits), index_of(special, logits)
-        chosen[index] = _choose(logits[index], [rows[i] for i in special], fused)
-        return chosen
-    logits = adjust(logits.float(), rows)
-    drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
-    if len(drawn) == len(rows):
-        return draw(logits, rows, fused=fused)
-    chosen = argmax(logits)
-    if drawn:
-        index = index_of(drawn, logits)
-        chosen[index] = draw(logits[index], [rows[i] for i in drawn], fused=fused)
-    return chosen

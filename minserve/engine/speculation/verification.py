@@ -14,15 +14,19 @@ from torch import Tensor
 from minserve.engine.device import transfers
 from minserve.engine.sampling.adjustments import adjust
 from minserve.engine.sampling.distribution import (
-    ACCEPTANCE,
-    CHOICE,
     INVALID,
-    RESIDUAL,
-    inverse_cdf,
-    uniforms,
+    choose,
     weigh,
 )
 from minserve.engine.sampling.logprobs import logprob_tensors, token_logprobs
+from minserve.engine.sampling.noise import (
+    ACCEPTANCE,
+    CHOICE,
+    RESIDUAL,
+    to_keys,
+    uniforms,
+    words,
+)
 from minserve.engine.sampling.rows import SamplingRow, column, index_of
 from minserve.engine.speculation.proposal import Proposal, SampledToken, Verified
 from minserve.errors import GenerationError
@@ -186,8 +190,8 @@ def reject(
         start += len(proposal.token_ids) + 1
     nums = _nums_accepted(p, rows, is_valid, starts, proposals)
     ends = index_of(starts, p) + nums
-    finals, draws = _at_ends(ends, p, rows, proposals)
-    last = torch.where(is_valid[ends], inverse_cdf(finals, draws), INVALID)
+    finals, keys = _at_ends(ends, p, rows, proposals)
+    last = torch.where(is_valid[ends], choose(finals, keys), INVALID)
     drafted = [token for one in proposals for token in (*one.token_ids, INVALID)]
     return index_of(drafted, p).index_copy_(0, ends, last), nums
 
@@ -215,8 +219,8 @@ def _nums_accepted(
     places, tokens, by_draft = zip(*drafted, strict=True)
     index = index_of(places, p)
     by_target = p[index, index_of(tokens, p)].double()
-    numbers = uniforms([rows[row] for row in places], [ACCEPTANCE] * len(places))
-    draws = column(numbers, p, torch.float64).squeeze(1)
+    numbers = uniforms(words([rows[row] for row in places], [ACCEPTANCE] * len(places)))
+    draws = column(numbers.tolist(), p, torch.float64).squeeze(1)
     accepts = is_valid[index] & (draws * torch.stack(by_draft).double() < by_target)
     # The row behind the last draft accepts nothing, which ends the count there.
     by_row = torch.zeros_like(is_valid).index_copy_(0, index, accepts)
@@ -235,23 +239,22 @@ def _at_ends(
 
     Returns:
         The distribution, float32 ``[proposals, >= vocab]``: p without the distribution of the
-        draft that was rejected there, or p where none was; and the number to draw with, float64
-        ``[proposals, 1]``.
+        draft that was rejected there, or p where none was; and the keys of the noise to draw
+        with, ``[proposals, 1]``.
     """
     streams = [s for one in proposals for s in (*[RESIDUAL] * len(one.token_ids), CHOICE)]
     if transfers.runs_behind(p.device):
         nothing = p.new_zeros(p.shape[1])  # is drafted behind the last token
         q = [own for one in proposals for own in (*one.drawn_from, nothing)]
         finals = _residual(p[ends], torch.stack(q)[ends])
-        return finals, column(uniforms(rows, streams), p, torch.float64)[ends]
+        return finals, to_keys(words(rows, streams), p.device)[ends]
     finals, at = p[ends], ends.tolist()
     start = 0
     for place, (proposal, end) in enumerate(zip(proposals, at, strict=True)):
         if end < start + len(proposal.token_ids):
             finals[place] = _residual(finals[place], proposal.drawn_from[end - start])
         start += len(proposal.token_ids) + 1
-    draws = uniforms([rows[row] for row in at], [streams[row] for row in at])
-    return finals, column(draws, p, torch.float64)
+    return finals, to_keys(words([rows[row] for row in at], [streams[row] for row in at]), p.device)
 
 
 def _residual(p: Tensor, q: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from itertools import pairwise
 
 import pytest
 import torch
@@ -21,75 +20,10 @@ from sampling_reference import (
     token_ids,
 )
 
-from minserve.engine.sampling.distribution import (
-    INVALID,
-    argmax,
-    philox,
-    uniform,
-    uniforms,
-)
-from minserve.engine.sampling.rows import SamplingRow
+from minserve.engine.sampling.distribution import INVALID, argmax
+from minserve.engine.sampling.noise import word
 from minserve.errors import GenerationError
 from minserve.request import Sequence
-
-MASK64 = 2**64 - 1
-
-
-# -- the generator -----------------------------------------------------------------------
-
-
-def test_philox_gives_the_known_answers_of_random123():
-    assert philox((0, 0), 0) == (0xCA00A0459843D731, 0x66C24222C9A845B5)
-    assert philox((MASK64, MASK64), MASK64) == (0x65B021D60CD8310F, 0x4D02F3222F86DF20)
-
-
-@pytest.mark.parametrize(
-    "draw",
-    [
-        lambda i: uniform(7, 0, i),
-        lambda i: uniform(i, 0, 0),
-        lambda i: uniform(-i, 0, 3),
-        lambda i: uniform(7, i, 5),
-        lambda i: uniform(7, 0, 5, stream=i),
-    ],
-    ids=["position", "seed", "negative seed", "index", "stream"],
-)
-def test_uniform_is_uniform_along_every_argument(draw):
-    draws, bins = 10_000, 100
-    values = [draw(i) for i in range(draws)]
-    assert all(0.0 <= u < 1.0 for u in values)
-    counts = Counter(int(u * bins) for u in values)
-    observed = [counts[b] for b in range(bins)]
-    assert chi_square(observed, [draws / bins] * bins) < chi_square_limit(bins - 1)
-    pairs = Counter((int(a * 10), int(b * 10)) for a, b in pairwise(values))
-    observed = [pairs[a, b] for a in range(10) for b in range(10)]
-    assert chi_square(observed, [(draws - 1) / 100] * 100) < chi_square_limit(99)
-
-
-def test_uniform_has_no_equal_draws_for_different_arguments():
-    draws = {
-        uniform(seed, index, position, stream)
-        for seed in (0, 1, 2**63, -(2**63) + 1)
-        for index in (0, 1, 127)
-        for position in range(50)
-        for stream in (0, 1)
-    }
-    assert len(draws) == 4 * 3 * 50 * 2
-
-
-@pytest.mark.parametrize("num", [1, 100])
-def test_numbers_drawn_together_are_those_drawn_one_by_one(num):
-    rows, streams = [], []
-    for i in range(num):
-        seed = (0, 7, 2**63 + i, -(2**63) + i, MASK64 - i)[i % 5] * (1 + i)
-        rows.append(SamplingRow(make_seq(output=[5] * (i % 9), seed=seed, index=i * 37 % 128)))
-        streams.append(i % 4)
-    expected = [
-        uniform(row.seq.request.seed, row.seq.index, row.position, stream)
-        for row, stream in zip(rows, streams, strict=True)
-    ]
-    assert uniforms(rows, streams) == expected
-
 
 # -- every parameter against the reference -----------------------------------------------
 
@@ -116,7 +50,7 @@ def test_each_parameter_samples_as_the_reference_does(settings):
     chosen = token_ids(SAMPLER.sample(logits, seqs))
     for row, seq in enumerate(seqs):
         distribution = reference_distribution(logits[row].tolist(), seq)
-        token, margin = reference_token(distribution, uniform(seq.request.seed, 0, 4))
+        token, margin = reference_token(distribution, word(seq.request.seed, 0, 4))
         assert chosen[row] == token or margin < 1e-5
         assert distribution[chosen[row]] > 0.0
 
@@ -162,6 +96,41 @@ def test_frequencies_match_exact_probabilities(settings):
     assert chi_square(observed, wanted) < chi_square_limit(len(wanted) - 1)
 
 
+@pytest.mark.parametrize(
+    "change", [{"index": 1}, {"seed": 10**6}, {"output": [7]}], ids=lambda one: next(iter(one))
+)
+def test_choices_of_different_streams_are_independent(change):
+    vocab, draws = 512, 6000
+    row = torch.full((1, vocab), -math.inf)
+    row[0, [3, 250, 256, 260, 511]] = torch.tensor([0.3, 0.0, 0.5, -0.4, 0.1])
+    logits, pairs = row.expand(draws, -1), []
+    for more in ({}, change):
+        seqs = [make_seq(**{**more, "seed": i + more.get("seed", 0)}) for i in range(draws)]
+        pairs.append(token_ids(SAMPLER.sample(logits, seqs)))
+    counts = Counter(zip(*pairs, strict=True))
+    p = {t: v for t, v in enumerate(row[0].double().softmax(-1).tolist()) if v}
+    cells = [(a, b) for a in p for b in p]
+    observed = [counts[cell] for cell in cells]
+    assert chi_square(observed, [p[a] * p[b] * draws for a, b in cells]) < chi_square_limit(24)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.5}, {"top_k": 300}], ids=str)
+def test_rounding_moves_a_choice_only_between_two_in_a_near_tie(settings):
+    noise, rows = 0.02, 400
+    logits = random_logits(rows, scale=2.0)
+    near = logits + noise * (2 * torch.rand(logits.shape) - 1)
+    seqs = [make_seq(seed=seed, **settings) for seed in range(rows)]
+    before, after = (token_ids(SAMPLER.sample(x, seqs)) for x in (logits, near))
+    most = 2 * noise / settings.get("temperature", 1.0)
+    moved = 0
+    for row, seq in enumerate(seqs):
+        if before[row] != after[row]:
+            moved += 1
+            distribution = reference_distribution(logits[row].tolist(), seq)
+            assert reference_token(distribution, word(row, 0, 0))[1] < most
+    assert moved < rows / 20
+
+
 # -- what a draw depends on --------------------------------------------------------------
 
 
@@ -173,7 +142,7 @@ def test_draw_depends_on_seed_index_and_position_alone():
 
     token = draw(seed=5, output=[1, 2])
     assert draw(seed=5, output=[8, 9], prompt=range(50)) == token
-    assert token == int(uniform(5, 0, 2) * VOCAB)
+    assert token == reference_token([1 / VOCAB] * VOCAB, word(5, 0, 2))[0]
     others = {draw(seed=6, output=[1, 2]), draw(seed=5, output=[1]), draw(seed=5, index=1)}
     assert token not in others
 
@@ -353,17 +322,18 @@ def test_extreme_logits_give_a_possible_token(name, settings):
             assert row[token] == max(row)
 
 
-@pytest.mark.parametrize("u", [0.0, 1.0 - 2**-53, 0.5])
-def test_zero_probability_tokens_are_never_taken_at_the_ends(monkeypatch, u):
-    monkeypatch.setattr("minserve.engine.sampling.distribution.uniform", lambda *_: u)
+@pytest.mark.parametrize("noise", [2.0**-53, 36.7, 1.0])
+def test_zero_probability_tokens_are_never_taken_at_the_ends(monkeypatch, noise):
+    monkeypatch.setattr(
+        "minserve.engine.sampling.distribution.exponentials",
+        lambda keys, num: torch.full((len(keys), num), noise, dtype=torch.float64),
+    )
     logits = torch.full((3, VOCAB), -math.inf)
     logits[0, 300:310] = torch.arange(10.0)
     logits[1, 255:257] = 0.1
     logits[2, 699] = -1e30
     chosen = token_ids(SAMPLER.sample(logits, [make_seq(seed=i) for i in range(3)]))
-    assert chosen[0] in range(300, 310)
-    assert chosen[1] == {0.0: 255}.get(u, 256)
-    assert chosen[2] == 699
+    assert chosen == [309, 255, 699]
 
 
 @pytest.mark.parametrize("broken", [math.nan, -math.inf])

@@ -29,7 +29,8 @@ from sampling_reference import (
 )
 from torch import Tensor
 
-from minserve.engine.sampling.distribution import ACCEPTANCE, DRAFT, INVALID, uniform
+from minserve.engine.sampling.distribution import INVALID
+from minserve.engine.sampling.noise import DRAFT, word
 from minserve.engine.sampling.rows import SamplingRow
 from minserve.engine.speculation import verification
 from minserve.engine.speculation.proposal import Proposal, SampledToken, Verified
@@ -91,7 +92,7 @@ def test_an_unseeded_draft_is_drawn_from_the_distribution_that_it_names(settings
         expected = reference_distribution(logits[0].tolist(), seq_with([7, 8, 8, 7], **common))
         assert choice.probabilities[:VOCAB].tolist() == pytest.approx(expected, abs=1e-6)
         assert choice.probabilities.sum().item() == pytest.approx(1.0, abs=1e-5)
-        token, margin = reference_token(expected, uniform(seed, 0, 4, DRAFT))
+        token, margin = reference_token(expected, word(seed, 0, 4, DRAFT))
         assert choice.token_id == token or margin < 1e-5
 
 
@@ -260,12 +261,13 @@ def _every_draft_accepted(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(verification, "_nums_accepted", broken)
 
 
-def _acceptance_by_the_drafts_own_number(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(verification, "ACCEPTANCE", DRAFT)
+def _the_same_noise_for_every_residual(patch: pytest.MonkeyPatch) -> None:
+    original = verification.to_keys
+    patch.setattr(verification, "to_keys", lambda words, device: original(words * 0, device))
 
 
-def _residual_by_the_number_that_rejected(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(verification, "RESIDUAL", ACCEPTANCE)
+def _one_number_for_every_acceptance(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(verification, "uniforms", lambda words: words * 0.0 + 0.5)
 
 
 @pytest.mark.parametrize(
@@ -275,8 +277,8 @@ def _residual_by_the_number_that_rejected(patch: pytest.MonkeyPatch) -> None:
         (_p_in_place_of_the_residual, 1),
         (_q_in_place_of_p_for_the_bonus, 2),
         (_every_draft_accepted, 0),
-        (_acceptance_by_the_drafts_own_number, 0),
-        (_residual_by_the_number_that_rejected, 0),
+        (_the_same_noise_for_every_residual, 0),
+        (_one_number_for_every_acceptance, 0),
     ],
     ids=lambda value: str(getattr(value, "__name__", value)),
 )
