@@ -11,6 +11,7 @@ from minserve.sampling_params import (
     MAX_LOGPROBS,
     MAX_N,
     MAX_NAMED_TOKENS,
+    MAX_STOP_LENGTH,
     MAX_STOP_STRINGS,
     MAX_TOP_K,
     SEED_MAX,
@@ -33,6 +34,8 @@ from minserve.server.parameters.parameter import (
 _HINTS = get_type_hints(SamplingParams)
 _LOGPROBS = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 _TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+# It is hashed with each block of a prompt.
+MAX_SALT_LENGTH = 1024
 _STRINGS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
 
 
@@ -100,7 +103,8 @@ SAMPLING = (
     _setting(
         "stop",
         "OVSL",
-        f"a text or up to {MAX_STOP_STRINGS} texts that end the output; they are not part of it",
+        f"a text or up to {MAX_STOP_STRINGS} texts, of {MAX_STOP_LENGTH} characters together, that "
+        "end the output; they are not part of it",
         default="none",
         form=Any,
         schema={
@@ -118,7 +122,7 @@ SAMPLING = (
     _setting(
         "stop_token_ids",
         "VS",
-        "token ids that end the output",
+        f"up to {MAX_NAMED_TOKENS} token ids that end the output",
         default="none",
         form=list[TokenId],
     ),
@@ -360,8 +364,8 @@ ANSWER = (
     _works(
         "cache_salt",
         "VS",
-        "only requests of the same salt share cached prefixes",
-        form=str,
+        f"up to {MAX_SALT_LENGTH} characters; only requests of the same salt share cached prefixes",
+        form=Annotated[str, Meta(max_length=MAX_SALT_LENGTH)],
         default='""',
     ),
     _works(
