@@ -5,8 +5,8 @@ over the rows that give a token is part of it. With one thread the figures are p
 a busy machine changes little, else seconds; each is the median over the turns. The last line is
 JSON: by pass, ``default_ms``, ``deterministic_ms`` and ``ratio``.
 
-    python bench/deterministic.py                        # the embedded model, one thread
-    python bench/deterministic.py --dtype bfloat16 --threads 2
+    .venv/bin/python bench/deterministic.py                        # the embedded model, one thread
+    .venv/bin/python bench/deterministic.py --dtype bfloat16 --threads 2
 """
 
 from __future__ import annotations

@@ -48,8 +48,9 @@ class SamplingParams:
         top_p: keep the smallest set of most likely tokens with at least this mass.
         top_k: keep the k most likely tokens; 0 or -1 keeps all.
         min_p: drop tokens less likely than ``min_p`` times the most likely one.
-        seed: makes sampled output reproducible whatever else is in the batch.
-            Output ``i`` of ``n`` uses the stream ``(seed, i)``.
+        seed: makes sampled output reproducible: whatever else is in the batch, only a near tie
+            between two tokens may be decided otherwise, by rounding. Output ``i`` of ``n`` uses
+            the stream ``(seed, i)``.
         presence_penalty: subtracted from the logit of a token already generated.
         frequency_penalty: subtracted once per time that a token was generated.
         repetition_penalty: divides positive (multiplies negative) logits of tokens
