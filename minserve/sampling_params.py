@@ -11,7 +11,6 @@ from minserve.errors import InvalidRequestError
 
 MAX_LOGPROBS = 100
 MAX_N = 128
-# Each is compared with the end of the text for each token of the output.
 MAX_STOP_STRINGS, MAX_STOP_LENGTH = 64, 8192
 # What these name is looked up for each token of the output.
 MAX_NAMED_TOKENS = 1024
@@ -117,8 +116,8 @@ class SamplingParams:
                 raise InvalidRequestError(f"{name} must be true or false, not {value!r:.80}", name)
         self._check_integers()
         self._check_numbers()
-        self._check_named()
         self._check_stops()
+        self._check_named()
 
     def _check_integers(self) -> None:
         _integer("n", self.n, 1, MAX_N)
@@ -157,12 +156,16 @@ class SamplingParams:
             raise InvalidRequestError(
                 f"stop strings hold at most {MAX_STOP_LENGTH} characters together", "stop"
             )
+        if len(self.stop_token_ids) > MAX_NAMED_TOKENS:
+            raise InvalidRequestError(
+                f"at most {MAX_NAMED_TOKENS} stop token ids", "stop_token_ids"
+            )
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0)
 
     def _check_named(self) -> None:
         """Check the tokens and words that the settings name one by one."""
-        for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
+        for name in ("logit_bias", "allowed_token_ids"):
             if len(getattr(self, name)) > MAX_NAMED_TOKENS:
                 raise InvalidRequestError(f"{name} holds at most {MAX_NAMED_TOKENS} tokens", name)
         for token in self.allowed_token_ids:

@@ -103,8 +103,8 @@ SAMPLING = (
     _setting(
         "stop",
         "OVSL",
-        f"a text or up to {MAX_STOP_STRINGS} texts, of {MAX_STOP_LENGTH} characters together, that "
-        "end the output; they are not part of it",
+        f"a text or up to {MAX_STOP_STRINGS} texts that end the output, of {MAX_STOP_LENGTH} characters together; "
+        "they are not part of it",
         default="none",
         form=Any,
         schema={
@@ -122,7 +122,7 @@ SAMPLING = (
     _setting(
         "stop_token_ids",
         "VS",
-        f"up to {MAX_NAMED_TOKENS} token ids that end the output",
+        f"token ids that end the output; up to {MAX_NAMED_TOKENS}",
         default="none",
         form=list[TokenId],
     ),
