@@ -261,7 +261,8 @@ def test_the_engine_and_the_simulator_give_every_token_at_the_same_time(
     replica.pool.check_integrity([])
     if num_blocks < 50:
         assert snapshot.num_preemptions > 0
-    if any(len(one.turns) > 1 for one in workload):
+    # What a preempted output finds of its own is no hit, and a small pool keeps nothing else.
+    if num_blocks >= 50 and any(len(one.turns) > 1 for one in workload):
         assert snapshot.num_prefix_hits > 0
 
 
