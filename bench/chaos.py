@@ -27,7 +27,7 @@ from typing import Any
 
 import aiohttp
 
-from minserve.progress import progress_bar
+from minserve.progress_bar import progress_bar
 from minserve.workload.data_files import read_prompts
 from minserve.workload.server_process import ServerProcess, minserve_command
 from shared.program import run_program

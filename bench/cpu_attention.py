@@ -23,7 +23,7 @@ from torch import Tensor
 
 from minserve.kernels.attention import AttentionMetadata, LayerKV
 from minserve.kernels.torch_backend import TorchBackend
-from minserve.progress import progress_bar
+from minserve.progress_bar import progress_bar
 from minserve.tables import text_table
 from shared.cpu_ceilings import milliseconds
 

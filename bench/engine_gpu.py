@@ -35,7 +35,7 @@ from minserve.engine.core import EngineCore
 from minserve.engine.device.kv_cache import bytes_per_block
 from minserve.engine.profile.profile_design import ProfileBatch
 from minserve.engine.profile.profiler import Workbench, profile_core
-from minserve.progress import progress_bar
+from minserve.progress_bar import progress_bar
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
 from shared.interpreter import choose_interpreter

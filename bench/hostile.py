@@ -33,11 +33,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from minserve.progress import progress_bar
+from minserve.progress_bar import progress_bar
 from minserve.workload.server_process import ServerProcess, minserve_command
 from parts.hostile.auth_cases import KEY
-from parts.hostile.case import DETOKENIZE, Case, Limits, Target
-from parts.hostile.runner import Outcome, run_cases
+from parts.hostile.case import DETOKENIZE, HostileCase, Limits, Target
+from parts.hostile.runner import CaseOutcome, run_cases
 from parts.hostile.table import all_cases
 from parts.hostile.tokenizing_load import measure
 from parts.hostile.wire import Address
@@ -101,19 +101,19 @@ def served(args: argparse.Namespace, logged: list[str], key: str = "") -> Iterat
         logged.append(server.output())
 
 
-def run(target: Target, cases: list[Case]) -> list[Outcome]:
+def run(target: Target, cases: list[HostileCase]) -> list[CaseOutcome]:
     """Run the cases that fit a target, with a bar, and tell failures as they come."""
     fitting = [case for case in cases if case.fits(target)]
     with progress_bar(total=len(fitting), unit="case") as bar:
 
-        def done(outcome: Outcome) -> None:
+        def done(outcome: CaseOutcome) -> None:
             bar.set_description(outcome.case.family)
             bar.update()
 
         return asyncio.run(run_cases(target, fitting, done))
 
 
-def judge_log(logged: list[str], file: Path | None) -> Outcome:
+def judge_log(logged: list[str], file: Path | None) -> CaseOutcome:
     """Return the last case: that nothing in the servers' output is a traceback.
 
     What a client does is worth a line at most, or clients could fill a disk.
@@ -125,7 +125,7 @@ def judge_log(logged: list[str], file: Path | None) -> Outcome:
     if file is not None:
         file.write_text(text)
     found = text.count(TRACEBACK)
-    outcome = Outcome(Case("log", "no traceback", _no_attack))
+    outcome = CaseOutcome(HostileCase("log", "no traceback", _no_attack))
     if found:
         last = text.rpartition(TRACEBACK)[2].splitlines()
         ends = next((line for line in last if line and not line.startswith(" ")), "")
@@ -137,7 +137,7 @@ async def _no_attack(target: Target) -> None:
     """Do nothing: what the other cases did is looked at."""
 
 
-def report(outcomes: list[Outcome]) -> dict[str, Any]:
+def report(outcomes: list[CaseOutcome]) -> dict[str, Any]:
     """Print what is wrong, and return the counts."""
     bad = [outcome for outcome in outcomes if outcome.problems]
     for outcome in bad:
@@ -182,7 +182,7 @@ def main() -> int:
     if args.list:
         print(*(f"{case.family} | {case.name}" for case in cases), sep="\n")
         return 0
-    outcomes: list[Outcome] = []
+    outcomes: list[CaseOutcome] = []
     more: dict[str, Any] = {}
     logged: list[str] = []
     open_ones = [case for case in cases if case.needs != "key"]

@@ -16,7 +16,7 @@ import torch
 
 from minserve.models.finding.source import find_model, load_config
 from minserve.models.layers import WeightFormat, WeightPlacement
-from minserve.progress import progress_bar
+from minserve.progress_bar import progress_bar
 from minserve.tables import text_table
 from shared.cpu_ceilings import ceilings, fast_bf16, pass_milliseconds
 

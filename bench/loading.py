@@ -28,7 +28,7 @@ from minserve.models.finding.source import find_model, load_config
 from minserve.models.layers import WeightPlacement
 from minserve.models.registry import build_model
 from minserve.models.weights.loader import open_checkpoint
-from minserve.progress import progress_bar
+from minserve.progress_bar import progress_bar
 from minserve.tables import text_table
 
 LAYERS, SHARE = 4, 8

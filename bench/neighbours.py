@@ -29,7 +29,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minserve.exit_codes import EXIT_INTERRUPTED
-from minserve.progress import progress_bar
+from minserve.progress_bar import progress_bar
 from shared.children import child, events, script
 from shared.cpu_time import busy_process
 from shared.machine import machine

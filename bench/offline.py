@@ -32,7 +32,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minserve.exit_codes import EXIT_INTERRUPTED
-from minserve.progress import progress_bar
+from minserve.progress_bar import progress_bar
 from minserve.workload.plots import check_can_plot
 from parts.offline.contenders import (
     QUANTIZATIONS,

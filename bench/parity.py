@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from minserve.engine.device.runner import ModelRunner
-from minserve.progress import progress_bar
+from minserve.progress_bar import progress_bar
 from parts.parity.passes import chunked_logits, greedy, load, make_runner
 from parts.parity.reference import VOCAB, reference_greedy, reference_model, save
 from parts.parity.variants import CASES, ModelVariant

@@ -31,7 +31,7 @@ from minserve.planner.admission.timeline import Admission, Candidate, simulate
 from minserve.planner.plan import PlannerView
 from minserve.planner.policies.dp import DpPlanner
 from minserve.planner.predict.perf_model import PerfModel, Piece
-from minserve.progress import progress_bar
+from minserve.progress_bar import progress_bar
 from minserve.request import Request, Sequence, SequenceState
 from minserve.sampling_params import SamplingParams
 from minserve.slo.attainment import Progress

@@ -22,7 +22,7 @@ import torch
 from minserve import Engine, SamplingParams
 from minserve.config import QUANTIZATIONS
 from minserve.cpu_name import cpu_name
-from minserve.progress import progress_bar
+from minserve.progress_bar import progress_bar
 from minserve.tables import text_table
 
 WINDOW = 256

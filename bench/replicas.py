@@ -27,7 +27,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minserve.errors import WorkloadError
-from minserve.progress import progress_bar
+from minserve.progress_bar import progress_bar
 from minserve.tables import text_table
 from minserve.workload.capacity import find_capacity
 from minserve.workload.client import LoadProgress

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from minserve import Engine, SamplingParams
-from minserve.progress import progress_bar
+from minserve.progress_bar import progress_bar
 from shared.machine import machine
 from shared.program import positive, run_program
 

@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from minserve.devices import Device, find_device
 from minserve.planner.policies.registry import POLICIES, planner_class
-from minserve.progress import progress_bar
+from minserve.progress_bar import progress_bar
 from minserve.simulator.simulation import Setup, simulate
 from minserve.slo.objectives import SLO
 from minserve.workload.capacity import find_capacity

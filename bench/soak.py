@@ -28,12 +28,12 @@ from typing import Any
 
 import aiohttp
 
-from minserve.progress import progress_bar
+from minserve.progress_bar import progress_bar
 from minserve.workload.plots import check_can_plot, figure_of, save
 from minserve.workload.server_process import ServerProcess, minserve_command
 from parts.soak.analysis import Sample, summary
 from parts.soak.traffic import Traffic
-from parts.soak.watching import Watch
+from parts.soak.watching import ServerWatch
 from shared.machine import machine
 from shared.program import positive, run_program
 from shared.servers import wait_until_up
@@ -45,14 +45,14 @@ MOST_PROBLEMS_SHOWN = 20
 
 async def soak(
     url: str, pid: int, args: argparse.Namespace
-) -> tuple[list[Sample], list[Sample], Traffic, Watch]:
+) -> tuple[list[Sample], list[Sample], Traffic, ServerWatch]:
     """Run all turns; returns all samples, those of quiet points, and what was asked."""
     samples, quiet = list[Sample](), list[Sample]()
     timeout = aiohttp.ClientTimeout(total=None, sock_read=300.0)
     # Connections that stay open would count as the server's.
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(url, timeout=timeout, connector=connector) as session:
-        watch = Watch(pid, session)
+        watch = ServerWatch(pid, session)
         async with session.get("/v1/models") as response:
             (model,) = (await response.json())["data"]
         traffic = Traffic(session, model["max_model_len"], random.Random(args.seed))

@@ -44,7 +44,7 @@ from tqdm import tqdm
 from minserve import Engine
 from minserve.errors import MinserveError
 from minserve.models.finding.source import EMBEDDED_DRAFT, find_model, load_config
-from minserve.progress import progress_bar
+from minserve.progress_bar import progress_bar
 from minserve.workload import data_files
 from parts.speculative.report import SYNTHETIC, CaseResult, plot, summary, table
 from parts.speculative.runs import (

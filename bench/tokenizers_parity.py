@@ -17,7 +17,7 @@ from pathlib import Path
 
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.models.finding.source import find_model
-from minserve.progress import progress_bar
+from minserve.progress_bar import progress_bar
 from parts.tokenizers_parity.cases import make_cases
 from parts.tokenizers_parity.comparing import mismatches
 from parts.tokenizers_parity.vocabularies import texts

@@ -34,7 +34,7 @@ from transformers import LlamaConfig, LlamaModel
 from minserve import Engine, SamplingParams
 from minserve.models.finding.source import find_model, load_config
 from minserve.models.weights.loader import open_checkpoint
-from minserve.progress import progress_bar
+from minserve.progress_bar import progress_bar
 
 TARGET = "smollm2"
 PROMPTS = Path(__file__).parent.parent / "bench" / "data"

@@ -1,5 +1,7 @@
 """Ask a running server (`make serve`) to keep a latency promise, and see whether it did.
 
+It needs the official client: `.venv/bin/pip install openai`.
+
 .venv/bin/python examples/slo_client.py
 """
 

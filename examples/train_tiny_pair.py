@@ -31,7 +31,7 @@ from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from minserve.progress import progress_bar
+from minserve.progress_bar import progress_bar
 
 FAMILIES = ("llama", "opt")
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>"]

@@ -41,7 +41,7 @@ class _Tile(NamedTuple):
     places: slice
 
 
-class _Span(NamedTuple):
+class _KeySpan(NamedTuple):
     """Tiles of a sequence that see equally many keys.
 
     Attributes:
@@ -97,7 +97,7 @@ class DeterministicBackend(TorchBackend):
                 out[tile.rows] = self._tile(query[tile.rows], key, value, tile)
         return out.flatten(1)
 
-    def _read(self, kv: LayerKV, span: _Span) -> tuple[Tensor, Tensor]:
+    def _read(self, kv: LayerKV, span: _KeySpan) -> tuple[Tensor, Tensor]:
         """Return keys and values, each ``[num_kv_heads, num_keys, head_dim]``, zeros at the end."""
         shape = (2, self.num_kv_heads, span.num_keys, self.head_dim)
         size = 2 * self.num_kv_heads * span.num_keys * self.head_dim
@@ -132,7 +132,7 @@ class DeterministicBackend(TorchBackend):
         return self._unseen
 
 
-def _spans(rows: slice, seq_len: int, table: Tensor, block_size: int) -> Iterator[_Span]:
+def _spans(rows: slice, seq_len: int, table: Tensor, block_size: int) -> Iterator[_KeySpan]:
     """Divide a sequence's queries, its last tokens, into spans and tiles by their positions."""
     start = seq_len - (rows.stop - rows.start)
     shift = rows.start - start  # from a position to its row
@@ -150,5 +150,5 @@ def _spans(rows: slice, seq_len: int, table: Tensor, block_size: int) -> Iterato
                     slice(begin - first, end - first),
                 )
             )
-        yield _Span(slots[:num_keys], num_keys, tiles)
+        yield _KeySpan(slots[:num_keys], num_keys, tiles)
         start = num_keys

@@ -57,20 +57,15 @@ class _Gathered(NamedTuple):
         rows: int64 ``[sequences * kv heads * blocks]``: indices into `_Views.blocks`.
         buffer: ``[len(rows), block_size * head_dim]``.
         tokens: the buffer as ``[sequences * kv heads, tokens, head_dim]``.
-        stale: int64: places in ``[sequences * kv heads * tokens]`` that belong to no sequence.
     """
 
     rows: Tensor
     buffer: Tensor
     tokens: Tensor
-    stale: Tensor | None = None
 
     def read(self, kv: LayerKV) -> Tensor:
         """Gather from a layer's cache and return `tokens`."""
         torch.index_select(kv.views.blocks, 0, self.rows, out=self.buffer)
-        if self.stale is not None:
-            # Masked or not, a NaN there would spoil the sums of this sequence.
-            self.tokens.flatten(0, 1).index_fill_(0, self.stale, 0.0)
         return self.tokens
 
 
@@ -84,8 +79,6 @@ class _PaddedGroup:
         tokens: the group's rows of the batch: a slice where adjacent, else int64 indices.
         tables: int64 ``[sequences, blocks]``, each padded with its first block.
         visible: bool ``[sequences, queries, padded length]``: true where a query sees a key.
-        stale: int64: places in ``[sequences, padded length]`` behind a sequence's last token, in the
-            same block: whatever an earlier owner of the block left there.
         gathered: keys, values, and a bias of 0 where visible, else -inf, ``[sequences * kv heads,
             group * queries or 1, padded length]``; made by the first layer.
     """
@@ -93,7 +86,6 @@ class _PaddedGroup:
     tokens: slice | Tensor
     tables: Tensor
     visible: Tensor
-    stale: Tensor
     gathered: tuple[_Gathered, _Gathered, Tensor] | None = None
 
 
@@ -122,9 +114,12 @@ class _TorchBatchState:
 
     Attributes:
         slot: slot of the only new token, on a CPU; ``None`` if there are more tokens.
+        left_over: int64: slots behind the last tokens of sequences that enter a block, up to its
+            end; ``None`` if there are none.
     """
 
     slot: int | None
+    left_over: Tensor | None = None
     groups: list[_PaddedGroup] = field(default_factory=list)
     singles: list[_Single] = field(default_factory=list)
 
@@ -161,7 +156,7 @@ class TorchBackend(AttentionBackend):
     def prepare(self, metadata: AttentionMetadata) -> None:
         slots = metadata.slot_mapping
         lone = len(slots) == 1 and slots.device.type == "cpu"  # a GPU would make the host wait
-        state = _TorchBatchState(int(slots[0]) if lone else None)
+        state = _TorchBatchState(int(slots[0]) if lone else None, _left_over(metadata))
         for sequences in _similar(metadata):
             if len(sequences) > 1:
                 state.groups.append(_prepare_group(sequences, metadata))
@@ -179,6 +174,10 @@ class TorchBackend(AttentionBackend):
         if rotations is not None:
             rotate_(qkv.narrow(1, 0, self.num_heads + self.num_kv_heads), rotations)
         new = qkv.narrow(1, self.num_heads, 2 * self.num_kv_heads)
+        if metadata.state.left_over is not None:
+            # Groups read blocks whole. Masked or not, a NaN of the block's owner before would
+            # spoil the sums of this one.
+            kv.views.tokens.index_fill_(1, metadata.state.left_over, 0.0)
         slot = metadata.state.slot
         if slot is not None:  # cheaper than `index_copy_`, and it converts the dtype
             kv.views.tokens.select(1, slot).copy_(new.squeeze(0))
@@ -206,9 +205,7 @@ class TorchBackend(AttentionBackend):
         num_seqs, num_queries, _ = group.visible.shape
         if group.gathered is None:
             bias = self._bias(group.visible, kv.key.dtype)
-            stale = self._in_each_head(group.stale, group.visible.shape[2])
-            keys, values = self._place(group.tables, kv)
-            group.gathered = keys._replace(stale=stale), values._replace(stale=stale), bias
+            group.gathered = (*self._place(group.tables, kv), bias)
         # Values are gathered after the softmax, not with the keys: so each core multiplies by the
         # values that it has gathered itself, which are in its own cache.
         keys, values, bias = group.gathered
@@ -296,14 +293,6 @@ class TorchBackend(AttentionBackend):
         head = head.view(2, 1, self.num_kv_heads, 1)
         return (head * num_blocks + tables.unsqueeze(1)).flatten(1)
 
-    def _in_each_head(self, places: Tensor, length: int) -> Tensor | None:
-        """Return places in ``[sequences, length]`` as those in ``[sequences, kv heads, length]``."""
-        if not len(places):
-            return None
-        seqs, tokens = places // length, places % length
-        heads = torch.arange(self.num_kv_heads, device=places.device).unsqueeze(1)
-        return ((seqs * self.num_kv_heads + heads) * length + tokens).flatten()
-
     def _bias(self, visible: Tensor, dtype: torch.dtype) -> Tensor:
         bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
         bias.masked_fill_(~visible, -torch.inf)
@@ -319,6 +308,22 @@ class TorchBackend(AttentionBackend):
             future = torch.full((block, block), -torch.inf, device=scores.device).triu_(1)
             self._future = future = future.to(scores.dtype)
         return future
+
+
+def _left_over(metadata: AttentionMetadata) -> Tensor | None:
+    """Return `_TorchBatchState.left_over`."""
+    size, starts = metadata.block_size, metadata.query_start_loc
+    seqs, places, offsets = [], [], []
+    for i, length in enumerate(metadata.seq_lens):
+        place, used = divmod(length, size)
+        if used and starts[i + 1] - starts[i] >= used:
+            seqs += [i] * (size - used)
+            places += [place] * (size - used)
+            offsets += range(used, size)
+    if not seqs:
+        return None
+    index = torch.tensor([seqs, places, offsets], device=metadata.block_tables.device)
+    return metadata.block_tables[index[0], index[1]] * size + index[2]
 
 
 def _prepare_group(sequences: list[int], metadata: AttentionMetadata) -> _PaddedGroup:
@@ -344,11 +349,10 @@ def _prepare_group(sequences: list[int], metadata: AttentionMetadata) -> _Padded
     position = torch.arange(num_blocks * metadata.block_size, device=device)
     visible = position <= (lengths - queries + nth).unsqueeze(2)
     num_own = (lengths + metadata.block_size - 1) // metadata.block_size
-    is_stale = (position >= lengths) & (position < num_own * metadata.block_size)
     # Padded with a block of its own, since block 0 may be another sequence's and hold NaN.
     is_own = torch.arange(num_blocks, device=device) < num_own
     tables = torch.where(is_own, tables[:, :num_blocks], tables[:, :1])
-    return _PaddedGroup(tokens, tables, visible, is_stale.flatten().nonzero().squeeze(1))
+    return _PaddedGroup(tokens, tables, visible)
 
 
 def _prepare_single(i: int, metadata: AttentionMetadata) -> _Single:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from minserve.errors import ConfigError
+from minserve.exit_codes import EXIT_HUNG
 from minserve.planner.policies.registry import POLICIES
 from minserve.slo.objectives import SLO
 
@@ -349,7 +350,7 @@ class ServerConfig:
     watchdog_exit_s: float = option(
         60.0,
         "a server whose only engine hangs or is broken for so long ends its process, with exit code "
-        "6, so that it is started again; 0: never",
+        f"{EXIT_HUNG}, so that it is started again; 0: never",
         group="server",
     )
     api_key: tuple[str, ...] = option(

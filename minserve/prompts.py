@@ -51,4 +51,6 @@ def _from_array(text: str | None, token_ids: array[int]) -> TokenizedPrompt:
     return TokenizedPrompt(text, tuple(token_ids))
 
 
+# The token sequences that an output must not hold.
+BadWordIds = tuple[tuple[int, ...], ...]
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | TokenizedPrompt

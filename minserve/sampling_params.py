@@ -11,7 +11,7 @@ from minserve.errors import InvalidRequestError
 
 MAX_LOGPROBS = 100
 MAX_N = 128
-MAX_STOP_STRINGS = 64
+MAX_STOP_STRINGS, MAX_STOP_LENGTH = 64, 8192
 # What these name is looked up for each token of the output.
 MAX_NAMED_TOKENS = 1024
 MAX_BAD_WORDS, MAX_BAD_WORDS_LENGTH = 256, 8192
@@ -47,8 +47,9 @@ class SamplingParams:
         top_p: keep the smallest set of most likely tokens with at least this mass.
         top_k: keep the k most likely tokens; 0 or -1 keeps all.
         min_p: drop tokens less likely than ``min_p`` times the most likely one.
-        seed: makes sampled output reproducible whatever else is in the batch.
-            Output ``i`` of ``n`` uses the stream ``(seed, i)``.
+        seed: makes sampled output reproducible: whatever else is in the batch, only a near tie
+            between two tokens may be decided otherwise, by rounding. Output ``i`` of ``n`` uses
+            the stream ``(seed, i)``.
         presence_penalty: subtracted from the logit of a token already generated.
         frequency_penalty: subtracted once per time that a token was generated.
         repetition_penalty: divides positive (multiplies negative) logits of tokens
@@ -151,6 +152,14 @@ class SamplingParams:
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise InvalidRequestError("stop must hold non-empty strings", "stop")
+        if sum(map(len, self.stop)) > MAX_STOP_LENGTH:
+            raise InvalidRequestError(
+                f"stop strings hold at most {MAX_STOP_LENGTH} characters together", "stop"
+            )
+        if len(self.stop_token_ids) > MAX_NAMED_TOKENS:
+            raise InvalidRequestError(
+                f"at most {MAX_NAMED_TOKENS} stop token ids", "stop_token_ids"
+            )
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0)
 

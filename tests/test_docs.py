@@ -20,6 +20,7 @@ import pytest
 
 import minserve
 from minserve.cli.main import build_parser
+from minserve.exit_codes import EXIT_HUNG
 from minserve.simulator.simulation import POLICIES
 from minserve.slo.objectives import preset_classes
 from minserve.slo.slo_fields import parse_slo
@@ -414,6 +415,11 @@ def test_the_classes_of_the_page_on_promises_are_those_of_the_code() -> None:
         for name, slo in preset_classes().items()
     }
     assert told == classes
+
+
+def test_the_code_with_which_a_hung_server_ends_is_the_one_that_the_page_names() -> None:
+    page = (ROOT / "docs" / "http.md").read_text(encoding="utf-8")
+    assert re.findall(r"ends with code (\d+)", page) == [str(EXIT_HUNG)]
 
 
 def test_the_metrics_of_the_page_on_http_are_those_of_the_server() -> None:

@@ -25,7 +25,7 @@ GROUND = {
     "devices",
     "exit_codes",
     "machine",
-    "progress",
+    "progress_bar",
     "config",
     "request",
     "sampling_params",

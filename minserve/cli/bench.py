@@ -212,7 +212,7 @@ def _measure_speed(endpoint: Endpoint) -> ZeroLoad:
     """Measure the speed of the server while it is idle."""
     import asyncio
 
-    from minserve.progress import progress_bar
+    from minserve.progress_bar import progress_bar
     from minserve.workload.zero_load import measure_speed
 
     with progress_bar(desc="speed of the idle server", unit="request", leave=False) as bar:
@@ -264,7 +264,7 @@ def _measure(args: argparse.Namespace, experiment: Experiment) -> tuple[Capacity
 
 def _run(experiment: Experiment, rate: float | None, seed: int) -> ExperimentRun:
     """ExperimentRun one load test, with a progress bar, and warnings of what went wrong in it."""
-    from minserve.progress import progress_bar
+    from minserve.progress_bar import progress_bar
     from minserve.workload.conversation import num_turns
 
     workload = experiment.workload(rate, seed)

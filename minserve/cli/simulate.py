@@ -201,7 +201,7 @@ class _Simulations:
             repeat: is added to the seed.
             replicas: number of replicas instead of the setup's.
         """
-        from minserve.progress import progress_bar
+        from minserve.progress_bar import progress_bar
         from minserve.simulator.simulation import SimulationResult, simulate
         from minserve.workload.conversation import num_turns
         from minserve.workload.report import Report

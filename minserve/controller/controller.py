@@ -35,7 +35,7 @@ from minserve.errors import (
 from minserve.outputs import ReplicaReport
 from minserve.planner.predict.lengths import make_length_estimator
 from minserve.planner.predict.perf_model import PerfModel
-from minserve.prompts import Prompt
+from minserve.prompts import BadWordIds, Prompt
 from minserve.sampling_params import SamplingParams
 from minserve.slo.objectives import SLO
 
@@ -216,6 +216,7 @@ class Controller:
         cache_salt: str = "",
         slo: SLO | str | None = None,
         age_s: float = 0.0,
+        bad_word_ids: BadWordIds | None = None,
     ) -> list[FlightHandle]:
         """Submit one request per prompt, as `AsyncEngine.submit` does.
 
@@ -228,7 +229,12 @@ class Controller:
             raise NoReplicaError("no replica is up; they are being started again")
         num_outputs, most = len(prompts) * params.n, self.config.max_queue
         check_room(num_outputs, self.num_unfinished, most, len(self.table.replicas))
-        asked = [self._intake.request(p, params, priority, cache_salt, slo, age_s) for p in prompts]
+        if bad_word_ids is None:
+            bad_word_ids = self.prompts.bad_word_ids(params.bad_words)
+        asked = [
+            self._intake.request(p, params, priority, cache_salt, slo, age_s, bad_word_ids)
+            for p in prompts
+        ]
         return [self._dispatcher.start(request, text) for text, request in asked]
 
     # --- replicas ---

@@ -32,7 +32,7 @@ from minserve.planner.predict.lone_request import (
     lone_request_misses,
 )
 from minserve.planner.predict.perf_model import PerfModel
-from minserve.prompts import Prompt
+from minserve.prompts import BadWordIds, Prompt
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
 from minserve.slo.objectives import SLO
@@ -270,10 +270,13 @@ class EngineBase:
         cache_salt: str = "",
         slo: SLO | str | None = None,
         age_s: float = 0.0,
+        bad_word_ids: BadWordIds | None = None,
     ) -> Submission:
         """Check a request against the model and resolve its open settings."""
         self._intake.perf_model = self.perf_model
-        return Submission(*self._intake.request(prompt, params, priority, cache_salt, slo, age_s))
+        return Submission(
+            *self._intake.request(prompt, params, priority, cache_salt, slo, age_s, bad_word_ids)
+        )
 
     def _ready_for(self, slo: SLO | str | None) -> None:
         """Make sure that the device's speed is known before a promise or a draft depends on it."""

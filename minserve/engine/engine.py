@@ -23,8 +23,8 @@ from minserve.errors import (
     MinserveError,
 )
 from minserve.outputs import CompletionOutput, OutputDelta, RequestOutput
-from minserve.progress import progress_bar
-from minserve.prompts import Prompt
+from minserve.progress_bar import progress_bar
+from minserve.prompts import BadWordIds, Prompt
 from minserve.request import FinishReason
 from minserve.sampling_params import SamplingParams
 from minserve.slo.objectives import SLO
@@ -292,6 +292,7 @@ class AsyncEngine(EngineBase):
         cache_salt: str = "",
         slo: SLO | str | None = None,
         age_s: float = 0.0,
+        bad_word_ids: BadWordIds | None = None,
     ) -> list[RequestHandle]:
         """Queue requests, all or none; checking and counting are one step.
 
@@ -304,6 +305,7 @@ class AsyncEngine(EngineBase):
                 One that cannot be kept and asks to be refused ends its handle's first
                 output with `SLOUnattainableError`.
             age_s: seconds since the requests arrived, which count for their SLOs.
+            bad_word_ids: of the params' bad words, where they are tokenized already.
 
         Raises:
             InvalidSLOError: for an unknown class.
@@ -314,7 +316,12 @@ class AsyncEngine(EngineBase):
         if not self.is_healthy:
             raise EngineStoppedError("the engine is not running")
         check_room(len(prompts) * params.n, self._num_unfinished, self.config.max_queue)
-        submissions = [self._prepare(p, params, priority, cache_salt, slo, age_s) for p in prompts]
+        if bad_word_ids is None:
+            bad_word_ids = self.prompts.bad_word_ids(params.bad_words)
+        submissions = [
+            self._prepare(p, params, priority, cache_salt, slo, age_s, bad_word_ids)
+            for p in prompts
+        ]
         handles = []
         for submission in submissions:
             handle = RequestHandle(self, submission)

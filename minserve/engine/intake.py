@@ -18,7 +18,6 @@ from minserve.config import EngineConfig
 from minserve.engine.model_tokenizer import load_model_tokenizer
 from minserve.engine.promises import Promises
 from minserve.engine.sampling_defaults import load_sampling_defaults
-from minserve.engine.text.bad_words import bad_word_ids
 from minserve.engine.text.inputs import PromptProcessor
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import (
@@ -30,7 +29,7 @@ from minserve.errors import (
 from minserve.models.finding.source import find_model
 from minserve.planner.policies.registry import planner_class, promising_policies
 from minserve.planner.predict.perf_model import PerfModel
-from minserve.prompts import Prompt
+from minserve.prompts import BadWordIds, Prompt
 from minserve.request import Request
 from minserve.sampling_params import SamplingParams
 from minserve.slo.objectives import SLO, Targets
@@ -147,11 +146,13 @@ class Intake:
         cache_salt: str = "",
         slo: SLO | str | None = None,
         age_s: float = 0.0,
+        bad_word_ids: BadWordIds | None = None,
     ) -> tuple[str | None, Request]:
         """Return the prompt's text (``None`` for token ids) and the request.
 
         Args:
             age_s: seconds since it arrived; until now it was read.
+            bad_word_ids: of the params' bad words, where they are tokenized already.
 
         Raises:
             InvalidRequestError: where it can never be served as it stands.
@@ -163,7 +164,10 @@ class Intake:
         slo = self.promises.find(slo)
         # Files of models may name ids that the model's head does not have. It samples none of them.
         eos = () if params.ignore_eos else self.tokenizer.eos_token_ids
+        if bad_word_ids is None:
+            bad_word_ids = self.prompts.bad_word_ids(params.bad_words)
         ends = frozenset(i for i in eos if i < self.vocab_size) | frozenset(params.stop_token_ids)
+        self._check_choice(params, ends, bad_word_ids)
         return text, Request(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=token_ids,
@@ -173,7 +177,7 @@ class Intake:
             priority=priority,
             cache_salt=cache_salt,
             stop_token_ids=ends,
-            bad_word_ids=self._bad_word_ids(params, ends),
+            bad_word_ids=bad_word_ids,
             slo=slo,
             targets=None if slo is None else self._targets(slo, len(token_ids)),
         )
@@ -206,16 +210,15 @@ class Intake:
                     )
         return max_tokens
 
-    def _bad_word_ids(
-        self, params: SamplingParams, ends: frozenset[int]
-    ) -> tuple[tuple[int, ...], ...]:
-        """Return the token sequences of the bad words.
+    def _check_choice(
+        self, params: SamplingParams, ends: frozenset[int], bad_word_ids: BadWordIds
+    ) -> None:
+        """Check that something may be the first token.
 
         Raises:
-            InvalidRequestError: where nothing that is allowed may be the first token.
+            InvalidRequestError: where all that is allowed is forbidden too.
         """
-        sequences = bad_word_ids(params.bad_words, self.tokenizer, self.vocab_size)
-        banned = {ids[0] for ids in sequences if len(ids) == 1}
+        banned = {ids[0] for ids in bad_word_ids if len(ids) == 1}
         if params.min_tokens:
             banned |= ends
         if banned.issuperset(params.allowed_token_ids or range(self.vocab_size)):
@@ -223,7 +226,6 @@ class Intake:
             raise InvalidRequestError(
                 f"{name} leaves no token: bad_words and min_tokens forbid all of them", name
             )
-        return sequences
 
     def _targets(self, slo: SLO, num_prompt_tokens: int) -> Targets:
         policy = self._config.policy

@@ -31,7 +31,8 @@ class Refusal:
     def error(self) -> SLOUnattainableError:
         """Return the error that the client gets."""
         problem = (
-            "the SLO cannot be kept here, not even by the idle device; ask for less"
+            "the SLO cannot be kept here, not even by the idle device; "
+            "allow more time, or set on_unattainable to best_effort"
             if math.isinf(self.retry_after_s)
             else f"the SLO cannot be kept now (too little {self.reason}); "
             f"try again in {self.retry_after_s:.1f} s"

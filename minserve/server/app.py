@@ -196,6 +196,7 @@ class Server:
             cache_salt=call.cache_salt,
             slo=read.slo,
             age_s=time.monotonic() - read.came_s,
+            bad_word_ids=read.bad_word_ids,
         )
         limit = time_limit(self.config.request_timeout_s, read.came_s)
         try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from minserve.config import EngineConfig
 from minserve.outputs import OutputDelta, ReplicaReport
-from minserve.prompts import Prompt
+from minserve.prompts import BadWordIds, Prompt
 from minserve.sampling_params import SamplingParams
 from minserve.slo.objectives import SLO
 
@@ -146,5 +146,6 @@ class EngineFace(Protocol):
         cache_salt: str = "",
         slo: SLO | str | None = None,
         age_s: float = 0.0,
+        bad_word_ids: BadWordIds | None = None,
     ) -> Sequence[Handle]:
         """Queue requests, all or none; see `minserve.engine.engine.AsyncEngine.submit`."""

@@ -159,7 +159,7 @@ def error_response(error: HttpError) -> web.Response:
 def _from_aiohttp(error: web.HTTPException) -> HttpError:
     message = {
         404: "no such path; see GET /v1/models and POST /v1/chat/completions",
-        405: "this path does not take that method",
+        405: f"this path takes {error.headers.get('Allow', 'another method')} alone",
         413: "the request body is too large",
         417: "Expect may only be 100-continue",
     }.get(error.status, HTTPStatus(error.status).phrase)

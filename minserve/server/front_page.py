@@ -52,7 +52,7 @@ def example_command(url: str, model: str | None, *, chat: bool, needs_key: bool)
     body["max_tokens"] = 64 if chat else 16
     body["temperature"] = 0
     target = shlex.quote(url + ("/v1/chat/completions" if chat else "/v1/completions"))
-    key = ' -H "Authorization: Bearer $MINSERVE_API_KEY"' if needs_key else ""
+    key = ' -H "Authorization: Bearer KEY"' if needs_key else ""
     return (
         f"curl {target}{key} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
     )

@@ -133,7 +133,7 @@ async def serve(
             server.draining = True
             patience_s = config.shutdown_timeout if ended.done() else 0.0
             logger.info(
-                "shutting down: %d unfinished, at most %g s more",
+                "shutting down: %d unfinished, at most %g s more; a second signal ends it at once",
                 engine.num_unfinished,
                 patience_s,
             )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from minserve.engine.text.tokenizer import Tokenizer
 
 
-class Part:
+class ChoicePart:
     """What a chunk, or a whole answer, tells of one choice."""
 
     __slots__ = ("_call", "_texts", "logprobs", "token_ids")
@@ -47,7 +47,7 @@ class Part:
         if isinstance(self.logprobs, CompletionLogprobs):
             self.logprobs.join(logprobs)
 
-    def join(self, other: Part) -> None:
+    def join(self, other: ChoicePart) -> None:
         """Append another part of a completion."""
         self._texts += other._texts
         self.token_ids.join(other.token_ids)
@@ -83,7 +83,7 @@ class Choice:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     offsets: TextOffsets | None = None
-    part: Part | None = None
+    part: ChoicePart | None = None
     end: OutputDelta | None = None
 
 
@@ -127,7 +127,7 @@ class PromptChoices:
         width = 1 + (call.params.logprobs or 0)
         await pauses.after(UNITS_PER_DELTA + width * len(delta.logprobs or ()))
 
-    def write(self, part: Part, delta: OutputDelta, *, echo: bool = False) -> None:
+    def write(self, part: ChoicePart, delta: OutputDelta, *, echo: bool = False) -> None:
         """Write a delta into a part.
 
         Args:
@@ -151,11 +151,11 @@ class PromptChoices:
         num_top = call.params.logprobs or 0
         self._writer.completion(part.logprobs, delta.token_ids, delta.logprobs, offsets, num_top)
 
-    def with_echo(self, part: Part) -> Part:
+    def with_echo(self, part: ChoicePart) -> ChoicePart:
         """Return the part of a whole answer with the prompt before it, where that is wanted."""
         if not self._call.echo:
             return part
-        whole = Part(self._call)
+        whole = ChoicePart(self._call)
         whole.echo(self._echo_text(), self._echoed)
         whole.join(part)
         return whole

@@ -16,7 +16,7 @@ from minserve.server.engine_face import Handle
 from minserve.server.json_array import dump_pieces
 from minserve.server.logprobs import LogprobWriter
 from minserve.server.pauses import Pauses
-from minserve.server.prompt_choices import Choice, Part, PromptChoices
+from minserve.server.prompt_choices import Choice, ChoicePart, PromptChoices
 from minserve.server.protocol import GenerationCall
 from minserve.server.slo_http import slo_object
 from minserve.slo.attainment import worst_report
@@ -84,7 +84,7 @@ class Reply:
         group = self._groups[prompt]
         choice = group.choices[delta.index]
         if choice.part is None:
-            choice.part = Part(self._call)
+            choice.part = ChoicePart(self._call)
         group.write(choice.part, delta)
         choice.end = delta
 
@@ -104,7 +104,7 @@ class Reply:
     def _chunk(self, prompt: int, delta: OutputDelta) -> dict[str, Any] | None:
         """Return a chunk with one choice; ``None`` where the delta has nothing to report."""
         group = self._groups[prompt]
-        state, part = group.choices[delta.index], Part(self._call)
+        state, part = group.choices[delta.index], ChoicePart(self._call)
         group.write(part, delta, echo=not state.begun)
         if not part and delta.finish_reason is None:
             return None
@@ -117,7 +117,9 @@ class Reply:
             chunk["usage"] = self._usage()
         return chunk
 
-    def _choice(self, prompt: int, state: Choice, part: Part, delta: OutputDelta) -> dict[str, Any]:
+    def _choice(
+        self, prompt: int, state: Choice, part: ChoicePart, delta: OutputDelta
+    ) -> dict[str, Any]:
         """Return one choice of a chunk."""
         choice: dict[str, Any] = {"index": prompt * self._call.params.n + delta.index}
         if self._call.chat:
@@ -131,7 +133,7 @@ class Reply:
                 choice |= self._groups[prompt].facts()
         return {**choice, **part.facts(), **self._finish(delta)}
 
-    def _whole(self, prompt: int, part: Part, delta: OutputDelta) -> dict[str, Any]:
+    def _whole(self, prompt: int, part: ChoicePart, delta: OutputDelta) -> dict[str, Any]:
         """Return one choice of a whole response, which ended with the given delta."""
         choice: dict[str, Any] = {"index": prompt * self._call.params.n + delta.index}
         if self._call.chat:

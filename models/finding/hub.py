@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from minserve.errors import ModelLoadError
 from minserve.models.finding.files import first_line, folder_names, kind_of, listed
-from minserve.progress import LogProgress, is_terminal
+from minserve.progress_bar import LogProgress, is_terminal
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 # Files of a repository that are fetched beside its weights: in its first folder, and templates.

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from minserve.errors import ModelLoadError
-from minserve.progress import progress_bar
+from minserve.progress_bar import progress_bar
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # The names by which headers of safetensors, and torch, call dtypes that no weight has as it stands.

@@ -83,7 +83,8 @@ def test_output_does_not_depend_on_how_it_is_scheduled(
         assert other._core.planner.num_preemptions > 0
     # Once more, now with whatever prefixes the cache holds.
     assert tokens(other, prompts(), params) == expected
-    if settings.get("prefix_caching", True):
+    # A small pool has forgotten the prompts, and what a preempted one finds of itself is no hit.
+    if settings.get("prefix_caching", True) and "num_blocks" not in settings:
         assert other._core.pool.prefix_hits_tokens > 0
 
 

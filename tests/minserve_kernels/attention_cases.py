@@ -48,14 +48,26 @@ def make_metadata(
     return metadata, num_blocks
 
 
-def poison(kv: LayerKV, metadata: AttentionMetadata, value: float) -> None:
-    """Make reading what no sequence owns show: unused blocks, and the tails of last blocks."""
+def poison(
+    kv: LayerKV, metadata: AttentionMetadata, value: float, *, own_tails: float | None = None
+) -> None:
+    """Make reading what no sequence owns show: unused blocks, and the tails of last blocks.
+
+    Args:
+        own_tails: the value of tails in blocks that their sequences entered in earlier batches.
+    """
     owned = torch.zeros(kv.key.shape[:2], dtype=torch.bool)
     for table, length in zip(metadata.block_tables.tolist(), metadata.seq_lens, strict=True):
         for p in range(length):
             owned[table[p // metadata.block_size], p % metadata.block_size] = True
     for part in (kv.key, kv.value):
         part[~owned.to(part.device)] = value
+    starts, size = metadata.query_start_loc, metadata.block_size
+    for i, length in enumerate(metadata.seq_lens if own_tails is not None else ()):
+        place, used = divmod(length, size)
+        if used > starts[i + 1] - starts[i]:
+            block = metadata.block_tables[i, place]
+            kv.key[block, used:] = kv.value[block, used:] = own_tails
 
 
 def make_inputs(

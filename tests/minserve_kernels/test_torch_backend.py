@@ -41,7 +41,9 @@ def test_attention_is_right(batch: str, heads: str, dtype: torch.dtype, block_si
     assert kv.key.shape == (num_blocks, block_size, num_kv_heads, head_dim)
     kv.key.normal_()
     kv.value.normal_()
-    poison(kv, metadata, torch.nan)  # touching these would show, even where masked
+    # Touching these would show: NaN even where masked. Behind a sequence's own tokens is what it
+    # drafted itself, in a block that it entered before.
+    poison(kv, metadata, torch.nan, own_tails=1e4)
     query = torch.randn(metadata.num_tokens, num_heads, head_dim).to(dtype)
     new = torch.randn(2, metadata.num_tokens, num_kv_heads, head_dim).to(dtype)
     with torch.inference_mode():

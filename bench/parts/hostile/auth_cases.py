@@ -10,7 +10,7 @@ from parts.hostile.case import (
     DETOKENIZE,
     MESSAGES,
     TOKENIZE,
-    Case,
+    HostileCase,
     Target,
     refused,
 )
@@ -73,14 +73,14 @@ def _wrong() -> dict[str, Headers]:
     }
 
 
-def _welcome(name: str, path: str, headers: Headers) -> Case:
+def _welcome(name: str, path: str, headers: Headers) -> HostileCase:
     """Return a case of a request that is let in."""
 
     async def attack(target: Target) -> str | None:
         answer = await target.ask("GET", path, None, headers)
         return None if answer.status == 200 else f"expected 200, came {answer}"
 
-    return Case(NAME, name, attack, needs="key")
+    return HostileCase(NAME, name, attack, needs="key")
 
 
 async def _large_body(target: Target) -> str | None:
@@ -99,7 +99,7 @@ async def _tells_nothing(target: Target) -> str | None:
     return None
 
 
-def cases() -> list[Case]:
+def cases() -> list[HostileCase]:
     """Return all cases of keys."""
     none: Headers = [("Authorization", "")]
     return [
@@ -121,6 +121,6 @@ def cases() -> list[Case]:
         ),
         _welcome("/health without a key", "/health", none),
         _welcome("/metrics without a key", "/metrics", none),
-        Case(NAME, "megabytes without a key", _large_body, needs="key"),
-        Case(NAME, "the key is told nowhere", _tells_nothing, needs="key"),
+        HostileCase(NAME, "megabytes without a key", _large_body, needs="key"),
+        HostileCase(NAME, "the key is told nowhere", _tells_nothing, needs="key"),
     ]  # fmt: skip

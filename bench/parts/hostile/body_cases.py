@@ -13,7 +13,7 @@ from parts.hostile.case import (
     MESSAGES,
     PROMPT,
     TOKENIZE,
-    Case,
+    HostileCase,
     Limits,
     Target,
     raw,
@@ -83,7 +83,7 @@ NO_NUMBERS = [
 ]
 
 
-def _bombs() -> list[Case]:
+def _bombs() -> list[HostileCase]:
     """Return bodies that are too large, and small ones that would unpack to gigabytes."""
     zeros = zlib.compress(b" " * 2**24, 9)
     squeezed = {
@@ -114,7 +114,7 @@ def _bombs() -> list[Case]:
     ]  # fmt: skip
 
 
-def _types() -> list[Case]:
+def _types() -> list[HostileCase]:
     """Return content types that a web page may send unasked, for which a browser asks nobody."""
     return [
         refused("content types", name, path, GOOD, 415, headers=[("Content-Type", name)])
@@ -129,7 +129,7 @@ def _types() -> list[Case]:
     ]
 
 
-def _paths() -> list[Case]:
+def _paths() -> list[HostileCase]:
     """Return paths that are not there, methods that they do not take, and models unknown here."""
     wrong = [
         ("GET", "/nowhere", 404),
@@ -180,7 +180,7 @@ def _paths() -> list[Case]:
     ]  # fmt: skip
 
 
-def _slo_headers() -> list[Case]:
+def _slo_headers() -> list[HostileCase]:
     names = ("x-slo-ttft-ms", "x-slo-tpot-ms", "x-llm-d-slo-ttft-ms", "x-llm-d-slo-tpot-ms")
     cases = [
         refused(
@@ -208,7 +208,7 @@ async def _drained_by_a_page(target: Target) -> str | None:
     return refusal_problem(answer, 403)
 
 
-def _browsers() -> list[Case]:
+def _browsers() -> list[HostileCase]:
     """Return what only a browser sends, on behalf of a page of another origin."""
     evil = [("Origin", "https://evil.example")]
     return [
@@ -222,11 +222,11 @@ def _browsers() -> list[Case]:
                 headers=[("Origin", "http://127.0.0.1.evil.example")]),
         refused("browsers", "Sec-Fetch-Site: cross-site", COMPLETIONS, GOOD, 403,
                 headers=[("Sec-Fetch-Site", "cross-site")]),
-        Case("browsers", "another origin drains a replica", _drained_by_a_page, needs="replicas"),
+        HostileCase("browsers", "another origin drains a replica", _drained_by_a_page, needs="replicas"),
     ]  # fmt: skip
 
 
-def _hosts() -> list[Case]:
+def _hosts() -> list[HostileCase]:
     """Return Host headers of names that this server does not have (DNS rebinding)."""
     unknown = (
         "evil.example",
@@ -260,7 +260,7 @@ def _hosts() -> list[Case]:
     ]
 
 
-def _harmless() -> list[Case]:
+def _harmless() -> list[HostileCase]:
     """Return what looks like an attack and is a text like any other."""
 
     def chat(content: object) -> dict[str, object]:
@@ -295,7 +295,7 @@ def _harmless() -> list[Case]:
     ]  # fmt: skip
 
 
-def cases() -> list[Case]:
+def cases() -> list[HostileCase]:
     """Return all cases of bodies, paths and headers."""
     return [
         *(

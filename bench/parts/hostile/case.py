@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from parts.hostile.wire import Address, Answer, Headers, exchange, request_bytes
+from parts.hostile.wire import Address, Headers, WireAnswer, exchange, request_bytes
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
@@ -52,7 +52,9 @@ class Target:
     key: str = ""
     figures: dict[str, float] = field(default_factory=dict)
 
-    async def ask(self, method: str, path: str, body: Any = None, headers: Headers = ()) -> Answer:
+    async def ask(
+        self, method: str, path: str, body: Any = None, headers: Headers = ()
+    ) -> WireAnswer:
         """Send one request on a connection of its own.
 
         Args:
@@ -91,13 +93,15 @@ Attack = Callable[[Target], Awaitable[str | None]]
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class HostileCase:
     """One thing that a hostile or broken client does.
 
     Attributes:
         attack: does it; returns what is wrong with the answer, ``None`` if it is right.
         alone: True where nothing else of this program may run beside it.
         slow: True where it takes seconds, so that it is no unit test.
+        crowded: True where there are more connections than the server can hold, so that it may close
+            one that has asked nothing yet. Whoever has asked is served all the same.
         needs: what the target must have or be: ``pid``, ``replicas``, ``single`` or ``key``.
     """
 
@@ -106,6 +110,7 @@ class Case:
     attack: Attack = field(repr=False)
     alone: bool = False
     slow: bool = False
+    crowded: bool = False
     needs: str = ""
 
     def fits(self, target: Target) -> bool:
@@ -134,7 +139,7 @@ def refused(
     param: str | None = None,
     headers: Headers = (),
     **more: Any,
-) -> Case:
+) -> HostileCase:
     """Return a case whose one request is refused with a status, in the JSON error form.
 
     Args:
@@ -151,7 +156,7 @@ def refused(
             return refusal_problem(await target.ask(method, path, data, sent), 413)
         return refusal_problem(await target.ask(method, path, data, sent), status, param)
 
-    return Case(family, name, attack, **more)
+    return HostileCase(family, name, attack, **more)
 
 
 def served(
@@ -163,7 +168,7 @@ def served(
     method: str = "POST",
     headers: Headers = (),
     **more: Any,
-) -> Case:
+) -> HostileCase:
     """Return a case whose request looks bad and is good: it is answered with 200."""
     sent = [*headers]
 
@@ -172,12 +177,12 @@ def served(
         answer = await target.ask(method, path, value, sent)
         return None if answer.status == 200 else f"expected 200, came {answer}"
 
-    return Case(family, name, attack, **more)
+    return HostileCase(family, name, attack, **more)
 
 
 def raw(
     family: str, name: str, data: bytes, *statuses: int, may_close: bool = False, **more: Any
-) -> Case:
+) -> HostileCase:
     """Return a case that sends bytes and is refused with one of a few statuses.
 
     Args:
@@ -196,10 +201,10 @@ def raw(
         wanted = " or ".join(map(str, statuses)) + (" or a close" if may_close else "")
         return f"expected {wanted}, came {answer}"
 
-    return Case(family, name, attack, **more)
+    return HostileCase(family, name, attack, **more)
 
 
-def refusal_problem(answer: Answer, status: int, param: str | None = None) -> str | None:
+def refusal_problem(answer: WireAnswer, status: int, param: str | None = None) -> str | None:
     """Return what is wrong with a refusal; ``None`` if nothing is.
 
     Args:

@@ -14,8 +14,8 @@ from typing import Any
 
 import psutil
 
-from parts.hostile.case import COMPLETIONS, PROMPT, Case, Target, refusal_problem
-from parts.hostile.wire import Answer, exchange, read_answer, request_bytes
+from parts.hostile.case import COMPLETIONS, PROMPT, HostileCase, Target, refusal_problem
+from parts.hostile.wire import WireAnswer, exchange, read_answer, request_bytes
 
 NAME = "connections"
 TEN_TOKENS = {"prompt": PROMPT, "max_tokens": 10, "temperature": 0, "ignore_eos": True}
@@ -104,7 +104,7 @@ async def _slow_readers(target: Target) -> str | None:
 
 async def _half_open(target: Target) -> str | None:
     """Send a whole request and close the sending half: it is answered, or the connection ends."""
-    answer: Answer = await exchange(
+    answer: WireAnswer = await exchange(
         target.address, _generation(target, 10, stream=False), half_close=True
     )
     return None if answer.status in (0, 200) else f"expected 200 or a close, came {answer}"
@@ -193,7 +193,7 @@ async def _full_queue(target: Target) -> str | None:
     return None
 
 
-async def _first(reader: asyncio.StreamReader) -> Answer | None:
+async def _first(reader: asyncio.StreamReader) -> WireAnswer | None:
     """Return a refusal; ``None`` if the request was not refused within seconds."""
     try:
         async with asyncio.timeout(SLOW_S):
@@ -226,21 +226,21 @@ async def _template_is_no_code(target: Target) -> str | None:
     return None if text in back else f"the message {text!r} became {back!r}"
 
 
-def cases() -> list[Case]:
+def cases() -> list[HostileCase]:
     """Return all cases of connections, the gentle ones first."""
     return [
-        Case("harmless", "a template in a message is a text", _template_is_no_code),
-        Case(NAME, "ids that collide", _colliding_ids),
-        Case(NAME, "half open", _half_open),
-        Case(NAME, f"{CROWD} opened and dropped", _opened_and_dropped, alone=True),
-        Case(NAME, f"{CROWD} reset in the middle of a head", _dropped_with_reset, alone=True),
-        Case(NAME, "100 asked and dropped", _asked_and_dropped, alone=True),
-        Case(NAME, "50 slow heads", _slow_heads, alone=True, slow=True),
-        Case(NAME, "50 slow bodies", _slow_bodies, alone=True, slow=True),
-        Case(NAME, "30 slow readers", _slow_readers, alone=True, slow=True),
-        Case(NAME, "a full queue", _full_queue, alone=True, slow=True),
-        Case(NAME, "more connections than descriptors", _more_than_descriptors, alone=True,
-             slow=True, needs="pid"),
-        Case(NAME, f"{STORM} streams of {STORM_TOKENS} tokens dropped", _abort_storm, alone=True,
+        HostileCase("harmless", "a template in a message is a text", _template_is_no_code),
+        HostileCase(NAME, "ids that collide", _colliding_ids),
+        HostileCase(NAME, "half open", _half_open),
+        HostileCase(NAME, f"{CROWD} opened and dropped", _opened_and_dropped, alone=True),
+        HostileCase(NAME, f"{CROWD} reset in the middle of a head", _dropped_with_reset, alone=True),
+        HostileCase(NAME, "100 asked and dropped", _asked_and_dropped, alone=True),
+        HostileCase(NAME, "50 slow heads", _slow_heads, alone=True, slow=True),
+        HostileCase(NAME, "50 slow bodies", _slow_bodies, alone=True, slow=True),
+        HostileCase(NAME, "30 slow readers", _slow_readers, alone=True, slow=True),
+        HostileCase(NAME, "a full queue", _full_queue, alone=True, slow=True),
+        HostileCase(NAME, "more connections than descriptors", _more_than_descriptors, alone=True,
+             slow=True, crowded=True, needs="pid"),
+        HostileCase(NAME, f"{STORM} streams of {STORM_TOKENS} tokens dropped", _abort_storm, alone=True,
              slow=True),
     ]  # fmt: skip

@@ -12,7 +12,7 @@ from parts.hostile.case import (
     MESSAGES,
     PROMPT,
     TOKENIZE,
-    Case,
+    HostileCase,
     Limits,
     refused,
 )
@@ -170,7 +170,7 @@ def _bad_json(value: Any) -> bool:
 
 def _fields(
     family: str, path: str, base: dict[str, Any], table: dict[str, list[Any]]
-) -> list[Case]:
+) -> list[HostileCase]:
     """Return a case for every value of every field."""
     return [
         refused(
@@ -185,10 +185,10 @@ def _fields(
     ]
 
 
-def _out_of_range() -> list[Case]:
+def _out_of_range() -> list[HostileCase]:
     """Return token ids just outside the logits' width, everywhere ids are taken."""
 
-    def case(name: str, path: str, make: Any, param: str) -> Case:
+    def case(name: str, path: str, make: Any, param: str) -> HostileCase:
         return refused("token ids", name, path, lambda limits: make(limits.vocab_size), param=param)
 
     def complete(**fields: Any) -> dict[str, Any]:
@@ -216,10 +216,10 @@ def _out_of_range() -> list[Case]:
     ]  # fmt: skip
 
 
-def _sizes() -> list[Case]:
+def _sizes() -> list[HostileCase]:
     """Return what is of the right type and far too much of it."""
 
-    def case(name: str, make: Any, path: str = COMPLETIONS, **more: Any) -> Case:
+    def case(name: str, make: Any, path: str = COMPLETIONS, **more: Any) -> HostileCase:
         return refused("too much", name, path, make, **more)
 
     def pool(limits: Limits) -> dict[str, Any]:
@@ -258,7 +258,7 @@ def _sizes() -> list[Case]:
     ]  # fmt: skip
 
 
-def cases() -> list[Case]:
+def cases() -> list[HostileCase]:
     """Return all cases of fields."""
     completion, chat = {"prompt": PROMPT}, {"messages": MESSAGES}
     slo = [(f"{name}: {brief(v)}", {name: v}) for name, values in SLO.items() for v in values]

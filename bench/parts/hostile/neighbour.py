@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from parts.hostile.case import COMPLETIONS, Target
-from parts.hostile.wire import ANSWER_S, Answer, request_bytes
+from parts.hostile.wire import ANSWER_S, WireAnswer, request_bytes
 
 NEIGHBOUR_PROMPT = "Once upon a time, in a small town by the sea,"
+# A connection that the server closed before it had answered: whoever has just come may ask again.
+TURNED_AWAY = "its connection was closed before an answer"
 # Pause before a request that was refused because the queue is full, in seconds.
 RETRY_S = 0.2
 
@@ -77,16 +79,20 @@ class Neighbour:
         async with self._quiet:
             yield
 
-    def problem_between(self, began: float, ended: float) -> str | None:
-        """Return what was wrong with a stream that ran at some time within an interval."""
-        return next(
-            (
-                stream.problem
-                for stream in self.streams
-                if stream.problem and stream.began <= ended and stream.ended >= began
-            ),
-            None,
-        )
+    def problem_between(
+        self, began: float, ended: float, *, may_be_turned_away: bool = False
+    ) -> str | None:
+        """Return what was wrong with a stream that ran at some time within an interval.
+
+        Args:
+            may_be_turned_away: True where a close before the answer is no fault.
+        """
+        for stream in self.streams:
+            if stream.problem == TURNED_AWAY and may_be_turned_away:
+                continue
+            if stream.problem and stream.began <= ended and stream.ended >= began:
+                return stream.problem
+        return None
 
     async def _run(self, going: asyncio.Event) -> None:
         while going.is_set():
@@ -119,6 +125,8 @@ class Neighbour:
         try:
             writer.write(data)
             status = await asyncio.wait_for(reader.readline(), ANSWER_S)
+            if not status:
+                return "", TURNED_AWAY
             if b" 200 " not in status:
                 return "", "full" if b" 429 " in status else f"its stream was answered {status!r}"
             return await self._read(reader)
@@ -155,7 +163,7 @@ async def unquiet(target: Target) -> str | None:
 
 async def busy_gauges(target: Target) -> dict[str, float]:
     """Return the gauges of requests and memory that are not 0."""
-    answer: Answer = await target.ask("GET", "/metrics")
+    answer: WireAnswer = await target.ask("GET", "/metrics")
     names = ("num_requests_running", "num_requests_waiting", "num_requests_unfinished",
              "kv_cache_usage_perc")  # fmt: skip
     found = {}

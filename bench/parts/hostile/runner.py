@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from parts.hostile.case import Case, ServedWrong, Target
+from parts.hostile.case import HostileCase, ServedWrong, Target
 from parts.hostile.connection_cases import TEN_TOKENS
 from parts.hostile.neighbour import RETRY_S, Neighbour, unquiet
 from parts.hostile.wire import ANSWER_S
@@ -18,7 +18,7 @@ AT_ONCE = 16
 
 
 @dataclass(slots=True)
-class Outcome:
+class CaseOutcome:
     """What became of a case.
 
     Attributes:
@@ -28,7 +28,7 @@ class Outcome:
         left: what the server still held afterwards.
     """
 
-    case: Case
+    case: HostileCase
     answer: str | None = None
     neighbour: str | None = None
     next_one: str | None = None
@@ -47,8 +47,10 @@ class Outcome:
 
 
 async def run_cases(
-    target: Target, cases: Sequence[Case], done: Callable[[Outcome], object] = lambda _: None
-) -> list[Outcome]:
+    target: Target,
+    cases: Sequence[HostileCase],
+    done: Callable[[CaseOutcome], object] = lambda _: None,
+) -> list[CaseOutcome]:
     """Run cases beside a neighbour, and return what became of each.
 
     Cases that may run beside others do so, a few at a time within a family. After every family, and
@@ -59,11 +61,11 @@ async def run_cases(
     """
     neighbour = Neighbour(target)
     await neighbour.learn()
-    outcomes: list[Outcome] = []
+    outcomes: list[CaseOutcome] = []
     times: dict[int, tuple[float, float]] = {}
     gate = asyncio.Semaphore(AT_ONCE)
 
-    async def one(outcome: Outcome) -> None:
+    async def one(outcome: CaseOutcome) -> None:
         async with gate:
             began = time.perf_counter()
             outcome.answer = await _attack(outcome.case, target)
@@ -75,17 +77,19 @@ async def run_cases(
         for _, group in itertools.groupby(
             cases, lambda case: case.name if case.alone else case.family
         ):
-            batch = [Outcome(case) for case in group]
+            batch = [CaseOutcome(case) for case in group]
             outcomes += batch
             await asyncio.gather(*map(one, batch))
             async with neighbour.silent():
                 batch[-1].left = await _left(target)
     for outcome in outcomes:
-        outcome.neighbour = neighbour.problem_between(*times[id(outcome)])
+        outcome.neighbour = neighbour.problem_between(
+            *times[id(outcome)], may_be_turned_away=outcome.case.crowded
+        )
     return outcomes
 
 
-async def _attack(case: Case, target: Target) -> str | None:
+async def _attack(case: HostileCase, target: Target) -> str | None:
     try:
         return await case.attack(target)
     except ServedWrong as error:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from parts.hostile import auth_cases, body_cases, connection_cases, field_cases, wire_cases
-from parts.hostile.case import Case
+from parts.hostile.case import HostileCase
 
 
-def all_cases() -> list[Case]:
+def all_cases() -> list[HostileCase]:
     """Return every case, in the order in which they run.
 
     The hardest come last, so that what they break does not hide what the others find.

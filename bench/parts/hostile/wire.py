@@ -43,7 +43,7 @@ class Address:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class WireAnswer:
     """What came back.
 
     Attributes:
@@ -111,7 +111,7 @@ def request_bytes(
 
 async def exchange(
     address: Address, data: bytes, *, half_close: bool = False, timeout_s: float = ANSWER_S
-) -> Answer:
+) -> WireAnswer:
     """Send bytes on a connection of their own and return the first answer.
 
     Args:
@@ -123,7 +123,7 @@ async def exchange(
         async with asyncio.timeout(timeout_s):
             return await read_answer(reader)
     except TimeoutError:
-        return Answer(-1)
+        return WireAnswer(-1)
     finally:
         # A server that has refused a body need not take the rest of it.
         sending.cancel()
@@ -138,23 +138,23 @@ async def _send(writer: asyncio.StreamWriter, data: bytes, half_close: bool) -> 
             writer.write_eof()
 
 
-async def read_answer(reader: asyncio.StreamReader) -> Answer:
+async def read_answer(reader: asyncio.StreamReader) -> WireAnswer:
     """Read one answer: its head, and its body by its length, by its chunks, or to the end."""
     head = b""
     try:
         while not head.endswith(b"\r\n\r\n"):
             line = await reader.readline()
             if not line:
-                return Answer(-2, body=head) if head else Answer(0)
+                return WireAnswer(-2, body=head) if head else WireAnswer(0)
             head += line
     except OSError:
-        return Answer(0)
+        return WireAnswer(0)
     except ValueError:  # a line without an end
-        return Answer(-2, body=head)
+        return WireAnswer(-2, body=head)
     version, _, rest = head.partition(b"\r\n")[0].partition(b" ")
     code = rest[:3]
     if not version.startswith(b"HTTP/") or not code.isdigit():
-        return Answer(-2, body=head)
+        return WireAnswer(-2, body=head)
     status = int(code)
     if 100 <= status < 200:
         return await read_answer(reader)
@@ -169,4 +169,4 @@ async def read_answer(reader: asyncio.StreamReader) -> Answer:
             body = await reader.readexactly(int(length))
         else:
             body = await reader.read()
-    return Answer(status, headers, body)
+    return WireAnswer(status, headers, body)

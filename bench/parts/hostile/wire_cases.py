@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 
-from parts.hostile.case import COMPLETIONS, PROMPT, Case, Target, raw, refusal_problem
-from parts.hostile.wire import Answer, exchange, read_answer, request_bytes
+from parts.hostile.case import COMPLETIONS, PROMPT, HostileCase, Target, raw, refusal_problem
+from parts.hostile.wire import WireAnswer, exchange, read_answer, request_bytes
 
 BODY = json.dumps({"prompt": PROMPT, "max_tokens": 1}).encode()
 CHUNKED = b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
@@ -36,7 +36,7 @@ def _get(
     return b"\r\n".join([line, *([host] if host else []), *headers]) + b"\r\n\r\n"
 
 
-def _lengths() -> list[Case]:
+def _lengths() -> list[HostileCase]:
     """Return bodies whose end is told wrongly, twice, or not at all."""
     length = b"Content-Length: %d" % len(BODY)
     chunked = b"Transfer-Encoding: chunked"
@@ -77,7 +77,7 @@ def _lengths() -> list[Case]:
     ]
 
 
-def _heads() -> list[Case]:
+def _heads() -> list[HostileCase]:
     """Return request lines and headers that are malformed or too long."""
     wrong: dict[str, tuple[bytes, tuple[int, ...]]] = {
         "no host": (_get(host=b""), (400,)),
@@ -116,7 +116,7 @@ def _heads() -> list[Case]:
     return [raw(NAME, name, data, *statuses) for name, (data, statuses) in wrong.items()]
 
 
-def _no_http() -> list[Case]:
+def _no_http() -> list[HostileCase]:
     """Return the beginnings of other protocols, and noise."""
     noise = bytes((i * 89 + i // 7) % 256 for i in range(5000))
     others = {
@@ -175,7 +175,7 @@ async def _smuggled(target: Target) -> str | None:
 async def _upgraded(target: Target) -> str | None:
     """Ask for other protocols on a request: the server stays with HTTP/1.1."""
     for protocol in ("websocket", "h2c", "TLS/1.0"):
-        answer: Answer = await exchange(
+        answer: WireAnswer = await exchange(
             target.address,
             request_bytes(
                 target.address,
@@ -197,14 +197,14 @@ async def _continued(target: Target) -> str | None:
     return None if answer.status == 200 else f"expected 200 for {COMPLETIONS}, came {answer}"
 
 
-def cases() -> list[Case]:
+def cases() -> list[HostileCase]:
     """Return all cases of bytes."""
     return [
         *_lengths(),
         *_heads(),
         *_no_http(),
-        Case(NAME, "fifty pipelined requests", _pipelined),
-        Case(NAME, "a smuggled request", _smuggled),
-        Case(NAME, "upgrades", _upgraded),
-        Case(NAME, "a body before 100 Continue", _continued),
+        HostileCase(NAME, "fifty pipelined requests", _pipelined),
+        HostileCase(NAME, "a smuggled request", _smuggled),
+        HostileCase(NAME, "upgrades", _upgraded),
+        HostileCase(NAME, "a body before 100 Continue", _continued),
     ]

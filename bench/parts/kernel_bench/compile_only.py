@@ -22,7 +22,7 @@ from tqdm import tqdm
 from triton.compiler import CompiledKernel
 
 from minserve.machine import Machine
-from minserve.progress import progress_bar
+from minserve.progress_bar import progress_bar
 from minserve.tables import text_table
 from parts.kernel_bench.attention import BLOCK_SIZE, UniformBatch, attention_problem
 from parts.kernel_bench.rows import gate_problem, kv_problem, norm_problem, qk_norm_problem

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minserve.progress import progress_bar
+from minserve.progress_bar import progress_bar
 from parts.kernel_bench.attention import attention_problems
 from parts.kernel_bench.rows import KERNELS as ROW_KERNELS
 from parts.kernel_bench.rows import row_problems

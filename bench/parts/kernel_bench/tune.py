@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from tqdm import tqdm
 
-from minserve.progress import progress_bar
+from minserve.progress_bar import progress_bar
 from parts.kernel_bench.attention import attention_problems
 from shared.kernel_cases import OURS, KernelSetting, Problem, Scale
 from shared.kernel_timing import checked, measure, one_call

@@ -14,7 +14,7 @@ from minserve.controller.router import Ask, make_router
 from minserve.devices import find_device
 from minserve.planner.predict.perf_model import PerfModel, Piece
 from minserve.planner.replica_load import ReplicaLoad
-from minserve.progress import progress_bar
+from minserve.progress_bar import progress_bar
 from minserve.slo.objectives import SLO
 from minserve.workload.arrivals import gamma_arrivals
 from minserve.workload.client import run_load

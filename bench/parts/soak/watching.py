@@ -23,7 +23,7 @@ PROBES = 5
 QUIET_S = 120.0
 
 
-class Watch:
+class ServerWatch:
     """Takes samples of a server.
 
     Args:

@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minserve.errors import WorkloadError
-from minserve.progress import progress_bar
+from minserve.progress_bar import progress_bar
 from minserve.slo.objectives import SLO
 from minserve.workload.client import Load, LoadProgress, run_load
 from minserve.workload.conversation import Conversation, Turn

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minserve.progress import progress_bar
+from minserve.progress_bar import progress_bar
 from shared.simulated.jobs import Job, Result
 
 FILE = "jobs.jsonl"

@@ -20,7 +20,7 @@ from torch import Tensor
 from minserve.blocks import blocks_for
 from minserve.engine.device.batch_tensors import BatchLayout, Chunk, place
 from minserve.engine.device.paged_model import PagedModel
-from minserve.progress import progress_bar
+from minserve.progress_bar import progress_bar
 
 # Sizes up to here are so many tokens apart, larger ones an eighth of themselves.
 STEP = 8

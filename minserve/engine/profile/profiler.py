@@ -36,7 +36,7 @@ from minserve.planner.predict.perf_model import (
     PerfModel,
     residual_quantile,
 )
-from minserve.progress import progress_bar
+from minserve.progress_bar import progress_bar
 
 NUM_BATCHES = 96
 # These are measured however long they take: fewer cannot be fitted and checked.

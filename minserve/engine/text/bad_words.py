@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from minserve.engine.text.tokenizer import Tokenizer
+from minserve.prompts import BadWordIds
 
 
-def bad_word_ids(
-    words: Iterable[str], tokenizer: Tokenizer, vocab_size: int
-) -> tuple[tuple[int, ...], ...]:
+def bad_word_ids(words: Iterable[str], tokenizer: Tokenizer, vocab_size: int) -> BadWordIds:
     """Return the token sequences of bad words, each as the tokenizer writes it.
 
     As in vLLM, a word stands for itself at the beginning of a text and behind a space, whether

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from os.path import commonprefix
 
+from minserve.engine.text.stop_strings import StopMatcher
 from minserve.sampling_params import SamplingParams
 
 # Decoders put this in place of bytes that are not (yet) a character.
@@ -56,6 +57,7 @@ class IncrementalDetokenizer:
         self._window = list(prompt_token_ids[-_PROMPT_CONTEXT:])
         self._num_read = len(self._window)
         self._read_text = self._text(self._window)
+        self._matchers = [StopMatcher(stop) for stop in params.stop]
         self._held_back = ""
         self._stopped = False
 
@@ -145,30 +147,24 @@ class IncrementalDetokenizer:
         A stop string counts where the newest token completes it and the output may end there,
         however early it began. One that was completed before ``min_tokens`` is ordinary text.
         """
-        params, old = self._params, self._held_back
-        if not params.stop:
+        if not self._matchers:
             return new_text, None
-        text = old + new_text
-        if self.num_tokens >= params.min_tokens:
+        text = self._held_back + new_text
+        ends = [(one.feed(new_text), one.stop) for one in self._matchers]
+        if self.num_tokens >= self._params.min_tokens:
+            before = len(self._held_back)
             found = [
-                (at, -len(stop), stop)
-                for stop in params.stop
-                # Only what ends in the new text, since `old` may hold one that did not count.
-                if (at := text.find(stop, max(0, len(old) - len(stop) + 1))) >= 0
+                (before + end - len(stop), -len(stop), stop)
+                for end, stop in ends
+                if end is not None
             ]
             if found:
                 at, _, stop = min(found)
                 self._held_back = ""
-                end = at + len(stop) if params.include_stop_str_in_output else at
+                end = at + len(stop) if self._params.include_stop_str_in_output else at
                 return text[:end], stop
         # Text sent before could not begin a stop string, so any match to come begins in
         # this tail or behind it.
-        safe = len(text) - max(_overlap(text, stop) for stop in params.stop)
+        safe = len(text) - max(one.num_matched for one in self._matchers)
         self._held_back = text[safe:]
         return text[:safe], None
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of ``text`` that begins ``stop`` but is shorter."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from minserve.engine.text.bad_words import bad_word_ids
 from minserve.errors import InvalidRequestError, RequestTooLongError
-from minserve.prompts import Prompt, PromptOptions, TokenizedPrompt
+from minserve.prompts import BadWordIds, Prompt, PromptOptions, TokenizedPrompt
 
 if TYPE_CHECKING:
     from minserve.engine.text.tokenizer import Tokenizer
@@ -80,6 +81,10 @@ class PromptProcessor:
             ids = self._encode(text, "messages", bool(options.add_special_tokens), options)
             return self._checked(text, ids, "messages", options)
         return self._checked(None, prompt, "prompt", options)
+
+    def bad_word_ids(self, words: Sequence[str]) -> BadWordIds:
+        """Return the token sequences of bad words, as `minserve.engine.text.bad_words` does."""
+        return bad_word_ids(words, self._tokenizer, self._vocab_size)
 
     def tokenize(self, prompt: Prompt, options: PromptOptions = _USUAL) -> TokenizedPrompt:
         """Turn a text or messages into token ids, as many as there are and perhaps none.

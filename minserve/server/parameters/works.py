@@ -11,6 +11,7 @@ from minserve.sampling_params import (
     MAX_LOGPROBS,
     MAX_N,
     MAX_NAMED_TOKENS,
+    MAX_STOP_LENGTH,
     MAX_STOP_STRINGS,
     MAX_TOP_K,
     SEED_MAX,
@@ -100,7 +101,8 @@ SAMPLING = (
     _setting(
         "stop",
         "OVSL",
-        f"a text or up to {MAX_STOP_STRINGS} texts that end the output; they are not part of it",
+        f"a text or up to {MAX_STOP_STRINGS} texts that end the output, of {MAX_STOP_LENGTH} characters together; "
+        "they are not part of it",
         default="none",
         form=Any,
         schema={
@@ -118,7 +120,7 @@ SAMPLING = (
     _setting(
         "stop_token_ids",
         "VS",
-        "token ids that end the output",
+        f"token ids that end the output; up to {MAX_NAMED_TOKENS}",
         default="none",
         form=list[TokenId],
     ),

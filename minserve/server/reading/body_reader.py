@@ -21,7 +21,8 @@ from minserve.server.reading.reader_process import ReaderProcess
 
 # Up to so many bytes, a body takes a few milliseconds at most.
 SHORT = 2048
-# Bodies that are received or wait to be read may have so many times the size of the largest one.
+# Bodies that are received or wait to be read may have so many times the size of the largest one;
+# short ones are taken all the same.
 MOST_AT_ONCE = 16
 _SLO_HEADERS = ("x-slo-", "x-llm-d-slo-")
 
@@ -91,7 +92,7 @@ class BodyReader:
                 self._num_bytes += len(part)
                 if size > self._most_bytes:
                     raise _too_large(self._most_bytes)
-                if self._num_bytes > MOST_AT_ONCE * self._most_bytes:
+                if size > SHORT and self._num_bytes > MOST_AT_ONCE * self._most_bytes:
                     raise HttpError(
                         429,
                         "too many large request bodies at once; try again later",

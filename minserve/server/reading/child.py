@@ -15,7 +15,7 @@ from minserve.server.reading import frames
 
 # Tokenizing has to leave the cores to the model: a request that waits a little longer for it harms
 # nobody else.
-NICENESS = 10
+NICENESS = 5
 
 
 def main() -> None:

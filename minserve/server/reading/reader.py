@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from minserve.errors import InvalidRequestError
-from minserve.prompts import TokenizedPrompt
+from minserve.prompts import BadWordIds, TokenizedPrompt
 from minserve.server.body import parse_object
 from minserve.server.errors import HttpError
 from minserve.server.json_array import dump_json
@@ -64,11 +64,13 @@ class ReadCall:
     Attributes:
         call: what was asked, without its prompts.
         prompts: the prompts as token ids; their text only where the answer repeats it.
+        bad_word_ids: the token sequences of its bad words.
         came_s: when the body had come, in seconds of ``time.monotonic()``.
     """
 
     call: GenerationCall
     prompts: list[TokenizedPrompt]
+    bad_word_ids: BadWordIds
     slo: SLO | None
     came_s: float
 
@@ -104,11 +106,12 @@ class Reader:
             raise InvalidRequestError(
                 f"{num_outputs} outputs in one request; at most {facts.max_queue} can be queued here"
             )
+        bad_word_ids = facts.prompts.bad_word_ids(call.params.bad_words)
         prompts = []
         for prompt in call.prompts:
             one = facts.prompts.process(prompt, call.prompt_options)
             prompts.append(one if call.echo else one._replace(text=None))
-        return ReadCall(replace(call, prompts=[]), prompts, slo, came_s)
+        return ReadCall(replace(call, prompts=[]), prompts, bad_word_ids, slo, came_s)
 
     def tokenized(self, raw: bytes) -> tuple[bytes, tuple[str, ...]]:
         """Answer a body of /tokenize.

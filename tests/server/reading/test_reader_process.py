@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -95,7 +94,7 @@ def test_the_process_does_without_torch_and_lets_others_go_first(facts: Facts) -
     async def look() -> tuple[int, list[str]]:
         async with running(facts) as process:
             await process.call("generation", chat("Hello"), 1)
-            [child] = _children()
+            child = _child_of(process)
             return child.nice(), [one.path for one in child.memory_maps()]
 
     niceness, files = asyncio.run(look())
@@ -123,7 +122,7 @@ def test_a_body_that_kills_the_process_fails_alone(facts: Facts) -> None:
     async def read_all() -> tuple[Any, Any]:
         async with running(facts) as process:
             await process.call("generation", chat("Hello"), 1)
-            [child] = _children()
+            child = _child_of(process)
             child.send_signal(signal.SIGSTOP)
             dying = asyncio.create_task(process.call("generation", chat("Hello"), 1))
             following = asyncio.create_task(process.call("generation", chat("Hi"), 2))
@@ -143,7 +142,7 @@ def test_a_body_that_takes_too_long_is_given_up(
     async def read_all() -> tuple[Any, Any]:
         async with running(facts) as process:
             await process.call("generation", chat("Hello"), 1)
-            [child] = _children()
+            child = _child_of(process)
             child.send_signal(signal.SIGSTOP)
             monkeypatch.setattr(reader_process, "PATIENCE_S", 0.1)
             hanging = process.call("generation", chat("Hello"), 1)
@@ -172,7 +171,7 @@ def test_the_process_ends_with_its_parent(facts: Facts) -> None:
     async def start() -> psutil.Process:
         process = ReaderProcess(facts)
         await process.call("generation", chat("Hello"), 1)
-        [child] = _children()
+        child = _child_of(process)
         # As if this process had ended: the system closes its end of the pipe.
         assert process._process is not None
         assert process._process.stdin is not None
@@ -184,6 +183,6 @@ def test_the_process_ends_with_its_parent(facts: Facts) -> None:
     assert not asyncio.run(start()).is_running()
 
 
-def _children() -> list[psutil.Process]:
-    own = psutil.Process(os.getpid()).children()
-    return [one for one in own if "minserve.server.reading.child" in one.cmdline()]
+def _child_of(process: ReaderProcess) -> psutil.Process:
+    assert process._process is not None
+    return psutil.Process(process._process.pid)

@@ -6,7 +6,7 @@ import os
 
 import instructor
 import openai
-from checks import check, check_raises
+from client_checks import check, check_raises
 from instructor.core import IncompleteOutputException, InstructorRetryException
 from pydantic import BaseModel, ValidationError
 

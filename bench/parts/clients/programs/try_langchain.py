@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import openai
-from checks import check, check_raises
+from client_checks import check, check_raises
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_openai import ChatOpenAI, OpenAI
 

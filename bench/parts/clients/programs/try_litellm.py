@@ -6,7 +6,7 @@ import os
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # instead of a table from the network
 import litellm
-from checks import check, check_raises
+from client_checks import check, check_raises
 
 litellm.telemetry = False
 litellm.suppress_debug_info = True

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from checks import check
+from client_checks import check
 
 home = Path.cwd() / "llm"
 home.mkdir()

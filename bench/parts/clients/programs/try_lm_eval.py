@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from checks import check
+from client_checks import check
 
 TASKS = Path(__file__).parent / "lm_eval_tasks"
 FOLDER, MODEL = os.environ["MINSERVE_FOLDER"], os.environ["MINSERVE_MODEL"]

@@ -6,7 +6,7 @@ import asyncio
 import os
 
 import openai
-from checks import check, check_raises
+from client_checks import check, check_raises
 
 MODEL = os.environ["MINSERVE_MODEL"]
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Name three colours."}],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 
-from checks import check, check_raises
+from client_checks import check, check_raises
 from pydantic_ai import Agent
 from pydantic_ai.exceptions import ModelHTTPError
 from pydantic_ai.models.openai import OpenAIChatModel

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from minserve import progress
-from minserve.progress import LogProgress, progress_bar
+from minserve import progress_bar as progress
+from minserve.progress_bar import LogProgress, progress_bar
 from minserve.workload.server_process import ServerProcess, minserve_command
 
 
@@ -103,7 +103,7 @@ def test_programs_make_their_bars_here() -> None:
         str(path.relative_to(root))
         for folder in ("minserve", "models", "kernels", "bench", "examples")
         for path in (root / folder).rglob("*.py")
-        if "tqdm(" in path.read_text(encoding="utf-8") and path.name != "progress.py"
+        if "tqdm(" in path.read_text(encoding="utf-8") and path.name != "progress_bar.py"
     ]
     assert found == []
 
