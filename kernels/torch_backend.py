@@ -313,7 +313,9 @@ class TorchBackend(AttentionBackend):
 def _left_over(metadata: AttentionMetadata) -> Tensor | None:
     """Return `_TorchBatchState.left_over`."""
     size, starts = metadata.block_size, metadata.query_start_loc
-    seqs, places, offsets = [], [], []
+    seqs: list[int] = []
+    places: list[int] = []
+    offsets: list[int] = []
     for i, length in enumerate(metadata.seq_lens):
         place, used = divmod(length, size)
         if used and starts[i + 1] - starts[i] >= used:

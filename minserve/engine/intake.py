@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from minserve.config import EngineConfig
 from minserve.engine.model_tokenizer import load_model_tokenizer
@@ -105,6 +105,19 @@ def check_room(num_outputs: int, num_unfinished: int, max_queue: int, num_engine
         )
 
 
+class _Settings(NamedTuple):
+    """What sampling settings mean for a model, whatever the prompt is.
+
+    Attributes:
+        params: the settings themselves.
+        ends, bad_word_ids: as in `Request`.
+    """
+
+    params: SamplingParams
+    ends: frozenset[int]
+    bad_word_ids: BadWordIds
+
+
 class Intake:
     """Checks requests against a model, and resolves their open settings.
 
@@ -137,6 +150,8 @@ class Intake:
         self._default_max_tokens: int | None = sampling_defaults.get("max_tokens")
         self.prompts = PromptProcessor(tokenizer, vocab_size, max_model_len)
         self._seeds = random.Random(config.seed)
+        # A call may have a thousand prompts, and settings that name a thousand tokens and words.
+        self._newest: _Settings | None = None
 
     def request(
         self,
@@ -162,22 +177,21 @@ class Intake:
         text, token_ids = tokenized.text, tokenized.token_ids
         max_tokens = self._max_tokens(params, len(token_ids))
         slo = self.promises.find(slo)
-        # Files of models may name ids that the model's head does not have. It samples none of them.
-        eos = () if params.ignore_eos else self.tokenizer.eos_token_ids
-        if bad_word_ids is None:
-            bad_word_ids = self.prompts.bad_word_ids(params.bad_words)
-        ends = frozenset(i for i in eos if i < self.vocab_size) | frozenset(params.stop_token_ids)
-        self._check_choice(params, ends, bad_word_ids)
+        settings = self._settings(params, bad_word_ids)
         return text, Request(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=token_ids,
-            params=replace(params, max_tokens=max_tokens),
+            params=(
+                params
+                if params.max_tokens == max_tokens
+                else replace(params, max_tokens=max_tokens)
+            ),
             seed=self._seeds.getrandbits(64) if params.seed is None else params.seed,
             arrival_s=self._clock() - age_s,
             priority=priority,
             cache_salt=cache_salt,
-            stop_token_ids=ends,
-            bad_word_ids=bad_word_ids,
+            stop_token_ids=settings.ends,
+            bad_word_ids=settings.bad_word_ids,
             slo=slo,
             targets=None if slo is None else self._targets(slo, len(token_ids)),
         )
@@ -202,13 +216,29 @@ class Intake:
                 f"min_tokens {params.min_tokens} leaves no room: the prompt allows {max_tokens}",
                 "min_tokens",
             )
+        return max_tokens
+
+    def _settings(self, params: SamplingParams, bad_word_ids: BadWordIds | None) -> _Settings:
+        """Return what settings mean; worked out once for all prompts of a call."""
+        newest = self._newest
+        if newest is None or newest.params is not params:
+            newest = self._newest = self._worked_out(params, bad_word_ids)
+        return newest
+
+    def _worked_out(self, params: SamplingParams, bad_word_ids: BadWordIds | None) -> _Settings:
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             for token in getattr(params, name):
                 if token >= self.vocab_size:
                     raise InvalidRequestError(
                         f"{name}: {token} is outside the vocabulary of {self.vocab_size}", name
                     )
-        return max_tokens
+        # Files of models may name ids that the model's head does not have. It samples none of them.
+        eos = () if params.ignore_eos else self.tokenizer.eos_token_ids
+        ends = frozenset(i for i in eos if i < self.vocab_size) | frozenset(params.stop_token_ids)
+        if bad_word_ids is None:
+            bad_word_ids = self.prompts.bad_word_ids(params.bad_words)
+        self._check_choice(params, ends, bad_word_ids)
+        return _Settings(params, ends, bad_word_ids)
 
     def _check_choice(
         self, params: SamplingParams, ends: frozenset[int], bad_word_ids: BadWordIds

@@ -19,6 +19,8 @@ import msgspec
 from minserve.errors import InvalidRequestError
 
 MAX_DIGITS = 20  # of an integer; enough for every 64-bit number
+# The most of a name in a body that an error repeats.
+MAX_NAME = 100
 # Up to here each integer has a float of its own.
 _MAX_WHOLE = 2.0**53
 _LONG_NUMBER = re.compile(rf"[0-9]{{{MAX_DIGITS + 1}}}")
@@ -85,7 +87,7 @@ def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         counts = Counter(key for key, _ in pairs)
         twice = next(key for key, count in counts.items() if count > 1)
-        raise InvalidRequestError(f"the field {twice[:100]!r} appears twice")
+        raise InvalidRequestError(f"the field {twice[:MAX_NAME]!r} appears twice")
     return result
 
 
@@ -134,7 +136,8 @@ def convert(value: Any, form: type[_T], where: str = "") -> _T:
     except RecursionError:
         raise refusal(where, "is nested too deeply") from None
     if field := _FIELD.fullmatch(text):
-        place = f"{where}{field[3] or ''}.{field[2]}".removeprefix(".")
+        name = field[2][:MAX_NAME]
+        place = f"{where}{field[3] or ''}.{name}".removeprefix(".")
         is_missing = field[1].startswith("missing")
         raise refusal(place, "is required" if is_missing else "is not supported by this server")
     problem, found, path = text.rpartition(_PLACE)

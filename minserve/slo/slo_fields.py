@@ -231,7 +231,7 @@ def _known(values: Mapping[str, Any], names: tuple[str, ...], where: str) -> dic
     """Return the fields that are given, after checking that all names are known."""
     for name in values:
         if name not in names:
-            raise _error(where, name, f"is not a field here; known: {', '.join(names)}")
+            raise _error(where, name[:100], f"is not a field here; known: {', '.join(names)}")
     return {name: value for name, value in values.items() if value is not None}
 
 

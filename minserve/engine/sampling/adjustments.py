@@ -7,13 +7,50 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 
 import torch
 from torch import Tensor
 
 from minserve.engine.sampling.rows import SamplingRow, column, index_of
+
+
+class _Cells:
+    """Cells of logits ``[rows, vocab]``, each with a number.
+
+    A batch may name a hundred thousand of them in each iteration, so they are kept in flat lists.
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[int] = []
+        self._tokens: list[int] = []
+        self._values: list[float] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._tokens)
+
+    def add(self, row: int, tokens: Iterable[int], values: float | Iterable[float]) -> None:
+        """Add cells of a row, each with its number, or all with the same one."""
+        self._tokens += tokens
+        num = len(self._tokens) - len(self._rows)
+        self._rows += [row] * num
+        self._values += [values] * num if isinstance(values, float) else values
+
+    def within(self, vocab: int) -> _Cells:
+        """Return those whose tokens the logits have."""
+        if not self._tokens or max(self._tokens) < vocab:
+            return self
+        inside = _Cells()
+        for row, token, value in zip(self._rows, self._tokens, self._values, strict=True):
+            if token < vocab:
+                inside.add(row, (token,), value)
+        return inside
+
+    def on(self, logits: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Return the cells as an index, and their numbers."""
+        index = index_of(self._rows, logits), index_of(self._tokens, logits)
+        return index, column(self._values, logits).squeeze(1)
 
 
 def adjust(logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
@@ -26,38 +63,34 @@ def adjust(logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
 
 def _bias(logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
     """Add what requests add to the logits of tokens."""
-    biases = [
-        (i, token, bias)
-        for i, row in enumerate(rows)
-        for token, bias in row.params.logit_bias.items()
-        if token < logits.shape[1]
-    ]
+    biases = _Cells()
+    for i, row in enumerate(rows):
+        if bias := row.params.logit_bias:
+            biases.add(i, bias.keys(), bias.values())
+    biases = biases.within(logits.shape[1])
     if not biases:
         return logits
-    cells, amount = _cells(biases, logits)
+    cells, amount = biases.on(logits)
     return logits.index_put(cells, logits[cells] + amount)
 
 
 def _penalize(logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
     """Apply repetition, then frequency and presence penalties, at the few tokens that have any."""
-    repeated = [
-        (i, token, row.params.repetition_penalty)
-        for i, row in enumerate(rows)
-        if row.params.repetition_penalty != 1.0
-        for token in set(row.token_ids)
-    ]
+    repeated, generated = _Cells(), _Cells()
+    for i, row in enumerate(rows):
+        params = row.params
+        if params.repetition_penalty != 1.0:
+            repeated.add(i, set(row.token_ids), float(params.repetition_penalty))
+        frequency, presence = params.frequency_penalty, params.presence_penalty
+        if frequency != 0.0 or presence != 0.0:
+            counts = Counter(row.output_token_ids)
+            generated.add(i, counts, [frequency * num + presence for num in counts.values()])
     if repeated:
-        cells, factor = _cells(repeated, logits)
+        cells, factor = repeated.on(logits)
         x = logits[cells]
         logits = logits.index_put(cells, torch.where(x > 0, x / factor, x * factor))
-    generated = [
-        (i, token, p.frequency_penalty * count + p.presence_penalty)
-        for i, row in enumerate(rows)
-        if (p := row.params).frequency_penalty != 0.0 or p.presence_penalty != 0.0
-        for token, count in Counter(row.output_token_ids).items()
-    ]
     if generated:
-        cells, amount = _cells(generated, logits)
+        cells, amount = generated.on(logits)
         logits = logits.index_put(cells, logits[cells] - amount)
     return logits
 
@@ -67,30 +100,26 @@ def _ban(logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
     choosy = [i for i, row in enumerate(rows) if row.params.allowed_token_ids]
     if choosy:
         logits = _only_allowed(logits, choosy, rows)
-    banned = [
-        (i, token, -math.inf)
-        for i, row in enumerate(rows)
-        for token in _banned_tokens(row)
-        if token < logits.shape[1]
-    ]
-    return logits.index_put(*_cells(banned, logits)) if banned else logits
+    banned = _Cells()
+    for i, row in enumerate(rows):
+        banned.add(i, _banned_tokens(row), -math.inf)
+    banned = banned.within(logits.shape[1])
+    return logits.index_put(*banned.on(logits)) if banned else logits
 
 
 def _only_allowed(logits: Tensor, choosy: SequenceOf[int], rows: SequenceOf[SamplingRow]) -> Tensor:
     """Ban all tokens but the allowed ones, in those rows that name some."""
-    allowed = [
-        (i, token, 0.0)
-        for i in choosy
-        for token in rows[i].params.allowed_token_ids
-        if token < logits.shape[1]
-    ]
+    allowed = _Cells()
+    for i in choosy:
+        allowed.add(i, rows[i].params.allowed_token_ids, 0.0)
+    allowed = allowed.within(logits.shape[1])
     index = index_of(choosy, logits)
     banned = logits[index]
     # A NaN stays, wherever it is: it tells that the row means nothing.
     only = logits.index_copy(0, index, torch.where(banned.isnan(), banned, -math.inf))
     if not allowed:
         return only
-    cells, _ = _cells(allowed, logits)
+    cells, _ = allowed.on(logits)
     return only.index_put(cells, logits[cells])
 
 
@@ -104,11 +133,3 @@ def _banned_tokens(row: SamplingRow) -> Iterator[int]:
         for *beginning, last in request.bad_word_ids:
             if not beginning or output[-len(beginning) :] == beginning:
                 yield last
-
-
-def _cells(
-    entries: list[tuple[int, int, float]], like: Tensor
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Return (row, token, value) triples as an index into ``[rows, vocab]`` and its values."""
-    rows, tokens, values = zip(*entries, strict=True)
-    return (index_of(rows, like), index_of(tokens, like)), column(values, like).squeeze(1)

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from minserve.errors import InvalidRequestError
-from minserve.server.body import refusal
+from minserve.server.body import MAX_NAME, refusal
 from minserve.server.parameters.hints import HINTS, NESTED
 from minserve.server.parameters.parameter import PATHS, Endpoint, Parameter, Sort
 from minserve.server.parameters.unsupported import REFUSED
@@ -18,8 +18,6 @@ PARAMETERS: tuple[Parameter, ...] = (*FIELDS, *NESTED)
 BY_ENDPOINT: Mapping[Endpoint, Mapping[str, Parameter]] = {
     endpoint: {one.name: one for one in FIELDS if endpoint in one.endpoints} for endpoint in PATHS
 }
-# The most of an unknown name that an error repeats.
-_MAX_NAME = 100
 
 
 def read_body(body: Mapping[str, Any], endpoint: Endpoint) -> tuple[dict[str, Any], list[str]]:
@@ -62,7 +60,7 @@ def read_body(body: Mapping[str, Any], endpoint: Endpoint) -> tuple[dict[str, An
 
 def _unknown(name: str, endpoint: Endpoint) -> InvalidRequestError:
     """Return the error for a name that the endpoint does not know, with the name that may be meant."""
-    name = name[:_MAX_NAME]
+    name = name[:MAX_NAME]
     others = [path for other, path in PATHS.items() if name in BY_ENDPOINT[other]]
     if others:
         return refusal(name, f"is a parameter of {' and '.join(others)} only")

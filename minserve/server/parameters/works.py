@@ -34,6 +34,8 @@ from minserve.server.parameters.parameter import (
 _HINTS = get_type_hints(SamplingParams)
 _LOGPROBS = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 _TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+# It is hashed with each block of a prompt.
+MAX_SALT_LENGTH = 1024
 _STRINGS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
 
 
@@ -362,8 +364,8 @@ ANSWER = (
     _works(
         "cache_salt",
         "VS",
-        "only requests of the same salt share cached prefixes",
-        form=str,
+        f"up to {MAX_SALT_LENGTH} characters; only requests of the same salt share cached prefixes",
+        form=Annotated[str, Meta(max_length=MAX_SALT_LENGTH)],
         default='""',
     ),
     _works(

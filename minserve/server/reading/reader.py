@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from minserve.errors import InvalidRequestError
 from minserve.prompts import BadWordIds, TokenizedPrompt
-from minserve.server.body import parse_object
+from minserve.server.body import MAX_NAME, parse_object
 from minserve.server.errors import HttpError
 from minserve.server.json_array import dump_json
 from minserve.server.protocol import (
@@ -174,7 +174,7 @@ def check_model(name: str, served: str) -> None:
     if name != served:
         raise HttpError(
             404,
-            f"the model {name!r} is not served here; this server has {served!r}",
+            f"the model {name[:MAX_NAME]!r} is not served here; this server has {served!r}",
             param="model",
             code="model_not_found",
         )

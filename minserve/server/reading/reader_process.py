@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from minserve.server.errors import HttpError
+from minserve.server.errors import HttpError, unavailable
 from minserve.server.reading import frames
 from minserve.server.reading.reader import Facts
 
@@ -56,7 +56,8 @@ class ReaderProcess:
             size: of the body in bytes.
 
         Raises:
-            HttpError: 500 if the process died of it, 503 if it took too long.
+            HttpError: 500 if the process died of it, 503 if it took too long or no process can be
+                started.
             Exception: whatever the method raises.
         """
         self.start()
@@ -77,7 +78,8 @@ class ReaderProcess:
 
     async def _serve(self) -> None:
         """Run one job after the other."""
-        await self._running()
+        with contextlib.suppress(HttpError):  # the first job tries again
+            await self._running()
         while True:
             job = await self._jobs.get()
             if job.result.done():
@@ -124,16 +126,26 @@ class ReaderProcess:
             ) from None
 
     async def _running(self) -> asyncio.subprocess.Process:
-        """Return the process, started if there is none."""
+        """Return the process, started if there is none.
+
+        Raises:
+            HttpError: 503 if it cannot be started, for want of memory or file descriptors.
+        """
         process = self._process
         if process is None or process.returncode is not None:
-            process = self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "minserve.server.reading.child",
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-            )
+            try:
+                process = self._process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-m",
+                    "minserve.server.reading.child",
+                    stdin=asyncio.subprocess.PIPE,
+                    stdout=asyncio.subprocess.PIPE,
+                )
+            except OSError as error:
+                log.error("the process that reads requests cannot be started: %s", error)
+                raise unavailable(
+                    "this request is too long to be read now; try again later"
+                ) from None
             assert process.stdin is not None
             process.stdin.write(frames.pack(self._facts))
         return process

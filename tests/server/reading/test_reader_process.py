@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 from multidict import CIMultiDict
+from waiting import PATIENCE_S
 
 from minserve.errors import InvalidRequestError, InvalidSLOError, RequestTooLongError
 from minserve.server.errors import HttpError
@@ -186,3 +187,31 @@ def test_the_process_ends_with_its_parent(facts: Facts) -> None:
 def _child_of(process: ReaderProcess) -> psutil.Process:
     assert process._process is not None
     return psutil.Process(process._process.pid)
+
+
+def test_a_process_that_cannot_be_started_at_first_is_started_later(
+    facts: Facts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, failures = asyncio.create_subprocess_exec, [OSError(24, "Too many open files")] * 2
+
+    async def failing_at_first(*args: Any, **options: Any) -> asyncio.subprocess.Process:
+        if failures:
+            raise failures.pop()
+        return await start(*args, **options)
+
+    async def read_twice() -> list[Any]:
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", failing_at_first)
+        async with running(facts) as process:
+            process.start()
+            outcomes: list[Any] = []
+            for _ in range(2):
+                job = process.call("generation", chat("Hello"), 1)
+                outcomes += await asyncio.gather(
+                    asyncio.wait_for(job, PATIENCE_S), return_exceptions=True
+                )
+            return outcomes
+
+    refused, read = asyncio.run(read_twice())
+    assert isinstance(refused, HttpError)
+    assert refused.status == 503
+    assert read == Reader(facts).generation(*chat("Hello"))
