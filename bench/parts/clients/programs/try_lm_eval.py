@@ -26,7 +26,7 @@ def evaluate(name: str, model: str, arguments: str) -> dict[str, list]:
     done = subprocess.run(
         [sys.executable, "-m", "lm_eval", "--model", model, "--model_args", arguments,
          "--tasks", "tiny_likelihoods,tiny_greedy", "--include_path", str(TASKS), "--batch_size", "1",
-         "--log_samples", "--output_path", str(out)],
+         "--device", "cpu", "--log_samples", "--output_path", str(out)],
         cwd=TASKS, capture_output=True, text=True,
     )  # fmt: skip
     check(
@@ -46,7 +46,7 @@ url = f"{os.environ['OPENAI_BASE_URL']}/completions"
 ours = evaluate("served", "local-completions",
                 f"model={MODEL},base_url={url},tokenizer={FOLDER},tokenizer_backend=huggingface,"
                 "num_concurrent=2,max_retries=1,max_length=2048")  # fmt: skip
-theirs = evaluate("transformers", "hf", f"pretrained={FOLDER},dtype=float32,device=cpu")
+theirs = evaluate("transformers", "hf", f"pretrained={FOLDER},dtype=float32")
 
 pairs = list(zip(ours["tiny_likelihoods"], theirs["tiny_likelihoods"], strict=True))
 errors = [abs(float(one[0]) - float(other[0])) for one, other in pairs]
