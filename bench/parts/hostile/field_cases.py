@@ -251,6 +251,9 @@ def _sizes() -> list[HostileCase]:
         case("a chat of megabytes", {"messages": [
             {"role": "user", "content": "All work and no play. " * 300_000}]}, CHAT),
         case("a million stop ids", {"prompt": "a", "stop_token_ids": [-1] * 10**6}),
+        case("a stop string of a megabyte", {"prompt": "a", "stop": "x" * 10**6}, param="stop"),
+        case("ten thousand stop ids", {"prompt": "a", "stop_token_ids": [1] * 10_000}, param="stop_token_ids"),
+        case("a salt of a megabyte", {"prompt": "a", "cache_salt": "x" * 10**6}, param="cache_salt"),
         case("thousands of stop strings", {"prompt": "a", "stop": ["x"] * 10_000}, param="stop"),
         case("an unknown field of megabytes", {"prompt": "a", "x" * 10**6: 1}),
         case("a hundred thousand unknown fields", {"prompt": "a"} | {f"x{i}": 1 for i in range(10**5)}),
