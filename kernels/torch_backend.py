@@ -156,7 +156,9 @@ class TorchBackend(AttentionBackend):
     def prepare(self, metadata: AttentionMetadata) -> None:
         slots = metadata.slot_mapping
         lone = len(slots) == 1 and slots.device.type == "cpu"  # a GPU would make the host wait
-        state = _TorchBatchState(int(slots[0]) if lone else None, _left_over(metadata))
+        # Upper bounds of lengths do not tell what is left over.
+        left_over = _left_over(metadata) if metadata.lengths_known else None
+        state = _TorchBatchState(int(slots[0]) if lone else None, left_over)
         for sequences in _similar(metadata):
             if len(sequences) > 1:
                 state.groups.append(_prepare_group(sequences, metadata))
