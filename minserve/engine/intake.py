@@ -105,7 +105,7 @@ def check_room(num_outputs: int, num_unfinished: int, max_queue: int, num_engine
         )
 
 
-class _Settings(NamedTuple):
+class _ResolvedSettings(NamedTuple):
     """What sampling settings mean for a model, whatever the prompt is.
 
     Attributes:
@@ -151,7 +151,7 @@ class Intake:
         self.prompts = PromptProcessor(tokenizer, vocab_size, max_model_len)
         self._seeds = random.Random(config.seed)
         # A call may have a thousand prompts, and settings that name a thousand tokens and words.
-        self._newest: _Settings | None = None
+        self._newest: _ResolvedSettings | None = None
 
     def request(
         self,
@@ -218,14 +218,18 @@ class Intake:
             )
         return max_tokens
 
-    def _settings(self, params: SamplingParams, bad_word_ids: BadWordIds | None) -> _Settings:
+    def _settings(
+        self, params: SamplingParams, bad_word_ids: BadWordIds | None
+    ) -> _ResolvedSettings:
         """Return what settings mean; worked out once for all prompts of a call."""
         newest = self._newest
         if newest is None or newest.params is not params:
             newest = self._newest = self._worked_out(params, bad_word_ids)
         return newest
 
-    def _worked_out(self, params: SamplingParams, bad_word_ids: BadWordIds | None) -> _Settings:
+    def _worked_out(
+        self, params: SamplingParams, bad_word_ids: BadWordIds | None
+    ) -> _ResolvedSettings:
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             for token in getattr(params, name):
                 if token >= self.vocab_size:
@@ -238,7 +242,7 @@ class Intake:
         if bad_word_ids is None:
             bad_word_ids = self.prompts.bad_word_ids(params.bad_words)
         self._check_choice(params, ends, bad_word_ids)
-        return _Settings(params, ends, bad_word_ids)
+        return _ResolvedSettings(params, ends, bad_word_ids)
 
     def _check_choice(
         self, params: SamplingParams, ends: frozenset[int], bad_word_ids: BadWordIds

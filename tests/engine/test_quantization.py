@@ -39,7 +39,8 @@ def test_log_probabilities_are_near_those_of_transformers(folder: Path) -> None:
     got = torch.tensor([one.logprob for one in output.prompt_logprobs[1:]])
     want = reference_logprobs(folder, PROMPTS[-1])
     error = (got - want).abs()
-    assert 0 < error.mean() < 0.1  # quantized at all, and well
+    # Quantized at all, and well; CPUs without VNNI have a coarser grid.
+    assert 0 < error.mean() < 0.15
     assert error.max() < 0.5
 
 

@@ -56,7 +56,7 @@ def test_a_key_has_so_many_requests_in_flight_and_no_more(
         key = {"Authorization": "Bearer one"}
         assert post(server, "/v1/models", None, key, method="GET")[0] == 200
         other = server.connect()
-        other.sendall(with_key("two", SHORT))
+        other.sendall(with_key("two", LONG))
         wait_until(lambda: server.engine.num_unfinished == 3)
     assert status_of(other) == 200
     for sock in [*socks, other]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from minserve.engine.sampling.rows import SamplingRow, column, index_of
 
 
-class _Cells:
+class _LogitCells:
     """Cells of logits ``[rows, vocab]``, each with a number.
 
     A batch may name a hundred thousand of them in each iteration, so they are kept in flat lists.
@@ -37,11 +37,11 @@ class _Cells:
         self._rows += [row] * num
         self._values += [values] * num if isinstance(values, float) else values
 
-    def within(self, vocab: int) -> _Cells:
+    def within(self, vocab: int) -> _LogitCells:
         """Return those whose tokens the logits have."""
         if not self._tokens or max(self._tokens) < vocab:
             return self
-        inside = _Cells()
+        inside = _LogitCells()
         for row, token, value in zip(self._rows, self._tokens, self._values, strict=True):
             if token < vocab:
                 inside.add(row, (token,), value)
@@ -63,7 +63,7 @@ def adjust(logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
 
 def _bias(logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
     """Add what requests add to the logits of tokens."""
-    biases = _Cells()
+    biases = _LogitCells()
     for i, row in enumerate(rows):
         if bias := row.params.logit_bias:
             biases.add(i, bias.keys(), bias.values())
@@ -76,7 +76,7 @@ def _bias(logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
 
 def _penalize(logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
     """Apply repetition, then frequency and presence penalties, at the few tokens that have any."""
-    repeated, generated = _Cells(), _Cells()
+    repeated, generated = _LogitCells(), _LogitCells()
     for i, row in enumerate(rows):
         params = row.params
         if params.repetition_penalty != 1.0:
@@ -100,7 +100,7 @@ def _ban(logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
     choosy = [i for i, row in enumerate(rows) if row.params.allowed_token_ids]
     if choosy:
         logits = _only_allowed(logits, choosy, rows)
-    banned = _Cells()
+    banned = _LogitCells()
     for i, row in enumerate(rows):
         banned.add(i, _banned_tokens(row), -math.inf)
     banned = banned.within(logits.shape[1])
@@ -109,7 +109,7 @@ def _ban(logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
 
 def _only_allowed(logits: Tensor, choosy: SequenceOf[int], rows: SequenceOf[SamplingRow]) -> Tensor:
     """Ban all tokens but the allowed ones, in those rows that name some."""
-    allowed = _Cells()
+    allowed = _LogitCells()
     for i in choosy:
         allowed.add(i, rows[i].params.allowed_token_ids, 0.0)
     allowed = allowed.within(logits.shape[1])
