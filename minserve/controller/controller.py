@@ -229,8 +229,6 @@ class Controller:
             raise NoReplicaError("no replica is up; they are being started again")
         num_outputs, most = len(prompts) * params.n, self.config.max_queue
         check_room(num_outputs, self.num_unfinished, most, len(self.table.replicas))
-        if bad_word_ids is None:
-            bad_word_ids = self.prompts.bad_word_ids(params.bad_words)
         asked = [
             self._intake.request(p, params, priority, cache_salt, slo, age_s, bad_word_ids)
             for p in prompts

@@ -316,8 +316,6 @@ class AsyncEngine(EngineBase):
         if not self.is_healthy:
             raise EngineStoppedError("the engine is not running")
         check_room(len(prompts) * params.n, self._num_unfinished, self.config.max_queue)
-        if bad_word_ids is None:
-            bad_word_ids = self.prompts.bad_word_ids(params.bad_words)
         submissions = [
             self._prepare(p, params, priority, cache_salt, slo, age_s, bad_word_ids)
             for p in prompts

@@ -7,7 +7,6 @@ import json
 import re
 import socket
 import struct
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +15,11 @@ from typing import Any
 import openai
 import pytest
 import torch
-from live_server import RunningServer, post, request_bytes
+from live_server import RunningServer, hanging, post, request_bytes
 from transformers import LlamaForCausalLM
 from waiting import PATIENCE_S, wait_until
 
 from minserve.config import ServerConfig
-from minserve.outputs import OutputDelta
 from minserve.request import FinishReason
 
 PROMPT = "The quick brown fox"
@@ -488,29 +486,17 @@ def test_a_failure_in_mid_stream_is_an_error_and_no_normal_end(
 
 
 def test_health_fails_while_an_iteration_hangs(
-    tiny_llama_dir: Path,
-    start_server: Callable[..., RunningServer],
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_llama_dir: Path, start_server: Callable[..., RunningServer]
 ) -> None:
     server = start_server(tiny_llama_dir, ServerConfig(watchdog_s=0.3))
-    core, hangs = server.engine._core, threading.Event()
-    step = core.step
-
-    def hanging_step() -> list[OutputDelta]:
-        hangs.wait(PATIENCE_S)
-        return step()
-
-    monkeypatch.setattr(core, "step", hanging_step)
     body = {key: value for key, value in LONG_BODY.items() if key != "model"}
-    sock = server.connect()
-    sock.sendall(request_bytes("/v1/completions", {**body, "max_tokens": 2}))
-    try:
+    with hanging(server):
+        sock = server.connect()
+        sock.sendall(request_bytes("/v1/completions", {**body, "max_tokens": 2}))
         while (status := post(server, "/health", None, method="GET"))[0] == 200:
             time.sleep(0.01)
         assert status[0] == 503
         assert "no iteration has ended" in str(status[2])
-    finally:
-        hangs.set()
     assert sock.recv(1000).startswith(b"HTTP/1.1 200")
     wait_until(lambda: post(server, "/health", None, method="GET")[0] == 200)
 
