@@ -7,7 +7,6 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from live_server import RunningServer, post
+from live_server import RunningServer, hanging, post
 from waiting import PATIENCE_S, wait_until
 
 from minserve.config import ServerConfig
@@ -110,30 +109,18 @@ def test_a_hung_engine_does_not_keep_sigterm_from_ending_the_process(tiny_llama_
 
 
 def test_requests_are_refused_while_an_iteration_hangs_and_served_after_it(
-    tiny_llama_dir: Path,
-    start_server: Callable[..., RunningServer],
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_llama_dir: Path, start_server: Callable[..., RunningServer]
 ) -> None:
     server = start_server(tiny_llama_dir, ServerConfig(watchdog_s=0.3))
-    core, hangs = server.engine._core, threading.Event()
-    step = core.step
-
-    def hanging_step() -> list:
-        hangs.wait(PATIENCE_S)
-        return step()
-
-    monkeypatch.setattr(core, "step", hanging_step)
     json_type = {"Content-Type": "application/json"}
     body = {"prompt": "The rain", "max_tokens": 2, "temperature": 0}
     with ThreadPoolExecutor() as threads:
-        first = threads.submit(post, server, "/v1/completions", body, json_type)
-        try:
+        with hanging(server):
+            first = threads.submit(post, server, "/v1/completions", body, json_type)
             wait_until(lambda: post(server, "/health", None, method="GET")[0] == 503)
             status, headers, answer = post(server, "/v1/completions", body, json_type)
             assert (status, headers["Retry-After"]) == (503, "1")
             assert b"no iteration has ended" in answer
-        finally:
-            hangs.set()
         assert first.result(PATIENCE_S)[0] == 200
     server.wait_until_free()
     assert post(server, "/v1/completions", body, json_type)[0] == 200
