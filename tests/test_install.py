@@ -33,10 +33,12 @@ def program(path: Path, text: str) -> Path:
 
 
 def make(clone: Path, python: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run make as a user does; under `make test` it would take itself for a part of that."""
+    outer = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
     return subprocess.run(
         ["make", ".venv/.installed", f"PYTHON={python}"],
         cwd=clone,
-        env={**os.environ, **env},
+        env={name: value for name, value in os.environ.items() if name not in outer} | env,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
