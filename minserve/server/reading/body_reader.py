@@ -1,4 +1,4 @@
-"""`BodyReader`: reads short bodies at once, and leaves the others to a process of their own.
+"""`BodyReader`: reads short bodies at once, and leaves the others to processes of their own.
 
 The event loop carries every stream, and the engine's thread shares the interpreter with it. So
 nothing that grows with what a client sends may run in this process.
@@ -21,6 +21,10 @@ from minserve.server.reading.reader_process import ReaderProcess
 
 # Up to so many bytes, a body takes a few milliseconds at most.
 SHORT = 2048
+# Beyond so many bytes, every step of the model would feel that a body is read beside it. So such
+# bodies are read while a core has nothing else to do, which on two cores that decode takes a hundred
+# times as long (bench/hostile.py measures what neighbours feel).
+LONG = 65536
 # Bodies that are received or wait to be read may have so many times the size of the largest one;
 # short ones are taken all the same.
 MOST_AT_ONCE = 16
@@ -37,16 +41,19 @@ class BodyReader:
     def __init__(self, facts: Facts, most_bytes: int) -> None:
         self._reader = Reader(facts)
         self._process = ReaderProcess(facts)
+        self._process_of_long = ReaderProcess(facts, when_idle=True)
         self._most_bytes = most_bytes
         self._num_bytes = 0
 
     def start(self) -> None:
-        """Start the process for large bodies before the first one comes."""
+        """Start the processes for bodies that are not short before the first one comes."""
         self._process.start()
+        self._process_of_long.start()
 
     async def close(self) -> None:
-        """End the process."""
+        """End the processes."""
         await self._process.close()
+        await self._process_of_long.close()
 
     async def generation(self, endpoint: Endpoint, request: web.Request) -> ReadCall:
         """Read the body of a completion or a chat; raises what `Reader.generation` raises."""
@@ -69,10 +76,11 @@ class BodyReader:
             return await self._call("detokenized", raw)
 
     async def _call(self, method: str, raw: bytes, *args: Any) -> Any:
-        """Call a method of the `Reader`, here or in the process."""
+        """Call a method of the `Reader`, here or in a process."""
         if len(raw) <= SHORT:
             return getattr(self._reader, method)(raw, *args)
-        return await self._process.call(method, (raw, *args), len(raw))
+        process = self._process if len(raw) <= LONG else self._process_of_long
+        return await process.call(method, (raw, *args), len(raw))
 
     @asynccontextmanager
     async def _received(self, request: web.Request) -> AsyncIterator[bytes]:

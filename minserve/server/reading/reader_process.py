@@ -12,12 +12,14 @@ from typing import Any
 
 from minserve.server.errors import HttpError, unavailable
 from minserve.server.reading import frames
+from minserve.server.reading.child import WHEN_IDLE
 from minserve.server.reading.reader import Facts
 
 log = logging.getLogger(__name__)
 
-# Seconds for one body. The longest that a model takes needs one or two, even beside a busy engine.
-PATIENCE_S = 60.0
+# Seconds for one body. The longest that a model takes needs one or two of a core, which a process
+# that waits for idle cores gets in a minute where all of them decode.
+PATIENCE_S = 300.0
 
 
 @dataclass(order=True, slots=True)
@@ -35,10 +37,14 @@ class ReaderProcess:
 
     The process is started at the first call, and again after it has ended. All methods belong to
     one event loop.
+
+    Args:
+        when_idle: whether it runs only while a core has nothing else to do.
     """
 
-    def __init__(self, facts: Facts) -> None:
+    def __init__(self, facts: Facts, *, when_idle: bool = False) -> None:
         self._facts = facts
+        self._flags = [WHEN_IDLE] if when_idle else []
         self._jobs: asyncio.PriorityQueue[_PendingRead] = asyncio.PriorityQueue()
         self._numbers = itertools.count()
         self._process: asyncio.subprocess.Process | None = None
@@ -138,6 +144,7 @@ class ReaderProcess:
                     sys.executable,
                     "-m",
                     "minserve.server.reading.child",
+                    *self._flags,
                     stdin=asyncio.subprocess.PIPE,
                     stdout=asyncio.subprocess.PIPE,
                 )

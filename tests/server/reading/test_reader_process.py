@@ -99,7 +99,7 @@ def test_the_process_does_without_torch_and_lets_others_go_first(facts: Facts) -
             return child.nice(), [one.path for one in child.memory_maps()]
 
     niceness, files = asyncio.run(look())
-    assert niceness > psutil.Process().nice() or niceness == 19
+    assert niceness == min(psutil.Process().nice() + 5, 19)
     assert not any("libtorch" in path for path in files)
 
 
