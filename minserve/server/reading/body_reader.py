@@ -21,10 +21,13 @@ from minserve.server.reading.reader_process import ReaderProcess
 
 # Up to so many bytes, a body takes a few milliseconds at most.
 SHORT = 2048
-# Beyond so many bytes, every step of the model would feel that a body is read beside it. So such
-# bodies are read while a core has nothing else to do, which on two cores that decode takes a hundred
-# times as long (bench/hostile.py measures what neighbours feel).
-LONG = 65536
+# Beyond so many bytes, a crowd of bodies would take a core from the model for seconds.
+LONG = 2**18
+# Reading leaves the cores to the model. Beside a model that decodes on all of them, 5 makes reading
+# two or three times as long, and 19 a hundred times; and one that reads without end makes the model's
+# steps 1.4 times as long with 5, and no longer with 19 (bench/hostile.py). Values between are worse
+# than both: the process runs seldom, but then keeps its core.
+NICENESS, NICENESS_OF_LONG = 5, 19
 # Bodies that are received or wait to be read may have so many times the size of the largest one;
 # short ones are taken all the same.
 MOST_AT_ONCE = 16
@@ -40,8 +43,8 @@ class BodyReader:
 
     def __init__(self, facts: Facts, most_bytes: int) -> None:
         self._reader = Reader(facts)
-        self._process = ReaderProcess(facts)
-        self._process_of_long = ReaderProcess(facts, when_idle=True)
+        self._process = ReaderProcess(facts, NICENESS)
+        self._process_of_long = ReaderProcess(facts, NICENESS_OF_LONG)
         self._most_bytes = most_bytes
         self._num_bytes = 0
 

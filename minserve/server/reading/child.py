@@ -9,54 +9,29 @@ import os
 import signal
 import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from minserve.server.reading import frames
 
-# Reading has to leave the cores to the model: a request that waits a little longer for it harms
-# nobody else.
-NICENESS = 5
-# The argument that has a process read only while cores are idle.
-WHEN_IDLE = "--when-idle"
-
 
 def main() -> None:
-    """Serve the parent's calls until it has gone."""
+    """Serve the parent's calls until it has gone, with the niceness that is the argument."""
     # Frames alone go to the parent. What a library prints belongs into the log.
     inbox, outbox = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     # Ctrl-C and SIGTERM may reach the whole group of processes, but requests go on for a while.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    os.nice(NICENESS)
+    os.nice(int(sys.argv[1]))  # before any thread starts: on Linux each has its own
     # Templates and tokenizers work without torch, which would take seconds and 200 MB.
     sys.modules["torch"] = None  # type: ignore[assignment]
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     with suppress(EOFError, BrokenPipeError):
         reader = _start(frames.read(inbox))
-        if sys.argv[1:] == [WHEN_IDLE]:
-            # From its beginning, the start of a server would wait for it.
-            _run_when_idle()
         while True:
             method, args = frames.read(inbox)
             outbox.write(frames.pack(_result(reader, method, args)))
             outbox.flush()
-
-
-def _run_when_idle() -> None:
-    """Run only while a core has nothing else to do.
-
-    A niceness does not do that: on Linux a process of the highest one keeps its core for
-    milliseconds when the model's thread wakes there, and the model's other threads wait for that.
-    """
-    os.nice(19)  # where there is nothing better
-    threads = Path("/proc/self/task")
-    if not hasattr(os, "SCHED_IDLE") or not threads.exists():
-        return
-    for thread in threads.iterdir():  # each is scheduled on its own; later ones inherit it
-        with suppress(OSError):  # it has just ended, or a container forbids it
-            os.sched_setscheduler(int(thread.name), os.SCHED_IDLE, os.sched_param(0))
 
 
 def _start(facts: Any) -> Any:

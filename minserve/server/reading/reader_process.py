@@ -12,13 +12,12 @@ from typing import Any
 
 from minserve.server.errors import HttpError, unavailable
 from minserve.server.reading import frames
-from minserve.server.reading.child import WHEN_IDLE
 from minserve.server.reading.reader import Facts
 
 log = logging.getLogger(__name__)
 
-# Seconds for one body. The longest that a model takes needs one or two of a core, which a process
-# that waits for idle cores gets in a minute where all of them decode.
+# Seconds for one body. The longest that a model takes needs one or two of a core, which the nicest
+# process gets in a minute where all cores decode.
 PATIENCE_S = 300.0
 
 
@@ -39,12 +38,12 @@ class ReaderProcess:
     one event loop.
 
     Args:
-        when_idle: whether it runs only while a core has nothing else to do.
+        niceness: of the process, above that of this one; 19 at most.
     """
 
-    def __init__(self, facts: Facts, *, when_idle: bool = False) -> None:
+    def __init__(self, facts: Facts, niceness: int) -> None:
         self._facts = facts
-        self._flags = [WHEN_IDLE] if when_idle else []
+        self._niceness = niceness
         self._jobs: asyncio.PriorityQueue[_PendingRead] = asyncio.PriorityQueue()
         self._numbers = itertools.count()
         self._process: asyncio.subprocess.Process | None = None
@@ -144,7 +143,7 @@ class ReaderProcess:
                     sys.executable,
                     "-m",
                     "minserve.server.reading.child",
-                    *self._flags,
+                    str(self._niceness),
                     stdin=asyncio.subprocess.PIPE,
                     stdout=asyncio.subprocess.PIPE,
                 )

@@ -23,7 +23,7 @@ from minserve.server.reading.reader_process import ReaderProcess
 
 @asynccontextmanager
 async def running(facts: Facts) -> AsyncIterator[ReaderProcess]:
-    process = ReaderProcess(facts)
+    process = ReaderProcess(facts, 5)
     try:
         yield process
     finally:
@@ -170,7 +170,7 @@ def test_a_client_that_leaves_costs_nothing_more(facts: Facts) -> None:
 
 def test_the_process_ends_with_its_parent(facts: Facts) -> None:
     async def start() -> psutil.Process:
-        process = ReaderProcess(facts)
+        process = ReaderProcess(facts, 5)
         await process.call("generation", chat("Hello"), 1)
         child = _child_of(process)
         # As if this process had ended: the system closes its end of the pipe.
