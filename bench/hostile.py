@@ -166,6 +166,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--no-load", action="store_true", help="leave the tokenizing load out")
     parser.add_argument("--load-seconds", type=float, default=5.0, help="of each of its turns")
     parser.add_argument("--log", type=Path, metavar="FILE", help="keep the servers' output")
+    parser.add_argument("--results", type=Path, metavar="FILE.json")
     parser.add_argument("--list", action="store_true", help="print the cases, and run none")
     args = parser.parse_args()
     if args.only is not None:
@@ -202,8 +203,11 @@ def main() -> int:
     if logged:
         outcomes.append(judge_log(logged, args.log))
     counts = report(outcomes)
-    print(json.dumps(machine() | {"replicas": args.replicas, "goals": GOALS}))
-    print(json.dumps({**counts, **more}))
+    result = {**counts, **more, "replicas": args.replicas, "goals": GOALS}
+    if args.results is not None:
+        args.results.write_text(json.dumps({"machine": machine(), "result": result}) + "\n")
+    print(json.dumps(machine()))
+    print(json.dumps(result))
     return 1 if counts["survived"] < counts["cases"] else 0
 
 
