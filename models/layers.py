@@ -8,6 +8,7 @@ the plain tensor. On a GPU, norms and activations have a second form, fused into
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,6 +26,11 @@ Activation = Callable[[Tensor], Tensor]
 
 LAYER_NORM_EPS = 1e-5
 FLOAT16_MAX = torch.finfo(torch.float16).max
+
+# oneDNN writes a program for each number of rows, in a millisecond, and keeps it: half a megabyte,
+# 1024 times unless told otherwise, by torch's binding (the second name) as well.
+for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_name, "256")
 
 _onednn = torch.ops.mkldnn._linear_pointwise.default
 _onednn_binary = torch.ops.mkldnn._linear_pointwise.binary
