@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from example_scripts import load_example
 
 from minserve.machine import Machine
+from shared.interpreter import quicken_interpreter
 
 if not torch.cuda.is_available():
     # Triton reads it when a kernel is defined: without a GPU its interpreter runs them.
@@ -65,6 +67,13 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr("minserve.engine.profile.refinement.FIRST_IDLE_S", 3600.0)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_kernels() -> None:
+    """The interpreter, where tests that use it were collected."""
+    if "triton" in sys.modules and "TRITON_INTERPRET" in os.environ:
+        quicken_interpreter()
 
 
 @pytest.fixture

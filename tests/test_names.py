@@ -27,6 +27,9 @@ NOT_IMPORTED_BY_NAME = ("conftest", "__init__")
 ROOMS = [ROOT / name for name in ("minserve", "kernels", "models", "bench", "examples")]
 # Calls that take a package by its name: find_spec, import_module, _is_package_available, ...
 PROBES = re.compile(r"find_spec|import|available|version|distribution")
+PROBE_BYTES = re.compile(PROBES.pattern.encode())
+# Bytes in front of a call's bracket that hold what is called.
+LONGEST_CALLED = 200
 # What may be an import. The line break and the bracket make it a quick search.
 STATEMENT = re.compile(rb"\n[ \t]*(?:import|from)[ \t]+([^\n#(]+)")
 STRING_ARGUMENT = re.compile(rb"\([\"'](\w+)[\"'.]")
@@ -56,9 +59,15 @@ def installed_modules() -> Iterator[Path]:
 
 
 def may_import(source: bytes) -> set[str]:
-    """Every top-level name that `imported` finds, and words of texts: it parses nothing."""
+    """Every top-level name that `imported` finds, and words of texts: it parses nothing, which
+    takes seconds for all files in which some call has a name of ours as its argument.
+    """
     words = [word for found in STATEMENT.findall(b"\n" + source) for word in found.split(b",")]
-    words += STRING_ARGUMENT.findall(source)
+    words += [
+        found[1]
+        for found in STRING_ARGUMENT.finditer(source)
+        if PROBE_BYTES.search(source, max(0, found.start() - LONGEST_CALLED), found.start())
+    ]
     return {re.split(rb"[\s.]", word.strip(), maxsplit=1)[0].decode() for word in words}
 
 

@@ -18,9 +18,9 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import dropwhile, takewhile
+from itertools import takewhile
 
 from minserve.blocks import blocks_for
 from minserve.errors import OutOfBlocksError, PoolCorruptedError
@@ -322,8 +322,7 @@ class BlockPool:
             table = seq.block_table
             _require(len(set(table)) == len(table), f"{seq.seq_id} holds a block twice: {table}")
             _require(
-                all(0 <= block < self.num_blocks for block in table),
-                f"{seq.seq_id} holds a block outside the pool: {table}",
+                self._are_inside(table), f"{seq.seq_id} holds a block outside the pool: {table}"
             )
             _require(
                 len(seq.block_hashes) <= seq.num_tokens // self.block_size,
@@ -331,21 +330,33 @@ class BlockPool:
             )
             for block in table:
                 uses[block] += 1
-        wrong = [block for block, refs in enumerate(self._refs) if refs != uses[block]]
-        _require(not wrong, f"reference counts and block tables disagree on blocks {wrong}")
+        if self._refs != uses:
+            wrong = [block for block, refs in enumerate(self._refs) if refs != uses[block]]
+            _require(False, f"reference counts and block tables disagree on blocks {wrong}")
 
     def _check_free_list(self) -> None:
-        both = [block for block in self._free if block < self.num_blocks and self._refs[block]]
-        _require(not both, f"blocks both free and in use: {both}")
-        unused = {block for block, refs in enumerate(self._refs) if refs == 0}
-        leaked, unknown = unused - self._free.keys(), self._free.keys() - unused
-        _require(not leaked, f"leaked blocks, neither free nor in use: {sorted(leaked)}")
-        _require(not unknown, f"free blocks outside the pool: {sorted(unknown)}")
-        after_blank = dropwhile(lambda block: self._entry_of[block] is None, self._free)
+        free, refs = list(self._free), self._refs
+        # Blocks are gone through one by one only where something is wrong: tests check a pool
+        # of thousands after every iteration.
+        if not (
+            len(free) == refs.count(0)
+            and self._are_inside(free)
+            and not any(map(refs.__getitem__, free))
+        ):
+            both = [block for block in free if block < self.num_blocks and refs[block]]
+            _require(not both, f"blocks both free and in use: {both}")
+            unused = {block for block, count in enumerate(refs) if count == 0}
+            leaked, unknown = unused - self._free.keys(), self._free.keys() - unused
+            _require(not leaked, f"leaked blocks, neither free nor in use: {sorted(leaked)}")
+            _require(not unknown, f"free blocks outside the pool: {sorted(unknown)}")
+        entries = list(map(self._entry_of.__getitem__, free))
         _require(
-            all(self._entry_of[block] is not None for block in after_blank),
-            "a blank block waits behind a cached one",
+            None not in entries[entries.count(None) :], "a blank block waits behind a cached one"
         )
+
+    def _are_inside(self, blocks: Collection[int]) -> bool:
+        """Return whether all blocks are blocks of the pool."""
+        return not blocks or (min(blocks) >= 0 and max(blocks) < self.num_blocks)
 
     def _check_index(self) -> None:
         wrong = [

@@ -14,6 +14,7 @@ import versus_vllm
 from paired import CELL, result
 from scripted_server import ScriptedServer, scripted_server
 
+from minserve.workload import client
 from minserve.workload.endpoint import Endpoint
 from minserve.workload.reference import Reference
 from minserve.workload.scenarios import SCENARIOS
@@ -70,6 +71,7 @@ def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Scripted]]:
     monkeypatch.setattr(paired_runs, "WARM_UP_S", 0.1)
     monkeypatch.setattr(paired_runs, "SETTLE_S", 0.0)
     monkeypatch.setattr(paired_runs, "await_quiet", lambda: None)
+    monkeypatch.setattr(client, "POLL_S", 0.01)  # several requests to a lone server in each turn
     with ExitStack() as stack:
         found = {}
         for label in ("dp", "edf"):
@@ -141,7 +143,7 @@ def test_a_server_that_answers_no_lone_request_ends_the_comparison(
 
 
 def test_the_reference_is_the_better_of_the_servers(servers: dict[str, Scripted]) -> None:
-    servers["dp"].script.gap_s = 0.02
+    servers["dp"].script.gap_s = 0.01
     found = best_reference(servers, 1)
     assert "tokens of edf" in found.server
     assert found.model == "scripted"

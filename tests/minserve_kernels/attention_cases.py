@@ -56,12 +56,12 @@ def poison(
     Args:
         own_tails: the value of tails in blocks that their sequences entered in earlier batches.
     """
-    owned = torch.zeros(kv.key.shape[:2], dtype=torch.bool)
-    for table, length in zip(metadata.block_tables.tolist(), metadata.seq_lens, strict=True):
-        for p in range(length):
-            owned[table[p // metadata.block_size], p % metadata.block_size] = True
+    owned = torch.zeros(kv.key.shape[:2], dtype=torch.bool, device=kv.key.device)
+    for table, length in zip(metadata.block_tables, metadata.seq_lens, strict=True):
+        place = torch.arange(length, device=owned.device)
+        owned[table[place // metadata.block_size], place % metadata.block_size] = True
     for part in (kv.key, kv.value):
-        part[~owned.to(part.device)] = value
+        part[~owned] = value
     starts, size = metadata.query_start_loc, metadata.block_size
     for i, length in enumerate(metadata.seq_lens if own_tails is not None else ()):
         place, used = divmod(length, size)

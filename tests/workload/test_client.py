@@ -18,6 +18,7 @@ from waiting import PATIENCE_S
 
 from minserve.errors import WorkloadError
 from minserve.slo.objectives import SLO, DecodeStage
+from minserve.workload import client
 from minserve.workload.answer import Ending
 from minserve.workload.client import Load, LoadProgress, drive, run_load
 from minserve.workload.conversation import Conversation, Turn
@@ -26,6 +27,12 @@ from minserve.workload.verdict import Cause
 
 PATIENT = SLO(ttft=600.0, tpot=60.0, name="patient")
 IMPATIENT = SLO(ttft=0.3, tpot=0.1, name="impatient")
+
+
+@pytest.fixture(autouse=True)
+def _often_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run begins and ends within moments."""
+    monkeypatch.setattr(client, "POLL_S", 0.01)
 
 
 @dataclass

@@ -210,6 +210,8 @@ def main() -> int:
         scratch = Path(name)
         link_packages(scratch)
         env = environment(scratch)
+        if args.dry:
+            env["TRITON_INTERPRET"] = "1"  # without it, programs begin once more to set it
         words = machine(env)
         if words["device"] == "cpu" and not args.dry:
             print("no CUDA device here; try --dry", file=sys.stderr)

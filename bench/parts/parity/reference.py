@@ -58,12 +58,11 @@ def save(model: torch.nn.Module, folder: Path, case: ModelVariant) -> Path:
 
 
 @torch.inference_mode()
-def reference_greedy(model: torch.nn.Module, tokens: list[int], num_tokens: int) -> list[int]:
-    """Return transformers' greedy continuation, without its `generate` and what that adds."""
-    cache, step, out = None, torch.tensor([tokens]), []
-    for _ in range(num_tokens):
-        result = model(step, past_key_values=cache, use_cache=True)
-        cache, token = result.past_key_values, result.logits[0, -1].argmax().item()
-        out.append(token)
-        step = torch.tensor([[token]])
-    return out
+def choices_along(model: torch.nn.Module, prompt: list[int], output: list[int]) -> list[int]:
+    """Return transformers' greedy choice at each place of an output, all in one forward pass.
+
+    They equal the output if and only if transformers, token after token, would write it: so long as
+    all tokens before are its own, so is its choice.
+    """
+    logits = model(torch.tensor([[*prompt, *output[:-1]]]), use_cache=False).logits
+    return logits[0, len(prompt) - 1 :].argmax(-1).tolist()
