@@ -27,7 +27,7 @@ from parts.parity.reference import VOCAB, choices_along, reference_model, save
 from parts.parity.variants import CASES, ModelVariant
 
 CHUNKS = (256, 17, 1)
-GREEDY_TOKENS = 32
+GREEDY_TOKENS = 64
 TOLERANCE = 1e-4
 # The error of minserve in bfloat16, beside that of transformers in bfloat16: both round, in other
 # places.
