@@ -1,7 +1,7 @@
 """`Watcher`: keeps the processes of this machine's replicas running.
 
-A process that ends is started again: at once if it had served for a while, else after a pause
-that doubles. A process that hangs would end by itself when it wakes, but that may be late: once
+A process that ends is started again: soon if it had lived for a while or was killed from outside,
+else after a pause that doubles. A process that hangs would end by itself when it wakes, but that may be late: once
 the controller has given it up, it is killed, since its device and memory are needed. So is one
 that somebody stops before it has joined, of which the controller knows nothing yet.
 """
@@ -33,7 +33,7 @@ STOP_S = 10.0
 # Seconds from the loss of a connection to the end of its process, where that ends by itself.
 END_S = 2.0
 # Seconds between looks at whether a process is stopped.
-LOOK_S = 1.0
+LOOK_S = 0.25
 # The module that is a replica's process.
 MODULE = "minserve.controller.replica_process"
 # Ends that were no fault of the process.
@@ -63,6 +63,12 @@ class _Life:
         if code == -signal.SIGKILL:
             return num_oom_kills() > self.num_oom_kills
         return code in _CRASHES if code < 0 else code not in _INNOCENT_CODES
+
+    @property
+    def was_killed(self) -> bool:
+        """True if a signal from outside ended it, which says nothing against the next process."""
+        code = self.process.returncode
+        return code is not None and code < 0 and not self.ended_by_fault
 
 
 class Watcher:
@@ -119,7 +125,8 @@ class Watcher:
                 raise ReplicaLostError(
                     f"replica {self.spec.index} cannot be started; see what it said above"
                 )
-            pause = FIRST_PAUSE_S if lived_s > HEALTHY_S else pause
+            if lived_s > HEALTHY_S or self._lives[-1].was_killed:
+                pause = FIRST_PAUSE_S
             log.warning(
                 "replica %d ended (%s); starting it again in %.1f s",
                 self.spec.index,
@@ -194,10 +201,12 @@ class Watcher:
 
 
 async def _ended(process: asyncio.subprocess.Process, patience_s: float) -> None:
-    """Wait until a process has ended, but not for one that is stopped."""
-    if not is_stopped(process.pid):
+    """Wait until a process has ended, but not for one that is stopped, also if only meanwhile."""
+    deadline = time.monotonic() + patience_s
+    while (rest_s := deadline - time.monotonic()) > 0 and not is_stopped(process.pid):
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(process.wait(), patience_s)
+            await asyncio.wait_for(process.wait(), min(LOOK_S, rest_s))
+            return
 
 
 def is_stopped(pid: int) -> bool:

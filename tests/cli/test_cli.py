@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from waiting import PATIENCE_S, wait_until
 
 from minserve import __version__
@@ -28,6 +29,8 @@ from minserve.sampling_params import SamplingParams
 JSON = {"Content-Type": "application/json"}
 MINSERVE = [sys.executable, "-m", "minserve"]
 SMALL = ["--device", "cpu", "--dtype", "float32", "--threads", "1", "--num-blocks", "300"]
+# What `serve` takes beside it, so that its device is profiled at once.
+ROUGH = ["--profile-seconds", "0.1"]
 PROMPT = "The quick brown fox"
 
 
@@ -78,7 +81,7 @@ def get_once_listening(port: int, path: str) -> tuple[int, bytes]:
 
 def start_stream(port: int) -> http.client.HTTPResponse:
     """A request that runs for seconds, with its first bytes already here."""
-    body = {"prompt": PROMPT, "max_tokens": 480, "n": 8, "ignore_eos": True, "stream": True}
+    body = {"prompt": PROMPT, "max_tokens": 480, "n": 4, "ignore_eos": True, "stream": True}
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
     connection.request("POST", "/v1/completions", json.dumps(body), JSON)
     response = connection.getresponse()
@@ -219,14 +222,19 @@ def test_generate_takes_the_models_sampling_settings_unless_flags_say_more(
 
 
 def test_generate_tells_what_became_of_drafts(
-    tiny_llama_pair: Any, capsys: pytest.CaptureFixture[str]
+    tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args = ["generate", "--model", str(tiny_llama_pair.target), "--num-blocks", "32", "--json"]
-    args += ["--draft-model", str(tiny_llama_pair.draft), "--policy", "sarathi"]
-    assert main([*args, "--temperature", "0", "--max-tokens", "24", "--prompt", "import os\n"]) == 0
+    # A draft that is nearly the model: some of its tokens are right.
+    draft = shutil.copytree(tiny_llama_dir, tmp_path / "draft")
+    weights = load_file(draft / "model.safetensors")
+    head = weights["lm_head.weight"]
+    head += 0.03 * torch.randn(head.shape, generator=torch.Generator().manual_seed(0))
+    save_file(weights, draft / "model.safetensors", metadata={"format": "pt"})
+    args = ["generate", "--model", str(tiny_llama_dir), *SMALL, "--draft-model", str(draft)]
+    args += ["--policy", "sarathi", "--temperature", "0", "--max-tokens", "24", "--ignore-eos"]
+    assert main([*args, "--prompt", PROMPT, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["usage"]["acceptance"]
-    assert 0 <= told["accepted_tokens"] <= told["draft_tokens"]
-    assert told["draft_tokens"] > 0
+    assert 0 < told["accepted_tokens"] < told["draft_tokens"]
     assert told["rate"] == told["accepted_tokens"] / told["draft_tokens"]
 
 
@@ -306,7 +314,7 @@ def test_while_loading_it_answers_503_and_can_be_interrupted(
 
 
 def test_sigterm_lets_running_requests_finish_and_exits_0(tiny_llama_dir: Path) -> None:
-    args = ["--port", "0", "--model", str(tiny_llama_dir), *SMALL]
+    args = ["--port", "0", "--model", str(tiny_llama_dir), *SMALL, *ROUGH]
     with process("serve", *args) as server:
         port = announced_port(server)
         command = server.stdout.readline().removeprefix("Try: ")
@@ -324,13 +332,14 @@ def test_sigterm_lets_running_requests_finish_and_exits_0(tiny_llama_dir: Path) 
         assert connection.getresponse().status == 503
         rest = stream.read()
         assert rest.endswith(b"data: [DONE]\n\n")
-        assert rest.count(b'"finish_reason":"length"') == 8
+        assert rest.count(b'"finish_reason":"length"') == 4
         assert server.wait(PATIENCE_S) == 0
         assert "Traceback" not in server.stderr.read()
 
 
 def test_what_outlasts_the_shutdown_timeout_ends_with_an_error(tiny_llama_dir: Path) -> None:
-    args = ["--port", "0", "--model", str(tiny_llama_dir), *SMALL, "--shutdown-timeout", "0"]
+    args = ["--port", "0", "--model", str(tiny_llama_dir), *SMALL, *ROUGH]
+    args += ["--shutdown-timeout", "0"]
     with process("serve", *args) as server:
         stream = start_stream(announced_port(server))
         server.send_signal(signal.SIGTERM)

@@ -25,16 +25,13 @@ from minserve.workload.zero_load import ZeroLoad
 MINSERVE = [sys.executable, "-m", "minserve"]
 SHORT = ["--length-scale", "0.01", "--num-requests", "6"]
 WORKLOAD = ["--scenario", "chatbot", *SHORT]
+EASY = [*WORKLOAD, "--loose", "2"]
+# Lone requests that measure a server's speed: one of each length, and the one that does not count.
+NUM_LONE = 1 + len(zero_load.PROMPT_TOKENS)
 
 
 @pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    with scripted_server(max_model_len=4096, gap_s=0.001) as running:
-        yield running
-
-
-@pytest.fixture
-def idle_slow(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> ScriptedServer:
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedServer]:
     """A server whose lone requests are said to take minutes: multiples of that are always kept."""
     measure = zero_load.measure_speed
 
@@ -43,10 +40,9 @@ def idle_slow(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> Script
         return replace(found, base_s=120.0, per_token_s=0.0, decode_s=60.0)
 
     monkeypatch.setattr(zero_load, "measure_speed", slow)
-    return server
-
-
-EASY = [*WORKLOAD, "--loose", "2"]
+    monkeypatch.setattr(zero_load, "REPEATS", 1)
+    with scripted_server(max_model_len=4096, gap_s=0.001) as running:
+        yield running
 
 
 def bench(server: ScriptedServer, *args: str) -> int:
@@ -61,10 +57,8 @@ def bench_json(
     return json.loads(line)
 
 
-def test_a_rate_ends_in_a_table(
-    idle_slow: ScriptedServer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert bench(idle_slow, *EASY, "--rate", "30") == 0
+def test_a_rate_ends_in_a_table(server: ScriptedServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench(server, *EASY, "--rate", "30") == 0
     captured = capsys.readouterr()
     assert "30 requests/s" in captured.out
     assert "chatbot" in captured.out
@@ -73,24 +67,24 @@ def test_a_rate_ends_in_a_table(
 
 
 def test_json_alone_is_on_stdout(
-    idle_slow: ScriptedServer, capsys: pytest.CaptureFixture[str]
+    server: ScriptedServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = bench_json(idle_slow, capsys, *EASY, "--rate", "30,60", "--rate", "90")
+    found = bench_json(server, capsys, *EASY, "--rate", "30,60", "--rate", "90")
     assert [run["target_rate"] for run in found["runs"]] == [30, 60, 90]
     assert all(run["offered"] == 6 and run["attainment"] == 1 for run in found["runs"])
     assert found["runs"][0]["rate"] == 30
-    assert (found["model"], found["url"]) == ("scripted", idle_slow.url)
+    assert (found["model"], found["url"]) == ("scripted", server.url)
     assert found["zero_load"]["decode_ms"] == 60_000
     assert found["capacity"] is None
     assert found["interrupted"] is False
 
 
 def test_the_verdict_of_every_request_is_written(
-    idle_slow: ScriptedServer, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    server: ScriptedServer, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     file = tmp_path / "verdicts.jsonl"
     flags = ("--rate", "30,60", "--repeats", "2", "--verdicts", str(file))
-    found = bench_json(idle_slow, capsys, *EASY, *flags)
+    found = bench_json(server, capsys, *EASY, *flags)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(row["target_rate"], row["seed"]) for row in rows[::6]] == [
         (30, 0),
@@ -106,10 +100,10 @@ def test_the_verdict_of_every_request_is_written(
 
 
 def test_one_zero_load_gives_every_server_the_same_slos(
-    idle_slow: ScriptedServer, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    server: ScriptedServer, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     file = tmp_path / "idle.json"
-    first = bench_json(idle_slow, capsys, *EASY, "--rate", "30", "--save-zero-load", str(file))
+    first = bench_json(server, capsys, *EASY, "--rate", "30", "--save-zero-load", str(file))
     with scripted_server(owner="minserve") as faster:
         faster.bodies.clear()
         again = bench_json(faster, capsys, *EASY, "--rate", "30", "--zero-load", str(file))
@@ -119,7 +113,7 @@ def test_one_zero_load_gives_every_server_the_same_slos(
     assert paces == pytest.approx([2 * first["zero_load"]["decode_ms"]] * 6)
     assert again["zero_load"] == first["zero_load"]
     assert again["zero_load_of"] == first["zero_load_of"]
-    assert idle_slow.url in again["zero_load_of"]
+    assert server.url in again["zero_load_of"]
 
 
 def test_a_zero_load_of_another_model_is_one_line(
@@ -151,22 +145,22 @@ def test_the_same_seed_sends_the_same_prompts(server: ScriptedServer) -> None:
     def prompts(seed: int) -> list[str]:
         server.bodies.clear()
         assert bench(server, *WORKLOAD, "--rate", "50", "--seed", str(seed)) == 0
-        return sorted(body["prompt"] for body in server.bodies[13:])
+        return sorted(body["prompt"] for body in server.bodies[NUM_LONE:])
 
     assert prompts(1) == prompts(1) != prompts(2)
 
 
 def test_a_capacity_comes_with_its_interval(
-    idle_slow: ScriptedServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    server: ScriptedServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("minserve.workload.capacity.MOST_DOUBLINGS", 1)
-    found = bench_json(idle_slow, capsys, *EASY, "--capacity", "--rate", "40", "--repeats", "2")
+    found = bench_json(server, capsys, *EASY, "--capacity", "--rate", "40", "--repeats", "2")
     assert found["capacity"]["capacity"] == 80
     assert found["capacity"]["interval"] == [80, 80]
     assert found["capacity"]["attainment"]["40"] == [1, 1]
     assert found["capacity"]["attainment"]["80"] == [1, 1]
     assert all(run["offered"] == 12 for run in found["runs"])
-    assert bench(idle_slow, *EASY, "--capacity", "--rate", "40") == 0
+    assert bench(server, *EASY, "--capacity", "--rate", "40") == 0
     text = capsys.readouterr().out
     assert "capacity: at least 80 requests/s with 90% attained (95% interval over repeats" in text
 

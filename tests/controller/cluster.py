@@ -126,7 +126,7 @@ def launch(
         return subprocess.Popen(
             [
                 sys.executable, *command, module, "serve", "--model", str(model),
-                "--port", "0", "--dtype", "float32", "--profile-seconds", "2",
+                "--port", "0", "--dtype", "float32", "--profile-seconds", "0.5",
                 "--num-blocks", "160", "--block-size", "16", *flags,
             ],
             stdout=subprocess.PIPE,
@@ -143,10 +143,12 @@ def announced(process: subprocess.Popen, log: Path) -> Cluster:
     return Cluster(process, told[1], log)
 
 
-def start_cluster(model: Path, folder: Path, *flags: str) -> Iterator[Cluster]:
+def start_cluster(
+    model: Path, folder: Path, *flags: str, environment: Mapping[str, str] | None = None
+) -> Iterator[Cluster]:
     """Start it, and at the end stop it with SIGTERM, which has to work."""
     log = folder / "cluster.log"
-    process = launch(log, model, *flags)
+    process = launch(log, model, *flags, environment=environment)
     try:
         yield announced(process, log)
         process.send_signal(signal.SIGTERM)

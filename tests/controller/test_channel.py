@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from torch.distributed import TCPStore
@@ -39,14 +40,9 @@ while True:
 """
 
 
-@pytest.fixture
-def patience_s() -> float:
-    """Of this end."""
-    return PATIENCE_S
-
-
-@pytest.fixture
-def echo(patience_s: float) -> Iterator[tuple[Channel, subprocess.Popen]]:
+@contextmanager
+def echoing(patience_s: float = PATIENCE_S) -> Iterator[tuple[Channel, subprocess.Popen]]:
+    """This end, with its patience, and the process that is the other one."""
     sock = socket.create_server(("127.0.0.1", 0))
     port = sock.getsockname()[1]
     store = TCPStore(
@@ -69,45 +65,48 @@ def echo(patience_s: float) -> Iterator[tuple[Channel, subprocess.Popen]]:
         process.wait()
 
 
-def test_messages_of_any_length_come_back_whole_and_in_order(echo) -> None:
-    channel, _ = echo
+@pytest.fixture
+def echo() -> Iterator[tuple[Channel, subprocess.Popen]]:
+    with echoing() as found:
+        yield found
+
+
+def test_messages_of_any_length_come_back_whole_and_in_order_until_the_peer_is_killed(
+    echo: tuple[Channel, subprocess.Popen],
+) -> None:
+    channel, process = echo
     rng = random.Random(0)
     for length in (0, 1, FRAME - 9, FRAME - 8, FRAME - 7, 100_000, 3_000_000):
         data = rng.randbytes(length)
         channel.send(data)
         assert channel.receive() == data
-
-
-def test_a_message_beyond_the_limit_is_not_sent(echo) -> None:
-    channel, _ = echo
     with pytest.raises(ProtocolError, match="at most"):
         channel.send(bytes(MAX_MESSAGE + 1))
-
-
-def test_a_killed_peer_is_lost(echo) -> None:
-    channel, process = echo
+    # Nothing was sent of that one.
+    channel.send(b"hello")
+    assert channel.receive() == b"hello"
     process.kill()
     with pytest.raises(ReplicaLostError):
         channel.receive()
 
 
-@pytest.mark.parametrize("patience_s", [3.0])
-def test_a_hung_peer_is_given_up_and_finds_the_door_closed_when_it_wakes(echo) -> None:
-    channel, process = echo
-    os.kill(process.pid, signal.SIGSTOP)
-
+def test_a_hung_peer_is_given_up_and_finds_the_door_closed_when_it_wakes() -> None:
     def ask() -> None:
         channel.send(b"hello")
         channel.receive()
 
-    with pytest.raises(ReplicaLostError, match="Timed out"):
-        ask()
-    os.kill(process.pid, signal.SIGCONT)
-    assert process.wait(PATIENCE_S) != 0
-    assert b"ReplicaLostError" in process.stderr.read()
+    with echoing(patience_s=0.5) as (channel, process):
+        os.kill(process.pid, signal.SIGSTOP)
+        with pytest.raises(ReplicaLostError, match="Timed out"):
+            ask()
+        os.kill(process.pid, signal.SIGCONT)
+        assert process.wait(PATIENCE_S) != 0
+        assert b"ReplicaLostError" in process.stderr.read()
 
 
-def test_a_mailbox_tells_of_each_message_and_once_of_the_loss(echo) -> None:
+def test_a_mailbox_tells_of_each_message_and_once_of_the_loss(
+    echo: tuple[Channel, subprocess.Popen],
+) -> None:
     channel, process = echo
     came, lost = [], []
     all_there, gone = threading.Event(), threading.Event()

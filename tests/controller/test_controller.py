@@ -11,10 +11,12 @@ import subprocess
 import sys
 import threading
 import urllib.error
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cluster import Cluster, is_alive, start_cluster
@@ -23,9 +25,10 @@ from waiting import PATIENCE_S, wait_until
 from minserve.controller.replica_process import ReplicaSpec
 from minserve.engine.profile.profile_cache import Profile
 from minserve.exit_codes import EXIT_REFUSED
+from minserve.planner.predict.perf_model import BatchShape
 
-# About as many as the model can take: streams that are to be hit must not be over by then.
-NUM_TOKENS = 480
+# Streams that are to be hit must not be over by then.
+NUM_TOKENS = 320
 LONG = {
     "prompt": "The quick brown fox",
     "max_tokens": NUM_TOKENS,
@@ -42,11 +45,20 @@ WAYS = {
 
 
 @pytest.fixture(scope="module")
-def cluster(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the replicas keep the profile of their device, which is rough at first."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def cluster(
+    tiny_llama_dir: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
     # A replica is hung for so long before it is given up; one that is only slow must not be.
-    flags = ("--replicas", "2", "--replica-timeout", "5")
-    for own in start_cluster(tiny_llama_dir, folder, *flags):
+    flags = ("--replicas", "2", "--replica-timeout", "3", "--profile-seconds", "0.05")
+    environment = {"XDG_CACHE_HOME": str(cache)}
+    for own in start_cluster(tiny_llama_dir, folder, *flags, environment=environment):
         yield own
         pids = [one["pid"] for one in own.wait_until_up()]
         # SIGTERM comes now, and this one cannot hear that it has to end.
@@ -59,36 +71,75 @@ def _all_up(cluster: Cluster) -> None:
     cluster.wait_until_up()
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
-def test_streams_go_on_as_if_nothing_had_happened(cluster: Cluster, how: signal.Signals) -> None:
+def test_idle_replicas_refine_one_profile_and_keep_it_when_they_are_restarted(
+    cluster: Cluster, cache: Path
+) -> None:
+    def completeness() -> list[float]:
+        told = re.findall(r"minserve:profile_completeness\{.*\} (\S+)", cluster.get("/metrics"))
+        return list(map(float, told))
+
+    def runs() -> Counter[tuple[BatchShape, float]]:
+        """Every run of the profile that is kept."""
+        (kept,) = (cache / "minserve" / "profiles").glob("*.json")
+        found = Profile.from_dict(json.loads(kept.read_text())).runs
+        return Counter((shape, seconds) for shape in found for seconds in found[shape])
+
+    kept = [runs()]
+    first = wait_until(lambda: all(known := completeness()) and known)
+    assert len(first) == 2
+    assert max(first) < 1.0
+    wait_until(lambda: min(completeness()) > max(first))
+    for number, other in ((0, 1), (1, 0)):
+        before = cluster.replicas()
+        cluster.post(f"/replicas/{number}/restart")
+        after = cluster.replicas()
+        assert after[number]["pid"] not in (None, before[number]["pid"])
+        assert after[number]["lost"] == before[number]["lost"]
+        assert after[other]["pid"] == before[other]["pid"]
+        kept.append(runs())
+    # What the first one measured is kept, and stays when the second one adds its own.
+    assert kept[0] < kept[1] <= kept[2]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster) -> dict[str, Any]:
+    """What a stream of each way brings without any fault, alone on its replica."""
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda way: cluster.stream({**LONG, **way}), WAYS.values()))
+    assert all(len(tokens) == NUM_TOKENS for outputs in found for _, tokens in outputs)
+    return dict(zip(WAYS, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("number", "how"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)], ids=["killed", "hung"]
+)
+def test_streams_go_on_as_if_nothing_had_happened(
+    cluster: Cluster, undisturbed: dict[str, Any], number: int, how: signal.Signals
+) -> None:
+    before, other = cluster.replicas(), 1 - number
+    cluster.post(f"/replicas/{other}/drain")
+
+    def hit() -> None:
+        """All run on this replica now; they go on on the other one."""
+        cluster.post(f"/replicas/{other}/resume")
+        assert cluster.replicas()[number]["requests"]
+        os.kill(before[number]["pid"], how)
+
+    met = threading.Barrier(len(WAYS), action=hit)
     bodies = [{**LONG, **way} for way in WAYS.values()]
-    undisturbed = [cluster.stream(body) for body in bodies]
-    assert all(len(tokens) == NUM_TOKENS for outputs in undisturbed for _, tokens in outputs)
-    before = cluster.replicas()
-    # Both replicas run some of them, and the second one is hit when the first is back.
-    for number in range(2):
-        lost = cluster.wait_until_up()[number]["lost"]
-        met = threading.Barrier(len(bodies), action=partial(hit, cluster, number, how))
-        with ThreadPoolExecutor(len(bodies)) as pool:
-            found = list(pool.map(partial(cluster.stream, after=20, then=met.wait), bodies))
-        assert dict(zip(WAYS, found, strict=True)) == dict(zip(WAYS, undisturbed, strict=True))
-        assert cluster.replicas()[number]["lost"] == lost + 1
+    with ThreadPoolExecutor(len(WAYS)) as pool:
+        found = list(pool.map(partial(cluster.stream, after=20, then=met.wait), bodies))
+    assert dict(zip(WAYS, found, strict=True)) == undisturbed
     after = cluster.wait_until_up()
-    assert not {one["pid"] for one in after} & {one["pid"] for one in before}
-
-
-def hit(cluster: Cluster, number: int, how: signal.Signals) -> None:
-    """Send a signal to a replica that runs something."""
-    replica = cluster.replicas()[number]
-    assert replica["requests"]
-    os.kill(replica["pid"], how)
+    assert after[number]["lost"] == before[number]["lost"] + 1
+    assert after[number]["pid"] != before[number]["pid"]
+    assert after[other]["pid"] == before[other]["pid"]
 
 
 def test_without_any_replica_new_requests_get_503_and_those_in_flight_wait(
-    cluster: Cluster,
+    cluster: Cluster, undisturbed: dict[str, Any]
 ) -> None:
-    body = {**LONG, "temperature": 0}
-    undisturbed = cluster.stream(body)
+    body = {**LONG, **WAYS["greedy"]}
     refused: list[int] = []
 
     def kill_all() -> None:
@@ -100,7 +151,7 @@ def test_without_any_replica_new_requests_get_503_and_those_in_flight_wait(
                 cluster.get(path) if path == "/health" else cluster.post(path, body)
             refused.append(error.value.code)
 
-    assert cluster.stream(body, after=20, then=kill_all) == undisturbed
+    assert cluster.stream(body, after=20, then=kill_all) == undisturbed["greedy"]
     assert refused == [503, 503]
 
 
@@ -117,9 +168,8 @@ def test_a_drained_replica_gets_nothing_until_it_is_resumed(cluster: Cluster) ->
     assert cluster.replicas()[0]["state"] == "up"
 
 
-def test_draining_waits_for_what_runs(cluster: Cluster) -> None:
-    body = {**LONG, "temperature": 0}
-    undisturbed = cluster.stream(body)
+def test_draining_waits_for_what_runs(cluster: Cluster, undisturbed: dict[str, Any]) -> None:
+    body = {**LONG, **WAYS["greedy"]}
     threads = []
 
     def drain() -> None:
@@ -128,18 +178,10 @@ def test_draining_waits_for_what_runs(cluster: Cluster) -> None:
         threads[0].start()
         wait_until(lambda: cluster.replicas()[number]["state"] == "draining")
 
-    assert cluster.stream(body, after=20, then=drain) == undisturbed
+    assert cluster.stream(body, after=20, then=drain) == undisturbed["greedy"]
     threads[0].join(PATIENCE_S)
     (drained,) = [one for one in cluster.replicas() if one["state"] == "drained"]
     cluster.post(f"/replicas/{drained['replica']}/resume")
-
-
-def test_a_replica_is_restarted_while_the_other_serves(cluster: Cluster) -> None:
-    before = cluster.replicas()
-    cluster.post("/replicas/1/restart")
-    after = cluster.replicas()
-    assert after[1]["pid"] not in (None, before[1]["pid"])
-    assert (after[0]["pid"], after[1]["lost"]) == (before[0]["pid"], before[1]["lost"])
 
 
 def test_health_counts_the_replicas(cluster: Cluster) -> None:
@@ -170,7 +212,7 @@ def test_a_replica_of_another_model_length_is_refused_with_a_clear_line(
         store_port=int(port),
         settings={"model": str(tiny_llama_dir), "dtype": "float32", "num_blocks": 64,
                   "block_size": 16, "max_model_len": 64},
-        profile_s=2.0,
+        profile_s=0.05,
         watchdog_s=60.0,
     )  # fmt: skip
     ended = subprocess.run(
@@ -209,25 +251,3 @@ def test_unknown_replicas_and_verbs_are_refused(cluster: Cluster) -> None:
         with pytest.raises(urllib.error.HTTPError) as error:
             cluster.post(path)
         assert error.value.code == 404
-
-
-def test_idle_replicas_refine_one_profile_together(
-    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    flags = ("--replicas", "2", "--profile-seconds", "0.05")
-
-    def completeness() -> list[float]:
-        told = re.findall(r"minserve:profile_completeness\{.*\} (\S+)", own.get("/metrics"))
-        return list(map(float, told))
-
-    for own in start_cluster(tiny_llama_dir, tmp_path, *flags):
-        own.wait_until_up()
-        first = wait_until(lambda: all(known := completeness()) and known)
-        assert len(first) == 2
-        assert max(first) < 1.0
-        wait_until(lambda first=first: min(completeness()) > max(first))
-    # Once they have ended, what both measured is kept.
-    (kept,) = (tmp_path / "minserve" / "profiles").glob("*.json")
-    profile = Profile.from_dict(json.loads(kept.read_text()))
-    assert sum(map(len, profile.runs.values())) > len(profile.runs)

@@ -45,7 +45,7 @@ def planted(
     """
     log = tmp_path_factory.mktemp("planted") / "log"
     process = launch(
-        log, tiny_llama_dir, "--replicas", "2", "--watchdog-s", "8", "--replica-timeout", "5",
+        log, tiny_llama_dir, "--replicas", "2", "--watchdog-s", "4", "--replica-timeout", "3",
         module="planted_serve", environment={"PYTHONPATH": str(PLANTED), FOLDER: str(halts)},
     )  # fmt: skip
     try:

@@ -134,14 +134,38 @@ def test_a_process_that_is_stopped_before_it_has_joined_is_replaced(stand_in: Pa
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_ending_a_stopped_process_takes_no_patience() -> None:
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_ending_a_stopped_process_takes_no_patience(when: str) -> None:
     async def test(watcher: Watcher) -> None:
-        os.kill(watcher.pid, signal.SIGSTOP)
-        await until(lambda: is_stopped(watcher.pid))
+        pid = watcher.pid
+        if when == "before":
+            os.kill(pid, signal.SIGSTOP)
+            await until(lambda: is_stopped(pid))
+        ending = asyncio.create_task(watcher.stop(100 * PATIENCE_S))
+        if when == "meanwhile":
+            await asyncio.sleep(0)  # It begins to wait.
+            os.kill(pid, signal.SIGSTOP)
         async with asyncio.timeout(PATIENCE_S):
-            await watcher.stop(100 * PATIENCE_S)
+            await ending
 
     watched(test)
+
+
+@pytest.mark.parametrize("how", ["abort", "error", "connection lost", "killed", "terminated"])
+def test_pauses_grow_where_a_process_ends_by_itself_not_where_it_is_killed(
+    stand_in: Path, how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    does, _ = ENDS[how]
+    (stand_in.parent / "stand_in.py").write_text(f"import os\n{does}\n")
+    monkeypatch.setattr(processes, "HEALTHY_S", PATIENCE_S)
+
+    async def test(_: Watcher) -> None:
+        await until(lambda: len(caplog.records) >= 4)
+
+    watched(test)
+    pauses = [record.args[-1] for record in caplog.records[:4]]
+    by_itself = how not in ("killed", "terminated")
+    assert pauses == ([0.01, 0.02, 0.04, 0.08] if by_itself else [0.01] * 4)
 
 
 @pytest.mark.parametrize("when", ["bound to it", "stopped by then", "stopped before"])

@@ -17,7 +17,7 @@ from waiting import PATIENCE_S
 
 BODY = {
     "prompt": "The quick brown fox",
-    "max_tokens": 480,
+    "max_tokens": 240,
     "ignore_eos": True,
     "temperature": 0,
     "logprobs": 1,

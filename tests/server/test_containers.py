@@ -21,7 +21,7 @@ from real_cgroups import real_cgroup
 GIB = 2**30
 LIMIT_GIB, CPUS = 1.2, 0.9
 # With one of KV_PER_TOKEN each, more than all of the limit.
-NUM_PROMPTS, PROMPT_TOKENS = 24, 500
+NUM_PROMPTS, PROMPT_TOKENS = 96, 125
 KV_PER_TOKEN = 2**17
 
 

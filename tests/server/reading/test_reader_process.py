@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -19,6 +19,25 @@ from minserve.server.errors import HttpError
 from minserve.server.reading import reader_process
 from minserve.server.reading.reader import Facts, Reader
 from minserve.server.reading.reader_process import ReaderProcess
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[asyncio.Runner]:
+    """A loop on which a process may outlive a test."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def shared(facts: Facts, runner: asyncio.Runner) -> Iterator[ReaderProcess]:
+    """A process for tests that do it no harm."""
+
+    async def start() -> ReaderProcess:
+        return ReaderProcess(facts, 5)
+
+    process = runner.run(start())
+    yield process
+    runner.run(process.close())
 
 
 @asynccontextmanager
@@ -59,11 +78,12 @@ def outcome(call: Any) -> Any:
         return type(error), str(error), vars(error)
 
 
-def test_reading_elsewhere_gives_the_same_as_here(facts: Facts) -> None:
+def test_reading_elsewhere_gives_the_same_as_here(
+    facts: Facts, shared: ReaderProcess, runner: asyncio.Runner
+) -> None:
     async def read_all() -> list[Any]:
-        async with running(facts) as process:
-            jobs = [process.call("generation", args, 1) for args in CALLS]
-            results = await asyncio.gather(*jobs, return_exceptions=True)
+        jobs = [shared.call("generation", args, 1) for args in CALLS]
+        results = await asyncio.gather(*jobs, return_exceptions=True)
         return [
             (type(one), str(one), vars(one)) if isinstance(one, Exception) else one
             for one in results
@@ -71,12 +91,14 @@ def test_reading_elsewhere_gives_the_same_as_here(facts: Facts) -> None:
 
     here = Reader(facts)
     expected = [outcome(lambda args=args: here.generation(*args)) for args in CALLS]
-    assert asyncio.run(read_all()) == expected
+    assert runner.run(read_all()) == expected
     kinds = [one[0] for one in expected if isinstance(one, tuple)]
     assert set(kinds) == {InvalidSLOError, InvalidRequestError, HttpError, RequestTooLongError}
 
 
-def test_ids_and_text_are_told_as_here(facts: Facts) -> None:
+def test_ids_and_text_are_told_as_here(
+    facts: Facts, shared: ReaderProcess, runner: asyncio.Runner
+) -> None:
     bodies = [
         ("tokenized", json.dumps({"prompt": "Hello " * 3000}).encode()),
         ("tokenized", json.dumps({"messages": [{"role": "user", "content": "Hi"}]}).encode()),
@@ -84,23 +106,34 @@ def test_ids_and_text_are_told_as_here(facts: Facts) -> None:
     ]
 
     async def read_all() -> list[bytes]:
-        async with running(facts) as process:
-            return [await process.call(method, (raw,), 1) for method, raw in bodies]
+        return [await shared.call(method, (raw,), 1) for method, raw in bodies]
 
     here = Reader(facts)
-    assert asyncio.run(read_all()) == [getattr(here, method)(raw) for method, raw in bodies]
+    assert runner.run(read_all()) == [getattr(here, method)(raw) for method, raw in bodies]
 
 
-def test_the_process_does_without_torch_and_lets_others_go_first(facts: Facts) -> None:
-    async def look() -> tuple[int, list[str]]:
-        async with running(facts) as process:
-            await process.call("generation", chat("Hello"), 1)
-            child = _child_of(process)
-            return child.nice(), [one.path for one in child.memory_maps()]
-
-    niceness, files = asyncio.run(look())
+def test_the_process_does_without_torch_and_lets_others_go_first(
+    shared: ReaderProcess, runner: asyncio.Runner
+) -> None:
+    runner.run(shared.call("generation", chat("Hello"), 1))
+    child = _child_of(shared)
+    niceness, files = child.nice(), [one.path for one in child.memory_maps()]
     assert niceness == min(psutil.Process().nice() + 5, 19)
     assert not any("libtorch" in path for path in files)
+
+
+def test_the_process_ends_with_its_parent(shared: ReaderProcess, runner: asyncio.Runner) -> None:
+    async def end() -> psutil.Process:
+        await shared.call("generation", chat("Hello"), 1)
+        child = _child_of(shared)
+        # As if this process had ended: the system closes its end of the pipe.
+        assert shared._process is not None
+        assert shared._process.stdin is not None
+        shared._process.stdin.close()
+        await shared._process.wait()
+        return child
+
+    assert not runner.run(end()).is_running()
 
 
 def test_the_shortest_body_is_read_first(facts: Facts) -> None:
@@ -119,8 +152,10 @@ def test_the_shortest_body_is_read_first(facts: Facts) -> None:
     assert asyncio.run(read_all()) == ["short", "middle", "long"]
 
 
-def test_a_body_that_kills_the_process_fails_alone(facts: Facts) -> None:
-    async def read_all() -> tuple[Any, Any]:
+def test_a_body_that_kills_the_process_or_takes_too_long_fails_alone(
+    facts: Facts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def read_all() -> list[Any]:
         async with running(facts) as process:
             await process.call("generation", chat("Hello"), 1)
             child = _child_of(process)
@@ -129,32 +164,22 @@ def test_a_body_that_kills_the_process_fails_alone(facts: Facts) -> None:
             following = asyncio.create_task(process.call("generation", chat("Hi"), 2))
             await asyncio.sleep(0)
             child.kill()
-            return await asyncio.gather(dying, following, return_exceptions=True)
+            found = await asyncio.gather(dying, following, return_exceptions=True)
 
-    dead, alive = asyncio.run(read_all())
-    assert isinstance(dead, HttpError)
-    assert dead.status == 500
-    assert alive.prompts
-
-
-def test_a_body_that_takes_too_long_is_given_up(
-    facts: Facts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def read_all() -> tuple[Any, Any]:
-        async with running(facts) as process:
-            await process.call("generation", chat("Hello"), 1)
             child = _child_of(process)
             child.send_signal(signal.SIGSTOP)
             monkeypatch.setattr(reader_process, "PATIENCE_S", 0.1)
             hanging = process.call("generation", chat("Hello"), 1)
-            [slow] = await asyncio.gather(hanging, return_exceptions=True)
+            found += await asyncio.gather(hanging, return_exceptions=True)
             monkeypatch.undo()
-            return slow, await process.call("generation", chat("Hi"), 1)
+            return [*found, await process.call("generation", chat("Hi"), 1)]
 
-    slow, following = asyncio.run(read_all())
-    assert isinstance(slow, HttpError)
-    assert slow.status == 503
-    assert following.prompts
+    dead, after_death, slow, after_slow = asyncio.run(read_all())
+    for error, status in ((dead, 500), (slow, 503)):
+        assert isinstance(error, HttpError)
+        assert error.status == status
+    assert after_death.prompts
+    assert after_slow.prompts
 
 
 def test_a_client_that_leaves_costs_nothing_more(facts: Facts) -> None:
@@ -166,22 +191,6 @@ def test_a_client_that_leaves_costs_nothing_more(facts: Facts) -> None:
             return await process.call("generation", chat("Hi"), 2)
 
     assert asyncio.run(read_all()).prompts
-
-
-def test_the_process_ends_with_its_parent(facts: Facts) -> None:
-    async def start() -> psutil.Process:
-        process = ReaderProcess(facts, 5)
-        await process.call("generation", chat("Hello"), 1)
-        child = _child_of(process)
-        # As if this process had ended: the system closes its end of the pipe.
-        assert process._process is not None
-        assert process._process.stdin is not None
-        process._process.stdin.close()
-        await process._process.wait()
-        await process.close()
-        return child
-
-    assert not asyncio.run(start()).is_running()
 
 
 def _child_of(process: ReaderProcess) -> psutil.Process:
