@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import sys
@@ -138,22 +139,35 @@ def tiny_opt_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_llama_pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A trained Llama of two layers and a draft of it: a `Pair` of the example that trains."""
-    return _train_pair(tmp_path_factory.mktemp("pairs") / "llama", "llama")
+    return _train_pair(_shared_folder(tmp_path_factory), "llama")
 
 
 @pytest.fixture(scope="session")
 def tiny_opt_pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A trained OPT of two layers and a draft of it."""
-    return _train_pair(tmp_path_factory.mktemp("pairs") / "opt", "opt")
+    return _train_pair(_shared_folder(tmp_path_factory), "opt")
+
+
+def _shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for all workers of this run."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "pairs"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def _train_pair(folder: Path, family: str) -> Any:
-    """Train a pair on one thread: sums in another order would give other models."""
+    """Train a pair, or take that of another worker.
+
+    It is trained on one thread: sums in another order would give other models.
+    """
     example = load_example("train_tiny_pair")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return example.train_pair(folder, family, example.SMALL, progress=False)
+        with (folder / f"{family}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return example.train_pair(folder / family, family, example.SMALL, progress=False)
     finally:
         torch.set_num_threads(threads)
 

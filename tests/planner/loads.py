@@ -26,7 +26,7 @@ def device() -> PerfModel:
 def replay_of(
     policy: str = "dp",
     *,
-    blocks: int = 4000,
+    blocks: int = 1000,
     budget: int = 512,
     max_num_seqs: int = 128,
     sigma: float = 0.0,

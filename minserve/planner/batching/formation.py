@@ -380,11 +380,13 @@ def _best_effort(
     before = batch.seconds
     scheduled = batch.builder.plan.num_scheduled_tokens
     todo = [seq for seq in (*first, *work.best_effort) if seq.seq_id not in scheduled]
+    is_full = batch.is_full(until)
     for seq in todo:
-        if batch.is_full(until):
+        if is_full:
             return batch.seconds - before
         if seq.is_decoding:
             batch.decode(seq, until)
+            is_full = batch.is_full(until)
     for seq in todo:
         if seq.state is SequenceState.RUNNING and not seq.is_decoding:
             batch.prefill(seq, until)

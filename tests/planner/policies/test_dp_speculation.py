@@ -35,7 +35,7 @@ def replay_of(
     policy: str = "dp",
     device: tuple[Piece, ...] = GPU,
     *,
-    blocks: int = 4000,
+    blocks: int = 1000,
     budget: int = 512,
     max_num_seqs: int = 64,
     proposer: ReplayProposer | None = None,

@@ -78,10 +78,12 @@ def test_simulate_takes_a_new_policy(own_policies: Path, policy: str) -> None:
 
 
 @pytest.mark.parametrize("policy", ["lifo", "one"])
-def test_the_engine_takes_a_new_policy(own_policies: Path, policy: str) -> None:
+def test_the_engine_takes_a_new_policy(
+    own_policies: Path, policy: str, tiny_llama_dir: Path
+) -> None:
     done = run(
-        own_policies, "-m", "minserve", "generate", "--prompt", "Hello", "--max-tokens", "4",
-        "--policy", policy, "--json", "--num-blocks", "64",
+        own_policies, "-m", "minserve", "generate", "--model", str(tiny_llama_dir), "--prompt",
+        "Hello", "--max-tokens", "4", "--policy", policy, "--json", "--num-blocks", "64",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["usage"]["completion_tokens"] == 4
