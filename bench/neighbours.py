@@ -98,7 +98,7 @@ class EngineProcess:
     ) -> None:
         command = script(sys.executable, "neighbours.py", "--child", kind, "--model", args.model,
                          "--tokens", str(args.tokens))  # fmt: skip
-        self._process, self._errors = stack.enter_context(child(command, env))
+        self._process, self._last_words = stack.enter_context(child(command, env))
         self._events = events(self._process.stdout)
         self.hear()
 
@@ -120,7 +120,7 @@ class EngineProcess:
         event = next(self._events, None)
         if event is None:
             self._process.wait()
-            raise SystemExit("an engine ended:\n" + "".join(self._errors))
+            raise SystemExit(f"an engine ended:\n{self._last_words()}")
         return event
 
     def seconds(self) -> float:

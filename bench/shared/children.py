@@ -21,6 +21,8 @@ from minserve.workload.server_process import family
 BENCH = Path(__file__).resolve().parents[1]
 # Lines of a failed process's stderr that are shown.
 LAST_LINES = 30
+# Seconds that reading them may take after the end of the process, also on a busy machine.
+LAST_WORDS_S = 5.0
 MEMORY_POLL_S = 1.0
 
 Event = Mapping[str, Any]
@@ -53,7 +55,7 @@ def run_child(
     """
     started = time.perf_counter()
     result: dict[str, Any] = {"events": {}}
-    with child(command, env) as (process, errors):
+    with child(command, env) as (process, last_words):
         peak = [0.0]
         threading.Thread(target=_watch_memory, args=(process.pid, peak), daemon=True).start()
         for event in events(process.stdout):
@@ -63,15 +65,15 @@ def run_child(
                 on_event(event)
             result["events"][event["event"]] = event
         if process.wait() or not result["events"]:
-            raise SystemExit(f"{label} failed:\n" + "".join(errors))
+            raise SystemExit(f"{label} failed:\n{last_words()}")
     return result | {"peak_memory_gib": peak[0]}
 
 
 @contextmanager
 def child(
     command: Sequence[str], env: Mapping[str, str]
-) -> Iterator[tuple[subprocess.Popen, Sequence[str]]]:
-    """Start a process, and yield it with the last lines of its stderr.
+) -> Iterator[tuple[subprocess.Popen, Callable[[], str]]]:
+    """Start a process, and yield it with what returns the last lines of its stderr once it has ended.
 
     The process and all processes that it started are killed when the context ends.
     """
@@ -83,14 +85,20 @@ def child(
     errors: deque[str] = deque(maxlen=LAST_LINES)
     reader = threading.Thread(target=lambda: errors.extend(process.stderr), daemon=True)
     reader.start()
+
+    def last_words() -> str:
+        # A process of its own may keep stderr open for longer.
+        reader.join(timeout=LAST_WORDS_S)
+        return "".join(errors)
+
     try:
-        yield process, errors
+        yield process, last_words
     finally:
         for one in family(process.pid):
             with suppress(psutil.NoSuchProcess):
                 one.kill()
         process.wait()
-        reader.join(timeout=1.0)
+        reader.join(timeout=LAST_WORDS_S)
 
 
 def events(lines: Iterable[str]) -> Iterator[Event]:
