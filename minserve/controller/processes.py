@@ -1,9 +1,10 @@
 """`Watcher`: keeps the processes of this machine's replicas running.
 
 A process that ends is started again: soon if it had lived for a while or was killed from outside,
-else after a pause that doubles. A process that hangs would end by itself when it wakes, but that may be late: once
-the controller has given it up, it is killed, since its device and memory are needed. So is one
-that somebody stops before it has joined, of which the controller knows nothing yet.
+else after a pause that doubles. A process that hangs would end by itself when it wakes, but that
+may be late: once the controller has given it up, it is killed, since its device and memory are
+needed. So is one that somebody stops before it has joined, of which the controller knows nothing
+yet.
 """
 
 from __future__ import annotations

@@ -330,26 +330,17 @@ class BlockPool:
             )
             for block in table:
                 uses[block] += 1
-        if self._refs != uses:
-            wrong = [block for block, refs in enumerate(self._refs) if refs != uses[block]]
-            _require(False, f"reference counts and block tables disagree on blocks {wrong}")
+        wrong = [block for block, refs in enumerate(self._refs) if refs != uses[block]]
+        _require(not wrong, f"reference counts and block tables disagree on blocks {wrong}")
 
     def _check_free_list(self) -> None:
-        free, refs = list(self._free), self._refs
-        # Blocks are gone through one by one only where something is wrong: tests check a pool
-        # of thousands after every iteration.
-        if not (
-            len(free) == refs.count(0)
-            and self._are_inside(free)
-            and not any(map(refs.__getitem__, free))
-        ):
-            both = [block for block in free if block < self.num_blocks and refs[block]]
-            _require(not both, f"blocks both free and in use: {both}")
-            unused = {block for block, count in enumerate(refs) if count == 0}
-            leaked, unknown = unused - self._free.keys(), self._free.keys() - unused
-            _require(not leaked, f"leaked blocks, neither free nor in use: {sorted(leaked)}")
-            _require(not unknown, f"free blocks outside the pool: {sorted(unknown)}")
-        entries = list(map(self._entry_of.__getitem__, free))
+        unused = {block for block, refs in enumerate(self._refs) if refs == 0}
+        leaked, wrong = unused - self._free.keys(), sorted(self._free.keys() - unused)
+        both = [block for block in wrong if self._are_inside([block])]
+        _require(not both, f"blocks both free and in use: {both}")
+        _require(not leaked, f"leaked blocks, neither free nor in use: {sorted(leaked)}")
+        _require(not wrong, f"free blocks outside the pool: {wrong}")
+        entries = [self._entry_of[block] for block in self._free]
         _require(
             None not in entries[entries.count(None) :], "a blank block waits behind a cached one"
         )

@@ -31,11 +31,7 @@ def runner() -> Iterator[asyncio.Runner]:
 @pytest.fixture(scope="module")
 def shared(facts: Facts, runner: asyncio.Runner) -> Iterator[ReaderProcess]:
     """A process for tests that do it no harm."""
-
-    async def start() -> ReaderProcess:
-        return ReaderProcess(facts, 5)
-
-    process = runner.run(start())
+    process = ReaderProcess(facts, 5)
     yield process
     runner.run(process.close())
 
