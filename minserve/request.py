@@ -13,12 +13,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from minserve.sampling_params import SamplingParams
 from minserve.slo.attainment import Progress
 from minserve.slo.objectives import SLO, Standing, Targets
 from minserve.slots import copy_slots
+
+if TYPE_CHECKING:
+    from minserve.engine.structures.guide import Guide
 
 
 class RequestEvent(Enum):
@@ -115,6 +118,7 @@ class Sequence:
         events: when each event last happened, except FIRST_TOKEN: when it first did.
         progress: how the output stands against its targets; ``None`` without an SLO.
         standing: what the planner has promised; without an SLO always BEST_EFFORT.
+        guide: keeps the output to its structure; ``None`` where it has none.
     """
 
     request: Request
@@ -134,6 +138,7 @@ class Sequence:
     seq_id: str = ""
     progress: Progress | None = None
     standing: Standing = Standing.BEST_EFFORT
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         if self.request.targets is not None:

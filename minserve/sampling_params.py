@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minserve.errors import InvalidRequestError
+from minserve.structure import Structure
 
 MAX_LOGPROBS = 100
 MAX_N = 128
@@ -71,6 +72,8 @@ class SamplingParams:
             raw distribution, before temperature, penalties and truncation.
         prompt_logprobs: the same for the prompt's tokens.
         skip_special_tokens: leave special tokens out of the text.
+        structure: the form that the output has, such as that of a JSON schema; tokens that
+            would break it are not sampled.
 
     Raises:
         InvalidRequestError: on any value outside its range, naming the field.
@@ -97,6 +100,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    structure: Structure | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -114,6 +118,10 @@ class SamplingParams:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise InvalidRequestError(f"{name} must be true or false, not {value!r:.80}", name)
+        if self.structure is not None and not isinstance(self.structure, Structure):
+            raise InvalidRequestError(
+                f"structure must be a Structure, not {self.structure!r:.80}", "structure"
+            )
         self._check_integers()
         self._check_numbers()
         self._check_stops()
@@ -198,7 +206,7 @@ class SamplingParams:
     def adjusts_logits(self) -> bool:
         """True where a token is not chosen by the model's own logits."""
         return self.has_penalties or bool(
-            self.logit_bias or self.allowed_token_ids or self.bad_words
+            self.logit_bias or self.allowed_token_ids or self.bad_words or self.structure
         )
 
 

@@ -31,6 +31,7 @@ GROUND = {
     "sampling_params",
     "slo",
     "slots",
+    "structure",
     "tables",
     "outputs",
     "prompts",

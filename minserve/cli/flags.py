@@ -11,7 +11,9 @@ from dataclasses import MISSING, Field, fields
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from minserve.errors import InvalidRequestError
 from minserve.sampling_params import SamplingParams
+from minserve.structure import Structure
 
 # `SamplingParams` explains its fields at length; these are their short forms.
 _SAMPLING_HELP = {
@@ -36,6 +38,8 @@ _SAMPLING_HELP = {
     "logprobs": "with --json, report this many alternatives per output token",
     "prompt_logprobs": "with --json, the same for the prompt's tokens",
     "skip_special_tokens": "leave special tokens out of the text",
+    "structure": "form of the output: json, or as KIND=SOURCE a json_schema, regex, choice (a JSON "
+    "list), lark or gbnf",
 }
 
 
@@ -92,6 +96,8 @@ def _add_flag(group: argparse._ArgumentGroup, field: Field[Any], hint: Any, help
         options.update(action=_AddEntry, type=_bias)
     elif get_origin(kind) is tuple:
         options.update(action="append", type=get_args(kind)[0])
+    elif kind is Structure:
+        options["type"] = _structure
     else:
         options["type"] = kind
     choices = field.metadata.get("choices")
@@ -114,7 +120,7 @@ def _metavar(kind: Any) -> str:
         kind = get_args(kind)[0]
     if get_origin(kind) is dict:
         return "ID=X"
-    return {int: "N", float: "X"}.get(kind, "TEXT")
+    return {int: "N", float: "X", Structure: "KIND=SOURCE"}.get(kind, "TEXT")
 
 
 def _bias(text: str) -> tuple[str, float]:
@@ -123,6 +129,14 @@ def _bias(text: str) -> tuple[str, float]:
         return token, float(bias)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form ID=NUMBER") from None
+
+
+def _structure(text: str) -> Structure:
+    kind, _, source = text.partition("=")
+    try:
+        return Structure(kind, source)  # type: ignore[arg-type]  # it looks the kind up itself
+    except InvalidRequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 class _AddEntry(argparse.Action):

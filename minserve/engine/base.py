@@ -18,6 +18,7 @@ from minserve.engine.profile.profiler import measure_drafting, profile_core
 from minserve.engine.profile.refinement import Refinement
 from minserve.engine.sampling_defaults import default_params, load_sampling_defaults
 from minserve.engine.speculation.proposer import SpeculationStats
+from minserve.engine.structures.compiler import StructureCompiler
 from minserve.engine.text.detokenizer import IncrementalDetokenizer
 from minserve.errors import (
     ConfigError,
@@ -102,6 +103,7 @@ class EngineBase:
             clock=self._core.clock,
             sampling_defaults=self.sampling_defaults,
         )
+        self._structures = StructureCompiler(self._loaded.tokenizer, self._loaded.vocab_size)
         self._promises = self._intake.promises
         self.prompts = self._intake.prompts
         self._core.stats.add_classes(self._promises.classes)
@@ -157,11 +159,12 @@ class EngineBase:
         return describe_misses(misses, num_tokens)
 
     def warm_up(self) -> None:
-        """Load what the first chat needs, so that no request waits for it.
+        """Load what the first chat and the first structure need, so that no request waits for it.
 
         Templates that no chat can use are named in the log.
         """
         warm_up_chats(self.tokenizer, self.model_name)
+        self._structures.warm_up()
 
     def profile(self, seconds: float, *, progress: bool = False) -> Profile:
         """Take this device's speed from the cache, or measure it, and keep what was measured.
@@ -333,6 +336,8 @@ class EngineBase:
                 detokenizer = IncrementalDetokenizer(
                     self.tokenizer.decode, request.prompt_token_ids, request.params
                 )
+                if (structure := request.params.structure) is not None:
+                    seq.guide = self._structures.guide(structure)
                 self._core.add(seq, detokenizer, marker_ids, history)
         except Exception:
             self._core.abort(request.request_id)

@@ -33,6 +33,7 @@ from minserve.engine.speculation.drafted_batch import with_proposals
 from minserve.engine.speculation.proposal import Verified
 from minserve.engine.speculation.proposer import Proposer
 from minserve.engine.stats import EngineStats
+from minserve.engine.structures.unready import Unready
 from minserve.engine.text.detokenizer import IncrementalDetokenizer
 from minserve.errors import (
     GenerationError,
@@ -118,6 +119,7 @@ class EngineCore:
         self.table = SequenceTable()
         self.waiting, self.running = self.table.waiting, self.table.running
         self.declined: list[str] = []
+        self._unready = Unready()
         self._ahead: PlanAhead | None = None
         self._in_flight: _InFlight | None = None
         self._untold: list[OutputDelta] = []
@@ -155,6 +157,7 @@ class EngineCore:
         """Queue an output, whose request fits the model and the pool."""
         output.seq.events[RequestEvent.QUEUED] = self.clock()
         self.table.add(output)
+        self._unready.add(output)
 
     def abort(self, request_id: str, error: MinserveError | None = None) -> list[OutputDelta]:
         """End all outputs of a request now and free their blocks; unknown ids are ignored.
@@ -206,6 +209,7 @@ class EngineCore:
         """
         assert self._in_flight is None, "the iteration before has not ended"
         began_s = self.clock()
+        self._release_ready()
         self.declined = []
         plan = self._checked(self.plan())
         self._settle(plan)
@@ -214,6 +218,8 @@ class EngineCore:
         batch = self._start(plan)
         self.planning.started(plan)
         if not batch:
+            if self._unready:
+                self._unready.pause()
             return False
         batch = with_proposals(batch, plan, self.proposer)
         self.stats.batch(batch)
@@ -275,7 +281,7 @@ class EngineCore:
     def view(self) -> PlannerView:
         """Return the state as the planner sees it."""
         return PlannerView(
-            waiting=self.waiting,
+            waiting=self._unready.without(self.waiting),
             running=self.running,
             memory=self.pool,
             token_budget=self.token_budget,
@@ -348,6 +354,13 @@ class EngineCore:
         log.error("a plan of %s cannot be carried out: %s", self.planner.name, why)
         error = InvalidPlanError(f"the plan for this request cannot be carried out: {why}")
         self._untold += self.abort(seq.request.request_id, error)
+
+    def _release_ready(self) -> None:
+        """Let outputs be planned whose structures are compiled by now."""
+        if self._unready:
+            for output, error in self._unready.release(self.table.outputs):
+                if error is not None:
+                    self._untold.append(self._fail(output, error))
 
     def _settle(self, plan: IterationPlan) -> None:
         """Carry out what the planner promises, gives up and refuses."""

@@ -230,6 +230,8 @@ class Intake:
     def _worked_out(
         self, params: SamplingParams, bad_word_ids: BadWordIds | None
     ) -> _ResolvedSettings:
+        if params.structure is not None and self._config.executor == "simulated":
+            raise params.structure.refusal("cannot be held: a simulated device makes its words up")
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             for token in getattr(params, name):
                 if token >= self.vocab_size:

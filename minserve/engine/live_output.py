@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 from minserve.engine.speculation.proposal import SampledToken
+from minserve.engine.structures.guide import Guide
 from minserve.engine.text.detokenizer import IncrementalDetokenizer
-from minserve.errors import SLOUnattainableError
+from minserve.errors import GenerationError, SLOUnattainableError
 from minserve.outputs import OutputDelta, TokenLogprob
 from minserve.request import FinishReason, RequestEvent, Sequence
 from minserve.slo.attainment import Outcome, SLOReport, report
@@ -165,22 +166,26 @@ class LiveOutput:
         Returns:
             its text, and the end where the token or the text says so.
         """
-        seq, progress, marker = self.seq, self.seq.progress, None
+        seq, progress, marker, guide = self.seq, self.seq.progress, None, self.seq.guide
+        is_end = token_id in seq.request.stop_token_ids and (guide is None or guide.can_end)
         seq.token_ids.append(token_id)
         if progress is not None:
             marker = progress.marker
             progress.add_token(now)
         text, stop = "", None
-        if token_id in seq.request.stop_token_ids:
+        if is_end:
             if self.detokenizer is not None and seq.request.params.include_stop_str_in_output:
                 text, _ = self.detokenizer.add([token_id])
             return text, End(FinishReason.STOP, token_id)
+        may_end, is_over = (True, False) if guide is None else _follow(guide, token_id)
         if self.detokenizer is not None:
-            text, stop = self.detokenizer.add([token_id])
+            text, stop = self.detokenizer.add([token_id], may_end)
         if progress is not None and marker is not None and self._passes(marker, token_id, text):
             progress.end_stage()
         if stop is not None:
             return text, End(FinishReason.STOP, stop)
+        if is_over:
+            return text, End(FinishReason.STOP)
         if seq.num_output_tokens >= seq.request.max_tokens:
             return text, LENGTH_END
         return text, None
@@ -232,3 +237,18 @@ class LiveOutput:
             attained_mean=False,
             admitted=kept.admitted and not refused,
         )
+
+
+def _follow(guide: Guide, token_id: int) -> tuple[bool, bool]:
+    """Tell an output's structure of a token.
+
+    Returns:
+        whether the output may end behind it, and whether it must.
+
+    Raises:
+        GenerationError: if the structure cannot be held any more.
+    """
+    stands = guide.advance(token_id)
+    if guide.error is not None:
+        raise GenerationError(guide.error)
+    return stands

@@ -20,6 +20,7 @@ from minserve.server.messages import plain_messages
 from minserve.server.parameters.forms import StreamOptions, TokenId
 from minserve.server.parameters.table import read_body
 from minserve.server.parameters.works import SAMPLING
+from minserve.server.structure_fields import read_structure
 
 COMPLETION_MAX_TOKENS = 16
 MAX_TEMPLATE_KWARGS_BYTES = 2**14
@@ -117,6 +118,7 @@ def parse_completion(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
     logprobs = given.get("logprobs")
     params = SamplingParams(
         **settings,
+        structure=read_structure(given),
         max_tokens=1 if drop_output else max_tokens,
         logprobs=logprobs,
         prompt_logprobs=_most(given.get("prompt_logprobs"), logprobs if echo else None),
@@ -141,6 +143,7 @@ def parse_chat(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Genera
         raise refusal("top_logprobs", "needs logprobs: true")
     params = SamplingParams(
         **settings,
+        structure=read_structure(given),
         # Without a limit in a chat, the model's own limits count.
         max_tokens=given.get("max_completion_tokens", given.get("max_tokens")),
         logprobs=top_logprobs if logprobs else None,

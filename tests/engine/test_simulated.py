@@ -12,9 +12,10 @@ from minserve import Engine, SamplingParams
 from minserve.devices import find_device
 from minserve.engine import simulated
 from minserve.engine.text.tokenizer import Tokenizer
-from minserve.errors import ConfigError, GenerationError, WorkloadError
+from minserve.errors import ConfigError, GenerationError, InvalidRequestError, WorkloadError
 from minserve.models.finding.source import find_model
 from minserve.planner.predict.perf_model import PerfModel, Piece
+from minserve.structure import Structure
 
 PUBLISHED = "opt-6.7b-a100"
 
@@ -142,6 +143,13 @@ class Clock:
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
+
+
+def test_a_structure_is_refused_where_words_are_made_up(engine: Engine) -> None:
+    params = SamplingParams(structure=Structure.of_json(param="response_format"))
+    with pytest.raises(InvalidRequestError, match="makes its words up") as caught:
+        engine.generate("x", params)
+    assert caught.value.param == "response_format"
 
 
 def test_an_iteration_takes_as_long_as_on_the_device(

@@ -400,7 +400,7 @@ def test_unknown_stream_options_are_refused() -> None:
     [
         ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
-        ("response_format", {"type": "json_object"}),
+        ("response_format", "json_object"),
         ("modalities", ["audio"]),
         ("logprobs", 1),
         ("top_logprobs", 5),

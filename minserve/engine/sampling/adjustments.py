@@ -1,4 +1,4 @@
-"""What a request does to the model's logits before a token is chosen: biases, penalties, bans.
+"""What a request does to the model's logits before a token is chosen: biases, penalties, bans, structures.
 
 Each step looks at the few tokens alone that a row names; all of them are done at once for a batch.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minserve.engine.sampling.rows import SamplingRow, column, index_of
+from minserve.engine.sampling.structure_masks import keep_to_structures
 
 
 class _LogitCells:
@@ -97,6 +98,7 @@ def _penalize(logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
 
 def _ban(logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
     """Give a logit of -inf to tokens that must not be chosen."""
+    logits = keep_to_structures(logits, rows)
     choosy = [i for i, row in enumerate(rows) if row.params.allowed_token_ids]
     if choosy:
         logits = _only_allowed(logits, choosy, rows)
@@ -126,7 +128,7 @@ def _only_allowed(logits: Tensor, choosy: SequenceOf[int], rows: SequenceOf[Samp
 def _banned_tokens(row: SamplingRow) -> Iterator[int]:
     """Yield the tokens that would end the output too early, or complete a bad word."""
     request = row.seq.request
-    if row.must_go_on:
+    if row.must_go_on and row.seq.guide is None:  # a structure has a word in when it ends
         yield from request.stop_token_ids
     if request.bad_word_ids:
         output = row.output_token_ids

@@ -152,6 +152,13 @@ def _verified(
     if tokens[-1] == INVALID:
         tokens = tokens[:-1]
     if not tokens:
+        if (guide := span.seq.guide) is not None:
+            return GenerationError(
+                guide.error
+                or f"at output token {span.seq.num_output_tokens} the structure and the other "
+                "settings (bad_words, allowed_token_ids) leave no token, or the model's logits "
+                "contain NaN"
+            )
         return GenerationError(
             f"the model's logits for {span.seq.seq_id} at output token "
             f"{span.seq.num_output_tokens} contain NaN or allow no token"

@@ -7,15 +7,19 @@ is using the tokenizer. All methods only read, so any number of threads may call
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from tokenizers import AddedToken
     from tokenizers import Tokenizer as RustTokenizer
 
 # Characters from which on tokenizing takes milliseconds.
 LONG_TEXT = 10_000
+# Marks that are not called special: <tool_call>, <think>, [THINK].
+_MARK = re.compile(r"<\S+>|\[\S+\]")
 _BYTE_LEVEL, _SENTENCEPIECE = "ByteLevel", "SentencePiece"
 
 
@@ -26,11 +30,13 @@ class TokenizerBackend(Protocol):
         kind: a few words that name the form of the vocabulary.
         vocab_size: one more than the highest id.
         max_token_bytes: no token stands for more bytes of UTF-8 than this.
+        mark_ids: as in `Tokenizer`.
     """
 
     kind: str
     vocab_size: int
     max_token_bytes: int
+    mark_ids: frozenset[int]
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Return the token ids of a text; special tokens written out in it become single ids."""
@@ -68,6 +74,7 @@ class RustBackend:
         self.rust = tokenizer
         self.kind = kind
         self._added = tokenizer.get_added_tokens_decoder()
+        self.mark_ids = marks_among(self._added)
         self._alphabet = _alphabet(tokenizer)
         # DeepSeek Coder's has added tokens such as "ü". The library reads them as signs for a byte
         # (0xFC), like those of other tokens, and their text would be no character.
@@ -127,6 +134,13 @@ class RustBackend:
     def save(self, folder: Path) -> dict[str, Any]:
         self.rust.save(str(folder / "tokenizer.json"))
         return {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+def marks_among(added: Mapping[int, AddedToken]) -> frozenset[int]:
+    """Return which added tokens are marks; the others are texts, such as runs of spaces."""
+    return frozenset(
+        i for i, token in added.items() if token.special or _MARK.fullmatch(token.content)
+    )
 
 
 def _byte_of_char() -> dict[str, int]:

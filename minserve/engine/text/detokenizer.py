@@ -61,8 +61,11 @@ class IncrementalDetokenizer:
         self._held_back = ""
         self._stopped = False
 
-    def add(self, token_ids: list[int]) -> tuple[str, str | None]:
+    def add(self, token_ids: list[int], may_end: bool = True) -> tuple[str, str | None]:
         """Take new output tokens (without the stop token, which has no text).
+
+        Args:
+            may_end: false where a stop string that is complete here is ordinary text.
 
         Returns:
             The new text that is safe to send, and the stop string that ended the output
@@ -74,7 +77,7 @@ class IncrementalDetokenizer:
             if self._stopped:
                 break
             self.num_tokens += 1
-            text, stop = self._release(self._read(token_id))
+            text, stop = self._release(self._read(token_id), may_end)
             sent.append(text)
             if stop is not None:
                 self._stopped = True
@@ -141,7 +144,7 @@ class IncrementalDetokenizer:
                 return cut
         return self._num_read
 
-    def _release(self, new_text: str) -> tuple[str, str | None]:
+    def _release(self, new_text: str, may_end: bool) -> tuple[str, str | None]:
         """Do the second stage: split held-back and new text into a safe part and the rest.
 
         A stop string counts where the newest token completes it and the output may end there,
@@ -151,7 +154,7 @@ class IncrementalDetokenizer:
             return new_text, None
         text = self._held_back + new_text
         ends = [(one.feed(new_text), one.stop) for one in self._matchers]
-        if self.num_tokens >= self._params.min_tokens:
+        if may_end and self.num_tokens >= self._params.min_tokens:
             before = len(self._held_back)
             found = [
                 (before + end - len(stop), -len(stop), stop)

@@ -10,6 +10,7 @@ from minserve.errors import InvalidRequestError, RequestTooLongError
 from minserve.prompts import BadWordIds, Prompt, PromptOptions, TokenizedPrompt
 
 if TYPE_CHECKING:
+    from minserve.engine.structures.check import StructureCheck
     from minserve.engine.text.tokenizer import Tokenizer
 
 
@@ -85,6 +86,12 @@ class PromptProcessor:
     def bad_word_ids(self, words: Sequence[str]) -> BadWordIds:
         """Return the token sequences of bad words, as `minserve.engine.text.bad_words` does."""
         return bad_word_ids(words, self._tokenizer, self._vocab_size)
+
+    def structure_check(self) -> StructureCheck:
+        """Return what checks structures for this model."""
+        from minserve.engine.structures.check import StructureCheck
+
+        return StructureCheck(self._tokenizer)
 
     def tokenize(self, prompt: Prompt, options: PromptOptions = _USUAL) -> TokenizedPrompt:
         """Turn a text or messages into token ids, as many as there are and perhaps none.

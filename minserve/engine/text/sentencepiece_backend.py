@@ -13,8 +13,8 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minserve.engine.text.backend import LONG_TEXT
-from minserve.engine.text.sentencepiece_proto import BYTE, UNKNOWN, new_model_proto
+from minserve.engine.text.backend import LONG_TEXT, marks_among
+from minserve.engine.text.sentencepiece_proto import BYTE, CONTROL, UNKNOWN, new_model_proto
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -72,6 +72,8 @@ class SentencePieceBackend:
         self._processor.LoadFromSerializedProto(model.SerializeToString())
         self._splitter, self._added_ids = _make_splitter(rules.added)
         self._special = {i for i, token in rules.added.items() if token.special}
+        pieces = (i for i, one in enumerate(model.pieces) if one.type in (CONTROL, UNKNOWN))
+        self.mark_ids = marks_among(rules.added) | frozenset(pieces)
         self._bytes = _token_bytes(model, rules.added)
         self.vocab_size = len(self._bytes)
         self.max_token_bytes = max(map(len, self._bytes))

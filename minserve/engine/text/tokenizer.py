@@ -46,6 +46,7 @@ class Tokenizer:
         bos_token_id: the id that begins a text, where the model has one.
         chat_template_names: names of the model's chat templates; an only one is "default".
         max_token_bytes: no token stands for more bytes of UTF-8 than this.
+        mark_ids: ids of tokens that are marks and no text, such as ``<|im_end|>``.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Tokenizer:
         self.kind = backend.kind
         self.vocab_size = backend.vocab_size
         self.max_token_bytes = backend.max_token_bytes
+        self.mark_ids = backend.mark_ids
         self.bos_token_id = self._special_id("bos_token")
         eos = self._special_id("eos_token")
         self.eos_token_ids = frozenset(eos_token_ids) | ({eos} if eos is not None else set())
@@ -148,6 +150,11 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """Return the exact bytes of one token, perhaps part of a character; empty if unknown."""
         return self._backend.token_bytes(token_id)
+
+    def mark_id(self, text: str) -> int | None:
+        """Return the id of the mark that is written like this; ``None`` if there is none."""
+        found = self._backend.token_to_id(text)
+        return found if found in self.mark_ids else None
 
     def prompt_offsets(self, text: str | None, token_ids: Sequence[int]) -> TextOffsets:
         """Return what tells where the tokens of a prompt begin in its text.

@@ -100,6 +100,7 @@ SPEED = (
 )
 
 NOT_THERE = (
+    _hint("guided_decoding_backend", "V", "structures are held in one way", str),
     _hint("max_dynamic_patch", "S", _IMAGES, Int64),
     _hint("min_dynamic_patch", "S", _IMAGES, Int64),
     _hint("use_audio_in_video", "S", _IMAGES, bool, neutral=(False,)),

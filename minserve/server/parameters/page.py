@@ -15,7 +15,7 @@ from pathlib import Path
 from minserve.server.parameters.hints import HINTS, NESTED
 from minserve.server.parameters.parameter import ALL, GENERATION, MESSAGES, SERVERS, Parameter
 from minserve.server.parameters.unsupported import SUBJECTS
-from minserve.server.parameters.works import ANSWER, PROMPT, SAMPLING
+from minserve.server.parameters.works import ANSWER, PROMPT, SAMPLING, STRUCTURE
 
 _TABLE = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _PLACES = {ALL: "all", GENERATION: "", MESSAGES: "chat, tokenize"}
@@ -77,6 +77,7 @@ _TABLES: dict[str, Callable[[], str]] = {
     "prompt": lambda: _works(PROMPT),
     "answer": lambda: _works(ANSWER),
     "sampling": lambda: _works(SAMPLING),
+    "structure": lambda: _works(STRUCTURE),
     "hints": lambda: _hints((*HINTS, *NESTED)),
     "refused": _refused,
 }

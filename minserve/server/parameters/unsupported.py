@@ -30,7 +30,8 @@ def _refused(name: str, known_from: str, says: str, **more: Any) -> Parameter:
 
 _TEXT_ONLY = "this server reads and writes text only"
 _NO_TOOLS = "this server calls no tools; describe them in a message"
-_FREE_TEXT = "outputs are free text; `logit_bias` and `allowed_token_ids` limit their tokens"
+_AT_ONCE = "a structure holds from the beginning of the output; use `grammar`"
+_SPACES = "JSON is written in one line, or indented by the model; use `grammar` for another form"
 _TOP = "use `temperature`, `top_p`, `top_k` or `min_p`"
 _PENALTIES = "use `repetition_penalty`, `presence_penalty` or `frequency_penalty`"
 _THINKING = "use `max_tokens`, which counts the thinking too"
@@ -90,20 +91,12 @@ CHATS = (
 )
 
 FORMATS = (
-    _neutral("response_format", "OVSL", ({"type": "text"}, {}), _FREE_TEXT),
-    _neutral("structured_outputs", "V", ({},), _FREE_TEXT),
-    _refused("guided_json", "V", _FREE_TEXT),
-    _refused("guided_regex", "V", _FREE_TEXT),
-    _neutral("guided_choice", "V", ([],), _FREE_TEXT),
-    _neutral("guided_grammar", "V", ("",), _FREE_TEXT),
-    _neutral("json_schema", "SL", ("",), _FREE_TEXT),
-    _neutral("regex", "S", ("",), _FREE_TEXT),
-    _neutral("ebnf", "S", ("",), _FREE_TEXT),
-    _neutral("grammar", "L", ("",), _FREE_TEXT),
-    _neutral("grammar_lazy", "L", (False,), _FREE_TEXT),
-    _neutral("grammar_triggers", "L", ([],), _FREE_TEXT),
-    _neutral("preserved_tokens", "L", ([],), _FREE_TEXT),
-    _neutral("n_indent", "L", (0,), _FREE_TEXT),
+    _neutral("grammar_lazy", "L", (False,), _AT_ONCE),
+    _neutral("grammar_triggers", "L", ([],), _AT_ONCE),
+    _neutral("preserved_tokens", "L", ([],), _AT_ONCE),
+    _neutral("structural_tag", "S", ("",), _AT_ONCE),
+    _refused("guided_whitespace_pattern", "V", _SPACES),
+    _neutral("n_indent", "L", (0,), _SPACES),
     _neutral("stop_regex", "S", ([], ""), "use `stop`"),
 )
 

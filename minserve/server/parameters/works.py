@@ -30,12 +30,18 @@ from minserve.server.parameters.parameter import (
     Parameter,
     Sort,
 )
+from minserve.server.structure_fields import RESPONSE_FORMAT_SCHEMA, STRUCTURED_OUTPUTS_SCHEMA
+from minserve.structure import MAX_CHOICES
 
 _HINTS = get_type_hints(SamplingParams)
 _LOGPROBS = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 _TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 # It is hashed with each block of a prompt.
 MAX_SALT_LENGTH = 1024
+_A_SCHEMA = "a JSON schema, as an object or as its JSON"
+_A_REGEX = "a regular expression that the output matches as a whole"
+_A_GRAMMAR = "a grammar, in GBNF or like Lark's"
+_SCHEMA = {"type": ["object", "boolean", "string"]}
 _STRINGS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
 
 
@@ -162,6 +168,40 @@ SAMPLING = (
     ),
     _setting("ignore_eos", "VSL", "goes on behind the model's end of text", default="false"),
     _setting("skip_special_tokens", "VS", "leaves special tokens out of the text", default="true"),
+)
+
+STRUCTURE = (
+    _works(
+        "response_format",
+        "OVSL",
+        '`{"type": "json_object"}`, or `json_schema` with a JSON schema, or `text`',
+        default="text",
+        schema=RESPONSE_FORMAT_SCHEMA,
+        neutral=({"type": "text"}, {}),
+    ),
+    _works(
+        "structured_outputs",
+        "V",
+        "an object with one of `json`, `regex`, `choice`, `grammar`, `json_object`",
+        default="none",
+        schema=STRUCTURED_OUTPUTS_SCHEMA,
+        neutral=({},),
+    ),
+    _works("guided_json", "V", _A_SCHEMA, default="none", schema=_SCHEMA),
+    _works("json_schema", "SL", _A_SCHEMA, default="none", schema=_SCHEMA, neutral=("",)),
+    _works("guided_regex", "V", _A_REGEX, form=str, default="none", neutral=("",)),
+    _works("regex", "S", _A_REGEX, form=str, default="none", neutral=("",)),
+    _works(
+        "guided_choice",
+        "V",
+        f"up to {MAX_CHOICES} texts, one of which is the output",
+        form=list[str],
+        default="none",
+        neutral=([],),
+    ),
+    _works("guided_grammar", "V", _A_GRAMMAR, form=str, default="none", neutral=("",)),
+    _works("ebnf", "S", _A_GRAMMAR, form=str, default="none", neutral=("",)),
+    _works("grammar", "L", _A_GRAMMAR, form=str, default="none", neutral=("",)),
 )
 
 PROMPT = (
@@ -384,6 +424,6 @@ ANSWER = (
     ),
 )
 
-WORKS = (*PROMPT, *ANSWER, *SAMPLING)
+WORKS = (*PROMPT, *ANSWER, *SAMPLING, *STRUCTURE)
 # Fields of `SamplingParams` that an endpoint gives a meaning of its own.
 OWN_MEANING = ("max_tokens", "logprobs", "prompt_logprobs")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from aiohttp import ClientPayloadError, web
@@ -18,6 +18,7 @@ from minserve.errors import InvalidRequestError
 from minserve.server.errors import RETRY_AFTER, HttpError
 from minserve.server.reading.reader import Endpoint, Facts, ReadCall, Reader
 from minserve.server.reading.reader_process import ReaderProcess
+from minserve.server.reading.structures import NotHereError
 
 # Up to so many bytes, a body takes a few milliseconds at most.
 SHORT = 2048
@@ -42,7 +43,7 @@ class BodyReader:
     """
 
     def __init__(self, facts: Facts, most_bytes: int) -> None:
-        self._reader = Reader(facts)
+        self._reader = Reader(facts, is_busy=True)
         self._process = ReaderProcess(facts, NICENESS)
         self._process_of_long = ReaderProcess(facts, NICENESS_OF_LONG)
         self._most_bytes = most_bytes
@@ -81,7 +82,8 @@ class BodyReader:
     async def _call(self, method: str, raw: bytes, *args: Any) -> Any:
         """Call a method of the `Reader`, here or in a process."""
         if len(raw) <= SHORT:
-            return getattr(self._reader, method)(raw, *args)
+            with suppress(NotHereError):
+                return getattr(self._reader, method)(raw, *args)
         process = self._process if len(raw) <= LONG else self._process_of_long
         return await process.call(method, (raw, *args), len(raw))
 

@@ -30,7 +30,9 @@ def main() -> None:
         reader = _start(frames.read(inbox))
         while True:
             method, args = frames.read(inbox)
-            outbox.write(frames.pack(_result(reader, method, args)))
+            result = _result(reader, method, args)
+            # The parent ends a process of which a part may go on for ever.
+            outbox.write(frames.pack((*result, reader.is_stuck)))
             outbox.flush()
 
 

@@ -23,6 +23,7 @@ from minserve.server.protocol import (
     parse_detokenize,
     parse_tokenize,
 )
+from minserve.server.reading.structures import StructureReader
 from minserve.server.slo_http import read_slo
 from minserve.slo.objectives import SLO
 
@@ -78,8 +79,20 @@ class ReadCall:
 class Reader:
     """Reads bodies for one model."""
 
-    def __init__(self, facts: Facts) -> None:
+    def __init__(self, facts: Facts, is_busy: bool = False) -> None:
+        """Make a reader.
+
+        Args:
+            is_busy: true in a process that must not work for long; `generation` raises a
+                `NotHereError` there where it would.
+        """
         self._facts = facts
+        self._structures = StructureReader(facts.prompts, facts.thinking_marker, is_busy)
+
+    @property
+    def is_stuck(self) -> bool:
+        """True once something was given up that may go on for ever: the process should end."""
+        return self._structures.is_stuck
 
     def generation(
         self, raw: bytes, came_s: float, endpoint: Endpoint, headers: Mapping[str, str]
@@ -93,6 +106,7 @@ class Reader:
         Raises:
             InvalidRequestError: if a field is wrong; the error names it.
             HttpError: 404 for another model.
+            NotHereError: in a busy process, for a body with a structure.
         """
         facts = self._facts
         parse = parse_chat if endpoint == "chat" else parse_completion
@@ -106,11 +120,18 @@ class Reader:
             raise InvalidRequestError(
                 f"{num_outputs} outputs in one request; at most {facts.max_queue} can be queued here"
             )
+        structure = call.params.structure
+        if structure is not None:
+            structure = self._structures.read(structure)
         bad_word_ids = facts.prompts.bad_word_ids(call.params.bad_words)
         prompts = []
         for prompt in call.prompts:
             one = facts.prompts.process(prompt, call.prompt_options)
+            if call.chat and structure is not None:
+                structure = self._structures.behind_thinking(structure, one.text)
             prompts.append(one if call.echo else one._replace(text=None))
+        if structure is not None:
+            call = replace(call, params=replace(call.params, structure=structure))
         return ReadCall(replace(call, prompts=[]), prompts, bad_word_ids, slo, came_s)
 
     def tokenized(self, raw: bytes) -> tuple[bytes, tuple[str, ...]]:

@@ -114,7 +114,7 @@ class ReaderProcess:
                 await process.stdin.drain()
                 head = await process.stdout.readexactly(frames.LENGTH.size)
                 (length,) = frames.LENGTH.unpack(head)
-                return frames.unpack(await process.stdout.readexactly(length))
+                is_good, value, is_stuck = frames.unpack(await process.stdout.readexactly(length))
         except TimeoutError:
             await self._end()
             log.error("a request was given up: reading it took more than %g s", PATIENCE_S)
@@ -129,6 +129,9 @@ class ReaderProcess:
             raise HttpError(
                 500, "the process that read this request has ended", kind="server_error"
             ) from None
+        if is_stuck:
+            await self._end()
+        return is_good, value
 
     async def _running(self) -> asyncio.subprocess.Process:
         """Return the process, started if there is none.
