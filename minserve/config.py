@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from minserve.chat_formats import REASONING_SETTINGS, TOOL_SETTINGS
 from minserve.errors import ConfigError
 from minserve.exit_codes import EXIT_HUNG
 from minserve.planner.policies.registry import POLICIES
@@ -63,6 +64,22 @@ class EngineConfig:
         "how chats are written as prompts: a file with a jinja template, or the name of one of "
         "the model's templates where it has several; default: the model's own",
         group="model",
+    )
+    tool_format: str = option(
+        "auto",
+        "the form in which the model writes calls of tools. auto: told by its chat template, or "
+        "hermes, with the tools described in a system message, where the template knows none. none: "
+        "tools are refused",
+        group="model",
+        choices=TOOL_SETTINGS,
+    )
+    reasoning_format: str = option(
+        "auto",
+        "the markers of the model's thinking, which answers tell apart: think for <think> and "
+        "</think>, mistral for [THINK] and [/THINK]. auto: told by its chat template and its tokens. "
+        "none: thinking stays in the text",
+        group="model",
+        choices=REASONING_SETTINGS,
     )
     dtype: str = option(
         "auto",
@@ -195,7 +212,7 @@ class EngineConfig:
     )
     thinking_marker: str | None = option(
         None,
-        "text that ends the model's thinking; default: </think> where the tokenizer knows it",
+        "text that ends the model's thinking; default: that of --reasoning-format",
         group="slo",
     )
     length_estimator: str = option(

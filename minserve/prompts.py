@@ -19,6 +19,7 @@ class PromptOptions:
         continue_final_message: of a chat: leave the last message open, so that the output goes on
             in it. Needs ``add_generation_prompt`` to be false.
         template_kwargs: of a chat: further variables of its template.
+        tools: of a chat: the tools that its template describes, in OpenAI's form.
         truncate_prompt_tokens: keep so many tokens of a longer prompt, the last ones; -1 keeps as
             many as leave room for one token of output. ``None`` refuses a prompt that is too long.
     """
@@ -27,6 +28,7 @@ class PromptOptions:
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tools: Sequence[Mapping[str, Any]] = ()
     truncate_prompt_tokens: int | None = None
 
 

@@ -72,6 +72,7 @@ class SamplingParams:
             raw distribution, before temperature, penalties and truncation.
         prompt_logprobs: the same for the prompt's tokens.
         skip_special_tokens: leave special tokens out of the text.
+        preserved_tokens: special tokens, as they are written, that stay in the text all the same.
         structure: the form that the output has, such as that of a JSON schema; tokens that
             would break it are not sampled.
 
@@ -100,6 +101,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    preserved_tokens: tuple[str, ...] = ()
     structure: Structure | None = None
 
     def __post_init__(self) -> None:
@@ -111,6 +113,8 @@ class SamplingParams:
         object.__setattr__(self, "allowed_token_ids", ids)
         words = _tuple("bad_words", self.bad_words, "a list of strings")
         object.__setattr__(self, "bad_words", words)
+        kept = _tuple("preserved_tokens", self.preserved_tokens, "a list of strings")
+        object.__setattr__(self, "preserved_tokens", kept)
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         if self.top_k == -1 and not isinstance(self.top_k, bool):
             object.__setattr__(self, "top_k", 0)
@@ -178,6 +182,15 @@ class SamplingParams:
                 raise InvalidRequestError(f"{name} holds at most {MAX_NAMED_TOKENS} tokens", name)
         for token in self.allowed_token_ids:
             _integer("allowed_token_ids", token, 0)
+        if len(self.preserved_tokens) > MAX_NAMED_TOKENS:
+            raise InvalidRequestError(
+                f"preserved_tokens holds at most {MAX_NAMED_TOKENS} tokens", "preserved_tokens"
+            )
+        for text in self.preserved_tokens:
+            if not isinstance(text, str) or not text:
+                raise InvalidRequestError(
+                    "preserved_tokens must hold non-empty strings", "preserved_tokens"
+                )
         if len(self.bad_words) > MAX_BAD_WORDS:
             raise InvalidRequestError(f"at most {MAX_BAD_WORDS} bad words", "bad_words")
         for text in self.bad_words:

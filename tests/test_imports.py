@@ -20,6 +20,7 @@ HOMES = {
 GROUND = {
     "blocks",
     "cgroups",
+    "chat_formats",
     "cpu_name",
     "errors",
     "devices",

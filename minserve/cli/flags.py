@@ -38,6 +38,7 @@ _SAMPLING_HELP = {
     "logprobs": "with --json, report this many alternatives per output token",
     "prompt_logprobs": "with --json, the same for the prompt's tokens",
     "skip_special_tokens": "leave special tokens out of the text",
+    "preserved_tokens": "special token that stays in the text; may be given several times",
     "structure": "form of the output: json, or as KIND=SOURCE a json_schema, regex, choice (a JSON "
     "list), lark or gbnf",
 }

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from minserve.engine.inspection import Inspection
 
 _FLAGS = (
-    *("tokenizer", "chat_template", "dtype", "quantization", "generation_config", "device"),
+    *("tokenizer", "chat_template", "tool_format", "reasoning_format"),
+    *("dtype", "quantization", "generation_config", "device"),
     *("max_model_len", "draft_model"),
 )
 _EXAMPLES = """\
@@ -150,6 +151,20 @@ def _tokenizer_rows(facts: dict[str, Any]) -> Rows:
     yield "stop tokens", ", ".join(stops) or "none"
 
 
+def _chat_rows(facts: dict[str, Any]) -> Rows:
+    tools = facts["tool_format"] or "none: tools are refused"
+    if facts["tools_described"]:
+        tools += ", described in a message: the chat template knows no tools"
+    yield "tool format", tools
+    thinking = facts["reasoning_format"] or "none: it marks no thinking"
+    if facts["thinking_markers"] is not None:
+        begin, end = facts["thinking_markers"]
+        thinking += f": {begin} ... {end}"
+        if not facts["thinking_separated"]:
+            thinking += ", left in the text by --reasoning-format none"
+    yield "thinking", thinking
+
+
 def _chat_words(names: list[str], given: str | None) -> str:
     """Return which chat template is used, of the model's own by name or the one given."""
     if given is not None:
@@ -198,6 +213,7 @@ _SECTIONS = {
     "architecture": _architecture_rows,
     "weights": _weights_rows,
     "tokenizer": _tokenizer_rows,
+    "chats": _chat_rows,
     "sampling_defaults": _defaults_rows,
     "runs_as": _run_rows,
     "memory": _memory_rows,

@@ -331,10 +331,11 @@ class EngineBase:
         """Queue a request, all outputs or, where that raises an error, none."""
         request = submission.request
         marker_ids = self._promises.marker_ids(request.slo)
+        decode = self.tokenizer.decoder(request.params.preserved_tokens)
         try:
             for seq, history in zip(submission.sequences, submission.histories, strict=True):
                 detokenizer = IncrementalDetokenizer(
-                    self.tokenizer.decode, request.prompt_token_ids, request.params
+                    decode, request.prompt_token_ids, request.params
                 )
                 if (structure := request.params.structure) is not None:
                     seq.guide = self._structures.guide(structure)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from minserve.chat_formats import NONE, find_reasoning_format, find_tool_format
 from minserve.config import EngineConfig
 from minserve.engine.build import (
     choose_device,
@@ -82,6 +83,7 @@ def inspect_model(config: EngineConfig) -> Inspection:
             tokenizer, given = _load_tokenizer(config, source, found)
             found.facts["tokenizer"] = _tokenizer(tokenizer, model, found)
             found.facts["tokenizer"]["chat_template_given"] = given
+            found.facts["chats"] = _chats(config, tokenizer)
         with found._step():
             defaults, problems = read_sampling_defaults(config, source)
             found.facts["sampling_defaults"] = defaults
@@ -239,6 +241,24 @@ def _tokenizer(
         "chat_template": tokenizer.has_chat_template,
         "chat_templates": list(tokenizer.chat_template_names),
         "stop_tokens": [{"id": i, "text": tokenizer.token_text(i)} for i in stops],
+    }
+
+
+def _chats(config: EngineConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return how the model calls tools and thinks."""
+    template = tokenizer.template_facts(with_tools=True)
+    tools = find_tool_format(config.tool_format, template.text, shows_tools=template.shows_tools)
+    thinking = find_reasoning_format(
+        config.reasoning_format,
+        tokenizer.chat_template,
+        lambda text: tokenizer.token_of(text) is not None,
+    )
+    return {
+        "tool_format": tools.name,
+        "tools_described": tools.is_described,
+        "reasoning_format": None if thinking is None else thinking.name,
+        "thinking_markers": None if thinking is None else [thinking.begin, thinking.end],
+        "thinking_separated": thinking is not None and config.reasoning_format != NONE,
     }
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from minserve.chat_formats import find_reasoning_format
 from minserve.config import EngineConfig
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import ConfigError
 from minserve.planner.predict.perf_model import PerfModel
 from minserve.slo.objectives import SLO, Targets, preset_classes
 from minserve.slo.slo_fields import find_class, load_classes
-
-THINKING_MARKER = "</think>"
 
 
 class Promises:
@@ -34,8 +33,13 @@ class Promises:
             raise ConfigError(f"default_slo {config.default_slo!r} is no SLO class; known: {known}")
         self.default = None if config.default_slo is None else self.classes[config.default_slo]
         self.thinking_marker = config.thinking_marker
-        if self.thinking_marker is None and self._token_of(THINKING_MARKER) is not None:
-            self.thinking_marker = THINKING_MARKER
+        if self.thinking_marker is None:
+            form = find_reasoning_format(
+                config.reasoning_format,
+                tokenizer.chat_template,
+                lambda text: self._token_of(text) is not None,
+            )
+            self.thinking_marker = None if form is None else form.end
 
     def find(self, slo: SLO | str | None) -> SLO | None:
         """Return the SLO in force: the one given, the class of that name, or the default.
@@ -69,8 +73,7 @@ class Promises:
         return {marker: token for marker, token in found.items() if token is not None}
 
     def _token_of(self, text: str) -> int | None:
-        ids = self._tokenizer.encode(text, add_special_tokens=False)
-        return ids[0] if len(ids) == 1 else None
+        return self._tokenizer.token_of(text)
 
 
 def _classes(given: str | Mapping[str, SLO] | None) -> Mapping[str, SLO]:

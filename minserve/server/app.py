@@ -17,6 +17,7 @@ from aiohttp import web
 
 from minserve.config import ServerConfig
 from minserve.errors import EngineStoppedError
+from minserve.server.chat_facts import find_chat_facts
 from minserve.server.connections import ConnectionRunner
 from minserve.server.edge import Edge
 from minserve.server.engine_face import EngineFace, ReplicaSet
@@ -263,6 +264,7 @@ class Server:
                 slo_classes=dict(engine.slo_classes),
                 default_slo=engine.default_slo,
                 thinking_marker=engine.thinking_marker,
+                chat=find_chat_facts(engine.tokenizer, engine.config),
             )
             self._bodies = BodyReader(facts, int(self.config.max_body_mib * 2**20))
         return self._bodies

@@ -7,7 +7,7 @@ No function here aborts a handle. The function that submitted the handles aborts
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from itertools import chain
 from typing import Any
@@ -45,7 +45,7 @@ async def whole_response(
         ConnectionResetError: if the client has closed the connection.
     """
     pauses = Pauses()
-    async with limit, aclosing(merged(handles)) as stream:
+    async with limit, aclosing(merged(handles, reply.is_done)) as stream:
         async for prompt, delta in stream:
             await reply.note(prompt, delta, pauses)
             reply.add(prompt, delta)
@@ -125,7 +125,7 @@ async def _chunks(
     pauses = Pauses()
     begun: set[tuple[int, int]] = set()
     held: list[dict[str, Any]] = []
-    async with aclosing(merged(handles)) as stream:
+    async with aclosing(merged(handles, reply.is_done)) as stream:
         async for prompt, delta in stream:
             begun.add((prompt, delta.index))
             await reply.note(prompt, delta, pauses)
@@ -136,15 +136,21 @@ async def _chunks(
                 held.clear()
 
 
-async def merged(handles: Sequence[Handle]) -> AsyncGenerator[tuple[int, OutputDelta], None]:
+async def merged(
+    handles: Sequence[Handle], is_done: Callable[[int, OutputDelta], bool] = lambda *_: False
+) -> AsyncGenerator[tuple[int, OutputDelta], None]:
     """Yield the deltas of several handles as they come, each with the position of its handle.
+
+    Args:
+        is_done: whether an output may be aborted, since all of it was told.
 
     Raises:
         MinserveError: as soon as one output of any handle has failed.
     """
     if len(handles) == 1:
         async for delta in handles[0]:
-            _raise_failure(delta)
+            if not is_done(0, delta):
+                _raise_failure(delta)
             yield 0, delta
         return
     arrived: asyncio.Queue[tuple[int, OutputDelta] | Exception | None] = asyncio.Queue()
@@ -158,7 +164,8 @@ async def merged(handles: Sequence[Handle]) -> AsyncGenerator[tuple[int, OutputD
             elif isinstance(item, Exception):
                 raise item
             else:
-                _raise_failure(item[1])
+                if not is_done(*item):
+                    _raise_failure(item[1])
                 yield item
     finally:
         for pump in pumps:

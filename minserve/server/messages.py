@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
-from minserve.server.body import brief, refusal
-from minserve.server.parameters.forms import ROLES, Message, TextPart
+import json
+from typing import Any
+
+from minserve.server.body import MAX_NAME, brief, refusal
+from minserve.server.parameters.forms import ROLES, CalledFunction, Message, TextPart
 
 # OpenAI's later and earlier names of roles that chat templates know.
 _TEMPLATE_ROLES = {"developer": "system", "function": "tool"}
 # Roles whose messages may say nothing: a call of a tool, or a tool without a result.
 _SILENT_ROLES = ("assistant", "tool", "function")
+# A message as chat templates take it.
+PlainMessage = dict[str, Any]
 
 
-def plain_messages(messages: list[Message]) -> tuple[list[dict[str, str]], list[str]]:
+def plain_messages(messages: list[Message]) -> tuple[list[PlainMessage], list[str]]:
     """Return messages as chat templates take them; the text parts of each joined with newlines.
 
+    Calls have their arguments as an object, where they are the JSON of one.
+
     Returns:
-        The messages, with those of their optional fields that hold a text, and the names of hints
-        in them that change nothing.
+        The messages, with those of their optional fields that hold something, and the names of
+        hints in them that change nothing.
 
     Raises:
         InvalidRequestError: naming the place of what is wrong.
     """
     plain = []
     hints: dict[str, None] = {}  # a set that keeps the order
+    called: dict[str, str] = {}  # the names of tools by the ids of their calls
     for i, message in enumerate(messages):
         place = f"messages[{i}]"
         if message.role not in ROLES:
             problem = f"must be one of {', '.join(ROLES)}, not {brief(message.role)}"
             raise refusal(f"{place}.role", problem)
-        one = {
+        one: PlainMessage = {
             "role": _TEMPLATE_ROLES.get(message.role, message.role),
             "content": _content(message, place, hints),
         }
         optional = {
-            "name": message.name,
+            "name": message.name or _called_name(message, place, called),
             "tool_call_id": message.tool_call_id,
             "reasoning_content": message.reasoning_content or message.reasoning,
+            "tool_calls": _calls(message, place, called),
         }
         plain.append(one | {name: value for name, value in optional.items() if value})
         if message.annotations:
@@ -43,6 +52,52 @@ def plain_messages(messages: list[Message]) -> tuple[list[dict[str, str]], list[
         if message.cache_control is not None:
             hints["messages.cache_control"] = None
     return plain, list(hints)
+
+
+def _calls(message: Message, place: str, called: dict[str, str]) -> list[dict[str, Any]]:
+    """Return a message's calls, and note their ids."""
+    if message.tool_calls and message.role != "assistant":
+        raise refusal(f"{place}.tool_calls", f"does not belong to the role {message.role}")
+    calls = []
+    for call in message.tool_calls:
+        called[call.id] = call.function.name
+        function = {"name": call.function.name, "arguments": _arguments(call.function)}
+        calls.append({"id": call.id, "type": "function", "function": function})
+    return calls
+
+
+def _arguments(function: CalledFunction) -> Any:
+    """Return arguments as an object; as the text that they are where they are no object's JSON.
+
+    A model may have written them wrong, and hears so in the next message.
+    """
+    arguments = function.arguments
+    if isinstance(arguments, dict):
+        return arguments
+    if not arguments.strip():
+        return {}
+    try:
+        value = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+    return value if isinstance(value, dict) else arguments
+
+
+def _called_name(message: Message, place: str, called: dict[str, str]) -> str | None:
+    """Return the name of the tool whose result a message is.
+
+    Raises:
+        InvalidRequestError: for a result that belongs to no call.
+    """
+    if message.role != "tool":
+        return None
+    where = f"{place}.tool_call_id"
+    if not message.tool_call_id:
+        raise refusal(where, "is required: it names the call that the message answers")
+    if message.tool_call_id not in called:
+        given = brief(message.tool_call_id[:MAX_NAME])
+        raise refusal(where, f"{given} is the id of no call in the messages before")
+    return called[message.tool_call_id]
 
 
 def _content(message: Message, place: str, hints: dict[str, None]) -> str:

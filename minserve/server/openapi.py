@@ -11,12 +11,15 @@ import msgspec
 
 from minserve.server.json_array import dump_json
 from minserve.server.openapi_answers import SCHEMAS, obj, ref
+from minserve.server.parameters.forms import AllowedTools, NamedTool, Tool
 from minserve.server.parameters.parameter import PATHS, Endpoint, Parameter, Sort
 from minserve.server.parameters.table import BY_ENDPOINT
 
 _COMPONENTS = "#/components/schemas/{name}"
 _LINK = re.compile(r"\[([^]]*)\]\([^)]*\)")  # of Markdown
 _NULL = {"type": "null"}
+# Forms that the table's schemas name.
+_NAMED_FORMS = (Tool, NamedTool, AllowedTools)
 _ERRORS = {
     "400": "a wrong or unsupported value, named by `param`",
     "401": "the API key is missing or wrong",
@@ -63,6 +66,7 @@ def openapi() -> dict[str, Any]:
     """Return the description of all endpoints."""
     forms: dict[str, Any] = {}
     bodies = {name: _body(endpoint, forms) for endpoint, name in _BODIES.items()}
+    forms |= msgspec.json.schema_components(_NAMED_FORMS, ref_template=_COMPONENTS)[1]
     return {
         "openapi": "3.1.0",
         "info": {

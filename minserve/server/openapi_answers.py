@@ -37,9 +37,10 @@ def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 _TOKEN_IDS = array(_COUNT)
+_ENDS = [one.value for one in FinishReason]
 _CHOICE = {
     "index": _COUNT,
-    "finish_reason": {"enum": [one.value for one in FinishReason]},
+    "finish_reason": {"enum": _ENDS},
     "stop_reason": {"type": ["string", "integer", "null"]},
 }
 # By token id, as text.
@@ -100,8 +101,25 @@ SCHEMAS: dict[str, Any] = {
     "ChatCompletion": _answer("ChatCompletionChoice", "chat.completion", **_OF_PROMPT),
     "ChatCompletionChoice": _choice(
         {
-            "message": obj({"role": _TEXT, "content": _TEXT_OR_NULL, "refusal": _TEXT_OR_NULL}),
+            "finish_reason": {"enum": [*_ENDS, "tool_calls"]},
+            "message": obj(
+                {
+                    "role": _TEXT,
+                    "content": _TEXT_OR_NULL,
+                    "refusal": _TEXT_OR_NULL,
+                    "reasoning_content": _TEXT,
+                    "tool_calls": array(ref("CalledTool")),
+                },
+                required=["role", "content", "refusal"],
+            ),
             "logprobs": _or_null(obj({"content": array(ref("TokenLogprob"))})),
+        }
+    ),
+    "CalledTool": obj(
+        {
+            "id": _TEXT,
+            "type": {"const": "function"},
+            "function": obj({"name": _TEXT, "arguments": _TEXT}),
         }
     ),
     "TokenLogprob": obj({**_LOGPROB, "top_logprobs": array(obj(_LOGPROB))}),
@@ -111,6 +129,7 @@ SCHEMAS: dict[str, Any] = {
             "completion_tokens": _COUNT,
             "total_tokens": _COUNT,
             "prompt_tokens_details": obj({"cached_tokens": _COUNT}),
+            "completion_tokens_details": obj({"reasoning_tokens": _COUNT}),
             "acceptance": obj(
                 {"draft_tokens": _COUNT, "accepted_tokens": _COUNT, "rate": _NUMBER_OR_NULL}
             ),

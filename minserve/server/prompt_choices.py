@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from minserve.outputs import OutputDelta, TokenLogprob
+from minserve.server.answer.answer_parser import AnswerParser
+from minserve.server.answer.parts import Part
+from minserve.server.answer.thinking_tokens import ThinkingTokens
+from minserve.server.chat_message import MessagePieces
 from minserve.server.engine_face import Handle
 from minserve.server.json_array import JsonArray
 from minserve.server.logprobs import ChatLogprobs, CompletionLogprobs, LogprobWriter
@@ -22,11 +26,14 @@ if TYPE_CHECKING:
 class ChoicePart:
     """What a chunk, or a whole answer, tells of one choice."""
 
-    __slots__ = ("_call", "_texts", "logprobs", "token_ids")
+    __slots__ = ("_call", "_texts", "logprobs", "pieces", "token_ids")
 
     def __init__(self, call: GenerationCall) -> None:
         self._call = call
         self._texts: list[str] = []
+        self.pieces = (
+            None if call.form is None else MessagePieces(includes_thinking=call.form.includes)
+        )
         self.token_ids = JsonArray()
         self.logprobs: ChatLogprobs | CompletionLogprobs = (
             ChatLogprobs() if call.chat else CompletionLogprobs()
@@ -35,7 +42,10 @@ class ChoicePart:
     def __bool__(self) -> bool:
         """True where there is something new for the client."""
         return bool(
-            any(self._texts) or self.logprobs or (self._call.return_token_ids and self.token_ids)
+            any(self._texts)
+            or self.pieces
+            or self.logprobs
+            or (self._call.return_token_ids and self.token_ids)
         )
 
     def add_text(self, text: str) -> None:
@@ -77,6 +87,10 @@ class Choice:
         offsets: finds where its tokens begin in the text, where that is wanted.
         part: all that a whole answer tells of it so far.
         end: its newest delta.
+        parser: tells the parts of its text apart, where that is wanted.
+        thinking: counts the tokens of its thinking, where the model thinks.
+        has_ended: its output has ended.
+        is_done: it has ended before its output did, and nothing more of that is told.
     """
 
     begun: bool = False
@@ -85,6 +99,10 @@ class Choice:
     offsets: TextOffsets | None = None
     part: ChoicePart | None = None
     end: OutputDelta | None = None
+    parser: AnswerParser | None = None
+    thinking: ThinkingTokens | None = None
+    has_ended: bool = False
+    is_done: bool = False
 
 
 class PromptChoices:
@@ -98,7 +116,7 @@ class PromptChoices:
         self, handle: Handle, call: GenerationCall, tokenizer: Tokenizer, writer: LogprobWriter
     ) -> None:
         self.handle = handle
-        self.choices = [Choice() for _ in range(call.params.n)]
+        self.choices = [_new_choice(call, tokenizer) for _ in range(call.params.n)]
         self.begun = False
         self.num_output_tokens = 0
         self.num_cached_tokens = 0
@@ -113,14 +131,23 @@ class PromptChoices:
     async def note(self, delta: OutputDelta, pauses: Pauses) -> None:
         """Count a delta's tokens, and write what it tells of the prompt."""
         call = self._call
+        if delta.slo is not None:
+            self.slo_reports.append(delta.slo)
+        if delta.finish_reason is not None:
+            self.choices[delta.index].has_ended = True
+            self._leave_if_told()
+        if self.choices[delta.index].is_done:
+            return
         if not call.drop_output:
             self.num_output_tokens += len(delta.token_ids)
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
         choice = self.choices[delta.index]
         choice.num_draft_tokens = delta.num_draft_tokens
         choice.num_accepted_tokens = delta.num_accepted_tokens
-        if delta.slo is not None:
-            self.slo_reports.append(delta.slo)
+        if choice.thinking is not None and not choice.thinking.is_over:
+            # A token that ends the output is no thinking.
+            has_stop = isinstance(delta.stop_reason, int)
+            choice.thinking.add(delta.token_ids[:-1] if has_stop else delta.token_ids)
         if delta.prompt_logprobs is not None:
             await self._write_prompt(delta.prompt_logprobs, pauses)
             self.awaits_prompt_logprobs = False
@@ -139,7 +166,10 @@ class PromptChoices:
             part.echo(self._echo_text(), self._echoed)
         if call.drop_output:
             return
-        part.add_text(delta.text)
+        if part.pieces is None:
+            part.add_text(delta.text)
+        else:
+            part.pieces.add(self._parse(delta))
         if call.return_token_ids:
             part.token_ids.extend(delta.token_ids)
         if not delta.logprobs:
@@ -150,6 +180,30 @@ class PromptChoices:
         offsets = self._offsets(self.choices[delta.index]).take(delta.token_ids)
         num_top = call.params.logprobs or 0
         self._writer.completion(part.logprobs, delta.token_ids, delta.logprobs, offsets, num_top)
+
+    def _parse(self, delta: OutputDelta) -> list[Part]:
+        """Return the parts of a delta's text, and end an output that has all it may have."""
+        choice = self.choices[delta.index]
+        if choice.parser is None:
+            return []
+        parts = choice.parser.feed(delta.text)
+        if delta.finish_reason is not None:
+            return parts + choice.parser.end()
+        if choice.parser.is_done:
+            choice.is_done = True
+            self._leave_if_told()
+        return parts
+
+    def _leave_if_told(self) -> None:
+        """Abort the outputs that go on, where all of them was told."""
+        going = [one for one in self.choices if not one.has_ended]
+        if going and all(one.is_done for one in going):
+            self.handle.abort()
+
+    @property
+    def num_thinking_tokens(self) -> int:
+        """The tokens of all choices' thinking so far."""
+        return sum(one.thinking.count for one in self.choices if one.thinking is not None)
 
     def with_echo(self, part: ChoicePart) -> ChoicePart:
         """Return the part of a whole answer with the prompt before it, where that is wanted."""
@@ -195,6 +249,7 @@ class PromptChoices:
                 self.handle.prompt_token_ids,
                 len(self._echo_text()) if self._call.echo else 0,
                 self._call.params.skip_special_tokens,
+                self._call.params.preserved_tokens,
             )
         return choice.offsets
 
@@ -206,3 +261,14 @@ class PromptChoices:
             ids = self.handle.prompt_token_ids
             self._text = self._tokenizer.decode(ids, skip_special_tokens=False)
         return self._text
+
+
+def _new_choice(call: GenerationCall, tokenizer: Tokenizer) -> Choice:
+    choice, form = Choice(), call.form
+    if form is not None:
+        choice.parser = form.parser()
+        if form.reasoning is not None:
+            choice.thinking = ThinkingTokens(
+                form.reasoning, tokenizer.token_bytes, is_open=form.is_open
+            )
+    return choice

@@ -15,15 +15,27 @@ import msgspec
 from minserve.errors import InvalidRequestError
 from minserve.prompts import Prompt, PromptOptions
 from minserve.sampling_params import SamplingParams
+from minserve.server.answer.answer_parser import AnswerForm
 from minserve.server.body import brief, convert, refusal
-from minserve.server.messages import plain_messages
+from minserve.server.messages import PlainMessage, plain_messages
 from minserve.server.parameters.forms import StreamOptions, TokenId
 from minserve.server.parameters.table import read_body
 from minserve.server.parameters.works import SAMPLING
 from minserve.server.structure_fields import read_structure
+from minserve.server.thinking import ThinkingWish
+from minserve.server.tools import ToolUse, read_tool_use
 
 COMPLETION_MAX_TOKENS = 16
 MAX_TEMPLATE_KWARGS_BYTES = 2**14
+# Parameters that a text without messages has no use for.
+_OF_CHATS = (
+    "continue_final_message",
+    "chat_template_kwargs",
+    "tools",
+    "tool_choice",
+    "reasoning_effort",
+    "enable_thinking",
+)
 _SETTINGS = frozenset(one.name for one in SAMPLING)
 # Variables of a template that are parameters of their own, or the server's.
 _RESERVED = frozenset(
@@ -61,6 +73,10 @@ class GenerationCall:
         continuous_usage: put the usage so far in every chunk.
         include_acceptance: report in the final usage how many drafted tokens were accepted.
         prompt_options: how the prompts become token ids.
+        tool_use: the tools of a chat that may be called, and how.
+        thinking: what a chat says of thinking.
+        form: how the text of a chat's outputs is read; ``None`` where all of it is the answer.
+        thinks_no_more: the prompt of a chat ends behind the thinking.
         ignored: names of hints that change nothing here, for the header of the answer.
     """
 
@@ -80,6 +96,10 @@ class GenerationCall:
     priority: int = 0
     cache_salt: str = ""
     prompt_options: PromptOptions = field(default_factory=PromptOptions)
+    tool_use: ToolUse | None = None
+    thinking: ThinkingWish = field(default_factory=ThinkingWish)
+    form: AnswerForm | None = None
+    thinks_no_more: bool = False
     ignored: tuple[str, ...] = ()
 
 
@@ -89,12 +109,15 @@ class TokenizeCall:
 
     Attributes:
         return_token_strs: tell the text of each token too.
+        tool_use, thinking: as in `GenerationCall`.
         ignored: names of hints that change nothing here.
     """
 
     model: str | None
-    prompt: str | list[dict[str, str]]
+    prompt: str | list[PlainMessage]
     prompt_options: PromptOptions = field(default_factory=PromptOptions)
+    tool_use: ToolUse | None = None
+    thinking: ThinkingWish = field(default_factory=ThinkingWish)
     return_token_strs: bool = False
     ignored: tuple[str, ...] = ()
 
@@ -150,7 +173,24 @@ def parse_chat(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Genera
         prompt_logprobs=given.get("prompt_logprobs"),
     )
     messages, their_hints = plain_messages(given["messages"])
-    return _call(given, hints + their_hints, [messages], params, chat=True)
+    return _call(
+        given,
+        hints + their_hints,
+        [messages],
+        params,
+        chat=True,
+        tool_use=read_tool_use(given),
+        thinking=_thinking(given),
+    )
+
+
+def _thinking(given: Mapping[str, Any]) -> ThinkingWish:
+    return ThinkingWish(
+        separate=given.get("separate_reasoning", True) and given.get("reasoning_format") != "none",
+        include=given.get("include_reasoning", True),
+        effort=given.get("reasoning_effort"),
+        enable=given.get("enable_thinking"),
+    )
 
 
 def _most(*numbers: int | None) -> int | None:
@@ -173,7 +213,7 @@ def _call(
     hints: list[str],
     prompts: list[Prompt],
     params: SamplingParams,
-    **more: bool,
+    **more: Any,
 ) -> GenerationCall:
     options = given.get("stream_options") or StreamOptions()
     if options.include_obfuscation:
@@ -293,7 +333,7 @@ def parse_tokenize(values: Mapping[str, Any]) -> TokenizeCall:
         InvalidRequestError: if a field is wrong; the error names it.
     """
     given, hints = read_body(values, "tokenize")
-    prompt: str | list[dict[str, str]]
+    prompt: str | list[PlainMessage]
     match given.get("prompt"), given.get("messages"):
         case str(prompt), None:
             _refuse_of_chats(given)
@@ -307,12 +347,14 @@ def parse_tokenize(values: Mapping[str, Any]) -> TokenizeCall:
         prompt=prompt,
         prompt_options=_prompt_options(given),
         return_token_strs=given.get("return_token_strs", False),
+        tool_use=read_tool_use(given),
+        thinking=_thinking(given),
         ignored=tuple(hints),
     )
 
 
 def _refuse_of_chats(given: Mapping[str, Any]) -> None:
-    for name in ("continue_final_message", "chat_template_kwargs"):
+    for name in _OF_CHATS:
         if given.get(name):
             raise refusal(name, "needs messages")
 

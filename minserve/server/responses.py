@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from minserve.outputs import OutputDelta, acceptance
+from minserve.request import FinishReason
 from minserve.server.engine_face import Handle
 from minserve.server.json_array import dump_pieces
 from minserve.server.logprobs import LogprobWriter
@@ -23,6 +24,9 @@ from minserve.slo.attainment import worst_report
 
 if TYPE_CHECKING:
     from minserve.engine.text.tokenizer import Tokenizer
+
+# The end of an output that calls tools, in place of "stop".
+TOOL_CALLS = "tool_calls"
 
 
 class Reply:
@@ -79,10 +83,16 @@ class Reply:
         """Return the chunk without choices that ends a stream with ``include_usage``."""
         return {**self._chunk_head, "choices": [], "usage": self._final_usage()}
 
+    def is_done(self, prompt: int, delta: OutputDelta) -> bool:
+        """True where all was told of an output before it ended, so that its end tells nothing."""
+        return self._groups[prompt].choices[delta.index].is_done
+
     def add(self, prompt: int, delta: OutputDelta) -> None:
         """Write a delta of the given prompt for `body`."""
         group = self._groups[prompt]
         choice = group.choices[delta.index]
+        if choice.is_done:
+            return
         if choice.part is None:
             choice.part = ChoicePart(self._call)
         group.write(choice.part, delta)
@@ -91,7 +101,7 @@ class Reply:
     def body(self) -> Iterator[bytes]:
         """Yield the whole response's JSON in pieces."""
         choices = [
-            self._whole(prompt, choice.part, choice.end)
+            self._whole(prompt, choice, choice.part, choice.end)
             for prompt, group in enumerate(self._groups)
             for choice in group.choices
             if choice.part is not None and choice.end is not None
@@ -105,8 +115,10 @@ class Reply:
         """Return a chunk with one choice; ``None`` where the delta has nothing to report."""
         group = self._groups[prompt]
         state, part = group.choices[delta.index], ChoicePart(self._call)
+        if state.is_done:
+            return None
         group.write(part, delta, echo=not state.begun)
-        if not part and delta.finish_reason is None:
+        if not part and delta.finish_reason is None and not state.is_done:
             return None
         choice = self._choice(prompt, state, part, delta)
         chunk = {**self._chunk_head, "choices": [choice]}
@@ -122,7 +134,9 @@ class Reply:
     ) -> dict[str, Any]:
         """Return one choice of a chunk."""
         choice: dict[str, Any] = {"index": prompt * self._call.params.n + delta.index}
-        if self._call.chat:
+        if part.pieces is not None:
+            choice["delta"] = part.pieces.delta(is_first=not state.begun)
+        elif self._call.chat:
             # The role is sent with the first chunk that has content.
             choice["delta"] = {} if state.begun else {"role": "assistant", "content": part.text}
             if part:
@@ -131,26 +145,35 @@ class Reply:
             choice["text"] = part.text
             if not state.begun:
                 choice |= self._groups[prompt].facts()
-        return {**choice, **part.facts(), **self._finish(delta)}
+        return {**choice, **part.facts(), **self._finish(state, delta)}
 
-    def _whole(self, prompt: int, part: ChoicePart, delta: OutputDelta) -> dict[str, Any]:
+    def _whole(
+        self, prompt: int, state: Choice, part: ChoicePart, delta: OutputDelta
+    ) -> dict[str, Any]:
         """Return one choice of a whole response, which ended with the given delta."""
         choice: dict[str, Any] = {"index": prompt * self._call.params.n + delta.index}
-        if self._call.chat:
+        if part.pieces is not None:
+            choice["message"] = part.pieces.message()
+        elif self._call.chat:
             choice["message"] = {"role": "assistant", "content": part.text, "refusal": None}
         else:
             group = self._groups[prompt]
             part = group.with_echo(part)
             choice |= {"text": part.text, **group.facts()}
-        return {**choice, **part.facts(), **self._finish(delta)}
+        return {**choice, **part.facts(), **self._finish(state, delta)}
 
-    def _finish(self, delta: OutputDelta) -> dict[str, Any]:
+    def _finish(self, state: Choice, delta: OutputDelta) -> dict[str, Any]:
         reason = delta.finish_reason
+        if state.is_done:
+            return {"finish_reason": TOOL_CALLS, "stop_reason": None}
         if reason is None:
             return {"finish_reason": None}
         if self._call.drop_output:
             return {"finish_reason": "length", "stop_reason": None}
-        return {"finish_reason": reason.value, "stop_reason": delta.stop_reason}
+        word = reason.value
+        if reason is FinishReason.STOP and state.parser is not None and state.parser.num_calls:
+            word = TOOL_CALLS
+        return {"finish_reason": word, "stop_reason": delta.stop_reason}
 
     def _final_usage(self) -> dict[str, Any]:
         """Return the usage at the end of the answer.
@@ -177,9 +200,14 @@ class Reply:
         prompt_tokens = sum(len(group.handle.prompt_token_ids) for group in self._groups)
         completion_tokens = sum(group.num_output_tokens for group in self._groups)
         cached_tokens = sum(group.num_cached_tokens for group in self._groups)
-        return {
+        usage: dict[str, Any] = {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": cached_tokens},
         }
+        form = self._call.form
+        if form is not None and form.reasoning is not None:
+            thinking = sum(group.num_thinking_tokens for group in self._groups)
+            usage["completion_tokens_details"] = {"reasoning_tokens": thinking}
+        return usage

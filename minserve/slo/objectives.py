@@ -179,6 +179,21 @@ class SLO:
         """Return the same objectives under another name."""
         return replace(self, name=name)
 
+    def behind(self, marker: str) -> SLO:
+        """Return the objectives of an output that begins behind a stage's marker."""
+        ends = [stage.until for stage in self.stages]
+        if marker not in ends:
+            return self
+        rest = self.stages[ends.index(marker) + 1 :]
+        if not (self.ttft is not None or self.ttft_slowdown is not None) and not any(
+            stage.has_pace for stage in rest
+        ):
+            return self  # nothing would be left of it
+        if len(rest) > 1:
+            return replace(self, stages=rest)
+        [one] = rest
+        return replace(self, stages=(), tpot=one.tpot, tpot_slowdown=one.tpot_slowdown)
+
     def resolve(self, zero_load_ttft_s: float, zero_load_tpot_s: float) -> Targets:
         """Return the objectives in seconds, for one request on one device.
 

@@ -398,7 +398,6 @@ def test_unknown_stream_options_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
         ("response_format", "json_object"),
         ("modalities", ["audio"]),
@@ -483,6 +482,15 @@ def test_echo_without_output_runs_one_token_and_drops_it() -> None:
 
 # --- messages ---
 
+CALL = {
+    "id": "call_1",
+    "type": "function",
+    "function": {"name": "add", "arguments": '{"x": [1, {"y": null}]}'},
+}
+ASSISTANT = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+# Templates take arguments as an object.
+PLAIN_CALL = {**CALL, "function": {"name": "add", "arguments": {"x": [1, {"y": None}]}}}
+
 
 def test_text_parts_are_joined_and_developer_is_system() -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
@@ -507,7 +515,7 @@ def test_what_agents_send_back_is_taken() -> None:
         messages=[
             {"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {}}]},
             {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": []},
-            {"role": "assistant", "refusal": "no"},
+            {"role": "assistant", "refusal": "no", "tool_calls": [CALL]},
             {"role": "assistant", "content": [{"type": "refusal", "refusal": "never"}]},
             {"role": "assistant", "content": "x", "refusal": "y", "annotations": [{"type": "u"}]},
             {"role": "tool", "content": "42", "tool_call_id": "call_1"},
@@ -518,10 +526,10 @@ def test_what_agents_send_back_is_taken() -> None:
         [
             {"role": "user", "content": "a"},
             {"role": "assistant", "content": "", "reasoning_content": "hm"},
-            {"role": "assistant", "content": "no"},
+            {"role": "assistant", "content": "no", "tool_calls": [PLAIN_CALL]},
             {"role": "assistant", "content": "never"},
             {"role": "assistant", "content": "x"},
-            {"role": "tool", "content": "42", "tool_call_id": "call_1"},
+            {"role": "tool", "content": "42", "name": "add", "tool_call_id": "call_1"},
             {"role": "tool", "content": "43", "name": "sum"},
         ]
     ]
@@ -561,13 +569,44 @@ def test_what_agents_send_back_is_taken() -> None:
             "messages[0].content[0].refusal",
         ),
         ([{"role": "user", "content": "x", "audio": {}}], "messages[0].audio"),
-        ([{"role": "assistant", "content": "x", "tool_calls": [1]}], "messages[0].tool_calls"),
+        ([{"role": "assistant", "content": "x", "tool_calls": [1]}], "messages[0].tool_calls[0]"),
+        ([{"role": "user", "content": "x", "tool_calls": [CALL]}], "messages[0].tool_calls"),
+        ([{"role": "assistant", "tool_calls": [{}]}], "messages[0].tool_calls[0].id"),
+        (
+            [{"role": "assistant", "tool_calls": [{**CALL, "type": "custom"}]}],
+            "messages[0].tool_calls[0].type",
+        ),
+        ([{"role": "tool", "content": "x"}], "messages[0].tool_call_id"),
+        ([{"role": "tool", "content": "x", "tool_call_id": "a"}], "messages[0].tool_call_id"),
+        (
+            [{"role": "tool", "content": "x", "tool_call_id": "call_1"}, ASSISTANT],
+            "messages[0].tool_call_id",
+        ),
     ],
 )
 def test_messages_are_refused_by_place(messages: Any, param: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         chat(messages=messages)
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("sent", "taken"),
+    [
+        ('{"a": 1}', {"a": 1}),
+        ({"a": 1}, {"a": 1}),
+        ("", {}),
+        ("  ", {}),
+        # Whatever a model wrote wrong goes back to it as it is.
+        ('{"a": ', '{"a": '),
+        ("[1]", "[1]"),
+        ("[" * 100_000, "[" * 100_000),
+    ],
+)
+def test_arguments_are_an_object_for_templates_where_they_are_one(sent: Any, taken: Any) -> None:
+    call = {**CALL, "function": {"name": "add", "arguments": sent}}
+    [[message]] = chat(messages=[{**ASSISTANT, "tool_calls": [call]}]).prompts
+    assert message["tool_calls"][0]["function"]["arguments"] == taken
 
 
 # --- the rest ---

@@ -242,6 +242,7 @@ def test_a_model_may_think_before_the_structure(
             "max_tokens": 60,
             "seed": 3,
             "regex": "[a-c]{3}",
+            "separate_reasoning": False,
             "chat_template_kwargs": {"think": think},
             **more,
         }

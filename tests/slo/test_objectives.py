@@ -114,3 +114,15 @@ def test_the_presets_are_those_of_the_paper() -> None:
         assert slo.name == name
         assert slo.on_unattainable is OnUnattainable.BEST_EFFORT
     assert preset_classes()["coding"].named("x") == replace(preset_classes()["coding"], name="x")
+
+
+def test_an_output_behind_the_thinking_has_the_pace_of_the_answer() -> None:
+    think = DecodeStage(tpot=0.05, until="</think>")
+    slo = SLO(ttft=1.0, stages=(think, DecodeStage(tpot=0.1)), name="reasoning")
+    assert slo.behind("</think>") == SLO(ttft=1.0, tpot=0.1, name="reasoning")
+    assert slo.behind("other") == slo
+    three = SLO(stages=(think, DecodeStage(tpot=0.2, tokens=5), DecodeStage(tpot=0.1)))
+    assert three.behind("</think>") == SLO(stages=three.stages[1:])
+    # One that promises nothing of the answer stays as it is.
+    alone = SLO(stages=(think, DecodeStage()))
+    assert alone.behind("</think>") == alone

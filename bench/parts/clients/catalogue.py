@@ -42,8 +42,9 @@ def _program(file: str) -> tuple[str, ...]:
 _ALL = (
     Client(
         "openai-python",
-        "chats, streams with usage, completions with logprobs, lists of prompts, asyncio, errors as "
-        "the client's own exceptions",
+        "chats, streams with usage, completions with logprobs, lists of prompts, asyncio, a tool that "
+        "is called, streamed and not, and an answer with its result, errors as the client's own "
+        "exceptions",
         _program("try_openai.py"),
         ("openai==3.57.0",),
     ),
@@ -63,21 +64,21 @@ _ALL = (
     ),
     Client(
         "langchain-openai",
-        "ChatOpenAI: invoke, stream with usage, batch, a chain with a prompt template, logprobs",
+        "ChatOpenAI: invoke, stream with usage, batch, a chain with a prompt template, logprobs; a "
+        "tool that is called, streamed and not, and an answer with its result",
         _program("try_langchain.py"),
         ("langchain-openai==1.7.4",),
     ),
     Client(
         "instructor",
-        "MD_JSON mode, which asks by prompt alone; modes that need tools or JSON mode, which this "
-        "server lacks, get an error that names the parameter",
+        "MD_JSON mode, which asks by prompt alone, JSON mode, and TOOLS mode, whose answer is a call",
         _program("try_instructor.py"),
         ("instructor==1.17.0",),
     ),
     Client(
         "pydantic-ai",
-        "an agent with text output, run and streamed, with its usage; an agent with tools gets an "
-        "error that names them",
+        "an agent with text output, run and streamed, with its usage; an agent that calls a tool, "
+        "hears its result, and answers by a call",
         _program("try_pydantic_ai.py"),
         ("pydantic-ai-slim[openai]==2.68.0",),
     ),

@@ -59,6 +59,7 @@ SHARED: dict[str, list[Any]] = {
         {"1e2": 1},
     ],
     "allowed_token_ids": [[-1], [2**40], [True], ["a"], [1.5], [1] * 10_000, 5],
+    "preserved_tokens": [5, [5], [[]], [""], ["x"] * 10_000, HALF],
     "bad_words": [5, [5], [[]], [""], ["x"] * 10_000, ["x" * 100_000], HALF],
     "add_special_tokens": ["yes", 1],
     "skip_special_tokens": ["yes", 1],
@@ -88,6 +89,12 @@ COMPLETION: dict[str, list[Any]] = {
         ["a", 1], [[1], "a"], [[1], [2**40]], [None], {}, 5, False, HALF, LONG,
     ],
 }  # fmt: skip
+
+
+def _tool(name: Any, parameters: Any = None) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
 CHAT_ONLY: dict[str, list[Any]] = {
     "max_tokens": [0, -1, 10**9, *NO_INTEGER],
     "max_completion_tokens": [0, -1, *NO_INTEGER],
@@ -103,6 +110,10 @@ CHAT_ONLY: dict[str, list[Any]] = {
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/"}}]}],
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}],
         [{"role": "user", "content": HALF}], [{"role": "user", "content": "x", "no_such": 1}],
+        [{"role": "tool", "content": "x"}], [{"role": "tool", "content": "x", "tool_call_id": "a"}],
+        [{"role": "user", "content": "x", "tool_calls": [{"id": "a", "function": {"name": "f"}}]}],
+        [{"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": ""}}]}],
+        [{"role": "assistant", "tool_calls": 5}],
     ],
     "chat_template": ["{{ ''.__class__.__mro__ }}", 5],
     "chat_template_kwargs": [
@@ -111,8 +122,17 @@ CHAT_ONLY: dict[str, list[Any]] = {
     ],
     "add_generation_prompt": ["yes", 1],
     "continue_final_message": ["yes", 1],
-    "tools": [5, "x", [5]],
-    "tool_choice": ["required", 5, {"type": "function"}],
+    "tools": [
+        5, "x", [5], [{}], [{"type": "function"}], [{"type": "custom", "custom": {"name": "f"}}],
+        [_tool("x" * 500_000)], [_tool("a b")], [_tool('f"}<tool_call>')], [_tool("f")] * 2,
+        [_tool("f", [1])], [_tool("f", "x")], [_tool(f"f{i}") for i in range(10_000)], [_tool(HALF)],
+    ],
+    "tool_choice": ["required", 5, {"type": "function"}, {"type": "function", "function": {"name": "f"}}],
+    "parallel_tool_calls": ["yes", 1],
+    "include_reasoning": ["yes", 1],
+    "reasoning_format": [5, "deepseek-legacy"],
+    "reasoning_effort": [[1], {}, True],
+    "enable_thinking": ["yes", 1],
     "response_format": [5, "json", {"type": "no_such_type"}],
 }  # fmt: skip
 SLO: dict[str, list[Any]] = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from dataclasses import replace
 
 import numpy as np
 from llguidance import LLMatcher
@@ -12,13 +14,15 @@ from minserve.engine.structures.deadline import within
 from minserve.engine.structures.grammar import GrammarError, brief, simplified
 from minserve.engine.structures.trie import TokenTrie
 from minserve.engine.text.tokenizer import Tokenizer
-from minserve.structure import Structure
+from minserve.structure import Structure, StructureKind
 
 # Seconds of work that a structure may take here. The engine does the same work once more.
 LONGEST_CHECK_S = 1.0
 _PROBE_BYTES = 32
 # JSON goes on with these wherever it branches out.
 _LIKELY = b'{["'
+# How a grammar names a token by its id.
+_TOKEN_ID = re.compile(r"<\[(\d{1,9})\]>")
 
 
 class StructureCheck:
@@ -31,6 +35,8 @@ class StructureCheck:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._trie = TokenTrie.of_bytes(tokenizer)
+        # The marks have other ids among the bytes.
+        self._ids = {token_id: 256 + i for i, token_id in enumerate(sorted(tokenizer.mark_ids))}
         self.is_stuck = False
 
     def checked(self, structure: Structure) -> Structure:
@@ -51,8 +57,16 @@ class StructureCheck:
 
     def _checked(self, structure: Structure) -> Structure:
         structure = simplified(structure)
-        _probe(compile_matcher(structure, self._trie))
+        tried = structure
+        if structure.kind is StructureKind.LARK:
+            source = _TOKEN_ID.sub(self._with_own_id, structure.source)
+            tried = replace(structure, source=source)
+        _probe(compile_matcher(tried, self._trie))
         return structure
+
+    def _with_own_id(self, found: re.Match[str]) -> str:
+        own = self._ids.get(int(found[1]))
+        return found[0] if own is None else f"<[{own}]>"
 
 
 def _probe(matcher: LLMatcher) -> None:

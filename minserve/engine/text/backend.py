@@ -30,12 +30,14 @@ class TokenizerBackend(Protocol):
         kind: a few words that name the form of the vocabulary.
         vocab_size: one more than the highest id.
         max_token_bytes: no token stands for more bytes of UTF-8 than this.
+        special_ids: the tokens that ``skip_special_tokens`` leaves out.
         mark_ids: as in `Tokenizer`.
     """
 
     kind: str
     vocab_size: int
     max_token_bytes: int
+    special_ids: frozenset[int]
     mark_ids: frozenset[int]
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -74,6 +76,7 @@ class RustBackend:
         self.rust = tokenizer
         self.kind = kind
         self._added = tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
         self.mark_ids = marks_among(self._added)
         self._alphabet = _alphabet(tokenizer)
         # DeepSeek Coder's has added tokens such as "ü". The library reads them as signs for a byte
@@ -101,7 +104,7 @@ class RustBackend:
         ids = [i for i in ids if 0 <= i < self.vocab_size]
         if not self._misreads:
             return self.rust.decode(ids, skip_special_tokens=skip_special_tokens)
-        kept = [i for i in ids if not (skip_special_tokens and self._is_special(i))]
+        kept = [i for i in ids if not (skip_special_tokens and i in self.special_ids)]
         return b"".join(map(self.token_bytes, kept)).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -127,9 +130,6 @@ class RustBackend:
 
     def vocabulary(self) -> Mapping[str, int]:
         return self.rust.get_vocab(with_added_tokens=True)
-
-    def _is_special(self, token_id: int) -> bool:
-        return token_id in self._added and self._added[token_id].special
 
     def save(self, folder: Path) -> dict[str, Any]:
         self.rust.save(str(folder / "tokenizer.json"))

@@ -120,6 +120,7 @@ class PromptProcessor:
             messages,
             **{
                 **options.template_kwargs,
+                **({"tools": list(options.tools)} if options.tools else {}),
                 "add_generation_prompt": options.add_generation_prompt,
                 "continue_final_message": options.continue_final_message,
             },

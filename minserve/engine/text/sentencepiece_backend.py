@@ -71,7 +71,7 @@ class SentencePieceBackend:
         self._processor = SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(model.SerializeToString())
         self._splitter, self._added_ids = _make_splitter(rules.added)
-        self._special = {i for i, token in rules.added.items() if token.special}
+        self.special_ids = frozenset(i for i, token in rules.added.items() if token.special)
         pieces = (i for i, one in enumerate(model.pieces) if one.type in (CONTROL, UNKNOWN))
         self.mark_ids = marks_among(rules.added) | frozenset(pieces)
         self._bytes = _token_bytes(model, rules.added)
@@ -101,7 +101,7 @@ class SentencePieceBackend:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         size = len(self._bytes)
-        skipped = self._special if skip_special_tokens else ()
+        skipped = self.special_ids if skip_special_tokens else ()
         found = b"".join(self._bytes[i] for i in ids if 0 <= i < size and i not in skipped)
         text = found.decode("utf-8", errors="replace")
         if self.rules.prefix is not PrefixSpace.NEVER:

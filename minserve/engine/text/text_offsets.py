@@ -34,6 +34,7 @@ class TextOffsets:
         start: int = 0,
         text: str | None = None,
         skip_special_tokens: bool,
+        preserved_tokens: Sequence[str] = (),
     ) -> None:
         """Begin behind some tokens.
 
@@ -43,9 +44,11 @@ class TextOffsets:
             start: the offset of the first token.
             text: the text, where it is known and may differ from what its tokens decode to.
             skip_special_tokens: special tokens are not in the text.
+            preserved_tokens: special tokens that are in it all the same.
         """
         params = SamplingParams(skip_special_tokens=skip_special_tokens)
-        self._detokenizer = IncrementalDetokenizer(tokenizer.decode, behind, params)
+        decode = tokenizer.decoder(preserved_tokens) if preserved_tokens else tokenizer.decode
+        self._detokenizer = IncrementalDetokenizer(decode, behind, params)
         self._num_added = num_added
         self._next = start
         # Text of tokens that may still become another.

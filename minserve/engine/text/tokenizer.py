@@ -7,7 +7,7 @@ threads.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,10 @@ from minserve.engine.text.chat_template import (
 from minserve.engine.text.folder_vocabulary import has_vocabulary, load_folder
 from minserve.engine.text.gguf_vocabulary import load_gguf
 from minserve.engine.text.stop_tokens import folder_stop_tokens, named_ends, named_tokens
+from minserve.engine.text.template_facts import TemplateFacts, template_facts
 from minserve.engine.text.text_offsets import TextOffsets, prompt_offsets
 from minserve.engine.text.vocabulary import Vocabulary, are_alike
-from minserve.errors import ModelLoadError
+from minserve.errors import InvalidRequestError, ModelLoadError
 
 if TYPE_CHECKING:
     from minserve.models.finding.source import ModelSource
@@ -143,6 +144,39 @@ class Tokenizer:
         """Return the text of token ids. Bytes that are no UTF-8 (yet) become U+FFFD."""
         return self._backend.decode(ids, skip_special_tokens)
 
+    def token_of(self, text: str) -> int | None:
+        """Return the id of the one token that a text is; ``None`` where it is several, or none."""
+        ids = self.encode(text, add_special_tokens=False)
+        return ids[0] if len(ids) == 1 else None
+
+    def special_id(self, text: str) -> int | None:
+        """Return the id of a special token by its text; ``None`` where no special token has it."""
+        token_id = self._backend.token_to_id(text)
+        return token_id if token_id in self._backend.special_ids else None
+
+    def mark_id(self, text: str) -> int | None:
+        """Return the id of a mark by its text; ``None`` where no mark has it."""
+        token_id = self._backend.token_to_id(text)
+        return token_id if token_id in self.mark_ids else None
+
+    def decoder(self, preserved: Sequence[str] = ()) -> Callable[[Sequence[int], bool], str]:
+        """Return `decode`, or one that leaves some special tokens in the text.
+
+        Args:
+            preserved: those special tokens, as they are written.
+        """
+        kept = {token_id for text in preserved if (token_id := self.special_id(text)) is not None}
+        if not kept:
+            return self.decode
+        skipped, decode = self._backend.special_ids - kept, self._backend.decode
+
+        def decode_with_them(ids: Sequence[int], skip_special_tokens: bool) -> str:
+            if skip_special_tokens:
+                ids = [token_id for token_id in ids if token_id not in skipped]
+            return decode(ids, False)
+
+        return decode_with_them
+
     def token_text(self, token_id: int) -> str:
         """Return one token as text, with its leading space; special tokens as they are written."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
@@ -150,11 +184,6 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """Return the exact bytes of one token, perhaps part of a character; empty if unknown."""
         return self._backend.token_bytes(token_id)
-
-    def mark_id(self, text: str) -> int | None:
-        """Return the id of the mark that is written like this; ``None`` if there is none."""
-        found = self._backend.token_to_id(text)
-        return found if found in self.mark_ids else None
 
     def prompt_offsets(self, text: str | None, token_ids: Sequence[int]) -> TextOffsets:
         """Return what tells where the tokens of a prompt begin in its text.
@@ -165,16 +194,25 @@ class Tokenizer:
         return prompt_offsets(self, text, token_ids)
 
     def output_offsets(
-        self, behind: Sequence[int], start: int, skip_special_tokens: bool = True
+        self,
+        behind: Sequence[int],
+        start: int,
+        skip_special_tokens: bool = True,
+        preserved_tokens: Sequence[str] = (),
     ) -> TextOffsets:
         """Return what tells where the tokens of an output begin in its text.
 
         Args:
             behind: the tokens of the prompt.
             start: the place of the output's first token.
+            skip_special_tokens, preserved_tokens: as in `SamplingParams`.
         """
         return TextOffsets(
-            self, behind=behind, start=start, skip_special_tokens=skip_special_tokens
+            self,
+            behind=behind,
+            start=start,
+            skip_special_tokens=skip_special_tokens,
+            preserved_tokens=preserved_tokens,
         )
 
     @property
@@ -185,6 +223,14 @@ class Tokenizer:
     @property
     def chat_template_names(self) -> tuple[str, ...]:
         return tuple(self._chat_templates)
+
+    @property
+    def chat_template(self) -> str:
+        """The template of usual conversations; empty where there is none."""
+        try:
+            return pick_template(self._chat_templates, with_tools=False)
+        except InvalidRequestError:
+            return ""
 
     def broken_chat_templates(self) -> dict[str, str]:
         """Return what is wrong with those chat templates that are no valid jinja, by their names.
@@ -212,6 +258,23 @@ class Tokenizer:
         template = pick_template(self._chat_templates, with_tools=bool(kwargs.get("tools")))
         variables = {"add_generation_prompt": True, **self._special_tokens, **kwargs}
         return render(template, messages, variables)
+
+    def template_facts(self, *, with_tools: bool = False) -> TemplateFacts:
+        """Return what the model's chat template knows, which is tried out for it.
+
+        Args:
+            with_tools: of the template for conversations with tools, where that is another one.
+        """
+        try:
+            template = pick_template(self._chat_templates, with_tools=with_tools)
+        except InvalidRequestError:
+            return TemplateFacts()
+
+        def write(messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+            own = {"add_generation_prompt": True, **self._special_tokens, **variables}
+            return render(template, messages, own)
+
+        return template_facts(template, write)
 
     def _special_id(self, name: str) -> int | None:
         token = self._special_tokens.get(name)

@@ -26,7 +26,7 @@ _CACHE = "prefixes are always cached"
 _ROUTE = "the server chooses who runs a request"
 _IMAGES = "there are no images, audio or video"
 _DRAFTS = "drafts change no result"
-_EFFORT = "effort is the model's own; a template's variables are in `chat_template_kwargs`"
+_EFFORT = "use `reasoning_effort` or `enable_thinking`"
 _OF_REFUSED = "a setting of {}, which is refused unless it is off"
 
 LABELS = (
@@ -49,27 +49,16 @@ EFFORT = (
         neutral=("auto", "default"),
     ),
     _hint("verbosity", "O", "the length is the model's own", str, endpoints=CHAT),
-    _hint("reasoning_effort", "OVSL", _EFFORT, str | _Number, endpoints=MESSAGES),
     _hint("reasoning", "S", _EFFORT, _Object, endpoints=CHAT, neutral=({},)),
     _hint("thinking", "X", _EFFORT, _Object | bool | str, endpoints=CHAT),
     _hint(
-        "separate_reasoning",
+        "stream_reasoning",
         "S",
-        "thinking stays in the text",
-        bool,
-        endpoints=CHAT,
-        neutral=(False,),
-    ),
-    _hint("stream_reasoning", "S", "thinking stays in the text", bool, endpoints=CHAT),
-    _hint(
-        "parallel_tool_calls",
-        "OVSL",
-        "there are no tool calls",
+        "thinking is streamed as it comes",
         bool,
         endpoints=CHAT,
         neutral=(True,),
     ),
-    _hint("parse_tool_calls", "L", "there are no tool calls", bool, endpoints=CHAT),
 )
 
 CACHES = (

@@ -29,7 +29,6 @@ def _refused(name: str, known_from: str, says: str, **more: Any) -> Parameter:
 
 
 _TEXT_ONLY = "this server reads and writes text only"
-_NO_TOOLS = "this server calls no tools; describe them in a message"
 _AT_ONCE = "a structure holds from the beginning of the output; use `grammar`"
 _SPACES = "JSON is written in one line, or indented by the model; use `grammar` for another form"
 _TOP = "use `temperature`, `top_p`, `top_k` or `min_p`"
@@ -42,10 +41,8 @@ _IDS = "use `return_token_ids`"
 _USAGE = "see `usage`, and the metrics"
 
 CHATS = (
-    _neutral("tools", "OVSL", ([],), _NO_TOOLS, endpoints=MESSAGES),
-    _neutral("tool_choice", "OVSL", ("none", "auto"), _NO_TOOLS, endpoints=MESSAGES),
-    _neutral("functions", "O", ([],), _NO_TOOLS, endpoints=CHAT),
-    _neutral("function_call", "O", ("none", "auto"), _NO_TOOLS, endpoints=CHAT),
+    _neutral("functions", "O", ([],), "use `tools`", endpoints=CHAT),
+    _neutral("function_call", "O", ("none", "auto"), "use `tool_choice`", endpoints=CHAT),
     _neutral("modalities", "O", (["text"], []), _TEXT_ONLY, endpoints=CHAT),
     _refused("audio", "O", _TEXT_ONLY, endpoints=CHAT),
     _neutral("web_search_options", "O", ({},), "this server fetches nothing", endpoints=CHAT),
@@ -57,16 +54,6 @@ CHATS = (
         "V",
         "a template is a program, so only the operator gives one (`--chat-template FILE`)",
         endpoints=MESSAGES,
-    ),
-    _refused(
-        "enable_thinking",
-        "X",
-        'use `chat_template_kwargs`, as `{"enable_thinking": false}`',
-        endpoints=CHAT,
-    ),
-    _neutral("include_reasoning", "V", (True,), "thinking stays in the text", endpoints=CHAT),
-    _neutral(
-        "reasoning_format", "L", ("none", "auto"), "thinking stays in the text", endpoints=CHAT
     ),
     _neutral("reasoning_control", "L", (False,), _THINKING, endpoints=CHAT),
     _neutral("thinking_forced_open", "L", (False,), _THINKING, endpoints=CHAT),
@@ -80,7 +67,7 @@ CHATS = (
         endpoints=CHAT,
     ),
     _neutral("chat_format", "L", (0,), "the model's template counts", endpoints=CHAT),
-    _neutral("chat_parser", "L", ("",), "outputs are not parsed", endpoints=CHAT),
+    _neutral("chat_parser", "L", ("",), "the operator sets `--tool-format`", endpoints=CHAT),
     _neutral(
         "generation_prompt",
         "L",
@@ -93,7 +80,6 @@ CHATS = (
 FORMATS = (
     _neutral("grammar_lazy", "L", (False,), _AT_ONCE),
     _neutral("grammar_triggers", "L", ([],), _AT_ONCE),
-    _neutral("preserved_tokens", "L", ([],), _AT_ONCE),
     _neutral("structural_tag", "S", ("",), _AT_ONCE),
     _refused("guided_whitespace_pattern", "V", _SPACES),
     _neutral("n_indent", "L", (0,), _SPACES),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from msgspec import Meta
 
@@ -168,6 +168,14 @@ SAMPLING = (
     ),
     _setting("ignore_eos", "VSL", "goes on behind the model's end of text", default="false"),
     _setting("skip_special_tokens", "VS", "leaves special tokens out of the text", default="true"),
+    _setting(
+        "preserved_tokens",
+        "L",
+        f"up to {MAX_NAMED_TOKENS} special tokens, as they are written, that stay in the text",
+        default="none",
+        form=list[str],
+        neutral=([],),
+    ),
 )
 
 STRUCTURE = (
@@ -294,6 +302,48 @@ PROMPT = (
         default="none",
     ),
     _works(
+        "tools",
+        "OVSL",
+        "[functions that the model may call](agents.md#tools)",
+        endpoints=MESSAGES,
+        schema={"type": "array", "items": {"$ref": "#/components/schemas/Tool"}},
+        neutral=([],),
+        by_place=True,
+        default="none",
+    ),
+    _works(
+        "tool_choice",
+        "OVSL",
+        "`auto`, `none`, `required`, or an object that names a function or `allowed_tools`",
+        endpoints=MESSAGES,
+        schema={
+            "anyOf": [
+                {"enum": ["auto", "none", "required"]},
+                {"$ref": "#/components/schemas/NamedTool"},
+                {"$ref": "#/components/schemas/AllowedTools"},
+            ]
+        },
+        neutral=("auto",),
+        default="`auto`",
+    ),
+    _works(
+        "reasoning_effort",
+        "OVSL",
+        "a variable of the chat template; a hint where that does not know it. `none` is "
+        "`enable_thinking: false` then, if it knows that",
+        endpoints=MESSAGES,
+        form=str | Int64 | float,
+        default="the template's own",
+    ),
+    _works(
+        "enable_thinking",
+        "X",
+        "a variable of the chat template; a hint where that does not know it",
+        endpoints=MESSAGES,
+        form=bool,
+        default="the template's own",
+    ),
+    _works(
         "truncate_prompt_tokens",
         "V",
         "keeps so many tokens of a longer prompt, the last ones; -1 keeps what leaves room for "
@@ -362,6 +412,46 @@ ANSWER = (
         endpoints=CHAT,
         form=_LOGPROBS,
         default="0",
+    ),
+    _works(
+        "parallel_tool_calls",
+        "OVSL",
+        "false: an answer ends behind its first call",
+        endpoints=CHAT,
+        form=bool,
+        default="true",
+    ),
+    _works(
+        "parse_tool_calls",
+        "L",
+        "false: calls stay in the content",
+        endpoints=CHAT,
+        form=bool,
+        default="true",
+    ),
+    _works(
+        "include_reasoning",
+        "V",
+        "false: [thinking](agents.md#thinking) is left out of the answer",
+        endpoints=CHAT,
+        form=bool,
+        default="true",
+    ),
+    _works(
+        "separate_reasoning",
+        "S",
+        "false: thinking stays in the content",
+        endpoints=CHAT,
+        form=bool,
+        default="true",
+    ),
+    _works(
+        "reasoning_format",
+        "L",
+        "`none`: thinking stays in the content; `auto` or `deepseek`: it is told apart",
+        endpoints=CHAT,
+        form=Literal["none", "auto", "deepseek"],
+        default="`auto`",
     ),
     _works(
         "prompt_logprobs",

@@ -8,12 +8,14 @@ reading JSON, running the chat template, tokenizing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from minserve.errors import InvalidRequestError
 from minserve.prompts import BadWordIds, TokenizedPrompt
 from minserve.server.body import MAX_NAME, parse_object
+from minserve.server.chat_facts import ChatFacts
+from minserve.server.chat_plan import plan_answer, plan_chat, put_to_model
 from minserve.server.errors import HttpError
 from minserve.server.json_array import dump_json
 from minserve.server.protocol import (
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from minserve.engine.text.tokenizer import Tokenizer
 
 Endpoint = Literal["completions", "chat"]
+# So many tokens at the end of a prompt tell whether it ends with a marker of thinking.
+_END = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +48,7 @@ class Facts:
         max_queue: the most outputs that one request may ask for.
         sampling_defaults: the model's own, for requests that leave settings out.
         slo_classes, default_slo, thinking_marker: as in `EngineFace`.
+        chat: what there is to know of chats with the model.
     """
 
     model_name: str
@@ -56,6 +61,7 @@ class Facts:
     slo_classes: Mapping[str, SLO]
     default_slo: SLO | None
     thinking_marker: str | None
+    chat: ChatFacts = field(default_factory=ChatFacts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +93,7 @@ class Reader:
                 `NotHereError` there where it would.
         """
         self._facts = facts
-        self._structures = StructureReader(facts.prompts, facts.thinking_marker, is_busy)
+        self._structures = StructureReader(facts.prompts, is_busy)
 
     @property
     def is_stuck(self) -> bool:
@@ -120,18 +126,22 @@ class Reader:
             raise InvalidRequestError(
                 f"{num_outputs} outputs in one request; at most {facts.max_queue} can be queued here"
             )
+        if call.chat:
+            call = plan_chat(call, facts.chat)
         structure = call.params.structure
         if structure is not None:
             structure = self._structures.read(structure)
+            call = replace(call, params=replace(call.params, structure=structure))
         bad_word_ids = facts.prompts.bad_word_ids(call.params.bad_words)
         prompts = []
         for prompt in call.prompts:
             one = facts.prompts.process(prompt, call.prompt_options)
-            if call.chat and structure is not None:
-                structure = self._structures.behind_thinking(structure, one.text)
             prompts.append(one if call.echo else one._replace(text=None))
-        if structure is not None:
-            call = replace(call, params=replace(call.params, structure=structure))
+        if call.chat:
+            end = facts.tokenizer.decode(prompts[0].token_ids[-_END:], skip_special_tokens=False)
+            call = plan_answer(call, end, facts.chat)
+            if slo is not None and call.thinks_no_more and facts.thinking_marker is not None:
+                slo = slo.behind(facts.thinking_marker)
         return ReadCall(replace(call, prompts=[]), prompts, bad_word_ids, slo, came_s)
 
     def tokenized(self, raw: bytes) -> tuple[bytes, tuple[str, ...]]:
@@ -146,14 +156,19 @@ class Reader:
         """
         call = parse_tokenize(parse_object(raw))
         self._check_model(call.model)
-        if not isinstance(call.prompt, str):
+        prompt, options = call.prompt, call.prompt_options
+        unknown: list[str] = []
+        if not isinstance(prompt, str):
             self._require_chat_template()
-        tokens = self._facts.prompts.tokenize(call.prompt, call.prompt_options).token_ids
+            prompt, options, unknown = put_to_model(
+                prompt, options, call.tool_use, call.thinking, self._facts.chat
+            )
+        tokens = self._facts.prompts.tokenize(prompt, options).token_ids
         most = self._facts.max_model_len
         answer = {"tokens": tokens, "count": len(tokens), "max_model_len": most}
         if call.return_token_strs:
             answer["token_strs"] = [self._facts.tokenizer.token_text(token) for token in tokens]
-        return dump_json(answer), call.ignored
+        return dump_json(answer), (*call.ignored, *unknown)
 
     def detokenized(self, raw: bytes) -> bytes:
         """Return the answer to a body of /detokenize, as JSON; special tokens are written out.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 
 import openai
@@ -52,6 +53,28 @@ async def at_once() -> list[str]:
 check("four chats at once", asyncio.run(at_once()) == [text] * 4)
 
 create = client.chat.completions.create
+TOOL = {"type": "function", "function": {
+    "name": "weather", "description": "The weather in a city.",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}},
+                   "required": ["city"], "additionalProperties": False}, "strict": True}}  # fmt: skip
+ASKED = {"model": MODEL, "messages": [{"role": "user", "content": "What is the weather in Paris?"}],
+         "tools": [TOOL], "max_tokens": 64, "temperature": 0}  # fmt: skip
+for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
+    told = create(**ASKED, tool_choice=choice, parallel_tool_calls=False).choices[0]
+    (call,) = told.message.tool_calls
+    check("a tool is called", told.finish_reason == "tool_calls", call.function)
+with client.chat.completions.stream(**ASKED, tool_choice="required",
+                                    parallel_tool_calls=False) as events:  # fmt: skip
+    (same,) = events.get_final_completion().choices[0].message.tool_calls
+check("the same call as a stream, with its arguments parsed",
+      same.function.parsed_arguments == json.loads(call.function.arguments))  # fmt: skip
+result = {"role": "tool", "tool_call_id": call.id, "content": "Rain, 12 degrees."}
+after = create(**ASKED | {"messages": [*ASKED["messages"], told.message, result]}).choices[0]
+check("an answer with the tool's result", after.message.content, after.message.content)
+check_raises("a tool that does not exist", openai.BadRequestError,
+             lambda: create(**ASKED, tool_choice={"type": "function", "function": {"name": "x"}}),
+             "tool_choice")  # fmt: skip
+
 check_raises("an unknown model", openai.NotFoundError, lambda: create(**CHAT | {"model": "other"}))
 check_raises(
     "a wrong value", openai.BadRequestError, lambda: create(**CHAT | {"top_p": 7}), "top_p"
