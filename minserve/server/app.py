@@ -23,14 +23,16 @@ from minserve.server.edge import Edge
 from minserve.server.engine_face import EngineFace, ReplicaSet
 from minserve.server.errors import HttpError, unavailable
 from minserve.server.front_page import example_command, front_page
-from minserve.server.generation import streamed_response, whole_response
+from minserve.server.generation import ReplyFace, streamed_response, whole_response
 from minserve.server.json_array import dump_json
 from minserve.server.limits import time_limit
 from minserve.server.metrics import CONTENT_TYPE, count_tasks, create_registry, render
 from minserve.server.openapi import openapi_json
 from minserve.server.reading.body_reader import BodyReader
 from minserve.server.reading.reader import Endpoint, Facts, check_model
-from minserve.server.responses import Reply
+from minserve.server.reply import Reply
+from minserve.server.responses_api.response_reply import ResponseReply
+from minserve.server.responses_api.responses_call import ResponsesCall
 from minserve.server.watchdog import problem_of
 
 # The time in which connections may send their last bytes once the engine has stopped.
@@ -80,6 +82,11 @@ class Server:
                 web.get("/v1/models/{model:.+}", self.get_model),
                 web.post("/v1/completions", self.completions),
                 web.post("/v1/chat/completions", self.chat_completions),
+                web.post("/v1/responses", self.responses),
+                web.get("/v1/responses/{response}", self.stored_response),
+                web.delete("/v1/responses/{response}", self.stored_response),
+                web.get("/v1/responses/{response}/input_items", self.stored_response),
+                web.post("/v1/responses/{response}/cancel", self.stored_response),
                 web.post("/tokenize", self.tokenize),
                 web.post("/detokenize", self.detokenize),
                 web.get("/replicas", self.replicas),
@@ -155,6 +162,19 @@ class Server:
         """Answer POST /v1/chat/completions."""
         return await self._generate(request, "chat")
 
+    async def responses(self, request: web.Request) -> web.StreamResponse:
+        """Answer POST /v1/responses."""
+        return await self._generate(request, "responses")
+
+    async def stored_response(self, request: web.Request) -> web.StreamResponse:
+        """Refuse what is asked of a response that would have to be stored."""
+        raise HttpError(
+            404,
+            "responses are not stored here, so there is none by that id; send the whole "
+            "conversation as input to POST /v1/responses",
+            code="response_not_found",
+        )
+
     async def tokenize(self, request: web.Request) -> web.Response:
         """Answer POST /tokenize, which turns text or messages into token ids."""
         body, request[IGNORED] = await self._body_reader().tokenized(request)
@@ -201,7 +221,11 @@ class Server:
         )
         limit = time_limit(self.config.request_timeout_s, read.came_s)
         try:
-            reply = Reply(call, handles, self._model_name, engine.tokenizer)
+            reply: ReplyFace
+            if isinstance(call, ResponsesCall):
+                reply = ResponseReply(call, handles, self._model_name, engine.tokenizer)
+            else:
+                reply = Reply(call, handles, self._model_name, engine.tokenizer)
             if call.stream:
                 refusable = read.slo is not None and read.slo.refuses_delay
                 return await streamed_response(

@@ -7,10 +7,10 @@ No function here aborts a handle. The function that submitted the handles aborts
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 from aiohttp import web
 
@@ -18,10 +18,9 @@ from minserve.errors import EngineStoppedError, GenerationError
 from minserve.outputs import OutputDelta
 from minserve.request import FinishReason
 from minserve.server.engine_face import Handle
-from minserve.server.errors import error_body, to_http_error
+from minserve.server.errors import HttpError, to_http_error
 from minserve.server.pauses import Pauses
 from minserve.server.protocol import GenerationCall
-from minserve.server.responses import Reply
 from minserve.server.sse import EventStream
 
 # Bytes of a whole answer from which on it is sent in pieces.
@@ -29,9 +28,44 @@ LARGE_BODY = 2**20
 UNLIMITED: AbstractAsyncContextManager[None] = nullcontext()
 
 
+class ReplyFace(Protocol):
+    """Builds the answer to one request, in the form of its endpoint.
+
+    For each delta it gets `note`, and then `chunks` for a stream or `add` for a whole answer.
+
+    Attributes:
+        names_events: events of a stream have names, and no marker ends it.
+        has_large_events: events may be of megabytes.
+    """
+
+    names_events: bool
+    has_large_events: bool
+
+    async def note(self, prompt: int, delta: OutputDelta, pauses: Pauses) -> None:
+        """Count a delta of the given prompt, and write what it tells of the prompt."""
+
+    def chunks(self, prompt: int, delta: OutputDelta) -> list[dict[str, Any]]:
+        """Return the events of a stream that can be sent after a delta of the given prompt."""
+
+    def last_chunks(self) -> list[dict[str, Any]]:
+        """Return the events at the end of a stream, when all outputs have ended."""
+
+    def failure(self, error: HttpError) -> list[dict[str, Any]]:
+        """Return the events that end a stream which has failed."""
+
+    def is_done(self, prompt: int, delta: OutputDelta) -> bool:
+        """True where all was told of an output before it ended, so that its end tells nothing."""
+
+    def add(self, prompt: int, delta: OutputDelta) -> None:
+        """Write a delta of the given prompt for `body`."""
+
+    def body(self) -> Iterator[bytes]:
+        """Yield the whole answer's JSON in pieces."""
+
+
 async def whole_response(
     request: web.Request,
-    reply: Reply,
+    reply: ReplyFace,
     handles: Sequence[Handle],
     limit: AbstractAsyncContextManager[None] = UNLIMITED,
 ) -> web.StreamResponse:
@@ -74,7 +108,7 @@ async def _send_pieces(request: web.Request, pieces: Iterable[bytes]) -> web.Str
 async def streamed_response(
     request: web.Request,
     call: GenerationCall,
-    reply: Reply,
+    reply: ReplyFace,
     handles: Sequence[Handle],
     limit: AbstractAsyncContextManager[None] = UNLIMITED,
     *,
@@ -98,28 +132,28 @@ async def streamed_response(
         MinserveError: if an output failed before anything was sent.
         ConnectionResetError: if the client has closed the connection.
     """
-    events = EventStream(request)
+    events = EventStream(request, named=reply.names_events)
     num_held = len(handles) * call.params.n if refusable else 0
-    in_pieces = call.params.prompt_logprobs is not None
+    in_pieces = reply.has_large_events
     async with events.kept_alive(first_byte_s):
         try:
             async with limit, aclosing(_chunks(reply, handles, num_held)) as chunks:
                 async for chunk in chunks:
                     await events.send(chunk, in_pieces=in_pieces)
-            if call.include_usage:
-                await events.send(reply.usage_chunk())
+            for chunk in reply.last_chunks():
+                await events.send(chunk, in_pieces=in_pieces)
             await events.done()
         except ConnectionError:
             raise
         except Exception as error:
             if not events.started:
                 raise
-            await events.fail(error_body(to_http_error(error)))
+            await events.fail(reply.failure(to_http_error(error)))
     return events.response
 
 
 async def _chunks(
-    reply: Reply, handles: Sequence[Handle], num_held: int
+    reply: ReplyFace, handles: Sequence[Handle], num_held: int
 ) -> AsyncGenerator[dict[str, Any], None]:
     """Yield the chunks of a stream, the first when so many outputs have begun."""
     pauses = Pauses()

@@ -11,20 +11,22 @@ import msgspec
 
 from minserve.server.json_array import dump_json
 from minserve.server.openapi_answers import SCHEMAS, obj, ref
+from minserve.server.openapi_responses import RESPONSE_SCHEMAS
 from minserve.server.parameters.forms import AllowedTools, NamedTool, Tool
-from minserve.server.parameters.parameter import PATHS, Endpoint, Parameter, Sort
+from minserve.server.parameters.parameter import GENERATION, PATHS, Endpoint, Parameter, Sort
+from minserve.server.parameters.responses_forms import FunctionTool
 from minserve.server.parameters.table import BY_ENDPOINT
 
 _COMPONENTS = "#/components/schemas/{name}"
 _LINK = re.compile(r"\[([^]]*)\]\([^)]*\)")  # of Markdown
 _NULL = {"type": "null"}
 # Forms that the table's schemas name.
-_NAMED_FORMS = (Tool, NamedTool, AllowedTools)
+_NAMED_FORMS = (Tool, NamedTool, AllowedTools, FunctionTool)
 _ERRORS = {
     "400": "a wrong or unsupported value, named by `param`",
     "401": "the API key is missing or wrong",
     "403": "not allowed from where the request comes",
-    "404": "an unknown path, model or replica",
+    "404": "an unknown path, model, response or replica",
     "405": "the path does not take that method",
     "408": "the request did not come in time",
     "411": "the length of the body is not told",
@@ -38,18 +40,21 @@ _ERRORS = {
 _BODIES: dict[Endpoint, str] = {
     "completions": "CompletionRequest",
     "chat": "ChatCompletionRequest",
+    "responses": "ResponseRequest",
     "tokenize": "TokenizeRequest",
     "detokenize": "DetokenizeRequest",
 }
 _ANSWERS: dict[Endpoint, str] = {
     "completions": "Completion",
     "chat": "ChatCompletion",
+    "responses": "Response",
     "tokenize": "Tokens",
     "detokenize": "Text",
 }
 _SUMMARIES: dict[Endpoint, str] = {
     "completions": "Continue a prompt",
     "chat": "Answer a chat",
+    "responses": "Answer a conversation in the form of OpenAI's Responses API",
     "tokenize": "Turn a text or messages into token ids",
     "detokenize": "Turn token ids into text",
 }
@@ -77,9 +82,14 @@ def openapi() -> dict[str, Any]:
         },
         "servers": [{"url": "/"}],
         "security": [{}, {"key": []}],
-        "paths": {**{PATHS[one]: {"post": _post(one)} for one in PATHS}, **_gets(), **_orders()},
+        "paths": {
+            **{PATHS[one]: {"post": _post(one)} for one in PATHS},
+            **_gets(),
+            **_orders(),
+            **_stored(),
+        },
         "components": {
-            "schemas": {**SCHEMAS, **forms, **bodies},
+            "schemas": {**SCHEMAS, **RESPONSE_SCHEMAS, **forms, **bodies},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
@@ -135,7 +145,7 @@ def _post(endpoint: Endpoint) -> dict[str, Any]:
             "content": {"application/json": {"schema": ref(_BODIES[endpoint])}},
         },
     }
-    if endpoint in ("completions", "chat"):
+    if endpoint in GENERATION:
         content["text/event-stream"] = {"schema": {"type": "string"}}
         milliseconds = {"type": "string", "pattern": r"^[0-9]{1,12}(\.[0-9]{1,12})?$"}
         operation["parameters"] = [
@@ -215,3 +225,23 @@ def _orders() -> dict[str, Any]:
         }
         for verb, summary in verbs.items()
     }
+
+
+def _stored() -> dict[str, Any]:
+    """Return the paths of responses that would have to be stored: nothing is found there."""
+    response = {"name": "response", "in": "path", "required": True, "schema": {"type": "string"}}
+    rows = {
+        ("/v1/responses/{response}", "get"): "retrieveResponse",
+        ("/v1/responses/{response}", "delete"): "deleteResponse",
+        ("/v1/responses/{response}/input_items", "get"): "listInputItems",
+        ("/v1/responses/{response}/cancel", "post"): "cancelResponse",
+    }
+    paths: dict[str, Any] = {}
+    for (path, verb), name in rows.items():
+        paths.setdefault(path, {})[verb] = {
+            "operationId": name,
+            "summary": "Nothing: responses are not stored",
+            "parameters": [response],
+            "responses": _errors(),
+        }
+    return paths

@@ -32,7 +32,8 @@ def obj(properties: dict[str, Any], required: list[str] | None = None) -> dict[s
     }
 
 
-def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+def or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a value that may be missing."""
     return {"anyOf": [schema, {"type": "null"}]}
 
 
@@ -51,9 +52,9 @@ _PROMPT_LOGPROB = {
 # What is told of a prompt on request: in each choice of a completion, once in a chat.
 _OF_PROMPT = {
     "prompt_token_ids": _TOKEN_IDS,
-    "prompt_logprobs": array(_or_null(_PROMPT_LOGPROB)),
+    "prompt_logprobs": array(or_null(_PROMPT_LOGPROB)),
 }
-_LOGPROB = {"token": _TEXT, "logprob": _NUMBER, "bytes": _or_null(array(_COUNT))}
+_LOGPROB = {"token": _TEXT, "logprob": _NUMBER, "bytes": or_null(array(_COUNT))}
 
 
 def _answer(choice: str, kind: str, **more: dict[str, Any]) -> dict[str, Any]:
@@ -88,13 +89,13 @@ SCHEMAS: dict[str, Any] = {
     ),
     "Completion": _answer("CompletionChoice", "text_completion"),
     "CompletionChoice": _choice(
-        {"text": _TEXT, "logprobs": _or_null(ref("CompletionLogprobs"))}, **_OF_PROMPT
+        {"text": _TEXT, "logprobs": or_null(ref("CompletionLogprobs"))}, **_OF_PROMPT
     ),
     "CompletionLogprobs": obj(
         {
             "tokens": array(_TEXT),
             "token_logprobs": array(_NUMBER_OR_NULL),
-            "top_logprobs": array(_or_null({"type": "object", "additionalProperties": _NUMBER})),
+            "top_logprobs": array(or_null({"type": "object", "additionalProperties": _NUMBER})),
             "text_offset": array(_COUNT),
         }
     ),
@@ -112,7 +113,7 @@ SCHEMAS: dict[str, Any] = {
                 },
                 required=["role", "content", "refusal"],
             ),
-            "logprobs": _or_null(obj({"content": array(ref("TokenLogprob"))})),
+            "logprobs": or_null(obj({"content": array(ref("TokenLogprob"))})),
         }
     ),
     "CalledTool": obj(

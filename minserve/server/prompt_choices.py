@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from minserve.outputs import OutputDelta, TokenLogprob
 from minserve.server.answer.answer_parser import AnswerParser
-from minserve.server.answer.parts import Part
+from minserve.server.answer.parts import Content, Part
 from minserve.server.answer.thinking_tokens import ThinkingTokens
 from minserve.server.chat_message import MessagePieces
 from minserve.server.engine_face import Handle
@@ -169,7 +169,7 @@ class PromptChoices:
         if part.pieces is None:
             part.add_text(delta.text)
         else:
-            part.pieces.add(self._parse(delta))
+            part.pieces.add(self.parse(delta))
         if call.return_token_ids:
             part.token_ids.extend(delta.token_ids)
         if not delta.logprobs:
@@ -181,11 +181,11 @@ class PromptChoices:
         num_top = call.params.logprobs or 0
         self._writer.completion(part.logprobs, delta.token_ids, delta.logprobs, offsets, num_top)
 
-    def _parse(self, delta: OutputDelta) -> list[Part]:
+    def parse(self, delta: OutputDelta) -> list[Part]:
         """Return the parts of a delta's text, and end an output that has all it may have."""
         choice = self.choices[delta.index]
         if choice.parser is None:
-            return []
+            return [Content(delta.text)] if delta.text else []
         parts = choice.parser.feed(delta.text)
         if delta.finish_reason is not None:
             return parts + choice.parser.end()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -54,6 +54,9 @@ _RESERVED = frozenset(
         "tools",
     }
 )
+
+
+_Call = TypeVar("_Call", bound="GenerationCall")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +135,7 @@ def parse_completion(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
         InvalidRequestError: if a field is wrong; the error names it.
     """
     given, hints = read_body(values, "completions")
-    settings = _settings(given, defaults)
+    settings = sampling_settings(given, defaults)
     echo = given.get("echo", False)
     max_tokens = given.get("max_tokens", COMPLETION_MAX_TOKENS)
     drop_output = echo and max_tokens == 0
@@ -147,7 +150,9 @@ def parse_completion(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
         prompt_logprobs=_most(given.get("prompt_logprobs"), logprobs if echo else None),
     )
     prompts = parse_prompts(given["prompt"])
-    return _call(given, hints, prompts, params, chat=False, echo=echo, drop_output=drop_output)
+    return generation_call(
+        given, hints, prompts, params, chat=False, echo=echo, drop_output=drop_output
+    )
 
 
 def parse_chat(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> GenerationCall:
@@ -160,7 +165,7 @@ def parse_chat(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Genera
         InvalidRequestError: if a field is wrong; the error names it.
     """
     given, hints = read_body(values, "chat")
-    settings = _settings(given, defaults)
+    settings = sampling_settings(given, defaults)
     logprobs, top_logprobs = given.get("logprobs", False), given.get("top_logprobs", 0)
     if top_logprobs and not logprobs:
         raise refusal("top_logprobs", "needs logprobs: true")
@@ -173,7 +178,7 @@ def parse_chat(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Genera
         prompt_logprobs=given.get("prompt_logprobs"),
     )
     messages, their_hints = plain_messages(given["messages"])
-    return _call(
+    return generation_call(
         given,
         hints + their_hints,
         [messages],
@@ -198,7 +203,7 @@ def _most(*numbers: int | None) -> int | None:
     return max((one for one in numbers if one is not None), default=None)
 
 
-def _settings(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def sampling_settings(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sampling settings of a body, which `SamplingParams` checks itself."""
     settings = {name: value for name, value in defaults.items() if name in _SETTINGS}
     settings |= {name: value for name, value in given.items() if name in _SETTINGS}
@@ -208,13 +213,26 @@ def _settings(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
     return settings
 
 
-def _call(
+def generation_call(
     given: Mapping[str, Any],
     hints: list[str],
     prompts: list[Prompt],
     params: SamplingParams,
+    *,
+    kind: type[_Call] = GenerationCall,  # type: ignore[assignment]  # the type of its default
     **more: Any,
-) -> GenerationCall:
+) -> _Call:
+    """Return the call of a body, whose prompts and sampling settings are parsed already.
+
+    Args:
+        given: the body's values, by name.
+        hints: the names of those that change nothing; more of them are appended.
+        kind: of call.
+        more: attributes of the call that no field of the same name and meaning gives.
+
+    Raises:
+        InvalidRequestError: if fields contradict each other; the error names one.
+    """
     options = given.get("stream_options") or StreamOptions()
     if options.include_obfuscation:
         hints.append("stream_options.include_obfuscation")
@@ -223,7 +241,7 @@ def _call(
         raise refusal(
             "include_acceptance", "needs stream_options.include_usage: it is told in that chunk"
         )
-    return GenerationCall(
+    return kind(
         model=given.get("model"),
         prompts=prompts,
         params=params,

@@ -16,6 +16,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 # key is needed.
 OPEN_ROUTES = ("/", "/health", "/metrics")
 _ORDERS = "/replicas/"
+# Nothing is stored, so each of them answers at once that there is nothing.
+_STORED = "/v1/responses/"
 
 
 def route_of(request: web.Request) -> str:
@@ -48,4 +50,6 @@ def is_order(request: web.Request) -> bool:
 
 def computes(request: web.Request) -> bool:
     """Return whether a request makes the server work on a body."""
-    return is_matched(request) and not is_safe(request) and not is_order(request)
+    return is_matched(request) and not (
+        is_safe(request) or is_order(request) or route_of(request).startswith(_STORED)
+    )

@@ -7,7 +7,7 @@ send.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from itertools import chain
 from typing import Any
@@ -31,8 +31,14 @@ class EventStream:
     answered with its HTTP status.
     """
 
-    def __init__(self, request: web.Request) -> None:
+    def __init__(self, request: web.Request, *, named: bool = False) -> None:
+        """Begin with nothing sent.
+
+        Args:
+            named: each event has its ``type`` as its name, and no marker ends the stream.
+        """
         self._request = request
+        self._named = named
         self._has_events = False
         # Comments are written beside the events.
         self._writing = asyncio.Lock()
@@ -68,27 +74,27 @@ class EventStream:
         Raises:
             ConnectionResetError: if the client has closed the connection.
         """
-        if not in_pieces:
-            await self._write_event(dump_json(event))
-            return
         self._has_events = True
-        for piece in coalesced(chain([b"data: "], dump_pieces(event), [b"\n\n"])):
+        before = b"event: %s\ndata: " % event["type"].encode() if self._named else b"data: "
+        if not in_pieces:
+            await self._write(before + dump_json(event) + b"\n\n")
+            return
+        for piece in coalesced(chain([before], dump_pieces(event), [b"\n\n"])):
             await self._write(piece)
             await asyncio.sleep(0)
 
     async def done(self) -> None:
-        """Write the marker of a complete stream and end the response."""
-        await self._write_event(b"[DONE]")
+        """Write the marker of a complete stream, where it has one, and end the response."""
+        if not self._named:
+            self._has_events = True
+            await self._write(b"data: [DONE]\n\n")
         await self.response.write_eof()
 
-    async def fail(self, event: Any) -> None:
-        """Write an error event and end the response without the marker."""
-        await self._write_event(dump_json(event))
+    async def fail(self, events: Sequence[Any]) -> None:
+        """Write events that tell of an error, and end the response without the marker."""
+        for event in events:
+            await self.send(event)
         await self.response.write_eof()
-
-    async def _write_event(self, payload: bytes) -> None:
-        self._has_events = True
-        await self._write(b"data: " + payload + b"\n\n")
 
     async def _comment(self, every_s: float) -> None:
         # A client that has left is noticed where its handler is cancelled.

@@ -17,12 +17,14 @@ class ThinkingWish:
         separate: it is told apart from the content.
         include: it is part of the answer, where it is told apart.
         effort, enable: for the chat template; ``None`` where they are not given.
+        effort_name: what the request calls the effort.
     """
 
     separate: bool = True
     include: bool = True
     effort: str | float | None = None
     enable: bool | None = None
+    effort_name: str = _EFFORT
 
     def for_template(self, variables: Collection[str]) -> tuple[dict[str, Any], list[str]]:
         """Return variables for a chat template, and the names of what it does not know.
@@ -38,7 +40,7 @@ class ThinkingWish:
             elif self.effort == "none" and _ENABLE in variables:
                 known[_ENABLE] = False
             else:
-                unknown.append(_EFFORT)
+                unknown.append(self.effort_name)
         if self.enable is not None:
             if _ENABLE in variables:
                 known[_ENABLE] = self.enable

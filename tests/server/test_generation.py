@@ -9,16 +9,21 @@ from typing import Any
 
 import openai
 from aiohttp import ClientSession, web
-from test_responses import ByteTokenizer, entry, letters
+from test_reply import ByteTokenizer, entry, letters
 from waiting import PATIENCE_S
 
 from minserve.errors import GenerationError, SLOUnattainableError
 from minserve.outputs import OutputDelta
 from minserve.request import FinishReason
 from minserve.server.errors import error_body, error_response, to_http_error
-from minserve.server.generation import LARGE_BODY, streamed_response, whole_response
-from minserve.server.protocol import parse_completion
-from minserve.server.responses import Reply
+from minserve.server.generation import (
+    LARGE_BODY,
+    ReplyFace,
+    streamed_response,
+    whole_response,
+)
+from minserve.server.protocol import GenerationCall, parse_completion
+from minserve.server.reply import Reply
 
 END = {"finish_reason": FinishReason.STOP}
 BROKEN = GenerationError("broken in the middle")
@@ -50,15 +55,24 @@ def failure(error: Exception, index: int = 0) -> OutputDelta:
     return OutputDelta(request_id="r", index=index, finish_reason=FinishReason.ERROR, error=error)
 
 
+def completions_of(handles: list[Any], fields: dict[str, Any]) -> tuple[GenerationCall, ReplyFace]:
+    """A call of so many completions, and its reply."""
+    call = parse_completion({"prompt": ["ab"] * len(handles), **fields}, {})
+    return call, Reply(call, handles, "m", ByteTokenizer())
+
+
 def serve(
     handles: list[Any], use: Callable[[str], Awaitable[Any]], *, refusable: bool = False,
-    first_byte_s: float = NEVER_S, **fields: Any,
+    first_byte_s: float = NEVER_S, make: Any = completions_of, **fields: Any,
 ) -> Any:  # fmt: skip
-    """Answer with scripted handles over a real socket, and return what a client makes of it."""
-    call = parse_completion({"prompt": ["ab"] * len(handles), **fields}, {})
+    """Answer with scripted handles over a real socket, and return what a client makes of it.
+
+    Args:
+        make: makes the call and the reply of the handles and a body's fields.
+    """
 
     async def answer(request: web.Request) -> web.StreamResponse:
-        reply = Reply(call, handles, "m", ByteTokenizer())
+        call, reply = make(handles, fields)
         try:
             if not call.stream:
                 return await whole_response(request, reply, handles)

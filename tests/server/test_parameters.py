@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -26,6 +26,14 @@ from minserve.server.parameters.forms import Message, StreamOptions, TextPart
 from minserve.server.parameters.hints import NESTED
 from minserve.server.parameters.page import write_tables
 from minserve.server.parameters.parameter import PATHS, SERVERS, Endpoint, Parameter, Sort
+from minserve.server.parameters.responses import RESPONSES_NESTED
+from minserve.server.parameters.responses_forms import (
+    Includable,
+    InputItem,
+    InputPart,
+    ReasoningOptions,
+    TextOptions,
+)
 from minserve.server.parameters.table import BY_ENDPOINT, FIELDS, PARAMETERS
 from minserve.server.parameters.works import OWN_MEANING, SAMPLING
 from minserve.server.protocol import (
@@ -34,17 +42,20 @@ from minserve.server.protocol import (
     parse_detokenize,
     parse_tokenize,
 )
+from minserve.server.responses_api.responses_call import parse_responses
 
 HELLO = [{"role": "user", "content": "hello"}]
 ENOUGH: dict[Endpoint, dict[str, Any]] = {
     "completions": {"prompt": "hello"},
     "chat": {"messages": HELLO},
+    "responses": {"input": "hello"},
     "tokenize": {"prompt": "hello"},
     "detokenize": {"tokens": [1]},
 }
 PARSERS: dict[Endpoint, Callable[[dict[str, Any]], Any]] = {
     "completions": lambda values: parse_completion(values, {}),
     "chat": lambda values: parse_chat(values, {}),
+    "responses": lambda values: parse_responses(values, {}),
     "tokenize": parse_tokenize,
     "detokenize": parse_detokenize,
 }
@@ -101,10 +112,18 @@ def test_each_sampling_setting_is_a_parameter() -> None:
 
 
 def test_the_fields_of_forms_work_or_are_nested_hints() -> None:
-    nested = {one.name for one in NESTED}
-    forms = {"messages": Message, "messages.content": TextPart, "stream_options": StreamOptions}
+    nested = {one.name for one in (*NESTED, *RESPONSES_NESTED)}
+    forms = {
+        "messages": Message,
+        "messages.content": TextPart,
+        "stream_options": StreamOptions,
+        "input": InputItem,
+        "input.content": InputPart,
+        "text": TextOptions,
+        "reasoning": ReasoningOptions,
+    }
     known = {f"{place}.{name}" for place, form in forms.items() for name in form.__struct_fields__}
-    assert nested <= known
+    assert nested <= known | {f"include.{name}" for name in get_args(Includable)}
 
 
 # Current lists of others: those of the Python client, and of the servers' protocols.
@@ -160,9 +179,24 @@ LLAMA_CPP_CHAT = """messages tools tool_choice parallel_tool_calls response_form
     reasoning_control reasoning_effort chat_template_kwargs"""
 
 
+OPENAI_RESPONSES = """access_programs background background_options context_management conversation
+    image include input instructions max_output_tokens max_tool_calls metadata model moderation
+    parallel_tool_calls previous_response_id prompt prompt_cache_key prompt_cache_options
+    prompt_cache_retention reasoning safety_identifier service_tier store stream stream_options
+    temperature text tool_choice tools top_logprobs top_p truncation user"""
+VLLM_RESPONSES = """background include input instructions max_output_tokens max_tool_calls metadata
+    model logit_bias parallel_tool_calls previous_response_id prompt reasoning service_tier store
+    stream temperature text tool_choice tools top_logprobs top_p top_k truncation user
+    skip_special_tokens include_stop_str_in_output prompt_cache_key request_id mm_processor_kwargs
+    priority cache_salt enable_response_messages previous_input_messages previous_response
+    structured_outputs repetition_penalty seed stop ignore_eos vllm_xargs"""
+
+
 @pytest.mark.parametrize(
     ("endpoint", "server", "names"),
     [
+        ("responses", "O", OPENAI_RESPONSES),
+        ("responses", "V", VLLM_RESPONSES),
         ("chat", "O", OPENAI_CHAT),
         ("completions", "O", OPENAI_COMPLETIONS),
         ("chat", "V", f"{VLLM} {VLLM_CHAT}"),

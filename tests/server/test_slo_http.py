@@ -25,7 +25,7 @@ from minserve.request import FinishReason
 from minserve.server.errors import error_body, error_response, to_http_error
 from minserve.server.generation import streamed_response
 from minserve.server.protocol import parse_completion
-from minserve.server.responses import Reply
+from minserve.server.reply import Reply
 from minserve.server.slo_http import read_slo, slo_object
 from minserve.slo.attainment import SLOReport, judge, report
 from minserve.slo.objectives import (

@@ -8,14 +8,14 @@ from typing import Any
 
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletionChunk
-from test_responses import STOP, ByteTokenizer, Handle, chunks, entry, letters, whole
+from test_reply import STOP, ByteTokenizer, Handle, chunks, entry, letters, whole
 
 from minserve.chat_formats import REASONING_FORMATS
 from minserve.outputs import OutputDelta
 from minserve.request import FinishReason
 from minserve.server.answer.answer_parser import AnswerForm
 from minserve.server.protocol import parse_chat
-from minserve.server.responses import Reply
+from minserve.server.reply import Reply
 
 CALLS = (
     'Well.\n<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>\n'

@@ -83,6 +83,21 @@ _ALL = (
         ("pydantic-ai-slim[openai]==2.68.0",),
     ),
     Client(
+        "openai-responses",
+        "the same client's /v1/responses: whole and streamed, the same text as a chat, a conversation "
+        "that goes on, logprobs, an answer of a type, a tool's call and its result, what is refused "
+        "because nothing is stored",
+        _program("try_openai_responses.py"),
+        ("openai==3.57.0",),
+    ),
+    Client(
+        "openai-agents",
+        "OpenAI's Agents SDK over /v1/responses: an agent's run and stream, a conversation that goes "
+        "on, an answer of a type, a tool that is called and whose result is heard of",
+        _program("try_openai_agents.py"),
+        ("openai-agents==0.24.0",),
+    ),
+    Client(
         "llm",
         "Simon Willison's command line: a model of extra-openai-models.yaml, streamed and not, with "
         "a conversation that goes on",

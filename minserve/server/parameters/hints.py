@@ -10,7 +10,14 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from minserve.server.parameters.forms import Int64
-from minserve.server.parameters.parameter import CHAT, MESSAGES, Parameter, Sort
+from minserve.server.parameters.parameter import (
+    CHAT,
+    CHOICES,
+    GENERATION,
+    MESSAGES,
+    Parameter,
+    Sort,
+)
 
 # More fields than this are no hint, but a load.
 _Object = Annotated[dict[str, Any], Meta(max_length=256)]
@@ -18,6 +25,7 @@ _Number = Int64 | float
 
 
 def _hint(name: str, known_from: str, says: str, form: Any, **more: Any) -> Parameter:
+    more = {"endpoints": GENERATION, **more}
     return Parameter(name=name, sort=Sort.HINT, known_from=known_from, says=says, form=form, **more)
 
 
@@ -30,20 +38,20 @@ _EFFORT = "use `reasoning_effort` or `enable_thinking`"
 _OF_REFUSED = "a setting of {}, which is refused unless it is off"
 
 LABELS = (
-    _hint("metadata", "O", _LABEL, _Object, neutral=({},)),
+    _hint("metadata", "O", _LABEL, _Object, endpoints=CHOICES, neutral=({},)),
     _hint("user", "OVS", _LABEL, str, neutral=("",)),
     _hint("safety_identifier", "O", _LABEL, str, neutral=("",)),
     _hint("request_id", "V", "the header `x-request-id` names a request", str),
     _hint("rid", "S", "the header `x-request-id` names a request", str | list[str]),
     _hint("session_id", "VS", _LABEL, str),
     _hint("custom_labels", "S", _LABEL, dict[str, str], neutral=({},)),
-    _hint("store", "O", "nothing is stored", bool, neutral=(False,)),
+    _hint("store", "OV", "nothing is stored", bool, neutral=(False,)),
 )
 
 EFFORT = (
     _hint(
         "service_tier",
-        "O",
+        "OV",
         "there is one tier; `slo` asks for a promise",
         str,
         neutral=("auto", "default"),
@@ -62,7 +70,7 @@ EFFORT = (
 )
 
 CACHES = (
-    _hint("prompt_cache_key", "O", _CACHE, str, neutral=("",)),
+    _hint("prompt_cache_key", "OV", _CACHE, str, neutral=("",)),
     _hint("prompt_cache_options", "O", _CACHE, _Object, neutral=({},)),
     _hint("prompt_cache_retention", "O", _CACHE, str),
     _hint("cache_prompt", "L", "cached prefixes change no result", bool, neutral=(True,)),

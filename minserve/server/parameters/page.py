@@ -13,12 +13,26 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from minserve.server.parameters.hints import HINTS, NESTED
-from minserve.server.parameters.parameter import ALL, GENERATION, MESSAGES, SERVERS, Parameter
+from minserve.server.parameters.parameter import (
+    ALL,
+    CHOICES,
+    GENERATION,
+    RESPONSES,
+    SERVERS,
+    Endpoint,
+    Parameter,
+)
+from minserve.server.parameters.responses import (
+    RESPONSES_HINTS,
+    RESPONSES_NESTED,
+    RESPONSES_REFUSED,
+    RESPONSES_WORKS,
+)
 from minserve.server.parameters.unsupported import SUBJECTS
 from minserve.server.parameters.works import ANSWER, PROMPT, SAMPLING, STRUCTURE
 
 _TABLE = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_PLACES = {ALL: "all", GENERATION: "", MESSAGES: "chat, tokenize"}
+Usual = tuple[Endpoint, ...]
 
 
 def write_tables(page: str) -> str:
@@ -30,33 +44,31 @@ def write_tables(page: str) -> str:
     return _TABLE.sub(lambda found: f"{found[1]}{_TABLES[found[2]]()}{found[3]}", page)
 
 
-def _works(parameters: Iterable[Parameter]) -> str:
+def _works(parameters: Iterable[Parameter], usual: Usual = GENERATION) -> str:
     return _rows(
         ("parameter", "values", "default", "as in"),
-        ((_name(one), one.says, one.default, _origin(one)) for one in parameters),
+        ((_name(one, usual), one.says, one.default, _origin(one)) for one in parameters),
     )
 
 
-def _hints(parameters: Iterable[Parameter]) -> str:
+def _hints(parameters: Iterable[Parameter], usual: Usual = GENERATION) -> str:
     return _rows(
         ("parameter", "why it changes nothing", "as in"),
-        ((_name(one), one.says, _origin(one)) for one in parameters),
+        ((_name(one, usual), one.says, _origin(one)) for one in parameters),
     )
 
 
-def _refused() -> str:
-    rows = (
-        (_name(one), _neutral(one), one.says, _origin(one))
-        for parameters in SUBJECTS.values()
-        for one in parameters
-    )
+def _refused(parameters: Iterable[Parameter], usual: Usual = CHOICES) -> str:
+    rows = ((_name(one, usual), _neutral(one), one.says, _origin(one)) for one in parameters)
     return _rows(("parameter", "taken as not given", "otherwise refused", "as in"), rows)
 
 
-def _name(parameter: Parameter) -> str:
-    """Return a parameter's name, with the endpoints it belongs to unless they are the usual two."""
-    places = _PLACES.get(parameter.endpoints, ", ".join(parameter.endpoints))
-    return f"`{parameter.name}`" + (f" ({places})" if places else "")
+def _name(parameter: Parameter, usual: Usual) -> str:
+    """Return a parameter's name, with the endpoints it belongs to unless they are the usual ones."""
+    endpoints = parameter.endpoints
+    if endpoints == usual:
+        return f"`{parameter.name}`"
+    return f"`{parameter.name}` ({'all' if endpoints == ALL else ', '.join(endpoints)})"
 
 
 def _neutral(parameter: Parameter) -> str:
@@ -79,7 +91,10 @@ _TABLES: dict[str, Callable[[], str]] = {
     "sampling": lambda: _works(SAMPLING),
     "structure": lambda: _works(STRUCTURE),
     "hints": lambda: _hints((*HINTS, *NESTED)),
-    "refused": _refused,
+    "refused": lambda: _refused(one for rows in SUBJECTS.values() for one in rows),
+    "responses": lambda: _works(RESPONSES_WORKS, RESPONSES),
+    "responses hints": lambda: _hints((*RESPONSES_HINTS, *RESPONSES_NESTED), RESPONSES),
+    "responses refused": lambda: _refused(RESPONSES_REFUSED, RESPONSES),
 }
 
 if __name__ == "__main__":

@@ -10,18 +10,23 @@ from typing import Any, Literal
 from minserve.errors import InvalidRequestError
 from minserve.server.body import brief, convert, refusal
 
-Endpoint = Literal["completions", "chat", "tokenize", "detokenize"]
+Endpoint = Literal["completions", "chat", "responses", "tokenize", "detokenize"]
 
 PATHS: Mapping[Endpoint, str] = {
     "completions": "/v1/completions",
     "chat": "/v1/chat/completions",
+    "responses": "/v1/responses",
     "tokenize": "/tokenize",
     "detokenize": "/detokenize",
 }
-GENERATION: tuple[Endpoint, ...] = ("completions", "chat")
+GENERATION: tuple[Endpoint, ...] = ("completions", "chat", "responses")
+CHOICES: tuple[Endpoint, ...] = ("completions", "chat")  # their answers have choices
 COMPLETIONS: tuple[Endpoint, ...] = ("completions",)
 CHAT: tuple[Endpoint, ...] = ("chat",)
+RESPONSES: tuple[Endpoint, ...] = ("responses",)
+CHATS: tuple[Endpoint, ...] = ("chat", "responses")
 MESSAGES: tuple[Endpoint, ...] = ("chat", "tokenize")
+TEMPLATES: tuple[Endpoint, ...] = ("chat", "responses", "tokenize")
 TOKENIZE: tuple[Endpoint, ...] = ("tokenize",)
 DETOKENIZE: tuple[Endpoint, ...] = ("detokenize",)
 ALL: tuple[Endpoint, ...] = (*GENERATION, *TOKENIZE, *DETOKENIZE)
@@ -67,7 +72,7 @@ class Parameter:
 
     name: str
     sort: Sort
-    endpoints: tuple[Endpoint, ...] = GENERATION
+    endpoints: tuple[Endpoint, ...] = CHOICES
     known_from: str
     form: Any = Any
     neutral: tuple[Any, ...] = ()

@@ -10,11 +10,24 @@ from minserve.errors import InvalidRequestError
 from minserve.server.body import MAX_NAME, refusal
 from minserve.server.parameters.hints import HINTS, NESTED
 from minserve.server.parameters.parameter import PATHS, Endpoint, Parameter, Sort
+from minserve.server.parameters.responses import (
+    RESPONSES_HINTS,
+    RESPONSES_NESTED,
+    RESPONSES_REFUSED,
+    RESPONSES_WORKS,
+)
 from minserve.server.parameters.unsupported import REFUSED
 from minserve.server.parameters.works import WORKS
 
-FIELDS: tuple[Parameter, ...] = (*WORKS, *HINTS, *REFUSED)
-PARAMETERS: tuple[Parameter, ...] = (*FIELDS, *NESTED)
+FIELDS: tuple[Parameter, ...] = (
+    *WORKS,
+    *HINTS,
+    *REFUSED,
+    *RESPONSES_WORKS,
+    *RESPONSES_HINTS,
+    *RESPONSES_REFUSED,
+)
+PARAMETERS: tuple[Parameter, ...] = (*FIELDS, *NESTED, *RESPONSES_NESTED)
 BY_ENDPOINT: Mapping[Endpoint, Mapping[str, Parameter]] = {
     endpoint: {one.name: one for one in FIELDS if endpoint in one.endpoints} for endpoint in PATHS
 }
@@ -61,7 +74,11 @@ def read_body(body: Mapping[str, Any], endpoint: Endpoint) -> tuple[dict[str, An
 def _unknown(name: str, endpoint: Endpoint) -> InvalidRequestError:
     """Return the error for a name that the endpoint does not know, with the name that may be meant."""
     name = name[:MAX_NAME]
-    others = [path for other, path in PATHS.items() if name in BY_ENDPOINT[other]]
+    others = [
+        path
+        for other, path in PATHS.items()
+        if name in BY_ENDPOINT[other] and BY_ENDPOINT[other][name].sort is not Sort.REFUSED
+    ]
     if others:
         return refusal(name, f"is a parameter of {' and '.join(others)} only")
     near = get_close_matches(name, BY_ENDPOINT[endpoint], n=1, cutoff=0.75)

@@ -10,6 +10,7 @@ from minserve.server.parameters.parameter import (
     DETOKENIZE,
     GENERATION,
     MESSAGES,
+    TEMPLATES,
     TOKENIZE,
     Parameter,
     Sort,
@@ -113,7 +114,7 @@ LENGTHS = (
     _neutral("t_max_predict_ms", "L", (0, -1), "use `max_tokens`"),
     _neutral("t_max_prompt_ms", "L", (0, -1), "use `slo`"),
     _neutral("thinking_token_budget", "V", (-1,), _THINKING),
-    _neutral("reasoning_budget_tokens", "L", (-1,), _THINKING, endpoints=GENERATION),
+    _neutral("reasoning_budget_tokens", "L", (-1,), _THINKING),
     _refused("repetition_detection", "V", _PENALTIES),
     _neutral("truncation_side", "V", ("left",), "the last tokens are kept"),
     _neutral("no_stop_trim", "S", (False,), "use `include_stop_str_in_output`"),
@@ -131,7 +132,7 @@ PROMPTS = (
     _refused("prompt_embeds", "V", "send texts or token ids as `prompt`", endpoints=COMPLETIONS),
     _neutral("image_data", "L", ([],), _TEXT_ONLY),
     _neutral("media_io_kwargs", "V", ({},), _TEXT_ONLY, endpoints=MESSAGES),
-    _neutral("mm_processor_kwargs", "V", ({},), _TEXT_ONLY, endpoints=MESSAGES),
+    _neutral("mm_processor_kwargs", "V", ({},), _TEXT_ONLY, endpoints=TEMPLATES),
     _neutral("lora", "L", ([],), _LORA),
     _neutral("lora_path", "S", ([], ""), _LORA),
     _neutral("extra_key", "S", ("", []), "use `cache_salt`"),
@@ -141,7 +142,13 @@ PROMPTS = (
     _refused("bootstrap_host", "S", _TRANSFER),
     _refused("bootstrap_port", "S", _TRANSFER),
     _refused("bootstrap_room", "S", _TRANSFER),
-    _neutral("vllm_xargs", "V", ({},), "this server has no such extensions"),
+    _neutral(
+        "vllm_xargs",
+        "V",
+        ({},),
+        "this server has no such extensions",
+        endpoints=GENERATION,
+    ),
 )
 
 ANSWERS = (

@@ -22,10 +22,13 @@ from minserve.server.parameters.forms import Int64, Messages, Positive, StreamOp
 from minserve.server.parameters.parameter import (
     ALL,
     CHAT,
+    CHATS,
+    CHOICES,
     COMPLETIONS,
     DETOKENIZE,
     GENERATION,
     MESSAGES,
+    TEMPLATES,
     TOKENIZE,
     Parameter,
     Sort,
@@ -51,7 +54,7 @@ def _works(name: str, known_from: str, says: str, **more: Any) -> Parameter:
 
 def _setting(name: str, known_from: str, says: str, **more: Any) -> Parameter:
     """Return the row of a field of `SamplingParams`, which checks the range itself."""
-    return _works(name, known_from, says, **{"form": _HINTS[name], **more})
+    return _works(name, known_from, says, **{"form": _HINTS[name], "endpoints": GENERATION, **more})
 
 
 def _range(low: float, high: float | None = None) -> dict[str, float]:
@@ -59,7 +62,14 @@ def _range(low: float, high: float | None = None) -> dict[str, float]:
 
 
 SAMPLING = (
-    _setting("n", "OVSL", f"1 to {MAX_N} outputs per prompt", default="1", schema=_range(1, MAX_N)),
+    _setting(
+        "n",
+        "OVSL",
+        f"1 to {MAX_N} outputs per prompt",
+        endpoints=CHOICES,
+        default="1",
+        schema=_range(1, MAX_N),
+    ),
     _setting(
         "min_tokens",
         "VS",
@@ -194,6 +204,7 @@ STRUCTURE = (
         default="none",
         schema=STRUCTURED_OUTPUTS_SCHEMA,
         neutral=({},),
+        endpoints=GENERATION,
     ),
     _works("guided_json", "V", _A_SCHEMA, default="none", schema=_SCHEMA),
     _works("json_schema", "SL", _A_SCHEMA, default="none", schema=_SCHEMA, neutral=("",)),
@@ -271,7 +282,7 @@ PROMPT = (
         "add_special_tokens",
         "VS",
         "adds what the model wants around a text, often a BOS",
-        endpoints=(*GENERATION, *TOKENIZE),
+        endpoints=(*CHOICES, *TOKENIZE),
         form=bool,
         default="true; for messages false, since the template writes special tokens itself",
     ),
@@ -296,7 +307,7 @@ PROMPT = (
         "chat_template_kwargs",
         "VSL",
         'further variables of the chat template, such as `{"enable_thinking": false}`',
-        endpoints=MESSAGES,
+        endpoints=TEMPLATES,
         schema={"type": "object"},
         neutral=({},),
         default="none",
@@ -339,7 +350,7 @@ PROMPT = (
         "enable_thinking",
         "X",
         "a variable of the chat template; a hint where that does not know it",
-        endpoints=MESSAGES,
+        endpoints=TEMPLATES,
         form=bool,
         default="the template's own",
     ),
@@ -417,7 +428,7 @@ ANSWER = (
         "parallel_tool_calls",
         "OVSL",
         "false: an answer ends behind its first call",
-        endpoints=CHAT,
+        endpoints=CHATS,
         form=bool,
         default="true",
     ),
@@ -475,7 +486,14 @@ ANSWER = (
         form=bool,
         default="false",
     ),
-    _works("stream", "OVSL", "[server-sent events](http.md#streams)", form=bool, default="false"),
+    _works(
+        "stream",
+        "OVSL",
+        "[server-sent events](http.md#streams)",
+        endpoints=GENERATION,
+        form=bool,
+        default="false",
+    ),
     _works(
         "stream_options",
         "OVSL",
@@ -488,6 +506,7 @@ ANSWER = (
         "priority",
         "VS",
         "among requests of equal standing, the lower number goes first",
+        endpoints=GENERATION,
         form=Int64,
         default="0",
     ),
@@ -495,6 +514,7 @@ ANSWER = (
         "cache_salt",
         "VS",
         f"up to {MAX_SALT_LENGTH} characters; only requests of the same salt share cached prefixes",
+        endpoints=GENERATION,
         form=Annotated[str, Meta(max_length=MAX_SALT_LENGTH)],
         default='""',
     ),
@@ -502,6 +522,7 @@ ANSWER = (
         "slo",
         "M",
         "[a promise](promises.md#ask-for-one)",
+        endpoints=GENERATION,
         schema={"type": ["string", "object"]},
         default="the default class",
     ),

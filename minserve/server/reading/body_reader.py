@@ -60,7 +60,7 @@ class BodyReader:
         await self._process_of_long.close()
 
     async def generation(self, endpoint: Endpoint, request: web.Request) -> ReadCall:
-        """Read the body of a completion or a chat; raises what `Reader.generation` raises."""
+        """Read the body of one that generates; raises what `Reader.generation` raises."""
         headers = CIMultiDict(
             (name, value)
             for name, value in request.headers.items()

@@ -7,7 +7,7 @@ reading JSON, running the chat template, tokenizing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +26,7 @@ from minserve.server.protocol import (
     parse_tokenize,
 )
 from minserve.server.reading.structures import StructureReader
+from minserve.server.responses_api.responses_call import parse_responses
 from minserve.server.slo_http import read_slo
 from minserve.slo.objectives import SLO
 
@@ -33,7 +34,12 @@ if TYPE_CHECKING:
     from minserve.engine.text.inputs import PromptProcessor
     from minserve.engine.text.tokenizer import Tokenizer
 
-Endpoint = Literal["completions", "chat"]
+Endpoint = Literal["completions", "chat", "responses"]
+_PARSERS: Mapping[Endpoint, Callable[[Mapping[str, Any], Mapping[str, Any]], GenerationCall]] = {
+    "completions": parse_completion,
+    "chat": parse_chat,
+    "responses": parse_responses,
+}
 # So many tokens at the end of a prompt tell whether it ends with a marker of thinking.
 _END = 16
 
@@ -103,7 +109,7 @@ class Reader:
     def generation(
         self, raw: bytes, came_s: float, endpoint: Endpoint, headers: Mapping[str, str]
     ) -> ReadCall:
-        """Read the body of a completion or a chat.
+        """Read the body of a completion, a chat or a response.
 
         Args:
             came_s: for the result.
@@ -115,8 +121,7 @@ class Reader:
             NotHereError: in a busy process, for a body with a structure.
         """
         facts = self._facts
-        parse = parse_chat if endpoint == "chat" else parse_completion
-        call = parse(parse_object(raw), facts.sampling_defaults)
+        call = _PARSERS[endpoint](parse_object(raw), facts.sampling_defaults)
         slo = read_slo(call.slo, headers, facts)
         self._check_model(call.model)
         if call.chat:

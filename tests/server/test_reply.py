@@ -15,7 +15,7 @@ from minserve.server.json_array import PIECE, JsonArray, dump_json, dump_pieces
 from minserve.server.logprobs import ChatLogprobs, CompletionLogprobs, LogprobWriter
 from minserve.server.pauses import Pauses
 from minserve.server.protocol import parse_chat, parse_completion
-from minserve.server.responses import Reply
+from minserve.server.reply import Reply
 
 STOP = {"request_id": "r", "finish_reason": FinishReason.STOP}
 
@@ -187,14 +187,15 @@ def test_every_choice_begins_with_the_prompts_logprobs_whoever_comes_first() -> 
 
 
 def test_held_back_deltas_make_no_chunk_and_the_role_comes_once() -> None:
-    reply = chat()
+    reply = chat(stream=True, stream_options={"include_usage": True})
     assert chunks(reply, OutputDelta(request_id="r", token_ids=(0,))) == []
     (one,) = chunks(reply, OutputDelta(request_id="r", text="ab", token_ids=(1,)))
     assert one["choices"][0]["delta"] == {"role": "assistant", "content": "ab"}
     (last,) = chunks(reply, OutputDelta(token_ids=(2,), **STOP))
     assert last["choices"][0]["delta"] == {}
     assert last["choices"][0]["finish_reason"] == "stop"
-    assert reply.usage_chunk()["usage"]["completion_tokens"] == 3
+    assert [one["usage"]["completion_tokens"] for one in reply.last_chunks()] == [3]
+    assert chat().last_chunks() == []
 
 
 def test_dropped_output_leaves_the_prompt_alone() -> None:

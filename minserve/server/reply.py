@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from minserve.outputs import OutputDelta, acceptance
 from minserve.request import FinishReason
 from minserve.server.engine_face import Handle
+from minserve.server.errors import HttpError, error_body
 from minserve.server.json_array import dump_pieces
 from minserve.server.logprobs import LogprobWriter
 from minserve.server.pauses import Pauses
@@ -32,7 +33,7 @@ TOOL_CALLS = "tool_calls"
 class Reply:
     """Builds the answer to one request.
 
-    For each delta call `note`, and then `chunks` for a stream or `add` for a whole answer.
+    Its methods are those of `minserve.server.generation.ReplyFace`.
 
     Args:
         call: the parsed body.
@@ -40,6 +41,8 @@ class Reply:
         model: the model's name in the API.
         tokenizer: for the texts of tokens and of echoed prompts.
     """
+
+    names_events = False
 
     def __init__(
         self,
@@ -50,6 +53,7 @@ class Reply:
     ) -> None:
         self._call = call
         self._tokenizer = tokenizer
+        self.has_large_events = call.params.prompt_logprobs is not None
         writer = LogprobWriter(tokenizer)
         self._groups = [PromptChoices(handle, call, tokenizer, writer) for handle in handles]
         kind = "chat.completion" if call.chat else "text_completion"
@@ -79,9 +83,15 @@ class Reply:
         deltas, group.held = group.held, []
         return [chunk for one in deltas if (chunk := self._chunk(prompt, one)) is not None]
 
-    def usage_chunk(self) -> dict[str, Any]:
+    def last_chunks(self) -> list[dict[str, Any]]:
         """Return the chunk without choices that ends a stream with ``include_usage``."""
-        return {**self._chunk_head, "choices": [], "usage": self._final_usage()}
+        if not self._call.include_usage:
+            return []
+        return [{**self._chunk_head, "choices": [], "usage": self._final_usage()}]
+
+    def failure(self, error: HttpError) -> list[dict[str, Any]]:
+        """Return the event that ends a stream which has failed."""
+        return [error_body(error)]
 
     def is_done(self, prompt: int, delta: OutputDelta) -> bool:
         """True where all was told of an output before it ended, so that its end tells nothing."""
