@@ -16,7 +16,7 @@ setup(
     package_dir=ROOTS,
     package_data={
         "minserve.models": ["smollm2_draft/*"],
-        "minserve.server": ["*.html"],
+        "minserve.server.page": ["web/*"],
         "minserve.workload": ["data/*.md", "data/*/*.gz"],
     },
 )

@@ -288,8 +288,9 @@ PARAMETERS = prose(ROOT / "docs" / "parameters.md")
 
 def check_curl(arguments: list[str]) -> None:
     (url,) = (one for one in arguments if one.startswith("http://"))
-    assert f"`POST {urlsplit(url).path}`" in prose(ROOT / "docs" / "http.md")
-    body = json.loads(arguments[arguments.index("-d") + 1])
+    verb = "POST" if "-d" in arguments else "GET"
+    assert f"`{verb} {urlsplit(url).path}`" in prose(ROOT / "docs" / "http.md")
+    body = json.loads(arguments[arguments.index("-d") + 1]) if verb == "POST" else {}
     for name in body:
         assert f"`{name}`" in PARAMETERS, name
     if "slo" in body:

@@ -18,6 +18,7 @@ HOMES = {
 
 # A room may import itself, its neighbours named here, and the ground.
 GROUND = {
+    "activity",
     "blocks",
     "cgroups",
     "chat_formats",

@@ -14,11 +14,13 @@ from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
+from minserve.activity import Activity, Cursor
 from minserve.config import ControllerConfig, EngineConfig
 from minserve.controller import messages as m
 from minserve.controller.dispatcher import Dispatcher, RoutingStats
 from minserve.controller.flight_placement import FlightPlacement
 from minserve.controller.flights import FlightHandle
+from minserve.controller.lookout import Lookout
 from minserve.controller.processes import STOP_S, Watcher
 from minserve.controller.rendezvous import Rendezvous
 from minserve.controller.replicas import Replica, ReplicaState, ReplicaTable
@@ -78,9 +80,11 @@ class Controller:
             config.replica_timeout,
             joined=self._joined,
             told=lambda replica, message: self._dispatcher.told(replica, message),
+            seen=lambda answer: self._lookout.take(answer),
             lost=self._lost,
         )
         self._dispatcher = Dispatcher(self.table.replicas, self._watchers, self._tell_change)
+        self._lookout = Lookout(self.table.replicas)
         self._service: _Service | None = None
         self._accepting = False
         self._changed = asyncio.Event()
@@ -149,6 +153,10 @@ class Controller:
     def stats_by_replica(self) -> Mapping[str, EngineStats]:
         """Return the newest statistics of each replica, by its number."""
         return {str(replica.number): replica.stats for replica in self.table.replicas}
+
+    async def activity_by_replica(self, since: Mapping[str, Cursor]) -> Mapping[str, Activity]:
+        """Return what each replica did since a look; one that does not answer soon is left out."""
+        return await self._lookout.look(since)
 
     async def start(self) -> None:
         """Start the replicas and connect them; returns when the first one is up.

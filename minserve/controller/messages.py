@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from minserve.activity import Activity, Cursor
 from minserve.engine.stats import EngineStats, Histogram
 from minserve.errors import GenerationError, MinserveError, ProtocolError, SLOUnattainableError
 from minserve.outputs import OutputDelta
@@ -19,7 +20,7 @@ from minserve.planner.replica_load import ReplicaLoad
 from minserve.request import Request
 
 # Raised by 1 whenever the meaning of a message changes.
-PROTOCOL = 2
+PROTOCOL = 3
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,6 +148,25 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     num_taken: int
 
 
+class Look(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Asks a replica what it did lately. It answers at once with `Seen`, also while it computes.
+
+    Attributes:
+        number: chosen by the controller, to tell the answers apart.
+        since: what was seen before; ``None`` asks for all that is kept.
+    """
+
+    number: int
+    since: Cursor | None = None
+
+
+class Seen(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A replica's answer to the `Look` of the same number."""
+
+    number: int
+    activity: Activity
+
+
 class Hung(msgspec.Struct, frozen=True, tag=True):
     """The last message of a replica whose iteration takes longer than the watchdog allows.
 
@@ -159,6 +179,7 @@ class Hung(msgspec.Struct, frozen=True, tag=True):
 
 Message = (
     Hello | Welcome | Refused | Submit | Abort | Withdraw | Withdrawn | Stop | News | Heartbeat | Hung
+    | Look | Seen
 )  # fmt: skip
 
 

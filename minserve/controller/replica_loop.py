@@ -78,7 +78,7 @@ class ReplicaLoop:
         self._inbox: queue.SimpleQueue[tuple[float, m.Message | Exception]] = queue.SimpleQueue()
         self._mailbox = Mailbox(
             channel,
-            lambda data: self._inbox.put((engine.clock_s, m.decode(data))),
+            self._receive,
             lambda error: self._inbox.put((engine.clock_s, error)),
             name="controller",
         )
@@ -106,6 +106,15 @@ class ReplicaLoop:
         finally:
             self._stopped.set()
             self._mailbox.close()
+
+    def _receive(self, data: bytes) -> None:
+        """Take a message from the receiving thread: a look is answered there, the others wait."""
+        message = m.decode(data)
+        if isinstance(message, m.Look):
+            activity = self._engine.activity(message.since)
+            self._tell(m.encode(m.Seen(number=message.number, activity=activity)))
+        else:
+            self._inbox.put((self._engine.clock_s, message))
 
     def _take_in(self) -> m.Stop | None:
         """Carry out the messages since the last iteration; waits for one where there is no work."""

@@ -132,7 +132,8 @@ class ReplicaTable:
         patience_s: seconds of silence after which a replica is given up.
         joined: called on the loop when a replica may be sent requests, with what it said of
             itself.
-        told: called on the loop with each message of a connected replica.
+        told: called on the loop with each message of a connected replica that is about requests.
+        seen: called on the loop with its answer to a look.
         lost: called on the loop when the connection to a replica is lost.
     """
 
@@ -144,11 +145,12 @@ class ReplicaTable:
         *,
         joined: Callable[[Replica, m.Hello], None],
         told: Callable[[Replica, m.News | m.Heartbeat | m.Withdrawn], None],
+        seen: Callable[[m.Seen], None],
         lost: Callable[[Replica, Exception], None],
     ) -> None:
         self.replicas = [Replica(number) for number in range(num_replicas)]
         self._rendezvous, self._patience_s = rendezvous, patience_s
-        self._joined, self._told, self._lost = joined, told, lost
+        self._joined, self._told, self._lost, self._seen = joined, told, lost, seen
         self._identity: m.Identity | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -307,6 +309,8 @@ class ReplicaTable:
                     if not isinstance(message, m.Withdrawn) and message.load is not None:
                         replica.report(message.load, message.num_taken)
                     self._told(replica, message)
+                case m.Seen():
+                    self._seen(message)
                 case m.Hung():
                     raise ReplicaHungError(
                         f"an iteration hangs: it has taken {message.iteration_s:.1f} s"

@@ -24,6 +24,7 @@ from typing import NamedTuple
 from minserve.engine.batch import BatchRunner, RunResult, Scheduled
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.guarded_planning import GuardedPlanning
+from minserve.engine.journal import NoJournal
 from minserve.engine.launch import Launch, Results
 from minserve.engine.live_output import NO_HISTORY, End, History, LiveOutput, Output
 from minserve.engine.lookahead import PlanAhead, confirm, project
@@ -83,6 +84,7 @@ class EngineCore:
 
     Attributes:
         stats: all that was counted so far; `snapshot` adds what others count.
+        journal: told of each batch and end, where somebody may look at what the engine does.
         declined: ids of the requests that the newest plan promises nothing and that have not
             begun: another engine may have room for them.
         speculation: of the stats, what was drafted and accepted.
@@ -116,6 +118,7 @@ class EngineCore:
         self.stats = EngineStats() if stats is None else stats
         self.planning = GuardedPlanning(planner, safe_planner, self.stats.planner_fallbacks)
         self.speculation = self.stats.speculation
+        self.journal = NoJournal()
         self.table = SequenceTable()
         self.waiting, self.running = self.table.waiting, self.table.running
         self.declined: list[str] = []
@@ -222,7 +225,7 @@ class EngineCore:
                 self._unready.pause()
             return False
         batch = with_proposals(batch, plan, self.proposer)
-        self.stats.batch(batch)
+        self.journal.batch(batch, self.stats.batch(batch))
         launch = Launch(self.runner, batch)
         self._in_flight = _InFlight(plan, batch, began_s, launch)
         if self.plans_ahead and not launch.failed:
@@ -246,6 +249,7 @@ class EngineCore:
         if in_flight is not None:
             self._apply(in_flight.batch, in_flight.launch.results())
             seconds = self.clock() - in_flight.began_s if took_s is None else took_s
+            self.journal.iteration(in_flight.plan, in_flight.began_s, seconds)
             if in_flight.launch.failure is None:
                 self.planning.observe(in_flight.plan, seconds)
                 self.stats.iteration(in_flight.plan, self.planner.model, seconds)
@@ -502,7 +506,7 @@ class EngineCore:
         seq.state = SequenceState.FINISHED
         seq.finish_reason, seq.stop_reason = end
         seq.events[RequestEvent.FINISHED] = self.clock()
-        self.stats.ended(seq, delta.slo)
+        self.journal.ended(seq, self.stats.ended(seq, delta.slo))
         return delta
 
     def _start_one(self, seq: Sequence) -> None:

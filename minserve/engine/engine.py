@@ -11,10 +11,12 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any, cast
 
+from minserve.activity import Activity, Cursor
 from minserve.config import DEFAULT_MODEL
 from minserve.engine.base import PROBE_S, EngineBase, Submission
 from minserve.engine.core import IDLE_S
 from minserve.engine.intake import check_room
+from minserve.engine.journal import Journal
 from minserve.engine.stats import EngineStats
 from minserve.errors import (
     EngineStoppedError,
@@ -202,6 +204,7 @@ class AsyncEngine(EngineBase):
         self._idle = asyncio.Event()
         self._idle.set()
         self._accepting = False
+        self._journal = Journal.of(self._core)
         self._stats = self._core.snapshot()
 
     @property
@@ -240,6 +243,14 @@ class AsyncEngine(EngineBase):
     def stats_by_replica(self) -> Mapping[str, EngineStats]:
         """Return `stats` under the number 0, for callers that also serve several engines."""
         return {"0": self._stats}
+
+    async def activity_by_replica(self, since: Mapping[str, Cursor]) -> Mapping[str, Activity]:
+        """Return what the engine did lately under the number 0, as `stats_by_replica` does.
+
+        Args:
+            since: what was seen before, by the same number; without it all that is kept.
+        """
+        return {"0": self._journal.since(since.get("0"))}
 
     async def start(self) -> None:
         """Start the core's thread, unless it runs.

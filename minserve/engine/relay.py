@@ -9,9 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from minserve.activity import Activity, Cursor
+from minserve.config import DEFAULT_MODEL
 from minserve.engine.base import EngineBase, Submission
+from minserve.engine.journal import Journal
 from minserve.engine.live_output import History
 from minserve.engine.stats import EngineStats
 from minserve.errors import InvalidRequestError
@@ -37,7 +40,11 @@ class IterationNews(NamedTuple):
 
 
 class RelayEngine(EngineBase):
-    """An engine whose methods block and are not thread-safe."""
+    """An engine whose methods block and, but for `activity`, are not thread-safe."""
+
+    def __init__(self, model: str = DEFAULT_MODEL, **settings: Any) -> None:
+        super().__init__(model, **settings)
+        self._journal = Journal.of(self._core)
 
     @property
     def has_work(self) -> bool:
@@ -102,6 +109,10 @@ class RelayEngine(EngineBase):
     def snapshot(self) -> EngineStats:
         """Return a copy of the counts so far."""
         return self._core.snapshot()
+
+    def activity(self, since: Cursor | None) -> Activity:
+        """Return what the engine did since a look; any thread may ask."""
+        return self._journal.since(since)
 
     def _check_fits(self, request: Request, histories: Mapping[int, History]) -> None:
         params, prompt = request.params, request.prompt_token_ids

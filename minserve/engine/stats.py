@@ -14,6 +14,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from minserve.activity import BatchTokens
 from minserve.engine.batch import Scheduled
 from minserve.engine.guarded_planning import REASONS
 from minserve.engine.speculation.proposer import SpeculationStats
@@ -21,7 +22,7 @@ from minserve.planner.plan import IterationPlan
 from minserve.planner.predict.perf_model import PerfModel
 from minserve.request import FinishReason, RequestEvent, Sequence
 from minserve.slo.attainment import Outcome, SLOReport
-from minserve.slo.objectives import CUSTOM
+from minserve.slo.objectives import CUSTOM, Standing
 
 # Bounds of buckets, in steps of 1, 2, 5: of an iteration, and of a request.
 ITERATION_SECONDS = tuple(float(f"{m}e{e}") for e in range(-5, 1) for m in (1, 2, 5))
@@ -180,8 +181,12 @@ class EngineStats:
         if seq.index == 0:
             self.num_prompt_tokens += seq.num_prompt_tokens
 
-    def ended(self, seq: Sequence, report: SLOReport | None) -> None:
-        """Count that a sequence has finished, for any reason."""
+    def ended(self, seq: Sequence, report: SLOReport | None) -> tuple[str, Outcome] | None:
+        """Count that a sequence has finished, for any reason.
+
+        Returns:
+            the key under which ``slo_requests`` counts it, if it does.
+        """
         reason, now = seq.finish_reason, seq.events[RequestEvent.FINISHED]
         assert reason is not None, "a finished sequence has its reason"
         self.finished[reason] += 1
@@ -192,25 +197,45 @@ class EngineStats:
             self.request_prompt_tokens.observe(seq.num_prompt_tokens)
             self.request_generation_tokens.observe(seq.num_output_tokens)
         if report is None or seq.progress is None:
-            return
+            return None
         # A client that leaves while all is in time says nothing of the SLO.
         if reason is FinishReason.ABORT and (report.attained or not seq.progress.is_broken(now)):
-            return
+            return None
         key = (report.name, report.outcome)
-        self.slo_requests[key if key in self.slo_requests else (CUSTOM, report.outcome)] += 1
+        if key not in self.slo_requests:
+            key = (CUSTOM, report.outcome)
+        self.slo_requests[key] += 1
+        return key
 
-    def batch(self, batch: SequenceOf[Scheduled]) -> None:
+    def batch(self, batch: SequenceOf[Scheduled]) -> BatchTokens:
         """Count the tokens of a batch that is about to run; its prefills may be decodes after."""
         prefill = decode = drafted = 0
-        for item in batch:
-            if item.seq.is_decoding:
-                decode += item.num_tokens
-                drafted += len(item.drafted)
-            else:
-                prefill += item.num_tokens
+        # Of these, the tokens of best effort.
+        spare_prefill = spare_decode = spare_drafted = 0
+        for seq, num_tokens, proposal in batch:
+            is_spare = seq.standing is Standing.BEST_EFFORT
+            if not seq.is_decoding:
+                prefill += num_tokens
+                if is_spare:
+                    spare_prefill += num_tokens
+                continue
+            num_drafted = 0 if proposal is None else len(proposal.token_ids)
+            decode += num_tokens
+            drafted += num_drafted
+            if is_spare:
+                spare_decode += num_tokens
+                spare_drafted += num_drafted
         self.prefill_tokens.observe(prefill)
         self.decode_tokens.observe(decode)
         self.draft_tokens.observe(drafted)
+        return BatchTokens(
+            decode - spare_decode,
+            drafted - spare_drafted,
+            prefill - spare_prefill,
+            spare_decode,
+            spare_drafted,
+            spare_prefill,
+        )
 
     def iteration(self, plan: IterationPlan, model: PerfModel | None, measured_s: float) -> None:
         """Count an iteration that has run as planned, and how long it took."""

@@ -22,12 +22,13 @@ from minserve.server.connections import ConnectionRunner
 from minserve.server.edge import Edge
 from minserve.server.engine_face import EngineFace, ReplicaSet
 from minserve.server.errors import HttpError, unavailable
-from minserve.server.front_page import example_command, front_page
 from minserve.server.generation import ReplyFace, streamed_response, whole_response
 from minserve.server.json_array import dump_json
 from minserve.server.limits import time_limit
 from minserve.server.metrics import CONTENT_TYPE, count_tasks, create_registry, render
 from minserve.server.openapi import openapi_json
+from minserve.server.page.feed import Feeds
+from minserve.server.page.front_page import example_command, front_page, page_file
 from minserve.server.reading.body_reader import BodyReader
 from minserve.server.reading.reader import Endpoint, Facts, check_model
 from minserve.server.reply import Reply
@@ -59,6 +60,7 @@ class Server:
         self.draining = False
         self._edge = Edge(config)
         self._bodies: BodyReader | None = None
+        self._feeds = Feeds(self._loaded_engine, lambda: self._model_name)
         self._created = int(time.time())
         self._metrics = create_registry(
             self._loaded_engine, lambda: self._model_name, config.metrics_prefix
@@ -71,10 +73,14 @@ class Server:
             middlewares=self._edge.middlewares,
         )
         app.on_response_prepare.extend([*self._edge.signals, _name_ignored])
+        app.on_shutdown.append(self._feeds.close)
         app.on_cleanup.append(self._close)
         app.add_routes(
             [
                 web.get("/", self.front_page),
+                # To HEAD it would be a stream without end that sends nothing.
+                web.get("/page/feed", self._feeds.answer, allow_head=False),
+                web.get("/page/{file}", self.page_file),
                 web.get("/openapi.json", self.openapi),
                 web.get("/health", self.health),
                 web.get("/metrics", self.metrics),
@@ -115,6 +121,10 @@ class Server:
             "Requests need this server's API key." if model is None else f"It serves {model}.",
             example_command(url, model, chat=chat, needs_key=needs_key),
         )
+
+    async def page_file(self, request: web.Request) -> web.Response:
+        """Answer with a file that the page loads; 404 for an unknown one."""
+        return page_file(request.match_info["file"])
 
     async def health(self, request: web.Request) -> web.Response:
         """Answer 200 while the server takes requests, and 503 otherwise.

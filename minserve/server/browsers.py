@@ -17,7 +17,7 @@ from aiohttp import web
 
 from minserve.config import ServerConfig, names_in
 from minserve.server.errors import HttpError
-from minserve.server.routes import Handler, is_matched, is_order, is_safe
+from minserve.server.routes import Handler, is_feed, is_matched, is_order, is_safe
 
 ANY = "*"
 EXPOSED_HEADERS = ", ".join(
@@ -58,10 +58,11 @@ class BrowserRules:
         self._check_host(request)
         if _is_preflight(request):
             return self._answer_preflight(request)
-        if not is_safe(request):
+        if is_feed(request) or not is_safe(request):
+            # A page that cannot read a feed could still take its place from those who may.
             self._check_origin(request)
-            if request.body_exists and is_matched(request):
-                _check_body_type(request)
+        if not is_safe(request) and request.body_exists and is_matched(request):
+            _check_body_type(request)
         return await handler(request)
 
     async def add_headers(self, request: web.Request, response: web.StreamResponse) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from minserve.activity import Activity, Cursor
 from minserve.config import EngineConfig
 from minserve.outputs import OutputDelta, ReplicaReport
 from minserve.prompts import BadWordIds, Prompt
@@ -129,6 +130,16 @@ class EngineFace(Protocol):
         """The counts of each replica, by its number as text; a single engine has number 0.
 
         May be called from any thread. The counts are shared: read them only.
+        """
+
+    async def activity_by_replica(self, since: Mapping[str, Cursor]) -> Mapping[str, Activity]:
+        """What each replica did since a look, by its number as text; a single engine has number 0.
+
+        Args:
+            since: what was seen before; a replica that is missing in it tells all that it keeps.
+
+        Returns:
+            without a replica that does not answer soon.
         """
 
     async def start(self) -> None:

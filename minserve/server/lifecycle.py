@@ -23,8 +23,8 @@ from minserve.errors import ConfigError
 from minserve.sampling_params import default_words
 from minserve.server.app import Server
 from minserve.server.engine_face import EngineFace
-from minserve.server.front_page import example_command
 from minserve.server.listener import Listener, allow_connections
+from minserve.server.page.front_page import example_command
 from minserve.server.watchdog import until_given_up
 
 logger = logging.getLogger(__name__)

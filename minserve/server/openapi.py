@@ -12,6 +12,9 @@ import msgspec
 from minserve.server.json_array import dump_json
 from minserve.server.openapi_answers import SCHEMAS, obj, ref
 from minserve.server.openapi_responses import RESPONSE_SCHEMAS
+from minserve.server.page.feed import MAX_FRAMES
+from minserve.server.page.frames import FRAME_SCHEMA
+from minserve.server.page.front_page import FILES
 from minserve.server.parameters.forms import AllowedTools, NamedTool, Tool
 from minserve.server.parameters.parameter import GENERATION, PATHS, Endpoint, Parameter, Sort
 from minserve.server.parameters.responses_forms import FunctionTool
@@ -89,7 +92,13 @@ def openapi() -> dict[str, Any]:
             **_stored(),
         },
         "components": {
-            "schemas": {**SCHEMAS, **RESPONSE_SCHEMAS, **forms, **bodies},
+            "schemas": {
+                **SCHEMAS,
+                **RESPONSE_SCHEMAS,
+                "PageFrame": FRAME_SCHEMA,
+                **forms,
+                **bodies,
+            },
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
@@ -175,12 +184,36 @@ def _answer(schema: dict[str, Any], kind: str = "application/json") -> dict[str,
     return {"200": {"description": "the answer", "content": {kind: {"schema": schema}}}}
 
 
+def _files() -> dict[str, Any]:
+    content = {kind: {"schema": {"type": "string"}} for kind in sorted(set(FILES.values()))}
+    return {"200": {"description": "the file", "content": content}}
+
+
 def _gets() -> dict[str, Any]:
     """Return the paths that only tell something."""
     model = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
     text = {"type": "string"}
+    file = {
+        "name": "file",
+        "in": "path",
+        "required": True,
+        "schema": {"enum": list(FILES)},
+    }
+    frames = {
+        "name": "frames",
+        "in": "query",
+        "description": "the number of frames after which the feed ends; without it, it does not",
+        "schema": {"type": "integer", "minimum": 1, "maximum": MAX_FRAMES},
+    }
     rows: dict[str, tuple[str, str, dict[str, Any], list[dict[str, Any]]]] = {
         "/": ("frontPage", "A page for people", _answer(text, "text/html"), []),
+        "/page/feed": (
+            "pageFeed",
+            "What the page shows, as server-sent events: a frame of JSON in each",
+            _answer(ref("PageFrame"), "text/event-stream"),
+            [frames],
+        ),
+        "/page/{file}": ("pageFile", "A file that the page loads", _files(), [file]),
         "/v1/models": ("listModels", "The one model, in a list", _answer(ref("ModelList")), []),
         "/v1/models/{model}": ("getModel", "The one model", _answer(ref("Model")), [model]),
         "/health": ("health", "Whether requests are taken", _answer(ref("Health")), []),

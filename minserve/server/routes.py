@@ -12,9 +12,10 @@ from aiohttp import web
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+FEED = "/page/feed"
 # Browsers and monitoring systems ask these. Their answers tell nothing of prompts and outputs, so no
 # key is needed.
-OPEN_ROUTES = ("/", "/health", "/metrics")
+OPEN_ROUTES = ("/", "/page/{file}", "/health", "/metrics")
 _ORDERS = "/replicas/"
 # Nothing is stored, so each of them answers at once that there is nothing.
 _STORED = "/v1/responses/"
@@ -34,6 +35,11 @@ def is_matched(request: web.Request) -> bool:
 def is_safe(request: web.Request) -> bool:
     """Return whether a request's method asks for no change and no computing."""
     return request.method in ("GET", "HEAD", "OPTIONS")
+
+
+def is_feed(request: web.Request) -> bool:
+    """Return whether a request opens the page's feed, of which there are only so many."""
+    return route_of(request) == FEED
 
 
 def is_open(request: web.Request) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
+from minserve.activity import NO_TOKENS, BatchTokens
 from minserve.engine.batch import Scheduled
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.core import EngineCore
@@ -46,8 +47,8 @@ class UncountedStats(EngineStats):
     def ended(self, seq: Sequence, report: SLOReport | None) -> None:
         pass
 
-    def batch(self, batch: SequenceOf[Scheduled]) -> None:
-        pass
+    def batch(self, batch: SequenceOf[Scheduled]) -> BatchTokens:
+        return NO_TOKENS
 
     def iteration(self, plan: IterationPlan, model: PerfModel | None, measured_s: float) -> None:
         pass

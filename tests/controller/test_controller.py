@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import urllib.error
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -99,6 +100,24 @@ def test_idle_replicas_refine_one_profile_and_keep_it_when_they_are_restarted(
         kept.append(runs())
     # What the first one measured is kept, and stays when the second one adds its own.
     assert kept[0] < kept[1] <= kept[2]
+
+
+def test_the_page_is_told_of_each_replica(cluster: Cluster) -> None:
+    for prompt in range(4):
+        cluster.post("/v1/completions", {"prompt": [5, 6, 7 + prompt], "max_tokens": 4})
+
+    def told() -> Any:
+        with urllib.request.urlopen(f"{cluster.url}/page/feed?frames=1", timeout=60) as answer:
+            replicas = json.loads(answer.read().removeprefix(b"data: "))["replicas"]
+        lanes = [lane for one in replicas for lane in one["activity"]["lanes"]]
+        return len(lanes) >= 4 and replicas
+
+    replicas = wait_until(told)
+    assert [(one["replica"], one["state"]) for one in replicas] == [("0", "up"), ("1", "up")]
+    for one in replicas:
+        lanes, iterations = one["activity"]["lanes"], one["activity"]["iterations"]
+        assert bool(lanes) is bool(iterations)
+        assert all(lane["state"] == "finished" for lane in lanes)
 
 
 @pytest.fixture(scope="module")

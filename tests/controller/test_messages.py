@@ -7,14 +7,16 @@ import random
 import pytest
 from hellos import hello
 
+from minserve.activity import Activity, BatchTokens, ClassEnds, Cursor, IterationRecord, Lane, Mark
 from minserve.controller import messages as m
 from minserve.engine.stats import EngineStats
 from minserve.errors import GenerationError, ProtocolError, SLOUnattainableError
 from minserve.outputs import OutputDelta, TokenLogprob
 from minserve.planner.replica_load import ReplicaLoad
-from minserve.request import FinishReason, Request
+from minserve.request import FinishReason, Request, SequenceState
 from minserve.sampling_params import SamplingParams
-from minserve.slo.objectives import preset_classes
+from minserve.slo.attainment import Outcome
+from minserve.slo.objectives import Standing, preset_classes
 
 SLO = preset_classes()["reasoning"]
 REQUEST = Request(
@@ -38,6 +40,38 @@ REQUEST = Request(
     targets=SLO.resolve(0.5, 0.02),
 )
 HELLO = hello(margin=1.1)
+ACTIVITY = Activity(
+    source="process",
+    tick=5,
+    is_whole=False,
+    now_s=2.5,
+    waiting=dict.fromkeys(Standing, 1),
+    running={Standing.ADMITTED: 2},
+    iterations=(IterationRecord(1.0, 0.5, None, 3, BatchTokens(1, 2, 3, 4, 5, 6)),),
+    lanes=(
+        Lane(
+            seq_id="a/1",
+            slo=None,
+            state=SequenceState.RUNNING,
+            standing=Standing.PENDING,
+            arrival_s=0.5,
+            started_s=1.0,
+            first_token_s=None,
+            ended_s=None,
+            preempted_s=(1.25,),
+            ttft_due_s=None,
+            tpot_s=0.1,
+            num_prompt_tokens=3,
+            num_cached_tokens=1,
+            num_output_tokens=0,
+            finish_reason=FinishReason.STOP,
+            outcome=Outcome.LATE_TPOT,
+            first_mark=2,
+            marks=(Mark(True, 1.0, 1.5, 2, None), Mark(False, 1.5, 2.0, 3, -0.25)),
+        ),
+    ),
+    ends=(ClassEnds(0.0, "chat", 3, 2),),
+)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +90,8 @@ HELLO = hello(margin=1.1)
         m.Withdrawn("a"),
         m.Stop(),
         m.News(declined=("a",), load=ReplicaLoad(prefill_tokens=3)),
+        m.Look(number=3, since=Cursor("process", 5)),
+        m.Seen(number=3, activity=ACTIVITY),
     ],
     ids=lambda message: type(message).__name__,
 )

@@ -28,7 +28,7 @@ OWN = m.Identity(protocol=m.PROTOCOL, version=__version__, traits=TRAITS)
 @pytest.fixture
 def table() -> Iterator[ReplicaTable]:
     """Of two replicas, of which the first has joined."""
-    nothing = {name: lambda *_: None for name in ("joined", "told", "lost")}
+    nothing = {name: lambda *_: None for name in ("joined", "told", "seen", "lost")}
     found = ReplicaTable(Rendezvous("127.0.0.1", 0, 2), 2, 5.0, **nothing)
     found._identity = OWN
     found.replicas[0].epoch = 3
@@ -129,6 +129,7 @@ def test_whatever_a_replica_sends_ends_its_own_connection_alone(what: str) -> No
             PATIENCE_S,
             joined=lambda *_: joined.set() if all(r.is_up for r in table.replicas) else None,
             told=lambda replica, message: told.append((replica.number, message)),
+            seen=lambda _: None,
             lost=lambda replica, error: lost.append((replica.number, error)),
         )
         table.start()

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 from live_server import RunningServer
 from served import served
-from web_pages import CHROMIUM, NO_CHROMIUM, site, visit
+from web_pages import site, visit
 
 from minserve.config import ControllerConfig, EngineConfig, ServerConfig
 from minserve.controller.controller import Controller
 from minserve.controller.rendezvous import Rendezvous
 from minserve.controller.replicas import ReplicaState
 from minserve.server.app import Server
+from parts.page_picture.chromium import CHROMIUM, NO_CHROMIUM
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 

@@ -7,7 +7,6 @@ import http.server
 import json
 import os
 import queue
-import shutil
 import signal
 import subprocess
 import threading
@@ -19,10 +18,7 @@ from urllib.parse import urlsplit
 
 from waiting import PATIENCE_S
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-NO_CHROMIUM = "Chromium is not installed (on Debian: apt-get install chromium)"
+from parts.page_picture.chromium import CHROMIUM
 
 PAGE = """<!doctype html><title>a page</title><script>
 async function attempt(url, options) {

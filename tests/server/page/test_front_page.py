@@ -1,10 +1,8 @@
-"""The page at ``/``: what it tells, whom it tells it, and that nothing in it runs."""
+"""The page at ``/``: what it tells, whom it tells it, and what it may load."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 import html
 import re
 import socket
@@ -20,7 +18,7 @@ from live_server import RunningServer, post
 
 from minserve.config import ServerConfig
 from minserve.server.app import Server
-from minserve.server.front_page import example_command
+from minserve.server.page.front_page import FILES, example_command
 
 KEY = "a-secret-key"
 
@@ -33,6 +31,7 @@ class Page(HTMLParser):
         self.tags: set[str] = set()
         self.attributes: set[str] = set()
         self.links: list[str] = []
+        self.loaded: list[str] = []
         self.feed(text)
         found = re.search(r"<pre>(.*?)</pre>", text, re.DOTALL)
         self.command = html.unescape(found[1]) if found else None
@@ -40,7 +39,10 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
         self.attributes |= {name for name, _ in attrs}
-        self.links += [value or "" for name, value in attrs if name == "href"]
+        if tag == "a":
+            self.links += [value or "" for name, value in attrs if name == "href"]
+        else:
+            self.loaded += [value or "" for name, value in attrs if name in ("href", "src")]
 
 
 def get_page(server: RunningServer, **headers: str) -> tuple[dict[str, str], str]:
@@ -60,7 +62,7 @@ def test_it_names_the_model_and_links_to_what_is_there(server: RunningServer) ->
     assert headers["Content-Type"] == "text/html; charset=utf-8"
     assert "It serves tiny." in text
     links = Page(text).links
-    assert links == ["health", "metrics", "v1/models", "openapi.json"]
+    assert links == ["#content", "health", "metrics", "v1/models", "openapi.json"]
     for link in links:
         path = urljoin("/", link)
         assert post(server, path, None, method="GET")[0] == 200, path
@@ -74,18 +76,35 @@ def test_its_command_works(server: RunningServer) -> None:
     assert '"model":"tiny"' in done.stdout.replace(" ", "")
 
 
-def test_nothing_in_it_is_loaded_or_run(server: RunningServer) -> None:
+def test_only_files_of_the_server_are_loaded_and_run(server: RunningServer) -> None:
     headers, text = get_page(server)
     page = Page(text)
-    assert not page.tags & {"script", "img", "link", "iframe", "form", "object"}
+    assert not page.tags & {"img", "iframe", "object", "style"}
     assert not {name for name in page.attributes if name.startswith("on") or name == "style"}
+    assert page.loaded == ["page/icon.svg", "page/style.css", "page/main.js"]
+    assert not re.search(r"<script[^>]*>[^<]", text)
     policy = headers["Content-Security-Policy"]
-    style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)
-    assert style is not None
-    digest = base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode()
-    assert policy.startswith(f"default-src 'none'; style-src 'sha256-{digest}';")
-    assert "unsafe" not in policy
+    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    assert rules.pop("default-src") == "'none'"
+    assert set(rules.values()) == {"'self'", "'none'"}
+    assert rules["script-src"] == rules["connect-src"] == "'self'"
     assert headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_its_scripts_load_only_each_other(server: RunningServer) -> None:
+    scripts = [name for name, kind in FILES.items() if kind == "text/javascript"]
+    imported = {"main.js"}
+    for name in scripts:
+        status, headers, raw = post(server, f"/page/{name}", None, method="GET")
+        assert (status, headers["Content-Type"]) == (200, "text/javascript; charset=utf-8")
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        source = raw.decode()
+        imported |= set(re.findall(r'from "\./([a-z]+\.js)"', source))
+        # No text of a client can become markup or code, and nothing comes from elsewhere.
+        for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
+            assert word not in source, name
+        assert set(re.findall(r"https?://[^\"' ]+", source)) <= {"http://www.w3.org/2000/svg"}
+    assert imported == set(scripts)
 
 
 def test_a_host_of_the_clients_own_making_is_only_text(server: RunningServer) -> None:

@@ -1,38 +1,44 @@
 """The page at ``/``, for people who open the server in a browser, and the command to try it with.
 
-The page needs no API key, since a browser cannot send one. So where a key is needed, it says
-nothing that the key protects: not even the model's name, which may come from a path.
+The page and its files need no API key, since a browser cannot send one. So where a key is needed,
+they say nothing that the key protects: not even the model's name, which may come from a path. All
+that is live on the page comes from the feed (`minserve.server.page.feed`), which needs the key.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import html
 import json
 import shlex
+from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from string import Template
 
 from aiohttp import web
 
-_STYLE = (
-    "body{font:1rem/1.5 sans-serif;max-width:48rem;margin:2rem auto;padding:0 1rem;"
-    "color-scheme:light dark}pre{padding:.8rem;border:1px solid;white-space:pre-wrap;"
-    "overflow-wrap:anywhere}"
-)
-_STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
-HEADERS = {
-    # Nothing is loaded or run: even if a name got through unescaped, it could do nothing.
-    "Content-Security-Policy": (
-        f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; base-uri 'none'; "
-        "form-action 'none'; frame-ancestors 'none'"
+# What the page loads, by name, with the type of each.
+FILES: Mapping[str, str] = {
+    "style.css": "text/css",
+    "icon.svg": "image/svg+xml",
+    **dict.fromkeys(
+        ("main.js", "feed.js", "state.js", "charts.js", "lanes.js", "chat.js", "words.js"),
+        "text/javascript",
     ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
 }
+_SAFE = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+HEADERS = {
+    # Only files of this server are loaded, and only this server is asked: even if a name got through
+    # unescaped, it could do nothing.
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "Cache-Control": "no-store",
+    **_SAFE,
+}
+# A browser asks each time whether its copy is still right, so that it is never that of an older server.
+FILE_HEADERS = {"Cache-Control": "no-cache", **_SAFE}
 
 
 def example_command(url: str, model: str | None, *, chat: bool, needs_key: bool) -> str:
@@ -67,9 +73,9 @@ def front_page(url: str, state: str, command: str | None, *, status: int = 200) 
         command: a command to try.
     """
     example = "" if command is None else f"<p>Try:</p>\n<pre>{html.escape(command)}</pre>"
-    text = _template().substitute(
-        style=_STYLE,
+    text = Template(_read("index.html")).substitute(
         state=html.escape(state),
+        ready="no" if command is None else "yes",
         example=example,
         base_url=html.escape(f"{url}/v1"),
     )
@@ -78,7 +84,20 @@ def front_page(url: str, state: str, command: str | None, *, status: int = 200) 
     )
 
 
+def page_file(name: str) -> web.Response:
+    """Return a file that the page loads.
+
+    Raises:
+        HTTPNotFound: if it has no such file.
+    """
+    if name not in FILES:
+        raise web.HTTPNotFound
+    return web.Response(
+        text=_read(name), content_type=FILES[name], charset="utf-8", headers=FILE_HEADERS
+    )
+
+
 @cache
-def _template() -> Template:
-    file = resources.files("minserve.server") / "front_page.html"
-    return Template(file.read_text(encoding="utf-8"))
+def _read(name: str) -> str:
+    file = resources.files("minserve.server.page") / "web" / name
+    return file.read_text(encoding="utf-8")

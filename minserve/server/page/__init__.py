@@ -1,0 +1,1 @@
+"""The page at ``/``: what it is made of, and the feed that keeps it live."""
