@@ -36,7 +36,12 @@ if TYPE_CHECKING:
     from minserve.workload.report import Report
 
 # Profiles for scenarios whose requests are longer than the default profile can serve.
-PROFILES = {"tools": "toolllama-7b-a100", "reasoning": "qwen2.5-7b-a100"}
+PROFILES = {
+    "tools": "toolllama-7b-a100",
+    "reasoning": "qwen2.5-7b-a100",
+    "deadlines": "qwen2.5-7b-a100",
+    "deadlines_fixed": "qwen2.5-7b-a100",
+}
 PROFILE = "opt-6.7b-a100"
 # A number of replicas is judged from at least so many seconds of arrivals.
 SIZING_S = 60.0

@@ -14,6 +14,7 @@ from typing import Generic, Protocol, TypeVar
 
 from minserve.controller.router import NOBODY, Ask, Router
 from minserve.planner.predict.lengths import LengthEstimator
+from minserve.planner.predict.pacing import PaceLimits, pace_before
 from minserve.planner.replica_load import ReplicaLoad
 from minserve.request import Request, Sequence
 
@@ -84,15 +85,26 @@ class Placement(ABC, Generic[Placed]):
     def ask(self, one: Placed) -> Ask:
         """Return what a request needs from a replica: tokens, deadline and pace."""
         request = one.request
-        ttft_s, tpot_s = math.inf, math.inf
+        deadline_s, tpot_s = math.inf, math.inf
+        num_left = self._lengths.remaining(one.seq)
         if request.targets is not None:
-            ttft_s = request.targets.ttft_s
+            # A request that has begun has no deadline of a first token left to keep.
+            if not one.has_begun:
+                deadline_s = request.arrival_s + request.targets.ttft_s
             tpot_s = request.targets.stages[0].tpot_s
+            if request.targets.finish_s < math.inf:
+                finish_s = request.arrival_s + request.targets.finish_s
+                model = self._router.model
+                limits = PaceLimits.of(model.zero_load_decode_s(1), 0.0, 0.0)
+                prefill_s = model.zero_load_prefill_s(one.num_tokens)
+                pace = pace_before(
+                    request.arrival_s, finish_s, num_left, self._clock(), prefill_s, limits
+                )
+                deadline_s, tpot_s = min(deadline_s, pace.due_s), min(tpot_s, pace.tpot_s)
         return Ask(
             prompt_tokens=one.num_tokens,
-            output_tokens=self._lengths.remaining(one.seq),
-            # A request that has begun has no deadline of a first token left to keep.
-            deadline_s=math.inf if one.has_begun else request.arrival_s + ttft_s,
+            output_tokens=num_left,
+            deadline_s=deadline_s,
             tpot_s=tpot_s,
             cached_tokens=self.cached_tokens(one),
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from minserve.planner.plan import PlannerView
 from minserve.planner.policies.base import Planner
 from minserve.planner.policies.promising import PromisingPlanner
+from minserve.planner.predict.pacing import Paces
 from minserve.slo.objectives import Standing
 
 
@@ -37,12 +38,14 @@ def load_of(planner: Planner, view: PlannerView) -> ReplicaLoad:
     A policy that promises nothing owes every sequence its pace. A policy that promises SLOs owes
     nothing to best effort.
     """
-    lengths = planner.lengths if isinstance(planner, PromisingPlanner) else None
+    lengths, paces = None, Paces()
+    if isinstance(planner, PromisingPlanner):
+        lengths, paces = planner.lengths, planner.paces
     prefill, rate, tightest, held = 0, 0.0, math.inf, 0
     for seq in (*view.running, *view.waiting):
         if seq.progress is None or (lengths is not None and seq.standing is Standing.BEST_EFFORT):
             continue
-        pace = seq.progress.tpot_s
+        pace = paces.tpot_s(seq)
         rate += 1.0 / pace
         tightest = min(tightest, pace)
         if not seq.is_decoding:

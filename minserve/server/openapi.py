@@ -61,7 +61,13 @@ _SUMMARIES: dict[Endpoint, str] = {
     "tokenize": "Turn a text or messages into token ids",
     "detokenize": "Turn token ids into text",
 }
-_SLO_HEADERS = ("x-slo-ttft-ms", "x-slo-tpot-ms", "x-llm-d-slo-ttft-ms", "x-llm-d-slo-tpot-ms")
+_SLO_HEADERS = (
+    "x-slo-ttft-ms",
+    "x-slo-tpot-ms",
+    "x-slo-finish-ms",
+    "x-llm-d-slo-ttft-ms",
+    "x-llm-d-slo-tpot-ms",
+)
 
 
 @cache

@@ -146,6 +146,7 @@ SCHEMAS: dict[str, Any] = {
             "ttft_ms": _NUMBER_OR_NULL,
             "mean_tpot_ms": _NUMBER_OR_NULL,
             "worst_token_lateness_ms": _NUMBER_OR_NULL,
+            "finish_ms": _NUMBER_OR_NULL,
             "targets": {"type": "object", "additionalProperties": _NUMBER_OR_NULL},
         }
     ),

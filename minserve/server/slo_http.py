@@ -17,6 +17,7 @@ _PREFIXES = ("x-slo-", "x-llm-d-slo-")
 _HEADERS = {
     "x-slo-ttft-ms": "ttft_ms",
     "x-slo-tpot-ms": "tpot_ms",
+    "x-slo-finish-ms": "finish_ms",
     "x-llm-d-slo-ttft-ms": "ttft_ms",
     "x-llm-d-slo-tpot-ms": "tpot_ms",
 }
@@ -103,6 +104,8 @@ def slo_object(report: SLOReport) -> dict[str, Any]:
     promised = {"ttft_ms": _ms(report.targets.ttft_s), "tpot_ms": _ms(stages[-1].tpot_s)}
     if len(stages) == 2:
         promised["thinking_tpot_ms"] = _ms(stages[0].tpot_s)
+    if math.isfinite(report.targets.finish_s):
+        promised["finish_ms"] = _ms(report.targets.finish_s)
     return {
         "class": report.name,
         "admitted": report.admitted,
@@ -110,6 +113,7 @@ def slo_object(report: SLOReport) -> dict[str, Any]:
         "ttft_ms": _ms(report.ttft_s),
         "mean_tpot_ms": _ms(report.mean_tpot_s),
         "worst_token_lateness_ms": _ms(report.worst_token_lateness_s),
+        "finish_ms": _ms(report.finish_s),
         "targets": promised,
     }
 

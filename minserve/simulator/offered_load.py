@@ -10,8 +10,7 @@ from minserve.request import Request
 from minserve.sampling_params import SamplingParams
 from minserve.simulator.events import EventLoop
 from minserve.simulator.simulated_sequence import SimulatedSequence, outputs_of
-from minserve.slo.attainment import Progress
-from minserve.slo.objectives import Standing
+from minserve.slo.objectives import SLO, Standing, Targets
 from minserve.workload.conversation import Conversation, Turn
 from minserve.workload.verdict import Cause, Verdict, cause_of_miss
 
@@ -75,7 +74,7 @@ class OfferedLoad:
         place.num_open -= 1
         if place.num_open:
             return
-        seq, every = seq.siblings[0], [_progress(one) for one in seq.siblings]
+        seq, every = seq.siblings[0], [one.judged for one in seq.siblings]
         # The engine's clock began when it had the request; the client has waited since it was due.
         for progress in every:
             progress.arrival_s = place.due_s
@@ -113,6 +112,7 @@ class OfferedLoad:
         # The tokens that belong to one prompt alone equal those of no other prompt.
         prompt = (*said, *(self._num_sent,) * (turn.prompt_tokens - len(said)))
         room = self._max_model_len - turn.prompt_tokens
+        judged_by, asked_for = (self._targets(turn, slo) for slo in (turn.slo, turn.asked_slo))
         request = Request(
             request_id=str(self._num_sent),
             prompt_token_ids=prompt,
@@ -121,22 +121,25 @@ class OfferedLoad:
             ),
             seed=self._num_sent,
             arrival_s=self._loop.now,
-            slo=turn.slo,
-            targets=turn.slo.resolve(
-                self._device.zero_load_prefill_s(turn.prompt_tokens),
-                self._device.zero_load_decode_s(turn.prompt_tokens),
-            ),
+            slo=turn.asked_slo,
+            targets=asked_for,
         )
         self._lengths[request.request_id] = turn.output_tokens
         place.num_open = turn.n
         self._places[request.request_id] = place
-        self._arrive(*outputs_of(request, turn, place.conversation))
+        self._arrive(*outputs_of(request, turn, place.conversation, judged_by))
+
+    def _targets(self, turn: Turn, slo: SLO) -> Targets:
+        return slo.resolve(
+            self._device.zero_load_prefill_s(turn.prompt_tokens),
+            self._device.zero_load_decode_s(turn.prompt_tokens),
+        )
 
     def _note(
         self, seq: SimulatedSequence, place: _Place, cause: Cause | None, attained_mean: bool
     ) -> None:
         del self._lengths[seq.request.request_id], self._places[seq.request.request_id]
-        every = [_progress(one) for one in seq.siblings]
+        every = [one.judged for one in seq.siblings]
         self._add(
             Verdict(
                 name=seq.turn.slo.name,
@@ -150,17 +153,13 @@ class OfferedLoad:
                 tpot_s=max(
                     (t for one in every if (t := one.mean_tpot_s) is not None), default=None
                 ),
+                finish_s=max((t for one in every if (t := one.finish_s) is not None), default=None),
             )
         )
 
     def _add(self, verdict: Verdict) -> None:
         self.verdicts.append(verdict)
         self._progressed(self)
-
-
-def _progress(seq: SimulatedSequence) -> Progress:
-    assert seq.progress is not None, "every turn has an SLO"
-    return seq.progress
 
 
 def first_longer(workload: Sequence[Conversation], longest: int) -> Turn | None:

@@ -10,6 +10,8 @@ from minserve.engine.live_output import LENGTH_END, End
 from minserve.engine.speculation.proposal import SampledToken, Verified
 from minserve.outputs import OutputDelta, TokenLogprob
 from minserve.request import Request, Sequence
+from minserve.slo.attainment import Progress
+from minserve.slo.objectives import Targets
 from minserve.workload.conversation import Turn
 
 
@@ -28,6 +30,8 @@ class SimulatedSequence(Sequence):
         tried: numbers of the replicas that could not promise its SLO; the siblings share the set.
         num_left: output tokens that are still to come.
         num_thinking_left: of these, tokens until the thinking ends.
+        judged: how it stands against what its turn is judged by, if the server was asked for
+            something else; otherwise its own `progress`.
         next_token: the result of a pass that samples its next token without drafts: all its
             tokens are equal.
         seq: the sequence itself, for it is its own output.
@@ -40,12 +44,15 @@ class SimulatedSequence(Sequence):
     tried: set[int] = field(default_factory=set)
     num_left: int = 0
     num_thinking_left: int = 0
+    judged: Progress = field(init=False)
     next_token: RunResult = field(init=False)
     seq: SimulatedSequence = field(init=False)
 
     def __post_init__(self) -> None:
         # With ``slots=True`` the decorator makes a new class, which a plain `super` does not find.
         Sequence.__post_init__(self)
+        assert self.progress is not None, "every turn has an SLO"
+        self.judged = self.progress
         self.seq = self
         self.siblings = self.siblings or [self]
         self.num_left = self.turn.output_tokens
@@ -54,7 +61,8 @@ class SimulatedSequence(Sequence):
 
     def as_new(self) -> SimulatedSequence:
         """Return the first output of the same request with nothing done, to be asked for again."""
-        first, *others = outputs_of(self.request, self.turn, self.conversation)
+        targets = self.judged.targets
+        first, *others = outputs_of(self.request, self.turn, self.conversation, targets)
         for one in (first, *others):
             one.hops, one.tried = self.hops, self.tried
         return first
@@ -62,15 +70,18 @@ class SimulatedSequence(Sequence):
     def append(self, tokens: SequenceOf[SampledToken], now: float) -> tuple[int, End | None]:
         """Append tokens up to the length that the output will have."""
         tokens = tokens[: self.num_left]
-        token_ids, progress = self.token_ids, self.progress
-        assert progress is not None, "every turn has an SLO"
+        token_ids, progress, judged = self.token_ids, self.slo_progress, self.judged
         for token in tokens:
             token_ids.append(token.token_id)
             progress.add_token(now)
+            if judged is not progress:
+                judged.add_token(now)
             if self.num_thinking_left:
                 self.num_thinking_left -= 1
                 if not self.num_thinking_left:
                     progress.end_stage()
+                    if judged is not progress:
+                        judged.end_stage()
         num = len(tokens)
         self.num_left -= num
         return num, None if self.num_left else LENGTH_END
@@ -88,12 +99,20 @@ class SimulatedSequence(Sequence):
         )
 
 
-def outputs_of(request: Request, turn: Turn, conversation: int) -> list[SimulatedSequence]:
-    """Return new sequences for all outputs of a turn, as siblings."""
+def outputs_of(
+    request: Request, turn: Turn, conversation: int, judged_by: Targets | None = None
+) -> list[SimulatedSequence]:
+    """Return new sequences for all outputs of a turn, as siblings.
+
+    Args:
+        judged_by: what they are judged by, if that is not what the server is asked for.
+    """
     seqs = [
         SimulatedSequence(request, index, turn=turn, conversation=conversation)
         for index in range(turn.n)
     ]
     for seq in seqs:
         seq.siblings, seq.tried = seqs, seqs[0].tried
+        if judged_by is not None and judged_by != request.targets:
+            seq.judged = Progress(judged_by, request.arrival_s)
     return seqs

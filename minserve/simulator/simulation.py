@@ -244,14 +244,14 @@ class ErringLengths(OracleLengths):
         # Guesses are read in every round of admission, and seeding a generator is slow.
         self._guesses: dict[str, int] = {}
 
-    def _total(self, seq: Sequence) -> int:
+    def _total(self, seq: Sequence, done: int) -> int:
         guess = self._guesses.get(seq.seq_id)
         if guess is None:
             rng = random.Random(f"{self._seed} {seq.seq_id}")
-            guess = round(super()._total(seq) * math.exp(rng.gauss(0.0, self._sigma)))
+            guess = round(super()._total(seq, done) * math.exp(rng.gauss(0.0, self._sigma)))
             self._guesses[seq.seq_id] = guess
         # A sequence that is longer than its guess is as likely as not to double.
-        return guess if guess > seq.num_output_tokens else 2 * seq.num_output_tokens
+        return guess if guess > done else 2 * done
 
 
 def planner_of(setup: Setup, lengths: LengthEstimator) -> Planner:

@@ -5,7 +5,8 @@ simulator all use it. Times are float seconds on one monotonic clock; no functio
 
 *Deadline form* (`Progress.attained`): the first token comes within the TTFT, and token j of
 every stage no later than that stage's first token + j x TPOT. *Mean form*
-(`Progress.attained_mean`): the TTFT and the mean TPOT of every stage.
+(`Progress.attained_mean`): the TTFT and the mean TPOT of every stage. In both forms the last token
+comes by the finish deadline, if there is one. An output ends with its last token.
 
 An output attains its SLO by itself; a request of several outputs attains it only if all of
 them do (`worst_report`).
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from minserve.slo.objectives import StageTarget, Targets
@@ -31,6 +32,7 @@ class Outcome(Enum):
     ATTAINED = "attained"
     LATE_TTFT = "late_ttft"
     LATE_TPOT = "late_tpot"
+    LATE_FINISH = "late_finish"
     BEST_EFFORT = "best_effort"
     REJECTED = "rejected"
     FAILED = "failed"
@@ -52,11 +54,15 @@ class Progress:
         arrival_s: time at which the request arrived.
         stage: index of the stage that the next token belongs to.
         first_token_s: time of the first token; ``None`` before it came.
+        last_token_s: time of the newest token; ``None`` before there is one.
+        finish_by_s: the time by which the last token must come; inf if that is not promised.
         worst_token_lateness_s: largest lateness in seconds of the tokens after a stage's first;
             negative while every token was early, ``None`` before there is one.
-        next_deadline_s: the time at which the next token is due; inf if nothing is promised. The
-            first token of a later stage has no deadline in the SLO. For planning it is due one
-            token's time after the newest token, so that the output does not stall.
+        next_deadline_s: the time at which the next token is due by TTFT and TPOT; inf if neither is
+            promised. The first token of a later stage has no deadline in the SLO. For planning
+            it is due one token's time after the newest token, so that the output does not
+            stall. When it is due for the sake of ``finish_by_s`` depends on how many tokens are
+            still to come, which the planner guesses (`minserve.planner.predict.pacing`).
         breaks_s: the time after which the SLO can no longer be attained, if no token comes until
             then; -inf where it is broken already.
     """
@@ -66,7 +72,9 @@ class Progress:
         "_times",
         "arrival_s",
         "breaks_s",
+        "finish_by_s",
         "first_token_s",
+        "last_token_s",
         "next_deadline_s",
         "stage",
         "targets",
@@ -78,6 +86,8 @@ class Progress:
         self.arrival_s = arrival_s
         self.stage = 0
         self.first_token_s: float | None = None
+        self.last_token_s: float | None = None
+        self.finish_by_s = arrival_s + targets.finish_s
         self.worst_token_lateness_s: float | None = None
         self._times: _StageTimes | None = None
         self._closed: list[tuple[int, _StageTimes]] = []
@@ -87,6 +97,7 @@ class Progress:
         """Note that a token came. A stage that ends at a count ends here by itself."""
         if self.first_token_s is None:
             self.first_token_s = now
+        self.last_token_s = now
         times, target = self._times, self.targets.stages[self.stage]
         if times is None:
             self._times = times = _StageTimes(now, now)
@@ -125,20 +136,22 @@ class Progress:
         Both are asked for each sequence in each iteration, and change with its tokens alone.
         """
         worst, first, times = self.worst_token_lateness_s, self.first_token_s, self._times
-        if first is None:
+        finish, newest = self.finish_by_s, self.last_token_s
+        if first is None or newest is None:
             self.next_deadline_s = self.arrival_s + self.targets.ttft_s
-            self.breaks_s = self.next_deadline_s + ROUNDING_S
+            self.breaks_s = min(self.next_deadline_s, finish) + ROUNDING_S
             return
         if times is not None:
             tpot_s = self.targets.stages[self.stage].tpot_s
-            self.next_deadline_s = times.first_s + (times.num_gaps + 1) * tpot_s
-            self.breaks_s = self.next_deadline_s + ROUNDING_S
+            due = self.next_deadline_s = times.first_s + (times.num_gaps + 1) * tpot_s
+            self.breaks_s = (due if due < finish else finish) + ROUNDING_S
         else:
             # The first token of a later stage is never late.
             closed = self._closed
             self.next_deadline_s = closed[-1][1].last_s + self.tpot_s if closed else math.inf
-            self.breaks_s = math.inf
-        if self.late_ttft or (worst is not None and worst > ROUNDING_S):
+            self.breaks_s = finish + ROUNDING_S
+        late = newest > finish + ROUNDING_S or (worst is not None and worst > ROUNDING_S)
+        if late or self.late_ttft:
             self.breaks_s = -math.inf
 
     @property
@@ -177,6 +190,12 @@ class Progress:
         worst = self.worst_token_lateness_s
         return worst is not None and worst > ROUNDING_S
 
+    @property
+    def late_finish(self) -> bool:
+        """True if a token came after the finish deadline."""
+        finish_s = self.finish_s
+        return finish_s is not None and finish_s > self.targets.finish_s + ROUNDING_S
+
     def is_broken(self, now: float) -> bool:
         """Return True if the SLO can no longer be attained, whatever comes."""
         return now > self.breaks_s
@@ -184,12 +203,14 @@ class Progress:
     @property
     def attained(self) -> bool:
         """True if the tokens so far attain the SLO in the deadline form; final at the end."""
-        return self.first_token_s is not None and not self.late_ttft and not self.late_tpot
+        if self.first_token_s is None or self.late_ttft:
+            return False
+        return not self.late_tpot and not self.late_finish
 
     @property
     def attained_mean(self) -> bool:
         """True if the tokens so far attain the SLO in the mean form; final at the end."""
-        if self.first_token_s is None or self.late_ttft:
+        if self.first_token_s is None or self.late_ttft or self.late_finish:
             return False
         return all(
             times.last_s - times.first_s
@@ -201,6 +222,11 @@ class Progress:
     @property
     def ttft_s(self) -> float | None:
         return None if self.first_token_s is None else self.first_token_s - self.arrival_s
+
+    @property
+    def finish_s(self) -> float | None:
+        """Seconds from arrival to the newest token; ``None`` before there is one."""
+        return None if self.last_token_s is None else self.last_token_s - self.arrival_s
 
     @property
     def mean_tpot_s(self) -> float | None:
@@ -231,6 +257,7 @@ class SLOReport:
         mean_tpot_s: mean seconds per token; ``None`` without a second token.
         worst_token_lateness_s: largest lateness in seconds of the tokens after a stage's first;
             negative if all were early, ``None`` if there was none or no pace was promised.
+        finish_s: seconds to the last token of all outputs; ``None`` without a token.
     """
 
     name: str
@@ -242,6 +269,7 @@ class SLOReport:
     ttft_s: float | None = None
     mean_tpot_s: float | None = None
     worst_token_lateness_s: float | None = None
+    finish_s: float | None = None
 
 
 def report(name: str, progress: Progress, *, admitted: bool) -> SLOReport:
@@ -250,10 +278,12 @@ def report(name: str, progress: Progress, *, admitted: bool) -> SLOReport:
         outcome = Outcome.ATTAINED
     elif not admitted:
         outcome = Outcome.BEST_EFFORT
-    elif progress.late_tpot and not progress.late_ttft:
+    elif progress.first_token_s is None or progress.late_ttft:
+        outcome = Outcome.LATE_TTFT
+    elif progress.late_tpot:
         outcome = Outcome.LATE_TPOT
     else:
-        outcome = Outcome.LATE_TTFT
+        outcome = Outcome.LATE_FINISH
     worst = progress.worst_token_lateness_s
     return SLOReport(
         name=name,
@@ -265,13 +295,17 @@ def report(name: str, progress: Progress, *, admitted: bool) -> SLOReport:
         ttft_s=progress.ttft_s,
         mean_tpot_s=progress.mean_tpot_s,
         worst_token_lateness_s=worst if worst is not None and math.isfinite(worst) else None,
+        finish_s=progress.finish_s,
     )
 
 
 def worst_report(reports: Iterable[SLOReport]) -> SLOReport:
-    """Return the report of a request with several outputs: the report of the worst output."""
+    """Return the report of a request with several outputs: that of the worst output, but with the
+    time of the last token of all.
+    """
+    reports = list(reports)
 
-    def badness(one: SLOReport) -> tuple[bool, bool, float, float]:
+    def badness(one: SLOReport) -> tuple[bool, bool, float, float, float]:
         late, ttft = one.worst_token_lateness_s, one.ttft_s
         return (
             not one.attained,
@@ -279,9 +313,13 @@ def worst_report(reports: Iterable[SLOReport]) -> SLOReport:
             # An output that never began is the worst case.
             math.inf if ttft is None else -math.inf if late is None else late,
             math.inf if ttft is None else ttft,
+            one.finish_s or 0.0,
         )
 
-    return max(reports, key=badness)
+    worst = max(reports, key=badness)
+    ends = (one.finish_s for one in reports if one.finish_s is not None)
+    last = max(ends, default=None)
+    return worst if worst.finish_s == last else replace(worst, finish_s=last)
 
 
 def judge(

@@ -4,6 +4,7 @@ A request's output is one or more decode stages (thinking, then the answer)::
 
     arrival ──TTFT──► first token ──TPOT──► ... ──marker or count──► first token ──TPOT──► ... end
                       └──────── stage 1 ────────────────────────┘    └────── stage 2 ─────────────┘
+       └────────────────────────────────────── finish ────────────────────────────────────────────┘
 """
 
 from __future__ import annotations
@@ -91,6 +92,8 @@ class SLO:
         tpot: seconds per output token; or
         tpot_slowdown: the TPOT as a multiple of the zero-load time per token; or
         stages: several stages instead, each with its own pace and, except the last, an end.
+        finish: seconds from arrival to the last token, however many there are; alone, or beside
+            the others.
         expected_output_tokens: the client's own guess, for planning only.
         on_unattainable: serve late, or refuse at once.
         value: weight in the planner's choice among requests that do not all fit.
@@ -105,6 +108,7 @@ class SLO:
     tpot: float | None = None
     tpot_slowdown: float | None = None
     stages: tuple[DecodeStage, ...] = ()
+    finish: float | None = None
     expected_output_tokens: int | None = None
     on_unattainable: OnUnattainable = OnUnattainable.BEST_EFFORT
     value: float = 1.0
@@ -126,6 +130,9 @@ class SLO:
         _check_seconds("tpot", self.tpot)
         _check_slowdown("tpot_slowdown", self.tpot_slowdown)
         _check_either("tpot", self.tpot, "tpot_slowdown", self.tpot_slowdown)
+        _check_seconds("finish", self.finish)
+        if self.finish is not None and self.ttft is not None and self.finish < self.ttft:
+            raise InvalidSLOError("finish must not be before ttft", "finish")
         _check_count("expected_output_tokens", self.expected_output_tokens)
         if not 0 < _number("value", self.value) <= MAX_SLOWDOWN:
             raise InvalidSLOError(
@@ -150,7 +157,8 @@ class SLO:
                 )
         if not self.promises_anything:
             raise InvalidSLOError(
-                "an SLO needs an objective: ttft, ttft_slowdown, tpot, tpot_slowdown or stages"
+                "an SLO needs an objective: "
+                "ttft, ttft_slowdown, tpot, tpot_slowdown, stages or finish"
             )
 
     @property
@@ -160,8 +168,10 @@ class SLO:
 
     @property
     def promises_anything(self) -> bool:
-        prompt = self.ttft is not None or self.ttft_slowdown is not None
-        return prompt or any(stage.has_pace for stage in self.decode_stages)
+        times = (self.ttft, self.ttft_slowdown, self.finish)
+        return any(one is not None for one in times) or any(
+            stage.has_pace for stage in self.decode_stages
+        )
 
     @property
     def refuses_delay(self) -> bool:
@@ -211,6 +221,7 @@ class SLO:
                 )
                 for stage in self.decode_stages
             ),
+            finish_s=math.inf if self.finish is None else self.finish,
         )
 
 
@@ -229,11 +240,14 @@ class Targets:
 
     ttft_s: float = math.inf
     stages: tuple[StageTarget, ...] = (StageTarget(),)
+    finish_s: float = math.inf
 
 
 @cache
 def preset_classes() -> Mapping[str, SLO]:
-    """Return the classes of the SLOs-Serve evaluation (arXiv 2504.08784), by name."""
+    """Return the classes of the SLOs-Serve evaluation (arXiv 2504.08784), by name, and two general
+    ones: somebody watches the answer come, or waits for it as a whole.
+    """
     tight, loose = 0.050, 0.100
     thinking = (DecodeStage(tpot=tight, until="</think>"), DecodeStage(tpot=loose))
     classes = {
@@ -243,6 +257,8 @@ def preset_classes() -> Mapping[str, SLO]:
         "tool_loop": SLO(ttft_slowdown=3, tpot=tight),
         "tool_final": SLO(ttft_slowdown=3, tpot=loose),
         "reasoning": SLO(ttft_slowdown=3, stages=thinking),
+        "interactive": SLO(ttft_slowdown=5, tpot=loose),
+        "batch": SLO(finish=60.0),
     }
     return MappingProxyType({name: slo.named(name) for name, slo in classes.items()})
 

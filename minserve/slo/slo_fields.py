@@ -25,7 +25,14 @@ from minserve.slo.objectives import (
 )
 
 _THINKING = ("thinking_tpot_ms", "thinking_tpot_slowdown")
-_OBJECTIVES = ("ttft_ms", "ttft_slowdown", "tpot_ms", "tpot_slowdown", *_THINKING)
+_OBJECTIVES = (
+    "ttft_ms",
+    "ttft_slowdown",
+    "tpot_ms",
+    "tpot_slowdown",
+    *_THINKING,
+    "finish_ms",
+)
 # Fields that `SLO` calls by the same name and whose values it checks.
 _PLAIN = ("expected_output_tokens", "on_unattainable", "value")
 _FIELDS = ("class", *_OBJECTIVES, *_PLAIN)
@@ -52,8 +59,8 @@ def parse_slo(
 
     Args:
         values: ``ttft_ms`` or ``ttft_slowdown``, ``tpot_ms`` or ``tpot_slowdown``,
-            ``thinking_tpot_ms`` or ``thinking_tpot_slowdown``, ``expected_output_tokens``,
-            ``on_unattainable``, ``value``, and ``class``, which names the base.
+            ``thinking_tpot_ms`` or ``thinking_tpot_slowdown``, ``finish_ms``,
+            ``expected_output_tokens``, ``on_unattainable``, ``value``, and ``class``, which names the base.
         where: the object that the fields belong to, for errors.
         classes: the known classes by name.
         thinking_marker: the text that ends this model's thinking; ``None`` if it has none.
@@ -173,6 +180,9 @@ def _build(
     ttft = _objective(fields, where, "ttft_ms", "ttft_slowdown")
     if ttft is not None:
         changes["ttft"], changes["ttft_slowdown"] = ttft
+    if "finish_ms" in fields:
+        changes["finish"] = seconds(fields["finish_ms"], f"{where}.finish_ms")
+    _check_order(changes, where, base)
     stages = stages or _refined_stages(fields, where, base, marker)
     if len(stages) == 1 and not stages[0].has_end:  # the plain form of a single stage
         (one,) = stages
@@ -185,6 +195,17 @@ def _build(
         return _make(SLO, where, **changes)
     changes["name"] = base.name if keeps_name else CUSTOM
     return _make(replace, where, base, **changes)
+
+
+def _check_order(changes: Mapping[str, Any], where: str, base: SLO | None) -> None:
+    """Raise an error if the last token would be due before the first one."""
+    ttft, finish = (
+        changes.get(name, None if base is None else getattr(base, name))
+        for name in ("ttft", "finish")
+    )
+    if ttft is not None and finish is not None and finish < ttft:
+        name, other = ("finish_ms", "ttft_ms") if "finish" in changes else ("ttft_ms", "finish_ms")
+        raise _error(where, name, f"contradicts {other}: finish_ms must be at least ttft_ms")
 
 
 def _refined_stages(

@@ -39,7 +39,7 @@ _CAUSES = {
 class Answer:
     """A request and its answer so far. All times are in seconds on the client's clock.
 
-    targets: the request's SLO in seconds.
+    targets: the SLO in seconds by which it is judged.
     due_s: time at which it was to be sent; latencies count from here.
     has_next: true if another turn waits for this answer.
     sent_s: time at which it was sent; NaN before.
@@ -49,6 +49,7 @@ class Answer:
     error: the reason why the request failed or was refused.
     prompt_tokens: as the server counted them; ``None`` where it does not report them.
     reported: the server's report on the SLO; ``None`` where there is none.
+    asked: the SLO in seconds that the server is asked for, if that is another one.
     """
 
     turn: Turn
@@ -63,6 +64,7 @@ class Answer:
     error: str | None = None
     prompt_tokens: int | None = None
     reported: Mapping[str, Any] | None = None
+    asked: Targets | None = None
     # Whether every chunk reports the number of tokens so far; `None` before the first chunk.
     _counts_along: bool | None = None
     _num_reported: int | None = None
@@ -154,6 +156,8 @@ class Answer:
     @property
     def has_last_deadline(self) -> bool:
         """False if some token of the request has no deadline."""
+        if math.isfinite(self.targets.finish_s):
+            return True
         return math.isfinite(self.targets.ttft_s + self._longest_decode_s())
 
     def is_hopeless(self, now: float) -> bool:
@@ -162,6 +166,8 @@ class Answer:
         This is so if the first token is late, or if ``now`` is past the last token's deadline.
         Before that, the mean form may still recover.
         """
+        if now - self.due_s > self.targets.finish_s:
+            return True
         first = self.token_times[0] if self.token_times else now
         if first - self.due_s > self.targets.ttft_s:
             return True
@@ -201,6 +207,7 @@ class Answer:
             output_tokens=len(self.token_times),
             ttft_s=progress.ttft_s,
             tpot_s=progress.mean_tpot_s,
+            finish_s=progress.finish_s if done else None,
             send_lag_s=0.0 if math.isnan(self.sent_s) else self.sent_s - self.due_s,
         )
 

@@ -22,7 +22,7 @@ import aiohttp
 
 from minserve.errors import WorkloadError
 from minserve.workload.answer import Answer, Ending
-from minserve.workload.conversation import Conversation
+from minserve.workload.conversation import Conversation, Turn
 from minserve.workload.endpoint import (
     Endpoint,
     open_session,
@@ -176,7 +176,9 @@ class _LoadDriver:
         drain_s: float,
     ) -> None:
         self._session, self._endpoint, self._load, self._speed = session, endpoint, load, speed
-        self._slo_field = slo_field or (lambda answer: endpoint.slo_field(answer.targets))
+        self._slo_field = slo_field or (
+            lambda answer: endpoint.slo_field(answer.asked or answer.targets)
+        )
         self._on_progress = on_progress
         self._drain_s = drain_s
         self._tasks: set[asyncio.Task[None]] = set()
@@ -219,7 +221,7 @@ class _LoadDriver:
                 self._num_waiting += 1
                 await asyncio.sleep(due_s - time.perf_counter())
             self._num_waiting -= 1
-            answers.append(Answer(turn, targets_of(turn, self._speed), due_s, has_next=left < 0))
+            answers.append(self._answer(turn, due_s, has_next=left < 0))
             self._load.answers.append(answers[-1])
             said.append(turn.text or "")
             await self._ask(answers[-1], said)
@@ -266,11 +268,15 @@ class _LoadDriver:
         patient = answer.has_next or not answer.has_last_deadline
         return patient and now - answer.last_heard_s < self._drain_s
 
+    def _answer(self, turn: Turn, due_s: float, *, has_next: bool = False) -> Answer:
+        asked = None if turn.asked is None else targets_of(turn, self._speed, turn.asked)
+        return Answer(turn, targets_of(turn, self._speed), due_s, has_next=has_next, asked=asked)
+
     def _add_unsent(self) -> None:
         """Add the turns that follow an unanswered one: they count as offered and missed."""
         for conversation, answers in self._begun:
             for turn in conversation.turns[len(answers) :]:
-                unsent = Answer(turn, targets_of(turn, self._speed), answers[-1].due_s)
+                unsent = self._answer(turn, answers[-1].due_s)
                 unsent.ending = Ending.NOT_SENT
                 self._load.answers.append(unsent)
 

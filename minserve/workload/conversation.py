@@ -19,7 +19,8 @@ class Turn:
     """A request to the server.
 
     Attributes:
-        slo: the promise; its ``name`` is the class in reports.
+        slo: the promise, by which the turn is judged; its ``name`` is the class in reports.
+        asked: the promise that the server is asked for, if that is another one.
         prompt_tokens: tokens of the whole prompt, at least 1.
         output_tokens: at least 1; with stages, the sum over all stages.
         shared_tokens: leading tokens that the prompt shares with the turn before: that turn's
@@ -41,6 +42,12 @@ class Turn:
     thinking_tokens: int = 0
     n: int = 1
     text: str | None = None
+    asked: SLO | None = None
+
+    @property
+    def asked_slo(self) -> SLO:
+        """The promise that the server is asked for."""
+        return self.slo if self.asked is None else self.asked
 
 
 @dataclass(frozen=True, slots=True)

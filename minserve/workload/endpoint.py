@@ -95,6 +95,7 @@ class Endpoint:
         named = {"ttft_ms": targets.ttft_s, "tpot_ms": paces[-1]}
         if len(paces) > 1:
             named["thinking_tpot_ms"] = paces[0]
+        named["finish_ms"] = targets.finish_s
         return {k: v * 1e3 for k, v in named.items() if math.isfinite(v)} or None
 
 

@@ -141,7 +141,7 @@ def plot_run(
     targets: Mapping[str, Targets] | None = None,
     title: str = "",
 ) -> None:
-    """Plot one run: the distributions of TTFT and TPOT, and attainment over time.
+    """Plot one run: the distributions of TTFT, TPOT and time to the end, and attainment over time.
 
     Args:
         seconds: time over which the requests arrived.
@@ -153,7 +153,7 @@ def plot_run(
     check_can_plot(file)
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure, (ttft, tpot, time) = figure_of(3)
+    figure, (ttft, tpot, end, time) = figure_of(4)
     names = sorted({verdict.name for verdict in verdicts})
     for name, colour in zip(names, _colours(len(names)), strict=True):
         own = [verdict for verdict in verdicts if verdict.name == name]
@@ -162,8 +162,10 @@ def plot_run(
         _draw_distribution(ttft, waits, name, colour, promised.ttft_s)
         paces = [v.tpot_s for v in own if v.tpot_s is not None]
         _draw_distribution(tpot, paces, None, colour, promised.stages[-1].tpot_s)
+        ends = [math.inf if v.finish_s is None else v.finish_s for v in own]
+        _draw_distribution(end, ends, None, colour, promised.finish_s)
         _draw_over_time(time, own, seconds, colour)
-    for panel, word in ((ttft, "TTFT"), (tpot, "TPOT")):
+    for panel, word in ((ttft, "TTFT"), (tpot, "TPOT"), (end, "time to the end")):
         panel.set(xlabel=f"{word} (ms), its SLO dashed", ylabel="% of requests within")
         if panel.lines:
             panel.set_xscale("log")
@@ -171,7 +173,7 @@ def plot_run(
             panel.xaxis.set_major_formatter("{x:g}")
             panel.xaxis.set_minor_formatter(NullFormatter())
     time.set(xlabel="arrival (s)", ylabel="% attaining their SLO", xlim=(0, max(seconds, 1e-3)))
-    for panel in (ttft, tpot, time):
+    for panel in (ttft, tpot, end, time):
         panel.set_ylim(0, 102)
     figure.suptitle(title or f"{100 * share(v.attained for v in verdicts):.1f}% attained")
     save(figure, file)

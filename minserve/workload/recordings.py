@@ -8,7 +8,7 @@ as mean/p99/standard deviation in tokens.
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 
@@ -91,6 +91,31 @@ def summarization() -> Recording:
             for row in read_lengths("arxiv_summarization")
             for prompt, output in [(int(row["prompt_tokens"]), int(row["output_tokens"]))]
             if prompt + output <= MAX_MODEL_LEN
+        )
+    )
+
+
+# When the whole answer is due, by class.
+DEADLINES = {
+    "edit": SLO(finish=5.0, name="edit"),
+    "summary": SLO(finish=15.0, name="summary"),
+    "report": SLO(finish=60.0, name="report"),
+}
+
+
+@cache
+def deadlines() -> Recording:
+    """Requests of which the whole answer is due by a deadline, a third of each class.
+
+    An ``edit`` has the lengths of a code completion, a ``summary`` those of a paper and its
+    abstract, a ``report`` those of a chat.
+    """
+    parts = zip(coding().chains, summarization().chains, chatbot().chains, strict=False)
+    return Recording(
+        tuple(
+            (replace(call, slo=slo),)
+            for chains in parts
+            for (call,), slo in zip(chains, DEADLINES.values(), strict=True)
         )
     )
 

@@ -18,7 +18,7 @@ from minserve.workload.verdict import Cause, Verdict
 QUANTILES = (0.5, 0.9, 0.99)
 ALL = "all"
 _HEADINGS = ("class", "offered", "attained", "mean form", "ttft p50", "p90", "p99",
-             "tpot p50", "p90", "p99")  # fmt: skip
+             "tpot p50", "p90", "p99", "end p50", "p90", "p99")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,8 @@ class Part:
         best_effort: missed requests that were served although the server had given up their SLO.
         ttft_s: of all requests; a request without a token counts as infinitely late.
         tpot_s: of the requests with at least two tokens.
+        finish_s: time to the last token; a request whose output did not end counts as infinitely
+            late.
         output_tokens: of all requests.
         attained_tokens: output tokens of the requests that attained their SLO in the deadline form.
     """
@@ -62,6 +64,7 @@ class Part:
     best_effort: int
     ttft_s: Percentiles
     tpot_s: Percentiles
+    finish_s: Percentiles
     output_tokens: int
     attained_tokens: int
 
@@ -74,8 +77,9 @@ class Part:
             attained_mean=sum(verdict.attained_mean for verdict in verdicts),
             misses=Counter(verdict.cause for verdict in verdicts if verdict.cause is not None),
             best_effort=sum(verdict.best_effort for verdict in verdicts),
-            ttft_s=Percentiles.of(math.inf if v.ttft_s is None else v.ttft_s for v in verdicts),
+            ttft_s=Percentiles.of(_late(v.ttft_s) for v in verdicts),
             tpot_s=Percentiles.of(v.tpot_s for v in verdicts if v.tpot_s is not None),
+            finish_s=Percentiles.of(_late(v.finish_s) for v in verdicts),
             output_tokens=sum(verdict.output_tokens for verdict in verdicts),
             attained_tokens=sum(verdict.output_tokens for verdict in kept),
         )
@@ -101,6 +105,7 @@ class Part:
             "best_effort": self.best_effort,
             "ttft_ms": self.ttft_s.to_dict(),
             "tpot_ms": self.tpot_s.to_dict(),
+            "finish_ms": self.finish_s.to_dict(),
             "output_tokens": self.output_tokens,
         }
 
@@ -198,13 +203,19 @@ def share(flags: Iterable[bool]) -> float:
     return _ratio(sum(values), len(values))
 
 
+def _late(seconds: float | None) -> float:
+    """Return a time; infinity if what it is the time of never came."""
+    return math.inf if seconds is None else seconds
+
+
 def _at(ordered: Sequence[float], q: float) -> float:
     return ordered[max(0, math.ceil(q * len(ordered)) - 1)] if ordered else math.nan
 
 
 def _cells(part: Part) -> list[str]:
     """Return the cells of a row of the table, behind its name."""
-    times = [getattr(one, q) for one in (part.ttft_s, part.tpot_s) for q in ("p50", "p90", "p99")]
+    each = (part.ttft_s, part.tpot_s, part.finish_s)
+    times = [getattr(one, q) for one in each for q in ("p50", "p90", "p99")]
     return [
         str(part.offered),
         _percent(part.attainment),

@@ -12,6 +12,7 @@ import random
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from types import MappingProxyType
 
 from minserve.errors import WorkloadError
@@ -20,8 +21,11 @@ from minserve.workload import recordings
 from minserve.workload.arrivals import check_burstiness, gamma_arrivals, recorded_arrivals
 from minserve.workload.conversation import Conversation, Turn
 from minserve.workload.recordings import Chain, Recording, scaled
+from minserve.workload.report import percentile
 from minserve.workload.texts import fill
 
+# Of the outputs of a class, for the pace that follows from a deadline.
+PACED_QUANTILE = 0.9
 # Classes with a longer TPOT than this have the loose pace.
 TIGHT_TPOT_S = 0.050
 
@@ -40,6 +44,10 @@ class Scenario:
         tool_time_s: mean seconds that a tool takes; the times are exponentially distributed.
         burstiness: shape of Gamma distributed gaps, where 1 is Poisson; ``None`` keeps recorded
             times where there are any, and means 1 elsewhere.
+        drawn_as: name of the scenario whose requests are drawn for the same seed; empty for its own.
+        ttft_share: if it is set, the server is not told of deadlines of whole answers. It is asked
+            for a TTFT of this share of the deadline, and for the TPOT by which an output of the
+            class then ends in time that is longer than nine of ten (`PACED_QUANTILE`).
     """
 
     name: str
@@ -51,6 +59,8 @@ class Scenario:
     loose: float | None = None
     tool_time_s: float = 1.0
     burstiness: float | None = None
+    drawn_as: str = ""
+    ttft_share: float | None = None
 
     def scaled(
         self,
@@ -157,7 +167,7 @@ class Scenario:
             zip(self.sources, _shares(count, len(self.sources)), strict=True)
         ):
             if share:
-                rng = random.Random(f"{seed} {self.name} {i}")
+                rng = random.Random(f"{seed} {self.drawn_as or self.name} {i}")
                 parts.append((source(), *_pick(source(), share, rng), rng))
         num_drawn = sum(len(chain) for _, _, chains, _ in parts for chain in chains)
         span_s = num_drawn / rate if seconds is None else seconds
@@ -201,7 +211,7 @@ class Scenario:
 
     def _turns(self, chain: Chain, rng: random.Random) -> tuple[Turn, ...]:
         turns: list[Turn] = []
-        said = 0
+        said, paced = 0, _fixed_paces(self)
         for call in chain:
             thinking = scaled(call.thinking_tokens, self.lengths) if call.thinking_tokens else 0
             answer = scaled(call.output_tokens - call.thinking_tokens, self.lengths)
@@ -212,6 +222,7 @@ class Scenario:
                 shared_tokens=said,
                 delay_s=rng.expovariate(1 / self.tool_time_s) if said and self.tool_time_s else 0.0,
                 thinking_tokens=thinking,
+                asked=paced.get(call.slo.name),
             )
             said = turn.prompt_tokens + turn.output_tokens
             turns.append(turn)
@@ -239,6 +250,23 @@ class Scenario:
             statistics.fmean(of(t) for chain in source().chains for t in self._turns(chain, rng))
             for source in self.sources
         )
+
+
+@cache
+def _fixed_paces(scenario: Scenario) -> dict[str, SLO]:
+    """Return what the server is asked for instead of a deadline, by class."""
+    share = scenario.ttft_share
+    if share is None:
+        return {}
+    calls = [call for source in scenario.sources for chain in source().chains for call in chain]
+    found = {}
+    for name, slo in scenario.classes.items():
+        if slo.finish is not None:
+            own = [scaled(c.output_tokens, scenario.lengths) for c in calls if c.slo.name == name]
+            usual = percentile(own, PACED_QUANTILE)
+            tpot_s = (1.0 - share) * slo.finish / usual
+            found[name] = SLO(ttft=share * slo.finish, tpot=tpot_s, name=name)
+    return found
 
 
 def find_scenario(name: str) -> Scenario:
@@ -322,5 +350,21 @@ SCENARIOS = _scenarios(
         help="short questions, long thinking at a tight pace, then an answer; Poisson",
         num_requests=1000,
         sources=(recordings.reasoning,),
+    ),
+    Scenario(
+        name="deadlines",
+        help="chat, and as many edits, summaries and reports that are due as a whole after 5 to "
+        "60 s; chats arrive evenly, the others Poisson",
+        num_requests=1200,
+        sources=(recordings.chatbot, recordings.deadlines),
+    ),
+    Scenario(
+        name="deadlines_fixed",
+        help="the same requests, but the server is asked for a TTFT and a TPOT per class that "
+        "follow from the deadlines, by which alone they are judged",
+        num_requests=1200,
+        sources=(recordings.chatbot, recordings.deadlines),
+        drawn_as="deadlines",
+        ttft_share=0.1,
     ),
 )

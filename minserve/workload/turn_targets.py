@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Protocol
 
-from minserve.slo.objectives import Targets
+from minserve.slo.objectives import SLO, Targets
 from minserve.workload.conversation import Turn
 
 
@@ -20,13 +20,13 @@ class Speed(Protocol):
         """Return the seconds per output token with ``context_tokens`` tokens before it."""
 
 
-def targets_of(turn: Turn, speed: Speed) -> Targets:
-    """Return a turn's SLO in seconds.
+def targets_of(turn: Turn, speed: Speed, slo: SLO | None = None) -> Targets:
+    """Return a turn's own SLO, or another one for it, in seconds.
 
     A load test forces outputs to their length, so the model's marker never comes. A stage that
     the marker would end ends after the turn's thinking tokens instead.
     """
-    targets = turn.slo.resolve(
+    targets = (turn.slo if slo is None else slo).resolve(
         speed.zero_load_prefill_s(turn.prompt_tokens),
         speed.zero_load_decode_s(turn.prompt_tokens),
     )

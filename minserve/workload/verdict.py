@@ -6,6 +6,7 @@ Attainment is that of `minserve.slo.attainment`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
@@ -18,6 +19,7 @@ class Cause(Enum):
 
     LATE_TTFT = "late first token"
     LATE_TPOT = "late token"
+    LATE_FINISH = "late end"
     REJECTED = "rejected"
     FAILED = "failed"
     UNANSWERED = "unanswered"
@@ -38,6 +40,7 @@ class Verdict:
         output_tokens: tokens of the output that came.
         ttft_s: time to the first token; ``None`` if no token came.
         tpot_s: mean time per token over the output; ``None`` before two tokens.
+        finish_s: time to the last token; ``None`` if the output did not come to its end.
         send_lag_s: how late the client itself sent the request.
     """
 
@@ -50,6 +53,7 @@ class Verdict:
     output_tokens: int = 0
     ttft_s: float | None = None
     tpot_s: float | None = None
+    finish_s: float | None = None
     send_lag_s: float = 0.0
 
     @property
@@ -73,4 +77,10 @@ def cause_of_miss(progress: Progress, *, done: bool) -> Cause | None:
         return None
     if progress.first_token_s is None:
         return Cause.UNANSWERED
-    return Cause.LATE_TTFT if progress.late_ttft else Cause.LATE_TPOT
+    if progress.late_ttft:
+        return Cause.LATE_TTFT
+    if progress.late_tpot:
+        return Cause.LATE_TPOT
+    # One that was cut off before its end failed what it would have broken first.
+    by_finish = math.isfinite(progress.finish_by_s) and progress.breaks_s >= progress.finish_by_s
+    return Cause.LATE_FINISH if progress.late_finish or by_finish else Cause.LATE_TPOT

@@ -67,6 +67,18 @@ def test_a_flight_and_a_turn_ask_for_the_same() -> None:
     assert (without.deadline_s, without.tpot_s) == (math.inf, math.inf)
 
 
+def test_a_deadline_of_the_whole_answer_asks_for_a_pace_too() -> None:
+    placement, loop = TurnPlacement(router_of(2), QuantileLengths(), 2, EventLoop()), EventLoop()
+    assert loop.now == 0.0
+    asked = placement.ask(turn(request(SLO(finish=2.0, expected_output_tokens=11))))
+    # By then ten further tokens at that pace still end in time, which began at 3.0.
+    assert asked.deadline_s > 3.0
+    assert asked.deadline_s + 10 * asked.tpot_s == pytest.approx(5.0)
+    assert 0.02 < asked.tpot_s <= 0.1
+    both = placement.ask(turn(request(SLO(finish=2.0, ttft=0.1, expected_output_tokens=11))))
+    assert (both.deadline_s, both.tpot_s) == (3.1, asked.tpot_s)
+
+
 def test_a_turn_knows_the_replica_of_the_turn_before() -> None:
     placement, _ = turns(router_of(2))
     what = Turn(slo=PROMISE, prompt_tokens=100, output_tokens=8, shared_tokens=60)

@@ -136,6 +136,17 @@ def test_whoever_is_promised_only_a_first_token_is_owed_no_pace(policy: str) -> 
     assert found.tightest_tpot_s == math.inf
 
 
+def test_a_deadline_of_the_whole_answer_is_owed_the_pace_that_the_planner_gives_it() -> None:
+    replay = replay_with("dp")
+    replay.waiting.append(request("a", 100, 40, 0.0, SLO(finish=10.0)))
+    assert load(replay).tightest_tpot_s == math.inf
+    replay.plan()
+    (pace,) = replay.planner.paces.by_id.values()  # type: ignore[attr-defined]
+    found = load(replay)
+    assert found.tightest_tpot_s == pace.tpot_s < math.inf
+    assert found.decode_rate == pytest.approx(1 / pace.tpot_s)
+
+
 def test_the_pace_owed_is_that_of_the_stage_under_way() -> None:
     slo = SLO(ttft=5.0, stages=(DecodeStage(tpot=0.02, tokens=2), DecodeStage(tpot=0.5)))
     seq = request("staged", 10, 20, 0.0, slo)

@@ -119,7 +119,13 @@ def test_the_body_wins_over_headers_field_by_field() -> None:
     ],
 )
 def test_a_bad_header_is_named_even_where_it_loses(text: str) -> None:
-    for name in ("x-slo-ttft-ms", "x-slo-tpot-ms", "x-llm-d-slo-ttft-ms", "x-llm-d-slo-tpot-ms"):
+    for name in (
+        "x-slo-ttft-ms",
+        "x-slo-tpot-ms",
+        "x-slo-finish-ms",
+        "x-llm-d-slo-ttft-ms",
+        "x-llm-d-slo-tpot-ms",
+    ):
         for value in (None, "coding", GENEROUS):
             headers = CIMultiDict({name.upper(): text, "x-llm-d-slo-other": "1"})
             with pytest.raises(InvalidSLOError) as caught:
@@ -173,6 +179,7 @@ def test_a_report_is_told_in_milliseconds() -> None:
         "ttft_ms": 250.0,
         "mean_tpot_ms": 550.0,
         "worst_token_lateness_ms": 50.0,
+        "finish_ms": 800.0,
         "targets": {"ttft_ms": 1000.0, "tpot_ms": 500.0},
     }
 
@@ -338,6 +345,7 @@ def test_a_generous_slo_is_attained(client: openai.OpenAI) -> None:
         "ttft_ms",
         "mean_tpot_ms",
         "worst_token_lateness_ms",
+        "finish_ms",
         "targets",
     }
     assert (told["class"], told["admitted"], told["attained"]) == ("custom", True, True)
@@ -345,6 +353,7 @@ def test_a_generous_slo_is_attained(client: openai.OpenAI) -> None:
     count = response.usage.completion_tokens
     last_ms = told["ttft_ms"] + told["mean_tpot_ms"] * (count - 1)
     assert 0 < told["ttft_ms"] < last_ms < 1e3 * (answered_s - asked_s)
+    assert told["finish_ms"] == pytest.approx(last_ms, abs=0.1)
     assert told["worst_token_lateness_ms"] < 0
     assert told["targets"] == GENEROUS
 
@@ -456,6 +465,46 @@ def test_an_impossible_slo_is_refused_where_that_was_asked_for(
     error = json.loads(raw)["error"]
     assert (error["type"], error["code"]) == ("rate_limit_error", "slo_unattainable")
     server.wait_until_free()
+
+
+def test_a_deadline_of_the_whole_answer_is_promised_judged_and_counted(
+    server: RunningServer,
+) -> None:
+    told = usage_of(server, slo={"finish_ms": 60_000})["slo"]
+    assert (told["admitted"], told["attained"]) == (True, True)
+    assert told["targets"] == {"ttft_ms": None, "tpot_ms": None, "finish_ms": 60_000}
+    assert 0 < told["ttft_ms"] <= told["finish_ms"] < 60_000
+    headers = {"X-SLO-Finish-MS": "50000"}
+    assert usage_of(server, headers)["slo"]["targets"]["finish_ms"] == 50_000
+    beside = usage_of(server, headers, slo={"finish_ms": 40_000, "ttft_ms": 30_000})["slo"]
+    assert beside["targets"] == {"ttft_ms": 30_000, "tpot_ms": None, "finish_ms": 40_000}
+    late = usage_of(server, slo={"finish_ms": 0.001})["slo"]
+    assert (late["admitted"], late["attained"]) == (False, False)
+    assert late["finish_ms"] > late["targets"]["finish_ms"] == 0.001
+    refused = {**GREEDY, "slo": {"finish_ms": 0.001, "on_unattainable": "reject"}}
+    status, headers, raw = post(server, "/v1/completions", refused)
+    assert (status, headers["x-request-dropped-reason"]) == (429, "device"), raw
+    several = {**GREEDY, "n": 3, "slo": {"finish_ms": 60_000}}
+    status, _, raw = post(server, "/v1/completions", several)
+    assert (status, json.loads(raw)["usage"]["slo"]["attained"]) == (200, True)
+
+
+@pytest.mark.parametrize(
+    ("slo", "param"),
+    [
+        ({"finish_ms": 0}, "slo.finish_ms"),
+        ({"finish_ms": True}, "slo.finish_ms"),
+        ({"finish_ms": "4000"}, "slo.finish_ms"),
+        ({"finish_ms": 1e300}, "slo.finish_ms"),
+        ({"finish_ms": 10, "ttft_ms": 11}, "slo.finish_ms"),
+        ({"finish_slowdown": 3}, "slo.finish_slowdown"),
+    ],
+)
+def test_a_deadline_that_makes_no_sense_is_refused_by_name(
+    server: RunningServer, slo: dict[str, Any], param: str
+) -> None:
+    status, _, raw = post(server, "/v1/completions", {**GREEDY, "slo": slo})
+    assert (status, json.loads(raw)["error"]["param"]) == (400, param)
 
 
 def test_a_request_that_is_too_late_already_is_refused_too(server: RunningServer) -> None:

@@ -26,7 +26,7 @@ from minserve.simulator.simulated_device import SimulatedProposer
 from minserve.simulator.simulated_replica import SimulatedReplica
 from minserve.simulator.simulated_sequence import SimulatedSequence
 from minserve.simulator.simulation import Setup, SimulationResult, simulate
-from minserve.slo.objectives import preset_classes
+from minserve.slo.objectives import SLO, preset_classes
 from minserve.workload.conversation import Conversation, Turn, num_turns
 from minserve.workload.verdict import Cause
 
@@ -357,3 +357,30 @@ def finish(replica: SimulatedReplica, loop: EventLoop) -> None:
         loop.now += replica.begin()[0]
         replica.end()
         replica.core.check_integrity()
+
+
+# --- deadlines of whole answers ---
+
+
+def deadline(seconds: float, asked: SLO | None = None) -> list[Conversation]:
+    turn = Turn(slo=SLO(finish=seconds), prompt_tokens=100, output_tokens=20, asked=asked)
+    return [Conversation(0.0, (turn,))]
+
+
+@pytest.mark.parametrize("policy", ["dp", "edf", "vllm", "sarathi", "fcfs", "distserve"])
+def test_a_deadline_is_kept_up_to_the_last_token(policy: str) -> None:
+    (verdict,) = run(deadline(1000.0), policy=policy).verdicts
+    assert verdict.finish_s is not None
+    assert verdict.attained
+    (kept,) = run(deadline(verdict.finish_s * 1.001), policy=policy).verdicts
+    (late,) = run(deadline(verdict.finish_s * 0.999), policy=policy).verdicts
+    assert (kept.cause, late.cause) == (None, Cause.LATE_FINISH)
+    assert not late.attained_mean
+
+
+def test_a_turn_is_judged_by_its_own_promise_whatever_the_server_is_told() -> None:
+    asked = SLO(ttft=1e-6, tpot=1e-6)
+    (verdict,) = run(deadline(1000.0, asked)).verdicts
+    assert (verdict.cause, verdict.best_effort) == (None, True)
+    (verdict,) = run(deadline(1e-3, SLO(ttft=1e3))).verdicts
+    assert (verdict.cause, verdict.best_effort) == (Cause.LATE_FINISH, False)

@@ -10,7 +10,7 @@ import pytest
 from slo_targets import targets
 
 from minserve.errors import InvalidSLOError
-from minserve.slo.objectives import SLO, DecodeStage, OnUnattainable, preset_classes
+from minserve.slo.objectives import SLO, DecodeStage, OnUnattainable, Targets, preset_classes
 
 # --- what may be asked for ---
 
@@ -109,6 +109,8 @@ def test_the_presets_are_those_of_the_paper() -> None:
         "tool_loop": targets(pytest.approx(0.3), (0.05,)),
         "tool_final": targets(pytest.approx(0.3), (0.1,)),
         "reasoning": targets(pytest.approx(0.3), (0.05, "</think>"), (0.1,)),
+        "interactive": targets(0.5, (0.1,)),
+        "batch": Targets(finish_s=60.0),
     }
     for name, slo in preset_classes().items():
         assert slo.name == name

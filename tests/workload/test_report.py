@@ -61,8 +61,8 @@ def test_json_is_in_milliseconds_and_has_no_infinity() -> None:
     assert found["attainment"] == 0.6
     assert found["ttft_ms"] == {"p50": 100.0, "p90": None, "p99": None}
     assert found["tpot_ms"]["p99"] == 200.0
-    assert found["misses"] == {"late_ttft": 1, "late_tpot": 1, "rejected": 1, "failed": 0,
-                               "unanswered": 0, "not_sent": 1}  # fmt: skip
+    assert found["misses"] == {"late_ttft": 1, "late_tpot": 1, "late_finish": 0, "rejected": 1,
+                               "failed": 0, "unanswered": 0, "not_sent": 1}  # fmt: skip
     assert found["classes"]["coding"]["attained"] == 1
     assert found["send_lag_ms"]["p99"] == 0.0
 

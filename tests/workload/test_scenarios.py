@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -155,10 +156,11 @@ def test_a_mix_holds_a_third_of_each() -> None:
 
 
 def test_classes_are_the_presets() -> None:
-    presets = preset_classes()
+    presets = {**preset_classes(), **recordings.DEADLINES}
     for scenario in SCENARIOS.values():
         assert scenario.classes == {name: presets[name] for name in scenario.classes}
-    assert {name for one in SCENARIOS.values() for name in one.classes} == set(presets)
+    used = {name for one in SCENARIOS.values() for name in one.classes}
+    assert used == set(presets) - {"interactive", "batch"}
 
 
 def test_each_call_of_a_chain_goes_on_where_the_last_one_ended() -> None:
@@ -258,3 +260,39 @@ def test_texts_come_with_the_draw_where_wanted() -> None:
     scenario = find_scenario("mixed")
     assert turns_of(scenario.draw(1.0, seed=0, num_requests=3))[0].text is None
     assert all(turn.text for turn in turns_of(scenario.draw(1.0, seed=0, seconds=9, texts=True)))
+
+
+# --- deadlines of whole answers ---
+
+
+def test_deadlines_are_the_same_requests_whatever_the_server_is_told() -> None:
+    told, fixed = (find_scenario(name) for name in ("deadlines", "deadlines_fixed"))
+    plain, paced = (
+        one.draw(4.0, seed=3, num_requests=200) for one in (told, fixed)
+    )  # fmt: skip
+    assert plain == told.draw(4.0, seed=3, num_requests=200)
+    assert plain != told.draw(4.0, seed=4, num_requests=200)
+    assert plain == [
+        Conversation(one.arrival_s, tuple(replace(turn, asked=None) for turn in one.turns))
+        for one in paced
+    ]
+    turns = turns_of(plain)
+    assert Counter(turn.slo.finish for turn in turns).keys() == {None, 5.0, 15.0, 60.0}
+    assert sum(turn.slo.finish is None for turn in turns) == 100
+    assert all(turn.asked is None for turn in turns)
+    usual: dict[str, list[int]] = {}
+    for chain in recordings.deadlines().chains:
+        usual.setdefault(chain[0].slo.name, []).append(chain[0].output_tokens)
+    for turn in turns_of(paced):
+        if turn.slo.finish is None:
+            assert turn.asked is None
+            continue
+        asked = turn.asked_slo
+        assert (asked.finish, asked.name) == (None, turn.slo.name)
+        assert asked.ttft is not None
+        assert asked.tpot is not None
+        # Nine of ten outputs of the class end in time at that pace.
+        ends = [asked.ttft + tokens * asked.tpot for tokens in usual[asked.name]]
+        in_time = sum(end <= turn.slo.finish + 1e-9 for end in ends) / len(ends)
+        assert 0.9 <= in_time < 0.92
+        assert 0 < asked.ttft < turn.slo.finish

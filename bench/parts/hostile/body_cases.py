@@ -181,13 +181,14 @@ def _paths() -> list[HostileCase]:
 
 
 def _slo_headers() -> list[HostileCase]:
-    names = ("x-slo-ttft-ms", "x-slo-tpot-ms", "x-llm-d-slo-ttft-ms", "x-llm-d-slo-tpot-ms")
+    names = ("x-slo-ttft-ms", "x-slo-tpot-ms", "x-slo-finish-ms", "x-llm-d-slo-ttft-ms",
+             "x-llm-d-slo-tpot-ms")  # fmt: skip
     cases = [
         refused(
             "SLO headers", f"{name}: {value[:12]!r}", COMPLETIONS, GOOD, headers=[(name, value)]
         )
         for i, value in enumerate(NO_NUMBERS)
-        for name in (names[i % 4], names[(i + 1) % 4])
+        for name in (names[i % len(names)], names[(i + 1) % len(names)])
     ]
     unknown = refused("SLO headers", "an unknown one", COMPLETIONS, GOOD,
                       headers=[("x-slo-no-such", "5")])  # fmt: skip

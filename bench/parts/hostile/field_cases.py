@@ -139,6 +139,7 @@ SLO: dict[str, list[Any]] = {
     "ttft_ms": [0, -1, -0.0, Raw("1e-400"), 1e308, HUGE, LONG, *NO_NUMBER],
     "tpot_ms": [0, -1, 1e308, *NO_NUMBER],
     "thinking_tpot_ms": [0, -1, NAN],
+    "finish_ms": [0, -1, Raw("1e-400"), 1e308, HUGE, LONG, *NO_NUMBER],
     "ttft_slowdown": [0, -1, 0.5, 1e308, *NO_NUMBER],
     "tpot_slowdown": [0, -1, 0.5, 1e308, *NO_NUMBER],
     "expected_output_tokens": [0, -1, 10**30, *NO_INTEGER],
@@ -287,6 +288,7 @@ def cases() -> list[HostileCase]:
     slo = [(f"{name}: {brief(v)}", {name: v}) for name, values in SLO.items() for v in values]
     slo += [(brief(value), value) for value in SLO_ALONE]
     slo.append(("both forms", {"ttft_ms": 1, "ttft_slowdown": 2}))
+    slo.append(("the end before the beginning", {"ttft_ms": 1000, "finish_ms": 999}))
     return [
         *_fields("fields of completions", COMPLETIONS, completion, SHARED | COMPLETION),
         *_fields("fields of chats", CHAT, chat, CHAT_ONLY),

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -83,6 +84,8 @@ def group_tiers(
 ) -> tuple[list[Tier], dict[float, int]]:
     """Sort TPOTs into few tiers; a TPOT between two joins the tighter one.
 
+    The tiers are those that add least to what is demanded, in tokens per second.
+
     Args:
         paces: ``(tpot_s, context tokens)`` of each sequence; infinite TPOTs have no tier.
 
@@ -94,9 +97,7 @@ def group_tiers(
         if math.isfinite(tpot):
             contexts.setdefault(tpot, []).append(context)
     distinct = sorted(contexts)
-    # Cut at the widest gaps, as ratios: what is close in pace shares a tier.
-    gaps = sorted(range(1, len(distinct)), key=lambda i: distinct[i - 1] / distinct[i])
-    cuts = set(gaps[: max_tiers - 1])
+    cuts = _cheapest_cuts([(tpot, len(contexts[tpot])) for tpot in distinct], max_tiers)
     tiers: list[Tier] = []
     index: dict[float, int] = {}
     members: list[int] = []
@@ -108,6 +109,35 @@ def group_tiers(
         tiers[-1] = Tier(tpot_s=tiers[-1].tpot_s, context_tokens=sum(members) / len(members))
         index[tpot] = len(tiers) - 1
     return tiers, index
+
+
+def _cheapest_cuts(paces: SequenceOf[tuple[float, int]], max_tiers: int) -> set[int]:
+    """Return where tiers begin, beside the first, so that least is demanded.
+
+    Args:
+        paces: TPOTs, ascending, and the number of sequences of each.
+    """
+    num = len(paces)
+    if num <= max_tiers:
+        return set(range(1, num))
+    rates = [1.0 / tpot for tpot, _ in paces]
+    behind = list(accumulate(count for _, count in reversed(paces)))[::-1]
+    # For each i: what is saved against one tier for all if the last tier begins at i, and the cuts
+    # by which most is saved.
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+    best += [(-math.inf, ())] * (num - 1)
+    for _ in range(max_tiers - 1):
+        best = [
+            max(
+                (
+                    (saved + behind[i] * (rates[j] - rates[i]), (*cuts, i))
+                    for j, (saved, cuts) in enumerate(best[:i])
+                ),
+                default=(-math.inf, ()),
+            )
+            for i in range(num)
+        ]
+    return set(max(best)[1])
 
 
 def build_outlook(

@@ -29,10 +29,12 @@ from minserve.planner.admission.parties import Party, partition, spared_blocks, 
 from minserve.planner.admission.prefill_rates import PrefillRates, TierSpeculation
 from minserve.planner.admission.timeline import Admission, Candidate
 from minserve.planner.batching.draft_lengths import NO_DRAFTS, DraftsForPrefills
+from minserve.planner.batching.timed_batch_builder import decodes_alone
 from minserve.planner.plan import PlannerView, Refusal
 from minserve.planner.predict.acceptance import AcceptanceEstimator
 from minserve.planner.predict.lengths import LengthEstimator
-from minserve.planner.predict.perf_model import PerfModel
+from minserve.planner.predict.pacing import Pace, PaceLimits, Paces, pace_of
+from minserve.planner.predict.perf_model import BatchShape, PerfModel
 from minserve.request import Sequence
 from minserve.slo.objectives import Standing
 
@@ -69,12 +71,14 @@ class ReviewResult:
         relegate: sequences whose SLO is given up.
         reject: sequences that are refused, with the reason.
         drafts: the worth of drafting while prefills wait.
+        paces: when tokens are due for the sake of deadlines of whole outputs.
     """
 
     chosen: dict[str, None] = field(default_factory=dict)
     relegate: dict[str, None] = field(default_factory=dict)
     reject: dict[str, Refusal] = field(default_factory=dict)
     drafts: DraftsForPrefills = NO_DRAFTS
+    paces: Paces = field(default_factory=Paces)
 
 
 def review(
@@ -119,6 +123,8 @@ def review(
         broken,
         chosen_before,
     )
+    result.paces = round_.paces
+    round_.relax_paces()
     round_.shed_overload(result)
     if not round_.candidates:
         result.drafts = round_.drafts(set())
@@ -138,6 +144,8 @@ class _ReviewRound:
     Attributes:
         settled: sequences that decode under a promise.
         undecided: requests with outputs that do not.
+        remaining: number of tokens that each sequence is likely still to have, by its id.
+        paces: what deadlines of whole outputs ask for.
         candidates: a candidate for each of these requests.
     """
 
@@ -162,8 +170,10 @@ class _ReviewRound:
         self.undecided = [party for party in parties if party.open]
         open_ = [seq for party in self.undecided for seq in party.open]
         self._block_size = view.memory.block_size
+        self.remaining = {s.seq_id: lengths.remaining(s) for s in (*self.settled, *open_)}
+        self.paces = self._paces(model)
         self.tiers, self.index = group_tiers(
-            (stage.tpot_s, seq.num_tokens)
+            (self.paces.at_most(seq, stage.tpot_s), seq.num_tokens)
             for seq in (*self.settled, *open_)
             for stage in seq.slo_progress.stages_left
         )
@@ -176,13 +186,31 @@ class _ReviewRound:
         self.rates = self._rates(model, share, speculation)
         # What is promised already goes before the share of best effort.
         self.whole_rates = self._rates(model, 1.0, speculation)
-        self.remaining = {s.seq_id: lengths.remaining(s) for s in (*self.settled, *open_)}
         self._spared = spared_blocks(parties, view.memory, self.remaining)
         # Decodes keep step with each other, whatever they were promised: what counts for memory
         # is in which order they end.
-        self._step_s = min((s.slo_progress.tpot_s for s in self.settled), default=math.inf)
+        self._step_s = min((self.paces.tpot_s(s) for s in self.settled), default=math.inf)
         self.demands = {s.seq_id: self._demands(s) for s in self.settled}
         self.candidates = [self._candidate(party, cached_tokens) for party in self.undecided]
+
+    def _paces(self, model: PerfModel) -> Paces:
+        """Return what deadlines of whole outputs ask of all sequences that have one."""
+        steep, guard_s = model.steepest, self.settings.guard_s
+        found: dict[str, Pace] = {}
+        open_ = [seq for party in self.undecided for seq in party.open]
+        having = [s for s in (*self.settled, *open_) if s.slo_progress.finish_by_s < math.inf]
+        if not having:
+            return Paces()
+        decodes_s = model.predict(decodes_alone(self.settled)) if self.settled else 0.0
+        limits = PaceLimits.of(model.predict(BatchShape.of([(0, 1)])), decodes_s, guard_s)
+        for seq in having:
+            prefill_s = 0.0
+            if not seq.is_decoding:
+                prompt = BatchShape(tokens=seq.num_uncomputed_tokens, seqs=1, eager=1)
+                prefill_s = model.drift * steep.seconds(prompt)
+            num_left = self.remaining[seq.seq_id]
+            found[seq.seq_id] = pace_of(seq, num_left, self.now, prefill_s, limits)
+        return Paces(found)
 
     def _rates(
         self, model: PerfModel, share: float, speculation: TierSpeculation | None
@@ -209,7 +237,7 @@ class _ReviewRound:
         vectors = [tuple(members)]
         for seqs in (self.settled, open_):
             for seq in seqs:
-                tier = self.index.get(seq.slo_progress.tpot_s)
+                tier = self.index.get(self.paces.tpot_s(seq))
                 if tier is not None:
                     members[tier] += 1
                     totals[tier] += acceptance.rate(seq)
@@ -230,7 +258,7 @@ class _ReviewRound:
             return NO_DRAFTS
         counts = [0] * len(self.tiers)
         for seq in self.settled:
-            tier = self.index.get(seq.slo_progress.tpot_s)
+            tier = self.index.get(self.paces.tpot_s(seq))
             if tier is not None:
                 counts[tier] += 1
         for candidate in (self.candidates[i] for i in accepted):
@@ -280,15 +308,15 @@ class _ReviewRound:
         Args:
             start: number of its tokens that are computed when its prefill begins.
         """
-        progress = seq.slo_progress
+        tpot_s = self.paces.tpot_s(seq)
         return Candidate(
             work=0.0 if seq.is_decoding else self.rates.work(start, seq.num_tokens),
-            deadline_s=min(progress.next_deadline_s - self.settings.guard_s, self.now + FAR_S),
-            tier=self.index.get(progress.tpot_s),
+            deadline_s=min(self.paces.due_s(seq) - self.settings.guard_s, self.now + FAR_S),
+            tier=self.index.get(tpot_s),
             blocks=self._blocks(seq),
             value=seq.request.value,
             forced=seq.standing is Standing.ADMITTED,
-            decode_s=self.remaining[seq.seq_id] * progress.tpot_s,
+            decode_s=self.remaining[seq.seq_id] * tpot_s,
             was_chosen=seq.seq_id in self._chosen_before,
         )
 
@@ -296,16 +324,18 @@ class _ReviewRound:
         """Return what a decoding sequence demands, by stage, if it goes no faster than promised."""
         progress, left = seq.slo_progress, self.remaining[seq.seq_id]
         stages = progress.targets.stages
-        at = max(self.now, progress.next_deadline_s - progress.tpot_s)
+        paces = self.paces
+        at = paces.starts_s(seq, self.now)
         demands = []
         for number in range(progress.stage, len(stages)):
             count = (
                 progress.stage_tokens_left if number == progress.stage else stages[number].tokens
             )
             tokens = left if count is None else min(left, count)
-            if tokens > 0 and math.isfinite(stages[number].tpot_s):
-                end = at + tokens * stages[number].tpot_s
-                demands.append(Demand(self.index[stages[number].tpot_s], at, end))
+            tpot_s = paces.at_most(seq, stages[number].tpot_s)
+            if tokens > 0 and math.isfinite(tpot_s):
+                end = at + tokens * tpot_s
+                demands.append(Demand(self.index[tpot_s], at, end))
                 at, left = end, left - tokens
         return demands
 
@@ -336,6 +366,21 @@ class _ReviewRound:
             num_blocks=self.view.memory.num_blocks,
             free_seqs=max(0, self.view.max_num_seqs - len(self.settled) - num_forced),
         )
+
+    def relax_paces(self) -> None:
+        """Slow down decodes that deadlines hurry, the tightest paces first, if settled decodes are
+        too many for their paces.
+
+        Such a deadline may still be kept, if the output is shorter than its guess or others end.
+        """
+        if self._settled_fit():
+            return
+        paced = [seq for seq in self.settled if self.paces.hurries(seq)]
+        for seq in sorted(paced, key=self.paces.tpot_s):
+            self.paces.relax(seq)
+            self.demands[seq.seq_id] = []
+            if self._settled_fit():
+                return
 
     def shed_overload(self, result: ReviewResult) -> None:
         """Give up the requests with most still to do, if settled decodes alone are too many.
@@ -373,6 +418,10 @@ class _ReviewRound:
         candidates = self.candidates
         self._outlook = self.outlook(max((c.deadline_s for c in candidates), default=self.now))
         admission = choose(candidates, self._outlook, self.rates)
+        if not admission.feasible and self.paces.by_id:
+            # Those under way that have a deadline may still keep it at a tighter pace.
+            late = [self._unhurried(i) if c.forced else c for i, c in enumerate(candidates)]
+            admission = choose(late, self._outlook, self.rates)
         if admission.feasible:
             self._done_s = admission.done_s
             return set(admission.accepted)
@@ -397,9 +446,16 @@ class _ReviewRound:
         elif party.awaits_answer:
             result.reject |= dict.fromkeys(outputs, self._refusal(i, accepted))
         elif party.standing is Standing.PENDING and not self._fits_alone(
-            self.candidates[i], self.whole_rates
+            self._unhurried(i), self.whole_rates
         ):
             result.relegate |= dict.fromkeys(outputs)
+
+    def _unhurried(self, i: int) -> Candidate:
+        """Return a candidate with the deadline that it would have on an idle device."""
+        open_, guard_s = self.undecided[i].open, self.settings.guard_s
+        latest_s = min(self.paces.latest_s(seq) for seq in open_) - guard_s
+        one = self.candidates[i]
+        return one._replace(deadline_s=max(one.deadline_s, min(latest_s, self.now + FAR_S)))
 
     def _fits_alone(self, candidate: Candidate, rates: PrefillRates) -> bool:
         """Return True if it would be in time, with slots and blocks for all of its outputs, if no
@@ -421,7 +477,7 @@ class _ReviewRound:
 
         The same request would come anew then, with all its time before it.
         """
-        candidate = self.candidates[i]
+        candidate = self._unhurried(i)
         waited_s = self.now - self.undecided[i].request.arrival_s
         candidate = candidate._replace(deadline_s=candidate.deadline_s + waited_s)
         own = [0] * len(self.tiers)

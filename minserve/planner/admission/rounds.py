@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from minserve.planner.admission.review import ReviewResult
 from minserve.planner.batching.draft_lengths import NO_DRAFTS, DraftsForPrefills
 from minserve.planner.plan import MemoryView, PlannerView
+from minserve.planner.predict.pacing import Paces
 from minserve.request import Sequence
 
 REVIEW_EVERY_S = 0.1
@@ -23,6 +24,7 @@ class _LastRound:
     Attributes:
         chosen: ids of the sequences that are served, in the round's order.
         drafts: the worth of drafting while prefills wait.
+        paces: what deadlines of whole outputs ask for.
         seen: ids of all sequences that the round knew.
         held_s: seconds on the engine's clock at which it was held.
         rest: number of iterations for which drafts are not weighed; below 0 they are.
@@ -30,6 +32,7 @@ class _LastRound:
 
     chosen: dict[str, None] = field(default_factory=dict)
     drafts: DraftsForPrefills = NO_DRAFTS
+    paces: Paces = field(default_factory=Paces)
     seen: list[str] = field(default_factory=list)
     held_s: float = -math.inf
     rest: int = 0
@@ -55,6 +58,11 @@ class AdmissionRounds:
     def drafts(self) -> DraftsForPrefills:
         """The worth of drafting while prefills wait, by the newest round."""
         return self._last.drafts
+
+    @property
+    def paces(self) -> Paces:
+        """What deadlines of whole outputs ask for, by the newest round."""
+        return self._last.paces
 
     def begin_plan(self) -> None:
         """Prepare for a plan, which may hold a round."""
@@ -97,7 +105,8 @@ class AdmissionRounds:
 
     def decided(self, result: ReviewResult) -> None:
         """Keep what a round decided."""
-        self._last.chosen, self._last.drafts = result.chosen, result.drafts
+        last = self._last
+        last.chosen, last.drafts, last.paces = result.chosen, result.drafts, result.paces
 
     def cached_tokens(self, seq: Sequence, memory: MemoryView) -> int:
         """Return how many tokens of a waiting sequence the prefix index holds.

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from minserve.planner.plan import SpeculationView
 from minserve.planner.predict.acceptance import AcceptanceEstimator, expected_tokens
+from minserve.planner.predict.pacing import Paces
 from minserve.planner.predict.perf_model import EAGER, BatchShape, PerfModel, Piece
 from minserve.request import Sequence
 
@@ -118,14 +119,16 @@ class Drafting:
         limit = max(0, min(limit, left))
         return DraftCandidate(seq, self.acceptance.rate(seq), limit, self.view.lag(seq))
 
-    def candidates_for_prefills(self, seqs: Iterable[Sequence]) -> dict[str, DraftCandidate]:
+    def candidates_for_prefills(
+        self, seqs: Iterable[Sequence], paces: Paces
+    ) -> dict[str, DraftCandidate]:
         """Return the decodes that draft while prefills wait, by sequence id.
 
         The limit of each is the length that leaves most to prefills over time.
         """
         found = {}
         for seq in seqs:
-            threshold = self.for_prefills.thresholds.get(seq.slo_progress.tpot_s)
+            threshold = self.for_prefills.thresholds.get(paces.tpot_s(seq))
             if threshold is not None:
                 one = self.candidate(seq)
                 length = one.length(threshold, self.view.max_tokens)

@@ -35,6 +35,7 @@ from minserve.planner.batching.draft_lengths import DraftCandidate, Drafting
 from minserve.planner.batching.timed_batch_builder import TimedBatchBuilder
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.predict.acceptance import cautious_tokens
+from minserve.planner.predict.pacing import Paces
 from minserve.planner.predict.perf_model import EAGER, BatchShape, PerfModel
 from minserve.request import Sequence, SequenceState
 
@@ -51,12 +52,29 @@ class Work:
         unpromised: sequences that are promised nothing, or no longer, and are not late yet, with
             their next deadline, earliest first.
         best_effort: the other sequences, which are late or have no SLO, in rank order.
+        paces: what deadlines of whole outputs ask for.
     """
 
     decodes: list[Due] = field(default_factory=list)
     prefills: list[Due] = field(default_factory=list)
     unpromised: list[Due] = field(default_factory=list)
     best_effort: list[Sequence] = field(default_factory=list)
+    paces: Paces = field(default_factory=Paces)
+
+    def at_stake(self, decodes: list[Due]) -> list[Due]:
+        """Return the decodes whose promise a late token breaks, with the time when it is late,
+        earliest first. A pace that follows from a deadline can still be made up for.
+        """
+        if not self.paces.by_id:
+            return decodes
+        hard = [(seq.slo_progress.next_deadline_s, seq) for _, seq in decodes]
+        return sorted((one for one in hard if one[0] < math.inf), key=_due_s)
+
+    def tightest_of_deadlines_s(self) -> float:
+        """Return the tightest pace of the admitted decodes that follows from a deadline."""
+        if not self.paces.by_id:
+            return math.inf
+        return min((self.paces.of_deadline_s(seq) for _, seq in self.decodes), default=math.inf)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +118,8 @@ def form_batch(
     """
     order, num_kept = _order(work)
     batch = TimedBatchBuilder(BatchBuilder(view, order=order, num_kept=num_kept), model)
-    stakes = _stakes(work.decodes, batch, limits, now)
+    at_stake = work.at_stake(work.decodes)
+    stakes = _stakes(at_stake, batch, limits, now)
     decodes_s = batch.seconds_of_decodes([seq for _, seq in work.decodes])
     # Seconds until a token of this batch is due: at the risk that its prefills are worth, and
     # at next to none.
@@ -110,15 +129,16 @@ def form_batch(
         waiting = _worthwhile(work, batch, now)
         due = _allowed_s(stakes, decodes_s, waiting, share, batch, limits)
         calm = _allowed_s(stakes, decodes_s, [], share, batch, limits)
-    limit = min(due, limits.longest_s)
+    limit = min(due, limits.longest_s, work.tightest_of_deadlines_s() - limits.guard_s)
 
     candidates: dict[str, DraftCandidate] = {}
     if drafting is not None and work.prefills:
-        candidates = drafting.candidates_for_prefills(seq for _, seq in work.decodes)
-    paces = [seq.slo_progress.tpot_s for _, seq in work.decodes]
+        decodes = (seq for _, seq in work.decodes)
+        candidates = drafting.candidates_for_prefills(decodes, work.paces)
+    paces = [work.paces.tpot_s(seq) for _, seq in work.decodes]
     with_drafts = _with_drafts(paces, work, candidates) if candidates else paces
     must, may = _split_decodes(work, batch, limit, limits, now, min(with_drafts, default=0.0))
-    within = _must_end_s(work.decodes, decodes_s, stakes, limits, now)
+    within = _must_end_s(at_stake, decodes_s, stakes, limits, now)
     run = [seq for _, seq in must if batch.decode(seq, within)]
     if drafting is not None and candidates:
         own = [one for seq in run if (one := candidates.get(seq.seq_id)) is not None]
@@ -144,6 +164,10 @@ def form_batch(
     if batch.num_prefills or plan.speculation or plan.catch_up:
         plan.start_by_s = now + max(0.0, due - batch.seconds) + limits.guard_s
     return plan
+
+
+def _due_s(due: Due) -> float:
+    return due[0]
 
 
 def _order(work: Work) -> tuple[list[Sequence], int]:
@@ -329,7 +353,7 @@ def _fill_up(
     prefills = [(deadline, seq) for deadline, seq in work.unpromised if not seq.is_decoding]
     for _, seq in decodes:
         batch.decode(seq, spare)
-    stakes = _stakes(decodes, batch, limits, now)
+    stakes = _stakes(work.at_stake(decodes), batch, limits, now)
     if stakes:
         waiting = [seq for _, seq in prefills]
         decodes_s = batch.seconds_of_decodes([seq for _, seq in decodes])

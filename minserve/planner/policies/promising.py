@@ -33,6 +33,7 @@ from minserve.planner.policies.base import Planner, PlannerSettings
 from minserve.planner.predict.acceptance import AcceptanceEstimator
 from minserve.planner.predict.arrivals import ArrivalSlack
 from minserve.planner.predict.lengths import LengthEstimator, QuantileLengths
+from minserve.planner.predict.pacing import Paces
 from minserve.planner.predict.perf_model import BatchShape, PerfModel
 from minserve.request import Sequence, SequenceState, by_rank
 from minserve.slo.objectives import Standing
@@ -122,6 +123,11 @@ class PromisingPlanner(Planner):
         """Seconds that best effort is owed once the plan under way has been carried out."""
         return self._account.owed_s
 
+    @property
+    def paces(self) -> Paces:
+        """What deadlines of whole outputs ask for, by the newest round of admission."""
+        return self._rounds.paces
+
     def finished(self, seq: Sequence) -> None:
         self.lengths.finished(seq)
 
@@ -152,11 +158,11 @@ class PromisingPlanner(Planner):
         newcomers = None if model is None else self._rounds.newcomers(view, now)
         if model is not None and newcomers is not None:
             self.acceptance.keep_only(self._rounds.seen)
-            for seq in view.waiting if newcomers else ():
-                if seq.seq_id in newcomers:
-                    self._arrivals.see(seq, model, now)
             result = self.review(view, now, model, broken)
             self._rounds.decided(result)
+            for seq in view.waiting if newcomers else ():
+                if seq.seq_id in newcomers:
+                    self._arrivals.see(seq, result.paces, model, now)
         work = self.roles(view, now, result, broken)
         drafting = self._drafting(view)
         held = sum(len(seq.block_table) for _, seq in (*work.decodes, *work.prefills))
@@ -230,7 +236,8 @@ class PromisingPlanner(Planner):
         }
         if requests:
             broken |= {seq.seq_id for seq in everyone if seq.request.request_id in requests}
-        work, chosen = Work(), self._rounds.chosen
+        paces, chosen = self._rounds.paces, self._rounds.chosen
+        work = Work(paces=paces)
         lone_s = 0.0 if self.model is None else _lone_decode_s(self.model)
         for seq in everyone:
             seq_id, progress = seq.seq_id, seq.progress
@@ -249,11 +256,12 @@ class PromisingPlanner(Planner):
                 if progress.tpot_s < lone_s:
                     work.best_effort.append(seq)
                 else:
-                    work.unpromised.append((progress.next_deadline_s, seq))
+                    due_s = paces.due_s(seq) if seq.is_decoding else paces.latest_s(seq)
+                    work.unpromised.append((due_s, seq))
             elif seq.is_decoding:
-                work.decodes.append((progress.next_deadline_s, seq))
+                work.decodes.append((paces.due_s(seq), seq))
             else:
-                work.prefills.append((progress.next_deadline_s, seq))
+                work.prefills.append((paces.due_s(seq), seq))
         for role in (work.decodes, work.prefills, work.unpromised):
             role.sort(key=_deadline)
         work.best_effort.sort(key=by_rank)

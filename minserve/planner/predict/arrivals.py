@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 
+from minserve.planner.predict.pacing import Paces
 from minserve.planner.predict.perf_model import PerfModel
 from minserve.request import Sequence
 
@@ -35,14 +36,18 @@ class ArrivalSlack:
             self._hurried.popleft()
         return min((slack_s for _, slack_s in self._hurried), default=math.inf)
 
-    def see(self, seq: Sequence, model: PerfModel, now: float) -> None:
-        """Note a sequence that has arrived."""
-        targets = seq.request.targets
+    def see(self, seq: Sequence, paces: Paces, model: PerfModel, now: float) -> None:
+        """Note a sequence that has arrived.
+
+        Args:
+            paces: what deadlines of whole outputs ask for.
+        """
         slack_s = math.inf
-        if targets is not None:
+        if seq.progress is not None:
+            wait_s = paces.due_s(seq) - seq.request.arrival_s
             alone_s = model.drift * model.zero_load_prefill_s(seq.num_prompt_tokens)
             # Who would be late at once cannot be made so by waiting.
-            slack_s = targets.ttft_s - alone_s if targets.ttft_s > alone_s else math.inf
+            slack_s = wait_s - alone_s if wait_s > alone_s else math.inf
         self._recent.append(slack_s)
         if slack_s < math.inf:
             self._hurried.append((now, slack_s))

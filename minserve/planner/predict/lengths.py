@@ -28,12 +28,12 @@ class LengthEstimator(ABC):
         """Return how many tokens the output will still have: at least 1, within ``max_tokens``."""
         request = seq.request
         done = len(seq.token_ids) - len(request.prompt_token_ids)
-        left = min(self._total(seq), request.max_tokens) - done
+        left = min(self._total(seq, done), request.max_tokens) - done
         return left if left > 1 else 1
 
     @abstractmethod
-    def _total(self, seq: Sequence) -> int:
-        """Return the length of the whole output in tokens."""
+    def _total(self, seq: Sequence, done: int) -> int:
+        """Return the length in tokens of the whole output, of which ``done`` have come."""
 
     def finished(self, seq: Sequence) -> None:  # noqa: B027 - not every way of guessing learns
         """Learn from an output that came to its own end."""
@@ -42,7 +42,7 @@ class LengthEstimator(ABC):
 class BoundLengths(LengthEstimator):
     """The guess that every output is as long as it may be: ``max_tokens``."""
 
-    def _total(self, seq: Sequence) -> int:
+    def _total(self, seq: Sequence, done: int) -> int:
         return seq.request.max_tokens
 
 
@@ -56,7 +56,7 @@ class OracleLengths(LengthEstimator):
     def __init__(self, lengths: Mapping[str, int]) -> None:
         self._lengths = lengths
 
-    def _total(self, seq: Sequence) -> int:
+    def _total(self, seq: Sequence, done: int) -> int:
         return self._lengths[seq.request.request_id]
 
 
@@ -76,9 +76,8 @@ class QuantileLengths(LengthEstimator):
         self._recent: dict[str, deque[int]] = {}
         self._ordered: dict[str, list[int]] = {}
 
-    def _total(self, seq: Sequence) -> int:
-        request = seq.request
-        slo, done = request.slo, len(seq.token_ids) - len(request.prompt_token_ids)
+    def _total(self, seq: Sequence, done: int) -> int:
+        slo = seq.request.slo
         if slo is not None and slo.expected_output_tokens is not None:
             if slo.expected_output_tokens > done:
                 return slo.expected_output_tokens

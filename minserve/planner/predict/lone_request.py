@@ -24,7 +24,8 @@ class Miss:
 
     Attributes:
         name: name of the class.
-        objective: ``ttft`` or ``tpot``, with the stage if there are several.
+        objective: ``ttft``, ``tpot``, with the stage if there are several, or ``finish``, for an
+            output of middling length.
         promised_s: seconds that the class promises.
         needed_s: seconds that the device stays within in nine of ten cases.
     """
@@ -50,6 +51,7 @@ def lone_request_misses(
     # The prompt is one iteration; a pace lasts for many, which even out.
     needed_ttft = prefill_s * model.bound(1, RISK)
     needed_tpot = decode_s * model.bound(TYPICAL_OUTPUT, RISK)
+    needed_finish = needed_ttft + (TYPICAL_OUTPUT - 1) * needed_tpot
     misses = []
     for name, slo in classes.items():
         targets = slo.resolve(prefill_s, decode_s)
@@ -59,6 +61,8 @@ def lone_request_misses(
             if math.isfinite(stage.tpot_s) and stage.tpot_s < needed_tpot:
                 which = f"tpot of stage {number}" if len(targets.stages) > 1 else "tpot"
                 misses.append(Miss(name, which, stage.tpot_s, needed_tpot))
+        if targets.finish_s < needed_finish:
+            misses.append(Miss(name, "finish", targets.finish_s, needed_finish))
     return misses
 
 

@@ -100,7 +100,7 @@ def test_both_caches_are_right_while_sampling(pair: Any, plain: Engine) -> None:
 class AlwaysNearlyDone(LengthEstimator):
     """Makes a planner start more than there is memory for."""
 
-    def _total(self, seq: Sequence) -> int:
+    def _total(self, seq: Sequence, done: int) -> int:
         return seq.num_output_tokens + 1
 
 

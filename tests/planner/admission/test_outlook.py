@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterable
+from itertools import combinations
 
 import numpy as np
 import pytest
 
-from minserve.planner.admission.outlook import Demand, Holding, build_outlook
+from minserve.planner.admission.outlook import Demand, Holding, build_outlook, group_tiers
 
 
 def held_at(holdings: list[Holding], time: float, now: float) -> float:
@@ -63,3 +65,22 @@ def test_what_begins_after_the_horizon_takes_nothing_before_it() -> None:
     outlook = build_outlook(0.0, 1.0, demands, [], num_tiers=1, num_blocks=10, free_seqs=8)
     assert outlook.starts.tolist() == [0.0, 1.0]
     assert outlook.counts.tolist() == [[1], [2]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_tiers_demand_as_little_as_any(seed: int) -> None:
+    rng = random.Random(seed)
+    paces = [(rng.choice([0.03, 0.04, 0.05, 0.07, 0.1, 0.3, 2.0]), 10) for _ in range(15)]
+    tiers, index = group_tiers(paces)
+    distinct = sorted({tpot for tpot, _ in paces})
+    assert len(tiers) == min(3, len(distinct))
+
+    def demanded(begins: Iterable[float]) -> float:
+        """Tokens per second if every pace joins the nearest tier that is not slower."""
+        tight = sorted(begins)
+        return sum(1 / max(b for b in tight if b <= tpot) for tpot, _ in paces)
+
+    assert all(tiers[index[tpot]].tpot_s <= tpot for tpot in distinct)
+    found = demanded(tier.tpot_s for tier in tiers)
+    others = combinations(distinct[1:], len(tiers) - 1)
+    assert found == pytest.approx(min(demanded([distinct[0], *other]) for other in others))
