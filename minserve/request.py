@@ -11,13 +11,14 @@ are what planners schedule. A sequence's life, with the event on each edge::
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, cast
 
 from minserve.sampling_params import SamplingParams
 from minserve.slo.attainment import Progress
 from minserve.slo.objectives import SLO, Standing, Targets
+from minserve.slo.task_call import TaskCall
 from minserve.slots import copy_slots
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Request:
         bad_word_ids: the token sequences of ``params.bad_words``; none may be completed.
         slo: what latency was asked for; ``None`` asks for nothing.
         targets: the SLO in seconds on this device; set together with ``slo``.
+        task: the call of a task that it is, or is a part of; ``None`` where the SLO names no task.
     """
 
     request_id: str
@@ -83,6 +85,14 @@ class Request:
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
     slo: SLO | None = None
     targets: Targets | None = None
+    task: TaskCall | None = None
+
+    def in_task(self, call: TaskCall) -> Request:
+        """Return the request as a call of a task, which gives it deadlines."""
+        assert self.targets is not None, "a task is part of an SLO"
+        finish_s = min(self.targets.finish_s, call.finish_s)
+        targets = replace(self.targets, finish_s=finish_s, aim_s=min(finish_s, call.aim_s))
+        return replace(self, task=call, targets=targets)
 
     @property
     def max_tokens(self) -> int:
@@ -93,7 +103,9 @@ class Request:
     @property
     def value(self) -> float:
         """Weight of the SLO in the planner's choice; 0 without an SLO."""
-        return 0.0 if self.slo is None else self.slo.value
+        if self.slo is None:
+            return 0.0
+        return self.slo.value if self.task is None else self.slo.value * self.task.weight
 
     @property
     def refuses_delay(self) -> bool:

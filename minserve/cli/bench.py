@@ -244,7 +244,7 @@ def _measure(args: argparse.Namespace, experiment: Experiment) -> tuple[Capacity
         run = _run(experiment, rate, args.seed + repeat)
         if not run.load.complete:
             raise KeyboardInterrupt
-        return run.report.attainment
+        return run.report.kept
 
     capacity = Capacity(level=args.level) if args.capacity else None
     try:
@@ -329,7 +329,8 @@ def _pooled(runs: Sequence[ExperimentRun]) -> list[tuple[float | None, Report]]:
     for rate in rates:
         own = [run for run in runs if run.rate == rate]
         verdicts = [verdict for run in own for verdict in run.load.verdicts()]
-        pooled.append((rate, Report.of(verdicts, sum(run.seconds for run in own))))
+        tasks = [verdict for run in own for verdict in run.load.task_verdicts()]
+        pooled.append((rate, Report.of(verdicts, sum(run.seconds for run in own), tasks)))
     return pooled
 
 
@@ -345,6 +346,7 @@ def _as_json(
         "url": endpoint.url,
         "model": endpoint.model,
         "workload": args.scenario or str(args.trace),
+        "tasks": args.tasks,
         "seed": args.seed,
         "repeats": args.repeats,
         "zero_load": reference.speed.to_dict(),
@@ -377,7 +379,7 @@ def _plot(
     if len(pooled) > 1:
         line: dict[float, list[float]] = {}
         for run in experiment.runs:
-            line.setdefault(run.rate or 0.0, []).append(run.report.attainment)
+            line.setdefault(run.rate or 0.0, []).append(run.report.kept)
         plot_attainment({label: line}, args.plot, level=args.level, title=label)
     else:
         last = experiment.runs[-1]

@@ -232,7 +232,7 @@ class _Simulations:
                 self.runs.append(_SimulationRun(rate, setup, seconds, result))
                 raise
         self.runs.append(_SimulationRun(rate, setup, _span_s(workload, rate), result))
-        return Report.of(result.verdicts, self.runs[-1].seconds).attainment
+        return Report.of(result.verdicts, self.runs[-1].seconds, result.task_verdicts).kept
 
 
 def _span_s(workload: Sequence[Conversation], rate: float | None) -> float:
@@ -419,7 +419,8 @@ def _pooled(runs: Sequence[_SimulationRun]) -> list[tuple[_SimulationRun, Report
     pooled = []
     for _, own in sorted(by_key.items()):
         verdicts = [verdict for run in own for verdict in run.result.verdicts]
-        pooled.append((own[-1], Report.of(verdicts, sum(run.seconds for run in own))))
+        tasks = [verdict for run in own for verdict in run.result.task_verdicts]
+        pooled.append((own[-1], Report.of(verdicts, sum(run.seconds for run in own), tasks)))
     return pooled
 
 
@@ -447,6 +448,7 @@ def _as_json(
     setup = simulations.setup
     return {
         "workload": args.scenario or str(args.trace),
+        "tasks": args.tasks,
         "profile": setup.device.name,
         "policy": setup.policy,
         "replicas": setup.replicas,
@@ -489,9 +491,10 @@ def _plot(
     if len({run.rate for run, _ in pooled}) > 1:
         line: dict[float, list[float]] = {}
         for run in simulations.runs:
-            attained = [verdict.attained for verdict in run.result.verdicts]
-            if attained:
-                line.setdefault(run.rate or 0.0, []).append(statistics.fmean(attained))
+            judged = run.result.task_verdicts or run.result.verdicts
+            if judged:
+                kept = statistics.fmean(verdict.attained for verdict in judged)
+                line.setdefault(run.rate or 0.0, []).append(kept)
         plot_attainment({setup.policy: line}, args.plot, level=args.level, title=title)
     else:
         last = simulations.runs[-1]

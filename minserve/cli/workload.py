@@ -14,6 +14,7 @@ from minserve.workload.capacity import LEVEL
 if TYPE_CHECKING:
     from minserve.workload.capacity import Capacity
     from minserve.workload.draws import Draw
+    from minserve.workload.task_terms import TaskTerms
 
 DEFAULT_CLASS = "chatbot"
 
@@ -51,6 +52,16 @@ def add_workload_flags(group: argparse._ArgumentGroup) -> None:
         "--burstiness", type=float, metavar="X",
         help="burstiness of a scenario's arrivals: 1 is Poisson, less is burstier",
     )  # fmt: skip
+    group.add_argument(
+        "--tasks", metavar="WAY",
+        help="make a task of each conversation of a scenario, with a deadline for all of its calls "
+        "together; the server is told: whole: which task a call belongs to; per-call: an equal "
+        "share of the time for each call; classes: each call's class as without tasks",
+    )  # fmt: skip
+    group.add_argument(
+        "--task-slowdown", type=float, metavar="X",
+        help="deadline of a task as a multiple of its time alone on the idle device (default: 3)",
+    )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all random draws")
     group.add_argument(
         "--repeats", type=int, default=1, metavar="N", help="runs per rate, each with its own seed"
@@ -81,12 +92,31 @@ def check_workload(args: argparse.Namespace) -> None:
             raise WorkloadError(f"a rate must be above 0 requests per second, not {rate:g}")
     if args.capacity and len(args.rates or ()) > 1:
         raise WorkloadError("--capacity begins at one --rate, not at several")
+    if args.tasks is not None and args.scenario is None:
+        raise WorkloadError("--tasks is for scenarios; a trace has no conversations")
+    if args.task_slowdown is not None and args.tasks is None:
+        raise WorkloadError("--task-slowdown needs --tasks")
+    make_terms(args)
     if args.repeats < 1:
         raise WorkloadError(f"--repeats must be at least 1, not {args.repeats}")
     if not 0 < args.level <= 1:
         raise WorkloadError(f"--level must be above 0 and at most 1, not {args.level:g}")
     if args.seconds is not None and args.num_requests is not None:
         raise WorkloadError("give --seconds or --num-requests, not both")
+
+
+def make_terms(args: argparse.Namespace) -> TaskTerms | None:
+    """Return the deadlines of tasks that the flags ask for.
+
+    Raises:
+        WorkloadError: for a value out of range.
+    """
+    from minserve.workload.task_terms import SLOWDOWN, TaskTerms
+
+    if args.tasks is None:
+        return None
+    slowdown = SLOWDOWN if args.task_slowdown is None else args.task_slowdown
+    return TaskTerms(way=args.tasks, slowdown=slowdown)
 
 
 def make_draw(args: argparse.Namespace, longest: int | None = None) -> Draw:
@@ -122,7 +152,12 @@ def make_draw(args: argparse.Namespace, longest: int | None = None) -> Draw:
         scenario = scenario.scaled(args.length_scale, tight=args.tight, loose=args.loose)
         if args.burstiness is not None:
             scenario = scenario.with_arrivals(args.burstiness)
-        draw = draws.draw_scenario(scenario, seconds=args.seconds, num_requests=args.num_requests)
+        draw = draws.draw_scenario(
+            scenario,
+            seconds=args.seconds,
+            num_requests=args.num_requests,
+            terms=make_terms(args),
+        )
         draw((args.rates or [1.0])[0], args.seed)
     except InvalidSLOError as error:  # of --tight or --loose
         raise WorkloadError(str(error)) from None

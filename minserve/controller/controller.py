@@ -40,6 +40,7 @@ from minserve.planner.predict.perf_model import PerfModel
 from minserve.prompts import BadWordIds, Prompt
 from minserve.sampling_params import SamplingParams
 from minserve.slo.objectives import SLO
+from minserve.slo.task_table import TaskOutcome
 
 log = logging.getLogger(__name__)
 
@@ -129,6 +130,13 @@ class Controller:
     @property
     def thinking_marker(self) -> str | None:
         return self._intake.promises.thinking_marker
+
+    @property
+    def task_outcomes(self) -> Mapping[TaskOutcome, int]:
+        """The number of agents' tasks by outcome since the start."""
+        if self._service is None:
+            return dict.fromkeys(TaskOutcome, 0)
+        return self._service.intake.tasks.table.outcomes
 
     @property
     def num_unfinished(self) -> int:
@@ -225,6 +233,7 @@ class Controller:
         slo: SLO | str | None = None,
         age_s: float = 0.0,
         bad_word_ids: BadWordIds | None = None,
+        client: str = "",
     ) -> list[FlightHandle]:
         """Submit one request per prompt, as `AsyncEngine.submit` does.
 
@@ -241,7 +250,12 @@ class Controller:
             self._intake.request(p, params, priority, cache_salt, slo, age_s, bad_word_ids)
             for p in prompts
         ]
-        return [self._dispatcher.start(request, text) for text, request in asked]
+        tasks = self._intake.tasks
+        requests = tasks.join([request for _, request in asked], client)
+        return [
+            self._dispatcher.start(request, text, tasks.watch(request))
+            for (text, _), request in zip(asked, requests, strict=True)
+        ]
 
     # --- replicas ---
 

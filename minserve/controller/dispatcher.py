@@ -22,6 +22,7 @@ from minserve.controller.processes import Watcher
 from minserve.controller.quarantine import Quarantine
 from minserve.controller.replicas import Replica, ReplicaState
 from minserve.controller.router import Ask
+from minserve.engine.tasks import TaskWatch
 from minserve.errors import (
     EngineStoppedError,
     GenerationError,
@@ -95,10 +96,14 @@ class Dispatcher:
         """Return the numbers of the replicas that take no requests."""
         return {r.number for r in self._replicas if r.state is not ReplicaState.UP}
 
-    def start(self, request: Request, prompt: str | None) -> FlightHandle:
-        """Send a new request to a replica."""
+    def start(self, request: Request, prompt: str | None, watch: TaskWatch) -> FlightHandle:
+        """Send a new request to a replica.
+
+        Args:
+            watch: hears of all that its client is told.
+        """
         flight = Flight.of(request)
-        handle = FlightHandle(flight, prompt, self._abort)
+        handle = FlightHandle(flight, prompt, self._abort, watch)
         self._flights[request.request_id] = flight
         self._handles[request.request_id] = handle
         self.num_unfinished += request.params.n

@@ -29,6 +29,7 @@ class FlightPlacement(Placement[Flight]):
     def joined(self, replica: Replica) -> None:
         """Note that a replica has joined, with an empty prefix cache."""
         self._prefixes.forget(replica.number)
+        self.lost_memory(replica.number)
         self.report(replica.number, replica.load)
 
     def reported(self, replica: Replica) -> None:
@@ -38,6 +39,7 @@ class FlightPlacement(Placement[Flight]):
     def placed(self, flight: Flight, number: int) -> None:
         """Note that a replica is going to compute a flight's prompt."""
         self._prefixes.note(number, flight.chunks)
+        self.went_to(number, flight)
 
     def ended(self, flight: Flight, index: int) -> None:
         """Note that an output ended by itself: its length, and which replica holds its KV."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from minserve.controller.messages import Resumed, Submit
 from minserve.controller.prefixes import Chunks, chunks_of
+from minserve.engine.tasks import TaskWatch
 from minserve.outputs import OutputDelta
 from minserve.request import FinishReason, Request, Sequence
 
@@ -111,8 +112,10 @@ class Flight:
 class FlightHandle:
     """A flight as its client's handler sees it, with the interface of `RequestHandle`."""
 
-    def __init__(self, flight: Flight, prompt: str | None, abort: Callable[[str], None]) -> None:
-        self._abort = abort
+    def __init__(
+        self, flight: Flight, prompt: str | None, abort: Callable[[str], None], watch: TaskWatch
+    ) -> None:
+        self._abort, self._watch = abort, watch
         self._deltas: asyncio.Queue[OutputDelta] = asyncio.Queue()
         self._num_open = flight.num_open
         self.request_id = flight.request.request_id
@@ -121,6 +124,7 @@ class FlightHandle:
 
     def put(self, delta: OutputDelta) -> None:
         """Deliver a delta to the handler that waits for it."""
+        self._watch.note(delta)
         self._deltas.put_nowait(delta)
 
     async def __aiter__(self) -> AsyncIterator[OutputDelta]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Generic, Protocol, TypeVar
@@ -17,6 +18,7 @@ from minserve.planner.predict.lengths import LengthEstimator
 from minserve.planner.predict.pacing import PaceLimits, pace_before
 from minserve.planner.replica_load import ReplicaLoad
 from minserve.request import Request, Sequence
+from minserve.slo.task_call import TaskKey
 
 
 class Placeable(Protocol):
@@ -47,6 +49,9 @@ class Placeable(Protocol):
 
 Placed = TypeVar("Placed", bound=Placeable)
 
+# Tasks whose replica is remembered; a task that is forgotten is placed like any request.
+MOST_HOMES = 10_000
+
 
 class Placement(ABC, Generic[Placed]):
     """Chooses replicas for requests.
@@ -67,6 +72,8 @@ class Placement(ABC, Generic[Placed]):
     ) -> None:
         self._router, self._lengths = router, lengths
         self._hop_limit, self._clock = hop_limit, clock
+        # By task, the replica of its last call; the task that was silent for longest first.
+        self._homes: OrderedDict[TaskKey, int] = OrderedDict()
 
     @abstractmethod
     def cached_tokens(self, one: Placed) -> Mapping[int, int]:
@@ -81,6 +88,20 @@ class Placement(ABC, Generic[Placed]):
         self._router.report(number, load)
         for ask in under_way:
             self._router.count_in(number, ask)
+
+    def went_to(self, number: int, one: Placed) -> None:
+        """Note that a request goes to a replica, where the next call of its task may find its KV."""
+        if (task := one.request.task) is None:
+            return
+        self._homes[task.key] = number
+        self._homes.move_to_end(task.key)
+        if len(self._homes) > MOST_HOMES:
+            self._homes.popitem(last=False)
+
+    def lost_memory(self, number: int) -> None:
+        """Note that a replica has lost the KV of all tasks."""
+        for key in [key for key, home in self._homes.items() if home == number]:
+            del self._homes[key]
 
     def ask(self, one: Placed) -> Ask:
         """Return what a request needs from a replica: tokens, deadline and pace."""
@@ -107,6 +128,7 @@ class Placement(ABC, Generic[Placed]):
             deadline_s=deadline_s,
             tpot_s=tpot_s,
             cached_tokens=self.cached_tokens(one),
+            home=None if request.task is None else self._homes.get(request.task.key),
         )
 
     def choose(self, ask: Ask, absent: AbstractSet[int] = NOBODY) -> int:

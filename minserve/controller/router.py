@@ -40,6 +40,7 @@ class Ask:
         deadline_s: time of its first token, on the clock of `Router.choose`; inf for none.
         tpot_s: seconds per output token that its decode must keep; inf for none.
         cached_tokens: by replica, leading tokens that its prefix index is believed to hold.
+        home: the replica that had the last call of its task; ``None`` without one.
     """
 
     prompt_tokens: int
@@ -47,6 +48,7 @@ class Ask:
     deadline_s: float
     tpot_s: float
     cached_tokens: Mapping[int, int] = field(default_factory=dict)
+    home: int | None = None
 
 
 class Router(ABC):
@@ -130,7 +132,10 @@ class LeastLoadedRouter(Router):
 
 
 class SloRouter(Router):
-    """Takes the replica that can keep the request's SLO with the most prefill budget left."""
+    """Takes the replica that can keep the request's SLO with the most prefill budget left.
+
+    A call of a task goes back to the replica of the call before, as long as that one can keep it.
+    """
 
     name = "slo"
 
@@ -163,6 +168,8 @@ class SloRouter(Router):
         score = _masked(score, without, -np.inf)
         best = score == score.max()
         replica = int(np.where(best, self._num_sequences, np.inf).argmin())
+        if ask.home is not None and ask.home not in without and feasible[ask.home]:
+            replica = ask.home
         self.count_in(replica, ask)
         return replica
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 from minserve.config import DEFAULT_MODEL, EngineConfig
@@ -37,6 +38,7 @@ from minserve.prompts import BadWordIds, Prompt
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
 from minserve.slo.objectives import SLO
+from minserve.slo.task_table import TaskOutcome
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +141,11 @@ class EngineBase:
     def perf_model(self) -> PerfModel | None:
         """The device's speed as the planner sees it; ``None`` until it was profiled."""
         return self._core.planner.model
+
+    @property
+    def task_outcomes(self) -> Mapping[TaskOutcome, int]:
+        """The number of agents' tasks by outcome since the start."""
+        return self._intake.tasks.table.outcomes
 
     @property
     def speculates(self) -> bool:
@@ -280,6 +287,18 @@ class EngineBase:
         return Submission(
             *self._intake.request(prompt, params, priority, cache_salt, slo, age_s, bad_word_ids)
         )
+
+    def _join(self, submissions: SequenceOf[Submission], client: str = "") -> list[Submission]:
+        """Return the submissions of one call with the time that its task leaves them, if it has one.
+
+        Args:
+            client: whose task it is, in the words of `Tasks.join`.
+        """
+        requests = self._intake.tasks.join([one.request for one in submissions], client)
+        return [
+            one if request is one.request else Submission(one.text, request)
+            for one, request in zip(submissions, requests, strict=True)
+        ]
 
     def _ready_for(self, slo: SLO | str | None) -> None:
         """Make sure that the device's speed is known before a promise or a draft depends on it."""

@@ -9,6 +9,10 @@ handed out again::
       └───release─────┘                         └────────attach──────────┘  │
       └───────────────────────── grow (evicts the entry) ───────────────────┘
 
+Idle blocks may be held until a time: they are free as all idle ones are, so that no promise
+depends on them, but are evicted behind all others. So the newest prefix of an agent's task stays
+findable while its tool runs. At most `HELD_SHARE` of the blocks are held.
+
 The prefix index follows vLLM's automatic prefix caching: a block full of tokens is
 named by SHA-256 over (its parent's name, its tokens, the cache salt).
 """
@@ -16,11 +20,13 @@ named by SHA-256 over (its parent's name, its tokens, the cache salt).
 from __future__ import annotations
 
 import hashlib
+import math
 from array import array
-from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import NamedTuple
 
 from minserve.blocks import blocks_for
 from minserve.errors import OutOfBlocksError, PoolCorruptedError
@@ -28,6 +34,8 @@ from minserve.planner.plan import CachedPrefix
 from minserve.request import Sequence
 
 _ROOT_SERIAL = 0
+# The largest share of the blocks that is held for tasks. Another one is left to what all share.
+HELD_SHARE = 0.5
 
 
 def block_digest(parent: bytes, token_ids: list[int], cache_salt: str) -> bytes:
@@ -61,6 +69,28 @@ class _Entry:
     cache_salt: str
 
 
+class HoldWish(NamedTuple):
+    """The wish to hold a sequence's blocks in place of those that were held for its owner before.
+
+    Attributes:
+        owner: for whom, such as a task.
+        until: the time at which the hold ends; ``None`` holds nothing more for the owner.
+    """
+
+    owner: Hashable
+    until: float | None
+
+
+@dataclass(slots=True, eq=False)
+class _Hold:
+    """A hold: its blocks, and how many of them are still held."""
+
+    owner: Hashable
+    until: float
+    blocks: list[int]
+    num_held: int = 0
+
+
 class BlockPool:
     """Hands out KV blocks, shares those with equal prefixes, and counts references.
 
@@ -84,6 +114,12 @@ class BlockPool:
         self._refs = [0] * num_blocks
         # Next to be handed out first: blank blocks, then idle indexed ones by last use.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        # Idle indexed blocks that are handed out last, with their hold; the oldest hold first.
+        self._held: OrderedDict[int, _Hold] = OrderedDict()
+        self._holds: dict[Hashable, _Hold] = {}
+        self._most_held = int(HELD_SHARE * num_blocks)
+        # No hold ends before this time.
+        self._next_end_s = math.inf
         self._index: dict[bytes, _Entry] = {}
         self._entry_of: list[_Entry | None] = [None] * num_blocks
         self._last_serial = _ROOT_SERIAL
@@ -93,7 +129,12 @@ class BlockPool:
     @property
     def num_free_blocks(self) -> int:
         """Blocks that can be handed out now (evictable cached ones included)."""
-        return len(self._free)
+        return len(self._free) + len(self._held)
+
+    @property
+    def num_held_blocks(self) -> int:
+        """Of the free blocks, those that are kept for tasks as long as others are free."""
+        return len(self._held)
 
     @property
     def num_blank_blocks(self) -> int:
@@ -155,9 +196,9 @@ class BlockPool:
         needed = blocks_for(end, self.block_size) - len(seq.block_table)
         if needed <= 0:
             return
-        if needed > len(self._free):
+        if needed > self.num_free_blocks:
             raise OutOfBlocksError(
-                f"{seq.seq_id} needs {needed} more KV blocks, {len(self._free)} of "
+                f"{seq.seq_id} needs {needed} more KV blocks, {self.num_free_blocks} of "
                 f"{self.num_blocks} are free"
             )
         for _ in range(needed):
@@ -195,16 +236,30 @@ class BlockPool:
         while len(seq.block_table) > needed:
             self._drop(seq.block_table.pop())
 
-    def release(self, seq: Sequence) -> None:
+    def release(self, seq: Sequence, wish: HoldWish | None = None) -> None:
         """Take all blocks from ``seq``; indexed ones stay findable until they are needed.
 
         Its last blocks are evicted before its first ones, since more prompts share a
         beginning than an end.
+
+        Args:
+            wish: to hold those that become idle.
         """
-        for block in reversed(seq.block_table):
+        table = seq.block_table
+        for block in reversed(table):
             self._drop(block)
-        seq.block_table.clear()
+        if wish is not None:
+            self._hold(table, wish)
+        table.clear()
         self._num_committed.pop(seq.seq_id, None)
+
+    def end_holds(self, now: float) -> None:
+        """End the holds whose time is over: these blocks are evicted like any other."""
+        if now < self._next_end_s:
+            return
+        for hold in [hold for hold in self._holds.values() if hold.until <= now]:
+            self._end_hold(hold)
+        self._next_end_s = min((hold.until for hold in self._holds.values()), default=math.inf)
 
     def forget(self, seq: Sequence) -> None:
         """Let no other sequence find the blocks of ``seq``, whose KV may be wrong."""
@@ -278,8 +333,54 @@ class BlockPool:
         if entry is not None:
             del self._index[entry.digest]
             self._entry_of[block] = None
-            if block in self._free:
+            if self._refs[block] == 0:
+                if block in self._held:
+                    self._let_go(block)
                 self._free.move_to_end(block, last=False)
+
+    def _hold(self, table: list[int], wish: HoldWish) -> None:
+        """Hold those blocks of a table that are idle; the oldest holds end where there are too many.
+
+        A sequence's first blocks are held longest, as they are evicted last.
+        """
+        before = self._holds.get(wish.owner)
+        if before is not None:
+            self._end_hold(before)
+        if wish.until is None:
+            return
+        blocks = [
+            block
+            for block in reversed(table[: self._most_held])
+            if self._refs[block] == 0 and self._entry_of[block] is not None
+        ]
+        if not blocks:
+            return
+        hold = self._holds[wish.owner] = _Hold(wish.owner, wish.until, blocks, len(blocks))
+        for block in blocks:
+            if block in self._held:
+                self._unhold(block)
+            else:
+                del self._free[block]
+            self._held[block] = hold
+        self._next_end_s = min(self._next_end_s, wish.until)
+        while len(self._held) > self._most_held:
+            self._let_go(next(iter(self._held)))
+
+    def _end_hold(self, hold: _Hold) -> None:
+        for block in hold.blocks:
+            if self._held.get(block) is hold:
+                self._let_go(block)
+
+    def _let_go(self, block: int) -> None:
+        """End the hold of one block, which counts as used just now."""
+        self._unhold(block)
+        self._free[block] = None
+
+    def _unhold(self, block: int) -> None:
+        hold = self._held.pop(block)
+        hold.num_held -= 1
+        if not hold.num_held:
+            del self._holds[hold.owner]
 
     def _drop(self, block: int) -> None:
         """Take one user off a block; the last one frees it."""
@@ -297,10 +398,13 @@ class BlockPool:
         """
         if behind is not None and behind + 1 in self._free and self._entry_of[behind + 1] is None:
             return behind + 1
-        return next(iter(self._free))
+        return next(iter(self._free or self._held))
 
     def _acquire(self, block: int) -> None:
-        self._free.pop(block, None)
+        if self._held and block in self._held:
+            self._unhold(block)
+        else:
+            self._free.pop(block, None)
         self._refs[block] += 1
 
     def _block_tokens(self, seq: Sequence, position: int) -> list[int]:
@@ -335,7 +439,16 @@ class BlockPool:
 
     def _check_free_list(self) -> None:
         unused = {block for block, refs in enumerate(self._refs) if refs == 0}
-        leaked, wrong = unused - self._free.keys(), sorted(self._free.keys() - unused)
+        twice = sorted(self._free.keys() & self._held.keys())
+        _require(not twice, f"blocks both held and free to go: {twice}")
+        _require(len(self._held) <= self._most_held, "more blocks are held than may be")
+        blank = [block for block in self._held if self._entry_of[block] is None]
+        _require(not blank, f"held blocks without a prefix: {blank}")
+        counts = Counter(self._held.values())
+        kept = {hold: hold.num_held for hold in self._holds.values()}
+        _require(counts == kept, "holds and held blocks disagree")
+        free = self._free.keys() | self._held.keys()
+        leaked, wrong = unused - free, sorted(free - unused)
         both = [block for block in wrong if self._are_inside([block])]
         _require(not both, f"blocks both free and in use: {both}")
         _require(not leaked, f"leaked blocks, neither free nor in use: {sorted(leaked)}")

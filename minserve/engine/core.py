@@ -22,7 +22,7 @@ from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
 from minserve.engine.batch import BatchRunner, RunResult, Scheduled
-from minserve.engine.block_pool import BlockPool
+from minserve.engine.block_pool import BlockPool, HoldWish
 from minserve.engine.guarded_planning import GuardedPlanning
 from minserve.engine.journal import NoJournal
 from minserve.engine.launch import Launch, Results
@@ -213,6 +213,7 @@ class EngineCore:
         assert self._in_flight is None, "the iteration before has not ended"
         began_s = self.clock()
         self._release_ready()
+        self.pool.end_holds(began_s)
         self.declined = []
         plan = self._checked(self.plan())
         self._settle(plan)
@@ -495,17 +496,20 @@ class EngineCore:
 
     def _finish(self, output: Output, end: End, error: Exception | None = None) -> OutputDelta:
         """End a sequence, free its blocks and forget it."""
-        seq = output.seq
+        seq, now, wish = output.seq, self.clock(), None
         delta, end = last_words(output, end, error)
         if end.reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.planning.finished(seq)
+            task = seq.request.task
+            if task is not None:
+                wish = HoldWish(task.key, task.held_until(seq.request.arrival_s, now))
         self.table.remove(seq)
         if end.reason is FinishReason.ERROR:
             self.pool.forget(seq)
-        self._release(seq)
+        self._release(seq, wish)
         seq.state = SequenceState.FINISHED
         seq.finish_reason, seq.stop_reason = end
-        seq.events[RequestEvent.FINISHED] = self.clock()
+        seq.events[RequestEvent.FINISHED] = now
         self.journal.ended(seq, self.stats.ended(seq, delta.slo))
         return delta
 
@@ -518,8 +522,8 @@ class EngineCore:
         seq.events[RequestEvent.SCHEDULED] = now
         self.table.run(seq)
 
-    def _release(self, seq: Sequence) -> None:
-        self.pool.release(seq)
+    def _release(self, seq: Sequence, wish: HoldWish | None = None) -> None:
+        self.pool.release(seq, wish)
         if self.proposer is not None:
             self.proposer.forget(seq)
 

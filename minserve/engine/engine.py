@@ -89,9 +89,9 @@ class Engine(EngineBase):
             raise InvalidRequestError(
                 f"{len(many)} prompts but {len(every)} sampling params", "params"
             )
-        submissions = [
-            self._prepare(prompt, one, slo=slo) for prompt, one in zip(many, every, strict=True)
-        ]
+        submissions = self._join(
+            [self._prepare(prompt, one, slo=slo) for prompt, one in zip(many, every, strict=True)]
+        )
         outputs = [_empty_output(submission) for submission in submissions]
         total = sum(len(s.sequences) for s in submissions)
         with progress_bar(total=total, desc="Generating", unit="seq", disable=not progress) as bar:
@@ -117,13 +117,14 @@ class Engine(EngineBase):
         """
         self._ready_for(slo)
         submission = self._prepare(prompt, params or self.default_sampling_params, slo=slo)
-        return (delta for _, delta in self._drain([submission]))
+        return (delta for _, delta in self._drain(self._join([submission])))
 
     def _drain(self, submissions: list[Submission]) -> Iterator[tuple[int, OutputDelta]]:
         """Run requests to their end; yield which one and its delta, in order of events."""
         mine = {s.request.request_id: i for i, s in enumerate(submissions)}
         unfinished = sum(len(s.sequences) for s in submissions)
         mailbox: deque[OutputDelta] = deque()
+        watches = [self._intake.tasks.watch(one.request) for one in submissions]
         for submission in submissions:
             self._mailboxes[submission.request.request_id] = mailbox
             self._enqueue(submission)
@@ -132,10 +133,13 @@ class Engine(EngineBase):
                 while not mailbox:
                     self._step()
                 delta = mailbox.popleft()
+                watches[mine[delta.request_id]].note(delta)
                 _raise_if_failed(delta)
                 unfinished -= delta.finish_reason is not None
                 yield mine[delta.request_id], delta
         finally:
+            for watch in watches:
+                watch.leave()
             for request_id in mine:
                 self._core.abort(request_id)
                 del self._mailboxes[request_id]
@@ -167,6 +171,7 @@ class RequestHandle:
         self._engine = engine
         self._deltas: asyncio.Queue[OutputDelta] = asyncio.Queue()
         self._open = self._unfinished = len(submission.sequences)
+        self._watch = engine._intake.tasks.watch(submission.request)
         self.request_id = submission.request.request_id
         self.prompt = submission.text
         self.prompt_token_ids = submission.request.prompt_token_ids
@@ -304,6 +309,7 @@ class AsyncEngine(EngineBase):
         slo: SLO | str | None = None,
         age_s: float = 0.0,
         bad_word_ids: BadWordIds | None = None,
+        client: str = "",
     ) -> list[RequestHandle]:
         """Queue requests, all or none; checking and counting are one step.
 
@@ -317,9 +323,11 @@ class AsyncEngine(EngineBase):
                 output with `SLOUnattainableError`.
             age_s: seconds since the requests arrived, which count for their SLOs.
             bad_word_ids: of the params' bad words, where they are tokenized already.
+            client: whose they are; tasks are told apart by it, so that equal ids do no harm.
 
         Raises:
-            InvalidSLOError: for an unknown class.
+            InvalidSLOError: for an unknown class, or a task that began with another budget.
+            SLOUnattainableError: if their task was given up, and they ask to be refused then.
             InvalidRequestError: if one of them cannot be served.
             QueueFullError: if they would exceed ``max_queue`` outputs.
             EngineStoppedError: if the engine is not running.
@@ -332,7 +340,7 @@ class AsyncEngine(EngineBase):
             for p in prompts
         ]
         handles = []
-        for submission in submissions:
+        for submission in self._join(submissions, client):
             handle = RequestHandle(self, submission)
             self._handles[handle.request_id] = handle
             handles.append(handle)
@@ -477,6 +485,7 @@ class AsyncEngine(EngineBase):
             handle = self._handles.get(delta.request_id)
             if handle is None:
                 continue
+            handle._watch.note(delta)
             handle._deltas.put_nowait(delta)
             if delta.finish_reason is not None:
                 self._num_unfinished -= 1

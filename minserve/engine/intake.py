@@ -18,6 +18,7 @@ from minserve.config import EngineConfig
 from minserve.engine.model_tokenizer import load_model_tokenizer
 from minserve.engine.promises import Promises
 from minserve.engine.sampling_defaults import load_sampling_defaults
+from minserve.engine.tasks import Tasks
 from minserve.engine.text.inputs import PromptProcessor
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import (
@@ -130,6 +131,7 @@ class Intake:
         prompts: turns prompts into token ids.
         perf_model: the device's speed, of which slowdowns are multiples; ``None`` until it is
             known.
+        tasks: the tasks of which requests are calls.
     """
 
     def __init__(
@@ -147,6 +149,7 @@ class Intake:
         self.max_model_len, self.vocab_size = max_model_len, vocab_size
         self.promises = Promises(config, tokenizer)
         self.perf_model: PerfModel | None = None
+        self.tasks = Tasks(clock, lambda: self.perf_model)
         self._default_max_tokens: int | None = sampling_defaults.get("max_tokens")
         self.prompts = PromptProcessor(tokenizer, vocab_size, max_model_len)
         self._seeds = random.Random(config.seed)

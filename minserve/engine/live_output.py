@@ -20,6 +20,7 @@ from minserve.outputs import OutputDelta, TokenLogprob
 from minserve.request import FinishReason, RequestEvent, Sequence
 from minserve.slo.attainment import Outcome, SLOReport, report
 from minserve.slo.objectives import Standing
+from minserve.slo.task_call import report_task
 
 
 class End(NamedTuple):
@@ -226,6 +227,9 @@ class LiveOutput:
             return None
         admitted = seq.standing is Standing.ADMITTED
         kept = report(seq.request.slo.name, seq.progress, admitted=admitted)
+        if (task := seq.request.task) is not None:
+            last_s = seq.events.get(RequestEvent.TOKENS, seq.request.arrival_s)
+            kept = replace(kept, task=report_task(task, last_s - seq.request.arrival_s))
         if error is None:
             return kept
         refused = isinstance(error, SLOUnattainableError)

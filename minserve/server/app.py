@@ -24,6 +24,7 @@ from minserve.server.engine_face import EngineFace, ReplicaSet
 from minserve.server.errors import HttpError, unavailable
 from minserve.server.generation import ReplyFace, streamed_response, whole_response
 from minserve.server.json_array import dump_json
+from minserve.server.keys import KEY_NUMBER
 from minserve.server.limits import time_limit
 from minserve.server.metrics import CONTENT_TYPE, count_tasks, create_registry, render
 from minserve.server.openapi import openapi_json
@@ -228,6 +229,7 @@ class Server:
             slo=read.slo,
             age_s=time.monotonic() - read.came_s,
             bad_word_ids=read.bad_word_ids,
+            client=str(request.get(KEY_NUMBER, "")),
         )
         limit = time_limit(self.config.request_timeout_s, read.came_s)
         try:

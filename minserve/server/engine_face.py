@@ -14,6 +14,7 @@ from minserve.outputs import OutputDelta, ReplicaReport
 from minserve.prompts import BadWordIds, Prompt
 from minserve.sampling_params import SamplingParams
 from minserve.slo.objectives import SLO
+from minserve.slo.task_table import TaskOutcome
 
 if TYPE_CHECKING:
     from minserve.engine.stats import EngineStats
@@ -126,6 +127,10 @@ class EngineFace(Protocol):
     def iteration_s(self) -> float:
         """Seconds that the current iteration has taken so far."""
 
+    @property
+    def task_outcomes(self) -> Mapping[TaskOutcome, int]:
+        """The number of agents' tasks by outcome since the start."""
+
     def stats_by_replica(self) -> Mapping[str, EngineStats]:
         """The counts of each replica, by its number as text; a single engine has number 0.
 
@@ -158,5 +163,6 @@ class EngineFace(Protocol):
         slo: SLO | str | None = None,
         age_s: float = 0.0,
         bad_word_ids: BadWordIds | None = None,
+        client: str = "",
     ) -> Sequence[Handle]:
         """Queue requests, all or none; see `minserve.engine.engine.AsyncEngine.submit`."""

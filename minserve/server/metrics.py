@@ -77,6 +77,12 @@ def _all_families(engine: EngineFace) -> Iterator[Metric]:
         "Outputs that clients wait for, wherever they are.",
         engine.num_unfinished,
     )
+    yield _counter(
+        "tasks",
+        "Agents' tasks by outcome, as soon as it is known.",
+        "outcome",
+        ((outcome.value, num) for outcome, num in engine.task_outcomes.items()),
+    )
     merged: dict[str, Metric] = {}
     for replica, own in engine.stats_by_replica().items():
         labels = {} if replicas is None else {"replica": replica}

@@ -139,7 +139,7 @@ SCHEMAS: dict[str, Any] = {
         required=["prompt_tokens", "completion_tokens", "total_tokens"],
     ),
     "KeptSLO": obj(
-        {
+        properties={
             "class": _TEXT_OR_NULL,
             "admitted": {"type": "boolean"},
             "attained": {"type": "boolean"},
@@ -148,7 +148,17 @@ SCHEMAS: dict[str, Any] = {
             "worst_token_lateness_ms": _NUMBER_OR_NULL,
             "finish_ms": _NUMBER_OR_NULL,
             "targets": {"type": "object", "additionalProperties": _NUMBER_OR_NULL},
-        }
+            "task": obj(
+                {
+                    "id": _TEXT,
+                    "call": _COUNT,
+                    "calls": {"type": ["integer", "null"]},
+                    "remaining_ms": _NUMBER_OR_NULL,
+                    "given_up": {"type": "boolean"},
+                }
+            ),
+        },
+        required=["class", "admitted", "attained", "targets"],
     ),
     "Tokens": obj(
         {

@@ -106,7 +106,7 @@ def slo_object(report: SLOReport) -> dict[str, Any]:
         promised["thinking_tpot_ms"] = _ms(stages[0].tpot_s)
     if math.isfinite(report.targets.finish_s):
         promised["finish_ms"] = _ms(report.targets.finish_s)
-    return {
+    told = {
         "class": report.name,
         "admitted": report.admitted,
         "attained": report.attained,
@@ -116,6 +116,15 @@ def slo_object(report: SLOReport) -> dict[str, Any]:
         "finish_ms": _ms(report.finish_s),
         "targets": promised,
     }
+    if (task := report.task) is not None:
+        told["task"] = {
+            "id": task.id,
+            "call": task.call,
+            "calls": task.calls,
+            "remaining_ms": _ms(task.remaining_s),
+            "given_up": task.given_up,
+        }
+    return told
 
 
 def _ms(value: float | None) -> float | None:

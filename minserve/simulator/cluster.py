@@ -71,6 +71,8 @@ class Cluster:
 
     def _place(self, seqs: Sequence[SimulatedSequence], number: int) -> None:
         replica = self.replicas[number]
+        if self._placement is not None:
+            self._placement.went_to(number, seqs[0])
         for seq in seqs:
             replica.submit(seq)
         self._changed.add(number)

@@ -37,6 +37,7 @@ from minserve.simulator.offered_load import OfferedLoad, Progressed, first_longe
 from minserve.simulator.simulated_device import SimulatedProposer
 from minserve.simulator.simulated_replica import SimulatedReplica
 from minserve.workload.conversation import Conversation
+from minserve.workload.task_terms import TaskVerdict
 from minserve.workload.verdict import Verdict
 
 BLOCK_SIZE = 16
@@ -220,12 +221,14 @@ class SimulationResult:
 
     Attributes:
         verdicts: one for each turn.
+        task_verdicts: one for each task, where conversations are tasks.
         seconds: virtual time at which the last turn ended.
         busy_share: share of the time in which a replica ran a batch, averaged over replicas.
         num_preemptions: sum over all replicas.
     """
 
     verdicts: list[Verdict] = field(default_factory=list)
+    task_verdicts: list[TaskVerdict] = field(default_factory=list)
     seconds: float = 0.0
     busy_share: float = 0.0
     num_preemptions: int = 0
@@ -303,7 +306,7 @@ def simulate(
         tells_lengths=setup.lengths == "told",
     )
     cluster.load = load
-    load.verdicts = result.verdicts
+    load.verdicts, load.task_verdicts = result.verdicts, result.task_verdicts
     try:
         loop.run()
     finally:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from minserve.slo.objectives import StageTarget, Targets
+from minserve.slo.task_call import TaskReport
 from minserve.slots import copy_slots
 
 # Times are compared after sums of floats; rounding alone must not break a promise.
@@ -258,6 +259,7 @@ class SLOReport:
         worst_token_lateness_s: largest lateness in seconds of the tokens after a stage's first;
             negative if all were early, ``None`` if there was none or no pace was promised.
         finish_s: seconds to the last token of all outputs; ``None`` without a token.
+        task: how its task stands; ``None`` without one.
     """
 
     name: str
@@ -270,6 +272,7 @@ class SLOReport:
     mean_tpot_s: float | None = None
     worst_token_lateness_s: float | None = None
     finish_s: float | None = None
+    task: TaskReport | None = None
 
 
 def report(name: str, progress: Progress, *, admitted: bool) -> SLOReport:

@@ -20,6 +20,8 @@ from minserve.errors import InvalidSLOError
 
 MAX_SECONDS = 1e6
 MAX_SLOWDOWN = 1e6
+# Characters of a task's id.
+MOST_ID = 128
 # The name of SLOs that belong to no class.
 CUSTOM = "custom"
 
@@ -83,6 +85,35 @@ class DecodeStage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """The task that a call belongs to: an agent's calls, and what its tools do between them.
+
+    Attributes:
+        id: the client's name for it: 1 to 128 printable characters. Each call of a task brings
+            the same one, with the same values of the other fields.
+        finish: seconds from the arrival of the first call to the last token of the last call.
+        calls: the number of calls that the client expects; ``None`` if it does not know.
+
+    Raises:
+        InvalidSLOError: for a value outside its range.
+    """
+
+    id: str
+    finish: float
+    calls: int | None = None
+
+    def __post_init__(self) -> None:
+        if (
+            not isinstance(self.id, str)
+            or not 1 <= len(self.id) <= MOST_ID
+            or not (self.id.isprintable())
+        ):
+            raise InvalidSLOError(f"id must be a text of 1 to {MOST_ID} printable characters", "id")
+        _check_seconds("finish", self.finish)
+        _check_count("calls", self.calls)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SLO:
     """The objectives that a request asks for. An absent objective promises nothing.
 
@@ -94,6 +125,7 @@ class SLO:
         stages: several stages instead, each with its own pace and, except the last, an end.
         finish: seconds from arrival to the last token, however many there are; alone, or beside
             the others.
+        task: the task that the request is a call of, with a deadline of its own.
         expected_output_tokens: the client's own guess, for planning only.
         on_unattainable: serve late, or refuse at once.
         value: weight in the planner's choice among requests that do not all fit.
@@ -109,6 +141,7 @@ class SLO:
     tpot_slowdown: float | None = None
     stages: tuple[DecodeStage, ...] = ()
     finish: float | None = None
+    task: Task | None = None
     expected_output_tokens: int | None = None
     on_unattainable: OnUnattainable = OnUnattainable.BEST_EFFORT
     value: float = 1.0
@@ -158,7 +191,7 @@ class SLO:
         if not self.promises_anything:
             raise InvalidSLOError(
                 "an SLO needs an objective: "
-                "ttft, ttft_slowdown, tpot, tpot_slowdown, stages or finish"
+                "ttft, ttft_slowdown, tpot, tpot_slowdown, stages, finish or task"
             )
 
     @property
@@ -168,7 +201,7 @@ class SLO:
 
     @property
     def promises_anything(self) -> bool:
-        times = (self.ttft, self.ttft_slowdown, self.finish)
+        times = (self.ttft, self.ttft_slowdown, self.finish, self.task)
         return any(one is not None for one in times) or any(
             stage.has_pace for stage in self.decode_stages
         )
@@ -236,11 +269,17 @@ class StageTarget:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """An SLO in seconds; inf where nothing is promised."""
+    """An SLO in seconds; inf where nothing is promised.
+
+    Attributes:
+        aim_s: an earlier deadline than ``finish_s`` to plan for, as long as it can be kept; no part
+            of the promise.
+    """
 
     ttft_s: float = math.inf
     stages: tuple[StageTarget, ...] = (StageTarget(),)
     finish_s: float = math.inf
+    aim_s: float = math.inf
 
 
 @cache

@@ -21,6 +21,7 @@ from minserve.slo.objectives import (
     MAX_SLOWDOWN,
     SLO,
     DecodeStage,
+    Task,
     preset_classes,
 )
 
@@ -35,7 +36,10 @@ _OBJECTIVES = (
 )
 # Fields that `SLO` calls by the same name and whose values it checks.
 _PLAIN = ("expected_output_tokens", "on_unattainable", "value")
-_FIELDS = ("class", *_OBJECTIVES, *_PLAIN)
+# Fields that stand for a class as well; a task belongs to a request.
+_CLASS_FIELDS = ("class", *_OBJECTIVES, *_PLAIN)
+_FIELDS = (*_CLASS_FIELDS, "task")
+_TASK_FIELDS = ("id", "finish_ms", "calls")
 _STAGE_FIELDS = ("tpot_ms", "tpot_slowdown", "until", "tokens")
 
 # Seconds, or a multiple of the zero-load time.
@@ -55,12 +59,14 @@ def parse_slo(
 
     A base keeps all that the fields do not replace. ``tpot_*`` replaces the pace of its last
     stage, ``thinking_tpot_*`` that of the stage before. The base also keeps its name unless
-    an objective is replaced, because other objectives are no longer those of the class.
+    an objective is replaced, because other objectives are no longer those of the class. A task
+    changes no objective of the class.
 
     Args:
         values: ``ttft_ms`` or ``ttft_slowdown``, ``tpot_ms`` or ``tpot_slowdown``,
             ``thinking_tpot_ms`` or ``thinking_tpot_slowdown``, ``finish_ms``,
-            ``expected_output_tokens``, ``on_unattainable``, ``value``, and ``class``, which names the base.
+            ``expected_output_tokens``, ``on_unattainable``, ``value``, ``task`` (an object of
+            ``id``, ``finish_ms`` and ``calls``), and ``class``, which names the base.
         where: the object that the fields belong to, for errors.
         classes: the known classes by name.
         thinking_marker: the text that ends this model's thinking; ``None`` if it has none.
@@ -141,7 +147,7 @@ def load_classes(path: str | Path) -> dict[str, SLO]:
 
 
 def _parse_table(table: Mapping[str, Any], where: str, classes: Mapping[str, SLO]) -> SLO:
-    fields = _known(table, (*_FIELDS, "stages"), where)
+    fields = _known(table, (*_CLASS_FIELDS, "stages"), where)
     for name in _THINKING:
         if name in fields:
             raise _error(where, name, "write stages: a classes file is read for any model")
@@ -168,6 +174,17 @@ def _parse_stages(value: Any, where: str) -> tuple[DecodeStage, ...]:
     return tuple(stages)
 
 
+def _parse_task(value: Any, where: str) -> Task:
+    if not isinstance(value, dict):
+        raise InvalidSLOError(f"{where}: must be an object with {', '.join(_TASK_FIELDS)}", where)
+    fields = _known(value, _TASK_FIELDS, where)
+    for name in ("id", "finish_ms"):
+        if name not in fields:
+            raise _error(where, name, "is missing: a task needs it in each of its calls")
+    finish = seconds(fields.pop("finish_ms"), f"{where}.finish_ms")
+    return _make(Task, where, finish=finish, **fields)
+
+
 def _build(
     fields: Mapping[str, Any],
     where: str,
@@ -191,6 +208,8 @@ def _build(
         changes.update(tpot=None, tpot_slowdown=None, stages=stages)
     keeps_name = base is not None and not changes
     changes |= {name: fields[name] for name in _PLAIN if name in fields}
+    if "task" in fields:
+        changes["task"] = _parse_task(fields["task"], f"{where}.task")
     if base is None:
         return _make(SLO, where, **changes)
     changes["name"] = base.name if keeps_name else CUSTOM

@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Any
 
 from minserve.slo.attainment import Progress, judge
-from minserve.slo.objectives import Targets
+from minserve.slo.objectives import Targets, Task
 from minserve.workload.conversation import Turn
 from minserve.workload.verdict import Cause, Verdict, cause_of_miss
 
@@ -42,6 +42,7 @@ class Answer:
     targets: the SLO in seconds by which it is judged.
     due_s: time at which it was to be sent; latencies count from here.
     has_next: true if another turn waits for this answer.
+    task: the task that the server is told of; ``None`` for its targets alone.
     sent_s: time at which it was sent; NaN before.
     token_times: for each output token, the time at which its text came.
     text: text of the output so far.
@@ -56,6 +57,7 @@ class Answer:
     targets: Targets
     due_s: float
     has_next: bool = False
+    task: Task | None = None
     sent_s: float = math.nan
     ending: Ending = Ending.CUT
     token_times: list[float] = field(default_factory=list)
@@ -182,6 +184,12 @@ class Answer:
             seconds += (count - 1) * stage.tpot_s if count > 1 else 0.0
             left -= count
         return seconds + STAGE_PATIENCE_S * (len(self.targets.stages) - 1)
+
+    @property
+    def in_vain(self) -> bool:
+        """True if the server has said that its task cannot be in time."""
+        task = None if self.reported is None else self.reported.get("task")
+        return task is not None and task.get("given_up") is True
 
     def progress(self) -> Progress:
         """Return how the answer stands against its targets."""

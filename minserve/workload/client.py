@@ -14,6 +14,7 @@ import asyncio
 import errno
 import math
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,14 +22,16 @@ from typing import Any
 import aiohttp
 
 from minserve.errors import WorkloadError
+from minserve.slo.objectives import Targets
 from minserve.workload.answer import Answer, Ending
-from minserve.workload.conversation import Conversation, Turn
+from minserve.workload.conversation import Conversation
 from minserve.workload.endpoint import (
     Endpoint,
     open_session,
     raise_file_limit,
     too_few_files,
 )
+from minserve.workload.task_terms import TaskVerdict
 from minserve.workload.turn_targets import Speed, targets_of
 from minserve.workload.verdict import Verdict
 
@@ -51,6 +54,57 @@ class LoadProgress:
     attained: int
 
 
+@dataclass(frozen=True, slots=True)
+class _BegunConversation:
+    """A conversation whose first turn was due.
+
+    Attributes:
+        due_s: time at which that was.
+        answers: one for each turn that was due so far.
+        finish_s: seconds from then to the deadline of all turns together; inf for none.
+        task_id: unlike that of any other conversation.
+    """
+
+    conversation: Conversation
+    due_s: float
+    finish_s: float
+    task_id: str
+    answers: list[Answer] = field(default_factory=list)
+
+    def new_answer(self, speed: Speed, due_s: float) -> Answer:
+        """Return an empty answer to the next turn."""
+        conversation, number = self.conversation, len(self.answers)
+        turn, task, asked = conversation.turns[number], None, None
+        if conversation.terms is None:
+            targets = targets_of(turn, speed)
+            asked = None if turn.asked is None else targets_of(turn, speed, turn.asked)
+        else:
+            slo, targets = conversation.terms.promise(conversation, number, speed, self.task_id)
+            task = slo.task
+        if task is not None:
+            # Any time in the task is right for the client: the server shares it among the calls.
+            targets = Targets(finish_s=self.due_s + self.finish_s - due_s)
+        has_next = number + 1 < len(conversation.turns)
+        return Answer(turn, targets, due_s, has_next=has_next, asked=asked, task=task)
+
+    def task_verdict(self, start_s: float) -> TaskVerdict:
+        """Return what became of the turns together.
+
+        Args:
+            start_s: time at which the workload began.
+        """
+        answers, num_calls = self.answers, len(self.conversation.turns)
+        done = len(answers) == num_calls and answers[-1].ending is Ending.DONE
+        took_s = answers[-1].last_heard_s - self.due_s if done else None
+        return TaskVerdict(
+            arrival_s=self.due_s - start_s,
+            finish_s=self.finish_s,
+            took_s=took_s,
+            num_calls=num_calls,
+            given_up=any(answer.in_vain for answer in answers),
+        )
+
+
 @dataclass(slots=True)
 class Load:
     """A workload's answers so far.
@@ -61,6 +115,7 @@ class Load:
         answers: answers to the requests that were due, in this order. After a complete run also
             those of turns that were never due, because the turn before was not answered.
         complete: False if the run was interrupted.
+        begun: the conversations whose first turn was due.
     """
 
     workload: Sequence[Conversation]
@@ -68,6 +123,7 @@ class Load:
     end_s: float = math.nan
     answers: list[Answer] = field(default_factory=list)
     complete: bool = False
+    begun: list[_BegunConversation] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
@@ -82,6 +138,22 @@ class Load:
         because their outcome is unknown.
         """
         return [answer.verdict(self.start_s) for answer in self.answers if self._is_decided(answer)]
+
+    def task_verdicts(self) -> list[TaskVerdict]:
+        """Return the verdicts on the offered tasks; there are none where conversations are no tasks.
+
+        After a run that was cut short, tasks that were under way and not yet late are left out.
+        """
+        return [
+            one.task_verdict(self.start_s)
+            for one in self.begun
+            if one.conversation.terms is not None
+            and (
+                self.complete
+                or self.end_s > one.due_s + one.finish_s
+                or one.task_verdict(self.start_s).took_s is not None
+            )
+        ]
 
     @property
     def num_undecided(self) -> int:
@@ -177,13 +249,13 @@ class _LoadDriver:
     ) -> None:
         self._session, self._endpoint, self._load, self._speed = session, endpoint, load, speed
         self._slo_field = slo_field or (
-            lambda answer: endpoint.slo_field(answer.asked or answer.targets)
+            lambda answer: endpoint.slo_field(answer.asked or answer.targets, answer.task)
         )
         self._on_progress = on_progress
         self._drain_s = drain_s
         self._tasks: set[asyncio.Task[None]] = set()
         self._open: dict[int, Answer] = {}
-        self._begun: list[tuple[Conversation, list[Answer]]] = []
+        self._run_id = uuid.uuid4().hex[:12]
         self._num_waiting = 0  # turns that are going to be sent
         self._num_done = self._num_attained = 0
 
@@ -213,15 +285,18 @@ class _LoadDriver:
     async def _converse(self, conversation: Conversation, due_s: float) -> None:
         """Send the turns of a conversation, each after the answer to the turn before."""
         said: list[str] = []
-        answers: list[Answer] = []
-        self._begun.append((conversation, answers))
-        for left, turn in enumerate(conversation.turns, 1 - len(conversation.turns)):
+        terms, number = conversation.terms, len(self._load.begun)
+        finish_s = math.inf if terms is None else terms.finish_s(conversation, self._speed)
+        begun = _BegunConversation(conversation, due_s, finish_s, f"{self._run_id}-{number}")
+        self._load.begun.append(begun)
+        answers = begun.answers
+        for turn in conversation.turns:
             if answers:
                 due_s = answers[-1].token_times[-1] + turn.delay_s
                 self._num_waiting += 1
                 await asyncio.sleep(due_s - time.perf_counter())
             self._num_waiting -= 1
-            answers.append(self._answer(turn, due_s, has_next=left < 0))
+            answers.append(begun.new_answer(self._speed, due_s))
             self._load.answers.append(answers[-1])
             said.append(turn.text or "")
             await self._ask(answers[-1], said)
@@ -250,8 +325,8 @@ class _LoadDriver:
                 self._tasks.discard(task)
                 task.result()
             self._report()
-            # The task of a conversation exists for a moment before the conversation is in `_begun`.
-            begun = len(self._begun) == len(self._load.workload)
+            # The task of a conversation exists for a moment before the conversation is in `begun`.
+            begun = len(self._load.begun) == len(self._load.workload)
             if begun and not self._may_attain(time.perf_counter()):
                 return
 
@@ -268,15 +343,12 @@ class _LoadDriver:
         patient = answer.has_next or not answer.has_last_deadline
         return patient and now - answer.last_heard_s < self._drain_s
 
-    def _answer(self, turn: Turn, due_s: float, *, has_next: bool = False) -> Answer:
-        asked = None if turn.asked is None else targets_of(turn, self._speed, turn.asked)
-        return Answer(turn, targets_of(turn, self._speed), due_s, has_next=has_next, asked=asked)
-
     def _add_unsent(self) -> None:
         """Add the turns that follow an unanswered one: they count as offered and missed."""
-        for conversation, answers in self._begun:
-            for turn in conversation.turns[len(answers) :]:
-                unsent = self._answer(turn, answers[-1].due_s)
+        for begun in self._load.begun:
+            turns, answers = begun.conversation.turns, begun.answers
+            for turn in turns[len(answers) :]:
+                unsent = Answer(turn, targets_of(turn, self._speed), answers[-1].due_s)
                 unsent.ending = Ending.NOT_SENT
                 self._load.answers.append(unsent)
 

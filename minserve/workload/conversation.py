@@ -10,8 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from minserve.slo.objectives import SLO
+
+if TYPE_CHECKING:
+    from minserve.workload.task_terms import TaskTerms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +61,12 @@ class Conversation:
     Attributes:
         arrival_s: arrival of the first turn, in seconds from the beginning of the workload.
         turns: at least one turn.
+        terms: the deadline of the turns together, as one task; ``None`` for no such deadline.
     """
 
     arrival_s: float
     turns: tuple[Turn, ...]
+    terms: TaskTerms | None = None
 
 
 def num_turns(workload: Sequence[Conversation]) -> int:

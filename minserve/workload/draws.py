@@ -11,6 +11,7 @@ from minserve.slo.objectives import SLO
 from minserve.workload.conversation import Conversation
 from minserve.workload.recordings import scaled
 from minserve.workload.scenarios import SCENARIOS, Scenario
+from minserve.workload.task_terms import TaskTerms
 from minserve.workload.traces import TraceRequest, to_workload
 
 # Returns a workload without texts, given requests per second (`None`: its own rate) and a seed.
@@ -18,14 +19,23 @@ Draw = Callable[[float | None, int], list[Conversation]]
 
 
 def draw_scenario(
-    scenario: Scenario, *, seconds: float | None = None, num_requests: int | None = None
+    scenario: Scenario,
+    *,
+    seconds: float | None = None,
+    num_requests: int | None = None,
+    terms: TaskTerms | None = None,
 ) -> Draw:
-    """Return a source of workloads from a scenario, at any rate."""
+    """Return a source of workloads from a scenario, at any rate.
+
+    Args:
+        terms: makes a task of each conversation.
+    """
 
     def draw(rate: float | None, seed: int) -> list[Conversation]:
         if rate is None:
             raise WorkloadError("a scenario needs a rate: give --rate or --capacity")
-        return scenario.draw(rate, seed=seed, seconds=seconds, num_requests=num_requests)
+        drawn = scenario.draw(rate, seed=seed, seconds=seconds, num_requests=num_requests)
+        return [replace(one, terms=terms) for one in drawn]
 
     return draw
 

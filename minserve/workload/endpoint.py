@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from minserve.errors import WorkloadError
-from minserve.slo.objectives import Targets
+from minserve.slo.objectives import Targets, Task
+from minserve.workload.task_terms import task_field
 
 KEY_VARIABLES = ("MINSERVE_API_KEY", "OPENAI_API_KEY")
 # Servers drop idle connections after 5 s or more; a request must not use a dying connection.
@@ -84,11 +85,15 @@ class Endpoint:
             body["slo"] = slo
         return body
 
-    def slo_field(self, targets: Targets) -> dict[str, float] | None:
+    def slo_field(self, targets: Targets, task: Task | None = None) -> dict[str, Any] | None:
         """Return targets as a minserve reads them: the same times by which the client judges.
+
+        A task stands for them, as the server divides its time.
 
         If the model marks no end of its thinking, the strictest pace holds for the whole output.
         """
+        if task is not None:
+            return task_field(task)
         paces = [stage.tpot_s for stage in targets.stages]
         if len(paces) > 1 and not self.takes_thinking:
             paces = [min(paces)]

@@ -34,7 +34,7 @@ class ExperimentRun:
 
     @property
     def report(self) -> Report:
-        return Report.of(self.load.verdicts(), self.seconds)
+        return Report.of(self.load.verdicts(), self.seconds, self.load.task_verdicts())
 
     @property
     def targets(self) -> dict[str, Targets]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minserve.tables import text_table
+from minserve.workload.task_terms import TaskVerdict
 from minserve.workload.verdict import Cause, Verdict
 
 QUANTILES = (0.5, 0.9, 0.99)
@@ -111,6 +112,47 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TaskPart:
+    """Results of a run's tasks.
+
+    Attributes:
+        offered: number of tasks, however they ended.
+        attained: tasks that ended by their deadline.
+        given_up: tasks of which the server said that they could not be in time.
+        took_s: of all tasks; one that did not end counts as infinitely late.
+    """
+
+    offered: int
+    attained: int
+    given_up: int
+    took_s: Percentiles
+
+    @classmethod
+    def of(cls, verdicts: Sequence[TaskVerdict]) -> TaskPart:
+        return cls(
+            offered=len(verdicts),
+            attained=sum(one.attained for one in verdicts),
+            given_up=sum(one.given_up for one in verdicts),
+            took_s=Percentiles.of(math.inf if v.took_s is None else v.took_s for v in verdicts),
+        )
+
+    @property
+    def attainment(self) -> float:
+        """Share of the tasks that ended by their deadline; NaN if none was offered."""
+        return _ratio(self.attained, self.offered)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the results as JSON values, times in milliseconds."""
+        return {
+            "offered": self.offered,
+            "attained": self.attained,
+            "attainment": _rounded(self.attainment),
+            "given_up": self.given_up,
+            "took_ms": self.took_s.to_dict(),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """A run in numbers.
 
@@ -119,19 +161,24 @@ class Report:
         total: results of all requests.
         classes: results by class name, sorted by name.
         send_lag_s: how late the client itself sent its requests, in seconds.
+        tasks: results of all tasks; ``None`` where requests are no calls of tasks.
     """
 
     seconds: float
     total: Part
     classes: Mapping[str, Part]
     send_lag_s: Percentiles
+    tasks: TaskPart | None = None
 
     @classmethod
-    def of(cls, verdicts: Sequence[Verdict], seconds: float) -> Report:
+    def of(
+        cls, verdicts: Sequence[Verdict], seconds: float, tasks: Sequence[TaskVerdict] = ()
+    ) -> Report:
         """Return the report of verdicts; repeats are pooled if all their verdicts come together.
 
         Args:
             seconds: time over which the requests arrived, the sum over repeats.
+            tasks: the verdicts on tasks, where there are some.
         """
         names = sorted({verdict.name for verdict in verdicts})
         return cls(
@@ -139,7 +186,13 @@ class Report:
             total=Part.of(verdicts),
             classes={n: Part.of([v for v in verdicts if v.name == n]) for n in names},
             send_lag_s=Percentiles.of(verdict.send_lag_s for verdict in verdicts),
+            tasks=TaskPart.of(tasks) if tasks else None,
         )
+
+    @property
+    def kept(self) -> float:
+        """The share by which a capacity is judged: of tasks where there are some, else of requests."""
+        return self.total.attainment if self.tasks is None else self.tasks.attainment
 
     @property
     def attainment(self) -> float:
@@ -174,6 +227,7 @@ class Report:
             "goodput_tokens": _rounded(self.goodput_tokens),
             "send_lag_ms": self.send_lag_s.to_dict(),
             **self.total.to_dict(),
+            **({} if self.tasks is None else {"tasks": self.tasks.to_dict()}),
             "classes": {name: part.to_dict() for name, part in self.classes.items()},
         }
 
@@ -189,6 +243,12 @@ class Report:
             f"offered {self.rate:.3g} requests/s for {self.seconds:.1f} s; goodput "
             f"{self.goodput:.3g} requests/s, {self.goodput_tokens:.3g} output tokens/s",
         ]
+        if (tasks := self.tasks) is not None:
+            times = (_readable(getattr(tasks.took_s, q)) for q in ("p50", "p90", "p99"))
+            lines.append(
+                f"tasks: {tasks.offered}, {_percent(tasks.attainment)} in time, {tasks.given_up} "
+                f"given up; they took {', '.join(times)} (p50, p90, p99)"
+            )
         return "\n".join(lines)
 
 

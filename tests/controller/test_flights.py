@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from waiting import PATIENCE_S
 
 from minserve.controller import messages as m
 from minserve.controller.flights import Flight, FlightHandle, ending
+from minserve.engine.tasks import Tasks, TaskWatch
 from minserve.errors import GenerationError
 from minserve.outputs import OutputDelta
 from minserve.request import FinishReason, Request
@@ -25,6 +27,14 @@ def flight_of(n: int) -> Flight:
             seed=3,
             arrival_s=100.0,
         )
+    )
+
+
+def handle_of(
+    flight: Flight, prompt: str | None = None, abort: Callable[[str], None] = lambda _: None
+) -> FlightHandle:
+    return FlightHandle(
+        flight, prompt, abort, TaskWatch(Tasks(float, lambda: None), flight.request)
     )
 
 
@@ -110,7 +120,7 @@ def test_a_handle_yields_all_news_and_ends_with_the_last_output() -> None:
     news = [delta(0, 10), end(1, 20), delta(0, 11), end(0, 12)]
 
     async def collect() -> list[OutputDelta]:
-        handle = FlightHandle(flight, "text", lambda _: None)
+        handle = handle_of(flight, "text")
         assert (handle.request_id, handle.prompt) == ("a", "text")
         assert handle.prompt_token_ids == PROMPT
 
@@ -131,7 +141,7 @@ def test_a_handle_yields_all_news_and_ends_with_the_last_output() -> None:
 
 def test_a_handle_waits_for_outputs_that_have_not_ended() -> None:
     async def collect() -> list[OutputDelta]:
-        handle = FlightHandle(flight_of(2), None, lambda _: None)
+        handle = handle_of(flight_of(2))
         handle.put(end(0))
         found = []
 
@@ -153,7 +163,7 @@ def test_a_handle_waits_for_outputs_that_have_not_ended() -> None:
 
 def test_whoever_aborts_a_handle_names_its_request() -> None:
     aborted: list[str] = []
-    FlightHandle(flight_of(1), None, aborted.append).abort()
+    handle_of(flight_of(1), abort=aborted.append).abort()
     assert aborted == ["a"]
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from minserve.engine import block_pool
-from minserve.engine.block_pool import BlockPool, block_digest
+from minserve.engine.block_pool import BlockPool, HoldWish, block_digest
 from minserve.errors import OutOfBlocksError, PoolCorruptedError
 from minserve.planner.batching.batch_builder import BatchBuilder
 from minserve.planner.plan import CachedPrefix, PlannerView
@@ -19,6 +19,7 @@ from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
 
 BLOCK = 4
+HOLD = block_pool._Hold("owner", 1.0, [], 1)
 _ids = count()
 
 
@@ -349,6 +350,10 @@ def test_preemption_frees_what_a_batch_builder_assumes():
         (lambda _, seq: seq.block_table.append(99), "outside the pool"),
         (lambda pool, seq: pool._free.update({seq.block_table[0]: None}), "both free and in use"),
         (lambda pool, _: pool._free.popitem(), "leaked"),
+        (lambda pool, _: pool._held.update({pool._free.popitem()[0]: HOLD}), "without a prefix"),
+        (lambda pool, _: pool._held.update(dict.fromkeys(pool._free, HOLD)), "held and free to go"),
+        (lambda pool, _: pool._held.update(dict.fromkeys(range(50, 55), HOLD)), "than may be"),
+        (lambda pool, _: pool._holds.update(ghost=HOLD), "disagree"),
         (lambda pool, _: pool._free.update({77: None}), "free blocks outside"),
         (lambda pool, _: pool._index.popitem(), "the index lacks"),
         (lambda pool, _: pool._num_committed.update(ghost=1), "outlives"),
@@ -398,6 +403,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.kv: dict[tuple[int, int], tuple] = {}
+        self.now = 0.0
 
     def teardown(self):
         if hasattr(self, "original"):
@@ -457,16 +463,25 @@ class PoolMachine(RuleBasedStateMachine):
         self.assert_kv_is_right(seq)
 
     @precondition(lambda self: self.running)
-    @rule(data=st.data(), finish=st.booleans())
-    def release(self, data, finish):
+    @rule(data=st.data(), finish=st.booleans(), held_s=st.sampled_from([None, 0.0, 1.0, 3.0]))
+    def release(self, data, finish, held_s):
         seq = data.draw(st.sampled_from(self.running))
         free, releasable = self.pool.num_free_blocks, self.pool.num_releasable_blocks(seq)
-        self.pool.release(seq)
+        until = self.now + held_s if held_s else None
+        wish = None if held_s is None else HoldWish(seq.request.cache_salt, until)
+        self.pool.release(seq, wish)
         assert self.pool.num_free_blocks == free + releasable
         seq.num_computed_tokens = 0
         self.running.remove(seq)
         if not finish:
             self.waiting.append(seq)
+
+    @rule(seconds=st.sampled_from([0.5, 1.0, 2.0]))
+    def let_time_pass(self, seconds):
+        self.now += seconds
+        free = self.pool.num_free_blocks
+        self.pool.end_holds(self.now)
+        assert self.pool.num_free_blocks == free
 
     @invariant()
     def books_add_up(self):

@@ -20,6 +20,7 @@ from minserve.errors import ConfigError
 from minserve.request import FinishReason
 from minserve.server.app import Server
 from minserve.slo.attainment import Outcome
+from minserve.slo.task_table import TaskOutcome
 
 CONTRACT = {
     "num_requests_running": "gauge",
@@ -43,6 +44,7 @@ CONTRACT = {
     "spec_decode_num_accepted_tokens": "counter",
     "spec_decode_num_accepted_tokens_per_pos": "counter",
     "slo_requests": "counter",
+    "tasks": "counter",
     "time_to_first_token_seconds": "histogram",
     "inter_token_latency_seconds": "histogram",
     "e2e_request_latency_seconds": "histogram",
@@ -143,7 +145,10 @@ def test_counters_end_in_total_and_labels_come_from_fixed_sets(plain: RunningSer
     classes = {"custom", *plain.engine.slo_classes}
     fixed = {
         "finished_reason": {reason.value for reason in FinishReason},
-        "outcome": {"held", "discarded", *(outcome.value for outcome in Outcome)},
+        "outcome": {
+            *("held", "discarded"),
+            *(outcome.value for outcome in (*Outcome, *TaskOutcome)),
+        },
         "class": classes,
         "kind": {"prefill", "decode", "draft"},
         "reason": {"error", "hang", "invalid", "out_of_memory", "rest"},

@@ -98,8 +98,27 @@ def pace_of(seq: Sequence, num_left: int, now: float, prefill_s: float, limits: 
         now: the present time in seconds.
         prefill_s: seconds of what is left of its prefill on the idle device; not for a decode.
     """
+    progress = seq.slo_progress
+    pace = _pace_by(progress.finish_by_s, seq, num_left, now, prefill_s, limits)
+    aim_by_s = seq.request.arrival_s + progress.targets.aim_s
+    if aim_by_s >= progress.finish_by_s:
+        return pace
+    aimed = _pace_by(aim_by_s, seq, num_left, now, prefill_s, limits)
+    # An aim that asks for too much is given up for the deadline itself.
+    return aimed._replace(latest_s=pace.latest_s) if aimed.step_s > limits.tightest_s else pace
+
+
+def _pace_by(
+    finish_s: float,
+    seq: Sequence,
+    num_left: int,
+    now: float,
+    prefill_s: float,
+    limits: PaceLimits,
+) -> Pace:
+    """Return what an end by ``finish_s`` asks of a sequence; the others are those of `pace_of`."""
     progress, done = seq.slo_progress, seq.num_output_tokens
-    finish_s, last_s = progress.finish_by_s, progress.last_token_s
+    last_s = progress.last_token_s
     if last_s is None or not seq.is_decoding:
         arrival_s = seq.request.arrival_s
         pace = pace_before(arrival_s, finish_s, num_left, now, prefill_s, limits)
