@@ -29,9 +29,12 @@ FLASH_ATTN_PAGE = 256
 ATTENTION_BACKENDS = ("auto", "torch", "triton", "flash-attn")
 SPECULATORS = ("auto", "draft", "ngram", "off")
 EXECUTORS = ("model", "simulated")
+LOG_FORMATS = ("text", "json")
+REQUEST_LINES = ("all", "errors", "off")
 ROUTERS = ("slo", "least-loaded", "round-robin")
 # How an origin is written in the header Origin; `null` is that of files and of sandboxed frames.
 _ORIGIN = re.compile(r"\*|null|[A-Za-z][A-Za-z0-9+.-]*://[^/\s?#]+/?")
+_URL = re.compile(r"https?://[^/\s?#]+(/[^\s?#]*)?")
 _HOST_NAME = re.compile(r"\*|[A-Za-z0-9._-]+")
 
 
@@ -370,6 +373,21 @@ class ServerConfig:
         f"{EXIT_HUNG}, so that it is started again; 0: never",
         group="server",
     )
+    log_format: str = option(
+        "text", "json writes each log record as a JSON object", group="log", choices=LOG_FORMATS
+    )
+    log_requests: str = option(
+        "all",
+        "requests that the log has a line for; errors: those that were refused or did not end well",
+        group="log",
+        choices=REQUEST_LINES,
+    )
+    otlp_endpoint: str | None = option(
+        None,
+        "send a trace of each generation to this OTLP/HTTP collector, such as "
+        "http://localhost:4318 (also OTEL_EXPORTER_OTLP_ENDPOINT); needs the extra otel",
+        group="log",
+    )
     api_key: tuple[str, ...] = option(
         (),
         "require 'Authorization: Bearer KEY'; may be given several times (also MINSERVE_API_KEY)",
@@ -447,6 +465,16 @@ class ServerConfig:
         for name in ("shutdown_timeout", "first_byte_s", "watchdog_exit_s"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} must not be below 0, not {getattr(self, name)}")
+        if self.otlp_endpoint is not None and not _URL.fullmatch(self.otlp_endpoint):
+            raise ConfigError(
+                "otlp_endpoint must be a URL such as http://localhost:4318, not "
+                f"{self.otlp_endpoint!r}"
+            )
+        for name, choices in (("log_format", LOG_FORMATS), ("log_requests", REQUEST_LINES)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}"
+                )
         if not re.fullmatch("[a-zA-Z_][a-zA-Z0-9_]*", self.metrics_prefix):
             raise ConfigError(
                 f"metrics_prefix must be letters, digits and '_', and begin with no digit, "

@@ -37,6 +37,31 @@ def acceptance(num_draft_tokens: int, num_accepted_tokens: int) -> dict[str, int
     }
 
 
+class OutputTimes(NamedTuple):
+    """How an output went on, in seconds since its request arrived; ``None`` where it did not.
+
+    Attributes:
+        started_s: when it first got blocks and ran; ``None`` too where that was on a replica that
+            was lost.
+        first_token_s, last_token_s: when its first and its newest token came.
+        num_tokens: how many tokens it has.
+        num_preemptions: how often it gave up its blocks.
+    """
+
+    started_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    num_tokens: int = 0
+    num_preemptions: int = 0
+
+    @property
+    def mean_tpot_s(self) -> float | None:
+        """Mean seconds per token behind the first one; ``None`` before the second token."""
+        if self.first_token_s is None or self.last_token_s is None or self.num_tokens < 2:
+            return None
+        return (self.last_token_s - self.first_token_s) / (self.num_tokens - 1)
+
+
 class OutputDelta(NamedTuple):
     """News of one output of one request.
 
@@ -58,6 +83,7 @@ class OutputDelta(NamedTuple):
             accepted.
         error: on the last delta where ``finish_reason`` is ERROR.
         slo: on the last delta, what was promised and kept; ``None`` without an SLO.
+        times: on the last delta that an engine makes.
     """
 
     request_id: str
@@ -73,6 +99,7 @@ class OutputDelta(NamedTuple):
     num_accepted_tokens: int = 0
     error: Exception | None = None
     slo: SLOReport | None = None
+    times: OutputTimes | None = None
 
 
 class ReplicaReport(TypedDict):

@@ -11,6 +11,7 @@ are what planners schedule. A sequence's life, with the event on each edge::
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, cast
@@ -24,11 +25,15 @@ from minserve.slots import copy_slots
 if TYPE_CHECKING:
     from minserve.engine.structures.guide import Guide
 
+# Steps of priority, in either direction, that change the weight of a request's SLO.
+MOST_STEPS = 10
+
 
 class RequestEvent(Enum):
     """An edge of a sequence's life (drawn above)."""
 
     QUEUED = "queued"
+    FIRST_START = "first_start"
     SCHEDULED = "scheduled"
     FIRST_TOKEN = "first_token"
     TOKENS = "tokens"
@@ -64,7 +69,7 @@ class Request:
         params: sampling settings, ``max_tokens`` already resolved to a number.
         seed: the seed in force (``params.seed`` or one that the engine drew).
         arrival_s: time of arrival on the engine's monotonic clock.
-        priority: lower runs earlier; ties by arrival.
+        priority: lower runs earlier, ties by arrival; and it weighs the SLO (`value`).
         cache_salt: requests share cached prefixes only with the same salt.
         stop_token_ids: every id that ends the output (the model's end-of-sequence
             ids unless ignored, and the request's own).
@@ -102,10 +107,16 @@ class Request:
 
     @property
     def value(self) -> float:
-        """Weight of the SLO in the planner's choice; 0 without an SLO."""
+        """Weight of the request in the planner's choice; 0 without an SLO.
+
+        It is the SLO's own, twice as much for each step of priority below 0 and half as much for each
+        above, up to `MOST_STEPS`; a call of a task counts for more towards the task's end.
+        """
         if self.slo is None:
             return 0.0
-        return self.slo.value if self.task is None else self.slo.value * self.task.weight
+        steps = max(-MOST_STEPS, min(MOST_STEPS, self.priority))
+        value = math.ldexp(self.slo.value, -steps)
+        return value if self.task is None else value * self.task.weight
 
     @property
     def refuses_delay(self) -> bool:
@@ -127,7 +138,8 @@ class Sequence:
         num_draft_tokens, num_accepted_tokens: drafted so far, and of these those accepted.
         block_table: ids of the KV blocks, in token order. Set by the block pool.
         block_hashes: prefix digests of the full blocks so far. Set by the block pool.
-        events: when each event last happened, except FIRST_TOKEN: when it first did.
+        events: when each event last happened, except FIRST_START, the first time that it was
+            SCHEDULED, and FIRST_TOKEN.
         progress: how the output stands against its targets; ``None`` without an SLO.
         standing: what the planner has promised; without an SLO always BEST_EFFORT.
         guide: keeps the output to its structure; ``None`` where it has none.

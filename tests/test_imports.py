@@ -26,6 +26,7 @@ GROUND = {
     "errors",
     "devices",
     "exit_codes",
+    "log_lines",
     "machine",
     "progress_bar",
     "config",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import shlex
 import sys
@@ -19,6 +18,7 @@ from minserve.cli.serve import add_serve
 from minserve.cli.simulate import add_simulate
 from minserve.errors import MinserveError, WorkloadError
 from minserve.exit_codes import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE
+from minserve.log_lines import set_up_logs
 
 _DESCRIPTION = "An LLM inference server in pure PyTorch."
 _EXAMPLES = """\
@@ -51,12 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(others)}{_hint(args, others)}")
     if not getattr(args, "json", True) and {"logprobs", "prompt_logprobs"} & vars(args).keys():
         parser.error("--logprobs and --prompt-logprobs need --json")
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
+    set_up_logs()
     try:
         return args.command(args)
     except MinserveError as error:

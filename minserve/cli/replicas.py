@@ -136,6 +136,7 @@ def create_watcher(
         settings=settings,
         profile_s=server.profile_seconds,
         watchdog_s=server.watchdog_s,
+        log_format=server.log_format,
     )
     return Watcher(spec, environment, config.replica_timeout)
 

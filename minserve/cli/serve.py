@@ -14,6 +14,7 @@ from minserve.cli.replicas import create_controller, follow, is_follower, under_
 from minserve.cli.standard_files import secure_standard_files
 from minserve.config import ControllerConfig, EngineConfig, ServerConfig
 from minserve.exit_codes import EXIT_HUNG
+from minserve.log_lines import set_up_logs
 
 if TYPE_CHECKING:
     from minserve.server.engine_face import EngineFace
@@ -56,6 +57,7 @@ def _serve(args: argparse.Namespace) -> int:
     if "api_keys_file" not in settings and (key := os.environ.get(KEY_VARIABLE)):
         settings.setdefault("api_key", (key,))
     server_config = ServerConfig(**settings)
+    set_up_logs(server_config.log_format)
     engine_settings = given(args, EngineConfig)
     model = EngineConfig.create(**engine_settings).model  # refuse wrong settings early
 

@@ -21,7 +21,7 @@ from minserve.cli.workload import (
     make_draw,
     say,
 )
-from minserve.errors import WorkloadError
+from minserve.errors import InvalidSLOError, WorkloadError
 from minserve.exit_codes import EXIT_INTERRUPTED
 from minserve.interrupt import Interrupt
 from minserve.planner.policies.registry import POLICIES
@@ -78,6 +78,10 @@ def add_simulate(commands: argparse._SubParsersAction) -> None:
     workload.add_argument(
         "--drop-longer", action="store_true", default=False,
         help="leave out requests of a trace that are longer than the model can serve",
+    )  # fmt: skip
+    workload.add_argument(
+        "--values", type=_values, default={}, metavar="NAME=X,...",
+        help="values of classes, where not all requests fit: chatbot=4,coding=1",
     )  # fmt: skip
     _add_device_flags(parser.add_argument_group("device and planner"))
     _add_replica_flags(parser.add_argument_group("replicas"))
@@ -158,6 +162,14 @@ def _add_replica_flags(group: argparse._ArgumentGroup) -> None:
         "--ratio", type=_ratio, metavar="P:D",
         help="numbers of prefill and decode replicas in a group of distserve (default: 1:1)",
     )  # fmt: skip
+
+
+def _values(text: str) -> dict[str, float]:
+    pairs = [part.partition("=") for part in text.split(",")]
+    try:
+        return {name: float(value) for name, _, value in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be like chatbot=4,coding=1, not {text!r}") from None
 
 
 def _milliseconds(text: str) -> float:
@@ -257,7 +269,7 @@ def _simulate(args: argparse.Namespace) -> int:
         check_can_plot(args.plot)
     longest = setup.longest if args.drop_longer else None
     _settle_number(args, setup)
-    draw = make_draw(args, longest)
+    draw = _with_values(args, make_draw(args, longest))
     check_fits(draw((args.rates or [_own_rate(args)])[0], setup.seed), setup)
     if args.profile is None:
         say(f"simulating {device.name}; --profile takes another one")
@@ -266,6 +278,24 @@ def _simulate(args: argparse.Namespace) -> int:
         capacity, sizing, interrupted = _measure(args, simulations)
     _print(args, simulations, capacity, sizing, interrupted)
     return EXIT_INTERRUPTED if interrupted else 0
+
+
+def _with_values(args: argparse.Namespace, draw: Draw) -> Draw:
+    """Return a source of workloads with the values of the flags.
+
+    Raises:
+        WorkloadError: for an unknown class or a value out of range.
+    """
+    from minserve.workload.draws import with_values
+
+    if not args.values:
+        return draw
+    draw = with_values(draw, args.values)
+    try:
+        draw((args.rates or [_own_rate(args)])[0], args.seed)
+    except InvalidSLOError as error:
+        raise WorkloadError(f"--values: {error}") from None
+    return draw
 
 
 def _check(args: argparse.Namespace) -> None:

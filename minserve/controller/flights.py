@@ -121,6 +121,13 @@ class FlightHandle:
         self.request_id = flight.request.request_id
         self.prompt = prompt
         self.prompt_token_ids = flight.request.prompt_token_ids
+        self.targets = flight.request.targets
+        self._flight = flight
+
+    @property
+    def replica(self) -> int | None:
+        """The number of the replica that has the request, or had it last."""
+        return self._flight.replica
 
     def put(self, delta: OutputDelta) -> None:
         """Deliver a delta to the handler that waits for it."""

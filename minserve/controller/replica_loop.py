@@ -11,7 +11,6 @@ import logging
 import os
 import queue
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -36,6 +35,7 @@ from minserve.errors import (
     ReplicaRefusedError,
 )
 from minserve.exit_codes import EXIT_AGAIN, EXIT_ERROR, EXIT_FAULT, EXIT_LOST, EXIT_REFUSED
+from minserve.log_lines import set_up_logs
 from minserve.outputs import OutputDelta
 from minserve.planner.replica_load import ReplicaLoad
 from minserve.request import FinishReason
@@ -267,12 +267,7 @@ def connect(spec: ReplicaSpec, engine: RelayEngine) -> Channel:
 
 def run_replica(spec: ReplicaSpec) -> int:
     """Run one replica and return the exit code of its process."""
-    logging.basicConfig(
-        level=logging.INFO,
-        format=f"%(asctime)s %(levelname)s replica {spec.index}: %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
+    set_up_logs(spec.log_format, replica=spec.index)
     try:
         engine = RelayEngine(**spec.settings)
         if engine.perf_model is None:

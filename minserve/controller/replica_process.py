@@ -33,6 +33,7 @@ class ReplicaSpec:
         profile_s: longest time for measuring the device, if no profile of it is stored.
         watchdog_s: longest iteration in seconds. The replica tells the controller of a longer
             one, which gives the replica up.
+        log_format: how it writes its log; see `minserve.log_lines`.
     """
 
     index: int
@@ -41,6 +42,7 @@ class ReplicaSpec:
     settings: Mapping[str, Any]
     profile_s: float
     watchdog_s: float
+    log_format: str = "text"
 
     def to_json(self) -> str:
         """Return the settings as JSON, for the command line of a process."""

@@ -518,6 +518,7 @@ class EngineCore:
         now = self.clock()
         if seq.num_preemptions == 0:
             seq.num_cached_tokens = seq.num_computed_tokens
+            seq.events[RequestEvent.FIRST_START] = now
             self.stats.started(seq, now)
         seq.events[RequestEvent.SCHEDULED] = now
         self.table.run(seq)

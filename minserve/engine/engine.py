@@ -175,6 +175,8 @@ class RequestHandle:
         self.request_id = submission.request.request_id
         self.prompt = submission.text
         self.prompt_token_ids = submission.request.prompt_token_ids
+        self.targets = submission.request.targets
+        self.replica = None
 
     async def __aiter__(self) -> AsyncIterator[OutputDelta]:
         while self._open:

@@ -16,7 +16,7 @@ from minserve.engine.speculation.proposal import SampledToken
 from minserve.engine.structures.guide import Guide
 from minserve.engine.text.detokenizer import IncrementalDetokenizer
 from minserve.errors import GenerationError, SLOUnattainableError
-from minserve.outputs import OutputDelta, TokenLogprob
+from minserve.outputs import OutputDelta, OutputTimes, TokenLogprob
 from minserve.request import FinishReason, RequestEvent, Sequence
 from minserve.slo.attainment import Outcome, SLOReport, report
 from minserve.slo.objectives import Standing
@@ -150,7 +150,7 @@ class LiveOutput:
 
     def last_news(self, end: End, error: Exception | None) -> OutputDelta:
         """Return the last delta, with all text that was held back and the report of the SLO."""
-        unsent, self._unsent = self._unsent, _NOTHING
+        seq, (unsent, self._unsent) = self.seq, (self._unsent, _NOTHING)
         wants_text = self.detokenizer is not None and end.reason is not FinishReason.ERROR
         if self.detokenizer is not None and wants_text and not isinstance(end.stop_reason, str):
             unsent = unsent._replace(text=unsent.text + self.detokenizer.flush())
@@ -159,6 +159,7 @@ class LiveOutput:
             stop_reason=end.stop_reason,
             error=error,
             slo=self._report(error),
+            times=times_of(seq),
         )
 
     def _append(self, token_id: int, now: float) -> tuple[str, End | None]:
@@ -256,3 +257,20 @@ def _follow(guide: Guide, token_id: int) -> tuple[bool, bool]:
     if guide.error is not None:
         raise GenerationError(guide.error)
     return stands
+
+
+def times_of(seq: Sequence) -> OutputTimes:
+    """Return how far a sequence has come, and when."""
+    arrival_s, at = seq.request.arrival_s, seq.events.get
+
+    def since(event: RequestEvent) -> float | None:
+        time_s = at(event)
+        return None if time_s is None else time_s - arrival_s
+
+    return OutputTimes(
+        since(RequestEvent.FIRST_START),
+        since(RequestEvent.FIRST_TOKEN),
+        since(RequestEvent.TOKENS),
+        seq.num_output_tokens,
+        seq.num_preemptions,
+    )

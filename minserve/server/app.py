@@ -22,7 +22,7 @@ from minserve.server.connections import ConnectionRunner
 from minserve.server.edge import Edge
 from minserve.server.engine_face import EngineFace, ReplicaSet
 from minserve.server.errors import HttpError, unavailable
-from minserve.server.generation import ReplyFace, streamed_response, whole_response
+from minserve.server.generation import streamed_response, whole_response
 from minserve.server.json_array import dump_json
 from minserve.server.keys import KEY_NUMBER
 from minserve.server.limits import time_limit
@@ -33,6 +33,7 @@ from minserve.server.page.front_page import example_command, front_page, page_fi
 from minserve.server.reading.body_reader import BodyReader
 from minserve.server.reading.reader import Endpoint, Facts, check_model
 from minserve.server.reply import Reply
+from minserve.server.request_record import RECORD, GenerationRecord
 from minserve.server.responses_api.response_reply import ResponseReply
 from minserve.server.responses_api.responses_call import ResponsesCall
 from minserve.server.watchdog import problem_of
@@ -52,7 +53,7 @@ class Server:
         engine: a started engine; ``None`` while it is still loading, and set later.
 
     Raises:
-        ConfigError: if the file of API keys cannot be used.
+        ConfigError: if the file of API keys cannot be used, or traces are wanted and cannot be made.
     """
 
     def __init__(self, config: ServerConfig, engine: EngineFace | None = None) -> None:
@@ -75,7 +76,7 @@ class Server:
         )
         app.on_response_prepare.extend([*self._edge.signals, _name_ignored])
         app.on_shutdown.append(self._feeds.close)
-        app.on_cleanup.append(self._close)
+        app.on_cleanup.extend([self._close, self._edge.close])
         app.add_routes(
             [
                 web.get("/", self.front_page),
@@ -217,6 +218,8 @@ class Server:
     async def _generate(self, request: web.Request, endpoint: Endpoint) -> web.StreamResponse:
         self._ready_engine()
         read = await self._body_reader().generation(endpoint, request)
+        generation = GenerationRecord(call=read.call, slo=read.slo, came_s=read.came_s)
+        request[RECORD].generation = generation
         engine, call = self._ready_engine(), read.call
         if problem := problem_of(engine, self.config.watchdog_s):
             raise unavailable(problem)
@@ -233,11 +236,12 @@ class Server:
         )
         limit = time_limit(self.config.request_timeout_s, read.came_s)
         try:
-            reply: ReplyFace
+            reply: Reply | ResponseReply
             if isinstance(call, ResponsesCall):
                 reply = ResponseReply(call, handles, self._model_name, engine.tokenizer)
             else:
                 reply = Reply(call, handles, self._model_name, engine.tokenizer)
+            generation.handles, generation.reply = handles, reply
             if call.stream:
                 refusable = read.slo is not None and read.slo.refuses_delay
                 return await streamed_response(

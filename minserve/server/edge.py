@@ -1,11 +1,12 @@
 """The edge of the server: what every request passes through before its handler, in this order.
 
-An answer to every error; HTTP's version; ``Host``, origins and preflights; the API key; the limits
+A line of log; an answer to every error; HTTP's version; ``Host``, origins and preflights; the API key; the limits
 of each client; the time for the body. Each check is cheap, and none of them reads a body.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from aiohttp import web
@@ -17,6 +18,8 @@ from minserve.server.errors import error_response, to_http_error
 from minserve.server.keys import KeyRing
 from minserve.server.limits import ClientLimits, refuse_unspoken_versions
 from minserve.server.request_ids import add_request_id
+from minserve.server.request_log import RequestLog
+from minserve.server.request_record import note_disconnect, note_error, note_status
 from minserve.server.routes import Handler
 
 
@@ -24,12 +27,14 @@ class Edge:
     """The middlewares and signals of an application, outermost first.
 
     Raises:
-        ConfigError: if the file of API keys cannot be used.
+        ConfigError: if the file of API keys cannot be used, or traces are wanted and cannot be made.
     """
 
     def __init__(self, config: ServerConfig) -> None:
         browsers, keys, limits = BrowserRules(config), KeyRing(config), ClientLimits(config)
+        log = RequestLog(config)
         self.middlewares: Sequence[Middleware] = (
+            log.watch,
             answer_errors,
             refuse_unspoken_versions,
             browsers.check,
@@ -37,7 +42,8 @@ class Edge:
             limits.count,
             limits.bound_body,
         )
-        self.signals = (add_request_id, browsers.add_headers)
+        self.close = log.close
+        self.signals = (add_request_id, note_status, browsers.add_headers)
 
 
 @web.middleware
@@ -49,10 +55,12 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     """
     try:
         return await handler(request)
-    except ConnectionError:
+    except (ConnectionError, asyncio.CancelledError):
+        note_disconnect(request)
         raise  # the client has closed the connection, so no answer can be sent
     except Exception as error:
         told = to_http_error(error)
+        note_error(request, told)
         if request.writer.output_size > 0:
             raise ConnectionAbortedError(told.message) from error
         response = error_response(told)

@@ -13,7 +13,7 @@ from minserve.config import EngineConfig
 from minserve.outputs import OutputDelta, ReplicaReport
 from minserve.prompts import BadWordIds, Prompt
 from minserve.sampling_params import SamplingParams
-from minserve.slo.objectives import SLO
+from minserve.slo.objectives import SLO, Targets
 from minserve.slo.task_table import TaskOutcome
 
 if TYPE_CHECKING:
@@ -34,6 +34,14 @@ class Handle(Protocol):
 
     @property
     def prompt_token_ids(self) -> Sequence[int]: ...
+
+    @property
+    def targets(self) -> Targets | None:
+        """The request's SLO in seconds; ``None`` without one."""
+
+    @property
+    def replica(self) -> int | None:
+        """The number of the replica that has the request, or had it last; ``None`` without replicas."""
 
     def __aiter__(self) -> AsyncIterator[OutputDelta]: ...
 

@@ -7,7 +7,7 @@ No function here aborts a handle. The function that submitted the handles aborts
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from itertools import chain
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ from minserve.server.engine_face import Handle
 from minserve.server.errors import HttpError, to_http_error
 from minserve.server.pauses import Pauses
 from minserve.server.protocol import GenerationCall
+from minserve.server.request_record import note_error
 from minserve.server.sse import EventStream
 
 # Bytes of a whole answer from which on it is sent in pieces.
@@ -79,9 +80,11 @@ async def whole_response(
         ConnectionResetError: if the client has closed the connection.
     """
     pauses = Pauses()
-    async with limit, aclosing(merged(handles, reply.is_done)) as stream:
+    async with limit, aclosing(merged(handles)) as stream:
         async for prompt, delta in stream:
             await reply.note(prompt, delta, pauses)
+            if not reply.is_done(prompt, delta):
+                _raise_failure(delta)
             reply.add(prompt, delta)
     pieces, size = [], 0
     body = reply.body()
@@ -148,7 +151,9 @@ async def streamed_response(
         except Exception as error:
             if not events.started:
                 raise
-            await events.fail(reply.failure(to_http_error(error)))
+            told = to_http_error(error)
+            note_error(request, told)
+            await events.fail(reply.failure(told))
     return events.response
 
 
@@ -159,10 +164,12 @@ async def _chunks(
     pauses = Pauses()
     begun: set[tuple[int, int]] = set()
     held: list[dict[str, Any]] = []
-    async with aclosing(merged(handles, reply.is_done)) as stream:
+    async with aclosing(merged(handles)) as stream:
         async for prompt, delta in stream:
-            begun.add((prompt, delta.index))
             await reply.note(prompt, delta, pauses)
+            if not reply.is_done(prompt, delta):
+                _raise_failure(delta)
+            begun.add((prompt, delta.index))
             held += reply.chunks(prompt, delta)
             if len(begun) >= num_held:
                 for chunk in held:
@@ -170,21 +177,10 @@ async def _chunks(
                 held.clear()
 
 
-async def merged(
-    handles: Sequence[Handle], is_done: Callable[[int, OutputDelta], bool] = lambda *_: False
-) -> AsyncGenerator[tuple[int, OutputDelta], None]:
-    """Yield the deltas of several handles as they come, each with the position of its handle.
-
-    Args:
-        is_done: whether an output may be aborted, since all of it was told.
-
-    Raises:
-        MinserveError: as soon as one output of any handle has failed.
-    """
+async def merged(handles: Sequence[Handle]) -> AsyncGenerator[tuple[int, OutputDelta], None]:
+    """Yield the deltas of several handles as they come, each with the position of its handle."""
     if len(handles) == 1:
         async for delta in handles[0]:
-            if not is_done(0, delta):
-                _raise_failure(delta)
             yield 0, delta
         return
     arrived: asyncio.Queue[tuple[int, OutputDelta] | Exception | None] = asyncio.Queue()
@@ -198,8 +194,6 @@ async def merged(
             elif isinstance(item, Exception):
                 raise item
             else:
-                if not is_done(*item):
-                    _raise_failure(item[1])
                 yield item
     finally:
         for pump in pumps:

@@ -17,20 +17,16 @@ from minserve.server.engine_face import Handle
 from minserve.server.errors import HttpError, error_body
 from minserve.server.json_array import dump_pieces
 from minserve.server.logprobs import LogprobWriter
-from minserve.server.pauses import Pauses
 from minserve.server.prompt_choices import Choice, ChoicePart, PromptChoices
 from minserve.server.protocol import GenerationCall
+from minserve.server.reply_base import TOOL_CALLS, ReplyBase
 from minserve.server.slo_http import slo_object
-from minserve.slo.attainment import worst_report
 
 if TYPE_CHECKING:
     from minserve.engine.text.tokenizer import Tokenizer
 
-# The end of an output that calls tools, in place of "stop".
-TOOL_CALLS = "tool_calls"
 
-
-class Reply:
+class Reply(ReplyBase):
     """Builds the answer to one request.
 
     Its methods are those of `minserve.server.generation.ReplyFace`.
@@ -51,11 +47,7 @@ class Reply:
         model: str,
         tokenizer: Tokenizer,
     ) -> None:
-        self._call = call
-        self._tokenizer = tokenizer
-        self.has_large_events = call.params.prompt_logprobs is not None
         writer = LogprobWriter(tokenizer)
-        self._groups = [PromptChoices(handle, call, tokenizer, writer) for handle in handles]
         kind = "chat.completion" if call.chat else "text_completion"
         prefix = "chatcmpl" if call.chat else "cmpl"
         self._head = {
@@ -64,13 +56,13 @@ class Reply:
             "created": int(time.time()),
             "model": model,
         }
+        groups = [PromptChoices(handle, call, tokenizer, writer) for handle in handles]
+        super().__init__(call, str(self._head["id"]), model, groups)
+        self._tokenizer = tokenizer
+        self.has_large_events = call.params.prompt_logprobs is not None
         self._chunk_head = dict(self._head)
         if call.chat:
             self._chunk_head["object"] = "chat.completion.chunk"
-
-    async def note(self, prompt: int, delta: OutputDelta, pauses: Pauses) -> None:
-        """Count a delta of the given prompt, and write what it tells of the prompt."""
-        await self._groups[prompt].note(delta, pauses)
 
     def chunks(self, prompt: int, delta: OutputDelta) -> list[dict[str, Any]]:
         """Return the stream chunks that can be sent after a delta of the given prompt; often 0 or
@@ -92,10 +84,6 @@ class Reply:
     def failure(self, error: HttpError) -> list[dict[str, Any]]:
         """Return the event that ends a stream which has failed."""
         return [error_body(error)]
-
-    def is_done(self, prompt: int, delta: OutputDelta) -> bool:
-        """True where all was told of an output before it ended, so that its end tells nothing."""
-        return self._groups[prompt].choices[delta.index].is_done
 
     def add(self, prompt: int, delta: OutputDelta) -> None:
         """Write a delta of the given prompt for `body`."""
@@ -136,7 +124,7 @@ class Reply:
             chunk |= group.facts()
         state.begun = group.begun = True
         if self._call.continuous_usage:
-            chunk["usage"] = self._usage()
+            chunk["usage"] = self.usage()
         return chunk
 
     def _choice(
@@ -175,15 +163,15 @@ class Reply:
     def _finish(self, state: Choice, delta: OutputDelta) -> dict[str, Any]:
         reason = delta.finish_reason
         if state.is_done:
+            self._ends_in_calls(None)
             return {"finish_reason": TOOL_CALLS, "stop_reason": None}
         if reason is None:
             return {"finish_reason": None}
-        if self._call.drop_output:
-            return {"finish_reason": "length", "stop_reason": None}
-        word = reason.value
         if reason is FinishReason.STOP and state.parser is not None and state.parser.num_calls:
-            word = TOOL_CALLS
-        return {"finish_reason": word, "stop_reason": delta.stop_reason}
+            self._ends_in_calls(reason)
+            return {"finish_reason": TOOL_CALLS, "stop_reason": delta.stop_reason}
+        stop_reason = None if self._call.drop_output else delta.stop_reason
+        return {"finish_reason": self._finish_reason(reason), "stop_reason": stop_reason}
 
     def _final_usage(self) -> dict[str, Any]:
         """Return the usage at the end of the answer.
@@ -191,12 +179,11 @@ class Reply:
         It includes the acceptance of drafted tokens, where the client asked for it, and the
         report of the output that did worst on its SLO, where the request has one.
         """
-        usage = self._usage()
+        usage = self.usage()
         if self._call.include_acceptance:
             usage["acceptance"] = self._acceptance()
-        reports = [report for group in self._groups for report in group.slo_reports]
-        if reports:
-            usage["slo"] = slo_object(worst_report(reports))
+        if (report := self.slo_report()) is not None:
+            usage["slo"] = slo_object(report)
         return usage
 
     def _acceptance(self) -> dict[str, Any]:
@@ -205,19 +192,3 @@ class Reply:
             sum(choice.num_draft_tokens for choice in choices),
             sum(choice.num_accepted_tokens for choice in choices),
         )
-
-    def _usage(self) -> dict[str, Any]:
-        prompt_tokens = sum(len(group.handle.prompt_token_ids) for group in self._groups)
-        completion_tokens = sum(group.num_output_tokens for group in self._groups)
-        cached_tokens = sum(group.num_cached_tokens for group in self._groups)
-        usage: dict[str, Any] = {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": cached_tokens},
-        }
-        form = self._call.form
-        if form is not None and form.reasoning is not None:
-            thinking = sum(group.num_thinking_tokens for group in self._groups)
-            usage["completion_tokens_details"] = {"reasoning_tokens": thinking}
-        return usage

@@ -16,6 +16,7 @@ FEED = "/page/feed"
 # Browsers and monitoring systems ask these. Their answers tell nothing of prompts and outputs, so no
 # key is needed.
 OPEN_ROUTES = ("/", "/page/{file}", "/health", "/metrics")
+GENERATIONS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 _ORDERS = "/replicas/"
 # Nothing is stored, so each of them answers at once that there is nothing.
 _STORED = "/v1/responses/"
@@ -52,6 +53,11 @@ def is_open(request: web.Request) -> bool:
 def is_order(request: web.Request) -> bool:
     """Return whether a request is an order to a replica."""
     return route_of(request).startswith(_ORDERS)
+
+
+def generates(request: web.Request) -> bool:
+    """Return whether a request asks for outputs of the model."""
+    return computes(request) and route_of(request) in GENERATIONS
 
 
 def computes(request: web.Request) -> bool:

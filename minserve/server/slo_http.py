@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from minserve.errors import InvalidSLOError
 from minserve.slo.attainment import SLOReport
-from minserve.slo.objectives import SLO
+from minserve.slo.objectives import SLO, Targets
 from minserve.slo.slo_fields import find_class, parse_slo, seconds
 
 _PREFIXES = ("x-slo-", "x-llm-d-slo-")
@@ -100,33 +100,38 @@ def _left_open(value: Mapping[str, Any], asked: Mapping[str, float]) -> dict[str
 
 def slo_object(report: SLOReport) -> dict[str, Any]:
     """Return the ``slo`` object of a usage: milliseconds, ``null`` where there is no number."""
-    stages = report.targets.stages
-    promised = {"ttft_ms": _ms(report.targets.ttft_s), "tpot_ms": _ms(stages[-1].tpot_s)}
-    if len(stages) == 2:
-        promised["thinking_tpot_ms"] = _ms(stages[0].tpot_s)
-    if math.isfinite(report.targets.finish_s):
-        promised["finish_ms"] = _ms(report.targets.finish_s)
     told = {
         "class": report.name,
         "admitted": report.admitted,
         "attained": report.attained,
-        "ttft_ms": _ms(report.ttft_s),
-        "mean_tpot_ms": _ms(report.mean_tpot_s),
-        "worst_token_lateness_ms": _ms(report.worst_token_lateness_s),
-        "finish_ms": _ms(report.finish_s),
-        "targets": promised,
+        "ttft_ms": in_ms(report.ttft_s),
+        "mean_tpot_ms": in_ms(report.mean_tpot_s),
+        "worst_token_lateness_ms": in_ms(report.worst_token_lateness_s),
+        "finish_ms": in_ms(report.finish_s),
+        "targets": targets_object(report.targets),
     }
     if (task := report.task) is not None:
         told["task"] = {
             "id": task.id,
             "call": task.call,
             "calls": task.calls,
-            "remaining_ms": _ms(task.remaining_s),
+            "remaining_ms": in_ms(task.remaining_s),
             "given_up": task.given_up,
         }
     return told
 
 
-def _ms(value: float | None) -> float | None:
+def targets_object(targets: Targets) -> dict[str, float | None]:
+    """Return what is promised, in milliseconds; ``null`` where nothing is."""
+    stages = targets.stages
+    promised = {"ttft_ms": in_ms(targets.ttft_s), "tpot_ms": in_ms(stages[-1].tpot_s)}
+    if len(stages) == 2:
+        promised["thinking_tpot_ms"] = in_ms(stages[0].tpot_s)
+    if math.isfinite(targets.finish_s):
+        promised["finish_ms"] = in_ms(targets.finish_s)
+    return promised
+
+
+def in_ms(value: float | None) -> float | None:
     """Return seconds as milliseconds, to 3 decimals; ``None`` for infinity, which JSON lacks."""
     return round(value * 1e3, 3) if value is not None and math.isfinite(value) else None

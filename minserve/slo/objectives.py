@@ -22,6 +22,7 @@ MAX_SECONDS = 1e6
 MAX_SLOWDOWN = 1e6
 # Characters of a task's id.
 MOST_ID = 128
+MIN_VALUE, MAX_VALUE = 1e-6, 1e6
 # The name of SLOs that belong to no class.
 CUSTOM = "custom"
 
@@ -128,7 +129,8 @@ class SLO:
         task: the task that the request is a call of, with a deadline of its own.
         expected_output_tokens: the client's own guess, for planning only.
         on_unattainable: serve late, or refuse at once.
-        value: weight in the planner's choice among requests that do not all fit.
+        value: weight in the planner's choice among requests that do not all fit, from 1e-6 to 1e6;
+            a request's priority multiplies it (`minserve.request.Request.value`).
         name: name of the class, for reports.
 
     Raises:
@@ -167,9 +169,9 @@ class SLO:
         if self.finish is not None and self.ttft is not None and self.finish < self.ttft:
             raise InvalidSLOError("finish must not be before ttft", "finish")
         _check_count("expected_output_tokens", self.expected_output_tokens)
-        if not 0 < _number("value", self.value) <= MAX_SLOWDOWN:
+        if not MIN_VALUE <= _number("value", self.value) <= MAX_VALUE:
             raise InvalidSLOError(
-                f"value must be above 0 and at most {MAX_SLOWDOWN:g}, not {self.value}", "value"
+                f"value must be from {MIN_VALUE:g} to {MAX_VALUE:g}, not {self.value}", "value"
             )
         self._check_stages()
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 
 from minserve.errors import WorkloadError
 from minserve.slo.objectives import SLO
@@ -74,6 +75,38 @@ def draw_trace(
         return [one for one in workload if seconds is None or one.arrival_s < seconds]
 
     return draw
+
+
+def with_values(draw: Draw, values: Mapping[str, float]) -> Draw:
+    """Return a source of the same workloads, in which the SLOs of some classes have other values.
+
+    Args:
+        values: by the name of the class.
+    """
+
+    @cache
+    def valued(slo: SLO) -> SLO:
+        return replace(slo, value=values.get(slo.name, slo.value))
+
+    def draw_valued(rate: float | None, seed: int) -> list[Conversation]:
+        """Draw a workload.
+
+        Raises:
+            WorkloadError: for a class that it does not have.
+            InvalidSLOError: for a value out of range.
+        """
+        workload = draw(rate, seed)
+        known = {turn.slo.name for conversation in workload for turn in conversation.turns}
+        if unknown := sorted(values.keys() - known):
+            raise WorkloadError(
+                f"the workload has no class {unknown[0]}; it has {', '.join(sorted(known))}"
+            )
+        return [
+            Conversation(one.arrival_s, tuple(replace(t, slo=valued(t.slo)) for t in one.turns))
+            for one in workload
+        ]
+
+    return draw_valued
 
 
 def not_longer(

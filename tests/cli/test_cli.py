@@ -339,7 +339,7 @@ def test_sigterm_lets_running_requests_finish_and_exits_0(tiny_llama_dir: Path) 
 
 def test_what_outlasts_the_shutdown_timeout_ends_with_an_error(tiny_llama_dir: Path) -> None:
     args = ["--port", "0", "--model", str(tiny_llama_dir), *SMALL, *ROUGH]
-    args += ["--shutdown-timeout", "0"]
+    args += ["--shutdown-timeout", "0", "--log-format", "json"]
     with process("serve", *args) as server:
         stream = start_stream(announced_port(server))
         server.send_signal(signal.SIGTERM)
@@ -348,3 +348,8 @@ def test_what_outlasts_the_shutdown_timeout_ends_with_an_error(tiny_llama_dir: P
         last = rest.rstrip().rsplit(b"data: ", 1)[1]
         assert json.loads(last)["error"]["type"] == "service_unavailable_error"
         assert server.wait(PATIENCE_S) == 0
+        records = [json.loads(line) for line in server.stderr.read().splitlines()]
+    (request,) = (one for one in records if one["logger"] == "minserve.requests")
+    assert (request["status"], request["error"]) == (200, "service_unavailable_error")
+    assert request["output_tokens"] > 0
+    assert any(one["message"].startswith("shutting down: 4 unfinished") for one in records)

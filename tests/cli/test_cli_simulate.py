@@ -129,6 +129,15 @@ def test_settings_reach_the_simulation(capsys: pytest.CaptureFixture[str]) -> No
         assert report(capsys, *flags, *more)["runs"][0] != plain, more
 
 
+def test_values_choose_which_class_keeps_its_slos(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["simulate", "--scenario", "mixed", "--rate", "12", "--num-requests", "90"]
+    kept = []
+    for values in ([], ["--values", "summarization=100,coding=1"]):
+        (found,) = report(capsys, *flags, *values)["runs"]
+        kept.append(found["classes"]["summarization"]["attainment"])
+    assert kept[1] > kept[0]
+
+
 def test_capacity_is_told_per_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     flags = [*CHAT, "--policy", "distserve", "--ratio", "1:2", "--find-capacity", "--rate", "4"]
     found = report(capsys, *flags)
@@ -198,6 +207,8 @@ def test_a_picture_is_drawn(rates: str, tmp_path: Path, capsys: pytest.CaptureFi
         ([*CHAT[1:], "--replicas-for", "5", "--rate", "1"], "goes without"),
         ([*CHAT[1:], "--level", "1.2"], "--level must be above 0 and at most 1"),
         ([*CHAT[1:], "--repeats", "0"], "--repeats must be at least 1"),
+        ([*CHAT[1:], "--values", "chat=2"], "the workload has no class chat; it has chatbot"),
+        ([*CHAT[1:], "--values", "chatbot=0"], "--values: value must be from 1e-06 to 1e+06"),
         ([*CHAT[1:], "--num-requests", "0"], "number of requests must be at least 1"),
         ([*CHAT[1:], "--plot", "/no/such/place.png"], "cannot write"),
         ([*CHAT[1:], "--plot", "run.doc"], "must end in"),
@@ -226,7 +237,8 @@ def test_requests_beyond_the_model_are_refused_with_the_way_out(
     assert "every request of the trace is longer than 48 tokens" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", [["--rate", "fast"], ["--ratio", "1/2"], ["--replicas", "x"]])
+@pytest.mark.parametrize("flag", [["--rate", "fast"], ["--ratio", "1/2"], ["--replicas", "x"],
+                                  ["--values", "chatbot"]])  # fmt: skip
 def test_a_flag_of_another_form_is_wrong_usage(
     flag: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -62,7 +62,9 @@ def submit(controller: Controller, slo: SLO | None = PROMISE, **more: Any) -> Fl
 
 
 def where(controller: Controller, handle: FlightHandle) -> int:
-    return controller._dispatcher._flights[handle.request_id].replica
+    number = controller._dispatcher._flights[handle.request_id].replica
+    assert handle.replica == number
+    return number
 
 
 def say(controller: Controller, number: int, message: m.News | m.Heartbeat | m.Withdrawn) -> None:

@@ -11,7 +11,7 @@ from minserve.activity import Activity, BatchTokens, ClassEnds, Cursor, Iteratio
 from minserve.controller import messages as m
 from minserve.engine.stats import EngineStats
 from minserve.errors import GenerationError, ProtocolError, SLOUnattainableError
-from minserve.outputs import OutputDelta, TokenLogprob
+from minserve.outputs import OutputDelta, OutputTimes, TokenLogprob
 from minserve.planner.replica_load import ReplicaLoad
 from minserve.request import FinishReason, Request, SequenceState
 from minserve.sampling_params import SamplingParams
@@ -112,6 +112,7 @@ def test_a_delta_comes_out_with_its_log_probabilities_and_its_error() -> None:
             FinishReason.ERROR if error else None,
             prompt_logprobs=(None, one),
             error=error,
+            times=OutputTimes(0.1, 0.2, 0.4, 3, 1),
         )
         (found,) = m.decode(m.encode(m.News(deltas=(delta,)))).deltas
         assert found._replace(error=None) == delta._replace(error=None)

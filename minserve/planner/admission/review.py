@@ -383,7 +383,8 @@ class _ReviewRound:
                 return
 
     def shed_overload(self, result: ReviewResult) -> None:
-        """Give up the requests with most still to do, if settled decodes alone are too many.
+        """Give up the requests with most still to do for their value, if settled decodes alone are
+        too many.
 
         Otherwise all of them would fall behind together and break every promise.
         """
@@ -410,8 +411,9 @@ class _ReviewRound:
                 counts[demand.tier] += demand.start_s <= self.now + SOON_S
         return self.whole_rates.one(counts) >= 0
 
-    def _most_left(self, party: Party) -> int:
-        return max(self.remaining[seq.seq_id] for seq in party.settled)
+    def _most_left(self, party: Party) -> float:
+        left = max(self.remaining[seq.seq_id] for seq in party.settled)
+        return left / party.request.value
 
     def choose(self, choose: Choose) -> set[int]:
         """Return the indices of the candidates to be served."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -106,6 +106,30 @@ def insert_greedily(
 ) -> Admission:
     """Accept candidates in deadline order, each if the set stays feasible.
 
+    Where values differ, the more valuable ones are accepted in this way first. If that brings less
+    value in all than deadline order alone, it is deadline order alone.
+    """
+    plain = _insert(candidates, outlook, rates)
+    values = sorted({c.value for c in candidates if not c.forced}, reverse=True)
+    if not plain.feasible or len(values) < 2 or len(plain.accepted) == len(candidates):
+        return plain
+    by_value = plain
+    taken: set[int] = set()
+    for value in values:
+        index = [i for i, c in enumerate(candidates) if c.forced or i in taken or c.value == value]
+        # Those that were accepted before are part of the set, as the forced ones are.
+        some = [candidates[i]._replace(forced=candidates[i].forced or i in taken) for i in index]
+        used = sum(candidates[i].num_seqs for i in taken)
+        by_value = _insert(some, replace(outlook, free_seqs=outlook.free_seqs - used), rates)
+        accepted = [index[i] for i in by_value.accepted]
+        taken = {i for i in accepted if not candidates[i].forced}
+        by_value = replace(by_value, accepted=tuple(accepted))
+    return max(by_value, plain, key=lambda one: one.value)
+
+
+def _insert(candidates: SequenceOf[Candidate], outlook: Outlook, rates: PrefillRates) -> Admission:
+    """Accept candidates in deadline order, each if the set stays feasible.
+
     Forced candidates with later deadlines are part of every check.
     """
     order = by_deadline(candidates)
@@ -119,13 +143,17 @@ def insert_greedily(
     for i in order:
         candidate = candidates[i]
         if candidate.forced:
+            # It fits, and so do the later ones behind it: each check before has included them.
             later.pop(0)
-        elif slots < candidate.num_seqs:
+            walk.run(candidate)
+            accepted.append(i)
+            continue
+        if slots < candidate.num_seqs:
             continue
         trial = walk.copy()
         if trial.run(candidate) and (not later or trial.copy().run_all(later)):
             walk = trial
-            slots -= 0 if candidate.forced else candidate.num_seqs
+            slots -= candidate.num_seqs
             accepted.append(i)
     value = sum(candidates[i].value for i in accepted)
     return Admission(tuple(accepted), True, value, walk.now, exact=False)

@@ -1,5 +1,7 @@
 """`edf`: requests are promised their SLO earliest deadline first, each if all still fit.
 
+Those of more weight come before the others.
+
 The later planner of SLOs-Serve's authors works like this. Nothing but the choice of the requests
 that are admitted differs from `dp`.
 """

@@ -505,7 +505,8 @@ ANSWER = (
     _works(
         "priority",
         "VS",
-        "among requests of equal standing, the lower number goes first",
+        "a lower number goes first, and each step doubles the "
+        "[weight of an SLO](promises.md#value-and-priority)",
         endpoints=GENERATION,
         form=Int64,
         default="0",

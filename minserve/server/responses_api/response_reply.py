@@ -15,18 +15,17 @@ from minserve.server.engine_face import Handle
 from minserve.server.errors import HttpError, error_body
 from minserve.server.json_array import dump_pieces
 from minserve.server.logprobs import ChatLogprobs, LogprobWriter
-from minserve.server.pauses import Pauses
 from minserve.server.prompt_choices import PromptChoices
+from minserve.server.reply_base import ReplyBase
 from minserve.server.responses_api.output_items import Event, OutputItems
 from minserve.server.responses_api.responses_call import ResponsesCall
 from minserve.server.slo_http import slo_object
-from minserve.slo.attainment import worst_report
 
 if TYPE_CHECKING:
     from minserve.engine.text.tokenizer import Tokenizer
 
 
-class ResponseReply:
+class ResponseReply(ReplyBase):
     """Builds a response of one output.
 
     Args:
@@ -46,9 +45,10 @@ class ResponseReply:
         tokenizer: Tokenizer,
     ) -> None:
         (handle,) = handles
-        self.has_large_events = call.params.logprobs is not None
         self._writer = LogprobWriter(tokenizer)
         self._choices = PromptChoices(handle, call, tokenizer, self._writer)
+        super().__init__(call, f"resp_{uuid.uuid4().hex}", model, [self._choices])
+        self.has_large_events = call.params.logprobs is not None
         (self._choice,) = self._choices.choices
         self._output = OutputItems()
         # Of tokens whose text has not come yet; and the thinking, which has none.
@@ -61,16 +61,12 @@ class ResponseReply:
         self._ended = self._is_cut = False
         self._num_events = 0
         self._head = {
-            "id": f"resp_{uuid.uuid4().hex}",
+            "id": self.answer_id,
             "object": "response",
             "created_at": int(time.time()),
             "model": model,
             **call.told,
         }
-
-    async def note(self, prompt: int, delta: OutputDelta, pauses: Pauses) -> None:
-        """Count a delta."""
-        await self._choices.note(delta, pauses)
 
     def chunks(self, prompt: int, delta: OutputDelta) -> list[Event]:
         """Return the events that can be sent after a delta.
@@ -111,10 +107,6 @@ class ResponseReply:
         """Write a delta for `body`."""
         self._take(delta)
 
-    def is_done(self, prompt: int, delta: OutputDelta) -> bool:
-        """True where all was told of the output before it ended."""
-        return self._choice.is_done
-
     def body(self) -> Iterator[bytes]:
         """Yield the whole response's JSON in pieces."""
         return dump_pieces(self._final())
@@ -134,6 +126,12 @@ class ResponseReply:
         if self._choice.is_done or delta.finish_reason is not None:
             self._ended = True
             self._is_cut = not self._choice.is_done and delta.finish_reason is FinishReason.LENGTH
+            if (
+                not self._is_cut
+                and self._choice.parser is not None
+                and self._choice.parser.num_calls
+            ):
+                self._ends_in_calls(delta.finish_reason)
             events += self._output.end(complete=not self._is_cut)
         return events
 
@@ -194,6 +192,6 @@ class ResponseReply:
             "output_tokens_details": {"reasoning_tokens": choices.num_thinking_tokens},
             "total_tokens": num_input + choices.num_output_tokens,
         }
-        if choices.slo_reports:
-            usage["slo"] = slo_object(worst_report(choices.slo_reports))
+        if (report := self.slo_report()) is not None:
+            usage["slo"] = slo_object(report)
         return usage

@@ -242,6 +242,27 @@ def test_values_that_are_no_multiples_of_one_another_are_compared_exactly() -> N
             assert got.value >= best[0] - 1e-9, seed
 
 
+def test_weights_of_all_priorities_are_compared_exactly() -> None:
+    """Powers of two, whose sum has more units than are counted; decodes have no end, so that
+    nothing is released which the program counts as held.
+    """
+    left_out = 0
+    for seed in range(200):
+        rng = random.Random(seed)
+        instance = random_instance(rng, num_candidates=8, alike=True)
+        candidates = [
+            c._replace(value=math.ldexp(1.0, rng.randint(-10, 10)), decode_s=math.inf)
+            for c in instance.candidates
+        ]
+        instance = Instance(candidates, instance.outlook, instance.rates)
+        got, best = decide(instance), best_by_brute_force(instance)
+        if best is None:
+            continue
+        assert got.value == best[0] == sum(candidates[i].value for i in got.accepted), seed
+        left_out += len(got.accepted) < len(candidates)
+    assert left_out > 50
+
+
 def test_equal_deadlines_are_kept_in_the_order_given() -> None:
     same = [Candidate(work=w, deadline_s=1.0, tier=0, blocks=1) for w in (300, 100, 200)]
     got = decide(instance_of(*same))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -137,33 +138,56 @@ def test_nobody_is_feasible() -> None:
     assert timeline.done_s == ()
 
 
-def test_greedy_insertion_keeps_whom_the_simulation_accepts() -> None:
-    left_out = 0
-    for seed in range(600):
-        instance = random_instance(random.Random(seed), most_seqs=1 + seed % 4)
+def kept_in_order(instance: Instance, order: Iterable[int]) -> set[int]:
+    """The forced ones, and of the others in this order each that fits beside those before it."""
+    candidates, outlook, rates = instance.candidates, instance.outlook, instance.rates
+    chosen = [i for i, c in enumerate(candidates) if c.forced]
+    num_left = outlook.free_seqs
+    for i in order:
+        more = [candidates[j] for j in (*chosen, i)]
+        fits = candidates[i].num_seqs <= num_left
+        if not candidates[i].forced and fits and simulate(more, outlook, rates).feasible:
+            chosen.append(i)
+            num_left -= candidates[i].num_seqs
+    return set(chosen)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_greedy_insertion_keeps_whom_the_simulation_accepts(alike: bool) -> None:
+    left_out = by_value = 0
+    for seed in range(400):
+        instance = random_instance(random.Random(seed), most_seqs=1 + seed % 4, alike=alike)
         candidates, outlook, rates = instance.candidates, instance.outlook, instance.rates
-        chosen = [i for i, c in enumerate(candidates) if c.forced]
+        forced = [c for c in candidates if c.forced]
         got = insert_greedily(candidates, outlook, rates)
-        assert got.feasible == simulate([candidates[i] for i in chosen], outlook, rates).feasible
+        assert got.feasible == simulate(forced, outlook, rates).feasible
         if not got.feasible:
             assert got.accepted == ()
             continue
-        num_left = outlook.free_seqs
-        for i in sorted(range(len(candidates)), key=lambda i: candidates[i].deadline_s):
-            more = [candidates[j] for j in (*chosen, i)]
-            fits = candidates[i].num_seqs <= num_left
-            if not candidates[i].forced and fits and simulate(more, outlook, rates).feasible:
-                chosen.append(i)
-                num_left -= candidates[i].num_seqs
-        assert set(got.accepted) == set(chosen), seed
+        plain = sorted(range(len(candidates)), key=lambda i: candidates[i].deadline_s)
+        dear = sorted(plain, key=lambda i: -candidates[i].value)
+        sets = [kept_in_order(instance, order) for order in (dear, plain)]
+        values = [sum(candidates[i].value for i in one) for one in sets]
+        chosen = sets[0] if values[0] >= values[1] else sets[1]
+        assert set(got.accepted) == chosen, seed
+        assert got.value == max(values)
+        assert [candidates[i].deadline_s for i in got.accepted] == sorted(
+            candidates[i].deadline_s for i in chosen
+        )
+        assert got.done_s == max(
+            simulate([candidates[i] for i in got.accepted], outlook, rates).done_s,
+            default=outlook.starts[0],
+        )
         left_out += len(chosen) < len(candidates)
+        by_value += values[0] > values[1]
     assert left_out > 100
+    assert (by_value > 20) != alike
 
 
 def test_greedy_insertion_is_feasible_and_often_worse() -> None:
     worse = 0
     for seed in range(300):
-        instance = random_instance(random.Random(seed), most_seqs=1 + seed % 4)
+        instance = random_instance(random.Random(seed), most_seqs=1 + seed % 4, alike=True)
         greedy = insert_greedily(instance.candidates, instance.outlook, instance.rates)
         best = best_by_brute_force(instance)
         if best is None or not greedy.feasible:
