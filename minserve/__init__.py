@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from minserve.outputs import CompletionOutput, OutputDelta, RequestOutput
     from minserve.sampling_params import SamplingParams
     from minserve.slo.attainment import SLOReport
-    from minserve.slo.objectives import SLO, DecodeStage
+    from minserve.slo.objectives import SLO, DecodeStage, Task
+    from minserve.structure import Structure
 
 __version__ = "0.1.0"
 
@@ -26,7 +27,9 @@ _HOMES = {
     "OutputDelta": "minserve.outputs",
     "SLO": "minserve.slo.objectives",
     "DecodeStage": "minserve.slo.objectives",
+    "Task": "minserve.slo.objectives",
     "SLOReport": "minserve.slo.attainment",
+    "Structure": "minserve.structure",
 }
 __all__ = [
     "SLO",
@@ -38,6 +41,8 @@ __all__ = [
     "RequestOutput",
     "SLOReport",
     "SamplingParams",
+    "Structure",
+    "Task",
 ]
 
 

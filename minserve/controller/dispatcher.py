@@ -103,7 +103,7 @@ class Dispatcher:
             watch: hears of all that its client is told.
         """
         flight = Flight.of(request)
-        handle = FlightHandle(flight, prompt, self._abort, watch)
+        handle = FlightHandle(flight, prompt, self._abort, self._complete, watch)
         self._flights[request.request_id] = flight
         self._handles[request.request_id] = handle
         self.num_unfinished += request.params.n
@@ -372,6 +372,14 @@ class Dispatcher:
         if flight is not None:
             self._end(flight, FinishReason.ABORT, None)
             self._tend()
+
+    def _complete(self, request_id: str) -> None:
+        """Let the replica end a request, of which its client wants nothing more."""
+        flight = self._flights.get(request_id)
+        if flight is not None and flight.replica is not None:
+            self._replicas[flight.replica].post(m.Abort(request_id, has_all=True))
+        elif flight is not None:
+            self._abort(request_id)
 
     def _end(self, flight: Flight, reason: FinishReason, error: Exception | None) -> None:
         """End a request for a reason that lies with the controller, not with the replica."""

@@ -113,9 +113,14 @@ class FlightHandle:
     """A flight as its client's handler sees it, with the interface of `RequestHandle`."""
 
     def __init__(
-        self, flight: Flight, prompt: str | None, abort: Callable[[str], None], watch: TaskWatch
+        self,
+        flight: Flight,
+        prompt: str | None,
+        abort: Callable[[str], None],
+        complete: Callable[[str], None],
+        watch: TaskWatch,
     ) -> None:
-        self._abort, self._watch = abort, watch
+        self._abort, self._complete, self._watch = abort, complete, watch
         self._deltas: asyncio.Queue[OutputDelta] = asyncio.Queue()
         self._num_open = flight.num_open
         self.request_id = flight.request.request_id
@@ -143,6 +148,10 @@ class FlightHandle:
     def abort(self) -> None:
         """Stop the request. Does nothing if it has ended."""
         self._abort(self.request_id)
+
+    def complete(self) -> None:
+        """End its outputs as if they had come to their ends, since nothing more of them is wanted."""
+        self._complete(self.request_id)
 
 
 def ending(flight: Flight, reason: FinishReason, error: Exception | None) -> list[OutputDelta]:

@@ -94,9 +94,14 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
-    """Tells a replica that the client has left, so that the request ends."""
+    """Tells a replica to end a request, because its client has left.
+
+    Attributes:
+        has_all: its client is still there, and wants nothing more: it is to be told the end.
+    """
 
     request_id: str
+    has_all: bool = False
 
 
 class Withdraw(msgspec.Struct, frozen=True, tag=True):

@@ -146,10 +146,13 @@ class ReplicaLoop:
             case m.Submit():
                 self._add(asked, came_s)
             case m.Abort():
-                # A client that aborts no longer listens.
-                self._engine.abort(asked.request_id)
+                if asked.has_all:
+                    deltas = self._engine.complete(asked.request_id)
+                else:
+                    self._engine.abort(asked.request_id)
+                    deltas = []  # this client no longer listens
                 self._stand(self._engine.load())
-                self._tell_news([], ())
+                self._tell_news(deltas, ())
             case m.Withdraw():
                 if self._engine.withdraw(asked.request_id):
                     self._stand(self._engine.load())

@@ -174,6 +174,12 @@ class EngineCore:
         end = End(FinishReason.ABORT if error is None else FinishReason.ERROR)
         return [self._finish(one, end, error) for one in self.table.of_request(request_id)]
 
+    def complete(self, request_id: str) -> list[OutputDelta]:
+        """End all outputs of a request now, as if each had come to its end; as `abort` otherwise."""
+        assert self._in_flight is None, "blocks of a running batch cannot be freed"
+        end = End(FinishReason.STOP)
+        return [self._finish(one, end) for one in self.table.of_request(request_id)]
+
     def abort_all(self, error: MinserveError) -> list[OutputDelta]:
         """`abort` for every request."""
         return [delta for one in self.table.request_ids for delta in self.abort(one, error)]

@@ -188,6 +188,10 @@ class RequestHandle:
         """Stop the request and free its KV within an iteration. Does nothing if it ended."""
         self._engine._abort(self.request_id)
 
+    def complete(self) -> None:
+        """End its outputs as if they had come to their ends, since nothing more of them is wanted."""
+        self._engine._complete(self.request_id)
+
 
 class AsyncEngine(EngineBase):
     """An asyncio engine. The core runs in a thread of its own; all methods belong to one loop.
@@ -375,6 +379,10 @@ class AsyncEngine(EngineBase):
         if request_id in self._handles:
             self._tell("abort", request_id)
 
+    def _complete(self, request_id: str) -> None:
+        if request_id in self._handles:
+            self._tell("complete", request_id)
+
     def _tell(self, verb: str, what: Any) -> None:
         with self._wake:
             self._inbox.append((verb, what))
@@ -442,6 +450,8 @@ class AsyncEngine(EngineBase):
                 deltas += self._take_up(what)
             elif verb == "abort":
                 deltas += self._core.abort(what)
+            elif verb == "complete":
+                deltas += self._core.complete(what)
             else:
                 stopped = EngineStoppedError("the engine is shutting down")
                 return deltas + self._core.abort_all(stopped), True

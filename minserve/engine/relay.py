@@ -82,6 +82,10 @@ class RelayEngine(EngineBase):
         """End a request; an unknown one is ignored."""
         return self._core.abort(request_id)
 
+    def complete(self, request_id: str) -> list[OutputDelta]:
+        """End a request as if its outputs had come to their ends; an unknown one is ignored."""
+        return self._core.complete(request_id)
+
     def withdraw(self, request_id: str) -> bool:
         """Forget a request without news, unless it has begun; return whether it was forgotten."""
         return self._core.withdraw(request_id)

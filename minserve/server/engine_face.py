@@ -48,6 +48,9 @@ class Handle(Protocol):
     def abort(self) -> None:
         """Stop the request and free its KV. Does nothing if the request has ended."""
 
+    def complete(self) -> None:
+        """`abort` the request, since its client has the whole answer."""
+
 
 class RoutingCounts(Protocol):
     """What a router has counted since the start."""

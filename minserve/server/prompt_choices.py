@@ -195,10 +195,10 @@ class PromptChoices:
         return parts
 
     def _leave_if_told(self) -> None:
-        """Abort the outputs that go on, where all of them was told."""
+        """End the outputs that go on, where all of them was told."""
         going = [one for one in self.choices if not one.has_ended]
         if going and all(one.is_done for one in going):
-            self.handle.abort()
+            self.handle.complete()
 
     @property
     def num_thinking_tokens(self) -> int:

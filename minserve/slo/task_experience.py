@@ -20,7 +20,7 @@ OWN_TOOLS = 2.0
 ENOUGH = 8
 # Of the time that a call has beside its work, it is planned to use so much. The rest is a reserve,
 # for the call itself first, then for those behind it.
-AIM = 0.5
+AIM = 0.25
 # A task is given up when it needs less than expected by so many standard deviations, and that is
 # still more than the time left: about one task in forty would have been in time.
 SIGMAS = 2.0

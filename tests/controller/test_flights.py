@@ -34,7 +34,7 @@ def handle_of(
     flight: Flight, prompt: str | None = None, abort: Callable[[str], None] = lambda _: None
 ) -> FlightHandle:
     return FlightHandle(
-        flight, prompt, abort, TaskWatch(Tasks(float, lambda: None), flight.request)
+        flight, prompt, abort, abort, TaskWatch(Tasks(float, lambda: None), flight.request)
     )
 
 

@@ -313,6 +313,21 @@ def test_signs_of_life_say_how_a_replica_stands(run: Callable) -> None:
     run(test)
 
 
+def test_whoever_wants_nothing_more_is_told_the_end_by_its_replica(run: Callable) -> None:
+    async def test(controller: Controller, outboxes: list[Outbox]) -> None:
+        handle = submit(controller)
+        number = where(controller, handle)
+        handle.complete()
+        assert outboxes[number].sent[-1] == m.Abort(handle.request_id, has_all=True)
+        assert controller.num_unfinished == 1
+        end = OutputDelta(handle.request_id, 0, finish_reason=FinishReason.STOP)
+        say(controller, number, m.News(deltas=(end,)))
+        assert [one async for one in handle] == [end]
+        assert controller.num_unfinished == 0
+
+    run(test)
+
+
 def test_whoever_leaves_is_aborted_at_its_replica(run: Callable) -> None:
     async def test(controller: Controller, outboxes: list[Outbox]) -> None:
         handle = submit(controller)

@@ -188,7 +188,7 @@ def test_an_output_whose_text_cannot_be_made_ends_alone(
     (alone,) = engine.generate([[5, 6, 7]], PARAMS)
     good, bad = add(engine, [5, 6, 7]), add(engine, [8, 9])
 
-    def broken(_: list[int]) -> Any:
+    def broken(*_: Any) -> Any:
         raise RuntimeError("no such letter")
 
     monkeypatch.setattr(engine._core.table.outputs[bad].detokenizer, "add", broken)

@@ -200,6 +200,16 @@ def test_a_request_that_has_begun_is_kept(engine: Engine, relay: RelayEngine) ->
     ]
 
 
+def test_a_request_whose_client_has_all_ends_as_others_do(relay: RelayEngine) -> None:
+    request = checked(relay, WAYS["greedy"], PATIENT)
+    relay.add(request, {0: History()})
+    relay.step()
+    (end,) = relay.complete(request.request_id)
+    assert (end.finish_reason, end.error) == (FinishReason.STOP, None)
+    assert end.slo is not None  # the promise is judged, as at other ends
+    assert not relay.has_work
+
+
 def test_an_unknown_request_is_neither_withdrawn_nor_aborted(relay: RelayEngine) -> None:
     assert not relay.withdraw("nobody")
     assert relay.abort("nobody") == []

@@ -25,19 +25,19 @@ THOUGHT = "<think>\nhm\n</think>\n\n"
 END = OutputDelta(**STOP, stop_reason=10, token_ids=(10,))
 
 
-class AbortHandle(Handle):
-    """A handle that notes whether it was aborted."""
+class ToldHandle(Handle):
+    """A handle that notes whether it was ended since all was told."""
 
-    aborted = False
+    completed = False
 
-    def abort(self) -> None:
-        self.aborted = True
+    def complete(self) -> None:
+        self.completed = True
 
 
 def reply(handle: Any = None, only_one: bool = False, fields: Any = None, **form: Any) -> Reply:
     call = parse_chat({"messages": [{"role": "user", "content": "x"}], **(fields or {})}, {})
     read = AnswerForm(tools="hermes", only_one=only_one, **form)
-    return Reply(replace(call, form=read), [handle or AbortHandle()], "m", ByteTokenizer())
+    return Reply(replace(call, form=read), [handle or ToldHandle()], "m", ByteTokenizer())
 
 
 def of(text: str, index: int = 0) -> list[OutputDelta]:
@@ -129,11 +129,11 @@ def test_thinking_may_be_left_out_and_is_counted_all_the_same() -> None:
 
 def test_one_call_ends_the_answer_and_the_output() -> None:
     for make in (whole, chunks):
-        handle = AbortHandle()
+        handle = ToldHandle()
         one = reply(handle, only_one=True)
         aborted = OutputDelta(request_id="r", finish_reason=FinishReason.ABORT)
         made: Any = make(one, *of(CALLS)[:-1], aborted)  # type: ignore[operator]
-        assert handle.aborted
+        assert handle.completed
         assert one.is_done(0, aborted)
         choice = joined(made).choices[0] if make is chunks else None
         if choice is None:
@@ -157,14 +157,14 @@ def test_choices_do_not_mix() -> None:
     assert other["message"]["content"] == "Hello there."
     assert len(one["message"]["tool_calls"]) == 2
     # The request is ended once nothing more of any choice is to be told.
-    handle = AbortHandle()
+    handle = ToldHandle()
     early = first[: CALLS.index("}}") + 2]
     told = reply(handle, only_one=True, fields=two)
     whole(told, *early, *second[:-1])
-    assert not handle.aborted
+    assert not handle.completed
     aborted = OutputDelta(request_id="r", finish_reason=FinishReason.ABORT)
     made = whole(told, second[-1], aborted)
-    assert handle.aborted
+    assert handle.completed
     assert [choice["finish_reason"] for choice in made["choices"]] == ["tool_calls", "stop"]
 
 

@@ -125,6 +125,15 @@ def test_one_call_ends_the_output(agent: openai.OpenAI, agents_server: RunningSe
     )
 
 
+def test_an_answer_that_ends_behind_its_call_counts_for_its_task(agent: openai.OpenAI) -> None:
+    fields = {"tools": [WEATHER], "parallel_tool_calls": False, **held_to(CALL + 2 * f"\n{CALL}")}
+    task = {"task": {"id": "one call each", "finish_ms": 600_000, "calls": 3}}
+    fields["extra_body"]["slo"] = task
+    answers = [ask(agent, **fields).usage for _ in range(3)]
+    assert [one.slo["task"]["call"] for one in answers] == [1, 2, 3]
+    assert all(one.slo["attained"] for one in answers)
+
+
 def test_strict_tools_are_held_where_the_model_may_call(agent: openai.OpenAI) -> None:
     strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
     [choice] = ask(agent, tools=[strict], max_tokens=8).choices

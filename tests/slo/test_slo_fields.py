@@ -182,7 +182,7 @@ def test_the_errors_speak_in_milliseconds() -> None:
 
 
 def test_an_unknown_class_is_told_the_known_ones() -> None:
-    with pytest.raises(InvalidSLOError, match=r"known: chatbot, coding, .*tool_loop"):
+    with pytest.raises(InvalidSLOError, match=r"known: batch, chatbot, coding, .*tool_loop"):
         find_class("talk", CLASSES, "slo")
     with pytest.raises(InvalidSLOError, match="known: none"):
         find_class("talk", {}, "slo")
