@@ -1,8 +1,8 @@
 """Sends a server what hostile and broken clients send, and checks that nobody else notices.
 
 It starts `minserve serve` with the embedded model in float32 and runs a few hundred cases against
-it: wrong values in every field, bodies that are no JSON or far too large, HTTP that is malformed or
-ambiguous, slow clients, crowds of connections, storms of aborts; and, on a second server with an
+it: wrong values in every field, structures and tools that cannot be held, bodies that are no
+JSON or far too large, HTTP that is malformed or ambiguous, slow clients, crowds of connections, storms of aborts; and, on a second server with an
 API key, every way around the key. A case has survived if
 
 - its own answer is the right refusal in the JSON error form, or where it is no HTTP, a close;

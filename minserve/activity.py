@@ -93,7 +93,8 @@ class Lane:
         slo: name of its SLO class; ``None`` without an SLO.
         arrival_s, started_s, first_token_s, ended_s: when; ``None`` where it has not happened.
         preempted_s: when it gave up its blocks, the newest few times.
-        ttft_due_s: deadline of the first token; ``None`` where none is promised.
+        ttft_due_s, finish_due_s: deadlines of the first and the last token; ``None`` where none is
+            promised.
         tpot_s: pace of the present stage in seconds per token; ``None`` where none is promised.
         num_prompt_tokens, num_cached_tokens, num_output_tokens: so far.
         finish_reason, outcome: how it ended; the outcome only with an SLO.
@@ -111,6 +112,7 @@ class Lane:
     ended_s: float | None
     preempted_s: tuple[float, ...]
     ttft_due_s: float | None
+    finish_due_s: float | None
     tpot_s: float | None
     num_prompt_tokens: int
     num_cached_tokens: int

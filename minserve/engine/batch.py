@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from minserve.engine.speculation.proposal import Proposal, Verified
-from minserve.errors import GenerationError
+from minserve.errors import MinserveError
 from minserve.outputs import TokenLogprob
 from minserve.planner.predict.eager import is_eager
 from minserve.planner.predict.perf_model import BatchShape
@@ -74,7 +74,7 @@ class RunResult:
         prompt_logprobs: those of prompt tokens ``start + 1 .. end``, where asked for.
     """
 
-    sampled: Verified | GenerationError | None = None
+    sampled: Verified | MinserveError | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 

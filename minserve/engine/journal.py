@@ -122,7 +122,7 @@ class Journal(NoJournal):
                     lane,
                     0 if seq.is_decoding else num_tokens,
                     seq.num_output_tokens,
-                    math.inf if seq.progress is None else seq.progress.next_deadline_s,
+                    math.inf if seq.progress is None else seq.progress.due_s,
                 )
                 for seq, num_tokens, _ in batch
                 if (lane := self._lane_of(seq)) is not None

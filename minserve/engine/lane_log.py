@@ -106,6 +106,7 @@ class LaneLog:
             ttft_due_s=(
                 None if progress is None else _finite(progress.arrival_s + progress.targets.ttft_s)
             ),
+            finish_due_s=None if progress is None else _finite(progress.finish_by_s),
             tpot_s=None if progress is None else _finite(progress.tpot_s),
             num_prompt_tokens=seq.num_prompt_tokens,
             num_cached_tokens=seq.num_cached_tokens,
@@ -158,7 +159,8 @@ def _past_marks(seq: Sequence, now: float) -> list[Mark]:
         if progress is not None:
             due_s = progress.arrival_s + progress.targets.ttft_s
             worst_s = progress.worst_token_lateness_s
-            slack_s = _finite(min(due_s - first_s, math.inf if worst_s is None else -worst_s))
+            pace_slack_s = math.inf if worst_s is None else -worst_s
+            slack_s = _finite(min(due_s - first_s, pace_slack_s, progress.finish_by_s - last_s))
         marks.append(Mark(False, first_s, last_s, seq.num_output_tokens, slack_s))
     return marks
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 from minserve.engine.speculation.proposal import SampledToken
-from minserve.engine.structures.guide import Guide
+from minserve.engine.structures.guide import Guide, unheld
 from minserve.engine.text.detokenizer import IncrementalDetokenizer
-from minserve.errors import GenerationError, SLOUnattainableError
+from minserve.errors import SLOUnattainableError
 from minserve.outputs import OutputDelta, OutputTimes, TokenLogprob
 from minserve.request import FinishReason, RequestEvent, Sequence
 from minserve.slo.attainment import Outcome, SLOReport, report
@@ -179,7 +179,7 @@ class LiveOutput:
             if self.detokenizer is not None and seq.request.params.include_stop_str_in_output:
                 text, _ = self.detokenizer.add([token_id])
             return text, End(FinishReason.STOP, token_id)
-        may_end, is_over = (True, False) if guide is None else _follow(guide, token_id)
+        may_end, is_over = (True, False) if guide is None else _follow(seq, guide, token_id)
         if self.detokenizer is not None:
             text, stop = self.detokenizer.add([token_id], may_end)
         if progress is not None and marker is not None and self._passes(marker, token_id, text):
@@ -244,18 +244,18 @@ class LiveOutput:
         )
 
 
-def _follow(guide: Guide, token_id: int) -> tuple[bool, bool]:
+def _follow(seq: Sequence, guide: Guide, token_id: int) -> tuple[bool, bool]:
     """Tell an output's structure of a token.
 
     Returns:
         whether the output may end behind it, and whether it must.
 
     Raises:
-        GenerationError: if the structure cannot be held any more.
+        InvalidRequestError: if the structure cannot be held any more.
     """
     stands = guide.advance(token_id)
-    if guide.error is not None:
-        raise GenerationError(guide.error)
+    if (error := unheld(seq)) is not None:
+        raise error
     return stands
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from aiohttp import web
 
 from minserve.config import ServerConfig
-from minserve.errors import EngineStoppedError
+from minserve.errors import EngineStoppedError, InvalidRequestError
 from minserve.server.chat_facts import find_chat_facts
 from minserve.server.connections import ConnectionRunner
 from minserve.server.edge import Edge
@@ -35,7 +35,7 @@ from minserve.server.reading.reader import Endpoint, Facts, check_model
 from minserve.server.reply import Reply
 from minserve.server.request_record import RECORD, GenerationRecord
 from minserve.server.responses_api.response_reply import ResponseReply
-from minserve.server.responses_api.responses_call import ResponsesCall
+from minserve.server.responses_api.responses_call import ResponsesCall, name_own_field
 from minserve.server.watchdog import problem_of
 
 # The time in which connections may send their last bytes once the engine has stopped.
@@ -82,7 +82,8 @@ class Server:
                 web.get("/", self.front_page),
                 # To HEAD it would be a stream without end that sends nothing.
                 web.get("/page/feed", self._feeds.answer, allow_head=False),
-                web.get("/page/{file}", self.page_file),
+                # Not the feed: HEAD of it has no answer.
+                web.get("/page/{file:(?!feed$)[^{}/]+}", self.page_file),
                 web.get("/openapi.json", self.openapi),
                 web.get("/health", self.health),
                 web.get("/metrics", self.metrics),
@@ -176,7 +177,12 @@ class Server:
 
     async def responses(self, request: web.Request) -> web.StreamResponse:
         """Answer POST /v1/responses."""
-        return await self._generate(request, "responses")
+        try:
+            return await self._generate(request, "responses")
+        except (InvalidRequestError, HttpError) as error:
+            if request[RECORD].generation is not None:  # the body was read
+                name_own_field(error)
+            raise
 
     async def stored_response(self, request: web.Request) -> web.StreamResponse:
         """Refuse what is asked of a response that would have to be stored."""

@@ -61,6 +61,18 @@ def parse_object(raw: bytes) -> dict[str, Any]:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:
         raise InvalidRequestError("the request body is not UTF-8") from None
+    value = read_json(text)
+    if not isinstance(value, dict):
+        raise InvalidRequestError("the request body must be a JSON object")
+    return {name: each for name, each in value.items() if each is not None}
+
+
+def read_json(text: str) -> Any:
+    """Parse strict JSON.
+
+    Raises:
+        InvalidRequestError: naming what is wrong with it.
+    """
     hooks: dict[str, Any] = {
         "object_pairs_hook": _unique_fields,
         "parse_constant": _refuse_constant,
@@ -77,9 +89,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
         raise InvalidRequestError("a string holds half of a surrogate pair") from None
     except ValueError as error:
         raise InvalidRequestError(f"the request body is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InvalidRequestError("the request body must be a JSON object")
-    return {name: each for name, each in value.items() if each is not None}
+    return value
 
 
 def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

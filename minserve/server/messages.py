@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from minserve.server.body import MAX_NAME, brief, refusal
+from minserve.errors import InvalidRequestError
+from minserve.server.body import MAX_NAME, brief, read_json, refusal
 from minserve.server.parameters.forms import ROLES, CalledFunction, Message, TextPart
 
 # OpenAI's later and earlier names of roles that chat templates know.
@@ -77,8 +77,8 @@ def _arguments(function: CalledFunction) -> Any:
     if not arguments.strip():
         return {}
     try:
-        value = json.loads(arguments)
-    except (ValueError, RecursionError):
+        value = read_json(arguments)
+    except InvalidRequestError:
         return arguments
     return value if isinstance(value, dict) else arguments
 

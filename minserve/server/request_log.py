@@ -106,6 +106,7 @@ class RequestLine(Event):
         if report is not None:
             fields["admitted"] = report.admitted
             fields["worst_token_lateness_ms"] = in_ms(report.worst_token_lateness_s)
+            fields["finish_ms"] = in_ms(report.finish_s)
         if (outcome := record.outcome) is not None:
             fields["outcome"] = outcome.value
         if reply is not None:
@@ -139,6 +140,8 @@ class RequestLine(Event):
         for name in ("ttft", "mean_tpot"):
             if told[f"{name}_ms"] is not None:
                 words.append(_time(name, told))
+        if told["finish_ms"] is not None and told["target_finish_ms"] is not None:
+            words.append(_time("finish", told))
         if told["replicas"]:
             words.append(f"replica {'+'.join(map(str, told['replicas']))}")
         words.append(f"{told['total_ms']:.1f} ms in all")
@@ -158,6 +161,7 @@ _NOTHING_GENERATED = dict.fromkeys(
         "target_ttft_ms",
         "target_tpot_ms",
         "target_thinking_tpot_ms",
+        "target_finish_ms",
         "admitted",
         "outcome",
         "prompt_tokens",
@@ -168,11 +172,12 @@ _NOTHING_GENERATED = dict.fromkeys(
         "ttft_ms",
         "mean_tpot_ms",
         "worst_token_lateness_ms",
+        "finish_ms",
         "replicas",
         "engine_request_id",
     )
 )
-_NAMES = {"ttft": "TTFT", "mean_tpot": "TPOT"}
+_NAMES = {"ttft": "TTFT", "mean_tpot": "TPOT", "finish": "last token"}
 
 
 def _tokens(told: dict[str, Any]) -> str:

@@ -261,5 +261,7 @@ _OWN_SLO = (
     "target_ttft_ms",
     "target_tpot_ms",
     "target_thinking_tpot_ms",
+    "target_finish_ms",
+    "finish_ms",
     "worst_token_lateness_ms",
 )

@@ -156,6 +156,11 @@ class Progress:
             self.breaks_s = -math.inf
 
     @property
+    def due_s(self) -> float:
+        """The time by which the next token must come, whatever comes behind it; inf for none."""
+        return min(self.next_deadline_s, self.finish_by_s)
+
+    @property
     def marker(self) -> str | None:
         """The text that ends the current stage; ``None`` if no text ends it."""
         return self.targets.stages[self.stage].until

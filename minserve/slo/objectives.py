@@ -230,9 +230,8 @@ class SLO:
         if marker not in ends:
             return self
         rest = self.stages[ends.index(marker) + 1 :]
-        if not (self.ttft is not None or self.ttft_slowdown is not None) and not any(
-            stage.has_pace for stage in rest
-        ):
+        others = (self.ttft, self.ttft_slowdown, self.finish, self.task)
+        if all(one is None for one in others) and not any(stage.has_pace for stage in rest):
             return self  # nothing would be left of it
         if len(rest) > 1:
             return replace(self, stages=rest)

@@ -62,6 +62,10 @@ class _LiveTask:
     tools_s: list[float] = field(default_factory=list)
     outcome: TaskOutcome | None = None
 
+    def next_number(self) -> int:
+        """Return the number of a call that comes now: behind all that are open or have ended."""
+        return max(max(self.open, default=0), self.num_done + len(self.open)) + 1
+
     def is_over(self, now: float) -> bool:
         """Return True if the task can be forgotten."""
         return not self.open and now > max(self.due_s, self.active_s) + LINGER_S
@@ -117,9 +121,11 @@ class TaskTable:
             tool_s = max(0.0, now - live.ended_s)
             live.tools_s.append(tool_s)
             self._experience(key, live).tools_s.append(tool_s)
-        number = max(live.open, default=live.num_done) + 1
-        num_later = None if task.calls is None else max(0, task.calls - number)
-        outlook = self._experience(key, live).outlook(work_s, num_later, number - 1, live.tools_s)
+        number = live.next_number()
+        # Calls beyond those that were said are worth as much as the last one, not more and more.
+        place = number if task.calls is None else min(number, task.calls)
+        num_later = None if task.calls is None else task.calls - place
+        outlook = self._experience(key, live).outlook(work_s, num_later, place - 1, live.tools_s)
         remaining_s = live.due_s - now
         if live.outcome is None and outlook.is_hopeless(remaining_s):
             self._settle(live, TaskOutcome.LATE if remaining_s <= 0 else TaskOutcome.GIVEN_UP)

@@ -60,6 +60,7 @@ ACTIVITY = Activity(
             ended_s=None,
             preempted_s=(1.25,),
             ttft_due_s=None,
+            finish_due_s=2.5,
             tpot_s=0.1,
             num_prompt_tokens=3,
             num_cached_tokens=1,

@@ -72,10 +72,18 @@ def core_of(planner: Planner, proposer: Proposer | None = None) -> EngineCore:
     )
 
 
+EASY = SLO(ttft=5.0, tpot=1.0)
+
+
 def add(
-    core: EngineCore, name: str, *, prompt: int = 5, n: int = 1, max_tokens: int = 6
+    core: EngineCore,
+    name: str,
+    *,
+    prompt: int = 5,
+    n: int = 1,
+    max_tokens: int = 6,
+    slo: SLO = EASY,
 ) -> list[Sequence]:
-    slo = SLO(ttft=5.0, tpot=1.0)
     request = Request(
         request_id=name,
         prompt_token_ids=(int(name) + 10,) * prompt,

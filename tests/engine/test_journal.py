@@ -18,7 +18,7 @@ from minserve.engine.journal import Journal
 from minserve.planner.policies.sarathi import SarathiPlanner
 from minserve.request import SequenceState
 from minserve.slo.attainment import Outcome
-from minserve.slo.objectives import Standing
+from minserve.slo.objectives import SLO, Standing
 
 
 def ticking_core(**more: Any) -> tuple[EngineCore, Journal]:
@@ -119,6 +119,25 @@ def test_a_late_token_is_told_by_how_much() -> None:
     came = [10.0, 10.2, 14.0]
     slacks = [mark.slack_s for mark in lane.marks if not mark.is_prefill]
     assert slacks == pytest.approx([at - when for at, when in zip(due, came, strict=True)])
+
+
+@pytest.mark.parametrize("is_watched", [False, True])
+def test_a_token_behind_the_deadline_of_the_answer_is_late(is_watched: bool) -> None:
+    core, _ = ticking_core()
+    (seq,) = add(core, "1", max_tokens=3, slo=SLO(finish=5.0))
+    now = seq.request.arrival_s
+    core.clock = lambda: now
+    journal = Journal.of(core)
+    if is_watched:
+        journal.since(None)
+    due = seq.request.arrival_s + 5.0
+    for slack in (3.0, 1.0, -2.0):
+        now = due - slack
+        core.step()
+    (lane,) = journal.since(None).lanes
+    slacks = [mark.slack_s for mark in lane.marks if not mark.is_prefill]
+    assert slacks == pytest.approx([3.0, 1.0, -2.0] if is_watched else [-2.0])
+    assert (lane.finish_due_s, lane.ttft_due_s) == (due, None)
 
 
 def test_states_are_those_of_now() -> None:

@@ -20,7 +20,7 @@ from minserve import AsyncEngine, Engine, SamplingParams
 from minserve.engine.intake import Intake
 from minserve.engine.live_output import History
 from minserve.engine.relay import RelayEngine
-from minserve.errors import GenerationError, InvalidRequestError
+from minserve.errors import InvalidRequestError
 from minserve.outputs import CompletionOutput
 from minserve.request import FinishReason
 from minserve.structure import Structure
@@ -252,8 +252,9 @@ def test_settings_that_leave_no_token_end_the_output_with_an_error(engine: Engin
     choice = Structure.of_choice(["the"])
     (x,) = engine.tokenizer.encode("x", add_special_tokens=False)
     for settings in ({"bad_words": ("t", "th", "the")}, {"allowed_token_ids": (x,)}):
-        with pytest.raises(GenerationError, match="leave no token"):
+        with pytest.raises(InvalidRequestError, match="leave no token") as caught:
             run(engine, structure=choice, **settings)
+        assert caught.value.param in settings
     liked = run(engine, structure=choice, logit_bias={x: 100.0})
     assert liked.text == "the"
     ok = run(engine, structure=Structure("regex", "[a-z]{3}"), allowed_token_ids=(x,))
@@ -268,8 +269,9 @@ def test_a_structure_that_cannot_be_held_ends_its_request_alone(engine: Engine) 
     # With each letter there are many more ways to have come there.
     ways = "\n".join(f'x{i}: e e | "a"' for i in range(40))
     slow = f'start: e\ne: {" | ".join(f"x{i} e x{i}" for i in range(40))} | "a"\n{ways}'
-    with pytest.raises(GenerationError, match="cannot be held"):
-        run(engine, structure=Structure("lark", slow), ignore_eos=True)
+    with pytest.raises(InvalidRequestError, match="cannot be held") as caught:
+        run(engine, structure=Structure("lark", slow, param="grammar"), ignore_eos=True)
+    assert caught.value.param == "grammar"
     assert engine._core.num_unfinished == 0
     engine._core.check_integrity()
     check("greedy", run(engine, temperature=0.0, structure=OBJECT))

@@ -182,6 +182,49 @@ def test_required_calls_are_held_by_a_grammar(chats: Callable[..., Chats]) -> No
     assert chats("llama3").plan(tools=[strict])[0].params.structure is None
 
 
+def with_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+
+
+@pytest.mark.parametrize("template", ["hermes", "llama3"])
+def test_held_arguments_are_an_object_whatever_their_schema_says(
+    chats: Callable[..., Chats], template: str
+) -> None:
+    there = chats(template)
+    for wrong, says in (
+        ({"type": "integer"}, "object"),
+        ({"type": ["null", "string"]}, "object"),
+        ({"type": "object", "x-guidance": {}}, "x-guidance"),
+    ):
+        tools = [with_parameters(wrong)]
+        assert there.plan(tools=tools)[0].params.structure is None
+        with pytest.raises(InvalidRequestError, match=says) as caught:
+            there.plan(tools=tools, tool_choice="required")
+        assert caught.value.param == "tools"
+    for loose in (
+        {"properties": {}},
+        {"type": ["object", "null"]},
+        {"anyOf": [{}, {"type": "null"}]},
+    ):
+        tools = [with_parameters(loose)]
+        structure = there.plan(tools=tools, tool_choice="required")[0].params.structure
+        assert structure is not None
+        arguments = structure.source.partition("arguments_0: %json ")[2]
+        assert json.loads(arguments)["type"] == "object"
+
+
+def test_arguments_that_are_no_strict_json_stay_the_text_that_they_are(
+    chats: Callable[..., Chats],
+) -> None:
+    for text in ('{"a": NaN}', '{"a": 1e400}', '{"a": "\\ud83d"}', '{"a": 1, "a": 2}', "[1]", "{"):
+        messages = json.loads(json.dumps(ROUND_TRIP))
+        [call] = next(one for one in messages if "tool_calls" in one)["tool_calls"]
+        call["function"]["arguments"] = text
+        planned, _ = chats("hermes").plan(messages=messages, tools=[TOOL])
+        [written] = [one for one in planned.prompts[0] if "tool_calls" in one]  # type: ignore[operator]
+        assert written["tool_calls"][0]["function"]["arguments"] == text  # type: ignore[index]
+
+
 # --- thinking ---
 
 

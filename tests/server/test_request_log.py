@@ -107,10 +107,20 @@ def test_every_line_has_the_same_fields(server: RunningServer, lines: Lines) -> 
     post(server, PATH, {**BODY, "slo": EASY})
     post(server, PATH, {**BODY, "temperature": "hot"})
     post(server, "/v1/models", None, method="GET")
-    first, second, third = (list(lines.next()) for _ in range(3))
-    assert first == second == third
+    post(server, PATH, {**BODY, "slo": {"finish_ms": 900_000}})
+    first, second, third, fourth = (list(lines.next()) for _ in range(4))
+    assert first == second == third == fourth
     page = (Path(__file__).parents[2] / "docs/observing.md").read_text()
     assert {name for name in first if f"`{name}`" not in page} == set()
+
+
+def test_a_deadline_of_the_whole_answer_is_told_beside_the_time_that_it_took(
+    server: RunningServer, lines: Lines
+) -> None:
+    _, _, raw = post(server, PATH, {**BODY, "slo": {"finish_ms": 900_000}})
+    slo, line = json.loads(raw)["usage"]["slo"], lines.next()
+    assert (line["target_finish_ms"], line["finish_ms"]) == (900_000.0, slo["finish_ms"])
+    assert f"last token {slo['finish_ms']:.1f} of 900000.0 ms" in lines.texts[0]
 
 
 def test_a_missed_slo_is_told_as_in_the_metrics(server: RunningServer, lines: Lines) -> None:

@@ -10,7 +10,14 @@ import pytest
 from slo_targets import targets
 
 from minserve.errors import InvalidSLOError
-from minserve.slo.objectives import SLO, DecodeStage, OnUnattainable, Targets, preset_classes
+from minserve.slo.objectives import (
+    SLO,
+    DecodeStage,
+    OnUnattainable,
+    Targets,
+    Task,
+    preset_classes,
+)
 
 # --- what may be asked for ---
 
@@ -128,3 +135,14 @@ def test_an_output_behind_the_thinking_has_the_pace_of_the_answer() -> None:
     # One that promises nothing of the answer stays as it is.
     alone = SLO(stages=(think, DecodeStage()))
     assert alone.behind("</think>") == alone
+
+
+@pytest.mark.parametrize(
+    "promised", [{"ttft": 1.0}, {"finish": 5.0}, {"task": Task(id="a", finish=5.0)}]
+)
+def test_what_is_promised_of_the_whole_answer_is_left_behind_the_thinking(
+    promised: dict[str, Any],
+) -> None:
+    think = DecodeStage(tpot=0.05, until="</think>")
+    slo = SLO(stages=(think, DecodeStage()), **promised)
+    assert slo.behind("</think>") == SLO(**promised)

@@ -157,7 +157,7 @@ class Accounts:
                 return None
         if known is None:
             known = self.tasks[of] = [one, now, 0, set(), now]
-        number = max(known[3], default=known[2]) + 1
+        number = max([known[2] + len(known[3]), *known[3]]) + 1
         known[3].add(number)
         known[4] = now
         return number, known[1] + one.finish - now
@@ -194,6 +194,23 @@ def test_calls_are_numbered_and_timed_as_in_plain_accounts(seed):
         assert call.given_up or call.finish_s > 0
         assert call.given_up >= (call.remaining_s <= 0)
         open_calls.append(call)
+
+
+def test_a_slow_call_does_not_hold_back_the_numbers_of_those_beside_it():
+    table, one = TaskTable(), task(calls=5)
+    slow = table.begin(key("a"), one, "agent", 0.0)
+    for number in range(2, 5):
+        beside = table.begin(key("a"), one, "agent", 1.0)
+        assert (beside.number, beside.is_last) == (number, False)
+        table.end(beside, 2.0, 1.0)
+    last = table.begin(key("a"), one, "agent", 2.0)
+    assert (slow.number, last.number, last.is_last) == (1, 5, True)
+
+
+def test_calls_beyond_those_that_were_said_weigh_no_more_than_the_last_one():
+    table, one = TaskTable(), task(calls=2)
+    weights = [table.begin(key("a"), one, "agent", 0.0).weight for _ in range(20)]
+    assert weights == [1] + [2] * 19
 
 
 def test_another_budget_names_its_field():

@@ -10,6 +10,7 @@ from typing import Any
 from parts.hostile.wire import Address, Headers, WireAnswer, exchange, request_bytes
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+RESPONSES = "/v1/responses"
 TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 PROMPT = "The capital of France is"
 MESSAGES = [{"role": "user", "content": "Name three colours."}]

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from parts.hostile import auth_cases, body_cases, connection_cases, field_cases, wire_cases
+from parts.hostile import (
+    auth_cases,
+    body_cases,
+    connection_cases,
+    field_cases,
+    form_cases,
+    wire_cases,
+)
 from parts.hostile.case import HostileCase
 
 
@@ -13,6 +20,7 @@ def all_cases() -> list[HostileCase]:
     """
     return [
         *field_cases.cases(),
+        *form_cases.cases(),
         *body_cases.cases(),
         *wire_cases.cases(),
         *connection_cases.cases(),

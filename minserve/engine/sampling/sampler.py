@@ -27,7 +27,7 @@ from minserve.engine.sampling.noise import CHOICE, DRAFT, to_keys, words
 from minserve.engine.sampling.rows import SamplingRow, index_of
 from minserve.engine.speculation.proposal import Proposal, SampledToken, Verified
 from minserve.engine.speculation.verification import PendingTokens, Span, normalized, reject
-from minserve.errors import GenerationError
+from minserve.errors import GenerationError, MinserveError
 from minserve.outputs import TokenLogprob
 from minserve.request import Sequence
 
@@ -61,7 +61,7 @@ class Sampler:
         self._one_by_one = one_by_one
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, seqs: list[Sequence]) -> list[SampledToken | GenerationError]:
+    def sample(self, logits: Tensor, seqs: list[Sequence]) -> list[SampledToken | MinserveError]:
         """Choose one token per row.
 
         Args:
@@ -74,12 +74,12 @@ class Sampler:
             no token possible. An error never affects the other rows.
         """
         verified = self.verify(logits, seqs, [None] * len(seqs))
-        return [v if isinstance(v, GenerationError) else v.tokens[0] for v in verified]
+        return [v.tokens[0] if isinstance(v, Verified) else v for v in verified]
 
     @torch.inference_mode()
     def verify(
         self, logits: Tensor, seqs: list[Sequence], proposals: SequenceOf[Proposal | None]
-    ) -> list[Verified | GenerationError]:
+    ) -> list[Verified | MinserveError]:
         """Launch a verification and wait for its results."""
         return self.launch(logits, seqs, proposals).results()
 

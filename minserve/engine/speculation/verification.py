@@ -29,7 +29,8 @@ from minserve.engine.sampling.noise import (
 )
 from minserve.engine.sampling.rows import SamplingRow, column, index_of
 from minserve.engine.speculation.proposal import Proposal, SampledToken, Verified
-from minserve.errors import GenerationError
+from minserve.engine.structures.guide import unheld
+from minserve.errors import GenerationError, InvalidRequestError, MinserveError
 from minserve.outputs import TokenLogprob
 from minserve.request import Sequence
 
@@ -93,7 +94,7 @@ class PendingTokens:
             tensors += logprob_tensors(logits[index], own, num_top)
         self._copy = transfers.HostCopy(*tensors)
 
-    def results(self) -> list[Verified | GenerationError]:
+    def results(self) -> list[Verified | MinserveError]:
         """Wait for the tokens of each sequence, in the order of the batch.
 
         In place of tokens comes an error where the sequence's first row contains NaN or
@@ -145,30 +146,39 @@ def _num_agreeing(chosen: SequenceOf[int], drafted: SequenceOf[int]) -> int:
 
 def _verified(
     span: Span, tokens: list[int], logprobs: dict[int, TokenLogprob]
-) -> Verified | GenerationError:
+) -> Verified | MinserveError:
     # Behind accepted tokens a row without a choice is none of their business: the last
     # of them is run again, and if it is no better then, that is the error.
     num_accepted = len(tokens) - 1
     if tokens[-1] == INVALID:
         tokens = tokens[:-1]
     if not tokens:
-        if (guide := span.seq.guide) is not None:
-            return GenerationError(
-                guide.error
-                or f"at output token {span.seq.num_output_tokens} the structure and the other "
-                "settings (bad_words, allowed_token_ids) leave no token, or the model's logits "
-                "contain NaN"
-            )
-        return GenerationError(
-            f"the model's logits for {span.seq.seq_id} at output token "
-            f"{span.seq.num_output_tokens} contain NaN or allow no token"
-        )
+        return _no_token(span.seq)
     rows = range(span.first, span.first + len(tokens))
     return Verified(
         tuple(
             SampledToken(token, logprobs.get(row)) for row, token in zip(rows, tokens, strict=True)
         ),
         num_accepted,
+    )
+
+
+def _no_token(seq: Sequence) -> MinserveError:
+    """Return the error of an output that no token may follow.
+
+    Where the request's own settings may be the reason, they are taken to be it.
+    """
+    params, place = seq.request.params, f"at output token {seq.num_output_tokens}"
+    if (error := unheld(seq)) is not None:
+        return error
+    for name in ("allowed_token_ids", "bad_words"):
+        if getattr(params, name):
+            others = "its other settings" if params.structure is None else "its structure"
+            return InvalidRequestError(
+                f"{place} {name} of the request, together with {others}, leave no token", name
+            )
+    return GenerationError(
+        f"the model's logits for {seq.seq_id} {place} contain NaN or allow no token"
     )
 
 

@@ -38,6 +38,8 @@ _JSON_OPTIONS: Any = {
 }
 # Its translation to Lark, in Python, takes time that grows with the square of its length.
 MAX_GBNF_LENGTH = 2**14
+# The library looks from the beginning of each of them for what stands behind them all.
+_BLANK_LINES = re.compile(r"\n\s*\n")
 MAX_ERROR_LENGTH = 300
 _SPECIAL = re.compile(r"([\\.+*?()|\[\]{}^$#&\-~/])")
 
@@ -60,7 +62,7 @@ def simplified(structure: Structure) -> Structure:
             "are taken"
         )
     try:
-        lark = any_to_lark(structure.source)
+        lark = any_to_lark(_BLANK_LINES.sub("\n", structure.source))
     except RecursionError:
         raise GrammarError("is nested too deeply") from None
     except Exception as error:  # the library raises bare ones

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minserve.engine.structures.grammar import brief
+from minserve.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from minserve.engine.structures.trie import TokenTrie
+    from minserve.request import Sequence
 
 # Seconds of this thread that an output's structure may take: at once, and for each token besides.
 # Nearly all take less than 0.1 ms for a token; the others share their thread with them.
@@ -279,6 +281,14 @@ class Guide:
     def _fail(self, error: str) -> None:
         if self.error is None:
             self.error = f"the output's structure cannot be held: {brief(error)}"
+
+
+def unheld(seq: Sequence) -> InvalidRequestError | None:
+    """Return the error of an output whose structure cannot be held any more, else ``None``."""
+    structure = seq.request.params.structure
+    if seq.guide is None or seq.guide.error is None or structure is None:
+        return None
+    return InvalidRequestError(seq.guide.error, structure.param)
 
 
 def _words(size: int) -> int:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from minserve.server.body import refusal
 from minserve.server.tools import ToolSpec
 
 # JSON as models were trained to write it. Where white space is free, small models go on with it.
@@ -82,7 +83,17 @@ class CallRules:
 
     def _schema(self, tool: ToolSpec) -> str:
         schema = tool.parameters if tool.strict or not self.freely else _ANY_OBJECT
-        return json.dumps({**schema, "x-guidance": _SPACING}, ensure_ascii=False)
+        kind = schema.get("type", "object")
+        if "object" not in (kind if isinstance(kind, list) else [kind]):
+            raise refusal("tools", f"the parameters of {tool.name} must be of the type object")
+        if "x-guidance" in schema:
+            raise refusal(
+                "tools",
+                f"the parameters of {tool.name} have x-guidance, whose options "
+                "are not the request's to set",
+            )
+        whole = {**schema, **_ANY_OBJECT, "x-guidance": _SPACING}
+        return json.dumps(whole, ensure_ascii=False)
 
 
 def literal(text: str) -> str:

@@ -208,6 +208,7 @@ class JsonCall:
             return
         try:
             value: str = json.loads(self._text, strict=False)
+            value.encode()  # Half of a surrogate pair can be read, but no answer can have it.
         except ValueError:
             self.broken = True
             return

@@ -115,9 +115,12 @@ def _frames_asked(request: web.Request) -> int | None:
     for name in request.query:
         if name != "frames":
             raise HttpError(400, f"there is no parameter {name!r}; known: frames", param=name)
-    text = request.query.get("frames")
-    if text is None:
+    texts = request.query.getall("frames", [])
+    if not texts:
         return None
+    if len(texts) > 1:
+        raise HttpError(400, "frames is given twice", param="frames")
+    (text,) = texts
     if not _NUMBER.fullmatch(text) or not 1 <= int(text) <= MAX_FRAMES:
         raise HttpError(
             400, f"frames must be a whole number from 1 to {MAX_FRAMES}", param="frames"

@@ -59,6 +59,7 @@ def _slo_class(name: str, slo: SLO) -> dict[str, Any]:
         "ttft_slowdown": slo.ttft_slowdown,
         "tpot_ms": _ms(last.tpot),
         "tpot_slowdown": last.tpot_slowdown,
+        "finish_ms": _ms(slo.finish),
     }
 
 
@@ -131,6 +132,7 @@ def _lane(one: Lane) -> dict[str, Any]:
         "ended_ms": _ms(one.ended_s),
         "preempted_ms": [_ms(at) for at in one.preempted_s],
         "ttft_due_ms": _ms(one.ttft_due_s),
+        "finish_due_ms": _ms(one.finish_due_s),
         "tpot_ms": _ms(one.tpot_s),
         "prompt_tokens": one.num_prompt_tokens,
         "cached_tokens": one.num_cached_tokens,
@@ -209,6 +211,7 @@ _LANE = _object(
         "ended_ms": _NUMBER_OR_NULL,
         "preempted_ms": _array(_NUMBER),
         "ttft_due_ms": _NUMBER_OR_NULL,
+        "finish_due_ms": _NUMBER_OR_NULL,
         "tpot_ms": _NUMBER_OR_NULL,
         "prompt_tokens": _COUNT,
         "cached_tokens": _COUNT,
@@ -251,6 +254,7 @@ _ABOUT = _object(
             ttft_slowdown=_NUMBER_OR_NULL,
             tpot_ms=_NUMBER_OR_NULL,
             tpot_slowdown=_NUMBER_OR_NULL,
+            finish_ms=_NUMBER_OR_NULL,
         )
     ),
 )

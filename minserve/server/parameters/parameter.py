@@ -115,6 +115,11 @@ class Parameter:
         return refusal(self.name, f"{brief(value)} is not supported{advice}")
 
 
+def working(name: str, known_from: str, says: str, **more: Any) -> Parameter:
+    """Return a parameter that works."""
+    return Parameter(name=name, sort=Sort.WORKS, known_from=known_from, says=says, **more)
+
+
 def _same(value: Any, other: Any) -> bool:
     """Compare JSON values: 1 is 1.0, but true is not 1."""
     return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)

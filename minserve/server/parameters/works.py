@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 from msgspec import Meta
 
@@ -18,20 +18,18 @@ from minserve.sampling_params import (
     SEED_MIN,
     SamplingParams,
 )
+from minserve.server.parameters.chat import CHAT_ANSWER, CHAT_PROMPT
 from minserve.server.parameters.forms import Int64, Messages, Positive, StreamOptions, TokenId
 from minserve.server.parameters.parameter import (
     ALL,
     CHAT,
-    CHATS,
     CHOICES,
     COMPLETIONS,
     DETOKENIZE,
     GENERATION,
-    MESSAGES,
-    TEMPLATES,
     TOKENIZE,
     Parameter,
-    Sort,
+    working,
 )
 from minserve.server.structure_fields import RESPONSE_FORMAT_SCHEMA, STRUCTURED_OUTPUTS_SCHEMA
 from minserve.structure import MAX_CHOICES
@@ -48,13 +46,11 @@ _SCHEMA = {"type": ["object", "boolean", "string"]}
 _STRINGS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
 
 
-def _works(name: str, known_from: str, says: str, **more: Any) -> Parameter:
-    return Parameter(name=name, sort=Sort.WORKS, known_from=known_from, says=says, **more)
-
-
 def _setting(name: str, known_from: str, says: str, **more: Any) -> Parameter:
     """Return the row of a field of `SamplingParams`, which checks the range itself."""
-    return _works(name, known_from, says, **{"form": _HINTS[name], "endpoints": GENERATION, **more})
+    return working(
+        name, known_from, says, **{"form": _HINTS[name], "endpoints": GENERATION, **more}
+    )
 
 
 def _range(low: float, high: float | None = None) -> dict[str, float]:
@@ -189,7 +185,7 @@ SAMPLING = (
 )
 
 STRUCTURE = (
-    _works(
+    working(
         "response_format",
         "OVSL",
         '`{"type": "json_object"}`, or `json_schema` with a JSON schema, or `text`',
@@ -197,7 +193,7 @@ STRUCTURE = (
         schema=RESPONSE_FORMAT_SCHEMA,
         neutral=({"type": "text"}, {}),
     ),
-    _works(
+    working(
         "structured_outputs",
         "V",
         "an object with one of `json`, `regex`, `choice`, `grammar`, `json_object`",
@@ -206,11 +202,11 @@ STRUCTURE = (
         neutral=({},),
         endpoints=GENERATION,
     ),
-    _works("guided_json", "V", _A_SCHEMA, default="none", schema=_SCHEMA),
-    _works("json_schema", "SL", _A_SCHEMA, default="none", schema=_SCHEMA, neutral=("",)),
-    _works("guided_regex", "V", _A_REGEX, form=str, default="none", neutral=("",)),
-    _works("regex", "S", _A_REGEX, form=str, default="none", neutral=("",)),
-    _works(
+    working("guided_json", "V", _A_SCHEMA, default="none", schema=_SCHEMA),
+    working("json_schema", "SL", _A_SCHEMA, default="none", schema=_SCHEMA, neutral=("",)),
+    working("guided_regex", "V", _A_REGEX, form=str, default="none", neutral=("",)),
+    working("regex", "S", _A_REGEX, form=str, default="none", neutral=("",)),
+    working(
         "guided_choice",
         "V",
         f"up to {MAX_CHOICES} texts, one of which is the output",
@@ -218,13 +214,13 @@ STRUCTURE = (
         default="none",
         neutral=([],),
     ),
-    _works("guided_grammar", "V", _A_GRAMMAR, form=str, default="none", neutral=("",)),
-    _works("ebnf", "S", _A_GRAMMAR, form=str, default="none", neutral=("",)),
-    _works("grammar", "L", _A_GRAMMAR, form=str, default="none", neutral=("",)),
+    working("guided_grammar", "V", _A_GRAMMAR, form=str, default="none", neutral=("",)),
+    working("ebnf", "S", _A_GRAMMAR, form=str, default="none", neutral=("",)),
+    working("grammar", "L", _A_GRAMMAR, form=str, default="none", neutral=("",)),
 )
 
 PROMPT = (
-    _works(
+    working(
         "model",
         "OVSL",
         "the served model's name; another name gets 404",
@@ -233,7 +229,7 @@ PROMPT = (
         neutral=("",),
         default="the served model",
     ),
-    _works(
+    working(
         "prompt",
         "OVSL",
         "a text, a list of texts, token ids, or a list of token id lists",
@@ -249,8 +245,8 @@ PROMPT = (
         },
         default="required",
     ),
-    _works("prompt", "VS", "a text", endpoints=TOKENIZE, form=str, default="this or `messages`"),
-    _works(
+    working("prompt", "VS", "a text", endpoints=TOKENIZE, form=str, default="this or `messages`"),
+    working(
         "messages",
         "OVSL",
         "[the messages of a chat](#messages)",
@@ -260,7 +256,7 @@ PROMPT = (
         required=True,
         default="required",
     ),
-    _works(
+    working(
         "messages",
         "VS",
         "[the messages of a chat](#messages)",
@@ -269,7 +265,7 @@ PROMPT = (
         by_place=True,
         default="this or `prompt`",
     ),
-    _works(
+    working(
         "tokens",
         "VSL",
         "token ids",
@@ -278,7 +274,7 @@ PROMPT = (
         schema={**_TOKEN_IDS, "minItems": 0},
         default="required",
     ),
-    _works(
+    working(
         "add_special_tokens",
         "VS",
         "adds what the model wants around a text, often a BOS",
@@ -286,75 +282,8 @@ PROMPT = (
         form=bool,
         default="true; for messages false, since the template writes special tokens itself",
     ),
-    _works(
-        "add_generation_prompt",
-        "V",
-        "ends the prompt with the beginning of the assistant's answer",
-        endpoints=MESSAGES,
-        form=bool,
-        default="true",
-    ),
-    _works(
-        "continue_final_message",
-        "VSL",
-        "leaves the last message open, so that the output goes on in it; not with "
-        "`add_generation_prompt: true`",
-        endpoints=MESSAGES,
-        form=bool,
-        default="false",
-    ),
-    _works(
-        "chat_template_kwargs",
-        "VSL",
-        'further variables of the chat template, such as `{"enable_thinking": false}`',
-        endpoints=TEMPLATES,
-        schema={"type": "object"},
-        neutral=({},),
-        default="none",
-    ),
-    _works(
-        "tools",
-        "OVSL",
-        "[functions that the model may call](agents.md#tools)",
-        endpoints=MESSAGES,
-        schema={"type": "array", "items": {"$ref": "#/components/schemas/Tool"}},
-        neutral=([],),
-        by_place=True,
-        default="none",
-    ),
-    _works(
-        "tool_choice",
-        "OVSL",
-        "`auto`, `none`, `required`, or an object that names a function or `allowed_tools`",
-        endpoints=MESSAGES,
-        schema={
-            "anyOf": [
-                {"enum": ["auto", "none", "required"]},
-                {"$ref": "#/components/schemas/NamedTool"},
-                {"$ref": "#/components/schemas/AllowedTools"},
-            ]
-        },
-        neutral=("auto",),
-        default="`auto`",
-    ),
-    _works(
-        "reasoning_effort",
-        "OVSL",
-        "a variable of the chat template; a hint where that does not know it. `none` is "
-        "`enable_thinking: false` then, if it knows that",
-        endpoints=MESSAGES,
-        form=str | Int64 | float,
-        default="the template's own",
-    ),
-    _works(
-        "enable_thinking",
-        "X",
-        "a variable of the chat template; a hint where that does not know it",
-        endpoints=TEMPLATES,
-        form=bool,
-        default="the template's own",
-    ),
-    _works(
+    *CHAT_PROMPT,
+    working(
         "truncate_prompt_tokens",
         "V",
         "keeps so many tokens of a longer prompt, the last ones; -1 keeps what leaves room for "
@@ -363,7 +292,7 @@ PROMPT = (
         schema={"not": {"const": 0}},
         default="a longer prompt is refused",
     ),
-    _works(
+    working(
         "return_token_strs",
         "V",
         "adds `token_strs`, the text of each token",
@@ -374,7 +303,7 @@ PROMPT = (
 )
 
 ANSWER = (
-    _works(
+    working(
         "max_tokens",
         "OVSL",
         "at least 1. With `echo`, 0 asks for the prompt alone",
@@ -383,7 +312,7 @@ ANSWER = (
         default="16",
         schema=_range(0),
     ),
-    _works(
+    working(
         "max_tokens",
         "OVSL",
         "at least 1",
@@ -391,7 +320,7 @@ ANSWER = (
         form=Positive,
         default="what the model proposes, or what fits",
     ),
-    _works(
+    working(
         "max_completion_tokens",
         "OVSL",
         "the same; counts more than `max_tokens`",
@@ -399,7 +328,7 @@ ANSWER = (
         form=Positive,
         default="`max_tokens`",
     ),
-    _works(
+    working(
         "logprobs",
         "OVSL",
         f"0 to {MAX_LOGPROBS} alternatives for each token",
@@ -408,7 +337,7 @@ ANSWER = (
         default="none",
         schema=_range(0, MAX_LOGPROBS),
     ),
-    _works(
+    working(
         "logprobs",
         "OVSL",
         "log probabilities of the output's tokens",
@@ -416,7 +345,7 @@ ANSWER = (
         form=bool,
         default="false",
     ),
-    _works(
+    working(
         "top_logprobs",
         "OVS",
         f"0 to {MAX_LOGPROBS} alternatives for each token; needs `logprobs: true`",
@@ -424,54 +353,15 @@ ANSWER = (
         form=_LOGPROBS,
         default="0",
     ),
-    _works(
-        "parallel_tool_calls",
-        "OVSL",
-        "false: an answer ends behind its first call",
-        endpoints=CHATS,
-        form=bool,
-        default="true",
-    ),
-    _works(
-        "parse_tool_calls",
-        "L",
-        "false: calls stay in the content",
-        endpoints=CHAT,
-        form=bool,
-        default="true",
-    ),
-    _works(
-        "include_reasoning",
-        "V",
-        "false: [thinking](agents.md#thinking) is left out of the answer",
-        endpoints=CHAT,
-        form=bool,
-        default="true",
-    ),
-    _works(
-        "separate_reasoning",
-        "S",
-        "false: thinking stays in the content",
-        endpoints=CHAT,
-        form=bool,
-        default="true",
-    ),
-    _works(
-        "reasoning_format",
-        "L",
-        "`none`: thinking stays in the content; `auto` or `deepseek`: it is told apart",
-        endpoints=CHAT,
-        form=Literal["none", "auto", "deepseek"],
-        default="`auto`",
-    ),
-    _works(
+    *CHAT_ANSWER,
+    working(
         "prompt_logprobs",
         "V",
         f"0 to {MAX_LOGPROBS} alternatives for each token of the prompt",
         form=_LOGPROBS,
         default="none",
     ),
-    _works(
+    working(
         "echo",
         "OVS",
         "repeats the prompt before the output, with `logprobs` also its log probabilities",
@@ -479,14 +369,14 @@ ANSWER = (
         form=bool,
         default="false",
     ),
-    _works(
+    working(
         "return_token_ids",
         "VS",
         "adds `prompt_token_ids` and each choice's `token_ids`",
         form=bool,
         default="false",
     ),
-    _works(
+    working(
         "stream",
         "OVSL",
         "[server-sent events](http.md#streams)",
@@ -494,7 +384,7 @@ ANSWER = (
         form=bool,
         default="false",
     ),
-    _works(
+    working(
         "stream_options",
         "OVSL",
         "`include_usage`, `continuous_usage_stats`",
@@ -502,7 +392,7 @@ ANSWER = (
         by_place=True,
         default="none",
     ),
-    _works(
+    working(
         "priority",
         "VS",
         "a lower number goes first, and each step doubles the "
@@ -511,7 +401,7 @@ ANSWER = (
         form=Int64,
         default="0",
     ),
-    _works(
+    working(
         "cache_salt",
         "VS",
         f"up to {MAX_SALT_LENGTH} characters; only requests of the same salt share cached prefixes",
@@ -519,7 +409,7 @@ ANSWER = (
         form=Annotated[str, Meta(max_length=MAX_SALT_LENGTH)],
         default='""',
     ),
-    _works(
+    working(
         "slo",
         "M",
         "[a promise](promises.md#ask-for-one)",
@@ -527,7 +417,7 @@ ANSWER = (
         schema={"type": ["string", "object"]},
         default="the default class",
     ),
-    _works(
+    working(
         "include_acceptance",
         "M",
         "adds what became of [drafts](speculation.md) to the final usage",

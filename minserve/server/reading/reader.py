@@ -26,7 +26,7 @@ from minserve.server.protocol import (
     parse_tokenize,
 )
 from minserve.server.reading.structures import StructureReader
-from minserve.server.responses_api.responses_call import parse_responses
+from minserve.server.responses_api.responses_call import name_own_field, parse_responses
 from minserve.server.slo_http import read_slo
 from minserve.slo.objectives import SLO
 
@@ -120,8 +120,17 @@ class Reader:
             HttpError: 404 for another model.
             NotHereError: in a busy process, for a body with a structure.
         """
+        call = _PARSERS[endpoint](parse_object(raw), self._facts.sampling_defaults)
+        try:
+            return self._read(call, came_s, headers)
+        except InvalidRequestError as error:
+            if endpoint == "responses":
+                name_own_field(error)
+            raise
+
+    def _read(self, call: GenerationCall, came_s: float, headers: Mapping[str, str]) -> ReadCall:
+        """Read what a parsed body asks of this model."""
         facts = self._facts
-        call = _PARSERS[endpoint](parse_object(raw), facts.sampling_defaults)
         slo = read_slo(call.slo, headers, facts)
         self._check_model(call.model)
         if call.chat:

@@ -30,7 +30,7 @@ _THOUGHTS = ("reasoning_text", "summary_text")
 
 def chat_messages(
     value: str | Sequence[InputItem], instructions: str | None
-) -> tuple[list[Message], list[int], list[str]]:
+) -> tuple[list[Message], list[str]]:
     """Return an input as messages in the form of /v1/chat/completions.
 
     The reasoning, the text and the calls of one answer are items, and become one message. The
@@ -38,20 +38,19 @@ def chat_messages(
     one, at the beginning.
 
     Returns:
-        The messages, for each of them the index of its first item, and the names of hints in the
-        items that change nothing.
+        The messages, and the names of hints in the items that change nothing.
 
     Raises:
         InvalidRequestError: naming the place of what is wrong.
     """
     turns = _Turns()
     if instructions:
-        turns.system(instructions, 0)
+        turns.system(instructions)
     items = [InputItem(role="user", content=value)] if isinstance(value, str) else value
     for i, item in enumerate(items):
         turns.add(item, i)
     turns.close()
-    return turns.messages, turns.places, list(turns.hints)
+    return turns.messages, list(turns.hints)
 
 
 class _Turns:
@@ -59,19 +58,18 @@ class _Turns:
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
-        self.places: list[int] = []
         self.hints: dict[str, None] = {}  # a set that keeps the order
         self._call_ids: set[str] = set()
         # The last message, while items may still belong to it, and the texts that it will have.
         self._open: Message | None = None
         self._texts: dict[str, list[str]] = {}
 
-    def system(self, text: str, place: int) -> None:
+    def system(self, text: str) -> None:
         """Append a system message, to the one at the beginning where nothing came since."""
         if not self.messages:
-            self._begin("system", place)
+            self._begin("system")
         if self._open is None or self._open["role"] != "system":
-            self._append({"role": "system", "content": text}, place)
+            self._append({"role": "system", "content": text})
         else:
             self._texts.setdefault("content", []).append(text)
 
@@ -90,41 +88,40 @@ class _Turns:
         match item.type:
             case "message" if item.role == "assistant":
                 text = self._text(item.content, f"{where}.content")
-                self._text_of_answer("content", text, place)
+                self._text_of_answer("content", text)
             case "message" if item.role == "user":
                 text = self._text(item.content, f"{where}.content")
-                self._append({"role": "user", "content": text}, place)
+                self._append({"role": "user", "content": text})
             case "message":  # of the system or a developer
-                self.system(self._text(item.content, f"{where}.content"), place)
+                self.system(self._text(item.content, f"{where}.content"))
             case "reasoning":
                 self._think(item, place)
             case "function_call":
-                self._call(item, place)
+                self._call(item)
             case "function_call_output":
                 self._result(item, place)
 
-    def _append(self, message: Message, place: int) -> None:
+    def _append(self, message: Message) -> None:
         self.close()
         self.messages.append(message)
-        self.places.append(place)
 
-    def _begin(self, role: str, place: int) -> None:
+    def _begin(self, role: str) -> None:
         """Append a message to which more items may belong."""
         message: Message = {"role": role, "content": ""}
-        self._append(message, place)
+        self._append(message)
         self._open = message
 
-    def _answer(self, place: int) -> Message:
+    def _answer(self) -> Message:
         """Return the assistant's message, a new one where the last message is another's."""
         if self._open is None or self._open["role"] != "assistant":
-            self._begin("assistant", place)
+            self._begin("assistant")
         assert self._open is not None
         return self._open
 
-    def _text_of_answer(self, name: str, text: str, place: int) -> None:
+    def _text_of_answer(self, name: str, text: str) -> None:
         """Append to a text of the assistant's message; behind its content a new message begins."""
-        if "content" in self._texts or "tool_calls" in self._answer(place):
-            self._begin("assistant", place)
+        if "content" in self._texts or "tool_calls" in self._answer():
+            self._begin("assistant")
         self._texts.setdefault(name, []).append(text)
 
     def _think(self, item: InputItem, place: int) -> None:
@@ -137,12 +134,12 @@ class _Turns:
             item.summary, f"{where}.summary", _THOUGHTS
         )
         if text:
-            self._text_of_answer("reasoning_content", text, place)
+            self._text_of_answer("reasoning_content", text)
 
-    def _call(self, item: InputItem, place: int) -> None:
+    def _call(self, item: InputItem) -> None:
         assert item.call_id is not None
         self._call_ids.add(item.call_id)
-        self._answer(place).setdefault("tool_calls", []).append(
+        self._answer().setdefault("tool_calls", []).append(
             {
                 "type": "function",
                 "id": item.call_id,
@@ -159,7 +156,7 @@ class _Turns:
                 "stored here, so send the whole conversation as input",
             )
         text = self._text(item.output, f"{where}.output")
-        self._append({"role": "tool", "tool_call_id": item.call_id, "content": text}, place)
+        self._append({"role": "tool", "tool_call_id": item.call_id, "content": text})
 
     def _text(
         self,
@@ -189,7 +186,8 @@ class _Turns:
 
 def _check_fields(item: InputItem, where: str) -> None:
     for name in _REQUIRED[item.type]:
-        if getattr(item, name) is None:
+        value = getattr(item, name)
+        if value is None or (name == "call_id" and not value):
             raise refusal(f"{where}.{name}", f"is required in an item of type {item.type}")
     for name in item.__struct_fields__:
         if name in _EVERYWHERE or name in _FIELDS[item.type]:

@@ -11,8 +11,10 @@ from typing import Any
 
 import msgspec
 
+from minserve.errors import InvalidRequestError
 from minserve.sampling_params import SamplingParams
 from minserve.server.body import convert, refusal
+from minserve.server.errors import HttpError
 from minserve.server.messages import plain_messages
 from minserve.server.parameters.forms import Messages
 from minserve.server.parameters.responses import LOGPROBS
@@ -30,6 +32,9 @@ from minserve.server.responses_api.kinds import refuse_kinds
 from minserve.server.structure_fields import read_structure
 from minserve.server.thinking import ThinkingWish
 from minserve.structure import Structure
+
+# What a response calls the fields of the chat that it stands for.
+_OWN_NAMES = {"messages": "input", "max_tokens": "max_output_tokens"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +66,7 @@ def parse_responses(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> R
         max_tokens=given.get("max_output_tokens"),
         logprobs=logprobs,
     )
-    chat, _, their_hints = chat_messages(given["input"], given.get("instructions"))
+    chat, their_hints = chat_messages(given["input"], given.get("instructions"))
     messages, _ = plain_messages(convert(chat, Messages, "input"))
     hints += [*their_hints, *_option_hints(given)]
     given.pop("stream_options", None)  # it has no option of a chat's
@@ -76,6 +81,14 @@ def parse_responses(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> R
         thinking=_thinking(given),
         told=_told(values, given, params),
     )
+
+
+def name_own_field(error: InvalidRequestError | HttpError) -> None:
+    """Let an error about the chat that a response stands for name the response's field.
+
+    Those of the body's own fields, which `parse_responses` raises, do so already.
+    """
+    error.param = _OWN_NAMES.get(error.param or "", error.param)
 
 
 def _structure(values: Mapping[str, Any], given: Mapping[str, Any]) -> Structure | None:

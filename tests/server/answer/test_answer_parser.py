@@ -46,6 +46,20 @@ def call(index: int, name: str, arguments: str) -> list[Part]:
     return [ToolCallBegin(index, "", name), ToolArguments(index, arguments)]
 
 
+def test_half_of_a_surrogate_pair_makes_no_call() -> None:
+    for inner in (
+        '{"name": "f", "arguments": "\\ud83d"}',
+        '{"name": "\\ud83d", "arguments": {}}',
+        '{"name": "f", "\\ud83d": 1, "arguments": {}}',
+    ):
+        text = f"<tool_call>\n{inner}\n</tool_call>"
+        for pieces in ([text], list(text)):
+            [part] = parsed(form("hermes"), *pieces)
+            assert part == Content(text)
+    whole = '{"name": "f", "arguments": "{\\"a\\": \\"\\ud83d\\ude00\\"}"}'
+    assert parsed(form("hermes"), f"<tool_call>{whole}") == call(0, "f", '{"a": "😀"}')
+
+
 # --- as the families' templates write calls ---
 
 CALLS = [

@@ -181,10 +181,29 @@ def test_there_are_only_so_many_feeds(server: RunningServer) -> None:
     wait_until(lambda: post(server, "/page/feed?frames=1", None, method="GET")[0] == 200)
 
 
-@pytest.mark.parametrize("query", ["frames=0", "frames=-1", "frames=x", "frames=10000000", "a=1"])
+@pytest.mark.parametrize("query", ["frames=0", "frames=-1", "frames=x", "frames=10000000", "a=1",
+                                   "frames=1&frames=2"])  # fmt: skip
 def test_wrong_parameters_are_named(server: RunningServer, query: str) -> None:
     status, _, raw = post(server, f"/page/feed?{query}", None, method="GET")
     assert (status, json.loads(raw)["error"]["param"]) == (400, query.partition("=")[0])
+
+
+def test_a_head_is_refused_by_its_method(server: RunningServer) -> None:
+    status, headers, _ = post(server, "/page/feed", None, method="HEAD")
+    assert (status, headers["Allow"]) == (405, "GET")
+
+
+def test_deadlines_of_whole_answers_are_told(server: RunningServer) -> None:
+    one_frame(server)  # from now on single tokens are noted
+    body = {"prompt": PROMPT, "max_tokens": 3, "ignore_eos": True, "slo": {"finish_ms": 900_000}}
+    usage = json.loads(post(server, "/v1/completions", body)[2])["usage"]
+    frame = one_frame(server)
+    assert {one["name"]: one["finish_ms"] for one in frame["about"]["classes"]}["batch"] == 60_000
+    lane = frame["replicas"][0]["activity"]["lanes"][-1]
+    assert lane["finish_due_ms"] == pytest.approx(lane["arrival_ms"] + 900_000, abs=1)
+    slacks = [slack for kind, *_, slack in lane["marks"] if kind == "output"]
+    assert slacks[-1] == pytest.approx(900_000 - usage["slo"]["finish_ms"], abs=5)
+    assert lane["outcome"] == "attained"
 
 
 def test_only_its_own_files_are_served(server: RunningServer) -> None:

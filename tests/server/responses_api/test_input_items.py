@@ -38,7 +38,7 @@ def messages(value: Any, instructions: str | None = None) -> list[dict[str, Any]
 
 
 def hints(*items: Any) -> list[str]:
-    return chat_messages(convert(list(items), Input, "input"), None)[2]  # type: ignore[arg-type]
+    return chat_messages(convert(list(items), Input, "input"), None)[1]  # type: ignore[arg-type]
 
 
 def refused(value: Any) -> InvalidRequestError:
@@ -133,6 +133,7 @@ def test_what_changes_nothing_is_named() -> None:
         ([{"role": "robot", "content": "q"}], "input[0].role", '"robot" is not supported'),
         ([{**USER, "name": "x"}], "input[0].name", "does not belong"),
         ([{**USER, "surprise": 1}], "input[0].surprise", "is not supported"),
+        ([USER, {**CALL, "call_id": ""}], "input[1].call_id", "is required"),
         ([USER, RESULT], "input[1].call_id", "send the whole conversation as input"),
         ([RESULT, CALL], "input[0].call_id", "send the whole conversation as input"),
         ([{"type": "item_reference", "id": "x"}], "input[0].type", "send the item itself"),

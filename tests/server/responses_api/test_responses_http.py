@@ -225,6 +225,8 @@ def test_thinking_is_an_item_and_is_counted(tool_client: openai.OpenAI, stream: 
         ({"input": 5}, "input", "must be"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
          "input[0].content[0].type", "text only"),
+        ({"input": "word " * 9000}, "input", "maximum context length"),
+        ({"max_output_tokens": 10**6}, "max_output_tokens", "maximum context length"),
         ({"max_output_tokens": 0}, "max_output_tokens", ">= 1"),
         ({"max_tokens": 5}, "max_tokens", "use `max_output_tokens`"),
         ({"messages": []}, "messages", "use `input`"),

@@ -11,7 +11,9 @@ const OWN = "own";
 function classWords(one) {
   const of = (ms, slowdown) => (ms !== null ? duration(ms) : slowdown !== null ? `${slowdown}\u00d7 what an idle device takes` : null);
   const [first, each] = [of(one.ttft_ms, one.ttft_slowdown), of(one.tpot_ms, one.tpot_slowdown)];
-  return [first && `first token within ${first}`, each && `then each within ${each}`].filter(Boolean).join(", ");
+  const all = one.finish_ms === null ? null : duration(one.finish_ms);
+  return [first && `first token within ${first}`, each && `then each within ${each}`, all && `the whole answer within ${all}`]
+    .filter(Boolean).join(", ");
 }
 
 export class Chat {
@@ -167,11 +169,14 @@ class Turn {
     const verdict = slo.attained ? "Kept" : "Missed";
     const was = slo.admitted ? "promised" : "not promised, served as best effort";
     const tokens = plural(this.usage.completion_tokens, "token");
+    const finish = slo.targets.finish_ms ?? null;
     this.kept.replaceChildren(
       el("span", { class: `all ${slo.attained ? "ok" : "missed"}` }, `${verdict}: ${slo.class}, ${was}, ${tokens}`),
-      ...gauge("First token", slo.ttft_ms, slo.targets.ttft_ms), ...gauge("Per token", slo.mean_tpot_ms, slo.targets.tpot_ms));
+      ...gauge("First token", slo.ttft_ms, slo.targets.ttft_ms), ...gauge("Per token", slo.mean_tpot_ms, slo.targets.tpot_ms),
+      ...(finish === null ? [] : gauge("Last token", slo.finish_ms, finish)));
     const of = (got, due) => `${duration(got)}${due === null ? "" : ` of ${duration(due)}`}`;
-    this.summary = `${verdict}. First token ${of(slo.ttft_ms, slo.targets.ttft_ms)}, per token ${of(slo.mean_tpot_ms, slo.targets.tpot_ms)}.`;
+    this.summary = `${verdict}. First token ${of(slo.ttft_ms, slo.targets.ttft_ms)}, per token ${of(slo.mean_tpot_ms, slo.targets.tpot_ms)}`
+      + `${finish === null ? "" : `, last token ${of(slo.finish_ms, finish)}`}.`;
   }
 
   fail(message) {

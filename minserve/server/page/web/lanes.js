@@ -10,7 +10,7 @@ const OUTCOMES = { best_effort: "not promised", rejected: "refused", failed: "fa
 const LEGEND = [
   ["wait", "waiting", "M0 6H12"], ["prefill", "prefill chunk"], ["decode", "tokens in time", "M1 1h2v10h-2zM5 1h2v10h-2zM9 1h2v10h-2z"],
   ["best-effort-decode", "tokens of best effort", "M1 1h2v10h-2zM5 1h2v10h-2zM9 1h2v10h-2z"],
-  ["late", "tokens late", "M1 0h3v12h-3zM7 0h3v12h-3z"], ["due", "first token due", "M6 0V12M3 0H9"], ["gone", "preempted", "M1 1L11 11M11 1L1 11"],
+  ["late", "tokens late", "M1 0h3v12h-3zM7 0h3v12h-3z"], ["due", "first or last token due", "M6 0V12M3 0H9"], ["gone", "preempted", "M1 1L11 11M11 1L1 11"],
 ];
 
 export function lanes(parts, state, spanMs) {
@@ -85,7 +85,7 @@ function standingOf(lane, now) {
     if (ttft === null) return [lane.state === "waiting" ? "waiting again" : "prefill", isMissed];
     return [[first, slack === null ? plural(lane.output_tokens, "token") : slackWords(slack)].join(", "), isMissed];
   }
-  if (lane.outcome === "attained") return [`${first}, ${slackWords(slack ?? 0)}`, false];
+  if (lane.outcome === "attained") return [[first, slack === null ? "" : slackWords(slack)].filter(Boolean).join(", "), false];
   if (lane.outcome !== null) {
     return [[OUTCOMES[lane.outcome] ?? first, isMissed ? slackWords(slack) : ""].filter(Boolean).join(", "), true];
   }
@@ -133,9 +133,9 @@ function draw(picture, lane, width, until, spanMs) {
     else if (to > from) box(isLeftOver ? "best-effort-decode" : "decode", x(from), x(to), 5);
     else box(isLeftOver ? "best-effort-decode" : "decode", x(from) - 0.75, x(from) + 0.75, tokens > 1 ? 7 : 5);
   }
-  if (lane.ttft_due_ms !== null) {
-    const due = x(lane.ttft_due_ms);
-    if (due >= 0 && due <= width) paths.due = `M${due.toFixed(1)} 2V${HIGH - 2}M${(due - 3).toFixed(1)} 2h6`;
+  for (const at of [lane.ttft_due_ms, lane.finish_due_ms]) {
+    const due = at === null ? -1 : x(at);
+    if (due >= 0 && due <= width) paths.due += `M${due.toFixed(1)} 2V${HIGH - 2}M${(due - 3).toFixed(1)} 2h6`;
   }
   for (const at of lane.preempted_ms) {
     const place = x(at);
