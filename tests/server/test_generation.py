@@ -50,6 +50,8 @@ class ScriptedHandle:
     def abort(self) -> None:
         pass
 
+    complete = abort
+
 
 def failure(error: Exception, index: int = 0) -> OutputDelta:
     return OutputDelta(request_id="r", index=index, finish_reason=FinishReason.ERROR, error=error)

@@ -5,6 +5,7 @@ The module knows sequences and logits, but nothing of blocks, batches or text.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
@@ -73,7 +74,7 @@ class PendingTokens:
         ids: Tensor,
         nums_accepted: Tensor | None = None,
     ) -> None:
-        self._spans = spans
+        self._logits, self._spans = logits, spans
         tensors = [ids] if nums_accepted is None else [ids, nums_accepted]
         self._num_chosen = len(tensors)
         self._num_top = {
@@ -116,10 +117,17 @@ class PendingTokens:
             )
             logprobs = dict(zip(self._num_top, found, strict=True))
         by_place = {
-            span.place: _verified(span, own, logprobs)
+            span.place: _verified(span, own, logprobs) or self._no_token(span)
             for span, own in zip(self._spans, tokens, strict=True)
         }
         return [by_place[place] for place in range(len(tokens))]
+
+    def _no_token(self, span: Span) -> MinserveError:
+        """Return the error of an output that no token may follow."""
+        row = self._logits[span.first]
+        # Seldom so, hence only here, though it waits for the device.
+        is_sound = bool((row > -math.inf).any()) and not bool(row.isnan().any())
+        return _why_no_token(span.seq, is_sound)
 
     def _tokens(self, ids: Tensor, nums_accepted: Tensor | None = None) -> list[list[int]]:
         """Return, for each span, the accepted drafts and the target's choice behind them."""
@@ -144,16 +152,15 @@ def _num_agreeing(chosen: SequenceOf[int], drafted: SequenceOf[int]) -> int:
     return num
 
 
-def _verified(
-    span: Span, tokens: list[int], logprobs: dict[int, TokenLogprob]
-) -> Verified | MinserveError:
+def _verified(span: Span, tokens: list[int], logprobs: dict[int, TokenLogprob]) -> Verified | None:
+    """Return the tokens of a sequence; ``None`` where there is not even one."""
     # Behind accepted tokens a row without a choice is none of their business: the last
     # of them is run again, and if it is no better then, that is the error.
     num_accepted = len(tokens) - 1
     if tokens[-1] == INVALID:
         tokens = tokens[:-1]
     if not tokens:
-        return _no_token(span.seq)
+        return None
     rows = range(span.first, span.first + len(tokens))
     return Verified(
         tuple(
@@ -163,16 +170,17 @@ def _verified(
     )
 
 
-def _no_token(seq: Sequence) -> MinserveError:
+def _why_no_token(seq: Sequence, is_sound: bool) -> MinserveError:
     """Return the error of an output that no token may follow.
 
-    Where the request's own settings may be the reason, they are taken to be it.
+    Args:
+        is_sound: the model's own logits allow tokens, so that the request's settings do not.
     """
     params, place = seq.request.params, f"at output token {seq.num_output_tokens}"
     if (error := unheld(seq)) is not None:
         return error
     for name in ("allowed_token_ids", "bad_words"):
-        if getattr(params, name):
+        if is_sound and getattr(params, name):
             others = "its other settings" if params.structure is None else "its structure"
             return InvalidRequestError(
                 f"{place} {name} of the request, together with {others}, leave no token", name

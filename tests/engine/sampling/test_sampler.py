@@ -22,7 +22,7 @@ from sampling_reference import (
 
 from minserve.engine.sampling.distribution import INVALID, argmax
 from minserve.engine.sampling.noise import word
-from minserve.errors import GenerationError
+from minserve.errors import GenerationError, InvalidRequestError
 from minserve.request import Sequence
 
 # -- every parameter against the reference -----------------------------------------------
@@ -275,7 +275,8 @@ def test_named_tokens_beyond_the_logits_are_passed_over():
 def test_a_request_that_allows_no_token_gets_an_error_of_its_own():
     seqs = [make_seq(bad=[(7,)], bad_words=("x",), allowed_token_ids=(7,)), make_seq()]
     first, second = SAMPLER.sample(torch.zeros(2, 8), seqs)
-    assert isinstance(first, GenerationError)
+    assert isinstance(first, InvalidRequestError)
+    assert first.param == "allowed_token_ids"
     assert second.token_id in range(8)
 
 
