@@ -53,10 +53,11 @@ def add_workload_flags(group: argparse._ArgumentGroup) -> None:
         help="burstiness of a scenario's arrivals: 1 is Poisson, less is burstier",
     )  # fmt: skip
     group.add_argument(
-        "--tasks", metavar="WAY",
+        "--tasks", metavar="WAY", nargs="?", const="whole",
         help="make a task of each conversation of a scenario, with a deadline for all of its calls "
-        "together; the server is told: whole: which task a call belongs to; per-call: an equal "
-        "share of the time for each call; classes: each call's class as without tasks",
+        "together; the server is told: whole (the default): which task a call belongs to; "
+        "per-call: an equal share of the time for each call; classes: each call's class as without "
+        "tasks",
     )  # fmt: skip
     group.add_argument(
         "--task-slowdown", type=float, metavar="X",

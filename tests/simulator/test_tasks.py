@@ -124,7 +124,7 @@ def test_calls_go_home_to_the_replica_of_their_task(monkeypatch: pytest.MonkeyPa
 
 def test_the_command_reports_the_share_of_tasks_in_time(capsys: pytest.CaptureFixture) -> None:
     command = ["simulate", "--scenario", "tools", "--rate", "4", "--num-requests", "30", "--json"]
-    assert main([*command, "--tasks", "whole", "--task-slowdown", "4"]) == 0
+    assert main([*command, "--tasks", "--task-slowdown", "4"]) == 0
     told = json.loads(capsys.readouterr().out)
     tasks = told["runs"][0]["tasks"]
     assert told["tasks"] == "whole"
