@@ -12,6 +12,7 @@ import logging
 import select
 import sys
 import time
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from typing import Any, TextIO
 
@@ -26,7 +27,7 @@ PATIENCE_MS = 50
 _LOST = {"name": __name__, "levelname": "WARNING", "levelno": logging.WARNING}
 
 
-class Event:
+class Event(ABC):
     """A message with fields of its own, which programs read by their names.
 
     ``str`` gives its text, which has no line breaks.
@@ -38,9 +39,9 @@ class Event:
     __slots__ = ()
     name = ""
 
+    @abstractmethod
     def fields(self) -> dict[str, Any]:
         """Return the fields, by name; the names are always the same ones."""
-        raise NotImplementedError
 
 
 class LineHandler(logging.StreamHandler[TextIO]):

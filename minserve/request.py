@@ -58,6 +58,11 @@ class FinishReason(Enum):
     ABORT = "abort"
     ERROR = "error"
 
+    @property
+    def is_own_end(self) -> bool:
+        """True where the output came to its end by itself, and was not cut off from outside."""
+        return self in (FinishReason.STOP, FinishReason.LENGTH)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:

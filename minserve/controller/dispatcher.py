@@ -325,7 +325,7 @@ class Dispatcher:
         self._handles[delta.request_id].put(delta)
         if delta.finish_reason is not None:
             self.num_unfinished -= 1
-            if delta.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+            if delta.finish_reason is not None and delta.finish_reason.is_own_end:
                 self._placement.ended(flight, delta.index)
         if not flight.num_open:
             self._forget(flight)

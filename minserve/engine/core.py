@@ -504,7 +504,7 @@ class EngineCore:
         """End a sequence, free its blocks and forget it."""
         seq, now, wish = output.seq, self.clock(), None
         delta, end = last_words(output, end, error)
-        if end.reason in (FinishReason.STOP, FinishReason.LENGTH):
+        if end.reason.is_own_end:
             self.planning.finished(seq)
             task = seq.request.task
             if task is not None:

@@ -190,7 +190,7 @@ class EngineStats:
         reason, now = seq.finish_reason, seq.events[RequestEvent.FINISHED]
         assert reason is not None, "a finished sequence has its reason"
         self.finished[reason] += 1
-        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+        if reason.is_own_end:
             self.e2e_s.observe(now - seq.request.arrival_s)
             first = seq.events.get(RequestEvent.FIRST_TOKEN, now)
             self.decode_s.observe(seq.events.get(RequestEvent.TOKENS, now) - first)

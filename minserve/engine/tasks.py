@@ -12,11 +12,9 @@ from collections.abc import Sequence as SequenceOf
 from minserve.errors import SLOUnattainableError
 from minserve.outputs import OutputDelta
 from minserve.planner.predict.perf_model import PerfModel
-from minserve.request import FinishReason, Request
+from minserve.request import Request
 from minserve.slo.task_call import TaskKey
 from minserve.slo.task_table import TaskTable
-
-_WHOLE = (FinishReason.STOP, FinishReason.LENGTH)
 
 
 class Tasks:
@@ -108,7 +106,7 @@ class TaskWatch:
         self._num_cached = max(self._num_cached, delta.num_cached_tokens)
         if delta.finish_reason is None:
             return
-        if delta.finish_reason not in _WHOLE:
+        if not delta.finish_reason.is_own_end:
             self.leave()
             return
         self._num_open -= 1

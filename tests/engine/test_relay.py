@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from relayed import intake_for
 
 from minserve import Engine, SamplingParams
-from minserve.engine.intake import Intake
 from minserve.engine.live_output import History
 from minserve.engine.relay import RelayEngine
 from minserve.errors import InvalidRequestError
@@ -52,16 +52,7 @@ def relay(tiny_llama_dir: Path) -> RelayEngine:
 
 def checked(relay: RelayEngine, params: SamplingParams, slo: SLO | None = None) -> Request:
     """A request as a controller's own intake makes it."""
-    intake = Intake(
-        relay.config,
-        relay.tokenizer,
-        max_model_len=relay.max_model_len,
-        vocab_size=relay.vocab_size,
-        clock=time.monotonic,
-        sampling_defaults={},
-    )
-    intake.perf_model = relay.perf_model
-    return intake.request(PROMPT, params, slo=slo)[1]
+    return intake_for(relay).request(PROMPT, params, slo=slo)[1]
 
 
 def run(

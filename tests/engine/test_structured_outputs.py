@@ -14,10 +14,10 @@ from typing import Any
 
 import jsonschema
 import pytest
+from relayed import intake_for
 from speculating import PROMPTS, essence, make_engine, outputs_of, with_oracle
 
 from minserve import AsyncEngine, Engine, SamplingParams
-from minserve.engine.intake import Intake
 from minserve.engine.live_output import History
 from minserve.engine.relay import RelayEngine
 from minserve.errors import InvalidRequestError
@@ -184,15 +184,7 @@ def test_an_output_goes_on_elsewhere(
     params = KINDS[kind]
     (whole,) = engine.generate("The quick", params)[0].outputs
     relay = RelayEngine(str(tiny_llama_dir), **SETTINGS)
-    intake = Intake(
-        relay.config,
-        relay.tokenizer,
-        max_model_len=relay.max_model_len,
-        vocab_size=relay.vocab_size,
-        clock=time.monotonic,
-        sampling_defaults={},
-    )
-    request = intake.request("The quick", params)[1]
+    request = intake_for(relay).request("The quick", params)[1]
     told = History(tuple(whole.token_ids[:num_told]), (time.monotonic(),) * num_told)
     relay.add(request, {0: told})
     tokens, text, reason = list(told.token_ids), "", None

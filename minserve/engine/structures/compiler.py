@@ -30,7 +30,7 @@ def compile_matcher(structure: Structure, trie: TokenTrie) -> LLMatcher:
     Raises:
         GrammarError: where it is no grammar, exceeds the limits, or holds not even one token.
     """
-    matcher = LLMatcher(trie.library, to_grammar(structure), log_level=0, limits=LIMITS)
+    matcher = LLMatcher(trie.llguidance, to_grammar(structure), log_level=0, limits=LIMITS)
     warnings = [] if matcher.is_error() else matcher.get_grammar_warnings()
     if warnings:
         # They say what is not held.

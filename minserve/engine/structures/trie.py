@@ -36,7 +36,7 @@ class TokenTrie:
         tokens: the bytes of each id; the last one, the end, has none.
         eos_id: what the library takes for the end of an output, which is no token.
         size: the number of ids, ``eos_id`` included.
-        library: the library's own object.
+        llguidance: the library's own object.
     """
 
     def __init__(self, tokens: SequenceOf[bytes], marks: Iterable[int], encode: _Encode) -> None:
@@ -52,7 +52,7 @@ class TokenTrie:
         self.eos_id = end
         self.size = len(self.tokens)
         wrapped: Any = TokenizerWrapper(_WrappedTokens(self.tokens, [*marks], end, encode))
-        self.library = LLTokenizer(wrapped, n_vocab=self.size)
+        self.llguidance = LLTokenizer(wrapped, n_vocab=self.size)
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, vocab_size: int) -> TokenTrie:

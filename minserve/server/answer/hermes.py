@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from minserve.server.answer.grammar import CallRules
-from minserve.server.answer.json_call import JsonCall
+from minserve.server.answer.json_call import SPACE
 from minserve.server.answer.markers import may_become
 from minserve.server.answer.tool_parser import State, ToolParser
 
 BEGIN, END = "<tool_call>", "</tool_call>"
-_SPACE = " \t\r\n"
 
 
 class HermesParser(ToolParser):
@@ -26,15 +25,8 @@ class HermesParser(ToolParser):
     def _opened(self, marker: str) -> State:
         return self._before_object
 
-    def _before_object(self, text: str) -> str:
-        rest = text.lstrip(_SPACE)
-        self._opening += text[: len(text) - len(rest)]
-        if rest:
-            self._begin_call(JsonCall())
-        return rest
-
     def _behind_call(self, text: str) -> str:
-        rest = text.lstrip(_SPACE)
+        rest = text.lstrip(SPACE)
         if rest.startswith(END):
             self._state = self._content
             return rest[len(END) :]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection
 from enum import Enum, auto
 
-_SPACE = " \t\r\n"
+SPACE = " \t\r\n"
 # Llama's templates say "parameters", all others "arguments".
 _ARGUMENTS = ("arguments", "parameters")
 _NAME = "name"
@@ -137,12 +137,12 @@ class JsonCall:
                 | _Where.IN_OTHER
             ):
                 return self._read_value(text, place)
-            case _Where.IN_WORD if char not in _SPACE + ",}":
+            case _Where.IN_WORD if char not in SPACE + ",}":
                 return place + 1
             case _Where.IN_WORD:
                 self._where = _Where.COMMA
                 return place
-        if char in _SPACE and where is not _Where.START:
+        if char in SPACE and where is not _Where.START:
             return place + 1
         return self._read_sign(char, place)
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from minserve.server.answer.grammar import CallRules
-from minserve.server.answer.json_call import JsonCall
+from minserve.server.answer.json_call import SPACE, JsonCall
 from minserve.server.answer.markers import may_become
 from minserve.server.answer.parts import PartList
 from minserve.server.answer.tool_parser import State, ToolParser
 
 TAG = "<|python_tag|>"
-_SPACE = " \t\r\n"
 
 
 class Llama3Parser(ToolParser):
@@ -35,10 +34,10 @@ class Llama3Parser(ToolParser):
         self._state = self._at_start
 
     def _opened(self, marker: str) -> State:
-        return self._behind_tag
+        return self._before_object
 
     def _at_start(self, text: str) -> str:
-        rest = text.lstrip(_SPACE)
+        rest = text.lstrip(SPACE)
         if not rest:
             self._held = text
             return ""
@@ -49,21 +48,14 @@ class Llama3Parser(ToolParser):
             return rest
         return text
 
-    def _behind_tag(self, text: str) -> str:
-        rest = text.lstrip(_SPACE)
-        self._opening += text[: len(text) - len(rest)]
-        if rest:
-            self._begin_call(JsonCall())
-        return rest
-
     def _behind_call(self, text: str) -> str:
         """Be behind an object, where another one may follow."""
-        rest = text.lstrip(_SPACE)
+        rest = text.lstrip(SPACE)
         if rest.startswith(";"):
-            rest = rest[1:].lstrip(_SPACE)
+            rest = rest[1:].lstrip(SPACE)
         has_tag = rest.startswith(TAG)
         if has_tag:
-            rest = rest[len(TAG) :].lstrip(_SPACE)
+            rest = rest[len(TAG) :].lstrip(SPACE)
         if not rest or (not has_tag and may_become(rest, TAG)):
             self._held = text
             return ""

@@ -6,11 +6,10 @@ import re
 from dataclasses import replace
 
 from minserve.server.answer.grammar import CallRules, literal
-from minserve.server.answer.json_call import JsonCall, JsonText
+from minserve.server.answer.json_call import SPACE, JsonCall, JsonText
 from minserve.server.answer.tool_parser import State, ToolParser, new_short_id
 
 BEGIN, ARGUMENTS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
-_SPACE = " \t\r\n"
 # What stands between the marker and the arguments, in the newer form.
 _HEAD = re.compile(
     r"\s*(?P<name>[\w.:/-]+)\s*(?:\[CALL_ID\]\s*(?P<id>[\w-]+))?\s*(?:\[ARGS\])?\s*", re.ASCII
@@ -51,14 +50,14 @@ class MistralParser(ToolParser):
 
     def _before_calls(self, text: str) -> str:
         """Be behind the marker, where the form is not known yet."""
-        rest = text.lstrip(_SPACE)
+        rest = text.lstrip(SPACE)
         self._opening += text[: len(text) - len(rest)]
         if not rest:
             return ""
         if rest[0] == "[":
             self._in_list = True
             self._opening += "["
-            self._state = self._before_item
+            self._state = self._before_object
             return rest[1:]
         if rest[0] == "{":
             self._begin_call(JsonCall())
@@ -66,23 +65,15 @@ class MistralParser(ToolParser):
             self._state = self._in_head
         return rest
 
-    def _before_item(self, text: str) -> str:
-        """Be in a list, before an object."""
-        rest = text.lstrip(_SPACE)
-        self._opening += text[: len(text) - len(rest)]
-        if rest:
-            self._begin_call(JsonCall())
-        return rest
-
     def _behind_call(self, text: str) -> str:
-        rest = text.lstrip(_SPACE)
+        rest = text.lstrip(SPACE)
         if not rest:
             self._held = text
             return ""
         self._state = self._content
         if self._in_list and rest[0] == ",":
             self._opening = ","
-            self._state = self._before_item
+            self._state = self._before_object
             return rest[1:]
         if self._in_list and rest[0] == "]":
             return rest[1:]

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 
 from minserve.server.answer.grammar import CallRules
-from minserve.server.answer.json_call import JsonCall
+from minserve.server.answer.json_call import SPACE, JsonCall
 from minserve.server.answer.markers import split_at
 from minserve.server.answer.parts import PartList
 
@@ -104,6 +104,14 @@ class ToolParser(ABC):
             return ""
         self._opening = marker
         self._state = self._opened(marker)
+        return rest
+
+    def _before_object(self, text: str) -> str:
+        """Be where the object of a call has to begin, perhaps behind white space."""
+        rest = text.lstrip(SPACE)
+        self._opening += text[: len(text) - len(rest)]
+        if rest:
+            self._begin_call(JsonCall())
         return rest
 
     def _begin_call(self, call: JsonCall) -> None:

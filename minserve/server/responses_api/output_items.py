@@ -7,6 +7,7 @@ forms are those of OpenAI's reference: https://platform.openai.com/docs/api-refe
 from __future__ import annotations
 
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
@@ -87,7 +88,7 @@ class OutputItems:
         return list(item.closed(self._items[-1]))
 
 
-class _Item:
+class _Item(ABC):
     """An item whose text is still coming."""
 
     prefix: ClassVar[str]
@@ -112,16 +113,17 @@ class _Item:
         """Yield the events of its end, with its final value."""
         yield self._of_item("response.output_item.done", value)
 
+    @abstractmethod
     def shell(self, status: Status) -> dict[str, Any]:
         """Return the item without its text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def value(self, status: Status) -> dict[str, Any]:
         """Return the item with all text that has come."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _delta(self, text: str, logprobs: JsonArray | None) -> Event:
-        raise NotImplementedError
+        """Return the event that tells of some more text."""
 
     def _of_item(self, name: str, value: dict[str, Any]) -> Event:
         return {"type": name, "output_index": self.place["output_index"], "item": value}
@@ -153,9 +155,9 @@ class _TextItem(_Item):
     def value(self, status: Status) -> dict[str, Any]:
         return {**self.shell(status), "content": [self.part(self._whole())]}
 
+    @abstractmethod
     def part(self, text: str) -> dict[str, Any]:
         """Return the item's part with a text."""
-        raise NotImplementedError
 
     def _delta(self, text: str, logprobs: JsonArray | None) -> Event:
         return {"type": f"{self.event}.delta", **self.place, "delta": text}
