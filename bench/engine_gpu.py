@@ -33,11 +33,13 @@ from minserve.config import EngineConfig
 from minserve.engine.build import load_engine
 from minserve.engine.core import EngineCore
 from minserve.engine.device.kv_cache import bytes_per_block
+from minserve.engine.device.runner import model_runner
 from minserve.engine.profile.profile_design import ProfileBatch
 from minserve.engine.profile.profiler import Workbench, profile_core
 from minserve.progress_bar import progress_bar
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
+from parts.engine_gpu.idle import IdleMeter
 from shared.interpreter import choose_interpreter
 from shared.kernel_timing import measure_ceilings
 from shared.machine import gpu_machine
@@ -169,7 +171,8 @@ def measure_engine(core: EngineCore, effort: EngineEffort) -> dict[str, Any]:
     """Measure iterations of the whole engine, beside the same batches of the runner alone.
 
     ``overhead_ms`` is the time of an iteration beyond the runner's batch. Planning is hidden
-    if that is less than the time of a plan.
+    if that is less than the time of a plan. ``idle`` is for how long the device waited for the host,
+    with each batch launched behind the one that runs, and with the order in which that has ended.
     """
     num_seqs, num_steps = effort.engine
     rng, vocab = random.Random(0), core.runner.model.shape.vocab_size
@@ -178,7 +181,7 @@ def measure_engine(core: EngineCore, effort: EngineEffort) -> dict[str, Any]:
             request_id=f"bench-{i}",
             prompt_token_ids=tuple(rng.choices(range(vocab), k=effort.context)),
             # A sequence whose prompt runs early decodes until the last prompt has run.
-            params=replace(GREEDY, max_tokens=num_steps + num_seqs + 1),
+            params=replace(GREEDY, max_tokens=2 * num_steps + num_seqs + 2),
             seed=0,
             arrival_s=core.clock(),
         )
@@ -188,15 +191,16 @@ def measure_engine(core: EngineCore, effort: EngineEffort) -> dict[str, Any]:
         core.step()
     prefill_s = time.perf_counter() - started
     plans, before = core.stats.planning_s, core.stats.planning_s.copy()
-    times = []
-    for _ in range(num_steps):
-        started = time.perf_counter()
-        core.step()
-        times.append(time.perf_counter() - started)
+    times, idle = timed_steps(core, num_steps)
     num_plans = sum(plans.counts) - sum(before.counts)
     context = core.running[0].num_computed_tokens
+    core.end()
+    launches_ahead, core.launches_ahead = core.launches_ahead, False
+    _, idle_after = timed_steps(core, num_steps)
+    core.launches_ahead = launches_ahead
     for i in range(num_seqs):
         core.abort(f"bench-{i}")
+    core.drain()
     runner_ms = batch_ms(
         Workbench(core, 1, GREEDY), ProfileBatch(decodes=(context,) * num_seqs), effort.repeats
     )
@@ -209,7 +213,23 @@ def measure_engine(core: EngineCore, effort: EngineEffort) -> dict[str, Any]:
         "overhead_ms": round(iteration_ms - runner_ms, 3),
         "planning_ms": round((plans.total - before.total) / max(1, num_plans) * 1e3, 3),
         "plans_ahead": dict(core.stats.plans_ahead),
+        "idle": {"behind": idle if launches_ahead else None, "after": idle_after},
         "decode_tokens_s": round(num_seqs / iteration_ms * 1e3),
+    }
+
+
+def timed_steps(core: EngineCore, num_steps: int) -> tuple[list[float], dict[str, float]]:
+    """Return the seconds of each step, and for how long the device was idle in all of them."""
+    meter, times = IdleMeter(model_runner(core.runner)), []
+    with meter.measuring():
+        for _ in range(num_steps):
+            started = time.perf_counter()
+            core.step()
+            times.append(time.perf_counter() - started)
+    idle_s, whole_s = meter.seconds()
+    return times, {
+        "ms": round(idle_s / num_steps * 1e3, 3),
+        "share": round(idle_s / max(whole_s, 1e-9), 4),
     }
 
 
@@ -277,6 +297,9 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
         f"  iteration of {engine['seqs']} decodes: {engine['iteration_ms']:.2f} ms, the runner "
         f"alone {engine['runner_ms']:.2f}, a plan {engine['planning_ms']:.3f}"
     )
+    for order, idle in engine["idle"].items():
+        if idle is not None:
+            yield f"    launched {order} the one before: idle for {idle['share']:.1%} of the time"
     if "profile" in result:
         profile = result["profile"]
         yield f"  planner's predictions: R2 {profile['r2']}, p90 error {profile['p90_error']:.1%}"

@@ -98,3 +98,26 @@ class BatchRunner(Protocol):
 
     def launch(self, batch: SequenceOf[Scheduled]) -> RunningBatch:
         """Hand a batch to the device. Changes no sequence."""
+
+
+class FollowingBatch(RunningBatch, Protocol):
+    """A batch that was handed to a device behind another one."""
+
+    def sample(self, batch: SequenceOf[Scheduled]) -> None:
+        """Choose tokens, once those of the batch before are known.
+
+        Args:
+            batch: the batch without those sequences that ended by then. The results are for these.
+        """
+
+
+class FollowingRunner(BatchRunner, Protocol):
+    """The runner of a device that works behind the host, with two batches at once."""
+
+    def follow(self, batch: SequenceOf[Scheduled], before: RunningBatch) -> FollowingBatch:
+        """Hand a batch to the device while the batch before it runs there.
+
+        Args:
+            batch: as it will be when that has ended (`Sequence.ahead`). Of sequences that get a
+                token there, the device alone knows the newest one.
+        """

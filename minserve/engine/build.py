@@ -125,6 +125,7 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         proposer=proposer,
         safe_planner=make_safe_planner(chunked_prefill=config.chunked_prefill),
         plans_ahead=device.type == "cuda",
+        launches_ahead=device.type == "cuda",
     )
     dtype = dtype_words(placement.linear_dtype, placement.dtype)
     draft = "" if draft_source is None else f", draft model {draft_source.name}"

@@ -2,49 +2,41 @@
 
 Single-threaded and without I/O: engines add and abort requests between two steps and
 pass on the deltas that a step returns. What an iteration has brought is told even if the rest
-of it fails; what goes wrong with one request ends it alone. Nothing but this file, the
-`SequenceTable` that it keeps and the `Output`, which appends tokens for it, changes a `Sequence`.
+of it fails; what goes wrong with one request ends it alone. Nothing but this file, the `Applier`,
+the `SequenceTable` that it keeps and the `Output`, which appends tokens, changes a `Sequence`.
 
 An iteration has two halves. `begin` ends when the device has the batch, and `end` waits for its
 results: `step` is both. On a virtual clock each half is an event of its own. Where the device
-runs by itself, an iteration is planned while the one before it runs (`minserve.engine.lookahead`)::
-
-    half     begin ............................. end ......... begin ...
-    host     settle start launch │ plan the next │ wait   apply │ settle start launch │ ...
-    device                       └─ batch ───────────────┘      └─ ...                └─ batch
+runs by itself, an iteration is planned while the one before it runs (`minserve.engine.lookahead`),
+and where nothing speaks against it, launched behind that one too (`minserve.engine.overlap`).
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
-from typing import NamedTuple
 
-from minserve.engine.batch import BatchRunner, RunResult, Scheduled
+from minserve.engine.applier import Applier
+from minserve.engine.batch import BatchRunner, Scheduled
 from minserve.engine.block_pool import BlockPool, HoldWish
 from minserve.engine.guarded_planning import GuardedPlanning
 from minserve.engine.journal import NoJournal
-from minserve.engine.launch import Launch, Results
+from minserve.engine.launch import Launch
 from minserve.engine.live_output import NO_HISTORY, End, History, LiveOutput, Output
-from minserve.engine.lookahead import PlanAhead, confirm, project
-from minserve.engine.recovery import last_words
+from minserve.engine.overlap import Iteration, Overlap, can_follow
+from minserve.engine.plan_maker import PlanMaker
+from minserve.engine.recovery import failure_of, last_words
 from minserve.engine.sequence_table import SequenceTable
 from minserve.engine.speculation.drafted_batch import with_proposals
-from minserve.engine.speculation.proposal import Verified
 from minserve.engine.speculation.proposer import Proposer
 from minserve.engine.stats import EngineStats
 from minserve.engine.structures.unready import Unready
 from minserve.engine.text.detokenizer import IncrementalDetokenizer
-from minserve.errors import (
-    GenerationError,
-    InvalidPlanError,
-    MinserveError,
-    OutOfBlocksError,
-)
+from minserve.errors import InvalidPlanError, MinserveError, OutOfBlocksError
 from minserve.outputs import OutputDelta
 from minserve.planner.plan import IterationPlan, PlannerView
-from minserve.planner.plan_check import faults_of
 from minserve.planner.policies.base import Planner
 from minserve.request import FinishReason, RequestEvent, Sequence, SequenceState
 from minserve.slo.objectives import Standing
@@ -53,19 +45,6 @@ log = logging.getLogger(__name__)
 
 # Seconds without work after which the pool's books are checked.
 IDLE_S = 0.5
-
-
-class _InFlight(NamedTuple):
-    """An iteration between its two halves.
-
-    Attributes:
-        began_s: when it began, planning included.
-    """
-
-    plan: IterationPlan
-    batch: list[Scheduled]
-    began_s: float
-    launch: Launch
 
 
 class EngineCore:
@@ -80,6 +59,8 @@ class EngineCore:
         plans_ahead: plan each iteration while the one before it runs. Worth it where the
             device does not need the thread that plans; otherwise a plan made at the last
             moment knows more.
+        launches_ahead: with that, launch it too before the one before has ended, where it can be;
+            for runners that are a `FollowingRunner`.
         stats: counts what happens; ``None`` makes new ones.
 
     Attributes:
@@ -104,6 +85,7 @@ class EngineCore:
         proposer: Proposer | None = None,
         safe_planner: Planner | None = None,
         plans_ahead: bool = False,
+        launches_ahead: bool = False,
         stats: EngineStats | None = None,
     ) -> None:
         self.runner = runner
@@ -114,7 +96,7 @@ class EngineCore:
         self.max_model_len = max_model_len
         self.clock = clock
         self.proposer = proposer
-        self.plans_ahead = plans_ahead
+        self.plans_ahead, self.launches_ahead = plans_ahead, launches_ahead
         self.stats = EngineStats() if stats is None else stats
         self.planning = GuardedPlanning(planner, safe_planner, self.stats.planner_fallbacks)
         self.speculation = self.stats.speculation
@@ -123,13 +105,22 @@ class EngineCore:
         self.waiting, self.running = self.table.waiting, self.table.running
         self.declined: list[str] = []
         self._unready = Unready()
-        self._ahead: PlanAhead | None = None
-        self._in_flight: _InFlight | None = None
+        self._plans = PlanMaker(self.planning, self.stats, lambda: self.clock())
+        self._overlap = Overlap(self._release)
+        self._applier = Applier(
+            self.table.outputs,
+            pool,
+            self.planning,
+            self.stats,
+            finish=self._finish,
+            tell=lambda delta: self._untold.append(delta),
+        )
         self._untold: list[OutputDelta] = []
 
     @property
     def has_work(self) -> bool:
-        return bool(self.table.outputs)
+        """True while there are outputs under way, or the device has a batch."""
+        return bool(self.table.outputs or self._overlap)
 
     @property
     def num_unfinished(self) -> int:
@@ -163,20 +154,18 @@ class EngineCore:
         self._unready.add(output)
 
     def abort(self, request_id: str, error: MinserveError | None = None) -> list[OutputDelta]:
-        """End all outputs of a request now and free their blocks; unknown ids are ignored.
+        """End all outputs of a request now; unknown ids are ignored.
 
-        Not allowed between the halves of an iteration: the device may still write to the blocks.
+        Their blocks are freed now, or when the batch is over that the device has of them.
 
         Returns:
             a last delta for each, ERROR where an error is given, else ABORT.
         """
-        assert self._in_flight is None, "blocks of a running batch cannot be freed"
         end = End(FinishReason.ABORT if error is None else FinishReason.ERROR)
         return [self._finish(one, end, error) for one in self.table.of_request(request_id)]
 
     def complete(self, request_id: str) -> list[OutputDelta]:
         """End all outputs of a request now, as if each had come to its end; as `abort` otherwise."""
-        assert self._in_flight is None, "blocks of a running batch cannot be freed"
         end = End(FinishReason.STOP)
         return [self._finish(one, end) for one in self.table.of_request(request_id)]
 
@@ -202,9 +191,10 @@ class EngineCore:
         try:
             self.begin()
             return self.end()
-        finally:
-            # Ctrl-C may have come between the two.
-            self._in_flight = None
+        except BaseException:
+            # Whatever it was, Ctrl-C included: what the device has is not asked for any more.
+            self._overlap.drop()
+            raise
 
     def begin(self, takes: Callable[[str], bool] | None = None) -> bool:
         """Plan an iteration and hand its batch to the device.
@@ -216,31 +206,22 @@ class EngineCore:
         Returns:
             True if the device has a batch now.
         """
-        assert self._in_flight is None, "the iteration before has not ended"
-        began_s = self.clock()
+        most_before = 1 if self.launches_ahead else 0
+        assert len(self._overlap) <= most_before, "the iteration before has not ended"
+        now = self.clock()
         self._release_ready()
-        self.pool.end_holds(began_s)
+        self.pool.end_holds(now)
         self.declined = []
-        plan = self._checked(self.plan())
-        self._settle(plan)
-        if takes is not None and self.declined:
-            plan = self._give_away(plan, takes)
-        batch = self._start(plan)
-        self.planning.started(plan)
-        if not batch:
-            if self._unready:
-                self._unready.pause()
-            return False
-        batch = with_proposals(batch, plan, self.proposer)
-        self.journal.batch(batch, self.stats.batch(batch))
-        launch = Launch(self.runner, batch)
-        self._in_flight = _InFlight(plan, batch, began_s, launch)
-        if self.plans_ahead and not launch.failed:
-            self._plan_ahead(batch, began_s + (plan.predicted_s or 0.0))
-        return True
+        if not self._overlap:
+            self._launch(now, takes)
+        if self.plans_ahead:
+            self._look_ahead(takes)
+        if not self._overlap and self._unready:
+            self._unready.pause()
+        return bool(self._overlap)
 
     def end(self, took_s: float | None = None) -> list[OutputDelta]:
-        """Wait for the batch on the device, if there is one, and apply its results.
+        """Wait for the first batch on the device, if there is one, and apply its results.
 
         Args:
             took_s: seconds of the iteration. By default the clock tells; a difference of its
@@ -252,17 +233,20 @@ class EngineCore:
         Raises:
             DeviceLostError: if the device is beyond running anything.
         """
-        in_flight, self._in_flight = self._in_flight, None
-        if in_flight is not None:
-            self._apply(in_flight.batch, in_flight.launch.results())
-            seconds = self.clock() - in_flight.began_s if took_s is None else took_s
-            self.journal.iteration(in_flight.plan, in_flight.began_s, seconds)
-            if in_flight.launch.failure is None:
-                self.planning.observe(in_flight.plan, seconds)
-                self.stats.iteration(in_flight.plan, self.planner.model, seconds)
-            else:
-                self.stats.failed_batches[in_flight.launch.failure] += 1
+        if self._overlap:
+            self._end_iteration(took_s)
         return self.take_untold()
+
+    def drain(self) -> None:
+        """Without outputs under way, wait for the batch that the device may still have.
+
+        Raises:
+            PoolCorruptedError: as `check_integrity` does.
+        """
+        if not self.table.outputs:
+            while self._overlap:
+                self._end_iteration()
+            self.check_integrity()
 
     def take_untold(self) -> list[OutputDelta]:
         """Return the deltas that no step has returned, since it failed; each is told once."""
@@ -287,7 +271,7 @@ class EngineCore:
         Raises:
             PoolCorruptedError: where blocks were lost or given twice, which is a bug.
         """
-        self.pool.check_integrity(self.running)
+        self.pool.check_integrity([*self.running, *self._overlap.leaving])
 
     def view(self) -> PlannerView:
         """Return the state as the planner sees it."""
@@ -300,52 +284,74 @@ class EngineCore:
             speculation=self.proposer,
         )
 
-    def plan(self) -> IterationPlan:
-        """Return the plan for now: the one made ahead, where that still holds, else a new one."""
-        view, ahead, self._ahead = self.view(), self._ahead, None
-        if ahead is not None:
-            plan = confirm(ahead, view, self.clock())
-            self.stats.plans_ahead["discarded" if plan is None else "held"] += 1
-            if plan is not None:
-                if plan is not ahead.plan:
-                    self.planning.reckon(plan, view)
-                return plan
-            self.planning.discarded()
-        return self._ask_planner(view, self.clock())
+    def _launch(self, began_s: float, takes: Callable[[str], bool] | None) -> None:
+        """Plan an iteration for now and launch it."""
+        plan = self._checked(self._plans.now(self.view()))
+        plan = self._settle(plan, takes)
+        batch = self._start(plan)
+        self.planning.started(plan)
+        if batch:
+            batch = with_proposals(batch, plan, self.proposer)
+            self._overlap.add(Iteration(plan, batch, Launch(self.runner, batch), began_s))
+            self._count_batch(batch)
 
-    def _plan_ahead(self, batch: SequenceOf[Scheduled], ends_at: float) -> None:
-        """Plan the next iteration while a batch runs."""
-        at = max(ends_at, self.clock())
-        try:
-            view = project(self.view(), batch, at)
-            if view.running or view.waiting:
-                plan = self._ask_planner(view, at)
-                if faults := faults_of(plan, view):
-                    raise InvalidPlanError(f"the plan contradicts itself or the state: {faults}")
-                self._ahead = PlanAhead.of(plan, view)
-        except Exception:
-            # What the batch brings must not be lost. Without a plan the next step makes one.
-            self.planning.discarded()
-            log.exception("planning ahead failed; the next iteration is planned when it is due")
+    def _look_ahead(self, takes: Callable[[str], bool] | None) -> None:
+        """Plan the next iteration while one runs, and launch it behind that if it may be."""
+        before = self._overlap.first
+        if before is None or before.launch.failed:
+            return
+        ends_at = before.began_s + (before.plan.predicted_s or 0.0)
+        view = self._plans.look_ahead(self.view(), before.batch, ends_at)
+        if view is None or not self.launches_ahead:
+            return
+        plan = self._plans.take(view, lambda plan: can_follow(plan, before))
+        if plan is None:
+            return
+        plan = self._settle(plan, takes)
+        batch = self._start(plan, {seq.seq_id: seq for seq in view.running})
+        self.planning.started(plan)
+        if batch:
+            launch = Launch(self.runner, batch, behind=before.launch)
+            outputs = self.table.outputs
+            own = [item._replace(seq=outputs[item.seq.seq_id].seq) for item in batch]
+            self._overlap.add(Iteration(plan, own, launch, math.inf))
 
-    def _ask_planner(self, view: PlannerView, now: float) -> IterationPlan:
-        started = self.clock()
-        plan = self.planning.plan(view, now)
-        self.stats.planning_s.observe(self.clock() - started)
-        return plan
+    def _end_iteration(self, took_s: float | None = None) -> None:
+        """Read the first batch on the device and apply it; then the one behind it can sample."""
+        first = self._overlap.first
+        assert first is not None, "asked only where there is one"
+        results = first.launch.results()
+        came_s = self.clock()
+        self._overlap.pop()
+        follower = self._overlap.first
+        self._applier.apply(
+            first.live, results, came_s, self.proposer, followed=follower is not None
+        )
+        if follower is not None:
+            self.stats.num_surplus_tokens += follower.go_on(self.runner, first, came_s)
+        # Where the next batch runs already, the device has not waited for the results' applying.
+        ended_s = self.clock() if follower is None else came_s
+        seconds = ended_s - first.began_s if took_s is None else took_s
+        self.journal.iteration(first.plan, first.began_s, seconds)
+        if first.launch.failure is None:
+            self.planning.observe(first.plan, seconds)
+            self.stats.iteration(first.plan, self.planner.model, seconds)
+        else:
+            self.stats.failed_batches[first.launch.failure] += 1
+        if follower is not None:
+            self._count_batch(follower.batch)
+
+    def _count_batch(self, batch: SequenceOf[Scheduled]) -> None:
+        self.journal.batch(batch, self.stats.batch(batch))
 
     def _checked(self, plan: IterationPlan) -> IterationPlan:
         """Return the plan, or another one where it contradicts itself or the state.
 
         Where that is no better, the requests concerned end here.
         """
-        view = self.view()
-        faults = faults_of(plan, view)
+        plan, faults = self._plans.checked(plan, self.view())
         if not faults:
             return plan
-        other = self.planning.replace(view, self.clock(), f"its plan is wrong: {faults}")
-        if other is not None:
-            plan, faults = other, faults_of(other, view)
         outputs = self.table.outputs
         for seq_id, fault in faults.items():
             if seq_id in outputs:
@@ -371,10 +377,15 @@ class EngineCore:
         if self._unready:
             for output, error in self._unready.release(self.table.outputs):
                 if error is not None:
-                    self._untold.append(self._fail(output, error))
+                    end = End(FinishReason.ERROR)
+                    self._untold.append(self._finish(output, end, failure_of(error)))
 
-    def _settle(self, plan: IterationPlan) -> None:
-        """Carry out what the planner promises, gives up and refuses."""
+    def _settle(self, plan: IterationPlan, takes: Callable[[str], bool] | None) -> IterationPlan:
+        """Carry out what the planner promises, gives up and refuses.
+
+        Returns:
+            the plan without what ``takes`` has taken away.
+        """
         outputs = self.table.outputs
         for seq_id in plan.admit:
             outputs[seq_id].seq.standing = Standing.ADMITTED
@@ -387,17 +398,22 @@ class EngineCore:
             if seq_id in outputs:  # a sibling's refusal may have ended it already
                 request_id = outputs[seq_id].seq.request.request_id
                 self._untold += self.abort(request_id, refusal.error())
-
-    def _give_away(self, plan: IterationPlan, takes: Callable[[str], bool]) -> IterationPlan:
-        """Offer the declined requests, and return the plan for those that stay."""
+        if takes is None or not self.declined:
+            return plan
         taken = [one for one in self.declined if takes(one)]
         for request_id in taken:
             self.withdraw(request_id)
             self.declined.remove(request_id)
         return self._rest_of(plan) if taken else plan
 
-    def _start(self, plan: IterationPlan) -> list[Scheduled]:
-        """Carry out preemptions and starts, and make room for the scheduled tokens."""
+    def _start(
+        self, plan: IterationPlan, ahead: Mapping[str, Sequence] | None = None
+    ) -> list[Scheduled]:
+        """Carry out preemptions and starts, and make room for the scheduled tokens.
+
+        Args:
+            ahead: while an iteration runs, the running sequences as they will be after it.
+        """
         outputs, pool = self.table.outputs, self.pool
         for seq_id in plan.preempt:
             self._preempt(outputs[seq_id].seq)
@@ -410,95 +426,23 @@ class EngineCore:
             output = outputs.get(seq_id)
             if output is None:
                 continue  # a sibling has ended it
-            seq = output.seq
+            seq = output.seq if ahead is None else ahead.get(seq_id, output.seq)
             # Asked here already, since most decodes have their block.
             if seq.num_computed_tokens + num_tokens > pool.block_size * len(seq.block_table):
                 try:
                     pool.grow(seq, num_tokens)
                 except OutOfBlocksError as error:
-                    if self.planning.blame(str(error), self.clock()):
-                        self._preempt(seq)
-                    else:
+                    if not self.planning.blame(str(error), self.clock()):
                         self._end_request(seq, str(error))
+                    elif ahead is None:
+                        self._preempt(seq)
                     continue
             if speculation:
                 num_tokens -= speculation.get(seq_id, 0)
             batch.append(Scheduled(seq, num_tokens, None))
         if len(outputs) < num_outputs:
-            batch = [item for item in batch if item.seq.state is SequenceState.RUNNING]
+            batch = [item for item in batch if item.seq.seq_id in outputs]
         return batch
-
-    def _apply(self, batch: SequenceOf[Scheduled], results: Results) -> None:
-        """Advance every sequence of the batch by its result. All tokens come now, at one time."""
-        outputs, now = self.table.outputs, self.clock()
-        for item in batch:
-            seq_id = item.seq.seq_id
-            output = outputs[seq_id]
-            try:
-                self._advance(item, output, results[seq_id], now)
-            except Exception as error:
-                log.exception("taking up the tokens of %s failed", item.seq)
-                if seq_id not in outputs:
-                    raise  # it has ended, so that this is not its own error
-                self._untold.append(self._fail(output, error))
-
-    def _advance(
-        self, item: Scheduled, output: Output, result: RunResult | Exception, now: float
-    ) -> None:
-        """Count the tokens that have run, and append those that were sampled."""
-        if isinstance(result, Exception):
-            self._untold.append(self._fail(output, result))
-            return
-        seq, num_tokens, _ = item
-        sampled = result.sampled
-        if result.prompt_logprobs:
-            output.add_prompt_logprobs(result.prompt_logprobs)
-        if isinstance(sampled, Verified):
-            if self.proposer is not None and seq.is_decoding:
-                self._count(item, sampled)
-            self._append(item, output, sampled, now)
-            return
-        seq.num_computed_tokens += num_tokens
-        self.pool.commit(seq)
-        if sampled is not None:
-            self._untold.append(self._fail(output, sampled))
-
-    def _count(self, item: Scheduled, verified: Verified) -> None:
-        """Keep count of what became of a decode's proposal."""
-        num_drafted, seq = len(item.drafted), item.seq
-        self.planning.verified(seq, num_drafted, verified.num_accepted)
-        if num_drafted:
-            seq.num_draft_tokens += num_drafted
-            seq.num_accepted_tokens += verified.num_accepted
-            self.speculation.add(num_drafted, verified.num_accepted)
-
-    def _append(self, item: Scheduled, output: Output, verified: Verified, now: float) -> None:
-        """Append tokens as far as the output goes, and leave nothing of the drafts beyond."""
-        seq = item.seq
-        events = seq.events
-        last = events.get(RequestEvent.TOKENS)
-        if last is None:
-            events[RequestEvent.FIRST_TOKEN] = now
-        events[RequestEvent.TOKENS] = now
-        num, end = output.append(verified.tokens, now)
-        self.stats.delivered(seq, num, last, now)
-        # Each token but the last has its KV already.
-        seq.num_computed_tokens += item.num_tokens + num - 1
-        self.pool.commit(seq)
-        if end is not None:
-            self._untold.append(self._finish(output, end))
-            return
-        news = output.news()
-        if news is not None:
-            self._untold.append(news)
-        if self.proposer is not None:
-            self.pool.trim(seq)
-            self.proposer.roll_back(seq)
-
-    def _fail(self, output: Output, error: Exception) -> OutputDelta:
-        if not isinstance(error, MinserveError):
-            error = GenerationError(f"generation failed: {type(error).__name__}: {error}")
-        return self._finish(output, End(FinishReason.ERROR), error)
 
     def _finish(self, output: Output, end: End, error: Exception | None = None) -> OutputDelta:
         """End a sequence, free its blocks and forget it."""
@@ -512,7 +456,7 @@ class EngineCore:
         self.table.remove(seq)
         if end.reason is FinishReason.ERROR:
             self.pool.forget(seq)
-        self._release(seq, wish)
+        self._overlap.release(seq, wish)
         seq.state = SequenceState.FINISHED
         seq.finish_reason, seq.stop_reason = end
         seq.events[RequestEvent.FINISHED] = now

@@ -143,8 +143,7 @@ class Engine(EngineBase):
             for request_id in mine:
                 self._core.abort(request_id)
                 del self._mailboxes[request_id]
-            if not self._core.has_work:
-                self._core.check_integrity()
+            self._core.drain()
 
     def _step(self) -> None:
         """Run one iteration and put its deltas into the mailboxes of their readers."""
@@ -397,6 +396,7 @@ class AsyncEngine(EngineBase):
         """Do the work of the core's thread. If the core itself breaks, every request is told."""
         try:
             self._serve(loop)
+            self._core.drain()
             self.keep_profile()
         except Exception as error:
             log.exception("the engine core is broken; restart the process")

@@ -17,7 +17,7 @@ from collections.abc import Sequence as SequenceOf
 
 from minserve.engine.batch import BatchRunner, RunResult, Scheduled
 from minserve.engine.live_output import End, Output
-from minserve.errors import DeviceLostError, GenerationError
+from minserve.errors import DeviceLostError, GenerationError, MinserveError
 from minserve.outputs import OutputDelta
 from minserve.request import FinishReason
 
@@ -42,6 +42,7 @@ def recover(runner: BatchRunner, batch: SequenceOf[Scheduled], error: Exception)
     """Run a batch that failed in parts.
 
     Args:
+        batch: may be empty, where all that it was for has ended.
         error: the error of the whole batch.
 
     Returns:
@@ -55,6 +56,8 @@ def recover(runner: BatchRunner, batch: SequenceOf[Scheduled], error: Exception)
         raise DeviceLostError(
             f"{runner.device} runs nothing any more; restart the process ({error})"
         ) from error
+    if not batch:
+        return {}
     if len(batch) > 1:
         half = len(batch) // 2
         return _run(runner, batch[:half]) | _run(runner, batch[half:])
@@ -95,6 +98,13 @@ def _drop_locals(error: BaseException | None) -> None:
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
+
+
+def failure_of(error: Exception) -> MinserveError:
+    """Return what a client is told of an error that ends its output."""
+    if isinstance(error, MinserveError):
+        return error
+    return GenerationError(f"generation failed: {type(error).__name__}: {error}")
 
 
 def last_words(output: Output, end: End, error: Exception | None) -> tuple[OutputDelta, End]:

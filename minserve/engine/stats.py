@@ -112,8 +112,10 @@ class EngineStats:
             reason.
         failed_batches: batches that failed as a whole and ran in parts, by whether memory was
             short.
-        plans_ahead: plans made while an iteration ran, by whether they ``held`` when it had
-            ended or were ``discarded``.
+        plans_ahead: plans made while an iteration ran, by whether they were ``launched`` behind
+            it at once, ``held`` when it had ended, or were ``discarded``.
+        num_surplus_tokens: tokens that ran in vain, as their outputs had ended in the iteration
+            before, which was not read yet.
         prefill_tokens, decode_tokens, draft_tokens: tokens of each kind that one iteration ran.
         speculation: counts of drafted and accepted tokens.
         profile_completeness: share of the measurements of a full profile of the device that were
@@ -147,7 +149,10 @@ class EngineStats:
     profiled_s: Histogram = field(default_factory=_of_iterations)
     surprises: Histogram = field(default_factory=_of_surprises)
     planning_s: Histogram = field(default_factory=_of_iterations)
-    plans_ahead: dict[str, int] = field(default_factory=lambda: {"held": 0, "discarded": 0})
+    plans_ahead: dict[str, int] = field(
+        default_factory=lambda: {"launched": 0, "held": 0, "discarded": 0}
+    )
+    num_surplus_tokens: int = 0
     planner_fallbacks: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
     failed_batches: dict[str, int] = field(default_factory=lambda: {"error": 0, "out_of_memory": 0})
     prefill_tokens: Histogram = field(default_factory=_of_tokens)

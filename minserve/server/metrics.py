@@ -206,6 +206,11 @@ def _counters(stats: EngineStats) -> Iterator[Metric]:
             stats.num_prompt_tokens,
         ),
         ("generation_tokens", "Tokens of outputs.", stats.num_generation_tokens),
+        (
+            "surplus_tokens",
+            "Tokens that ran behind the end of an output, which was not known yet.",
+            stats.num_surplus_tokens,
+        ),
     ):
         yield CounterMetricFamily(name, text, value)
     yield _counter(
@@ -216,7 +221,8 @@ def _counters(stats: EngineStats) -> Iterator[Metric]:
     )
     yield _counter(
         "plans_ahead",
-        "Iterations planned while the one before ran, by whether the plan held.",
+        "Iterations planned while the one before ran, by whether the plan was launched meanwhile, "
+        "held when that had ended, or was discarded.",
         "outcome",
         stats.plans_ahead.items(),
     )

@@ -65,6 +65,37 @@ def test_concurrent_requests_get_what_they_get_alone(run: Callable, tiny_llama_d
     assert run(test) == expected
 
 
+def test_streams_that_come_and_go_while_two_iterations_overlap(
+    run: Callable, tiny_llama_dir: Path
+) -> None:
+    prompt_list = [[i + 5] * (3 * i + 1) for i in range(8)]
+    blocking = Engine(str(tiny_llama_dir), **SETTINGS)
+    expected = [blocking.generate([p], GREEDY)[0].outputs[0].token_ids for p in prompt_list]
+
+    async def some(engine: AsyncEngine, prompt: list[int], num: int) -> list[int]:
+        stream, tokens = engine.generate(prompt, GREEDY), []
+        async for delta in stream:
+            tokens += delta.token_ids
+            if len(tokens) >= num:
+                await stream.aclose()
+        return tokens
+
+    async def test(engine: AsyncEngine) -> list[list[int]]:
+        core = engine._core
+        core.plans_ahead = core.launches_ahead = True
+        found = await asyncio.gather(
+            *(some(engine, p, 3 + 5 * i) for i, p in enumerate(prompt_list))
+        )
+        assert engine.stats().plans_ahead["launched"] > 10
+        await until_idle(engine)
+        handle, *_ = engine.submit([prompt_list[1]], ENDLESS)
+        await anext(aiter(handle))
+        return found  # the engine is stopped while that one runs
+
+    for tokens, whole in zip(run(test), expected, strict=True):
+        assert tokens == whole[: len(tokens)]
+
+
 def test_leaving_a_stream_aborts_it_and_frees_its_blocks(run: Callable) -> None:
     async def test(engine: AsyncEngine) -> None:
         stream = engine.generate([7] * 20, ENDLESS)

@@ -16,7 +16,7 @@ from minserve.outputs import OutputDelta
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.policies.base import Planner
 from minserve.planner.policies.sarathi import SarathiPlanner
-from minserve.request import FinishReason, Request, Sequence
+from minserve.request import FinishReason, Request, Sequence, SequenceState
 from minserve.sampling_params import SamplingParams
 from minserve.slo.objectives import SLO, Standing
 
@@ -144,12 +144,29 @@ def test_what_is_waiting_may_leave_while_a_batch_runs_and_what_runs_may_not() ->
     add(core, "1")
     assert core.withdraw("1")
     assert not core.withdraw("0")
-    with pytest.raises(AssertionError, match="blocks of a running batch"):
-        core.abort("0")
     with pytest.raises(AssertionError, match="has not ended"):
         core.begin()
-    core.end()
-    assert [delta.finish_reason for delta in core.abort("0")] == [FinishReason.ABORT]
+    assert tokens(core.end()) == {"0": [WORD]}
+
+
+@pytest.mark.parametrize("end", ["abort", "complete"])
+def test_what_ends_while_its_batch_runs_keeps_its_blocks_until_that_is_over(end: str) -> None:
+    core = core_of(SarathiPlanner())
+    (gone,) = add(core, "0")
+    (stays,) = add(core, "1", prompt=9)
+    core.begin()
+    (last,) = getattr(core, end)("0")
+    assert last.finish_reason is (FinishReason.ABORT if end == "abort" else FinishReason.STOP)
+    assert gone.state is SequenceState.FINISHED
+    assert len(gone.block_table) == 1, "the device may still write there"
+    assert core.pool.num_free_blocks == 40 - 3
+    core.check_integrity()
+    assert core.has_work
+    assert tokens(core.end()) == {"1": [WORD]}
+    assert not gone.block_table
+    assert core.pool.num_free_blocks == 40 - 2
+    assert stays.num_output_tokens == 1
+    core.check_integrity()
 
 
 def test_without_work_neither_half_does_anything() -> None:

@@ -1,4 +1,6 @@
-"""Plans made while the iteration before runs: the same outputs, and off the critical path."""
+"""Plans made, and batches launched, while the iteration before runs: the same outputs, and off the
+critical path.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from speculating import DEVICE, PROMPTS, essence, make_engine
+from torch import Tensor
 
 from minserve import SLO, Engine, SamplingParams
 from minserve.engine.batch import RunResult, Scheduled
@@ -19,6 +23,7 @@ from minserve.errors import GenerationError, SLOUnattainableError
 from minserve.outputs import CompletionOutput
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.predict.perf_model import PerfModel
+from minserve.structure import Structure
 
 SETTINGS = {"dtype": "float32", "threads": 1, "token_budget": 64, "max_num_seqs": 8, "num_blocks": 200,
             "block_size": 8}  # fmt: skip
@@ -30,12 +35,17 @@ GENEROUS = SLO(ttft=1000.0, tpot=100.0)
 
 
 def engine_of(
-    folder: Path, policy: str = "sarathi", *, ahead: bool = True, **settings: Any
+    folder: Path,
+    policy: str = "sarathi",
+    *,
+    ahead: bool = True,
+    launches: bool = False,
+    **settings: Any,
 ) -> Engine:
     engine = Engine(str(folder), **SETTINGS | settings, policy=policy)
     if policy in ("dp", "edf"):
         engine._core.planner.model = PerfModel(DEVICE)
-    engine._core.plans_ahead = ahead
+    engine._core.plans_ahead, engine._core.launches_ahead = ahead, launches
     return engine
 
 
@@ -55,7 +65,7 @@ def outputs_of(engine: Engine, params: Any, slo: SLO | None = None) -> list[Comp
 
 def ahead_counts(engine: Engine) -> tuple[int, int]:
     counts = engine._core.stats.plans_ahead
-    return counts["held"], counts["discarded"]
+    return counts["launched"] + counts["held"], counts["discarded"]
 
 
 # -- the same outputs --------------------------------------------------------------------
@@ -64,6 +74,20 @@ def ahead_counts(engine: Engine) -> tuple[int, int]:
 @pytest.fixture(scope="module")
 def plain(tiny_llama_dir: Path) -> Engine:
     return engine_of(tiny_llama_dir, ahead=False)
+
+
+@pytest.fixture(scope="module")
+def picky_params(plain: Engine) -> list[SamplingParams]:
+    """Settings by which a token depends on the ones before it, and which tell more than tokens."""
+    word = outputs_of(plain, GREEDY)[0].text[:3]
+    return [
+        replace(GREEDY, repetition_penalty=1.3, frequency_penalty=0.4, logprobs=2),
+        replace(SEEDED, presence_penalty=0.9, min_tokens=5, stop_token_ids=tuple(range(60, 120))),
+        replace(GREEDY, bad_words=(word,), logit_bias={7: 1.5}),
+        replace(SEEDED, structure=Structure("regex", "[a-z]{3,30}"), ignore_eos=False),
+        replace(GREEDY, prompt_logprobs=1, logprobs=0),
+        replace(SEEDED, n=3, allowed_token_ids=tuple(range(20, 300)), min_p=0.02),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +104,7 @@ def mixed_params(plain: Engine) -> list[SamplingParams]:
     ]
 
 
+@pytest.mark.parametrize("launches", [False, True], ids=["plans", "launches"])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("settings", [{}, SCARCE, {"max_num_seqs": 2}], ids=str)
 def test_outputs_do_not_depend_on_when_they_are_planned(
@@ -88,9 +113,10 @@ def test_outputs_do_not_depend_on_when_they_are_planned(
     mixed_params: list[SamplingParams],
     policy: str,
     settings: dict,
+    launches: bool,
 ) -> None:
     expected = essence(outputs_of(plain, mixed_params))
-    engine = engine_of(tiny_llama_dir, policy, **settings)
+    engine = engine_of(tiny_llama_dir, policy, launches=launches, **settings)
     slo = GENEROUS if policy in ("dp", "edf") else None
     # The second time with cached prefixes.
     for _ in range(2):
@@ -99,6 +125,30 @@ def test_outputs_do_not_depend_on_when_they_are_planned(
     assert held > discarded
     if settings is SCARCE:
         assert engine._core.planner.num_preemptions > 0
+    stats = engine._core.stats
+    if launches and not settings:
+        assert stats.plans_ahead["launched"] > stats.plans_ahead["held"]
+        assert stats.num_surplus_tokens > 0
+    if not launches:
+        assert stats.plans_ahead["launched"] == stats.num_surplus_tokens == 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_blocks": 26, "token_budget": 16}], ids=str)
+def test_tokens_that_depend_on_those_before_are_chosen_when_these_are_known(
+    plain: Engine, tiny_llama_dir: Path, picky_params: list[SamplingParams], settings: dict
+) -> None:
+    def told(engine: Engine) -> list[tuple]:
+        results = engine.generate(prompts(), picky_params)
+        assert engine._core.pool.num_free_blocks == engine.config.num_blocks
+        engine._core.check_integrity()
+        outputs = [o for r in results for o in r.outputs]
+        ranks = [[one.rank for one in o.logprobs] if o.logprobs else None for o in outputs]
+        prompt_ids = [[one and one.token_id for one in r.prompt_logprobs or ()] for r in results]
+        return [essence(outputs), ranks, prompt_ids]
+
+    engine = engine_of(tiny_llama_dir, launches=True, **settings)
+    assert told(engine) == told(plain)
+    assert engine._core.stats.plans_ahead["launched"] > 10
 
 
 def test_outputs_do_not_depend_on_whether_prefills_are_chunked(
@@ -109,16 +159,17 @@ def test_outputs_do_not_depend_on_whether_prefills_are_chunked(
         assert essence(outputs_of(engine, mixed_params)) == essence(outputs_of(plain, mixed_params))
 
 
+@pytest.mark.parametrize("launches", [False, True], ids=["plans", "launches"])
 @pytest.mark.parametrize("policy", ["sarathi", "dp"])
 @pytest.mark.parametrize("how", ["draft", "ngram"])
 @pytest.mark.parametrize("settings", [{}, {"num_blocks": 30}], ids=str)
 def test_outputs_do_not_depend_on_drafts_for_plans_made_ahead(
-    tiny_llama_pair: Any, policy: str, how: str, settings: dict
+    tiny_llama_pair: Any, policy: str, how: str, settings: dict, launches: bool
 ) -> None:
     expected, found = [], []
     for ahead, results in ((False, expected), (True, found)):
         engine = make_engine(tiny_llama_pair, how, policy, **settings)
-        engine._core.plans_ahead = ahead
+        engine._core.plans_ahead, engine._core.launches_ahead = ahead, ahead and launches
         for params in (GREEDY, SEEDED, replace(GREEDY, max_tokens=40, repetition_penalty=1.2)):
             outputs = [o for r in engine.generate(PROMPTS, params) for o in r.outputs]
             results += essence(outputs)
@@ -171,11 +222,15 @@ def play(engine: Engine, script: Script) -> tuple[dict[int, list[int]], set[int]
     return tokens, aborted
 
 
+@pytest.mark.parametrize("launches", [False, True], ids=["plans", "launches"])
 @pytest.mark.parametrize("policy", ["fcfs", "sarathi"])
 def test_arrivals_and_aborts_between_steps_change_nobodys_tokens(
-    tiny_llama_dir: Path, policy: str
+    tiny_llama_dir: Path, policy: str, launches: bool
 ) -> None:
-    engines = [engine_of(tiny_llama_dir, policy, ahead=a, **SCARCE) for a in (False, True)]
+    engines = [
+        engine_of(tiny_llama_dir, policy, ahead=ahead, launches=ahead and launches, **SCARCE)
+        for ahead in (False, True)
+    ]
     for seed in range(8):
         (now, left_now), (ahead, left_ahead) = (play(e, random_script(seed)) for e in engines)
         for number in now.keys() - left_now - left_ahead:
@@ -298,6 +353,41 @@ def test_a_failing_plan_loses_nothing_of_the_iteration_that_runs(
     monkeypatch.setattr(engine._core.planner, "plan", plan)
     got += [token for delta in stream for token in delta.token_ids]
     assert got == expected
+
+
+def test_an_output_whose_logits_are_no_numbers_ends_alone_while_the_next_batch_runs(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(tiny_llama_dir, launches=True)
+    expected = [engine.generate([p], GREEDY)[0].outputs[0].token_ids for p in prompts(3)]
+    core, calls = engine._core, count()
+    logits = core.runner.model.logits
+
+    def poisoned(hidden: Tensor) -> Tensor:
+        found = logits(hidden)
+        if next(calls) == 6:
+            found[1] = torch.nan
+        return found
+
+    monkeypatch.setattr(core.runner.model, "logits", poisoned)
+    launched = core.stats.plans_ahead["launched"]
+    ids, told, failed = [], {}, []
+    for prompt in prompts(3):
+        submission = engine._prepare(prompt, GREEDY)
+        engine._enqueue(submission)
+        ids.append(submission.request.request_id)
+        told[ids[-1]] = []
+    while core.has_work:
+        for delta in core.step():
+            told[delta.request_id] += delta.token_ids
+            failed += [delta] * (delta.error is not None)
+        core.check_integrity()
+    (bad,) = failed
+    assert "NaN" in str(bad.error)
+    assert core.stats.plans_ahead["launched"] > launched + 10
+    for request_id, tokens in zip(ids, expected, strict=True):
+        whole = request_id != bad.request_id
+        assert told[request_id] == (tokens if whole else tokens[: len(told[request_id])])
 
 
 @pytest.mark.parametrize("fails_at", ["launch", "results"])

@@ -34,9 +34,9 @@ def engine(tiny_llama_dir: Path) -> Engine:
 
 def undisturbed(engine: Engine, prompts: list[list[int]], params: Any = PARAMS) -> list[list[int]]:
     found = [engine.generate([one], params)[0].outputs[0].token_ids for one in prompts]
-    engine._core.pool = type(engine._core.pool)(
-        engine._core.pool.num_blocks, engine._core.pool.block_size
-    )  # nothing cached
+    core = engine._core
+    fresh = type(core.pool)(core.pool.num_blocks, core.pool.block_size)  # nothing cached
+    core.pool = core._applier._pool = fresh
     return found
 
 

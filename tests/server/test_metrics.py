@@ -35,6 +35,7 @@ CONTRACT = {
     "num_preemptions": "counter",
     "prompt_tokens": "counter",
     "generation_tokens": "counter",
+    "surplus_tokens": "counter",
     "request_success": "counter",
     "plans_ahead": "counter",
     "failed_batches": "counter",
@@ -146,7 +147,7 @@ def test_counters_end_in_total_and_labels_come_from_fixed_sets(plain: RunningSer
     fixed = {
         "finished_reason": {reason.value for reason in FinishReason},
         "outcome": {
-            *("held", "discarded"),
+            *("launched", "held", "discarded"),
             *(outcome.value for outcome in (*Outcome, *TaskOutcome)),
         },
         "class": classes,

@@ -18,6 +18,22 @@ Array = TypeVar("Array", np.ndarray, Tensor)
 NO_SLOT = -1  # of a token whose KV is not kept
 
 
+def unknown_token(row: int) -> int:
+    """Return what stands for a token that only the device knows yet: row ``row`` of its newest tokens."""
+    return -1 - row
+
+
+def fill_in(token_ids: Tensor, newest: Tensor) -> None:
+    """Put the device's newest tokens in place of the numbers that stand for them; nothing waits.
+
+    Args:
+        token_ids: int64 ``[num_tokens]``, some of them from `unknown_token`; changed in place.
+        newest: int64 ``[rows]`` on the same device.
+    """
+    rows = token_ids.bitwise_not().clamp_(min=0)  # ~n is -1 - n
+    token_ids.copy_(torch.where(token_ids < 0, newest.index_select(0, rows), token_ids))
+
+
 class Chunk(NamedTuple):
     """Tokens of one sequence to run: the first of them stands at position ``start``."""
 

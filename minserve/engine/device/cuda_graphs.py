@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from minserve.blocks import blocks_for
-from minserve.engine.device.batch_tensors import BatchLayout, Chunk, place
+from minserve.engine.device.batch_tensors import BatchLayout, Chunk, fill_in, place
 from minserve.engine.device.paged_model import PagedModel
 from minserve.progress_bar import progress_bar
 
@@ -117,8 +117,11 @@ class DecodeGraphs:
             self._families[most].insert(0, self._record(recorder, layout, most))
 
     @torch.inference_mode()
-    def forward(self, chunks: SequenceOf[Chunk]) -> Tensor | None:
+    def forward(self, chunks: SequenceOf[Chunk], newest: Tensor | None = None) -> Tensor | None:
         """Queue a replay for decodes, or verifications.
+
+        Args:
+            newest: as in `PagedModel.forward`.
 
         Returns:
             The final hidden states ``[num_tokens, hidden]``, which hold until the next replay;
@@ -129,6 +132,8 @@ class DecodeGraphs:
         if graph is None:
             return None
         self._fill(chunks, graph.layout, needed.num_blocks)
+        if newest is not None:
+            fill_in(graph.layout.split(self._buffer[: graph.layout.size]).token_ids, newest)
         return graph.replay()[: needed.num_tokens]
 
     def _layouts(self, most: int) -> list[BatchLayout]:

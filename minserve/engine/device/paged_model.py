@@ -10,7 +10,13 @@ from torch import Tensor
 
 from minserve.blocks import blocks_for
 from minserve.engine.device import transfers
-from minserve.engine.device.batch_tensors import BatchLayout, BatchTensors, Chunk, place
+from minserve.engine.device.batch_tensors import (
+    BatchLayout,
+    BatchTensors,
+    Chunk,
+    fill_in,
+    place,
+)
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
 from minserve.kernels.upload import to_device
 from minserve.models.base import CausalLM
@@ -20,7 +26,7 @@ from minserve.planner.predict.eager import is_eager
 class RecordedPasses(Protocol):
     """Passes over decodes that were recorded beforehand."""
 
-    def forward(self, chunks: SequenceOf[Chunk]) -> Tensor | None:
+    def forward(self, chunks: SequenceOf[Chunk], newest: Tensor | None = None) -> Tensor | None:
         """Return hidden states as `PagedModel.forward` does, or ``None`` where no pass fits."""
 
 
@@ -56,7 +62,9 @@ class PagedModel:
         return transfers.is_lost(self.device)
 
     @torch.inference_mode()
-    def forward(self, chunks: SequenceOf[Chunk], num_decodes: int) -> Tensor:
+    def forward(
+        self, chunks: SequenceOf[Chunk], num_decodes: int, newest: Tensor | None = None
+    ) -> Tensor:
         """Return final hidden states ``[num_tokens, hidden]`` of all chunks, one behind the other.
 
         It writes the KV of their tokens. On a GPU all of it is queued, and where every chunk is
@@ -65,12 +73,14 @@ class PagedModel:
         Args:
             num_decodes: how many of the first chunks are decodes: one token, or a few that
                 were drafted behind it.
+            newest: int64 ``[rows]`` on the device: the tokens for which the chunks have an
+                `unknown_token`; ``None`` where the host knows all.
         """
         if self.graphs is not None and not is_eager(len(chunks), num_decodes):
-            hidden = self.graphs.forward(chunks)
+            hidden = self.graphs.forward(chunks, newest)
             if hidden is not None:
                 return hidden
-        return self._run(chunks, num_decodes, self.kv)
+        return self._run(chunks, num_decodes, self.kv, newest)
 
     def forward_tensors(
         self,
@@ -137,9 +147,17 @@ class PagedModel:
                 for start in (0, longest - size):  # behind a long context it may be split
                     self._run([Chunk([0] * size, start, blocks)], 0, kv)
 
-    def _run(self, chunks: SequenceOf[Chunk], num_decodes: int, kv: SequenceOf[LayerKV]) -> Tensor:
+    def _run(
+        self,
+        chunks: SequenceOf[Chunk],
+        num_decodes: int,
+        kv: SequenceOf[LayerKV],
+        newest: Tensor | None = None,
+    ) -> Tensor:
         layout = BatchLayout.of(chunks)
         host, parts = place(chunks, layout, self.block_size, self.device)
         inputs = layout.split(host.to(self.device, non_blocking=True))
+        if newest is not None:
+            fill_in(inputs.token_ids, newest)
         starts, lengths = parts.starts.tolist(), parts.lengths.tolist()
         return self.forward_tensors(inputs, starts, lengths, num_decodes, kv)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from minserve.engine.batch import BatchRunner, RunResult, Scheduled
-from minserve.engine.device.batch_tensors import Chunk
+from minserve.engine.batch import BatchRunner, RunningBatch, RunResult, Scheduled
+from minserve.engine.device import transfers
+from minserve.engine.device.batch_tensors import Chunk, unknown_token
 from minserve.engine.device.paged_model import PagedModel
 from minserve.engine.device.thread_count import ThreadCount
 from minserve.engine.sampling.sampler import Sampler
@@ -40,27 +40,69 @@ class _PromptRows(NamedTuple):
 
 
 class InFlightBatch:
-    """A batch that was handed to the device. `results` waits for what it gives.
+    """A batch that was handed to the device: its pass and its logits are queued.
+
+    `sample` queues the choice of tokens, and `results` waits for what the batch gives.
 
     Args:
-        seq_ids: the ids of all sequences of the batch.
-        sampling: the ids of those that get a token, in the order of ``pending``.
-        prompt_logprobs: computes the log probabilities of a piece of a prompt.
+        runner: whose batch it is.
+        logits: ``[rows, vocab]``; ``None`` where no sequence gets a token.
+        rows: the rows of each sequence that gets one: behind its newest token, and behind each
+            drafted one.
     """
 
     def __init__(
         self,
-        seq_ids: SequenceOf[str],
-        sampling: SequenceOf[str],
-        pending: PendingTokens | None,
+        runner: ModelRunner,
+        logits: Tensor | None,
+        rows: Mapping[str, range],
         prompts: SequenceOf[_PromptRows],
-        prompt_logprobs: Callable[[_PromptRows], list[TokenLogprob]],
     ) -> None:
-        self._seq_ids = seq_ids
-        self._sampling = sampling
-        self._pending = pending
+        self._runner = runner
+        self._logits = logits
+        self._rows = rows
         self._prompts = prompts
-        self._prompt_logprobs = prompt_logprobs
+        self._seq_ids: list[str] = []
+        self._sampling: list[str] = []
+        self._pending: PendingTokens | None = None
+        self._end: transfers.Milestone | None = None
+
+    @torch.inference_mode()
+    def sample(self, batch: SequenceOf[Scheduled]) -> None:
+        """Queue the choice of tokens, and their way to the host.
+
+        Args:
+            batch: what was launched, without those that want no token any more. The newest tokens
+                of its sequences are known by now.
+        """
+        rows = self._rows
+        self._seq_ids = [item.seq.seq_id for item in batch]
+        sampling = [item for item in batch if item.seq.seq_id in rows]
+        if not sampling:
+            self._end = transfers.Milestone(self._runner.device)
+            return
+        sampling.sort(key=lambda item: rows[item.seq.seq_id].start)
+        self._sampling = [item.seq.seq_id for item in sampling]
+        logits = self._logits
+        assert logits is not None, "there are rows"
+        if len(sampling) < len(rows):
+            left = [row for seq_id in self._sampling for row in rows[seq_id]]
+            logits = self._runner.rows(logits, left)
+        seqs, proposals = [item.seq for item in sampling], [item.proposal for item in sampling]
+        self._pending = self._runner.sampler.launch(logits, seqs, proposals)
+        self._logits = None
+
+    def newest_tokens(self) -> tuple[dict[str, int], Tensor | None]:
+        """Return the tokens that were chosen, for the batch that follows.
+
+        Returns:
+            By sequence id, the row of its token, and the tokens, int64 ``[rows]`` on the device;
+            `INVALID` is 0 there, as what follows it will not be wanted. ``None`` for no tokens.
+        """
+        if self._pending is None:
+            return {}, None
+        rows = {seq_id: row for row, seq_id in enumerate(self._sampling)}
+        return rows, self._pending.ids.clamp(min=0)
 
     @torch.inference_mode()
     def results(self) -> dict[str, RunResult]:
@@ -72,10 +114,14 @@ class InFlightBatch:
         if self._pending is not None:
             for seq_id, tokens in zip(self._sampling, self._pending.results(), strict=True):
                 results[seq_id].sampled = tokens
+        elif self._end is not None:
+            self._end.wait()
         for rows in self._prompts:
-            result = results[rows.seq_id]
+            result = results.get(rows.seq_id)
+            if result is None:
+                continue
             try:
-                result.prompt_logprobs += self._prompt_logprobs(rows)
+                result.prompt_logprobs += self._runner.log_probs_of(rows)
             except GenerationError as error:
                 result.sampled = error
         return results
@@ -111,47 +157,69 @@ class ModelRunner(PagedModel):
         """Launch a batch and wait for its results."""
         return self.launch(batch).results()
 
-    @torch.inference_mode()
     def launch(self, batch: SequenceOf[Scheduled]) -> InFlightBatch:
         """Hand one forward pass and the choice of tokens to the device.
 
         It does not wait for a GPU. It writes the KV of the scheduled tokens and changes no
         sequence, so that the same batch, or a part of it, can be run again.
         """
+        launched = self._launch(batch, {}, None)
+        launched.sample(batch)
+        return launched
+
+    @torch.inference_mode()
+    def follow(self, batch: SequenceOf[Scheduled], before: RunningBatch) -> InFlightBatch:
+        """Hand the next forward pass to the device, behind a batch whose tokens are not read yet.
+
+        They go from the sampler to this pass on the device. What this one samples is chosen
+        later: `InFlightBatch.sample`.
+
+        Args:
+            batch: as it will be when the batch before has ended; see `Sequence.ahead`.
+            before: the newest batch; it was sampled, and nothing of it was drafted.
+        """
+        assert isinstance(before, InFlightBatch), "this runner's own"
+        return self._launch(batch, *before.newest_tokens())
+
+    @torch.inference_mode()
+    def _launch(
+        self, batch: SequenceOf[Scheduled], unread: Mapping[str, int], newest: Tensor | None
+    ) -> InFlightBatch:
+        """Queue a forward pass, and the logits of the rows that get a token.
+
+        Args:
+            unread: by sequence id, the row of ``newest`` that is its newest token.
+        """
         if self.threads is not None:
             self.threads.before_pass()
         batch = sorted(batch, key=lambda s: not s.seq.is_decoding)
-        chunks = [_chunk_of(item) for item in batch]
-        hidden = self.forward(chunks, sum(item.seq.is_decoding for item in batch))
-        first_rows = list(accumulate((len(chunk.token_ids) for chunk in chunks), initial=0))
-        sampling = [
-            (item, first) for item, first in zip(batch, first_rows, strict=False) if item.samples
-        ]
-        return InFlightBatch(
-            [item.seq.seq_id for item in batch],
-            [item.seq.seq_id for item, _ in sampling],
-            self._sample(sampling, hidden) if sampling else None,
-            [
-                rows
-                for item, first in zip(batch, first_rows, strict=False)
-                if (rows := _prompt_rows(item, hidden[first:])) is not None
-            ],
-            self._prompt_logprobs,
-        )
+        chunks = [_chunk_of(item, unread.get(item.seq.seq_id)) for item in batch]
+        hidden = self.forward(chunks, sum(item.seq.is_decoding for item in batch), newest)
+        rows: dict[str, range] = {}
+        places: list[int] = []  # among the hidden states
+        prompts: list[_PromptRows] = []
+        first = 0
+        for item, chunk in zip(batch, chunks, strict=True):
+            if item.samples:
+                end = first + len(chunk.token_ids)
+                begin = end - len(item.drafted) - 1
+                rows[item.seq.seq_id] = range(len(places), len(places) + end - begin)
+                places += range(begin, end)
+            if (wanted := _prompt_rows(item, hidden[first:])) is not None:
+                prompts.append(wanted)
+            first += len(chunk.token_ids)
+        logits = None
+        if places:
+            chosen = hidden if len(places) == len(hidden) else self.rows(hidden, places)
+            logits = self.model.logits(chosen)
+        return InFlightBatch(self, logits, rows, prompts)
 
-    def _sample(self, sampling: list[tuple[Scheduled, int]], hidden: Tensor) -> PendingTokens:
-        """Choose tokens for chunks, each given with its first row."""
-        rows: list[int] = []
-        for item, first in sampling:
-            newest = first + item.num_tokens - 1
-            rows += range(newest, newest + len(item.drafted) + 1)
-        if len(rows) < hidden.shape[0]:
-            hidden = self.rows(hidden, rows)
-        seqs = [item.seq for item, _ in sampling]
-        proposals = [item.proposal for item, _ in sampling]
-        return self.sampler.launch(self.model.logits(hidden), seqs, proposals)
+    def log_probs_of(self, rows: _PromptRows) -> list[TokenLogprob]:
+        """Return the log probabilities of a piece of a prompt; this waits for the device.
 
-    def _prompt_logprobs(self, rows: _PromptRows) -> list[TokenLogprob]:
+        Raises:
+            GenerationError: where the logits contain NaN.
+        """
         found: list[TokenLogprob] = []
         for begin in range(0, len(rows.token_ids), PROMPT_LOGPROB_ROWS):
             some = slice(begin, begin + PROMPT_LOGPROB_ROWS)
@@ -172,7 +240,15 @@ def model_runner(runner: BatchRunner) -> ModelRunner:
     return runner
 
 
-def _chunk_of(item: Scheduled) -> Chunk:
+def _chunk_of(item: Scheduled, unread: int | None) -> Chunk:
+    """Return what a sequence runs.
+
+    Args:
+        unread: the row of the device's newest tokens that is its newest one, and all that it runs;
+            ``None`` where the sequence knows its tokens.
+    """
+    if unread is not None:
+        return Chunk([unknown_token(unread)], item.start, item.seq.block_table)
     own = item.seq.token_ids[item.start : item.end]
     return Chunk([*own, *item.drafted], item.start, item.seq.block_table)
 

@@ -36,6 +36,21 @@ def empty_on_host(size: int, device: torch.device) -> Tensor:
     return torch.empty(size, dtype=torch.int64, pin_memory=device.type == "cuda")
 
 
+class Milestone:
+    """A point in a device's queue, behind all that was queued before this is made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> None:
+        """Wait until the device has come so far."""
+        if self._event is not None:
+            self._event.synchronize()
+
+
 class HostCopy:
     """Tensors on their way to the host: one copy for all, queued when this is made.
 
@@ -46,22 +61,18 @@ class HostCopy:
     def __init__(self, *tensors: Tensor) -> None:
         self._tensors = tensors
         self._host: Tensor | None = None
-        self._event: torch.cuda.Event | None = None
         device = tensors[0].device
         if not runs_behind(device):
             return
         packed = torch.cat([tensor.reshape(-1).view(torch.int64) for tensor in tensors])
         self._host = empty_on_host(len(packed), device).copy_(packed, non_blocking=True)
-        if device.type == "cuda":
-            self._event = torch.cuda.Event()
-            self._event.record()
+        self._done = Milestone(device)
 
     def wait(self) -> list[Tensor]:
         """Wait for the tensors and return them, on the host."""
         if self._host is None:
             return list(self._tensors)
-        if self._event is not None:
-            self._event.synchronize()
+        self._done.wait()
         parts = self._host.split([tensor.numel() for tensor in self._tensors])
         return [
             part.view(tensor.dtype).view(tensor.shape)

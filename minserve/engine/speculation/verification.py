@@ -58,6 +58,9 @@ class Span(NamedTuple):
 class PendingTokens:
     """The tokens of a batch, on their way to the host in one copy.
 
+    Attributes:
+        ids: int64 ``[rows]``, on the device: see ``Args``.
+
     Args:
         logits: raw, ``[rows, vocab]``.
         spans: the sequences, in order of their rows.
@@ -74,7 +77,7 @@ class PendingTokens:
         ids: Tensor,
         nums_accepted: Tensor | None = None,
     ) -> None:
-        self._logits, self._spans = logits, spans
+        self._logits, self._spans, self.ids = logits, spans, ids
         tensors = [ids] if nums_accepted is None else [ids, nums_accepted]
         self._num_chosen = len(tensors)
         self._num_top = {

@@ -45,7 +45,9 @@ class BestEffortAccount:
     def observe(self, plan: IterationPlan, seconds: float) -> None:
         """Note that a plan was carried out in so many seconds."""
         self._owed_s = self._after(plan, seconds)
-        self._under_way = None
+        # While it ended, the next one may have started already.
+        if self._under_way is plan:
+            self._under_way = None
 
     def _after(self, plan: IterationPlan, seconds: float) -> float:
         more = self.share * seconds if plan.best_effort_waits else 0.0

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from minserve.engine.device.batch_tensors import BatchLayout, Chunk, place
+from minserve.engine.device.batch_tensors import (
+    BatchLayout,
+    Chunk,
+    fill_in,
+    place,
+    unknown_token,
+)
 
 CPU = torch.device("cpu")
 BLOCK = 8
@@ -72,3 +78,19 @@ def test_on_the_cpu_nothing_is_copied() -> None:
     assert parts.token_ids.data_ptr() == host.token_ids.ctypes.data
     parts.block_tables[0, 0] = 77
     assert host.block_tables[0, 0] == 77
+
+
+def test_tokens_that_the_device_alone_knows_are_filled_in_there() -> None:
+    newest = torch.tensor([70, 71, 72, 73])
+    chunks = [
+        Chunk([unknown_token(2)], 9, [3, 4]),
+        Chunk([unknown_token(0)], 5, [5]),
+        Chunk([8, 0, 9], 0, [6]),
+        Chunk([unknown_token(2)], 1, [7]),
+    ]
+    layout = BatchLayout.of(chunks)._replace(num_tokens=8)
+    buffer, _ = place(chunks, layout, BLOCK, CPU)
+    others = buffer[layout.num_tokens :].clone()
+    fill_in(layout.split(buffer).token_ids, newest)
+    assert layout.split(buffer).token_ids.tolist() == [72, 70, 8, 0, 9, 72, 0, 0]
+    assert torch.equal(buffer[layout.num_tokens :], others)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minserve import Engine, SamplingParams
 from minserve.engine.device import cuda_graphs
-from minserve.engine.device.batch_tensors import Chunk
+from minserve.engine.device.batch_tensors import Chunk, unknown_token
 from minserve.engine.device.cuda_graphs import DecodeGraphs, GraphLimits, Recorder, padded_sizes
 from minserve.engine.device.kv_cache import allocate_kv_cache
 from minserve.engine.device.paged_model import PagedModel
@@ -130,6 +130,34 @@ def test_a_replay_gives_what_the_pass_itself_gives(
     for chunks in batches:
         assert_same_pass(replayed, plain, chunks)
     assert counting.num_replays == len(batches)
+
+
+@pytest.mark.parametrize("sent", ["whole", "in parts"])
+@pytest.mark.parametrize("with_graphs", [True, False], ids=["graphs", "passes"])
+def test_tokens_may_come_from_the_device_itself(
+    model: CausalLM, sent: str, with_graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_graphs, "SENT_WHOLE", 10**6 if sent == "whole" else 0)
+    one, plain = paged(model, PaddedBackend), paged(model, TorchBackend)
+    if with_graphs:
+        one.graphs = DecodeGraphs(one, Rerun(), LIMITS)
+    rng = random.Random(0)
+    for chunks in random_batches(4, 1, seed=9):
+        newest = torch.tensor([rng.randrange(500) for _ in range(12)])
+        rows = [rng.choice([None, rng.randrange(12)]) for _ in chunks]
+        unread, known = (
+            [
+                chunk if row is None else chunk._replace(token_ids=[token(row)])
+                for chunk, row in zip(chunks, rows, strict=True)
+            ]
+            for token in (unknown_token, newest.tolist().__getitem__)
+        )
+        got = one.forward(unread, len(chunks), newest)
+        expected = plain.forward(known, len(chunks))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        for mine, theirs in zip(one.kv, plain.kv, strict=True):
+            mine.key.copy_(theirs.key)
+            mine.value.copy_(theirs.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs Triton's interpreter on the CPU")

@@ -196,6 +196,30 @@ def test_batches_are_launched_without_waiting(
             assert isinstance(runner.launch(batch), InFlightBatch)
 
 
+@pytest.mark.parametrize("with_graphs", [False, True], ids=["passes", "graphs"])
+def test_a_batch_behind_another_one_is_launched_without_waiting(
+    tiny_llama_dir: Path, with_graphs: bool
+) -> None:
+    runner = runner_on_meta(tiny_llama_dir)
+    decode, prefill = (make_seq(prompt=range(40), output=[1], seed=i) for i in range(2))
+    decode.num_computed_tokens = 40
+    for seq in (decode, prefill):
+        seq.block_table = [3, 4, 5]
+    with nothing_waits():
+        if with_graphs:
+            runner.graphs = DecodeGraphs(runner, Rerun(), GraphLimits(4, 8, 100))
+        before = runner.launch([Scheduled(decode, 1), Scheduled(prefill, 41)])
+        twins = [decode.ahead(1, 0.0), prefill.ahead(41, 0.0)]
+        behind = runner.follow([Scheduled(twin, 1) for twin in twins], before)
+        decode.num_computed_tokens += 1
+        decode.token_ids.append(7)
+        # The other one has ended meanwhile.
+        behind.sample([Scheduled(decode, 1)])
+        chunk = make_seq(prompt=range(40))
+        chunk.block_table = [6, 7, 8]
+        runner.follow([Scheduled(decode.ahead(1, 0.0), 1), Scheduled(chunk, 20)], behind)
+
+
 def test_results_on_the_way_of_a_device_are_those_of_the_host() -> None:
     logits, seqs, proposals = mixed_batch()
     whole = torch.cat(logits)
