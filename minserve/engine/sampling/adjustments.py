@@ -9,12 +9,14 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from minserve.engine.sampling.rows import SamplingRow, column, index_of
 from minserve.engine.sampling.structure_masks import keep_to_structures
+from minserve.prompts import BadWordIds
 
 
 class _LogitCells:
@@ -131,7 +133,24 @@ def _banned_tokens(row: SamplingRow) -> Iterator[int]:
     if row.must_go_on and row.seq.guide is None:  # a structure has a word in when it ends
         yield from request.stop_token_ids
     if request.bad_word_ids:
-        output = row.output_token_ids
-        for *beginning, last in request.bad_word_ids:
-            if not beginning or output[-len(beginning) :] == beginning:
-                yield last
+        bad_words = _by_newest_token(request.bad_word_ids)
+        yield from bad_words.get(None, {}).get((), ())
+        if row.position:
+            newest = row.drafted[-1] if row.drafted else row.seq.token_ids[-1]
+            for beginning, last in bad_words.get(newest, {}).items():
+                if row.position >= len(beginning) and row.newest(len(beginning)) == beginning:
+                    yield from last
+
+
+@lru_cache(maxsize=512)
+def _by_newest_token(
+    bad_word_ids: BadWordIds,
+) -> dict[int | None, dict[tuple[int, ...], tuple[int, ...]]]:
+    """Return the tokens that complete bad words, by the beginnings of these, and those by the
+    token that ends them; ``None`` for words of one token.
+    """
+    found: dict[int | None, dict[tuple[int, ...], tuple[int, ...]]] = {}
+    for *beginning, last in bad_word_ids:
+        own = found.setdefault(beginning[-1] if beginning else None, {})
+        own[tuple(beginning)] = (*own.get(tuple(beginning), ()), last)
+    return found

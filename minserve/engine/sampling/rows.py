@@ -38,6 +38,10 @@ class SamplingRow(NamedTuple):
         """The ids of the output's tokens before it."""
         return self.seq.output_token_ids + list(self.drafted)
 
+    def newest(self, num: int) -> tuple[int, ...]:
+        """Return the ids of so many tokens before it, fewer than all: the newest ones."""
+        return (*self.seq.token_ids[-num:], *self.drafted)[-num:]
+
     @property
     def is_seeded(self) -> bool:
         """True where the request chose its seed, so that its output must be reproducible."""

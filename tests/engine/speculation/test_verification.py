@@ -317,6 +317,18 @@ def test_a_row_without_a_distribution_ends_its_own_sequence_there(
         assert second.num_accepted == place
 
 
+@pytest.mark.parametrize("kind", ["plain", "drawn", "by chance"])
+def test_an_infinite_logit_is_the_token(kind: str) -> None:
+    """It has all of the distribution: a draft of it is accepted, and any other replaced by it."""
+    logits, seqs, proposals = batch_of_three(kind)
+    drafted = proposals[1].token_ids
+    infinite = logits.clone()
+    infinite[4, drafted[0]] = infinite[5, drafted[1] + 1] = math.inf
+    first, second, third = SAMPLER.verify(infinite, seqs, proposals)
+    assert [token.token_id for token in second.tokens] == [drafted[0], drafted[1] + 1]
+    assert (first, third) == tuple(SAMPLER.verify(logits, seqs, proposals)[::2])
+
+
 # -- log probabilities -------------------------------------------------------------------
 
 
