@@ -97,8 +97,8 @@ class AttentionBackend(ABC):
         scale: factor on the scores.
 
     Attributes:
-        supports_graphs: true if passes over decodes can be recorded in a CUDA graph and
-            replayed for other batches. In a replay the metadata's ``starts``, ``lengths``,
+        supports_graphs: true if passes can be recorded in a CUDA graph and replayed for other
+            batches with as many places for decodes and for prefill chunks. In a replay the metadata's ``starts``, ``lengths``,
             ``slot_mapping`` and ``block_tables`` are exact, while the lists on the host are
             upper bounds: every sequence may have fewer query tokens and be shorter. Tokens
             with slot -1 keep no KV, sequences of length 0 have no query tokens, and block

@@ -19,6 +19,7 @@ from minserve.kernels.triton.chunked_prefill import (
     plan_prefills,
     prefill_tile,
 )
+from minserve.kernels.triton.prefill_tiles import prefill_tiles_on_device
 from minserve.kernels.triton.write_kv import write_kv
 
 # Programs that run on a multiprocessor at a time: for decodes; for prefills in small tiles with
@@ -93,7 +94,7 @@ class TritonBackend(AttentionBackend):
         if metadata.num_decodes:
             state.decodes = self._plan_decodes(metadata, state)
         if metadata.num_decodes < metadata.num_seqs:
-            state.prefills = self._plan_prefills(metadata)
+            state.prefills = self._plan_prefills(metadata, state.starts)
 
     def write_kv(
         self,
@@ -150,11 +151,16 @@ class TritonBackend(AttentionBackend):
             * describe(metadata.slot_mapping.device).multiprocessors,
         )
 
-    def _plan_prefills(self, metadata: AttentionMetadata) -> PrefillPlan:
+    def _plan_prefills(self, metadata: AttentionMetadata, device_starts: Tensor) -> PrefillPlan:
         starts, first = metadata.query_start_loc, metadata.num_decodes
+        num_tokens = metadata.slot_mapping.shape[0]
         longest = max(starts[i + 1] - starts[i] for i in range(first, metadata.num_seqs))
+        longest = min(longest, num_tokens)
         device = describe(metadata.slot_mapping.device)
         tile = prefill_tile(longest, self.head_dim, self._dtype, device.capability)
+        tiles = None
+        if not metadata.lengths_known:
+            tiles = prefill_tiles_on_device(device_starts, first, num_tokens, tile.block_m)
         return plan_prefills(
             starts,
             metadata.seq_lens,
@@ -164,6 +170,7 @@ class TritonBackend(AttentionBackend):
             head_dim=self.head_dim,
             num_programs=device.multiprocessors * PREFILLS_PER_MULTIPROCESSOR[self.head_dim <= 64],
             device=metadata.slot_mapping.device,
+            tiles=tiles,
         )
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minserve.errors import WorkloadError
+from minserve.planner.predict.eager import NO_MIXED, MixedLimit
 from minserve.planner.predict.perf_model import PerfModel, Piece
 
 GIB = 2**30
@@ -38,6 +39,7 @@ class Device:
         kv_bytes: of one token, over all GPUs.
         drafts: whether the profile knows what a draft model costs.
         margin: what the planner's margin starts from.
+        mixed: the largest batches with a prefill that are CUDA graphs.
     """
 
     name: str
@@ -49,10 +51,11 @@ class Device:
     kv_bytes: int = 0
     drafts: bool = False
     margin: float = MARGIN
+    mixed: MixedLimit = NO_MIXED
 
     def perf_model(self) -> PerfModel:
         """A model for one planner to correct online."""
-        return PerfModel(self.pieces, margin=self.margin)
+        return PerfModel(self.pieces, margin=self.margin, mixed=self.mixed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +170,7 @@ def find_device(name: str) -> Device:
             pieces=model.pieces,
             drafts=_drafts(model),
             margin=model.margin,
+            mixed=model.mixed,
         )
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise WorkloadError(

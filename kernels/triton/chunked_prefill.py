@@ -20,11 +20,15 @@ import triton.language as tl
 from torch import Tensor
 
 from minserve.kernels.triton.online_softmax import LOG2_E, softmax_step
+from minserve.kernels.triton.prefill_tiles import prefill_tiles
 from minserve.kernels.upload import to_device
 
 MOST_SPLITS = 8
 # Tokens in a split, at least: a shorter split costs more to begin and to merge than it saves.
 LEAST_SPLIT = 512
+# If the host does not know the tiles, most of which may be none, up to so many times as many programs
+# are launched as the device runs at a time.
+SKEW = 3
 # A chunk of at most so many tokens is short; from so many on, it fills the device with any tile.
 SHORT_CHUNK, LONG_CHUNK = 64, 8192
 # Chunk sizes from which on another tile is chosen.
@@ -67,7 +71,8 @@ class PrefillPlan:
     """The prefill chunks of an iteration, planned for every layer's `chunked_prefill`.
 
     Attributes:
-        tiles: int64 ``[num_tiles, 2]``: the result of `prefill_tiles`.
+        tiles: int64 ``[num_tiles, 2]``: the result of `prefill_tiles`, or of
+            `prefill_tiles_on_device`.
         split_len: tokens of context per split, a multiple of the tile's ``block_n``.
         num_splits: number of splits of the tile with the most context.
         partial: float32 ``[num_tiles, num_heads, num_splits, block_m, head_dim]``: the splits'
@@ -97,6 +102,7 @@ def plan_prefills(
     head_dim: int,
     num_programs: int,
     device: torch.device,
+    tiles: Tensor | None = None,
 ) -> PrefillPlan:
     """Decide tiles and splits of a batch. It enqueues work and does not wait for the device.
 
@@ -104,49 +110,35 @@ def plan_prefills(
         query_start_loc, seq_lens: as in `AttentionMetadata`.
         first_seq: index of the first sequence that is a prefill chunk.
         num_programs: number of programs that the device runs at a time.
+        tiles: the tiles, if the device made them because the host knows bounds alone.
     """
-    tiles = prefill_tiles(query_start_loc, seq_lens, first_seq, tile.block_m)
+    if tiles is None:
+        known = prefill_tiles(query_start_loc, seq_lens, first_seq, tile.block_m)
+        tiles = to_device(known, torch.int64, device)
+    else:
+        num_programs *= SKEW
+    num_tiles = len(tiles)
     longest = max(seq_lens[first_seq:], default=1)
     num_splits = max(
         1,
         min(
-            num_programs // max(1, num_heads * len(tiles)),
+            num_programs // max(1, num_heads * num_tiles),
             triton.cdiv(longest, LEAST_SPLIT),
             MOST_SPLITS,
         ),
     )
     split_len = triton.cdiv(triton.cdiv(longest, num_splits), tile.block_n) * tile.block_n
     num_splits = triton.cdiv(longest, split_len)
-    shape = (len(tiles), num_heads, num_splits, tile.block_m) if num_splits > 1 else (0, 0, 0, 0)
+    shape = (num_tiles, num_heads, num_splits, tile.block_m) if num_splits > 1 else (0, 0, 0, 0)
     return PrefillPlan(
         tile,
-        to_device(tiles, torch.int64, device),
+        tiles,
         split_len,
         num_splits,
         partial=torch.empty((*shape, head_dim), dtype=torch.float32, device=device),
         lse=torch.empty(shape, dtype=torch.float32, device=device),
         arrived=torch.zeros(shape[:2], dtype=torch.int32, device=device),
     )
-
-
-def prefill_tiles(
-    query_start_loc: Sequence[int], seq_lens: Sequence[int], first_seq: int, block_m: int
-) -> list[tuple[int, int]]:
-    """Return the tiles, as pairs (sequence, its first query token of the tile).
-
-    Tiles with the most context come first, so that no long tile is left over at the end.
-
-    Args:
-        query_start_loc, seq_lens: as in `AttentionMetadata`.
-        first_seq: index of the first sequence that is a prefill chunk.
-    """
-    tiles = []
-    for seq in range(first_seq, len(seq_lens)):
-        num_queries = query_start_loc[seq + 1] - query_start_loc[seq]
-        earlier = seq_lens[seq] - num_queries
-        tiles += [(earlier + first, seq, first) for first in range(0, num_queries, block_m)]
-    tiles.sort(reverse=True)
-    return [(seq, first) for _, seq, first in tiles]
 
 
 def chunked_prefill(
@@ -254,6 +246,8 @@ def _prefill_kernel(
     head = tl.program_id(0)
     kv_head = head // (NUM_HEADS // NUM_KV_HEADS)
     seq = tl.load(tiles_ptr + 2 * tl.program_id(1))
+    if seq < 0:  # no tile
+        return
     first = tl.load(tiles_ptr + 2 * tl.program_id(1) + 1).to(tl.int32)
     start = tl.load(starts_ptr + seq)
     num_queries = (tl.load(starts_ptr + seq + 1) - start).to(tl.int32)

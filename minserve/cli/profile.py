@@ -47,6 +47,7 @@ _COLUMNS = (
     ("draft_steps", "per draft step", 1e3),
     ("draft_tokens", "per draft token", 1e3),
     ("eager", "without a graph", 1e3),
+    ("draft_eager", "draft without a graph", 1e3),
     ("base", "constant", 1e3),
 )
 

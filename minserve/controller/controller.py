@@ -309,7 +309,7 @@ class Controller:
 
     def _joined(self, replica: Replica, hello: m.Hello) -> None:
         if self._service is None:
-            model = PerfModel(hello.pieces, margin=hello.margin)
+            model = PerfModel(hello.pieces, margin=hello.margin, mixed=hello.mixed)
             intake = Intake(
                 self.config,
                 self.tokenizer,

@@ -15,6 +15,7 @@ from minserve.activity import Activity, Cursor
 from minserve.engine.stats import EngineStats, Histogram
 from minserve.errors import GenerationError, MinserveError, ProtocolError, SLOUnattainableError
 from minserve.outputs import OutputDelta
+from minserve.planner.predict.eager import NO_MIXED, MixedLimit
 from minserve.planner.predict.perf_model import Piece
 from minserve.planner.replica_load import ReplicaLoad
 from minserve.request import Request
@@ -42,7 +43,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     Attributes:
         load: the replica's load while it has no requests.
-        pieces, margin: of its performance model.
+        pieces, margin, mixed: of its performance model.
     """
 
     identity: Identity
@@ -54,6 +55,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     load: ReplicaLoad
     pieces: tuple[Piece, ...]
     margin: float
+    mixed: MixedLimit = NO_MIXED
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):

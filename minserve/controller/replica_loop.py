@@ -257,6 +257,7 @@ def connect(spec: ReplicaSpec, engine: RelayEngine) -> Channel:
                 load=engine.load(),
                 pieces=tuple(model.pieces),
                 margin=model.margin,
+                mixed=model.mixed,
             )
         )
     )

@@ -11,6 +11,8 @@ from typing import Any
 from minserve.config import DEFAULT_MODEL, EngineConfig
 from minserve.engine import guarded_planning
 from minserve.engine.build import LoadedEngine, load_engine
+from minserve.engine.device.own_thread import apart
+from minserve.engine.device.runner import model_runner
 from minserve.engine.intake import Intake, warm_up_chats
 from minserve.engine.live_output import History
 from minserve.engine.profile import profile_cache
@@ -200,15 +202,20 @@ class EngineBase:
             ):
                 profile = self._measure(seconds, progress, profile)
         model = profile.new_model()
-        self._core.planner.model = model.with_draft_costs(*measure_drafting(self._core))
+        device = model_runner(self._core.runner).device
+        costs = apart(device, lambda: measure_drafting(self._core))
+        self._core.planner.model = model.with_draft_costs(*costs)
         self._refinement = self._refine(profile)
         self._core.stats.profile_completeness = self._refinement.completeness
         return profile
 
     def _measure(self, seconds: float, progress: bool, kept: Profile | None) -> Profile:
         """Continue the kept profile by measuring, and keep the result."""
-        profile = profile_core(
-            self._core, self.model_name, seconds=seconds, progress=progress, kept=kept
+        profile = apart(
+            model_runner(self._core.runner).device,
+            lambda: profile_core(
+                self._core, self.model_name, seconds=seconds, progress=progress, kept=kept
+            ),
         )
         if profile.is_poor:
             log.warning(

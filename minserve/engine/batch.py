@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 from minserve.engine.speculation.proposal import Proposal, Verified
 from minserve.errors import MinserveError
 from minserve.outputs import TokenLogprob
-from minserve.planner.predict.eager import is_eager
+from minserve.planner.predict.eager import MixedLimit, is_eager
 from minserve.planner.predict.perf_model import BatchShape
 from minserve.request import Sequence
 
@@ -51,9 +51,13 @@ class Scheduled(NamedTuple):
         return self.seq.num_computed_tokens + self.num_tokens
 
 
-def shape_of(batch: SequenceOf[Scheduled]) -> BatchShape:
-    """Return what of a batch decides its time, without the time of drafting."""
-    chunks, num_decodes = [], 0
+def shape_of(batch: SequenceOf[Scheduled], mixed: MixedLimit) -> BatchShape:
+    """Return what of a batch decides its time, without the time of drafting.
+
+    Args:
+        mixed: as in `is_eager`.
+    """
+    chunks, num_decodes, total = [], 0, 0
     for seq, num_tokens, proposal in batch:
         # Only a chunk of one token may be a decode.
         if num_tokens == 1 and seq.is_decoding:
@@ -61,7 +65,8 @@ def shape_of(batch: SequenceOf[Scheduled]) -> BatchShape:
         if proposal is not None:
             num_tokens += len(proposal.token_ids)
         chunks.append((seq.num_computed_tokens, num_tokens))
-    return BatchShape.of(chunks, eager=is_eager(len(chunks), num_decodes))
+        total += num_tokens
+    return BatchShape.of(chunks, eager=is_eager(len(chunks), num_decodes, total, mixed))
 
 
 @dataclass(slots=True)

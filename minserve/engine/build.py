@@ -17,8 +17,10 @@ import torch
 from minserve.config import EngineConfig
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.core import EngineCore
-from minserve.engine.device.cuda_graphs import CudaRecorder, DecodeGraphs, GraphLimits
+from minserve.engine.device.cuda_graphs import CudaRecorder
+from minserve.engine.device.graph_recording import free_beside_graphs, limits_of, record_all
 from minserve.engine.device.kv_cache import allocate_kv_cache, choose_num_blocks
+from minserve.engine.device.own_thread import apart
 from minserve.engine.device.paged_model import PagedModel
 from minserve.engine.device.runner import ModelRunner
 from minserve.engine.device.thread_count import ThreadCount
@@ -108,7 +110,9 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     runner = ModelRunner(model, *parts.of(model.shape))
     runner.threads = threads
     runner.sampler = Sampler(fused=runner.backend.in_triton, one_by_one=config.deterministic)
-    num_blocks, max_model_len = _make_ready(config, runner, proposer, placement)
+    num_blocks, max_model_len = apart(
+        device, lambda: _make_ready(config, runner, proposer, placement)
+    )
     core = EngineCore(
         runner,
         BlockPool(num_blocks, config.block_size, prefix_caching=config.prefix_caching),
@@ -215,7 +219,8 @@ def _make_ready(
     models: dict[PagedModel, int] = {runner: 1 if proposer is None else 1 + proposer.max_tokens}
     if isinstance(proposer, DraftModelProposer):
         models[proposer.model] = MOST_DECODE_TOKENS
-    num_blocks = _allocate_kv_cache(config, models, placement, longest, with_graphs)
+        runner.drafts_by_chance = True
+    num_blocks = _allocate_kv_cache(config, models, proposer, placement, longest, with_graphs)
     _log_limits(models, placement.device)
     capacity = num_blocks * config.block_size
     if config.max_model_len is not None and config.max_model_len > capacity:
@@ -225,13 +230,14 @@ def _make_ready(
         )
     max_model_len = min(longest, capacity)
     if with_graphs:
-        _record_graphs(config, models, max_model_len)
+        record_all(limits_of(config, models, max_model_len), CudaRecorder(placement.device))
     return num_blocks, max_model_len
 
 
 def _allocate_kv_cache(
     config: EngineConfig,
     models: Mapping[PagedModel, int],
+    proposer: Proposer | None,
     placement: WeightPlacement,
     longest: int,
     with_graphs: bool,
@@ -253,15 +259,22 @@ def _allocate_kv_cache(
         num_tokens = min(most, config.max_num_seqs * longest)
         for one, max_queries in models.items():
             one.dry_run(num_tokens, longest, config.max_num_seqs, max_queries)
+        if proposer is not None:
+            proposer.rehearse(config.max_num_seqs)
     else:
         for one in models:
             one.dry_run(8, longest)
+    free_bytes = None
+    if with_graphs and config.num_blocks is None and config.kv_cache_gib is None:
+        recorder = CudaRecorder(placement.device)
+        limits = limits_of(config, models, longest)
+        free_bytes = free_beside_graphs(limits, recorder, placement.device)
     num_blocks = choose_num_blocks(
         config,
         [one.model.shape for one in models],
         placement.dtype,
         placement.device,
-        with_graphs=with_graphs,
+        free_bytes=free_bytes,
     )
     for one in models:
         one.kv = allocate_kv_cache(
@@ -338,26 +351,6 @@ def _make_proposer(
     return DraftModelProposer(
         config.max_speculation, paged, model.shape.vocab_size, draft.head_token_ids
     )
-
-
-def _record_graphs(
-    config: EngineConfig, models: Mapping[PagedModel, int], max_model_len: int
-) -> None:
-    """Record the CUDA graphs of models.
-
-    Args:
-        models: each with the most query tokens of one of its decodes.
-    """
-    device = next(iter(models)).device
-    recorder = CudaRecorder(device)
-    for one, max_queries in models.items():
-        limits = GraphLimits(
-            max_num_seqs=config.max_num_seqs,
-            max_num_tokens=config.budget_on(device.type),
-            max_seq_len=max_model_len,
-            max_queries=(1, max_queries) if max_queries > 1 else (1,),
-        )
-        one.graphs = DecodeGraphs(one, recorder, limits)
 
 
 def choose_device(name: str) -> torch.device:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from minserve.blocks import blocks_for
 from minserve.engine.batch import Scheduled
 from minserve.planner.plan import IterationPlan, MemoryView, PlannerView, SpeculationView
+from minserve.planner.predict.eager import DraftPasses
 from minserve.request import Sequence
 
 
@@ -58,6 +59,10 @@ class _ProjectedSpeculation:
     @property
     def max_tokens(self) -> int:
         return self.proposer.max_tokens
+
+    @property
+    def passes(self) -> DraftPasses:
+        return self.proposer.passes
 
     def limit(self, seq: Sequence) -> int:
         return self.proposer.limit(self.known[seq.seq_id])

@@ -77,7 +77,7 @@ class SimulatedRunner:
 
     def launch(self, batch: SequenceOf[Scheduled]) -> SimulatedBatch:
         """Begin a batch now."""
-        ends_at = time.monotonic() + self._model.profiled(shape_of(batch))
+        ends_at = time.monotonic() + self._model.profiled(shape_of(batch, self._model.mixed))
         return SimulatedBatch(batch, ends_at, self._words)
 
 

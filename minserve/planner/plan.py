@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 from minserve.errors import SLOUnattainableError
+from minserve.planner.predict.eager import DraftPasses
 from minserve.planner.predict.perf_model import BatchShape
 from minserve.request import Sequence
 
@@ -157,6 +158,10 @@ class SpeculationView(Protocol):
     @property
     def max_tokens(self) -> int:
         """The most tokens that are drafted for a sequence in one iteration."""
+
+    @property
+    def passes(self) -> DraftPasses:
+        """Which passes of the draft model are CUDA graphs."""
 
     def limit(self, seq: Sequence) -> int:
         """Return how many tokens can be drafted for a decoding sequence now."""

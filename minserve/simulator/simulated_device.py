@@ -120,7 +120,7 @@ class SimulatedDevice:
     def launch(self, batch: SequenceOf[Scheduled]) -> SimulatedDevice:
         """Take a batch, which is over after `took_s` seconds."""
         self._batch = batch
-        shape = shape_of(batch)
+        shape = shape_of(batch, self._model.mixed)
         if self._proposer is not None:
             num_steps, num_tokens = self._proposer.take_work()
             if num_steps:

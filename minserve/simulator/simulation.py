@@ -426,7 +426,8 @@ def _pool(setup: Setup, *, prefix_caching: bool) -> BlockPool:
 def _truth(setup: Setup) -> PerfModel:
     """Return the usual times of batches, whatever the planner believes."""
     slower = (piece.slowed(setup.slowness) for piece in setup.device.pieces)
-    return PerfModel([replace(one, base=one.base + setup.overhead_s) for one in slower])
+    pieces = [replace(one, base=one.base + setup.overhead_s) for one in slower]
+    return PerfModel(pieces, mixed=setup.device.mixed)
 
 
 def _device_time(setup: Setup, number: int) -> DeviceTime:

@@ -13,6 +13,7 @@ from minserve.engine.batch import Scheduled
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.lookahead import PlanAhead, confirm, project
 from minserve.planner.plan import IterationPlan, PlannerView, Refusal
+from minserve.planner.predict.eager import DraftPasses
 from minserve.request import Request, Sequence, SequenceState
 
 
@@ -22,6 +23,7 @@ class ToyProposer:
     def __init__(self, most: int = 4) -> None:
         self.max_tokens = 4
         self.most = most
+        self.passes = DraftPasses()
 
     def limit(self, seq: Sequence) -> int:
         assert isinstance(seq.token_ids, list), "nobody drafts behind a token not yet known"

@@ -10,6 +10,7 @@ from replay import Replay
 from minserve.engine.block_pool import BlockPool
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.policies.base import Planner
+from minserve.planner.predict.eager import DraftPasses, is_eager
 from minserve.planner.predict.perf_model import BatchShape, PerfModel
 from minserve.request import Sequence, SequenceState
 
@@ -26,6 +27,7 @@ class ReplayProposer:
         self.max_tokens = max_tokens
         self._lags = lags
         self.computed: dict[str, int] = {}
+        self.passes = DraftPasses()
 
     def limit(self, seq: Sequence) -> int:
         return self.max_tokens
@@ -107,6 +109,8 @@ class DraftingReplay(Replay):
             for seq_id, count in plan.num_scheduled_tokens.items()
         ]
         steps, tokens = max(plan.speculation.values(), default=int(bool(plan.catch_up))), 0
+        lengths = [self.proposer.lag(by_id[seq_id]) + 1 for seq_id in plan.speculation]
+        lengths += plan.catch_up.values()
         for seq_id, num in plan.speculation.items():
             tokens += num + self.proposer.lag(by_id[seq_id])
             self.proposer.computed[seq_id] = by_id[seq_id].num_tokens - 1
@@ -116,9 +120,12 @@ class DraftingReplay(Replay):
             self.proposer.computed[seq_id] = self.proposer.computed.get(seq_id, 0) + num
         if self.device is None or not chunks:
             return 0.0
-        eager = not all(by_id[seq_id].is_decoding for seq_id in plan.num_scheduled_tokens)
+        num_decodes = sum(by_id[seq_id].is_decoding for seq_id in plan.num_scheduled_tokens)
+        eager = is_eager(len(chunks), num_decodes, plan.total_tokens, self.device.mixed)
         shape = BatchShape.of(chunks, eager=eager)
-        shape = replace(shape, draft_steps=steps, draft_tokens=tokens)
+        passes = DraftPasses() if self.proposer is None else self.proposer.passes
+        draft_eager = int(passes.is_eager(lengths))
+        shape = replace(shape, draft_steps=steps, draft_tokens=tokens, draft_eager=draft_eager)
         assert plan.shape == shape
         return self.device.profiled(shape)
 

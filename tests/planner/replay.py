@@ -11,6 +11,7 @@ from collections.abc import Callable
 from minserve.engine.block_pool import BlockPool
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.policies.base import Planner
+from minserve.planner.predict.eager import is_eager
 from minserve.planner.predict.perf_model import BatchShape, PerfModel
 from minserve.request import Request, Sequence, SequenceState
 from minserve.sampling_params import SamplingParams
@@ -110,7 +111,12 @@ class Replay:
                     (by_id[seq_id].num_computed_tokens, count)
                     for seq_id, count in plan.num_scheduled_tokens.items()
                 ),
-                eager=not all(seq.is_decoding for seq in seqs),
+                eager=is_eager(
+                    len(seqs),
+                    sum(seq.is_decoding for seq in seqs),
+                    plan.total_tokens,
+                    self.device.mixed,
+                ),
             )
             assert plan.shape in (shape, BatchShape())  # no model, no shape
             seconds = self.device.profiled(shape) * self.noise()

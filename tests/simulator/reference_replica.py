@@ -16,7 +16,7 @@ from typing import Any
 from minserve.engine.block_pool import BlockPool
 from minserve.planner.plan import IterationPlan, PlannerView
 from minserve.planner.policies.base import Planner
-from minserve.planner.predict.eager import is_eager
+from minserve.planner.predict.eager import NO_MIXED, DraftPasses, is_eager
 from minserve.planner.predict.perf_model import BatchShape, PerfModel
 from minserve.request import Sequence, SequenceState, by_rank
 from minserve.simulator.simulated_replica import IDLE_S
@@ -30,6 +30,7 @@ class ReferenceDrafter:
     def __init__(self, max_tokens: int, *, lags: bool) -> None:
         self.max_tokens, self.lags = max_tokens, lags
         self.computed: dict[str, int] = {}
+        self.passes = DraftPasses()
 
     def limit(self, seq: Sequence) -> int:
         return self.max_tokens
@@ -143,7 +144,8 @@ class ReferenceReplica:
         chunks = [
             (seqs[one].num_computed_tokens, n) for one, n in plan.num_scheduled_tokens.items()
         ]
-        eager = is_eager(len(seqs), sum(seq.is_decoding for seq in seqs.values()))
+        num_decodes = sum(seq.is_decoding for seq in seqs.values())
+        eager = is_eager(len(seqs), num_decodes, plan.total_tokens, NO_MIXED)
         shape = BatchShape.of(chunks, eager=eager)
         if self.drafter is None or not (plan.speculation or plan.catch_up):
             return shape

@@ -20,6 +20,7 @@ from torch import Tensor
 from minserve.blocks import blocks_for
 from minserve.engine.device.batch_tensors import BatchLayout, Chunk, fill_in, place
 from minserve.engine.device.paged_model import PagedModel
+from minserve.planner.predict.eager import NO_MIXED, MixedLimit
 from minserve.progress_bar import progress_bar
 
 # Sizes up to here are so many tokens apart, larger ones an eighth of themselves.
@@ -81,80 +82,65 @@ class GraphLimits:
         max_seq_len: most tokens of a sequence, those that have KV already included.
         max_queries: the most tokens of each sequence that are run, ascending; there is a family
             of graphs for each. Plain decodes have 1, verifications ``1 + speculation length``.
+        mixed: the largest batches with prefills (`minserve.engine.device.mixed_graphs`).
     """
 
     max_num_seqs: int
     max_num_tokens: int
     max_seq_len: int
     max_queries: tuple[int, ...] = (1,)
+    mixed: MixedLimit = NO_MIXED
 
 
 @dataclass(frozen=True, slots=True)
-class _Graph:
+class Recorded:
+    """A recorded pass, and the layout of the batches that it is replayed for."""
+
     layout: BatchLayout
     replay: Replay
 
 
-class DecodeGraphs:
-    """The graphs of a model's passes over decodes.
+class PaddedPasses:
+    """What graphs of every kind share: where they read their inputs, and how one is recorded.
 
     Args:
         model: the model. Its weights and KV must stay where they are from now on.
+        layouts: those that are recorded.
     """
 
-    def __init__(self, model: PagedModel, recorder: Recorder, limits: GraphLimits) -> None:
+    def __init__(self, model: PagedModel, limits: GraphLimits, layouts: list[BatchLayout]) -> None:
         self._model = model
         self._limits = limits
-        self._width = blocks_for(limits.max_seq_len, model.block_size)
-        layouts = {most: self._layouts(most) for most in limits.max_queries}
-        largest = max(own[-1].size for own in layouts.values())
+        self._num_recorded = 0
+        largest = max((layout.size for layout in layouts), default=0)
         self._buffer = torch.zeros(largest, dtype=torch.int64, device=model.device)
-        self._families: dict[int, list[_Graph]] = {most: [] for most in layouts}
-        # The largest first: the others find room in the memory that it needed.
-        order = [(layout, most) for most, own in layouts.items() for layout in own]
-        order.sort(key=lambda one: one[0].num_tokens, reverse=True)
-        for layout, most in progress_bar(order, desc="Recording CUDA graphs"):
-            self._families[most].insert(0, self._record(recorder, layout, most))
 
-    @torch.inference_mode()
-    def forward(self, chunks: SequenceOf[Chunk], newest: Tensor | None = None) -> Tensor | None:
-        """Queue a replay for decodes, or verifications.
+    @property
+    def num_recorded(self) -> int:
+        """The number of graphs."""
+        return self._num_recorded
+
+    @property
+    def _width(self) -> int:
+        """The width of the block tables."""
+        return width_of(self._model, self._limits)
+
+    def _queue(
+        self,
+        chunks: SequenceOf[Chunk],
+        graph: Recorded,
+        needed: BatchLayout,
+        newest: Tensor | None,
+    ) -> Tensor:
+        """Queue a replay for chunks, which need so much of the graph's layout.
 
         Args:
             newest: as in `PagedModel.forward`.
-
-        Returns:
-            The final hidden states ``[num_tokens, hidden]``, which hold until the next replay;
-            ``None``, with nothing done, where no graph is large enough.
         """
-        needed = BatchLayout.of(chunks)
-        graph = self._find(chunks, needed)
-        if graph is None:
-            return None
         self._fill(chunks, graph.layout, needed.num_blocks)
         if newest is not None:
             fill_in(graph.layout.split(self._buffer[: graph.layout.size]).token_ids, newest)
         return graph.replay()[: needed.num_tokens]
-
-    def _layouts(self, most: int) -> list[BatchLayout]:
-        """Return the layouts of one family, ascending."""
-        limits = self._limits
-        largest = min(limits.max_num_tokens, most * limits.max_num_seqs)
-        return [
-            BatchLayout(size, min(size, limits.max_num_seqs), self._width)
-            for size in padded_sizes(largest)
-        ]
-
-    def _find(self, chunks: SequenceOf[Chunk], needed: BatchLayout) -> _Graph | None:
-        """Return the smallest graph of the first family that fits."""
-        if needed.num_seqs > self._limits.max_num_seqs or needed.num_blocks > self._width:
-            return None
-        num_queries = max(len(chunk.token_ids) for chunk in chunks)
-        for most, graphs in self._families.items():
-            if num_queries <= most:
-                place = bisect_left(graphs, needed.num_tokens, key=lambda g: g.layout.num_tokens)
-                return graphs[place] if place < len(graphs) else None
-        return None
 
     def _fill(self, chunks: SequenceOf[Chunk], layout: BatchLayout, num_blocks: int) -> None:
         """Copy a padded batch to where the graph of a layout reads it.
@@ -175,7 +161,13 @@ class DecodeGraphs:
         layout.split(inputs).block_tables[:, :num_blocks].copy_(sent.split(part).block_tables)
 
     @torch.inference_mode()
-    def _record(self, recorder: Recorder, layout: BatchLayout, most: int) -> _Graph:
+    def _record(
+        self,
+        recorder: Recorder,
+        layout: BatchLayout,
+        query_start_loc: list[int],
+        num_decodes: int,
+    ) -> Recorded:
         """Record one graph.
 
         What the backend knows of the batch on the host must hold for every batch that the
@@ -186,7 +178,6 @@ class DecodeGraphs:
         """
         self._fill([], layout, self._width)
         inputs = layout.split(self._buffer[: layout.size])
-        query_start_loc = [most * i for i in range(layout.num_seqs + 1)]
         seq_lens = [self._width * self._model.block_size] * layout.num_seqs
 
         def work() -> Tensor:
@@ -194,12 +185,90 @@ class DecodeGraphs:
                 inputs,
                 query_start_loc,
                 seq_lens,
-                layout.num_seqs,
+                num_decodes,
                 self._model.kv,
                 lengths_known=False,
             )
 
-        return _Graph(layout, recorder.record(work))
+        self._num_recorded += 1
+        return Recorded(layout, recorder.record(work))
+
+
+class DecodeGraphs(PaddedPasses):
+    """The graphs of a model's passes over decodes.
+
+    Args:
+        only: which sizes of each family are recorded, in ascending order; all by default.
+    """
+
+    mixed = NO_MIXED
+
+    def __init__(
+        self,
+        model: PagedModel,
+        recorder: Recorder,
+        limits: GraphLimits,
+        only: slice = slice(None),
+    ) -> None:
+        layouts = {most: decode_layouts(model, limits, most)[only] for most in limits.max_queries}
+        super().__init__(model, limits, [layout for own in layouts.values() for layout in own])
+        self._families: dict[int, list[Recorded]] = {most: [] for most in layouts}
+        # The largest first: the others find room in the memory that it needed.
+        order = [(layout, most) for most, own in layouts.items() for layout in own]
+        order.sort(key=lambda one: one[0].num_tokens, reverse=True)
+        for layout, most in progress_bar(order, desc="Recording CUDA graphs"):
+            starts = [most * i for i in range(layout.num_seqs + 1)]
+            recorded = self._record(recorder, layout, starts, layout.num_seqs)
+            self._families[most].insert(0, recorded)
+
+    @torch.inference_mode()
+    def forward(
+        self, chunks: SequenceOf[Chunk], num_decodes: int, newest: Tensor | None = None
+    ) -> Tensor | None:
+        """Queue a replay for decodes, or verifications.
+
+        Args:
+            newest: as in `PagedModel.forward`.
+
+        Returns:
+            The final hidden states ``[num_tokens, hidden]``, which hold until the next replay;
+            ``None``, with nothing done, where no graph is large enough.
+        """
+        needed = BatchLayout.of(chunks)
+        graph = self._find(chunks, needed) if num_decodes == len(chunks) else None
+        if graph is None:
+            return None
+        return self._queue(chunks, graph, needed, newest)
+
+    def _find(self, chunks: SequenceOf[Chunk], needed: BatchLayout) -> Recorded | None:
+        """Return the smallest graph of the first family that fits."""
+        if needed.num_seqs > self._limits.max_num_seqs or needed.num_blocks > self._width:
+            return None
+        num_queries = max(len(chunk.token_ids) for chunk in chunks)
+        for most, graphs in self._families.items():
+            if num_queries <= most:
+                return smallest(graphs, needed.num_tokens)
+        return None
+
+
+def smallest(graphs: SequenceOf[Recorded], num_tokens: int) -> Recorded | None:
+    """Return the first of these graphs, ascending, that holds so many tokens."""
+    found = bisect_left(graphs, num_tokens, key=lambda graph: graph.layout.num_tokens)
+    return graphs[found] if found < len(graphs) else None
+
+
+def width_of(model: PagedModel, limits: GraphLimits) -> int:
+    """Return the width of the block tables of all graphs of a model."""
+    return blocks_for(limits.max_seq_len, model.block_size)
+
+
+def decode_layouts(model: PagedModel, limits: GraphLimits, most: int) -> list[BatchLayout]:
+    """Return the layouts of decodes with at most so many tokens each, ascending."""
+    largest = min(limits.max_num_tokens, most * limits.max_num_seqs)
+    width = width_of(model, limits)
+    return [
+        BatchLayout(size, min(size, limits.max_num_seqs), width) for size in padded_sizes(largest)
+    ]
 
 
 def padded_sizes(largest: int) -> list[int]:

@@ -24,10 +24,9 @@ HIDDEN_COPIES = 16
 OTHER_BYTES = 96 * 2**20
 # For a cache on a CPU whose size no setting gives: less would hold no request worth serving.
 LEAST_TOKENS = 256
-# The rest is for sampling, and for what memory is lost to fragments.
+# Of what is free once the largest batch has its memory, and graphs have theirs. The rest is for
+# what is lost to fragments.
 GPU_SHARE_OF_FREE = 0.9
-# Share of what is free on a GPU that CUDA graphs need, for inputs, results and arguments.
-CUDA_GRAPHS_SHARE_OF_FREE = 0.05
 
 
 def bytes_per_block(shape: ModelShape, block_size: int, dtype: torch.dtype) -> int:
@@ -42,7 +41,7 @@ def choose_num_blocks(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    with_graphs: bool = False,
+    free_bytes: int | None = None,
 ) -> int:
     """Return the number of blocks that the settings ask for, or that fit into free memory.
 
@@ -52,7 +51,8 @@ def choose_num_blocks(
     Args:
         shapes: those of the model and, where there is one, of the draft model: a block holds
             the KV of both.
-        with_graphs: leave room for CUDA graphs.
+        free_bytes: bytes of a GPU that are free beside its CUDA graphs; ``None`` where there are no
+            graphs, so that all that is free counts.
 
     Raises:
         ConfigError: where not a single block fits, or on a CPU no useful number of them, or
@@ -68,8 +68,8 @@ def choose_num_blocks(
     if config.kv_cache_gib is not None:
         budget = config.kv_cache_gib * GIB
     else:
-        share = GPU_SHARE_OF_FREE - (CUDA_GRAPHS_SHARE_OF_FREE if with_graphs else 0.0)
-        budget = torch.cuda.mem_get_info(device)[0] * share
+        free = torch.cuda.mem_get_info(device)[0] if free_bytes is None else free_bytes
+        budget = free * GPU_SHARE_OF_FREE
     return _blocks_of(budget, per_block, useful, config)
 
 

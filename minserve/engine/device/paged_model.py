@@ -20,13 +20,19 @@ from minserve.engine.device.batch_tensors import (
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
 from minserve.kernels.upload import to_device
 from minserve.models.base import CausalLM
-from minserve.planner.predict.eager import is_eager
+from minserve.planner.predict.eager import MixedLimit, is_eager
 
 
 class RecordedPasses(Protocol):
-    """Passes over decodes that were recorded beforehand."""
+    """Passes that were recorded beforehand: over decodes, and over some batches with prefills."""
 
-    def forward(self, chunks: SequenceOf[Chunk], newest: Tensor | None = None) -> Tensor | None:
+    @property
+    def mixed(self) -> MixedLimit:
+        """The largest batches with prefills that were recorded."""
+
+    def forward(
+        self, chunks: SequenceOf[Chunk], num_decodes: int, newest: Tensor | None = None
+    ) -> Tensor | None:
         """Return hidden states as `PagedModel.forward` does, or ``None`` where no pass fits."""
 
 
@@ -37,8 +43,7 @@ class PagedModel:
         kv: one cache per layer.
 
     Attributes:
-        graphs: recorded passes over decodes; set once ``kv`` is allocated, if the device has
-            graphs.
+        graphs: recorded passes; set once ``kv`` is allocated, if the device has graphs.
     """
 
     def __init__(
@@ -67,8 +72,8 @@ class PagedModel:
     ) -> Tensor:
         """Return final hidden states ``[num_tokens, hidden]`` of all chunks, one behind the other.
 
-        It writes the KV of their tokens. On a GPU all of it is queued, and where every chunk is
-        a decode the result holds until the next pass over decodes is queued.
+        It writes the KV of their tokens. On a GPU all of it is queued, and where the pass was
+        recorded the result holds until the next such pass is queued.
 
         Args:
             num_decodes: how many of the first chunks are decodes: one token, or a few that
@@ -76,10 +81,12 @@ class PagedModel:
             newest: int64 ``[rows]`` on the device: the tokens for which the chunks have an
                 `unknown_token`; ``None`` where the host knows all.
         """
-        if self.graphs is not None and not is_eager(len(chunks), num_decodes):
-            hidden = self.graphs.forward(chunks, newest)
-            if hidden is not None:
-                return hidden
+        if self.graphs is not None:
+            num_tokens = sum(len(chunk.token_ids) for chunk in chunks)
+            if not is_eager(len(chunks), num_decodes, num_tokens, self.graphs.mixed):
+                hidden = self.graphs.forward(chunks, num_decodes, newest)
+                if hidden is not None:
+                    return hidden
         return self._run(chunks, num_decodes, self.kv, newest)
 
     def forward_tensors(
@@ -120,10 +127,10 @@ class PagedModel:
     ) -> None:
         """Run batches of zeros that touch no sequence's KV.
 
-        The first has the given size; then come decodes, few and many, of up to so many query
-        tokens, and chunks of all kinds. This warms up libraries and compiles kernels, for which
-        no request should wait. On a GPU it leaves the peak memory of the largest batch reserved,
-        so that what is free afterwards can go to the KV cache.
+        The first has the given size, and tokens are drawn from it; then come decodes, few and many,
+        of up to so many query tokens, and chunks of all kinds and sizes. This warms up libraries and
+        compiles kernels, for which no request should wait. On a GPU it leaves the peak memory of the
+        largest batch reserved, so that what is free afterwards can go to the KV cache.
 
         Args:
             longest: the most tokens of one sequence.
@@ -138,14 +145,24 @@ class PagedModel:
         kv = [scratch] * len(self.kv)
         sizes = [min(longest, num_tokens - done) for done in range(0, num_tokens, longest)]
         hidden = self._run([Chunk([0] * size, 0, blocks) for size in sizes], 0, kv)
-        self.model.logits(hidden[: num_seqs * max_queries])
-        for num in range(1, min(max_queries, longest) + 1):
+        max_queries = min(max_queries, longest)
+        most = max(1, min(num_seqs, len(hidden) // max_queries))
+        self._rehearse(self.model.logits(hidden[: most * max_queries]), max_queries)
+        del hidden
+        for num in range(1, max_queries + 1):
             for most in (1, max(1, min(num_seqs, num_tokens // num))):
                 self._run([Chunk([0] * num, longest - num, blocks)] * most, most, kv)
         for size in self.backend.chunk_sizes:
             if size <= longest:
                 for start in (0, longest - size):  # behind a long context it may be split
                     self._run([Chunk([0] * size, start, blocks)], 0, kv)
+        if transfers.runs_behind(self.device):
+            # Libraries have kernels for ranges of rows, each loaded when it is first used.
+            for power in range(longest.bit_length()):
+                self._run([Chunk([0] * 2**power, 0, blocks)], 0, kv)
+
+    def _rehearse(self, logits: Tensor, max_queries: int) -> None:
+        """Draw from the logits of a dry run, of so many tokens of each sequence, if it is to draw."""
 
     def _run(
         self,

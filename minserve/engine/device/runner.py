@@ -14,6 +14,7 @@ from minserve.engine.device import transfers
 from minserve.engine.device.batch_tensors import Chunk, unknown_token
 from minserve.engine.device.paged_model import PagedModel
 from minserve.engine.device.thread_count import ThreadCount
+from minserve.engine.sampling.rehearsal import rehearse
 from minserve.engine.sampling.sampler import Sampler
 from minserve.engine.speculation.verification import PendingTokens
 from minserve.errors import ConfigError, GenerationError
@@ -132,6 +133,7 @@ class ModelRunner(PagedModel):
 
     Attributes:
         threads: chooses the number of threads of a pass on a CPU; ``None`` leaves torch's as it is.
+        drafts_by_chance: whether drafts come from a model that draws them.
     """
 
     def __init__(
@@ -145,13 +147,13 @@ class ModelRunner(PagedModel):
         super().__init__(model, backend, kv, block_size, device)
         self.sampler = Sampler(fused=self.backend.in_triton)
         self.threads: ThreadCount | None = None
+        self.drafts_by_chance = False
 
-    def dry_run(
-        self, num_tokens: int, longest: int, num_seqs: int = 1, max_queries: int = 1
-    ) -> None:
-        """Do the dry run of `PagedModel`, and compile what draws need."""
-        super().dry_run(num_tokens, longest, num_seqs, max_queries)
-        self.sampler.warm_up(self.device)
+    def _rehearse(self, logits: Tensor, max_queries: int) -> None:
+        """Draw what may be drawn of the largest batch, where memory and kernels depend on it."""
+        if transfers.runs_behind(self.device):
+            num_seqs, most_drafted = len(logits) // max_queries, max_queries - 1
+            rehearse(self.sampler, logits, num_seqs, most_drafted, by_chance=self.drafts_by_chance)
 
     def run(self, batch: SequenceOf[Scheduled]) -> dict[str, RunResult]:
         """Launch a batch and wait for its results."""
@@ -260,4 +262,5 @@ def _prompt_rows(item: Scheduled, hidden: Tensor) -> _PromptRows | None:
     if num_top is None or item.start >= last:
         return None
     token_ids = item.seq.token_ids[item.start + 1 : last + 1]
-    return _PromptRows(item.seq.seq_id, hidden[: len(token_ids)], token_ids, num_top)
+    # A copy, because another pass may have been recorded into the same memory before it is read.
+    return _PromptRows(item.seq.seq_id, hidden[: len(token_ids)].clone(), token_ids, num_top)

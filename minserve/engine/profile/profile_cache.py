@@ -45,7 +45,7 @@ class ProfileKey:
         device: the CPU's or GPU's product name.
         dtype: the dtype of linear weights, and that of activations where they differ.
         threads: the number of threads on the CPU.
-        attention: the backend, and whether passes over decodes alone are CUDA graphs.
+        attention: the backend, and which passes are CUDA graphs.
     """
 
     model: str
@@ -101,7 +101,7 @@ class Profile:
 
     def new_model(self) -> PerfModel:
         """Return a copy of the model, which one planner may correct online."""
-        return PerfModel(self.model.pieces, margin=self.model.margin)
+        return PerfModel(self.model.pieces, margin=self.model.margin, mixed=self.model.mixed)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the profile as JSON values."""
@@ -157,8 +157,16 @@ def profile_key(core: EngineCore, model_name: str) -> ProfileKey:
         device=_device_name(runner.device),
         dtype=_dtypes(runner),
         threads=torch.get_num_threads() if runner.threads is None else runner.threads.most,
-        attention=runner.backend.name + (", CUDA graphs of decodes" if runner.graphs else ""),
+        attention=runner.backend.name + _graph_words(runner),
     )
+
+
+def _graph_words(runner: ModelRunner) -> str:
+    if runner.graphs is None:
+        return ""
+    tokens, chunks = runner.graphs.mixed
+    more = f" and of up to {tokens} tokens with {chunks} chunks" if tokens else ""
+    return f", CUDA graphs of decodes{more}"
 
 
 def profile_path(key: ProfileKey) -> Path:

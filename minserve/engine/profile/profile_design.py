@@ -12,7 +12,7 @@ from itertools import islice, product
 from minserve.blocks import blocks_for
 from minserve.engine.core import EngineCore
 from minserve.engine.device.runner import model_runner
-from minserve.planner.predict.eager import is_eager
+from minserve.planner.predict.eager import NO_MIXED, MixedLimit, is_eager
 from minserve.planner.predict.perf_model import BatchShape
 
 SHORTEST_CONTEXT = 16
@@ -37,11 +37,13 @@ class ProfileBatch:
         decodes: the number of tokens computed already, per decoding sequence.
         chunks: the numbers of tokens computed already and to run, per prefill chunk.
         graphs: whether the device has CUDA graphs of passes over decodes.
+        mixed: the largest batches with a prefill for which it has some.
     """
 
     decodes: tuple[int, ...] = ()
     chunks: tuple[tuple[int, int], ...] = ()
     graphs: bool = False
+    mixed: MixedLimit = NO_MIXED
 
     @property
     def runs(self) -> list[tuple[int, int]]:
@@ -51,8 +53,10 @@ class ProfileBatch:
     @property
     def shape(self) -> BatchShape:
         """The batch's shape. Without graphs ``eager`` is 0, since all batches are eager then."""
-        eager = self.graphs and is_eager(len(self.decodes) + len(self.chunks), len(self.decodes))
-        return BatchShape.of(self.runs, eager=eager)
+        runs, num_decodes = self.runs, len(self.decodes)
+        num_tokens = sum(num for _, num in runs)
+        eager = self.graphs and is_eager(len(runs), num_decodes, num_tokens, self.mixed)
+        return BatchShape.of(runs, eager=eager)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,7 @@ class CoreLimits:
         longest: the most tokens of a sequence.
         num_blocks, block_size: the size of the pool.
         graphs: whether passes over decodes are CUDA graphs.
+        mixed: the largest batches with a prefill that are.
     """
 
     token_budget: int
@@ -72,17 +77,19 @@ class CoreLimits:
     num_blocks: int
     block_size: int
     graphs: bool = False
+    mixed: MixedLimit = NO_MIXED
 
     @classmethod
     def of(cls, core: EngineCore) -> CoreLimits:
-        pool = core.pool
+        pool, graphs = core.pool, model_runner(core.runner).graphs
         return cls(
             core.token_budget,
             core.max_num_seqs,
             min(core.max_model_len, pool.num_blocks * pool.block_size),
             pool.num_blocks,
             pool.block_size,
-            graphs=model_runner(core.runner).graphs is not None,
+            graphs=graphs is not None,
+            mixed=NO_MIXED if graphs is None else graphs.mixed,
         )
 
     def blocks(self, num_tokens: int) -> int:
@@ -117,7 +124,7 @@ def design(limits: CoreLimits, num_batches: int, seed: int) -> list[ProfileBatch
     for i, kind in product(range(num_batches), KINDS):
         u = [(offset + i * ratio ** -(d + 1)) % 1.0 for d, offset in enumerate(offsets[kind])]
         batches.append(_batch(limits, u, kind, rng))
-    batches = [replace(batch, graphs=limits.graphs) for batch in batches]
+    batches = [replace(batch, graphs=limits.graphs, mixed=limits.mixed) for batch in batches]
     different = dict.fromkeys(batch for batch in batches if limits.allow(batch))
     return list(islice(different, num_batches))
 

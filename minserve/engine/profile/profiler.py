@@ -53,8 +53,9 @@ BATCH_SHARE = 0.04
 HELD_OUT_SHARE = 0.25
 # A quarter of fewer samples than that says little of what a fit misses.
 FEW = 2 * SAMPLES_PER_PIECE
-# Sizes at which the draft model is measured.
-DRAFT_SEQS = (1, 4, 16)
+# Sizes at which the draft model is measured. The last has more sequences than catch up in one CUDA
+# graph (`minserve.engine.device.mixed_graphs`).
+DRAFT_SEQS = (1, 4, 16, 32)
 DRAFT_STEPS = (1, 4)
 
 Times = dict[BatchShape, list[float]]
@@ -114,7 +115,9 @@ class Survey:
     def __init__(
         self, core: EngineCore, model_name: str, *, seed: int = 0, kept: Profile | None = None
     ) -> None:
-        self.batches = design(CoreLimits.of(core), NUM_BATCHES, seed)
+        limits = CoreLimits.of(core)
+        self.batches = design(limits, NUM_BATCHES, seed)
+        self._mixed = limits.mixed
         self.times: Times = {}
         self.bench = Workbench(core, seed)
         self._key = profile_key(core, model_name)
@@ -193,7 +196,7 @@ class Survey:
         return Profile(
             key=self._key,
             torch=torch.__version__,
-            model=PerfModel(model.pieces, margin=margin),
+            model=PerfModel(model.pieces, margin=margin, mixed=self._mixed),
             quality=evaluate(judged, unseen),
             held_out=held_out,
             runs={shape: tuple(runs) for shape, runs in self.times.items()},
@@ -265,17 +268,18 @@ def _measure(survey: Survey, seconds: float, rng: random.Random, bar: tqdm) -> N
         repeat(REPEATS)
 
 
-def measure_drafting(core: EngineCore) -> tuple[float, float]:
-    """Return the seconds of each forward pass of the draft model, and of each token in it.
+def measure_drafting(core: EngineCore) -> tuple[float, float, float]:
+    """Return the seconds of each forward pass of the draft model, of each token in it, and of what
+    is no CUDA graph where others are.
 
-    Both are 0 where no draft model is used. It takes a second or so for a small model.
+    All are 0 where no draft model is used. It takes a second or so for a small model.
 
     Raises:
         ProfileError: where the core is at work.
     """
     proposer = core.proposer
     if not isinstance(proposer, DraftModelProposer):
-        return 0.0, 0.0
+        return 0.0, 0.0, 0.0
     if core.has_work:
         raise ProfileError("only an idle engine can be profiled; wait until its requests ended")
     bench, rows, times = Workbench(core, seed=0), [], []
@@ -284,10 +288,23 @@ def measure_drafting(core: EngineCore) -> tuple[float, float]:
             continue
         for num_steps in DRAFT_STEPS:
             runs = bench.time_drafts(num_seqs, min(num_steps, proposer.max_tokens))
-            for (steps, tokens), seconds in runs.items():
-                rows.append((steps, tokens))
+            for row, seconds in runs.items():
+                rows.append(row)
                 times.append(undisturbed(seconds))
+    step_s, token_s, eager_s = draft_costs(rows, times)
+    return step_s, token_s, eager_s
+
+
+def draft_costs(
+    rows: SequenceOf[tuple[int, int, int]], seconds: SequenceOf[float]
+) -> tuple[float, float, float]:
+    """Return the seconds of each forward pass of a draft model, of each token and of eager passes.
+
+    Args:
+        rows: of each measured draft: its passes, the tokens that they ran, and how many were eager.
+    """
     # Every row is divided by its time, so that residuals are relative.
-    weighted = np.array(rows, dtype=np.float64) / np.array(times)[:, None]
-    (step_s, token_s), *_ = np.linalg.lstsq(weighted, np.ones(len(rows)), rcond=None)
-    return max(0.0, float(step_s)), max(0.0, float(token_s))
+    weighted = np.array(rows, dtype=np.float64) / np.array(seconds)[:, None]
+    costs, *_ = np.linalg.lstsq(weighted, np.ones(len(rows)), rcond=None)
+    step_s, token_s, eager_s = (max(0.0, float(cost)) for cost in costs)
+    return step_s, token_s, eager_s

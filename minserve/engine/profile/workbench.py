@@ -19,6 +19,7 @@ from minserve.engine.batch import Scheduled
 from minserve.engine.core import EngineCore
 from minserve.engine.device.runner import model_runner
 from minserve.engine.profile.profile_design import DRAFT_CONTEXT, ProfileBatch
+from minserve.engine.speculation.proposal import Proposal
 from minserve.engine.speculation.proposer import DraftRequest
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
@@ -43,9 +44,17 @@ class Workbench:
         self._ids = count()
         self._written: set[int] = set()
 
-    def time(self, batch: ProfileBatch) -> float:
-        """Return the seconds that the runner takes for the batch."""
+    def time(self, batch: ProfileBatch, drafted: Proposal | None = None) -> float:
+        """Return the seconds that the runner takes for the batch.
+
+        Args:
+            drafted: what each of its sequences verifies.
+        """
         with self._scheduled(batch) as scheduled:
+            if drafted is not None:
+                scheduled = [item._replace(proposal=drafted) for item in scheduled]
+                for item in scheduled:
+                    self._core.pool.grow(item.seq, item.num_tokens + len(drafted.token_ids))
             self._write_kv(scheduled)
             self._synchronize()
             started = time.perf_counter()
@@ -62,28 +71,30 @@ class Workbench:
         with self._scheduled(batch) as scheduled:
             return self._write_kv(scheduled, most_blocks)
 
-    def time_drafts(self, num_seqs: int, num_steps: int) -> dict[tuple[int, int], list[float]]:
-        """Return the seconds of drafting, by forward passes and tokens run.
+    def time_drafts(self, num_seqs: int, num_steps: int) -> dict[tuple[int, int, int], list[float]]:
+        """Return the seconds of drafting, by forward passes, tokens run, and eager passes.
 
         It is measured behind contexts whose draft KV is missing, and then behind the same
         contexts with it.
         """
         proposer = self._core.proposer
         assert proposer is not None, "only who drafts is timed"
-        times: dict[tuple[int, int], list[float]] = {}
+        times: dict[tuple[int, int, int], list[float]] = {}
         for _ in range(DRAFT_REPEATS):
             with self._scheduled(ProfileBatch(decodes=(DRAFT_CONTEXT,) * num_seqs)) as scheduled:
                 wanted = [DraftRequest(item.seq, num_steps) for item in scheduled]
                 for one in wanted:
                     self._core.pool.grow(one.seq, 1 + num_steps)
                 for _ in range(2):
-                    tokens = sum(proposer.lag(one.seq) + num_steps for one in wanted)
+                    lengths = [proposer.lag(one.seq) + 1 for one in wanted]
+                    tokens = sum(lengths) + len(wanted) * (num_steps - 1)
+                    eager = int(proposer.passes.is_eager(lengths))
                     self._synchronize()
                     started = time.perf_counter()
                     proposer.propose(wanted)
                     self._synchronize()
                     seconds = time.perf_counter() - started
-                    times.setdefault((num_steps, tokens), []).append(seconds)
+                    times.setdefault((num_steps, tokens, eager), []).append(seconds)
                     for one in wanted:
                         proposer.roll_back(one.seq)
                 for one in wanted:

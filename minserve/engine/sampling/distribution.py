@@ -22,7 +22,7 @@ _FLOAT_TINY = torch.finfo(torch.float32).tiny
 INVALID = -1  # in place of a token id: this row has no distribution to choose from
 
 # Tokens per chunk of the two-level argmax and draw.
-_CHUNK = 256
+CHUNK = 256
 
 
 def argmax(logits: Tensor) -> Tensor:
@@ -36,18 +36,18 @@ def argmax(logits: Tensor) -> Tensor:
 def _argmax(logits: Tensor) -> Tensor:
     """Do `torch.argmax`, on a CPU in two levels: there amax is some twenty times as fast."""
     vocab = logits.shape[1]
-    whole = vocab // _CHUNK * _CHUNK
+    whole = vocab // CHUNK * CHUNK
     if logits.device.type != "cpu" or not whole or not logits.is_contiguous():
         return logits.argmax(dim=-1)
-    chunks = logits[:, :whole].unflatten(1, (-1, _CHUNK))
+    chunks = logits[:, :whole].unflatten(1, (-1, CHUNK))
     highest = chunks.amax(dim=-1)
     if whole < vocab:
         highest = torch.cat((highest, logits[:, whole:].amax(dim=-1, keepdim=True)), dim=1)
     chunk = highest.argmax(dim=-1, keepdim=True)
     # The last chunk is looked up so that it ends with the vocabulary; whatever of it lies in
     # the one before is smaller.
-    first = (chunk * _CHUNK).clamp_(max=vocab - _CHUNK)
-    inner = logits.gather(1, first + torch.arange(_CHUNK))
+    first = (chunk * CHUNK).clamp_(max=vocab - CHUNK)
+    inner = logits.gather(1, first + torch.arange(CHUNK))
     return (first + inner.argmax(dim=-1, keepdim=True)).squeeze(1)
 
 
@@ -92,15 +92,9 @@ def weigh(
 def _padded_exp(x: Tensor) -> Tensor:
     """Return ``exp(x)``, filled up with zeros to whole chunks of the vocabulary."""
     rows, vocab = x.shape
-    weights = x.new_zeros(rows, -(-vocab // _CHUNK) * _CHUNK)
+    weights = x.new_zeros(rows, -(-vocab // CHUNK) * CHUNK)
     torch.exp(x, out=weights[:, :vocab])
     return weights
-
-
-def warm_up(device: torch.device) -> None:
-    """Compile the kernels that a fused `weigh` launches."""
-    weights = torch.ones(1, _CHUNK, device=device)
-    _truncate(weights, [SamplingParams(top_p=0.5)], _CHUNK, fused=True)
 
 
 def _truncate(weights: Tensor, params: SequenceOf[SamplingParams], vocab: int, fused: bool) -> None:
@@ -130,7 +124,7 @@ def choose(weights: Tensor, keys: Tensor) -> Tensor:
     tie: rounding of other tokens' weights moves a draw by inverse CDF, but not this one.
 
     Args:
-        weights: float32 ``[rows, chunks * _CHUNK]``, not normalized; a row is NaN
+        weights: float32 ``[rows, chunks * CHUNK]``, not normalized; a row is NaN
             throughout or has a positive weight.
         keys: of the rows' noise, int64 ``[rows, 1]``. A chunk's noise, and that of a place in a
             chunk, depends on nothing else, however wide the vocabulary.
@@ -138,11 +132,11 @@ def choose(weights: Tensor, keys: Tensor) -> Tensor:
     Returns:
         Ids ``[rows]``, never that of a token with weight 0; any id for a NaN row.
     """
-    chunks = weights.view(len(weights), -1, _CHUNK)
+    chunks = weights.view(len(weights), -1, CHUNK)
     # A chunk's few numbers are summed in float32, whose error is that of ``exp``.
     sums = chunks.sum(-1)
-    noise = exponentials(keys, _CHUNK + sums.shape[1])
-    chunk = (sums / noise[:, _CHUNK:]).argmax(-1, keepdim=True)
-    inner = chunks.gather(1, chunk.unsqueeze(2).expand(-1, -1, _CHUNK)).squeeze(1)
-    token = (inner / noise[:, :_CHUNK]).argmax(-1, keepdim=True)
-    return (chunk * _CHUNK + token).squeeze(1)
+    noise = exponentials(keys, CHUNK + sums.shape[1])
+    chunk = (sums / noise[:, CHUNK:]).argmax(-1, keepdim=True)
+    inner = chunks.gather(1, chunk.unsqueeze(2).expand(-1, -1, CHUNK)).squeeze(1)
+    token = (inner / noise[:, :CHUNK]).argmax(-1, keepdim=True)
+    return (chunk * CHUNK + token).squeeze(1)

@@ -19,7 +19,6 @@ from minserve.engine.sampling.distribution import (
     argmax,
     choose,
     draw,
-    warm_up,
     weigh,
 )
 from minserve.engine.sampling.logprobs import logprob_tensors, token_logprobs
@@ -152,12 +151,6 @@ class Sampler:
                 i: shares[place] for place, i in enumerate(drawn) if not rows[i].is_seeded
             }
         return [Drafted(token, probabilities.get(i)) for i, token in enumerate(ids.tolist())]
-
-    @torch.inference_mode()
-    def warm_up(self, device: torch.device) -> None:
-        """Compile the kernels of draws, for which no request should wait."""
-        if self._fused:
-            warm_up(device)
 
     @torch.inference_mode()
     def prompt_logprobs(

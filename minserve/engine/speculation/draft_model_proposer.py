@@ -16,10 +16,12 @@ from torch import Tensor
 from minserve.engine.device.batch_tensors import Chunk
 from minserve.engine.device.paged_model import PagedModel
 from minserve.engine.sampling.distribution import INVALID
+from minserve.engine.sampling.rehearsal import rehearse_drafts
 from minserve.engine.sampling.rows import SamplingRow
 from minserve.engine.sampling.sampler import Sampler
 from minserve.engine.speculation.proposal import Proposal
 from minserve.engine.speculation.proposer import DraftRequest, Proposer
+from minserve.planner.predict.eager import DraftPasses
 from minserve.request import Sequence
 
 # Up to so many tokens of a sequence count as a decode for the attention backend.
@@ -57,6 +59,11 @@ class DraftModelProposer(Proposer):
         # Per block, the digest of the tokens whose draft KV fills it.
         self._digests: dict[int, bytes] = {}
 
+    @property
+    def passes(self) -> DraftPasses:
+        graphs = self.model.graphs
+        return DraftPasses(None if graphs is None else graphs.mixed, MOST_DECODE_TOKENS)
+
     def limit(self, seq: Sequence) -> int:
         # The last drafted token needs no draft KV, so its position alone must exist.
         return max(0, min(self.max_tokens, self.model.model.shape.max_positions - seq.num_tokens))
@@ -71,6 +78,11 @@ class DraftModelProposer(Proposer):
 
     def forget(self, seq: Sequence) -> None:
         self._num_written.pop(seq.seq_id, None)
+
+    @torch.inference_mode()
+    def rehearse(self, num_seqs: int) -> None:
+        vocab = self._vocab_size if self._head is None else len(self._head)
+        rehearse_drafts(self._sampler, torch.zeros(num_seqs, vocab, device=self.model.device))
 
     @torch.inference_mode()
     def propose(self, wanted: SequenceOf[DraftRequest]) -> dict[str, Proposal]:

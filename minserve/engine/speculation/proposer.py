@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import cycle, islice
 
 from minserve.engine.speculation.proposal import Proposal
+from minserve.planner.predict.eager import DraftPasses
 from minserve.request import Sequence
 
 # Prompt lookup goes by the longest of these ends of the text that stood there before.
@@ -46,6 +47,11 @@ class Proposer(ABC):
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
 
+    @property
+    def passes(self) -> DraftPasses:
+        """Which passes of a draft model are CUDA graphs."""
+        return DraftPasses()
+
     @abstractmethod
     def limit(self, seq: Sequence) -> int:
         """Return how many tokens it can propose for a decode now, at most ``max_tokens``."""
@@ -57,6 +63,9 @@ class Proposer(ABC):
     @abstractmethod
     def propose(self, wanted: SequenceOf[DraftRequest]) -> dict[str, Proposal]:
         """Return proposals by sequence id; shorter than asked for, or none, if it knows no more."""
+
+    def rehearse(self, num_seqs: int) -> None:  # noqa: B027 - most proposers need no device
+        """Draw drafts for so many sequences, which reserves memory and loads kernels."""
 
     def roll_back(self, seq: Sequence) -> None:  # noqa: B027 - most proposers need not
         """Note that a proposal was verified: drafts beyond the computed tokens are void."""

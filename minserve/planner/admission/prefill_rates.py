@@ -4,7 +4,8 @@ The rate is that of SLOs-Serve (arXiv 2504.08784, section on the prefill budget)
 as the tightest TPOT present allows, a sequence of tier l takes one token every TPOT_l, and what is
 left of the batch is prefill. With speculation a sequence takes several tokens at once and comes
 round less often, so batches may be longer: of the lengths per tier, those are taken that leave
-most.
+most. Where small batches with prefills are CUDA graphs and larger ones cost a constant more, the better
+of the two is taken: long batches, or graphs as large as there are.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -178,25 +180,55 @@ class _FixedLengths:
             (base, drift * p.added(EAGER), drift * p.added(TOKEN), decodes)
             for base, p, decodes in zip(bases, model.pieces, self._decode.tolist(), strict=True)
         ]
+        # The most tokens of a batch with prefills that costs no more for being eager.
+        is_eager_more = any(eager > 0 for _, eager, _, _ in self._pieces)
+        self._graph_tokens = model.mixed.max_tokens if is_eager_more else 0
+        # Tokens of one decode stand behind the seconds that it takes.
+        self._tokens = [1.0 + length for length in lengths]
+        self._decode = np.vstack([self._decode, np.array(self._tokens).reshape(1, len(tiers))])
 
     def one(self, counts: SequenceOf[int]) -> float:
         window = self._window_s
         for count, tpot in zip(counts, self._tpots, strict=True):
             if count > 0 and tpot < window:
                 window = tpot
-        rate = math.inf
+        rate = graphed = math.inf
+        decoded = sum(
+            count * num / tpot
+            for count, num, tpot in zip(counts, self._tokens, self._tpots, strict=True)
+        )
         for base, eager, token, decodes in self._pieces:
             left = self._share * window - base
             for count, tpot, decode in zip(counts, self._tpots, decodes, strict=True):
                 left -= count * window / tpot * decode
             if left < 0:
                 return INFEASIBLE
+            if self._graph_tokens:
+                own = self._graphed(left / window, base, token, 1 / window, decoded)
+                graphed = min(graphed, own)
             left -= eager
             if left < 0:
                 rate = 0.0
             elif token > 0:
                 rate = min(rate, left / token / window)
-        return rate
+        return max(rate, graphed) if self._graph_tokens else rate
+
+    def _graphed(self, left: Any, base: float, token: float, pace: Any, decoded: Any) -> Any:
+        """Return the prefill tokens per second that one piece allows in batches that are graphs.
+
+        A longer batch has more of them for its constant, until it has as many tokens as there are
+        graphs for. That is its best length, unless it is too long for the decodes.
+
+        Args:
+            left: share of the time that decodes and constants leave at this pace.
+            pace: batches per second, at least.
+            decoded: tokens per second of the decodes.
+        """
+        most = self._graph_tokens
+        if base + token * most <= 0:
+            return math.inf
+        best = most * (left + base * pace + token * decoded) / (base + token * most) - decoded
+        return np.minimum(best, left / token) if token > 0 else best
 
     def many(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the rates ``[N]`` at count vectors ``[N, L]``."""
@@ -210,8 +242,8 @@ class _FixedLengths:
         )
 
     def _needs(self, counts: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return the batches per second ``[N]`` that decodes ask for, and the share of time ``[P,
-        N]`` that they take by each piece.
+        """Return the batches per second ``[N]`` that decodes ask for, and ``[P + 1, N]``: the share of
+        time that they take by each piece, then their tokens per second.
         """
         pace = np.where(counts > 0, 1.0 / self._tpot, 0.0)
         load = (self._decode / self._tpot) @ counts.T
@@ -223,9 +255,13 @@ class _FixedLengths:
         It overwrites ``load``, because memory is slow.
         """
         rate = np.full(pace.shape, np.inf)
-        for (base, eager, token, _), left in zip(self._pieces, load, strict=True):
+        graphed = rate.copy() if self._graph_tokens else None
+        for (base, eager, token, _), left in zip(self._pieces, load[:-1], strict=True):
             left += base * pace
             np.subtract(self._share, left, out=left)
+            if graphed is not None:
+                own = self._graphed(left, base, token, pace, load[-1])
+                np.minimum(graphed, own, out=graphed)
             if eager > 0:
                 rate[left < 0] = INFEASIBLE
                 left -= eager * pace
@@ -238,6 +274,8 @@ class _FixedLengths:
             else:
                 rate[left < 0] = INFEASIBLE
         rate[rate < 0] = INFEASIBLE
+        if graphed is not None:
+            np.maximum(rate, graphed, out=rate, where=rate >= 0)
         return rate
 
 

@@ -7,8 +7,14 @@ from dataclasses import replace
 
 from minserve.planner.batching.batch_builder import BatchBuilder
 from minserve.planner.batching.draft_lengths import DraftCandidate, with_drafts
-from minserve.planner.predict.eager import is_eager
-from minserve.planner.predict.perf_model import CONTEXT_TOKEN, DECODE, BatchShape, PerfModel
+from minserve.planner.predict.eager import NO_MIXED, DraftPasses, is_eager
+from minserve.planner.predict.perf_model import (
+    CONTEXT_TOKEN,
+    DECODE,
+    EAGER,
+    BatchShape,
+    PerfModel,
+)
 from minserve.request import Sequence, SequenceState
 
 
@@ -34,12 +40,18 @@ class TimedBatchBuilder:
         self.num_prefills = 0
         self._tokens = self._seqs = self._context = self._pairs = 0
         self._draft_steps = self._draft_tokens = 0
+        # The tokens of each sequence in the first pass of the draft model.
+        self._draft_lengths: list[int] = []
+        drafter = builder.view.speculation
+        self._draft_passes = DraftPasses() if drafter is None else drafter.passes
         self._num_decodes = 0
         pace = 1.0 if model is None else model.pace
         pieces = () if model is None else model.pieces
         # Per piece: seconds of one decode, and of each token of its context.
         self._per_decode = [(pace * p.added(DECODE), pace * p.added(CONTEXT_TOKEN)) for p in pieces]
         self._sums = [pace * p.base for p in pieces]
+        self._mixed = NO_MIXED if model is None else model.mixed
+        self._extra_if_eager = [pace * p.added(EAGER) for p in pieces]
 
     @property
     def seconds(self) -> float:
@@ -59,8 +71,12 @@ class TimedBatchBuilder:
 
     def seconds_of_rest(self, seq: Sequence) -> float:
         """Return the predicted seconds of all that is left of a prefill, in a batch of its own."""
-        rest = (seq.num_computed_tokens, seq.num_uncomputed_tokens)
-        return self._predict(BatchShape.of([rest], eager=True))
+        start, num_tokens = seq.num_computed_tokens, seq.num_uncomputed_tokens
+        return (
+            0.0
+            if self.model is None
+            else self._predict(self.model.prefill_alone(start, num_tokens))
+        )
 
     def _predict(self, shape: BatchShape) -> float:
         """Return the predicted seconds of a batch; 0 without a model, which times nothing."""
@@ -77,6 +93,8 @@ class TimedBatchBuilder:
             total + one + each * context
             for total, (one, each) in zip(self._sums, self._per_decode, strict=True)
         ]
+        if self._seqs > self._num_decodes and self._is_eager(1) and not self._is_eager():
+            sums = [total + one for total, one in zip(sums, self._extra_if_eager, strict=True)]
         # The first one runs however late it is: an empty batch helps no request.
         if self._seqs and sums and max(sums) > limit:
             return False
@@ -121,7 +139,9 @@ class TimedBatchBuilder:
         start = seq.num_computed_tokens if hit is None else hit.num_tokens
         most = wanted = seq.num_tokens - start
         if self.model is not None:
-            fitting = self.model.max_tokens_within(limit, self.shape, start)
+            fitting = self.model.max_tokens_within(
+                limit, self.shape, start, self._seqs - self._num_decodes
+            )
             most = min(most, fitting if self._seqs else max(fitting, 1))
         if most <= 0 or (whole and most < wanted):
             return 0
@@ -144,8 +164,30 @@ class TimedBatchBuilder:
             self._pairs,
             self._draft_steps,
             self._draft_tokens,
-            int(is_eager(self._seqs, self._num_decodes)),
+            int(self._is_eager()),
+            self._drafts_eagerly(),
         )
+
+    def _drafts_eagerly(self, *more: int) -> int:
+        """Return 1 if the draft model's first pass is an eager one, with so many tokens more."""
+        return int(self._draft_passes.is_eager([*self._draft_lengths, *more]))
+
+    def _is_eager(self, more: int = 0) -> bool:
+        """Return True if the batch is an eager one, once it has so many decodes more."""
+        return is_eager(
+            self._seqs + more, self._num_decodes + more, self._tokens + more, self._mixed
+        )
+
+    def _drafting(
+        self,
+        shape: BatchShape,
+        candidates: SequenceOf[DraftCandidate],
+        lengths: SequenceOf[int],
+    ) -> BatchShape:
+        """Return the shape of this batch once so many more tokens are drafted for its decodes."""
+        shape = with_drafts(shape, candidates, lengths)
+        eager = int(is_eager(shape.seqs, self._num_decodes, shape.tokens, self._mixed))
+        return shape if shape.eager == eager else replace(shape, eager=eager)
 
     def speculate(
         self, candidates: SequenceOf[DraftCandidate], lengths: SequenceOf[int], limit: float
@@ -156,14 +198,16 @@ class TimedBatchBuilder:
         Args:
             lengths: the most tokens for each candidate.
         """
-        if self._predict(with_drafts(self.shape, candidates, lengths)) > limit:
+        if self._predict(self._drafting(self.shape, candidates, lengths)) > limit:
             lengths = self._fitting(candidates, lengths, limit)
         granted = [
             self.builder.speculate(one.seq, length) if length else 0
             for one, length in zip(candidates, lengths, strict=True)
         ]
         if any(granted):
-            self._grow(with_drafts(self.shape, candidates, granted))
+            drafted = zip(candidates, granted, strict=True)
+            self._draft_lengths += [one.lag + 1 for one, length in drafted if length]
+            self._grow(self._drafting(self.shape, candidates, granted))
 
     def _fitting(
         self, candidates: SequenceOf[DraftCandidate], lengths: SequenceOf[int], limit: float
@@ -171,25 +215,38 @@ class TimedBatchBuilder:
         """Return as much of these lengths as fits within the limit, first come, first served."""
         shape, fitting = self.shape, []
         for one, length in zip(candidates, lengths, strict=True):
-            while length and self._predict(with_drafts(shape, [one], [length])) > limit:
+            while length and self._predict(self._drafting(shape, [one], [length])) > limit:
                 length -= 1
-            shape = with_drafts(shape, [one], [length])
+            shape = self._drafting(shape, [one], [length])
             fitting.append(length)
         return fitting
 
     def catch_up(self, one: DraftCandidate, limit: float) -> None:
         """Let the draft model run what it lacks of a sequence, as far as the limit allows."""
-        model, token_s = self.model, 0.0
+        shape = replace(self.shape, draft_steps=max(self._draft_steps, 1))
+        num_tokens = self._caught_up(one.lag, shape, limit)
+        if num_tokens > 0 and self._drafts_eagerly(num_tokens) and not shape.draft_eager:
+            # Either it pays for that, or it takes no more tokens than a graph holds.
+            paying = self._caught_up(one.lag, replace(shape, draft_eager=1), limit)
+            most = self._draft_passes.mixed or NO_MIXED
+            num_tokens = max(paying, min(num_tokens, most.max_tokens - sum(self._draft_lengths)))
+        eager = self._drafts_eagerly(num_tokens) if num_tokens > 0 else 0
+        if num_tokens <= 0 or (eager and self._predict(replace(shape, draft_eager=1)) > limit):
+            return
+        self._draft_lengths.append(num_tokens)
+        self.builder.plan.catch_up[one.seq.seq_id] = num_tokens
+        drafted = self._draft_tokens + num_tokens
+        self._grow(replace(shape, draft_tokens=drafted, draft_eager=eager))
+
+    def _caught_up(self, lag: int, shape: BatchShape, limit: float) -> int:
+        """Return how many tokens the draft model can run beside a batch within a limit in seconds."""
+        model, left = self.model, limit - self._predict(shape)
+        if left <= 0:
+            return 0
+        token_s = 0.0
         if model is not None:
             token_s = model.drift * max(piece.draft_tokens for piece in model.pieces)
-        shape = replace(self.shape, draft_steps=max(self._draft_steps, 1))
-        left = limit - self._predict(shape)
-        if left <= 0:
-            return
-        num_tokens = one.lag if token_s == 0 else min(one.lag, int(left / token_s))
-        if num_tokens > 0:
-            self.builder.plan.catch_up[one.seq.seq_id] = num_tokens
-            self._grow(replace(shape, draft_tokens=self._draft_tokens + num_tokens))
+        return lag if token_s == 0 else min(lag, int(left / token_s))
 
     def _add_chunk(self, start: int, num_tokens: int) -> None:
         chunk, shape = BatchShape.of([(start, num_tokens)]), self.shape
@@ -201,7 +258,11 @@ class TimedBatchBuilder:
                 seqs=shape.seqs + 1,
                 context_tokens=shape.context_tokens + chunk.context_tokens,
                 attention_pairs=shape.attention_pairs + chunk.attention_pairs,
-                eager=int(is_eager(shape.seqs + 1, self._num_decodes)),
+                eager=int(
+                    is_eager(
+                        shape.seqs + 1, self._num_decodes, shape.tokens + num_tokens, self._mixed
+                    )
+                ),
             )
         )
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from minserve.errors import ConfigError
 from minserve.planner.plan import IterationPlan, PlannerView
-from minserve.planner.predict.eager import is_eager
+from minserve.planner.predict.eager import MixedLimit, is_eager
 from minserve.planner.predict.lengths import LengthEstimator
 from minserve.planner.predict.perf_model import BatchShape, PerfModel
 from minserve.request import Sequence
@@ -99,7 +99,7 @@ class Planner(ABC):
     def reckon(self, plan: IterationPlan, view: PlannerView) -> None:
         """Set the shape and the predicted time of a plan from the tokens that it schedules."""
         if self.model is not None and plan.num_scheduled_tokens:
-            plan.shape = _shape(view, plan)
+            plan.shape = _shape(view, plan, self.model.mixed)
             plan.predicted_s = self.model.predict(plan.shape)
 
     def started(self, plan: IterationPlan) -> None:
@@ -130,7 +130,7 @@ class Planner(ABC):
         """Return the policy's decision."""
 
 
-def _shape(view: PlannerView, plan: IterationPlan) -> BatchShape:
+def _shape(view: PlannerView, plan: IterationPlan, mixed: MixedLimit) -> BatchShape:
     """Return the shape of a plan's batch. A sequence that starts begins behind its cached prefix:
     those tokens are computed already.
     """
@@ -147,13 +147,17 @@ def _shape(view: PlannerView, plan: IterationPlan) -> BatchShape:
                 cached = view.memory.cached_prefix(seq).num_tokens
                 chunks.append((cached, scheduled[seq.seq_id]))
                 num_decodes += seq.is_decoding_behind(cached)
-    shape = BatchShape.of(chunks, eager=is_eager(len(chunks), num_decodes))
+    num_tokens = sum(num for _, num in chunks)
+    eager = is_eager(len(chunks), num_decodes, num_tokens, mixed)
+    shape = BatchShape.of(chunks, eager=eager)
     drafter = view.speculation
     if drafter is None or not (plan.speculation or plan.catch_up):
         return shape
-    lags = (drafter.lag(s) for s in view.running if s.seq_id in plan.speculation)
+    lags = [drafter.lag(s) for s in view.running if s.seq_id in plan.speculation]
+    lengths = [*(lag + 1 for lag in lags), *plan.catch_up.values()]
     return replace(
         shape,
         draft_steps=max(plan.speculation.values(), default=1),
         draft_tokens=sum(plan.speculation.values()) + sum(lags) + sum(plan.catch_up.values()),
+        draft_eager=int(drafter.passes.is_eager(lengths)),
     )

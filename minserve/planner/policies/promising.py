@@ -300,7 +300,7 @@ class PromisingPlanner(Planner):
         """
         decodes = [seq for seq in view.running if seq.is_decoding]
         if not decodes:
-            longest_s = model.predict(BatchShape.of([(0, view.token_budget)], eager=True))
+            longest_s = model.predict(model.prefill_alone(0, view.token_budget))
             slack_s = self._arrivals.least_s
         elif work.decodes or work.prefills or work.unpromised:
             return 0.0

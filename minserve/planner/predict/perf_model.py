@@ -2,10 +2,13 @@
 
 The form is that of SLOs-Serve (arXiv 2504.08784), with the terms that it lacks: the maximum
 of linear pieces over (tokens, sequences, context tokens, attention pairs, draft steps, draft
-tokens, eager, 1), all coefficients at least 0. A GPU has a flat piece (weights are read whatever
+tokens, eager, draft eager, 1), all coefficients at least 0. A GPU has a flat piece (weights are read whatever
 the batch) and a steep one (arithmetic); a CPU often needs one piece only. ``eager`` is 1 for
-batches that are no CUDA graphs where decodes are (`minserve.planner.predict.eager`), which cost a
-constant more; on a device without graphs its coefficient is 0.
+batches that are no CUDA graphs where others are (`minserve.planner.predict.eager`), which cost a
+constant more; on a device without graphs its coefficient is 0. Graphs of batches with prefills are
+recorded up to where a device computes for as long as the host launches, so that eager batches
+beyond them cost hardly more: what takes every batch with a prefill for an eager one is about right
+then as well.
 
 The profile gives the coefficients once (`minserve.planner.predict.perf_fit`). Online, `observe`
 follows the drift of the device and its scatter (`minserve.planner.predict.scatter`): `predict` is
@@ -20,6 +23,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
+from minserve.planner.predict.eager import NO_MIXED, MixedLimit, is_eager
 from minserve.planner.predict.scatter import Scatter
 
 # Of what is learned about batches with drafts: how fast, since each of them may be a loss; the
@@ -44,6 +48,8 @@ class BatchShape:
         draft_tokens: tokens that these passes run.
         eager: 1 for a batch that runs eagerly (`minserve.planner.predict.eager.is_eager`), else 0.
             It is 0 throughout the profile of a device without graphs, where it makes no difference.
+        draft_eager: 1 if the draft model's first pass runs eagerly, because much is caught up in it
+            (`minserve.planner.predict.eager.DraftPasses`), else 0.
     """
 
     tokens: int = 0
@@ -53,6 +59,7 @@ class BatchShape:
     draft_steps: int = 0
     draft_tokens: int = 0
     eager: int = 0
+    draft_eager: int = 0
 
     @classmethod
     def of(cls, chunks: Iterable[tuple[int, int]], *, eager: bool = False) -> BatchShape:
@@ -93,6 +100,7 @@ class Piece:
     draft_steps: float = 0.0
     draft_tokens: float = 0.0
     eager: float = 0.0
+    draft_eager: float = 0.0
     base: float = 0.0
 
     def seconds(self, shape: BatchShape) -> float:
@@ -113,6 +121,7 @@ class Piece:
             + self.draft_steps * shape.draft_steps
             + self.draft_tokens * shape.draft_tokens
             + self.eager * shape.eager
+            + self.draft_eager * shape.draft_eager
         )
 
     def slowed(self, factor: float) -> Piece:
@@ -127,6 +136,7 @@ class PerfModel:
         pieces: at least one piece; together they must grow with the tokens.
         margin: factor on profiled seconds that `MARGIN_QUANTILE` of the iterations stayed within
             when the profile was made. Observed iterations soon count instead.
+        mixed: the largest batches with a prefill that the device has CUDA graphs for.
 
     Attributes:
         speculation_drift: ratio of measured to profiled seconds of batches with drafts, over that
@@ -135,7 +145,9 @@ class PerfModel:
             is not known. A simulator sets it to find how much it is worth to know it.
     """
 
-    def __init__(self, pieces: Iterable[Piece], *, margin: float = 1.1) -> None:
+    def __init__(
+        self, pieces: Iterable[Piece], *, margin: float = 1.1, mixed: MixedLimit = NO_MIXED
+    ) -> None:
         self.pieces = tuple(pieces)
         if not self.pieces or not any(piece.tokens > 0 for piece in self.pieces):
             raise ValueError("a performance model needs a piece that grows with the tokens")
@@ -144,6 +156,7 @@ class PerfModel:
         if not 0 < margin < math.inf:
             raise ValueError("a margin must be finite and above 0")
         self.margin = margin
+        self.mixed = mixed
         self.speculation_drift = 1.0
         self.next_factor: float | None = None
         self._scatter = Scatter(margin, 1.0 - MARGIN_QUANTILE)
@@ -205,24 +218,39 @@ class PerfModel:
 
     def zero_load_prefill_s(self, num_tokens: int) -> float:
         """Return T(prompt) of the idle device in seconds, for ``ttft_slowdown``."""
-        return self.profiled(BatchShape.of([(0, num_tokens)], eager=True))
+        return self.profiled(self.prefill_alone(0, num_tokens))
+
+    def prefill_alone(self, start: int, num_tokens: int) -> BatchShape:
+        """Return the shape of a batch of one prefill chunk, behind ``start`` computed tokens."""
+        eager = is_eager(1, 0, num_tokens, self.mixed)
+        return BatchShape.of([(start, num_tokens)], eager=eager)
 
     def zero_load_decode_s(self, context_tokens: int) -> float:
         """Return the seconds per token of a lone request, for ``tpot_slowdown``."""
         return self.profiled(BatchShape.of([(context_tokens, 1)]))
 
-    def max_tokens_within(self, seconds: float, shape: BatchShape, start: int = 0) -> int:
+    def max_tokens_within(
+        self, seconds: float, shape: BatchShape, start: int = 0, num_chunks: int = 0
+    ) -> int:
         """Return the length in tokens of the longest prefill chunk that fits beside a batch.
 
         Args:
             seconds: seconds that the whole batch may take, by `predict`.
-            shape: shape of the batch without the chunk, which makes it an eager one.
+            shape: shape of the batch without the chunk, which may make it an eager one.
             start: number of tokens of the chunk's sequence that are computed already.
+            num_chunks: number of prefill chunks in the batch without it.
 
         Returns:
             the length; 0 if not one token fits.
         """
-        limit, shape = seconds / self.pace, replace(shape, eager=1)
+        room = self.mixed.max_tokens - shape.tokens if num_chunks < self.mixed.max_chunks else 0
+        longest = self._longest_chunk(seconds, replace(shape, eager=1), start)
+        if longest < room:  # such a batch is a graph
+            longest = min(room, self._longest_chunk(seconds, replace(shape, eager=0), start))
+        return longest
+
+    def _longest_chunk(self, seconds: float, shape: BatchShape, start: int) -> int:
+        limit = seconds / self.pace
         return max(0, min(_longest_chunk(piece, limit, shape, start) for piece in self.pieces))
 
     def observe(self, shape: BatchShape, seconds: float) -> None:
@@ -245,15 +273,17 @@ class PerfModel:
             drift = self.speculation_drift * math.exp(SPECULATION_RATE * clipped)
             self.speculation_drift = min(max(drift, 1 / MAX_SPECULATION), MAX_SPECULATION)
 
-    def with_draft_costs(self, step_s: float, token_s: float) -> PerfModel:
+    def with_draft_costs(self, step_s: float, token_s: float, eager_s: float = 0.0) -> PerfModel:
         """Return a model of the same device with a draft model, which runs before the target.
 
         Args:
             step_s: seconds of each forward pass of the draft model.
             token_s: seconds of each token in it.
+            eager_s: seconds that a pass takes longer where it is no CUDA graph, but others are.
         """
-        pieces = [replace(p, draft_steps=step_s, draft_tokens=token_s) for p in self.pieces]
-        return PerfModel(pieces, margin=self.margin)
+        costs = {"draft_steps": step_s, "draft_tokens": token_s, "draft_eager": eager_s}
+        pieces = [replace(piece, **costs) for piece in self.pieces]
+        return PerfModel(pieces, margin=self.margin, mixed=self.mixed)
 
     def refined(self, profiled: PerfModel) -> PerfModel:
         """Return a model with a better profile of the same device, made while this model followed
@@ -263,8 +293,8 @@ class PerfModel:
         speed is relative to a profile: a batch like the newest one is expected to take as long as
         before, until the next iterations show how much of that was the old profile's error.
         """
-        step_s, token_s = self.pieces[0].draft_steps, self.pieces[0].draft_tokens
-        model = profiled.with_draft_costs(step_s, token_s)
+        one = self.pieces[0]
+        model = profiled.with_draft_costs(one.draft_steps, one.draft_tokens, one.draft_eager)
         if self._newest is None:
             return model
         model._newest, model.speculation_drift = self._newest, self.speculation_drift
@@ -274,7 +304,11 @@ class PerfModel:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the profile, ready for JSON; the online correction is left out."""
-        return {"pieces": [asdict(piece) for piece in self.pieces], "margin": self.margin}
+        return {
+            "pieces": [asdict(piece) for piece in self.pieces],
+            "margin": self.margin,
+            "mixed": list(self.mixed),
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PerfModel:
@@ -284,7 +318,8 @@ class PerfModel:
             ValueError, TypeError, KeyError: if the values are not a model's.
         """
         pieces = [Piece(**piece) for piece in values["pieces"]]
-        return cls(pieces, margin=float(values["margin"]))
+        mixed = MixedLimit(*values.get("mixed", NO_MIXED))
+        return cls(pieces, margin=float(values["margin"]), mixed=mixed)
 
 
 def residual_quantile(values: Iterable[float], quantile: float) -> float:

@@ -203,7 +203,7 @@ def test_what_fits_no_graph_runs_without(tiny_opt_dir: Path) -> None:
         [Chunk([7] * 5, 20, [3, 4])],  # query tokens of one sequence
         [decode, Chunk([7], 20, list(range(11)))],  # blocks
     ):
-        assert model.graphs.forward(chunks) is None
+        assert model.graphs.forward(chunks, len(chunks)) is None
         assert model.forward(chunks, len(chunks)).shape[0] == sum(len(c.token_ids) for c in chunks)
     assert model.forward([decode, Chunk([7, 8], 0, [9])], 1).shape[0] == 3  # a prefill
     assert counting.num_replays == 0

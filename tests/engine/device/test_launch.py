@@ -25,6 +25,7 @@ from minserve.engine.batch import Scheduled
 from minserve.engine.device import transfers
 from minserve.engine.device.cuda_graphs import DecodeGraphs, GraphLimits
 from minserve.engine.device.runner import InFlightBatch, ModelRunner
+from minserve.engine.sampling.rehearsal import rehearse
 from minserve.engine.sampling.rows import SamplingRow
 from minserve.engine.sampling.sampler import Sampler
 from minserve.engine.speculation.proposal import Proposal
@@ -323,8 +324,8 @@ def test_tokens_are_the_same_where_truncation_is_a_kernel() -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_cuda_finds_nothing_that_waits_either(fused: bool) -> None:
     sampler = Sampler(fused=fused)
-    sampler.warm_up(torch.device("cuda"))
     logits, seqs, proposals = mixed_batch()
+    rehearse(sampler, torch.zeros(2, VOCAB, device="cuda"), 1, 1, by_chance=True)
     whole = torch.cat(logits)
     expected = SAMPLER.verify(whole, seqs, proposals)
     whole, proposals = whole.cuda(), moved(proposals, torch.device("cuda"))

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 
 from minserve import Engine
+from minserve.engine.device import transfers
+from minserve.engine.sampling.sampler import Sampler
+from minserve.engine.speculation.verification import PendingTokens
 from minserve.kernels.attention import AttentionMetadata
 
 
@@ -46,13 +51,36 @@ def test_a_dry_run_launches_what_draws_would_compile(
         block_size=16,
         attention_backend="triton",
     )
-    sizes = []
+    sizes: list[int] = []
+    monkeypatch.setattr(transfers, "runs_behind", lambda _: True)
     monkeypatch.setattr(
         "minserve.kernels.triton.truncation.truncate",
         lambda weights, _: sizes.append(weights.shape[1]),
     )
     engine._core.runner.dry_run(num_tokens=2, longest=2)
     # What the kernel is compiled for changes with the size of 1 alone, and with multiples of 16.
-    assert len(sizes) == 1
-    assert sizes[0] > 1
-    assert sizes[0] % 16 == 0
+    assert sizes
+    assert all(size > 1 and size % 16 == 0 for size in sizes)
+
+
+def test_a_dry_run_draws_for_all_sequences_and_their_drafts(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(str(tiny_llama_dir), dtype="float32", threads=1, num_blocks=9, block_size=8)
+    runner, drawn = engine._core.runner, []
+    launch = Sampler.launch
+
+    def noted(self: Sampler, logits: Tensor, *batch: Any) -> PendingTokens:
+        drawn.append(tuple(logits.shape))
+        return launch(self, logits, *batch)
+
+    monkeypatch.setattr(Sampler, "launch", noted)
+    runner.dry_run(num_tokens=45, longest=20, num_seqs=6, max_queries=3)
+    assert not drawn, "a CPU has nothing to load"
+    monkeypatch.setattr(transfers, "runs_behind", lambda _: True)
+    runner.dry_run(num_tokens=45, longest=20, num_seqs=6, max_queries=3)
+    vocab = runner.model.shape.vocab_size
+    assert set(drawn) == {(6, vocab), (18, vocab)}
+    drawn.clear()
+    runner.dry_run(num_tokens=13, longest=20, num_seqs=6, max_queries=3)
+    assert max(drawn) == (12, vocab), "no more than fit a batch"

@@ -23,8 +23,8 @@ from minserve.kernels.triton.chunked_prefill import (
     chunked_prefill,
     plan_prefills,
     prefill_tile,
-    prefill_tiles,
 )
+from minserve.kernels.triton.prefill_tiles import prefill_tiles
 
 # (query heads, KV heads, head_dim).
 WIDE, PHI, ONE_HEAD, TINY = (4, 2, 256), (3, 1, 96), (1, 1, 64), (2, 2, 40)

@@ -11,6 +11,7 @@ import pytest
 
 from minserve.planner.admission.outlook import Tier
 from minserve.planner.admission.prefill_rates import INFEASIBLE, PrefillRates
+from minserve.planner.predict.eager import NO_MIXED, MixedLimit
 from minserve.planner.predict.perf_model import BatchShape, PerfModel, Piece
 
 WINDOW_S, GUARD_S, SHARE = 0.15, 0.003, 0.9
@@ -23,7 +24,8 @@ def random_device(rng: random.Random) -> PerfModel:
         rng.choice([0.0, 1e-5]), rng.choice([0.0, 1e-4]), 1e-8, eager=next(extra), base=0.025
     )
     steep = Piece(rng.uniform(1e-5, 1e-3), 1e-5, 1e-8, 1e-9, eager=next(extra), base=0.003)
-    model = PerfModel([flat, steep])
+    mixed = rng.choice([NO_MIXED, MixedLimit(64, 16), MixedLimit(1000, 16)])
+    model = PerfModel([flat, steep], mixed=mixed)
     model.drift = rng.choice([1.0, 0.8, 1.3])
     return model
 
@@ -65,7 +67,20 @@ def rate_by_the_clock(model: PerfModel, tiers: list[Tier], counts: list[int]) ->
     its share of the decodes, found by halving.
     """
     windows = [tier.tpot_s for tier, count in zip(tiers, counts, strict=True) if count]
-    window = min([WINDOW_S, *windows])
+    longest = min([WINDOW_S, *windows])
+    rate = rate_in_windows(model, tiers, counts, longest)
+    if rate == INFEASIBLE or not model.mixed.max_tokens:
+        return rate
+    # Graphs may be run in shorter batches: the best of many lengths.
+    shorter = (longest * 0.98**i for i in range(180))
+    graphed = (rate_in_windows(model, tiers, counts, one, graphs=True) for one in shorter)
+    return max(rate, *graphed)
+
+
+def rate_in_windows(
+    model: PerfModel, tiers: list[Tier], counts: list[int], window: float, graphs: bool = False
+) -> float:
+    """In batches of a length, all of them graphs or not."""
     decodes = [count * window / tier.tpot_s for tier, count in zip(tiers, counts, strict=True)]
     contexts = sum(n * (tier.context_tokens + 1) for tier, n in zip(tiers, decodes, strict=True))
 
@@ -75,28 +90,30 @@ def rate_by_the_clock(model: PerfModel, tiers: list[Tier], counts: list[int]) ->
 
     if not fits(0.0, eager=0):
         return INFEASIBLE
-    if not fits(0.0, eager=1):
+    eager = 0 if graphs else 1
+    if not fits(0.0, eager=eager):
         return 0.0
-    low, high = 0.0, 1e9
-    for _ in range(80):
+    low, high = 0.0, max(0.0, model.mixed.max_tokens - sum(decodes)) if graphs else 1e9
+    for _ in range(30 if graphs else 80):
         middle = (low + high) / 2
-        low, high = (middle, high) if fits(middle, eager=1) else (low, middle)
+        low, high = (middle, high) if fits(middle, eager=eager) else (low, middle)
     return low / window
 
 
 @pytest.mark.parametrize("num_tiers", [0, 1, 3])
 def test_a_rate_is_what_every_batch_can_hold_by_its_predicted_time(num_tiers: int) -> None:
     found: Counter[str] = Counter()
-    for seed in range(150):
+    for seed in range(100):
         rng = random.Random(seed)
         model, tiers = random_device(rng), random_tiers(rng, num_tiers)
         counts = [rng.randint(0, 40) for _ in tiers]
         expected = rate_by_the_clock(model, tiers, counts)
-        assert rates_of(model, tiers).one(counts) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+        rel = 4e-2 if model.mixed.max_tokens else 1e-6  # lengths are tried, not found
+        assert rates_of(model, tiers).one(counts) == pytest.approx(expected, rel=rel, abs=1e-6)
         found["some" if expected > 0 else "none" if expected == 0.0 else "infeasible"] += 1
     assert found["some"] > 20
     if num_tiers:
-        assert min(found["none"], found["infeasible"]) > 2, "decodes keep their pace, or not"
+        assert min(found["none"], found["infeasible"]) > 1, "decodes keep their pace, or not"
 
 
 def test_another_decode_never_leaves_prefill_more() -> None:

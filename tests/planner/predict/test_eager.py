@@ -9,7 +9,7 @@ from replay import Replay, make_sequence
 
 from minserve.engine.block_pool import BlockPool
 from minserve.planner.policies.registry import make_planner
-from minserve.planner.predict.eager import is_eager
+from minserve.planner.predict.eager import NO_MIXED, DraftPasses, MixedLimit, is_eager
 from minserve.planner.predict.perf_model import PerfModel, Piece
 from minserve.request import Sequence
 from minserve.slo.objectives import SLO
@@ -19,8 +19,8 @@ GRAPHS = (Piece(tokens=1e-5, eager=0.008, base=0.004), Piece(tokens=1e-4, base=0
 BRISK = SLO(ttft=0.5, tpot=0.014, name="brisk")
 
 
-def device() -> PerfModel:
-    return PerfModel(GRAPHS, margin=1.02)
+def device(mixed: MixedLimit = NO_MIXED) -> PerfModel:
+    return PerfModel(GRAPHS, margin=1.02, mixed=mixed)
 
 
 def load(rate: float, count: int, seed: int = 0) -> list[Sequence]:
@@ -34,13 +34,33 @@ def load(rate: float, count: int, seed: int = 0) -> list[Sequence]:
 
 
 def test_a_batch_is_eager_where_somebody_does_not_decode() -> None:
-    assert not is_eager(num_seqs=4, num_decodes=4)
-    assert is_eager(num_seqs=4, num_decodes=3)
-    assert is_eager(num_seqs=1, num_decodes=0)
+    assert not is_eager(4, 4, 10**6, NO_MIXED)
+    assert is_eager(4, 3, 4, NO_MIXED)
+    assert is_eager(1, 0, 1, NO_MIXED)
 
 
+def test_a_batch_with_prefills_is_a_graph_up_to_the_recorded_size() -> None:
+    mixed = MixedLimit(max_tokens=64, max_chunks=2)
+    assert not is_eager(10, 8, 64, mixed)
+    assert not is_eager(2, 0, 64, mixed)
+    assert is_eager(10, 8, 65, mixed)
+    assert is_eager(10, 7, 64, mixed)
+    assert not is_eager(100, 100, 100, mixed)
+
+
+def test_the_passes_of_a_draft_model_are_graphs_by_the_same_rule() -> None:
+    passes = DraftPasses(MixedLimit(64, 2), most_decode_tokens=2)
+    assert not passes.is_eager([1, 2, 2] * 50)
+    assert not passes.is_eager([40, 1, 20])
+    assert passes.is_eager([60, 2, 3])
+    assert passes.is_eager([3, 3, 3])
+    assert DraftPasses(NO_MIXED, 2).is_eager([3])
+    assert not DraftPasses().is_eager([10**6])
+
+
+@pytest.mark.parametrize("mixed", [NO_MIXED, MixedLimit(48, 2)], ids=["decodes", "mixed"])
 @pytest.mark.parametrize("policy", ["fcfs", "sarathi", "edf", "dp"])
-def test_every_plan_says_of_its_batch_whether_it_is_eager(policy: str) -> None:
+def test_every_plan_says_of_its_batch_whether_it_is_eager(policy: str, mixed: MixedLimit) -> None:
     """Held against the sequences themselves by the replay, in each of its steps."""
     seen: set[int] = set()
 
@@ -49,10 +69,11 @@ def test_every_plan_says_of_its_batch_whether_it_is_eager(policy: str) -> None:
             seen.add(plan.shape.eager)
 
     pool = BlockPool(40, 16, prefix_caching=True)
-    replay = Watching(make_planner(policy, model=device()), pool, 128, 16, device=device())
+    own = device(mixed)
+    replay = Watching(make_planner(policy, model=own), pool, 128, 16, device=device(mixed))
     replay.run(load(20.0, 60))
     assert len(replay.finished) == 60
-    assert any(seq.num_preemptions for seq in replay.finished)
+    assert mixed != NO_MIXED or any(seq.num_preemptions for seq in replay.finished)
     assert seen == {0, 1}
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minserve.planner.predict.eager import NO_MIXED, MixedLimit, is_eager
 from minserve.planner.predict.perf_model import (
     BatchShape,
     PerfModel,
@@ -46,7 +47,15 @@ def test_the_shape_of_a_batch_counts_every_pair_of_tokens() -> None:
 
 
 @settings(max_examples=150)
-@given(pieces, batches, st.booleans(), st.integers(0, 2000), st.floats(0, 2), st.floats(0.3, 3))
+@given(
+    pieces,
+    batches,
+    st.booleans(),
+    st.integers(0, 2000),
+    st.floats(0, 2),
+    st.floats(0.3, 3),
+    st.sampled_from([NO_MIXED, MixedLimit(40, 2), MixedLimit(400, 2), MixedLimit(400, 1)]),
+)
 def test_the_longest_chunk_that_fits_is_found_exactly(
     some: list[Piece],
     chunks: list[tuple[int, int]],
@@ -54,14 +63,23 @@ def test_the_longest_chunk_that_fits_is_found_exactly(
     start: int,
     seconds: float,
     drift: float,
+    mixed: MixedLimit,
 ) -> None:
-    model = PerfModel(some)
+    """An eager batch has a chunk already."""
+    model = PerfModel(some, mixed=mixed)
     model.drift = drift
 
     def taken(n: int) -> float:
-        return model.predict(BatchShape.of([*chunks, (start, n)], eager=n > 0 or eager))
+        return model.predict(BatchShape.of([*chunks, (start, n)], eager=is_so(n)))
 
-    found = model.max_tokens_within(seconds, BatchShape.of(chunks, eager=eager), start)
+    def is_so(n: int) -> bool:
+        num_decodes = len(chunks) - len(chunks[:eager])
+        num_tokens = n + sum(num for _, num in chunks)
+        return is_eager(len(chunks) + (n > 0), num_decodes, num_tokens, mixed)
+
+    found = model.max_tokens_within(
+        seconds, BatchShape.of(chunks, eager=is_so(0)), start, len(chunks[:eager])
+    )
     # Doubling, then halving: the largest n that fits, by prediction alone.
     low, high = 0, 1
     while taken(high) <= seconds:
@@ -210,7 +228,7 @@ def test_batches_with_drafts_that_are_slower_than_profiled_are_learned_apart() -
 
 def test_a_refined_profile_expects_of_the_newest_batch_what_was_expected() -> None:
     """The old profile is wrong by half for long contexts, and the device slower by a fifth."""
-    rough = PerfModel([Piece(1e-3, base=0.02)]).with_draft_costs(2e-3, 1e-5)
+    rough = PerfModel([Piece(1e-3, base=0.02)]).with_draft_costs(2e-3, 1e-5, 3e-3)
     better = PerfModel([Piece(1e-3, context_tokens=5e-5, base=0.02)], margin=1.3)
     rng = random.Random(0)
     for _ in range(300):
