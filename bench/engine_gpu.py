@@ -1,9 +1,11 @@
 """Compares the engine with the machine's ceiling, on models of real shape with random weights.
 
 A decode step reads all weights and the KV of its sequences once; its floor is these bytes over the
-measured copy bandwidth. Then it measures mixed batches, prefill, and iterations of the whole engine
-beside the runner's alone (is planning hidden behind the device's work?), and compares all of them
-with the planner's predictions. The last line is JSON.
+measured copy bandwidth. Then it measures drafts' verification, mixed batches, prefill, and iterations
+of the whole engine beside the runner's alone (is planning hidden behind the device's work?), traces
+what the device does in five of them (for how much of the time is it idle?), and compares all of them
+with the planner's predictions. It notes what memory is free after the start and at the peak. The last
+line is JSON.
 
     .venv/bin/python bench/engine_gpu.py --out engine.jsonl           # on an NVIDIA GPU
     .venv/bin/python bench/engine_gpu.py --model opt-6.7b --profile-seconds 0
@@ -36,10 +38,14 @@ from minserve.engine.device.kv_cache import bytes_per_block
 from minserve.engine.device.runner import model_runner
 from minserve.engine.profile.profile_design import ProfileBatch
 from minserve.engine.profile.profiler import Workbench, profile_core
+from minserve.engine.speculation.proposal import Proposal
+from minserve.machine import GIB
+from minserve.planner.predict.eager import NO_MIXED
 from minserve.progress_bar import progress_bar
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
 from parts.engine_gpu.idle import IdleMeter
+from parts.gpu.device_trace import trace_steps
 from shared.interpreter import choose_interpreter
 from shared.kernel_timing import measure_ceilings
 from shared.machine import gpu_machine
@@ -47,6 +53,7 @@ from shared.synthetic_models import SHAPES, linear_weights, random_weights, writ
 
 GOAL_MODEL, GOAL_BATCH, GOAL_RATIO = "opt-6.7b", 64, 1.15
 GOAL_R2 = 0.95
+TRACED_STEPS = 5
 GREEDY = SamplingParams(temperature=0.0)
 # With random weights the logits are near each other, so the nucleus is most of the vocabulary.
 NUCLEUS = SamplingParams(top_p=0.95)
@@ -59,7 +66,8 @@ class EngineEffort(NamedTuple):
         models: models that are measured by default.
         batches: numbers of decoding sequences in a step.
         context: tokens before each of them.
-        mixed: number of decodes, and tokens of the chunk, in a mixed batch.
+        drafted: number of tokens drafted for each sequence of a batch of verifications.
+        mixed: number of decodes, and tokens of the chunk, in mixed batches.
         chunks: tokens of lone prefill chunks.
         repeats: measurements of each batch.
         engine: sequences and iterations of the whole engine.
@@ -69,7 +77,8 @@ class EngineEffort(NamedTuple):
     models: tuple[str, ...]
     batches: tuple[int, ...]
     context: int
-    mixed: tuple[int, int]
+    drafted: int
+    mixed: tuple[tuple[int, int], ...]
     chunks: tuple[int, ...]
     repeats: int
     engine: tuple[int, int]
@@ -77,26 +86,36 @@ class EngineEffort(NamedTuple):
 
 
 FULL = EngineEffort(
-    models=("opt-6.7b", "llama-3.1-8b"),
+    models=("opt-6.7b", "llama-3.1-8b", "smollm2-135m", "llama-3.2-1b"),
     batches=(1, 8, 32, 64, 128),
     context=512,
-    mixed=(64, 512),
+    drafted=3,
+    mixed=((64, 512), (64, 64), (0, 128)),
     chunks=(512, 2048),
     repeats=15,
     engine=(64, 40),
-    settings={"max_model_len": 2048, "token_budget": 2048, "max_num_seqs": 128},
+    settings={
+        "max_model_len": 2048,
+        "token_budget": 2048,
+        "max_num_seqs": 128,
+        "speculator": "ngram",
+        "max_speculation": 3,
+        "policy": "sarathi",
+    },
 )
 DRY = EngineEffort(
     models=("tiny-llama",),
     batches=(2,),
     context=20,
-    mixed=(2, 12),
+    drafted=2,
+    mixed=((2, 12),),
     chunks=(16,),
     repeats=1,
     engine=(2, 3),
     settings={
         "max_model_len": 64, "token_budget": 32, "max_num_seqs": 4, "num_blocks": 16,
         "device": "cpu", "dtype": "float32", "attention_backend": "triton",
+        "speculator": "ngram", "max_speculation": 2, "policy": "sarathi",
     },
 )  # fmt: skip
 
@@ -128,7 +147,7 @@ def batch_ms(bench: Workbench, batch: ProfileBatch, repeats: int) -> float:
 def measure_runner(
     core: EngineCore, model: str, effort: EngineEffort, copy_gb_s: float | None
 ) -> dict[str, Any]:
-    """Measure decode steps beside their floor, drawing with top_p, a mixed batch and chunks."""
+    """Measure decode steps beside their floor, drawing with top_p, drafts, mixed batches, chunks."""
     bench = Workbench(core, 0, GREEDY)
     decodes = []
     for size in effort.batches:
@@ -138,7 +157,7 @@ def measure_runner(
             floor = step_bytes(core, model, effort.context, size) / copy_gb_s / 1e6
             row |= {"floor_ms": round(floor, 3), "ratio": round(ms / floor, 3)}
         decodes.append(row)
-    num_decodes, chunk = effort.mixed
+    num_decodes = effort.mixed[0][0]
     drawn = {
         name: round(
             batch_ms(
@@ -150,7 +169,18 @@ def measure_runner(
         )
         for name, params in (("greedy_ms", GREEDY), ("top_p_ms", NUCLEUS))
     }
-    mixed = ProfileBatch(decodes=(effort.context,) * num_decodes, chunks=((0, chunk),))
+    mixed = []
+    graphs = core.runner.graphs
+    for decoding, chunk in effort.mixed:
+        batch = ProfileBatch(
+            decodes=(effort.context,) * decoding,
+            chunks=((0, chunk),),
+            graphs=graphs is not None,
+            mixed=NO_MIXED if graphs is None else graphs.mixed,
+        )
+        ms = batch_ms(bench, batch, effort.repeats)
+        is_graph = graphs is not None and not batch.shape.eager
+        mixed.append({"decodes": decoding, "chunk": chunk, "graph": is_graph, "ms": round(ms, 3)})
     prefills = []
     for size in effort.chunks:
         ms = batch_ms(bench, ProfileBatch(chunks=((0, size),)), effort.repeats)
@@ -158,12 +188,37 @@ def measure_runner(
     return {
         "decode": decodes,
         "drawn": {"batch": num_decodes, **drawn},
-        "mixed": {
-            "decodes": num_decodes,
-            "chunk": chunk,
-            "ms": round(batch_ms(bench, mixed, effort.repeats), 3),
+        "verification": {
+            "batch": num_decodes,
+            "drafted": effort.drafted,
+            "ms": round(verification_ms(bench, num_decodes, effort), 3),
         },
+        "mixed": mixed,
         "prefill": prefills,
+    }
+
+
+def verification_ms(bench: Workbench, batch: int, effort: EngineEffort) -> float:
+    """Return the median milliseconds of verifying drafts of some sequences."""
+    drafts = Proposal(tuple(range(effort.drafted)))
+    shape = ProfileBatch(decodes=(effort.context,) * batch)
+    bench.time(shape, drafts)
+    return statistics.median(bench.time(shape, drafts) for _ in range(effort.repeats)) * 1e3
+
+
+def memory_of(core: EngineCore) -> dict[str, Any]:
+    """Return what is free on the device in GiB, and the most that torch ever reserved."""
+    blocks = core.pool.num_blocks
+    if core.runner.device.type != "cuda":
+        return {"kv_blocks": blocks, "free_gib": None, "peak_reserved_gib": None}
+    free, total = torch.cuda.mem_get_info()
+    return {
+        "kv_blocks": blocks,
+        "free_gib": round(free / GIB, 3),
+        "total_gib": round(total / GIB, 3),
+        "reserved_gib": round(torch.cuda.memory_reserved() / GIB, 3),
+        "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
+        "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
     }
 
 
@@ -181,7 +236,7 @@ def measure_engine(core: EngineCore, effort: EngineEffort) -> dict[str, Any]:
             request_id=f"bench-{i}",
             prompt_token_ids=tuple(rng.choices(range(vocab), k=effort.context)),
             # A sequence whose prompt runs early decodes until the last prompt has run.
-            params=replace(GREEDY, max_tokens=2 * num_steps + num_seqs + 2),
+            params=replace(GREEDY, max_tokens=2 * num_steps + num_seqs + TRACED_STEPS + 2),
             seed=0,
             arrival_s=core.clock(),
         )
@@ -193,6 +248,7 @@ def measure_engine(core: EngineCore, effort: EngineEffort) -> dict[str, Any]:
     plans, before = core.stats.planning_s, core.stats.planning_s.copy()
     times, idle = timed_steps(core, num_steps)
     num_plans = sum(plans.counts) - sum(before.counts)
+    trace = trace_steps(core.step, TRACED_STEPS)
     context = core.running[0].num_computed_tokens
     core.end()
     launches_ahead, core.launches_ahead = core.launches_ahead, False
@@ -213,6 +269,7 @@ def measure_engine(core: EngineCore, effort: EngineEffort) -> dict[str, Any]:
         "overhead_ms": round(iteration_ms - runner_ms, 3),
         "planning_ms": round((plans.total - before.total) / max(1, num_plans) * 1e3, 3),
         "plans_ahead": dict(core.stats.plans_ahead),
+        "trace": trace,
         "idle": {"behind": idle if launches_ahead else None, "after": idle_after},
         "decode_tokens_s": round(num_seqs / iteration_ms * 1e3),
     }
@@ -241,14 +298,23 @@ def measure_model(
     Args:
         profile_s: seconds for profiling; 0 for no profile.
     """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
     core = load(model, {**effort.settings, "cuda_graphs": graphs})
+    start_s, after_start = time.perf_counter() - started, memory_of(core)
+    recorded = core.runner.graphs
     result = {
         "model": model,
         "cuda_graphs": graphs,
         "backend": core.runner.backend.name,
+        "start_s": round(start_s, 1),
+        "graphs": None if recorded is None else recorded.num_recorded,
+        "mixed_graphs": None if recorded is None else list(recorded.mixed),
         **measure_runner(core, model, effort, copy_gb_s),
         "engine": measure_engine(core, effort),
     }
+    result["memory"] = {"after_start": after_start, "after_run": memory_of(core)}
     if profile_s:
         profile = profile_core(core, model, seconds=profile_s)
         quality = profile.quality
@@ -288,8 +354,14 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
         f"  decode of {drawn['batch']:>3}, greedy {drawn['greedy_ms']:.2f} ms, with top_p "
         f"{drawn['top_p_ms']:.2f}"
     )
-    mixed = result["mixed"]
-    yield f"  {mixed['decodes']} decodes and {mixed['chunk']} tokens of prefill: {mixed['ms']:.2f} ms"
+    drafts = result["verification"]
+    yield f"  {drafts['batch']} verifications of {drafts['drafted']} drafts: {drafts['ms']:.2f} ms"
+    for row in result["mixed"]:
+        words = "a graph" if row["graph"] else "eager"
+        yield (
+            f"  {row['decodes']} decodes and {row['chunk']} tokens of prefill, {words}: "
+            f"{row['ms']:.2f} ms"
+        )
     for row in result["prefill"]:
         yield f"  prefill of {row['tokens']}: {row['ms']:.2f} ms, {row['tokens_s']} tokens/s"
     engine = result["engine"]
@@ -297,6 +369,8 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
         f"  iteration of {engine['seqs']} decodes: {engine['iteration_ms']:.2f} ms, the runner "
         f"alone {engine['runner_ms']:.2f}, a plan {engine['planning_ms']:.3f}"
     )
+    if engine["trace"]["busy_share"] is not None:
+        yield f"    idle for {1 - engine['trace']['busy_share']:.1%} of five traced ones"
     for order, idle in engine["idle"].items():
         if idle is not None:
             yield f"    launched {order} the one before: idle for {idle['share']:.1%} of the time"

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Everything that wants an NVIDIA GPU, in one command and 8 minutes: kernel tests, kernel and
-# engine sweeps, the planner's predictions. Needs a python3 with torch, triton, transformers and
-# pytest with pytest-timeout (it names what is missing); neither minserve nor the network.
+# Everything that wants an NVIDIA GPU, in one command and 8 minutes: ceilings, tests, parity with
+# transformers, kernel and engine sweeps, traces, predictions, HTTP. Needs a python3 with torch, triton,
+# transformers and pytest with pytest-timeout (it names what is missing); neither minserve nor the
+# network.
 #
 #   bench/gpu.sh [--out DIR]     # default DIR: bench/results; writes <device>.json and .log
+#   bench/gpu.sh --tune          # a second call, of 3 minutes: other tiles for attention
 #   bench/gpu.sh --dry           # the same on a CPU, tiny, in Triton's interpreter
 #
 # PYTHON chooses the interpreter.

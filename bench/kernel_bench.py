@@ -15,16 +15,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from parts.kernel_bench.report import failures, plot, summary, table
 from parts.kernel_bench.rows import CUBLAS_KERNEL
-from parts.kernel_bench.sweep import KERNELS, problems, sweep
+from parts.kernel_bench.sweep import KERNELS, NotCapturedError, problems, sweep
 from shared.interpreter import choose_interpreter
 from shared.kernel_cases import KernelSetting, Scale
 from shared.kernel_timing import Ceilings, measure_ceilings
@@ -50,6 +51,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FILE", help="append the rows, as JSON lines")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="needs matplotlib")
     parser.add_argument("--dry", action="store_true", help="tiny, on a CPU, in the interpreter")
+    # What a process that goes on after a capture that failed is told.
+    parser.add_argument("--begin", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--launch", action="append", default=[], help=argparse.SUPPRESS)
+    parser.add_argument("--began", type=float, default=time.time(), help=argparse.SUPPRESS)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--tune", action="store_true", help="try other tiles for attention")
     mode.add_argument("--compile-only", action="store_true", help="compile for sm_80 and sm_90")
@@ -70,9 +75,25 @@ def setting(args: argparse.Namespace) -> KernelSetting:
     return KernelSetting(torch.device("cuda"), getattr(torch, args.dtype), cache)
 
 
+def earlier_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the rows that this call wrote before a capture failed, where it wrote them."""
+    if args.out is None or not args.out.exists():
+        return []
+    rows = [json.loads(line) for line in args.out.read_text(encoding="utf-8").splitlines()]
+    return rows[-args.begin :]
+
+
+def go_on(args: argparse.Namespace, begin: int, name: str) -> NoReturn:
+    """Begin this program anew at a case, with one contestant more that is not captured."""
+    own = [word for word in sys.argv if not word.startswith(("--begin=", "--began="))]
+    more = [f"--begin={begin}", f"--began={args.began}", f"--launch={name}"]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *own, *more])
+
+
 def run_sweep(args: argparse.Namespace, scale: Scale) -> int:
     """Measure the ceilings, run the sweep, and print the table and the goals."""
-    machine_words, ceilings, started = gpu_machine(), None, time.perf_counter()
+    machine_words, ceilings = gpu_machine(), None
     if not args.dry:
         ceilings = Ceilings(*(round(x, 1) for x in measure_ceilings(rep_ms=200.0)))
         print(
@@ -81,22 +102,28 @@ def run_sweep(args: argparse.Namespace, scale: Scale) -> int:
             flush=True,
         )
     cases, place = problems(args.only or KERNELS, scale), setting(args)
-    if not args.dry:
+    if not args.dry and not args.begin:
         from parts.kernel_bench.compile_only import precompile
 
         gpu = torch.cuda.get_device_properties(0)
         arch = 10 * gpu.major + gpu.minor
         makes = [make for kernel, make in cases if kernel != CUBLAS_KERNEL]
         precompile(makes, place.dtype, arch, gpu.multi_processor_count)
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = earlier_rows(args) if args.begin else []
+    done = args.begin
     try:
-        for row in sweep(cases, place, ceilings, args.rep_ms):
-            rows.append(row)
-            if args.out is not None:
-                with args.out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({**row, **machine_words}) + "\n")
-            if time.perf_counter() - started > args.seconds:
+        for row in sweep(cases[done:], place, ceilings, args.rep_ms, args.launch):
+            done += 1
+            if row:
+                rows.append(row)
+                if args.out is not None:
+                    with args.out.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps({**row, **machine_words}) + "\n")
+            if time.time() - args.began > args.seconds:
                 break
+    except NotCapturedError as error:
+        print(f"{error}; it is launched instead, in a new process", flush=True)
+        go_on(args, done, error.name)
     finally:
         if args.dry:
             print("dry run: nothing below is a measurement")

@@ -30,6 +30,12 @@ class Ceilings(NamedTuple):
     matmul_tflop_s: float
 
 
+class CaptureFailedError(RuntimeError):
+    """A run could not be captured in a CUDA graph. Nothing after it in this process is certain:
+    the generator of random numbers, and libraries, may go on as if they were still captured.
+    """
+
+
 class KernelTiming(NamedTuple):
     """The milliseconds of one run.
 
@@ -55,16 +61,20 @@ def measure_ceilings(rep_ms: float) -> Ceilings:
     return Ceilings(2 * COPY_BYTES / copy / 1e6, 2 * MATMUL_SIZE**3 / matmul / 1e9)
 
 
-def measure(contestant: Contestant, rep_ms: float) -> KernelTiming:
+def measure(contestant: Contestant, rep_ms: float, *, captured: bool = True) -> KernelTiming:
     """Return quantiles of a run's time, with all sets of inputs in turn.
 
-    The round is captured in a CUDA graph if that works; else it is launched each time.
+    The round is captured in a CUDA graph, or launched each time.
 
     Args:
         rep_ms: milliseconds for measuring.
+        captured: whether it is captured.
+
+    Raises:
+        CaptureFailedError: where it cannot be.
     """
     runs = contestant.runs
-    graph = _capture(runs)
+    graph = _capture(runs) if captured else None
     times = _bench(graph.replay if graph else lambda: _round(runs), rep_ms)
     return KernelTiming(*(ms / len(runs) for ms in times), in_graph=graph is not None)
 
@@ -106,8 +116,8 @@ def _round(runs: list[Callable[[], Any]]) -> None:
         run()
 
 
-def _capture(runs: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph | None:
-    """Capture all runs, one after the other; ``None`` if one of them cannot be captured."""
+def _capture(runs: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
+    """Capture all runs, one after the other."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -117,7 +127,6 @@ def _capture(runs: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph | None:
     try:
         with torch.cuda.graph(graph):
             _round(runs)
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
+    except RuntimeError as error:
+        raise CaptureFailedError(str(error)) from error
     return graph

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from typing import Any
 
 import psutil
@@ -11,6 +12,13 @@ from minserve.cpu_name import CPUINFO, cpu_name
 
 # Instruction sets that multiply low precision fast, by their names in /proc/cpuinfo.
 INSTRUCTIONS = ("avx2", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
+
+
+# What nvidia-smi is asked for.
+GPU_STATE = (
+    "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit",
+    "temperature.gpu", "memory.used",
+)  # fmt: skip
 
 
 def machine() -> dict[str, Any]:
@@ -33,6 +41,17 @@ def gpu_machine() -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton.__version__,
     }
+
+
+def gpu_state() -> dict[str, str]:
+    """Return driver, clocks, power and temperature of the first GPU; nothing without one."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(GPU_STATE)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    values = done.stdout.strip().partition("\n")[0].split(",")
+    return dict(zip(GPU_STATE, map(str.strip, values), strict=False))
 
 
 def instructions(cpuinfo: str) -> list[str]:

@@ -47,6 +47,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "opt-6.7b": _opt(4096, 32, 32),
     "opt-13b": _opt(5120, 40, 40),
     "opt-30b": _opt(7168, 48, 56),
+    "smollm2-135m": _llama3(576, 30, 1536, 9, 3, vocab=49152, tied=True),
     "llama-3.2-1b": _llama3(2048, 16, 8192, tied=True),
     "llama-3.1-8b": _llama3(4096, 32, 14336),
     "llama-3.1-70b": _llama3(8192, 80, 28672, 64),
@@ -113,6 +114,15 @@ def random_weights(device: str) -> Iterator[None]:
                       "models.draft_model.refuse_misfits"):  # fmt: skip
             stack.enter_context(mock.patch(f"minserve.{check}"))
         yield
+
+
+def write_words(folder: Path, vocab_size: int) -> None:
+    """Write a tokenizer with a word for each id into a model's folder."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(vocab_size)}, "t0"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
 
 
 def write_shape(folder: Path, shape: str, *, tokenizer: bool) -> Path:

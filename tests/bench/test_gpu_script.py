@@ -21,6 +21,7 @@ from parts.gpu.stages import (
     link_packages,
     run_stage,
     stages,
+    tuning,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -45,8 +46,12 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, str]:
 def test_all_stages_pass_without_a_gpu(dry_run: tuple[dict, dict, str]):
     told, report, _ = dry_run
     assert told["passed"] is True
-    assert list(report["stages"]) == ["tests", "kernels", "engine"]
+    assert list(report["stages"]) == ["ceilings", "tests", "parity", "kernels", "engine", "http"]
     assert all(stage["passed"] for stage in report["stages"].values())
+    assert report["stages"]["parity"]["summary"]["rows"][0]["wrong"] == 0
+    assert report["stages"]["http"]["summary"]["tokens_s"] > 0
+    # Rows move into the report when their stage ends.
+    assert not list(Path(told["written"]).parent.glob("*.jsonl"))
 
 
 def test_every_kernel_was_checked_beside_its_competitors(dry_run: tuple[dict, dict, str]):
@@ -79,11 +84,17 @@ def test_draws_with_top_p_are_timed_beside_greedy_ones(dry_run: tuple[dict, dict
     for row in dry_run[1]["stages"]["engine"]["rows"]:
         assert row["drawn"]["greedy_ms"] > 0
         assert row["drawn"]["top_p_ms"] > 0
+        assert row["verification"]["ms"] > 0
+        assert [mixed["graph"] for mixed in row["mixed"]] == [False]
+        assert row["engine"]["trace"]["steps"] == 5
+        assert row["engine"]["trace"]["busy_share"] is None, "a CPU is no device that is traced"
+        assert row["memory"]["after_run"]["kv_blocks"] > 0
 
 
 @pytest.mark.parametrize("dry", [True, False])
 def test_the_files_that_stages_name_exist(dry: bool, tmp_path: Path):
-    words = [word for stage in stages(dry, tmp_path) for word in stage.command]
+    every = [*stages(dry, tmp_path / "gpu"), *tuning(dry)]
+    words = [word for stage in every for word in stage.command]
     named = [word for word in words if word.startswith(("bench/", "tests/"))]
     assert {"bench/kernel_bench.py", "bench/engine_gpu.py"} <= {*named}
     assert {*GPU_TESTS} <= {*named} or dry
@@ -109,6 +120,29 @@ def test_nothing_is_imported_that_is_not_named_as_needed(tmp_path: Path):
         [sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_all_stages_together_fit_their_lease(tmp_path: Path):
+    assert sum(stage.limit_s for stage in stages(False, tmp_path / "gpu")) <= 465
+    assert sum(stage.limit_s for stage in tuning(False)) <= 180
+
+
+def test_a_stage_whose_packages_are_missing_is_left_out(tmp_path: Path):
+    with (tmp_path / "log").open("w") as log:
+        stage = Stage("stage", ["no-such-program"], 1.0, needs=("no_such_package",))
+        result = run_stage(stage, dict(os.environ), tmp_path, log)
+    assert result["passed"]
+    assert "no_such_package" in result["exit"]
+
+
+def test_rows_of_a_stage_that_is_cut_off_are_in_the_report(tmp_path: Path):
+    rows = tmp_path / "rows.jsonl"
+    code = f"open({str(rows)!r}, 'w').write('{{\"a\": 1}}\\n{{\"b'); raise SystemExit(1)"
+    with (tmp_path / "log").open("w") as log:
+        stage = Stage("stage", [sys.executable, "-c", code], 60, rows)
+        result = run_stage(stage, dict(os.environ), tmp_path, log)
+    assert result["rows"] == [{"a": 1}]
+    assert not rows.exists()
 
 
 def test_a_failed_stage_is_reported(tmp_path: Path):

@@ -1,7 +1,9 @@
 """The stages of `gpu.sh`, each with its time limit; a stage that fails does not stop the others.
 
-It writes one JSON file with all figures and one log, both named after the device. The last
-line is JSON; the exit status is 0 if every stage passed.
+It writes one JSON file with all figures and one log, both named after the device. The file is
+written anew after every stage; a stage's own rows are in a file beside it as soon as they are
+measured, and stay there where the stage is cut off. The last line is JSON; the exit status is 0 if
+every stage passed.
 """
 
 from __future__ import annotations
@@ -48,50 +50,72 @@ class Stage:
 
     Attributes:
         rows: the file of JSON lines that it writes beside its last line; ``None`` if it has none.
+        needs: import names of packages without which the stage is left out.
     """
 
     name: str
     command: list[str]
     limit_s: float
     rows: Path | None = None
+    needs: tuple[str, ...] = ()
 
 
-def stages(dry: bool, scratch: Path) -> list[Stage]:
-    """Return the stages.
+def tuning(dry: bool) -> list[Stage]:
+    """Return the stage of ``--tune``, which tries other tiles: a second call, of 3 minutes."""
+    seconds = ["--dry"] if dry else ["--quick", "--seconds", "150"]
+    command = [sys.executable, "bench/kernel_bench.py", "--tune", *seconds]
+    return [Stage("tune", command, DRY_LIMIT_S if dry else 175)]
+
+
+def stages(dry: bool, rows: Path) -> list[Stage]:
+    """Return the stages, the most important ones first.
 
     On a GPU all limits together leave a part of the 8 minutes for starting. On a CPU, which may be
     busy, they only end stages that hang.
+
+    Args:
+        rows: the beginning of the paths of files with rows.
     """
     python, dry_flag = sys.executable, ["--dry"] if dry else []
-    kernel_rows, engine_rows = scratch / "kernels.jsonl", scratch / "engine.jsonl"
+    kernel_rows, engine_rows = (
+        rows.with_name(f"{rows.name}-{x}.jsonl") for x in ("kernels", "engine")
+    )
     tests = ["tests/minserve_kernels/test_attention.py"] if dry else list(GPU_TESTS)
     if not dry and importlib.util.find_spec("xdist"):
         tests += ["-n", str(TEST_WORKERS)]  # most of their time is compilation
-    limits = (DRY_LIMIT_S,) * 3 if dry else (140, 140, 180)
-    seconds = [] if dry else ["--seconds", "110"]
+    limits = (DRY_LIMIT_S,) * 6 if dry else (15, 90, 35, 90, 190, 35)
+    seconds = [] if dry else ["--seconds", "70"]
     return [
+        Stage("ceilings", [python, "bench/parts/gpu/ceilings.py", *dry_flag], limits[0]),
         Stage(
             "tests",
             [
                 python, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:benchmark",
                 "--disable-warnings", "-rfs", "--durations=15", *tests,
             ],
-            limits[0],
+            limits[1],
         ),
+        Stage("parity", [python, "bench/parts/gpu/parity.py", *dry_flag], limits[2]),
         Stage(
             "kernels",
             [python, "bench/kernel_bench.py", *seconds, "--out", str(kernel_rows), *dry_flag],
-            limits[1],
+            limits[3],
             kernel_rows,
         ),
         Stage(
             "engine",
             [
-                python, "bench/engine_gpu.py", "--profile-seconds", "1" if dry else "20",
+                python, "bench/engine_gpu.py", "--profile-seconds", "1" if dry else "9",
                 "--out", str(engine_rows), *dry_flag,
             ],
-            limits[2],
+            limits[4],
             engine_rows,
+        ),
+        Stage(
+            "http",
+            [python, "bench/parts/gpu/http_load.py", *dry_flag],
+            limits[5],
+            needs=("aiohttp", "msgspec", "prometheus_client"),
         ),
     ]  # fmt: skip
 
@@ -124,6 +148,9 @@ def environment(folder: Path) -> dict[str, str]:
 
 def run_stage(stage: Stage, env: dict[str, str], scratch: Path, log: IO[str]) -> dict[str, Any]:
     """Run one stage to its end or its limit. Its stdout is shown; all output goes to the log."""
+    if lacking := missing(stage.needs):
+        print(f"== {stage.name} left out: no {', '.join(lacking)} here", flush=True)
+        return {"passed": True, "exit": f"left out without {', '.join(lacking)}", "seconds": 0.0}
     print(f"== {stage.name} (at most {stage.limit_s:.0f} s)", flush=True)
     # Results name no machine's folders.
     words = (Path(word).name if Path(word).is_absolute() else word for word in stage.command)
@@ -151,6 +178,7 @@ def run_stage(stage: Stage, env: dict[str, str], scratch: Path, log: IO[str]) ->
     }
     if stage.rows is not None and stage.rows.exists():
         result["rows"] = list(whole_rows(stage.rows.read_text()))
+        stage.rows.unlink()
     words = "passed" if result["passed"] else f"FAILED ({result['exit']}); the log says more"
     print(f"== {stage.name} {words}, {seconds:.0f} s", flush=True)
     return result
@@ -183,9 +211,12 @@ def last_line(text: str) -> Any:
         return lines[-1]
 
 
-def machine(env: dict[str, str]) -> dict[str, str]:
-    """Return device and versions. Another process finds them, so that this one needs no GPU."""
-    code = "import json; from shared.machine import gpu_machine; print(json.dumps(gpu_machine()))"
+def machine(env: dict[str, str], what: str = "gpu_machine") -> dict[str, str]:
+    """Return device and versions, or another function's result of `shared.machine`.
+
+    Another process finds them, so that this one needs no GPU.
+    """
+    code = f"import json; from shared.machine import {what}; print(json.dumps({what}()))"
     words = subprocess.run(
         [sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True
     ).stdout
@@ -201,6 +232,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bench/gpu.sh", description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", metavar="DIR")
     parser.add_argument("--dry", action="store_true", help="tiny, on a CPU, in the interpreter")
+    parser.add_argument("--tune", action="store_true", help="try other tiles for attention instead")
     args = parser.parse_args()
     if lacking := missing(NEEDED):
         print(f"missing Python packages: {', '.join(lacking)}", file=sys.stderr)
@@ -218,13 +250,17 @@ def main() -> int:
             return 2
         args.out.mkdir(parents=True, exist_ok=True)
         slug = re.sub(r"[^a-z0-9]+", "-", words["device"].lower()).strip("-")
-        slug += "-dry" if args.dry else ""
+        slug += ("-tune" if args.tune else "") + ("-dry" if args.dry else "")
         log_file, json_file = args.out / f"{slug}.log", args.out / f"{slug}.json"
         print(f"{words}; not installed: {', '.join(missing(OPTIONAL)) or 'nothing'}", flush=True)
         results: dict[str, dict[str, Any]] = {}
         with log_file.open("w", encoding="utf-8") as log:
-            for stage in stages(args.dry, scratch):
+            rows = args.out.resolve() / slug
+            for stage in tuning(args.dry) if args.tune else stages(args.dry, rows):
+                if stage.rows is not None:
+                    stage.rows.unlink(missing_ok=True)  # of a call that was cut off
                 results[stage.name] = run_stage(stage, env, scratch, log)
+                results[stage.name]["gpu_after"] = machine(env, "gpu_state")
                 # Written after each stage, in case the machine is lost before the last one.
                 report = {
                     **words,

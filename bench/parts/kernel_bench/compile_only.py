@@ -25,6 +25,8 @@ from minserve.machine import Machine
 from minserve.progress_bar import progress_bar
 from minserve.tables import text_table
 from parts.kernel_bench.attention import BLOCK_SIZE, UniformBatch, attention_problem
+from parts.kernel_bench.prefill_tiles import KERNEL as TILES_KERNEL
+from parts.kernel_bench.prefill_tiles import tiles_problem
 from parts.kernel_bench.rows import gate_problem, kv_problem, norm_problem, qk_norm_problem
 from parts.kernel_bench.triton_aot import ARCHS, KIB, MULTIPROCESSORS, Built, compiling_for, inspect
 from parts.kernel_bench.truncation import KERNEL as TRUNCATION_KERNEL
@@ -110,6 +112,8 @@ def cases(quick: bool) -> Iterator[CompileCase]:
                 yield CompileCase(kernel, f"bfloat16 {model}", torch.bfloat16, make)
             make = partial(qk_norm_problem, model, TOKENS)
             yield CompileCase("qk_norm", f"bfloat16 {model}", torch.bfloat16, make)
+    tiles = partial(tiles_problem, 512, 16)
+    yield CompileCase(TILES_KERNEL, "int64 512 of 16", torch.int64, tiles)
     make = partial(truncation_problem, "llama-3.1-8b", TOKENS, "wide")
     yield CompileCase(TRUNCATION_KERNEL, "float32 llama-3.1-8b", torch.float32, make)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,14 @@ from parts.kernel_bench.rows import row_problems
 from parts.kernel_bench.truncation import KERNEL as TRUNCATION_KERNEL
 from parts.kernel_bench.truncation import truncation_problems
 from shared.kernel_cases import OURS, Contestant, KernelSetting, Make, Problem, Scale
-from shared.kernel_timing import Ceilings, KernelTiming, checked, measure, one_call
+from shared.kernel_timing import (
+    CaptureFailedError,
+    Ceilings,
+    KernelTiming,
+    checked,
+    measure,
+    one_call,
+)
 
 KERNELS = ("decode", "prefill", *ROW_KERNELS, TRUNCATION_KERNEL)
 FREE_SHARE = 0.8  # of the device's free memory: the most that a problem may take
@@ -47,15 +54,18 @@ def sweep(
     setting: KernelSetting,
     ceilings: Ceilings | None,
     rep_ms: float,
+    launched: Collection[str] = (),
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for every problem that fits into the device's memory.
+    """Yield a row for every problem that fits into the device's memory, and ``{}`` for the others.
 
     Args:
         cases: from `problems`.
         ceilings: ``None`` in a dry run, whose times mean nothing.
         rep_ms: milliseconds for measuring each contestant.
+        launched: contestants that cannot be captured in CUDA graphs.
 
     Raises:
+        NotCapturedError: if another contestant cannot be: a new process has to go on.
         RuntimeError: if the device no longer works, for instance after an illegal access.
     """
     bar = progress_bar(cases, unit="case", mininterval=1.0)
@@ -67,11 +77,26 @@ def sweep(
             torch.cuda.empty_cache()
             if problem.memory > FREE_SHARE * torch.cuda.mem_get_info()[0]:
                 tqdm.write(f"{kernel} {problem.label}: left out, too large for this device")
+                yield {}
                 continue
-        yield _row(problem, ceilings, rep_ms)
+        yield _row(problem, ceilings, rep_ms, launched)
 
 
-def _row(problem: Problem, ceilings: Ceilings | None, rep_ms: float) -> dict[str, Any]:
+class NotCapturedError(RuntimeError):
+    """A contestant could not be captured in a CUDA graph, and may have poisoned this process.
+
+    Attributes:
+        name: the contestant.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name} cannot be captured: {reason}")
+        self.name = name
+
+
+def _row(
+    problem: Problem, ceilings: Ceilings | None, rep_ms: float, launched: Collection[str]
+) -> dict[str, Any]:
     """Return one line of results.
 
     By contestant, ``ms`` holds p20, p50 and p80, ``error`` the relative error, and ``failed``
@@ -92,7 +117,11 @@ def _row(problem: Problem, ceilings: Ceilings | None, rep_ms: float) -> dict[str
     }
     for name, build in problem.contestants.items():
         try:
-            row["error"][name], timing = _solve(build, expected, problem.dtype, ceilings, rep_ms)
+            row["error"][name], timing = _solve(
+                build, expected, problem.dtype, ceilings, rep_ms, captured=name not in launched
+            )
+        except CaptureFailedError as error:
+            raise NotCapturedError(name, str(error).partition("\n")[0][:200]) from error
         except Exception as reason:  # if one kernel fails, the others are still worth timing
             row["failed"][name] = f"{type(reason).__name__}: {reason}".partition("\n")[0][:200]
             if expected.is_cuda:
@@ -114,6 +143,8 @@ def _solve(
     dtype: torch.dtype,
     ceilings: Ceilings | None,
     rep_ms: float,
+    *,
+    captured: bool,
 ) -> tuple[float, KernelTiming]:
     """Check a contestant, then time it. Its memory is free again afterwards.
 
@@ -125,7 +156,9 @@ def _solve(
     """
     contestant = build()
     error = checked(contestant, expected, dtype)
-    return error, one_call(contestant) if ceilings is None else measure(contestant, rep_ms)
+    if ceilings is None:
+        return error, one_call(contestant)
+    return error, measure(contestant, rep_ms, captured=captured)
 
 
 def _rates(problem: Problem, ms: float, ceilings: Ceilings) -> dict[str, float | str]:
