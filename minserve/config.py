@@ -127,8 +127,8 @@ class EngineConfig:
     )
     cuda_graphs: bool = option(
         True,
-        "launch passes over decodes as CUDA graphs, recorded at the start (on a GPU, with "
-        "--attention-backend triton)",
+        "launch passes over decodes, and over small batches with prefills, as CUDA graphs, recorded "
+        "at the start (on a GPU, with --attention-backend triton)",
         group="model",
     )
     deterministic: bool = option(

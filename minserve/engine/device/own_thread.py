@@ -29,9 +29,13 @@ def apart(device: torch.device, work: Callable[[], T]) -> T:
 
 def _in_own_thread(work: Callable[[], T]) -> T:
     done: Future[T] = Future()
+    # Which GPU is the current one is a matter of each thread.
+    index = torch.cuda.current_device() if torch.cuda.is_available() else None
 
     def run() -> None:
         try:
+            if index is not None:
+                torch.cuda.set_device(index)
             done.set_result(work())
         except BaseException as error:  # told to who waits, whatever it is
             done.set_exception(error)

@@ -26,3 +26,11 @@ def test_on_a_cpu_the_caller_does_it() -> None:
 def test_its_error_is_the_callers(device: torch.device) -> None:
     with pytest.raises(ZeroDivisionError):
         apart(device, lambda: 1 // 0)
+
+
+def test_the_current_gpu_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert apart(CUDA, lambda: list(chosen)) == [3]
