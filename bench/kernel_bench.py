@@ -103,12 +103,10 @@ def run_sweep(args: argparse.Namespace, scale: Scale) -> int:
         )
     cases, place = problems(args.only or KERNELS, scale), setting(args)
     if not args.dry and not args.begin:
-        from parts.kernel_bench.compile_only import precompile
+        from parts.kernel_bench.compile_only import precompile_here
 
-        gpu = torch.cuda.get_device_properties(0)
-        arch = 10 * gpu.major + gpu.minor
         makes = [make for kernel, make in cases if kernel != CUBLAS_KERNEL]
-        precompile(makes, place.dtype, arch, gpu.multi_processor_count)
+        precompile_here(makes, place.dtype)
     rows: list[dict[str, Any]] = earlier_rows(args) if args.begin else []
     done = args.begin
     try:

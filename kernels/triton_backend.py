@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minserve.errors import BackendUnavailableError
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
-from minserve.kernels.triton.batched_decode import DecodePlan, batched_decode, plan_decodes
+from minserve.kernels.triton.batched_decode import batched_decode
 from minserve.kernels.triton.chunked_prefill import (
     CHUNK_SIZES,
     PrefillPlan,
@@ -19,6 +19,7 @@ from minserve.kernels.triton.chunked_prefill import (
     plan_prefills,
     prefill_tile,
 )
+from minserve.kernels.triton.decode_plan import DecodePlan, plan_decodes
 from minserve.kernels.triton.prefill_tiles import prefill_tiles_on_device
 from minserve.kernels.triton.write_kv import write_kv
 
@@ -139,7 +140,6 @@ class TritonBackend(AttentionBackend):
             state.starts[: num + 1],
             state.lengths[:num],
             metadata.block_tables[:num],
-            num_tokens=min(starts[num], metadata.slot_mapping.shape[0]),
             most_queries=max(starts[i + 1] - starts[i] for i in range(num)),
             longest=max(metadata.seq_lens[:num]),
             total=sum(metadata.seq_lens[:num]) if metadata.lengths_known else None,

@@ -20,7 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from minserve.kernels.triton.online_softmax import LOG2_E, softmax_step
+from minserve.kernels.triton.paged_tiles import blocks_at, slots_in
 from minserve.kernels.triton.prefill_tiles import prefill_tiles
+from minserve.kernels.triton.split_merge import ended_last, merge_splits
 from minserve.kernels.upload import to_device
 
 MOST_SPLITS = 8
@@ -52,7 +54,7 @@ def prefill_tile(longest: int, head_dim: int, dtype: torch.dtype, capability: in
             tensor cores read their operands from registers, so fewer registers are free.
     """
     if dtype is torch.float32:
-        return PrefillTile(32, 32 if head_dim <= 128 else 16, num_warps=8, num_stages=2)
+        return PrefillTile(32, 16, num_warps=8, num_stages=2)
     if head_dim > 128:
         return PrefillTile(64, 32, num_warps=8, num_stages=2)
     if 90 <= capability < 120:
@@ -253,8 +255,8 @@ def _prefill_kernel(
     num_queries = (tl.load(starts_ptr + seq + 1) - start).to(tl.int32)
     length = tl.load(lengths_ptr + seq).to(tl.int32)
 
-    rows = first + tl.arange(0, BLOCK_M)
-    position = length - num_queries + rows
+    rows = tl.arange(0, BLOCK_M)
+    position = length - num_queries + first + rows
     seen_by_all = length - num_queries + first + 1
     end = tl.minimum(length, seen_by_all + BLOCK_M - 1)
     begin, until = 0, end
@@ -266,16 +268,13 @@ def _prefill_kernel(
     until_unmasked = tl.minimum((seen_by_all // BLOCK_N) * BLOCK_N, until)
     until_unmasked = tl.maximum(until_unmasked, begin)
 
-    is_row = (rows < num_queries)[:, None]
     low = tl.arange(0, LOW)
     high = LOW + tl.arange(0, HIGH if HIGH > 0 else 16)
-    query_ptrs = query_ptr + ((start + rows) * query_stride + head * HEAD_DIM)[:, None]
-    query_low = tl.load(query_ptrs + low[None, :], mask=is_row, other=0.0)
-    query_high = query_low
-    if HIGH > 0:
-        is_high = is_row & (high < HEAD_DIM)[None, :]
-        query_high = tl.load(query_ptrs + high[None, :], mask=is_high, other=0.0)
-
+    is_row = rows < num_queries - first
+    query_ptr += (start + first) * query_stride + head * HEAD_DIM
+    query_low, query_high = _load_queries(
+        query_ptr, rows * query_stride, is_row, low, high, HEAD_DIM, HIGH
+    )
     best = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     acc_low = tl.zeros([BLOCK_M, LOW], dtype=tl.float32)
@@ -292,53 +291,106 @@ def _prefill_kernel(
         NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N, HIGH, True, SPLIT,
     )  # fmt: skip
 
-    is_high = is_row & (high < HEAD_DIM)[None, :]
-    out_ptrs = out_ptr + (((start + rows) * NUM_HEADS + head) * HEAD_DIM)[:, None]
+    out_ptr += ((start + first) * NUM_HEADS + head) * HEAD_DIM
     if SPLIT:
-        total = tl.where(total > 0.0, total, 1.0)
-    acc_low = acc_low / total[:, None]
-    acc_high = acc_high / total[:, None]
-    num_used = tl.cdiv(end, split_len)
-    if SPLIT and num_used > 1:
-        place = tl.program_id(1) * NUM_HEADS + head
-        split_rows = (place * num_splits + tl.program_id(2)) * BLOCK_M + tl.arange(0, BLOCK_M)
-        partial_ptrs = partial_ptr + split_rows[:, None] * HEAD_DIM
-        tl.store(partial_ptrs + low[None, :], acc_low, mask=is_row)
-        if HIGH > 0:
-            tl.store(partial_ptrs + high[None, :], acc_high, mask=is_high)
-        tl.store(lse_ptr + split_rows, best + tl.log2(total))
-        # All threads' stores are made before one of them tells the other programs.
-        tl.debug_barrier()
-        if tl.atomic_add(arrived_ptr + place, 1, sem="acq_rel") < num_used - 1:
-            return
-        tl.store(arrived_ptr + place, 0)  # for the next layer
-        # What other programs wrote is read past the first-level cache, which may hold older values.
-        best = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-        total = tl.zeros([BLOCK_M], dtype=tl.float32)
-        acc_low = tl.zeros([BLOCK_M, LOW], dtype=tl.float32)
-        acc_high = tl.zeros([BLOCK_M, HIGH if HIGH > 0 else 16], dtype=tl.float32)
-        for split in range(0, num_used):
-            split_rows = (place * num_splits + split) * BLOCK_M + tl.arange(0, BLOCK_M)
-            partial_ptrs = partial_ptr + split_rows[:, None] * HEAD_DIM
-            # All rows see the first split, so that `best` is finite from there on.
-            lse = tl.load(lse_ptr + split_rows, cache_modifier=".cg")
-            new_best = tl.maximum(best, lse)
-            weight, decay = tl.exp2(lse - new_best), tl.exp2(best - new_best)
-            best, total = new_best, total * decay + weight
-            partial = tl.load(
-                partial_ptrs + low[None, :], mask=is_row, other=0.0, cache_modifier=".cg"
-            )
-            acc_low = acc_low * decay[:, None] + partial * weight[:, None]
-            if HIGH > 0:
-                partial_high = tl.load(
-                    partial_ptrs + high[None, :], mask=is_high, other=0.0, cache_modifier=".cg"
-                )
-                acc_high = acc_high * decay[:, None] + partial_high * weight[:, None]
-        acc_low = acc_low / total[:, None]
-        acc_high = acc_high / total[:, None]
-    tl.store(out_ptrs + low[None, :], acc_low.to(out_ptr.dtype.element_ty), mask=is_row)
+        _store_split(
+            out_ptr, partial_ptr, lse_ptr, arrived_ptr + tl.program_id(1) * NUM_HEADS + head,
+            best, total, acc_low, acc_high, low, high, num_queries - first, num_splits,
+            tl.cdiv(end, split_len), head, NUM_HEADS, HEAD_DIM, BLOCK_M, HIGH,
+        )  # fmt: skip
+    else:
+        acc_low, acc_high = acc_low / total[:, None], acc_high / total[:, None]
+        row_offsets = rows * (NUM_HEADS * HEAD_DIM)
+        _store_rows(out_ptr, row_offsets, acc_low, acc_high, is_row, low, high, HEAD_DIM, HIGH)
+
+
+@triton.jit
+def _load_queries(ptr, row_offsets, is_row, low, high, HEAD_DIM: tl.constexpr, HIGH: tl.constexpr):
+    """Return the rows' first dimensions, and the others; the former twice if there are no others."""
+    ptrs = ptr + row_offsets[:, None]
+    part_low = tl.load(ptrs + low[None, :], mask=is_row[:, None], other=0.0)
+    part_high = part_low
     if HIGH > 0:
-        tl.store(out_ptrs + high[None, :], acc_high.to(out_ptr.dtype.element_ty), mask=is_high)
+        is_there = is_row[:, None] & (high < HEAD_DIM)[None, :]
+        part_high = tl.load(ptrs + high[None, :], mask=is_there, other=0.0)
+    return part_low, part_high
+
+
+@triton.jit
+def _store_rows(
+    ptr,
+    row_offsets,
+    part_low,
+    part_high,
+    is_row,
+    low,
+    high,
+    HEAD_DIM: tl.constexpr,
+    HIGH: tl.constexpr,
+):
+    """Store rows of ``HEAD_DIM`` values, their first dimensions and the others."""
+    ptrs = ptr + row_offsets[:, None]
+    part_low = part_low.to(ptr.dtype.element_ty)
+    tl.store(ptrs + low[None, :], part_low, mask=is_row[:, None])
+    if HIGH > 0:
+        is_there = is_row[:, None] & (high < HEAD_DIM)[None, :]
+        part_high = part_high.to(ptr.dtype.element_ty)
+        tl.store(ptrs + high[None, :], part_high, mask=is_there)
+
+
+@triton.jit
+def _store_split(
+    out_ptr,
+    partial_ptr,
+    lse_ptr,
+    arrived_ptr,
+    best,
+    total,
+    acc_low,
+    acc_high,
+    low,
+    high,
+    num_rows,
+    num_splits,
+    num_used,
+    head,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HIGH: tl.constexpr,
+):
+    """Store a split's attention; merge the tile's splits if it ended last.
+
+    Args:
+        out_ptr: the head's part of the tile's first token.
+        best, total, acc_low, acc_high: what `_attend` returned at the split's end.
+        num_rows: query tokens of the sequence from the tile's first one on.
+        num_used: number of splits of this tile, of ``num_splits`` that there is room for.
+    """
+    STRIDE: tl.constexpr = NUM_HEADS * HEAD_DIM
+    total = tl.where(total > 0.0, total, 1.0)
+    acc_low, acc_high = acc_low / total[:, None], acc_high / total[:, None]
+    row = tl.arange(0, BLOCK_M)
+    num_rows = tl.minimum(num_rows, BLOCK_M)
+    if num_used == 1:
+        _store_rows(
+            out_ptr, row * STRIDE, acc_low, acc_high, row < num_rows, low, high, HEAD_DIM, HIGH
+        )
+    else:
+        place = (tl.program_id(1) * NUM_HEADS + head).to(tl.int64) * num_splits * BLOCK_M
+        partial_ptr += place * HEAD_DIM
+        lse_ptr += place
+        split_row = tl.program_id(2) * BLOCK_M + row
+        _store_rows(
+            partial_ptr, split_row * HEAD_DIM, acc_low, acc_high, row < num_rows, low, high,
+            HEAD_DIM, HIGH,
+        )  # fmt: skip
+        tl.store(lse_ptr + split_row, best + tl.log2(total))
+        if ended_last(arrived_ptr, num_used):
+            merge_splits(
+                partial_ptr, lse_ptr, out_ptr, BLOCK_M, num_used, 0, num_rows, NUM_HEADS, 1,
+                HEAD_DIM,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -374,17 +426,12 @@ def _attend(
     that `best` is finite from then on. In a later split a row may see nothing.
     """
     is_high = high < HEAD_DIM
-    # The next piece's blocks are looked up ahead: see `batched_decode`.
-    ahead = begin + tl.arange(0, BLOCK_N)
-    next_block = tl.load(table_ptr + ahead // BLOCK_SIZE, mask=ahead < end, other=0).to(tl.int32)
+    next_blocks = blocks_at(table_ptr, begin, end, BLOCK_N, BLOCK_SIZE)
     for first in range(begin, until, BLOCK_N):
         context = first + tl.arange(0, BLOCK_N)
         is_there = context < end
-        slot = next_block.to(tl.int64) * BLOCK_SIZE + context % BLOCK_SIZE
-        ahead = context + BLOCK_N
-        next_block = tl.load(table_ptr + ahead // BLOCK_SIZE, mask=ahead < end, other=0).to(
-            tl.int32
-        )
+        slot = slots_in(next_blocks, first, BLOCK_N, BLOCK_SIZE)
+        next_blocks = blocks_at(table_ptr, first + BLOCK_N, end, BLOCK_N, BLOCK_SIZE)
         offset = (slot * NUM_KV_HEADS + kv_head) * HEAD_DIM
         key_ptrs, value_ptrs = key_ptr + offset[None, :], value_ptr + offset[:, None]
         key = _load(key_ptrs + low[:, None], is_there[None, :], MASKED)
@@ -393,11 +440,10 @@ def _attend(
             is_key = is_there[None, :] & is_high[:, None]
             key_high = tl.load(key_ptrs + high[:, None], mask=is_key, other=0.0)
             scores = tl.dot(query_high, key_high, scores, input_precision="ieee")
-        scores = scores * scale
         if MASKED:
             is_seen = is_there[None, :] & (context[None, :] <= position[:, None])
             scores = tl.where(is_seen, scores, float("-inf"))
-        weights, decay, best, total = softmax_step(scores, best, total, MAY_SEE_NOTHING)
+        weights, decay, best, total = softmax_step(scores, scale, best, total, MAY_SEE_NOTHING)
         value = _load(value_ptrs + low[None, :], is_there[:, None], MASKED)
         weights = weights.to(value.dtype)
         acc_low = tl.dot(weights, value, acc_low * decay[:, None], input_precision="ieee")

@@ -54,6 +54,7 @@ def test_every_kernel_compiles_for_both_architectures_without_spills_to_speak_of
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["failures"] == []
+    assert told["spills"] == told["unpipelined"] == 0
     assert told["archs"] == [80, 90]
     assert 0 < told["max_shared"] <= 227 * KIB
     compiled = {line.split()[0] for line in done.stdout.splitlines()[:-1]}
@@ -72,13 +73,15 @@ def test_a_tile_beyond_the_shared_memory_is_a_failure():
         ({"shared": 164 * KIB}, "164 KiB of shared memory, where a block may use 163"),
         ({"instructions": ""}, "tl.dot without instructions of the tensor cores"),
         ({"num_stages": 3, "ahead": 0}, "3 stages, but a loop waits for all loads there are"),
+        ({"num_stages": 3, "ahead": None}, "3 stages, but a loop waits for all loads there are"),
     ],
 )
 def test_what_is_wrong_with_a_kernel_is_said(changed: dict, problem: str):
     good = {
         "name": "kernel", "digest": "0", "arch": 80, "num_warps": 4, "num_stages": 2,
-        "registers": 64, "spill_bytes": 0, "shared": 0, "has_dot": True, "instructions": "mma",
-        "ahead": 0,
+        "registers": 64, "spill_bytes": 0, "shared": 0, "has_dot": True,
+        "needs_tensor_cores": True, "instructions": "mma",
+        "ahead": 0, "buffers": 1,
     }  # fmt: skip
     assert Built(**good).problems() == []
     assert Built(**{**good, **changed}).problems() == [problem]

@@ -78,6 +78,17 @@ class UniformBatch:
         """The tokens of each sequence that have KV afterwards."""
         return self.past + self.queries
 
+    @property
+    def case(self) -> dict[str, str | int]:
+        """The values that distinguish the batch from others, for its row."""
+        if self.decode:
+            case = {"batch": self.seqs, "context": self.context}
+            more = {"queries": self.queries} if self.queries > 1 else {}
+        else:
+            case = {"chunk": self.queries, "past": self.past}
+            more = {"batch": self.seqs} if self.seqs > 1 else {}
+        return {"model": self.model, **case, **more}
+
     def kv_bytes(self, dtype: torch.dtype) -> int:
         """Return the bytes of one layer's keys and values."""
         _, num_kv_heads, head_dim = self.heads
@@ -201,14 +212,6 @@ def attention_problem(batch: UniformBatch, setting: KernelSetting) -> Problem:
     kv_bytes = batch.kv_bytes(setting.dtype)
     num_sets = setting.num_sets(kv_bytes)
     inputs = AttentionInputs(batch, setting, num_sets)
-    if batch.decode:
-        case = {"batch": batch.seqs, "context": batch.context}
-        if batch.queries > 1:
-            case["queries"] = batch.queries
-    else:
-        case = {"chunk": batch.queries, "past": batch.past}
-        if batch.seqs > 1:
-            case["batch"] = batch.seqs
     contestants: dict[str, Callable[[], Contestant]] = {
         OURS: lambda: _paged(inputs, "triton", batch.block_size),
         "sdpa": lambda: _sdpa(inputs),
@@ -217,7 +220,7 @@ def attention_problem(batch: UniformBatch, setting: KernelSetting) -> Problem:
     }
     return Problem(
         kernel="decode" if batch.decode else "prefill",
-        case={"model": batch.model, **case},
+        case=batch.case,
         dtype=setting.dtype,
         least_bytes=batch.least_bytes(setting.dtype),
         flops=batch.flops,
@@ -268,8 +271,12 @@ def _sdpa(inputs: AttentionInputs) -> Contestant:
 
 def attention_problems(kernel: str, scale: Scale) -> list[partial[Problem]]:
     """Return problems with batches of real models, for ``decode`` or ``prefill``."""
-    batches = _decode_batches(scale) if kernel == "decode" else _prefill_batches(scale)
-    return [partial(attention_problem, batch) for batch in batches]
+    return [partial(attention_problem, batch) for batch in attention_batches(kernel, scale)]
+
+
+def attention_batches(kernel: str, scale: Scale) -> list[UniformBatch]:
+    """Return batches of real models, for ``decode`` or ``prefill``."""
+    return list(_decode_batches(scale) if kernel == "decode" else _prefill_batches(scale))
 
 
 def _decode_batches(scale: Scale) -> Iterator[UniformBatch]:

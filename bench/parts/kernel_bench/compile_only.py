@@ -18,6 +18,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
+import triton
 from tqdm import tqdm
 from triton.compiler import CompiledKernel
 
@@ -37,6 +38,8 @@ from shared.synthetic_models import SHAPES
 HEAD_DIMS = (64, 80, 96, 128, 256)
 GROUPS = (1, 4, 8)  # query heads per KV head
 NUM_KV_HEADS = 8
+# Groups that models have beside these, with the few KV heads of a rank of a sharded model.
+OTHER_GROUPS, SHARDED_HEAD_DIMS, SHARDED_KV_HEADS = (2, 5, 7, 10), (64, 128), 1
 # Block sizes change the arithmetic of addresses, in the same way for all groups.
 OTHER_BLOCK_SIZES, OTHERS_GROUP = (16, 128), 4
 # Query tokens and context of a decode: one split, several, and with four drafted tokens.
@@ -44,6 +47,8 @@ DECODES = ((1, 48), (1, 4096), (5, 4096))
 CHUNKS = (64, 512, 8192)
 PAST = 4096
 TOKENS = 64
+# What is compiled of groups and of float32, for which other shapes change nothing more.
+FEW_DECODES, FEW_CHUNKS = ((1, 4096), (5, 4096)), (512,)
 # For fp16 the same code has another type name than for bfloat16: a part of the cases is enough.
 FP16_HEAD_DIMS = (64, 128)
 NORM_MODELS = ("opt-125m", "opt-6.7b", "opt-30b", "llama-3.1-8b", "llama-3.1-70b")
@@ -83,16 +88,22 @@ def cases(quick: bool) -> Iterator[CompileCase]:
     They are in bfloat16, and a part of them in float16 too. With ``quick`` there is each kernel at
     every head dimension, with one kind of groups and blocks.
     """
-    for heads, block_size, dtype in _attention_shapes(quick):
-        where = f"{_name(dtype)} D{heads.head_dim} G{heads[0] // heads[1]} B{block_size}"
-        for queries, context in DECODES:
-            make = _attention(heads, queries, context - queries, block_size, decode=True)
-            yield CompileCase("decode", f"{where} {queries} of {context}", dtype, make)
-        for chunk in CHUNKS:
-            make = _attention(heads, chunk, PAST, block_size, decode=False)
-            yield CompileCase(
-                "prefill", f"{where} {chunk} of {PAST + chunk}", dtype, make, needs_wgmma=True
-            )
+    for shape in _attention_shapes(quick):
+        yield from _attention_cases(*shape, DECODES, CHUNKS)
+    if quick:
+        for group in sorted({*GROUPS, *OTHER_GROUPS} - {OTHERS_GROUP}):
+            heads = Heads(group * SHARDED_KV_HEADS, SHARDED_KV_HEADS, 128)
+            yield from _attention_cases(heads, BLOCK_SIZE, torch.bfloat16, FEW_DECODES[:1], ())
+    else:
+        for head_dim in SHARDED_HEAD_DIMS:
+            for group in sorted({*GROUPS, *OTHER_GROUPS}):
+                heads = Heads(group * SHARDED_KV_HEADS, SHARDED_KV_HEADS, head_dim)
+                shape = heads, BLOCK_SIZE, torch.bfloat16
+                yield from _attention_cases(*shape, FEW_DECODES, FEW_CHUNKS)
+        for head_dim in HEAD_DIMS:
+            heads = Heads(OTHERS_GROUP * NUM_KV_HEADS, NUM_KV_HEADS, head_dim)
+            shape = heads, BLOCK_SIZE, torch.float32
+            yield from _attention_cases(*shape, FEW_DECODES, FEW_CHUNKS)
     for head_dim in HEAD_DIMS:
         heads = Heads(4 * NUM_KV_HEADS, NUM_KV_HEADS, head_dim)
         for block_size in (BLOCK_SIZE,) if quick else (BLOCK_SIZE, *OTHER_BLOCK_SIZES):
@@ -116,6 +127,27 @@ def cases(quick: bool) -> Iterator[CompileCase]:
     yield CompileCase(TILES_KERNEL, "int64 512 of 16", torch.int64, tiles)
     make = partial(truncation_problem, "llama-3.1-8b", TOKENS, "wide")
     yield CompileCase(TRUNCATION_KERNEL, "float32 llama-3.1-8b", torch.float32, make)
+
+
+def _attention_cases(
+    heads: Heads,
+    block_size: int,
+    dtype: torch.dtype,
+    decodes: Sequence[tuple[int, int]],
+    chunks: Sequence[int],
+) -> Iterator[CompileCase]:
+    """Yield decodes, as query tokens and context, and prefill chunks behind a context."""
+    heads_name = f"D{heads.head_dim} G{heads[0] // heads[1]} H{heads.num_kv_heads}"
+    where = f"{_name(dtype)} {heads_name} B{block_size}"
+    for queries, context in decodes:
+        make = _attention(heads, queries, context - queries, block_size, decode=True)
+        yield CompileCase("decode", f"{where} {queries} of {context}", dtype, make)
+    for chunk in chunks:
+        make = _attention(heads, chunk, PAST, block_size, decode=False)
+        label = f"{where} {chunk} of {PAST + chunk}"
+        # float32 has no tensor cores.
+        needs_wgmma = dtype is not torch.float32
+        yield CompileCase("prefill", label, dtype, make, needs_wgmma)
 
 
 def _attention_shapes(quick: bool) -> Iterator[tuple[Heads, int, torch.dtype]]:
@@ -176,12 +208,14 @@ def compile_case(case: CompileCase, arch: int) -> Compiled:
     return Compiled(case.kernel, case.label, arch, kernels, failures)
 
 
-def precompile(makes: Sequence[Make], dtype: torch.dtype, arch: int, multiprocessors: int) -> None:
-    """Fill Triton's cache for a device, on all cores.
+def precompile_here(makes: Sequence[Make], dtype: torch.dtype) -> None:
+    """Fill Triton's cache for the current CUDA device, on all cores.
 
     To compile one kernel after the other would take longer than to time them. A failure is not
     reported here, since it shows again when the kernel runs.
     """
+    gpu = torch.cuda.get_device_properties(0)
+    arch, multiprocessors = 10 * gpu.major + gpu.minor, gpu.multi_processor_count
     # Each worker imports torch anew.
     workers = min(MOST_WORKERS, Machine.look().num_processes - 1)
     with _pool(max(1, workers)) as pool:
@@ -227,8 +261,8 @@ def run_compile(only: Sequence[str] | None, *, quick: bool) -> int:
             for failure in result.failures:
                 tqdm.write(f"{result.kernel} {result.label} sm_{result.arch}: {failure}")
     results.sort(key=lambda r: (r.kernel, r.label, r.arch))
-    headings = ("kernel", "case", "arch", "function", "warps", "stages", "regs", "spills", "KiB",
-                "instructions")  # fmt: skip
+    headings = ("kernel", "case", "arch", "function", "warps", "stages", "buffers", "ahead", "regs",
+                "spills", "KiB", "at a time", "instructions")  # fmt: skip
     lines = [_cells(result, kernel) for result in results for kernel in result.kernels]
     print(text_table(headings, lines, left=2))
     failures = [
@@ -241,6 +275,8 @@ def run_compile(only: Sequence[str] | None, *, quick: bool) -> int:
         "kernels": len(built),
         "cases": len(results),
         "spills": sum(kernel.spill_bytes for kernel in built),
+        "unpipelined": sum(kernel.is_unpipelined for kernel in built),
+        "triton": triton.__version__,
         "archs": list(ARCHS),
         "max_shared": max((kernel.shared for kernel in built), default=0),
         "max_registers": max((kernel.registers for kernel in built), default=0),
@@ -259,9 +295,12 @@ def _cells(result: Compiled, kernel: Built) -> tuple[object, ...]:
         kernel.name,
         kernel.num_warps,
         kernel.num_stages,
+        kernel.buffers,
+        kernel.ahead,
         kernel.registers,
         kernel.spill_bytes,
         f"{kernel.shared / KIB:.1f}",
+        kernel.at_a_time,
         kernel.instructions or None,
     )
 

@@ -29,11 +29,17 @@ KIB = 1024
 MAX_SHARED = {80: 163 * KIB, 90: 227 * KIB}
 MULTIPROCESSORS = {80: 108, 90: 132}
 ARCHS = tuple(MAX_SHARED)
+# Of a multiprocessor, from the same guide: threads, registers, shared memory.
+MOST_THREADS, REGISTERS, SHARED = 2048, 65536, {80: 164 * KIB, 90: 228 * KIB}
 # Patterns in TTGIR: loops, and how many younger copies to shared memory may still be under way.
 LOOP = re.compile(r"scf\.for .*?scf\.yield", re.DOTALL)
 WAIT = re.compile(r"ttg\.async_wait .*?num = (\d+)")
+# Buffers of a pipelined load: the first of three sizes of its shared memory.
+BUFFERS = re.compile(r"ttg\.local_alloc\s*:\s*\(\)\s*->\s*!ttg\.memdesc<(\d+)x\d+x\d+x")
 # Bytes per thread. ptxas spills so few if this lets one more program run at a time.
 FEW_SPILL_BYTES = 16
+# In TTIR: a product of matrices that are not in float32.
+SHORT_DOT = re.compile(r"tt\.dot .*: tensor<\d+x\d+x(?!f32)\w+> \*")
 TENSOR_CORE = re.compile(r"wgmma\.mma_async|mma\.sync")
 
 
@@ -47,9 +53,11 @@ class Built:
         spill_bytes: bytes per thread of local memory for spilled registers.
         shared: bytes of shared memory per block.
         has_dot: true if the kernel multiplies matrices.
+        needs_tensor_cores: true if these are in a dtype that tensor cores multiply.
         instructions: instructions of the tensor cores that it uses: ``wgmma``, ``mma``, or none.
         ahead: number of later loads that are under way when a loop waits for a load; the least
             of all loops, ``None`` if none of them waits.
+        buffers: number of tiles for which pipelined loads have room; ``None`` without such loads.
     """
 
     name: str
@@ -61,8 +69,29 @@ class Built:
     spill_bytes: int
     shared: int
     has_dot: bool
+    needs_tensor_cores: bool
     instructions: str
     ahead: int | None
+    buffers: int | None
+
+    @property
+    def at_a_time(self) -> int:
+        """The number of programs that a multiprocessor runs at a time."""
+        threads = 32 * self.num_warps
+        registers = -(-self.registers // 8) * 8 * threads
+        return min(
+            MOST_THREADS // threads,
+            REGISTERS // max(1, registers),
+            SHARED[self.arch] // (self.shared + KIB),
+        )
+
+    @property
+    def is_unpipelined(self) -> bool:
+        """True if a loop with products waits for all its loads, though there are stages for more.
+
+        A tile of two stages has one buffer by choice: other programs load while this one computes.
+        """
+        return self.has_dot and self.num_stages > 2 and not self.ahead
 
     def problems(self) -> list[str]:
         """Return what keeps it from running well, or at all, on its architecture."""
@@ -74,9 +103,9 @@ class Built:
                 f"{self.shared / KIB:.0f} KiB of shared memory, where a block may use "
                 f"{MAX_SHARED[self.arch] // KIB}"
             )
-        if self.has_dot and not self.instructions:
+        if self.needs_tensor_cores and not self.instructions:
             found.append("tl.dot without instructions of the tensor cores")
-        if self.num_stages > 2 and self.ahead == 0:
+        if self.is_unpipelined:
             found.append(f"{self.num_stages} stages, but a loop waits for all loads there are")
         return found
 
@@ -145,11 +174,13 @@ def inspect(kernel: CompiledKernel) -> Built:
         spill_bytes=stack,
         shared=metadata.shared,
         has_dot="tt.dot" in kernel.asm["ttir"],
+        needs_tensor_cores=SHORT_DOT.search(kernel.asm["ttir"]) is not None,
         instructions="wgmma" if any("wgmma" in one for one in found) else "mma" if found else "",
         ahead=min(
             (int(n) for loop in LOOP.findall(kernel.asm["ttgir"]) for n in WAIT.findall(loop)),
             default=None,
         ),
+        buffers=max((int(n) for n in BUFFERS.findall(kernel.asm["ttgir"])), default=None),
     )
 
 

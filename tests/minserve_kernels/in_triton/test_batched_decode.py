@@ -15,13 +15,13 @@ from attention_cases import (
     make_inputs,
     make_metadata,
 )
+from decode_pieces import pieces_of
 
 from minserve.kernels.attention import LayerKV
-from minserve.kernels.triton.batched_decode import (
+from minserve.kernels.triton.batched_decode import batched_decode
+from minserve.kernels.triton.decode_plan import (
     LEAST_SPLIT,
-    MOST_SPLITS,
     DecodePlan,
-    batched_decode,
     plan_decodes,
 )
 
@@ -47,7 +47,6 @@ def run(
         torch.tensor(metadata.query_start_loc, device=device),
         torch.tensor(metadata.seq_lens, device=device),
         metadata.block_tables,
-        num_tokens=metadata.num_tokens,
         most_queries=max(queries for queries, _ in lengths),
         longest=max(metadata.seq_lens),
         total=sum(metadata.seq_lens) if lengths_known else None,
@@ -112,8 +111,19 @@ def test_a_long_context_is_split_and_merged(
 ) -> None:
     lengths = [(1, 4096), (1, 0), (3, 700), (2, 127)]
     plan = run(ONE_KV_HEAD, lengths, dtype, device, lengths_known=lengths_known)
-    assert plan.num_splits >= -(-4097 // plan.split_len.item()) > 3, "the longest is split"
-    assert plan.split_len.item() >= 129, "the shortest are not"
+    pieces = pieces_of(plan)
+    assert len(pieces[0]) > 3, "the longest is split"
+    assert len(pieces[1]) == len(pieces[3]) == 1, "the shortest are not"
+
+
+@pytest.mark.parametrize("lengths_known", [False, True])
+@pytest.mark.parametrize("heads", [TINY, ONE_KV_HEAD], ids=str)
+def test_one_long_sequence_among_many_short_ones(
+    heads: tuple[int, int, int], lengths_known: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    lengths = [(1 + i % 3, 5 + 7 * i) for i in range(9)] + [(2, 9000)]
+    plan = run(heads, lengths, dtype, device, block_size=64, lengths_known=lengths_known)
+    assert len(pieces_of(plan)[9]) > 3
 
 
 def test_a_context_of_128k_tokens(device: torch.device) -> None:
@@ -123,43 +133,20 @@ def test_a_context_of_128k_tokens(device: torch.device) -> None:
 def test_a_split_may_hold_nothing_that_the_first_drafts_see(
     dtype: torch.dtype, device: torch.device
 ) -> None:
-    # The last split begins at one of the last tokens of a sequence.
-    lengths = [(5, past) for past in (LEAST_SPLIT - 4, LEAST_SPLIT - 2, 2 * LEAST_SPLIT - 1)]
+    # The last piece begins at one of the last tokens of a sequence.
+    lengths = [(5, 8 * LEAST_SPLIT + more) for more in (-4, -2, -1)]
     plan = run(TINY, lengths, dtype, device, num_programs=1000)
-    assert plan.split_len.item() == LEAST_SPLIT
-
-
-def test_the_longest_sequence_has_no_more_splits_than_there_is_room_for(
-    device: torch.device,
-) -> None:
-    lengths = torch.tensor([100_001, 5], device=device)
-    plan = plan_decodes(
-        torch.tensor([0, 1, 2], device=device), lengths, torch.zeros(2, 1, device=device),
-        num_tokens=2, most_queries=1, longest=131_072, total=100_006, num_heads=2, num_kv_heads=2, head_dim=64,
-        dtype=torch.float16, num_programs=10**6,
-    )  # fmt: skip
-    assert plan.num_splits == MOST_SPLITS
-    assert -(-100_001 // plan.split_len.item()) <= MOST_SPLITS
-
-
-@pytest.mark.parametrize(("num_seqs", "length"), [(64, 2048), (8, 512), (1, 4096), (3, 700)])
-def test_sequences_of_one_length_have_as_many_splits_as_fill_the_device(
-    num_seqs: int, length: int, device: torch.device
-) -> None:
-    plan = plan_decodes(
-        torch.arange(num_seqs + 1, device=device), torch.full((num_seqs,), length, device=device),
-        torch.zeros(num_seqs, 1, device=device), num_tokens=num_seqs, most_queries=1,
-        longest=length, total=num_seqs * length, num_heads=8, num_kv_heads=8, head_dim=64,
-        dtype=torch.float16, num_programs=528,
-    )  # fmt: skip
-    assert -(-length // plan.split_len.item()) == plan.num_splits  # no program without work
-    assert plan.num_splits == 1 or plan.split_len.item() >= LEAST_SPLIT
+    assert [pieces[-1][1] - pieces[-1][0] for _, pieces in sorted(pieces_of(plan).items())] == [
+        1,
+        3,
+        4,
+    ]
 
 
 def test_an_empty_batch_writes_nothing(device: torch.device) -> None:
     none = torch.zeros(0, 1, dtype=torch.int64, device=device)
     plan = plan_decodes(
-        torch.zeros(1, dtype=torch.int64, device=device), none[:, 0], none, num_tokens=0,
+        torch.zeros(1, dtype=torch.int64, device=device), none[:, 0], none,
         most_queries=0, longest=0, total=0, num_heads=4, num_kv_heads=2, head_dim=16,
         dtype=torch.float16, num_programs=16,
     )  # fmt: skip
@@ -180,7 +167,7 @@ def test_sequences_of_padding_cost_nothing_and_write_nothing(
     tables = torch.tensor([[3, 1, 5, 0], [0] * 4, [0] * 4, [0] * 4], **on)
     plan = plan_decodes(
         torch.tensor([0, 1, 1, 1, 1], **on), torch.tensor([37, 0, 0, 0], **on), tables,
-        num_tokens=4, most_queries=1, longest=64, total=None, num_heads=heads, num_kv_heads=heads,
+        most_queries=1, longest=64, total=None, num_heads=heads, num_kv_heads=heads,
         head_dim=dim, dtype=dtype, num_programs=64,
     )  # fmt: skip
     out = torch.full_like(query, 7.0)
@@ -207,7 +194,7 @@ def test_an_index_beyond_32_bits_finds_its_block(device: torch.device) -> None:
     query = torch.randn(1, heads, dim, device=device).half()
     plan = plan_decodes(
         torch.tensor([0, 1], device=device), torch.tensor([100], device=device), metadata.block_tables,
-        num_tokens=1, most_queries=1, longest=100, total=100, num_heads=heads, num_kv_heads=heads,
+        most_queries=1, longest=100, total=100, num_heads=heads, num_kv_heads=heads,
         head_dim=dim, dtype=torch.float16, num_programs=1,
     )  # fmt: skip
     out = torch.empty_like(query)
