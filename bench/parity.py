@@ -7,6 +7,7 @@ from transformers' float32 than transformers' own bfloat16 is. There is a line f
 last line is JSON.
 
     .venv/bin/python bench/parity.py
+    .venv/bin/python bench/parity.py --tensor-parallel 2
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,8 +24,9 @@ import torch
 
 from minserve.engine.device.runner import ModelRunner
 from minserve.progress_bar import progress_bar
-from parts.parity.passes import chunked_logits, greedy, load, make_runner
-from parts.parity.reference import VOCAB, choices_along, reference_model, save
+from parts.parity.passes import chunked_logits, greedy, load, load_divided, make_runner
+from parts.parity.rank_threads import RankThreads
+from parts.parity.reference import VOCAB, choices_along, divides, reference_model, save
 from parts.parity.variants import CASES, ModelVariant
 
 CHUNKS = (256, 17, 1)
@@ -54,12 +57,15 @@ def prompts(lengths: tuple[int, ...], seed: int = 1) -> list[list[int]]:
     return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
 
 
-def compare(case: ModelVariant) -> ParityResult:
-    """Run one case."""
+def compare(case: ModelVariant, ranks: RankThreads | None = None) -> ParityResult:
+    """Run one case, on the ranks of a group if there are any."""
     reference = reference_model(case)
     with tempfile.TemporaryDirectory() as folder:
         path = save(reference, Path(folder), case)
-        runner = make_runner(*load(path, case.dtype, case.longest))
+        if ranks is None:
+            runner = make_runner(*load(path, case.dtype, case.longest))
+        else:
+            runner = make_runner(*load_divided(path, ranks, case.dtype, case.longest))
     token_lists = prompts(case.lengths)
     expected = _logits(reference, token_lists)
     result = ParityResult()
@@ -135,13 +141,24 @@ def _family_line(family: str, results: list[tuple[ModelVariant, ParityResult]]) 
 
 
 def main() -> None:
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    )
+    parser.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="divide each model among N ranks, threads of this process; cases whose heads or MLP "
+        "do not divide are left out",
+    )
+    size = parser.parse_args().tensor_parallel
     torch.set_num_threads(1)
+    cases = [case for case in CASES if divides(case, size)]
     families: dict[str, list[tuple[ModelVariant, ParityResult]]] = {}
-    for case in progress_bar(CASES, desc="Parity", unit="case"):
-        families.setdefault(case.family, []).append((case, compare(case)))
+    with RankThreads(size) if size > 1 else nullcontext() as ranks:
+        for case in progress_bar(cases, desc="Parity", unit="case"):
+            families.setdefault(case.family, []).append((case, compare(case, ranks)))
     for family, results in families.items():
         print(_family_line(family, results))
     mismatches = [
@@ -149,7 +166,7 @@ def main() -> None:
     ]
     for line in mismatches:
         print(line)
-    print(json.dumps({"cases": len(CASES), "mismatches": len(mismatches)}))
+    print(json.dumps({"cases": len(cases), "mismatches": len(mismatches)}))
 
 
 if __name__ == "__main__":

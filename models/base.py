@@ -5,20 +5,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
 from minserve.models.layers import WeightPlacement
+from minserve.models.tensor_part import TensorPart
 
-HEAD = "lm_head.weight"
+if TYPE_CHECKING:
+    from minserve.models.embedding import Embedding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
     """The numbers that the engine needs to size caches and check requests.
+
+    Heads are those of this rank where several ranks run a model; all else is the whole model's.
 
     Attributes:
         vocab_size: width of the logits.
@@ -42,8 +46,8 @@ class TensorSource(Protocol):
     def names(self) -> set[str]:
         """Return the names of all tensors."""
 
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Return a tensor, which must have the given shape.
+    def get(self, name: str, shape: tuple[int, ...], part: TensorPart | None = None) -> Tensor:
+        """Return a tensor, which must have the given shape, or a part of it.
 
         Raises:
             ModelLoadError: if it is missing or has another shape.
@@ -54,13 +58,13 @@ class CausalLM(ABC):
     """A decoder over a flat batch of tokens; each layer reads and writes its paged KV.
 
     Attributes:
-        embed: the tokens' embeddings, ``[vocab_size, width]``.
+        embed: the tokens' embeddings; ``embed.table`` is ``[vocab_size, width]``, or a rank's rows.
         placement: where the weights are, and in which form.
         linear_dtype: dtype of the linear weights; set by `build_model`.
     """
 
     shape: ModelShape
-    embed: Tensor
+    embed: Embedding
     placement: WeightPlacement
     linear_dtype: torch.dtype
 
@@ -82,32 +86,7 @@ class CausalLM(ABC):
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits ``[rows, vocab_size]`` for ``[rows, hidden]``, which should hold
         only the rows whose logits are needed.
+
+        Of several ranks, all must call it, and rank 0 alone gets the logits: the others get their
+        own columns of them.
         """
-
-
-def read_embedding(
-    source: TensorSource, name: str, shape: tuple[int, int], is_tied: bool
-) -> Tensor:
-    """Return the tokens' embeddings, ``[vocab_size, width]``.
-
-    Of two tied tensors a file may hold one alone, and safetensors' `save_model` keeps the head.
-    """
-    names = source.names()
-    only_head = is_tied and name not in names and HEAD in names
-    return source.get(HEAD if only_head else name, shape)
-
-
-def read_head(source: TensorSource, embed: Tensor, rows: int, is_tied: bool) -> Tensor:
-    """Return the head's weight, ``[rows, width]``: the embeddings if both are tied.
-
-    Some files say that they are tied and hold another head all the same, as fine-tuning leaves
-    them. Then the head in the file is the model's.
-
-    Args:
-        embed: the embeddings ``[vocab_size, width]`` as they are kept.
-    """
-    if is_tied and HEAD not in source.names():
-        return embed
-    head = source.get(HEAD, (rows, embed.shape[1]))
-    tied = is_tied and torch.equal(head.to(embed.device, embed.dtype), embed)
-    return embed if tied else head

@@ -178,6 +178,11 @@ class LlamaConfig(_Config):
             object.__setattr__(self, "no_rope_layers", layers)
 
     @property
+    def mlp_size(self) -> int:
+        """The channels of each MLP."""
+        return self.intermediate_size
+
+    @property
     def max_positions(self) -> int:
         """The longest sequence that is served unless the settings say more or less."""
         return self._in_window(length_by_rope(self.rope_parameters, self.max_position_embeddings))
@@ -231,6 +236,11 @@ class OPTConfig(_Config):
             raise UnsupportedModelError(
                 f"activation_function {self.activation_function!r} is not supported"
             )
+
+    @property
+    def mlp_size(self) -> int:
+        """The channels of each MLP."""
+        return self.ffn_dim
 
     @property
     def max_positions(self) -> int:

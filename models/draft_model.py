@@ -10,15 +10,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from minserve.errors import ConfigError, ModelLoadError
-from minserve.models.base import HEAD, CausalLM
+from minserve.models.base import CausalLM
 from minserve.models.config import ModelConfig
+from minserve.models.embedding import HEAD
 from minserve.models.finding.source import ModelSource, load_config
 from minserve.models.layers import WeightPlacement
+from minserve.models.ranks import ALONE, Ranks
 from minserve.models.registry import build_model
 from minserve.models.tensor_check import TensorReport, check_tensors, refuse_misfits
+from minserve.models.tensor_part import TensorPart
 from minserve.models.weights.checkpoint import Checkpoint
 from minserve.models.weights.loader import open_checkpoint
 
@@ -76,18 +80,25 @@ def check_draft_tensors(checkpoint: Checkpoint, config: ModelConfig, width: int)
 
 
 def load_draft_model(
-    source: ModelSource, target: CausalLM, placement: WeightPlacement
+    source: ModelSource, target: CausalLM, placement: WeightPlacement, ranks: Ranks = ALONE
 ) -> DraftModel:
     """Read the draft model of a target model.
 
+    Args:
+        ranks: those of the target, if the draft model is divided as well: then each of them calls
+            this. Otherwise one rank has the whole draft model, and the others call
+            `lend_embeddings` meanwhile.
+
     Raises:
-        ConfigError: if the sizes of their vocabularies differ.
+        ConfigError: if the sizes of their vocabularies differ, or it cannot be divided.
         ModelLoadError, UnsupportedModelError: if the draft model cannot be read.
     """
     config = load_config(source)
     check_vocabulary(source, config, target.shape.vocab_size)
     with open_checkpoint(source) as checkpoint:
-        refuse_misfits(checkpoint, check_draft_tensors(checkpoint, config, target.embed.shape[1]))
+        refuse_misfits(
+            checkpoint, check_draft_tensors(checkpoint, config, target.embed.table.shape[1])
+        )
         ids = None
         rows = getattr(config, "draft_vocab_size", 0)
         if rows:
@@ -99,39 +110,75 @@ def load_draft_model(
                     f"{config.tie_word_embeddings})"
                 )
         checkpoint.rounded_to = placement.read_dtype
-        borrowing = _Borrowing(checkpoint, target, ids)
+        borrowing = _Borrowing(checkpoint, target, ids, ranks)
         longest = min(config.most_positions, target.shape.max_positions)
-        model = build_model(borrowing, config, placement, longest)
+        model = build_model(borrowing, config, placement, longest, ranks)
     return DraftModel(model, None if ids is None else ids.to(placement.device))
+
+
+def lend_embeddings(source: ModelSource, target: CausalLM) -> None:
+    """Do this rank's part where a draft model on another rank borrows the target's embeddings.
+
+    Args:
+        source: the draft model, of whose weights no more than names and token ids are read.
+    """
+    config = load_config(source)
+    with open_checkpoint(source, progress=False) as checkpoint:
+        names = checkpoint.names()
+        if EMBEDDING in names or (config.tie_word_embeddings and HEAD in names):
+            return
+        target.embed.rows(torch.arange(config.vocab_size))
+        if HEAD not in names and HEAD_IDS in names:
+            target.embed.rows(checkpoint.get_ids(HEAD_IDS, below=config.vocab_size))
 
 
 class _Borrowing:
     """A checkpoint in which the target's embeddings take the place of missing embeddings."""
 
-    def __init__(self, checkpoint: Checkpoint, target: CausalLM, ids: Tensor | None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, target: CausalLM, ids: Tensor | None, ranks: Ranks
+    ) -> None:
         self._checkpoint = checkpoint
         self._names = checkpoint.names()
         self._target = target
         self._ids = ids
+        self._ranks = ranks
 
     def names(self) -> set[str]:
         return self._names
 
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def get(self, name: str, shape: tuple[int, ...], part: TensorPart | None = None) -> Tensor:
         if name in self._names:
-            return self._checkpoint.get(name, shape)
+            return self._checkpoint.get(name, shape, part)
         if name == EMBEDDING:
-            tensor = self._target.embed
-        elif name == HEAD and self._ids is not None:
-            tensor = self._embedding(shape[1:])[self._ids]
-        else:
-            return self._checkpoint.get(name, shape)  # raises, naming what is missing
-        if tuple(tensor.shape) != tuple(shape):
-            raise ModelLoadError(
-                f"the draft model's {name} would be the model's, whose shape is "
-                f"{tuple(tensor.shape)} and not {tuple(shape)}"
-            )
-        return tensor
+            self._check(name, (self._target.shape.vocab_size, self._width), shape)
+            return self._embedding(part)
+        if name == HEAD and self._ids is not None:
+            rows = self._rows(self._ids, shape[1])
+            self._check(name, tuple(rows.shape), shape)
+            return rows if part is None else part.cut(rows)
+        return self._checkpoint.get(name, shape, part)  # raises, naming what is missing
 
-    def _embedding(self, width: tuple[int, ...]) -> Tensor:
-        return self.get(EMBEDDING, (self._target.shape.vocab_size, *width))
+    @property
+    def _width(self) -> int:
+        return self._target.embed.table.shape[1]
+
+    def _embedding(self, part: TensorPart | None) -> Tensor:
+        """Return the target's embeddings: this rank's, or all if it has the whole draft model."""
+        embed = self._target.embed
+        if self._ranks.size < embed.ranks.size:
+            return embed.rows(torch.arange(self._target.shape.vocab_size))
+        return embed.table if part is None else embed.table[: part.length]
+
+    def _rows(self, ids: Tensor, width: int) -> Tensor:
+        """Return the embeddings of the tokens of a trimmed head."""
+        if EMBEDDING in self._names:
+            return self._checkpoint.get(EMBEDDING, (self._target.shape.vocab_size, width))[ids]
+        return self._target.embed.rows(ids)
+
+    def _check(self, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+        if found != tuple(wanted):
+            raise ModelLoadError(
+                f"the draft model's {name} would be the model's, whose shape is {found} and not "
+                f"{tuple(wanted)}"
+            )

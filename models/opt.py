@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
-from minserve.models.base import CausalLM, ModelShape, TensorSource, read_embedding, read_head
+from minserve.models.base import CausalLM, ModelShape, TensorSource
+from minserve.models.embedding import read_embedding, read_head
 from minserve.models.layers import Activation, Linear, Norm, WeightPlacement
+from minserve.models.ranks import ALONE, Ranks
+from minserve.models.tensor_part import TensorPart
 
 if TYPE_CHECKING:
     from minserve.models.config import OPTConfig
@@ -26,34 +29,47 @@ class OPTLayer:
     """A decoder layer. ``pre_norm`` is false only for OPT-350m."""
 
     def __init__(
-        self, checkpoint: TensorSource, index: int, config: OPTConfig, placement: WeightPlacement
+        self,
+        checkpoint: TensorSource,
+        index: int,
+        config: OPTConfig,
+        shape: ModelShape,
+        placement: WeightPlacement,
+        ranks: Ranks,
     ) -> None:
         hidden, prefix = config.hidden_size, f"model.decoder.layers.{index}."
         self.pre_norm = config.do_layer_norm_before
-        self.head_dim = hidden // config.num_attention_heads
-        self.num_heads = config.num_attention_heads
+        self.head_dim = shape.head_dim
+        self.num_heads = shape.num_heads
 
-        def weight(name: str, *size: int) -> Tensor:
-            return checkpoint.get(f"{prefix}{name}.weight", size)
+        def weight(name: str, rows: int, columns: int, own: TensorPart) -> Tensor:
+            return checkpoint.get(f"{prefix}{name}.weight", (rows, columns), own)
 
-        def bias(name: str, size: int) -> Tensor | None:
-            return checkpoint.get(f"{prefix}{name}.bias", (size,)) if config.enable_bias else None
+        def bias(name: str, size: int, own: TensorPart | None = None) -> Tensor | None:
+            if not config.enable_bias:
+                return None
+            return checkpoint.get(f"{prefix}{name}.bias", (size,), own)
+
+        def summed(name: str, columns: int, own: TensorPart) -> Linear:
+            """Return a linear whose inputs are divided; one rank alone has the bias."""
+            added = bias(name, hidden) if ranks.rank == 0 else None
+            return ranks.summed(placement.linear(weight(name, hidden, columns, own), added))
 
         projections = [f"self_attn.{name}_proj" for name in "qkv"]
-        biases = [one for name in projections if (one := bias(name, hidden)) is not None]
+        heads, channels = config.num_attention_heads, ranks.part(0, config.ffn_dim)
+        own = ranks.part(0, heads, self.head_dim)
+        biases = [one for name in projections if (one := bias(name, hidden, own)) is not None]
         self.qkv = placement.linear(
-            torch.cat([weight(name, hidden, hidden) for name in projections]),
+            torch.cat([weight(name, hidden, hidden, own) for name in projections]),
             torch.cat(biases) if biases else None,
         )
-        self.out = placement.linear(
-            weight("self_attn.out_proj", hidden, hidden), bias("self_attn.out_proj", hidden)
-        )
+        self.out = summed("self_attn.out_proj", hidden, ranks.part(1, heads, self.head_dim))
         self.fc1 = placement.activated_linear(
-            weight("fc1", config.ffn_dim, hidden),
-            bias("fc1", config.ffn_dim),
+            weight("fc1", config.ffn_dim, hidden, channels),
+            bias("fc1", config.ffn_dim, channels),
             ACTIVATIONS[config.activation_function],
         )
-        self.fc2 = placement.linear(weight("fc2", hidden, config.ffn_dim), bias("fc2", hidden))
+        self.fc2 = summed("fc2", config.ffn_dim, ranks.part(1, config.ffn_dim))
         self.attention_norm = _norm(checkpoint, f"{prefix}self_attn_layer_norm", config, placement)
         self.mlp_norm = _norm(checkpoint, f"{prefix}final_layer_norm", config, placement)
 
@@ -104,18 +120,19 @@ class OPT(CausalLM):
         config: OPTConfig,
         placement: WeightPlacement,
         max_positions: int,
+        ranks: Ranks,
     ) -> None:
         """``max_positions``: the longest sequence that is served."""
-        self.shape = opt_shape(config, max_positions)
+        self.shape = opt_shape(config, max_positions, ranks)
         self.placement = placement
         hidden, width = config.hidden_size, config.word_embed_proj_dim
-        self.embed = placement.embedding(
-            read_embedding(
-                checkpoint,
-                "model.decoder.embed_tokens.weight",
-                (config.vocab_size, width),
-                config.tie_word_embeddings,
-            )
+        self.embed = read_embedding(
+            checkpoint,
+            "model.decoder.embed_tokens.weight",
+            (config.vocab_size, width),
+            config.tie_word_embeddings,
+            placement,
+            ranks,
         )
         self.embed_positions = placement.tensor(
             checkpoint.get(
@@ -130,7 +147,8 @@ class OPT(CausalLM):
             self.project_in = placement.linear(project_in)
             self.project_out = placement.linear(project_out)
         self.layers = [
-            OPTLayer(checkpoint, i, config, placement) for i in range(config.num_hidden_layers)
+            OPTLayer(checkpoint, i, config, self.shape, placement, ranks)
+            for i in range(config.num_hidden_layers)
         ]
         has_norm = config.do_layer_norm_before and not config._remove_final_layer_norm
         self.norm = (
@@ -138,9 +156,9 @@ class OPT(CausalLM):
             if has_norm
             else None
         )
-        self.head = placement.linear(
-            read_head(checkpoint, self.embed, config.vocab_size, config.tie_word_embeddings)
-        )
+        rows = config.vocab_size
+        head = read_head(checkpoint, self.embed, rows, config.tie_word_embeddings, ranks)
+        self.head = ranks.gathered(placement.linear(head), rows)
 
     def forward(
         self,
@@ -150,8 +168,7 @@ class OPT(CausalLM):
         backend: AttentionBackend,
         metadata: AttentionMetadata,
     ) -> Tensor:
-        dtype = self.placement.pass_dtype(len(token_ids))
-        x = F.embedding(token_ids, self.embed).to(dtype)
+        x = self.embed(token_ids, self.placement.pass_dtype(len(token_ids)))
         if self.project_in is not None:
             x = self.project_in(x)
         x = x + F.embedding(positions + POSITION_OFFSET, self.embed_positions)
@@ -169,13 +186,13 @@ class OPT(CausalLM):
         return self.head(hidden).float()
 
 
-def opt_shape(config: OPTConfig, max_positions: int) -> ModelShape:
+def opt_shape(config: OPTConfig, max_positions: int, ranks: Ranks = ALONE) -> ModelShape:
     """Return the shape of an OPT config that serves sequences of up to ``max_positions``."""
     head_dim = config.hidden_size // config.num_attention_heads
     return ModelShape(
         num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_attention_heads,
+        num_heads=config.num_attention_heads // ranks.size,
+        num_kv_heads=config.num_attention_heads // ranks.size,
         head_dim=head_dim,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,

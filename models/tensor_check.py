@@ -22,6 +22,7 @@ from minserve.models.base import ModelShape
 from minserve.models.config import ModelConfig
 from minserve.models.layers import Linear, WeightFormat, WeightPlacement
 from minserve.models.registry import build_model
+from minserve.models.tensor_part import TensorPart
 from minserve.models.weights.checkpoint import Checkpoint, Misfit
 
 META = torch.device("meta")
@@ -148,7 +149,7 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> TensorReport:
         ),
         shape=replace(model.shape, max_positions=config.max_positions),
         num_linear=sum(placement.linears),
-        num_embedding=model.embed.numel(),
+        num_embedding=model.embed.table.numel(),
     )
 
 
@@ -223,7 +224,7 @@ class _WantedTensors:
     def names(self) -> set[str]:
         return self._names
 
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def get(self, name: str, shape: tuple[int, ...], part: TensorPart | None = None) -> Tensor:
         self.wanted[name] = tuple(shape)
         return torch.empty(shape, device=META)
 

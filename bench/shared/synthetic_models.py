@@ -8,8 +8,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
+from zlib import crc32
 
 import torch
+
+from minserve.models.tensor_part import TensorPart
 
 
 def _opt(hidden: int, layers: int, heads: int, vocab: int = 50272) -> dict[str, Any]:
@@ -70,7 +73,7 @@ class RandomCheckpoint:
 
     def __init__(self, device: str) -> None:
         self._device = device
-        self._generator = torch.Generator(device).manual_seed(0)
+        self._generator = torch.Generator(device)
 
     def __enter__(self) -> RandomCheckpoint:
         return self
@@ -86,11 +89,16 @@ class RandomCheckpoint:
         """Return more than any machine holds twice, because the real number is not known yet."""
         return 2**60
 
-    def get(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+    def get(
+        self, name: str, shape: tuple[int, ...] | None = None, part: TensorPart | None = None
+    ) -> torch.Tensor:
         """Return float32 weights, normal with the sd of untrained models; norms are 1."""
         if "norm" in name and name.endswith("weight"):
             return torch.ones(shape, device=self._device)
-        return torch.randn(shape, device=self._device, generator=self._generator).mul_(0.02)
+        # Whole and by name, so that ranks have parts of the same model.
+        self._generator.manual_seed(crc32(name.encode()))
+        whole = torch.randn(shape, device=self._device, generator=self._generator).mul_(0.02)
+        return whole if part is None or part.is_whole(shape) else part.copy(whole)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import torch
 
 from minserve.errors import UnsupportedModelError
 from minserve.models.gguf_files.gguf_model import GGUFModel
+from minserve.models.tensor_part import TensorPart
 from minserve.models.weights.checkpoint import Checkpoint, TensorHeader
 
 _NAMES = {
@@ -88,6 +89,9 @@ class GGUFCheckpoint(Checkpoint):
         if heads is None or tensor.shape[0] % (2 * heads):
             return tensor  # not permuted, or of a wrong shape that `get` will report
         return _unpermute(tensor, heads)
+
+    def _read_part(self, stored: str, file: Path, part: TensorPart) -> torch.Tensor:
+        return part.copy(self._read(stored, file))
 
 
 def _name_from_gguf(name: str, gguf: GGUFModel) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from minserve.errors import ModelLoadError
+from minserve.models.tensor_part import TensorPart
 from minserve.progress_bar import progress_bar
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -106,29 +107,40 @@ class Checkpoint(ABC):
         """Return the file that holds a tensor, for messages; the model's path if none does."""
         return str(self._files.get(self._stored.get(name, name), self._path))
 
-    def get(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
-        """Read one tensor, on the CPU, in its stored floating-point dtype.
+    def get(
+        self, name: str, shape: tuple[int, ...] | None = None, part: TensorPart | None = None
+    ) -> torch.Tensor:
+        """Read one tensor or a part of it, on the CPU, in its stored floating-point dtype.
 
         GGUF's quantized tensors have the dtype `rounded_to`, those of folders float32.
 
-        ``shape`` is the shape that the model expects; ``None`` allows any shape. The tensor may be
-        a view of the mapped file: copy it, never write to it.
+        ``shape`` is the shape that the model expects of the whole tensor; ``None`` allows any
+        shape. The tensor may be a view of the mapped file: copy it, never write to it. ``part``
+        needs ``shape``; what is outside of it is not read from the file, as far as its format
+        allows that.
 
         Raises:
             ModelLoadError: naming file and tensor, if the tensor is missing, unreadable, of another
                 shape, or not of a floating-point dtype.
         """
-        tensor = self.read(name)
-        where = f"{self.describe(name)}: tensor {name!r}"
+        if part is None or shape is None or part.is_whole(shape):
+            tensor = self.read(name)
+            self._check_shape(name, tensor.shape, shape)
+        else:
+            self._check_shape(name, self.header(name).shape, shape)
+            tensor = self._read_part(*self._place(name), part)
         if tensor.dtype not in WEIGHT_DTYPES:
+            where = f"{self.describe(name)}: tensor {name!r}"
             raise ModelLoadError(f"{where} has dtype {tensor.dtype}, which is not a weight's")
-        if shape is not None and tuple(tensor.shape) != tuple(shape):
-            raise ModelLoadError(
-                f"{where} has shape {tuple(tensor.shape)}, but the model's "
-                f"configuration needs {tuple(shape)}"
-            )
         self._advance()
         return tensor
+
+    def _check_shape(self, name: str, found: Sequence[int], wanted: tuple[int, ...] | None) -> None:
+        if wanted is not None and tuple(found) != tuple(wanted):
+            raise ModelLoadError(
+                f"{self.describe(name)}: tensor {name!r} has shape {tuple(found)}, but the model's "
+                f"configuration needs {tuple(wanted)}"
+            )
 
     def get_ids(self, name: str, below: int) -> torch.Tensor:
         """Read a vector of token ids, which must all differ and lie below ``below``; int64.
@@ -196,6 +208,14 @@ class Checkpoint(ABC):
     @abstractmethod
     def _read(self, stored: str, file: Path) -> torch.Tensor:
         """Read a tensor by its stored name from its file."""
+
+    def _read_part(self, stored: str, file: Path, part: TensorPart) -> torch.Tensor:
+        """Read a part of a tensor by its stored name from its file.
+
+        Of a mapped file no more than the part is read. Formats whose tensors are computed from the
+        file return a copy, which does not keep the whole tensor in memory.
+        """
+        return part.cut(self._read(stored, file))
 
     def _advance(self) -> None:
         if self._bar is None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from minserve.errors import ModelLoadError
+from minserve.models.tensor_part import TensorPart
 from minserve.models.weights.checkpoint import WEIGHT_DTYPES, Checkpoint, Misfit, TensorHeader
 from minserve.models.weights.packed_formats import PackedFormat
 
@@ -110,6 +111,10 @@ class PackedCheckpoint(Checkpoint):
                 f"there is none of {', '.join(self._form.marks)} beside it"
             )
         return tensor
+
+    def _read_part(self, stored: str, file: Path, part: TensorPart) -> Tensor:
+        tensor = self._read(stored, file)
+        return part.cut(tensor) if self._linear(stored) is None else part.copy(tensor)
 
     def _linear(self, name: str) -> _Linear | None:
         """Return the parts of the quantized linear whose weight has this name."""

@@ -11,37 +11,65 @@ from minserve.engine.block_pool import BlockPool
 from minserve.engine.core import EngineCore
 from minserve.engine.device.kv_cache import allocate_kv_cache
 from minserve.engine.device.runner import ModelRunner
-from minserve.kernels.attention import AttentionMetadata, make_attention_backend
+from minserve.kernels.attention import (
+    AttentionBackend,
+    AttentionMetadata,
+    LayerKV,
+    make_attention_backend,
+)
 from minserve.models.base import CausalLM
 from minserve.models.finding.source import find_model, load_config
 from minserve.models.layers import WeightPlacement
+from minserve.models.ranks import ALONE, Ranks
 from minserve.models.registry import build_model
 from minserve.models.weights.loader import open_checkpoint
 from minserve.planner.policies.registry import make_planner
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
+from parts.parity.rank_threads import DividedModel, RankThreads
 
-BLOCK_SIZE = 16
+BLOCK_SIZE, NUM_BLOCKS = 16, 64
 
 
 def load(
-    path: Path, dtype: str = "float32", longest: int | None = None
+    path: Path, dtype: str = "float32", longest: int | None = None, ranks: Ranks = ALONE
 ) -> tuple[CausalLM, WeightPlacement]:
     """Load the saved model in minserve, on the CPU, for sequences of up to ``longest`` tokens."""
     source = find_model(str(path))
     placement = WeightPlacement.choose(torch.device("cpu"), dtype)
     with open_checkpoint(source) as checkpoint:
-        return build_model(checkpoint, load_config(source), placement, longest), placement
+        config = load_config(source)
+        return build_model(checkpoint, config, placement, longest, ranks), placement
 
 
-def make_runner(model: CausalLM, placement: WeightPlacement, num_blocks: int = 64) -> ModelRunner:
+def load_divided(
+    path: Path, threads: RankThreads, dtype: str = "float32", longest: int | None = None
+) -> tuple[CausalLM, WeightPlacement]:
+    """Do as `load`, with a part of the model in each of several threads."""
+    loaded = threads.on_each(lambda ranks: load(path, dtype, longest, ranks))
+    placement = loaded[0][1]
+    return join_parts(threads, [model for model, _ in loaded], placement), placement
+
+
+def join_parts(threads: RankThreads, parts: list[CausalLM], placement: WeightPlacement) -> CausalLM:
+    """Return the model whose parts the ranks have."""
+    return DividedModel(threads, parts, [_attention(part, placement) for part in parts[1:]])
+
+
+def make_runner(model: CausalLM, placement: WeightPlacement) -> ModelRunner:
     """Return a runner with the torch backend and a small cache."""
+    return ModelRunner(model, *_attention(model, placement), BLOCK_SIZE, placement.device)
+
+
+def _attention(
+    model: CausalLM, placement: WeightPlacement
+) -> tuple[AttentionBackend, list[LayerKV]]:
     s = model.shape
     backend = make_attention_backend("torch", s.num_heads, s.num_kv_heads, s.head_dim, s.scale)
     kv = allocate_kv_cache(
-        backend, s.num_layers, num_blocks, BLOCK_SIZE, placement.dtype, placement.device
+        backend, s.num_layers, NUM_BLOCKS, BLOCK_SIZE, placement.dtype, placement.device
     )
-    return ModelRunner(model, backend, kv, BLOCK_SIZE, placement.device)
+    return backend, kv
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,13 +13,9 @@ from parts.parity.variants import POSITIONS, ModelVariant
 VOCAB = 257
 
 
-def reference_model(case: ModelVariant) -> torch.nn.Module:
-    """Return a random transformers model whose weights are large enough for varied logits."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    settings = {"vocab_size": VOCAB, "num_hidden_layers": 3, "num_attention_heads": 6, "hidden_size": 96,
+def settings_of(case: ModelVariant) -> dict[str, Any]:
+    """Return the entries of the variant's config class."""
+    settings: dict[str, Any] = {"vocab_size": VOCAB, "num_hidden_layers": 3, "num_attention_heads": 6, "hidden_size": 96,
                 "max_position_embeddings": POSITIONS, "pad_token_id": 0, "bos_token_id": 1,
                 "eos_token_id": 2}  # fmt: skip
     if case.family == "opt":
@@ -30,8 +27,24 @@ def reference_model(case: ModelVariant) -> torch.nn.Module:
         settings["word_embed_proj_dim"] = settings["hidden_size"]
     if case.family == "gemma":
         settings.setdefault("head_dim", 16)
+    return settings
+
+
+def divides(case: ModelVariant, ranks: int) -> bool:
+    """Return whether the variant can be divided among so many ranks."""
+    settings = settings_of(case)
+    channels = settings["ffn_dim" if case.family == "opt" else "intermediate_size"]
+    return settings["num_attention_heads"] % ranks == 0 and channels % ranks == 0
+
+
+def reference_model(case: ModelVariant) -> torch.nn.Module:
+    """Return a random transformers model whose weights are large enough for varied logits."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     torch.manual_seed(0)
-    config = AutoConfig.for_model(case.family, **settings)
+    config = AutoConfig.for_model(case.family, **settings_of(case))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():  # biases and norms start at 0 and 1, which would leave them untested
         for name, parameter in model.named_parameters():
