@@ -61,12 +61,14 @@ class CausalLM(ABC):
         embed: the tokens' embeddings; ``embed.table`` is ``[vocab_size, width]``, or a rank's rows.
         placement: where the weights are, and in which form.
         linear_dtype: dtype of the linear weights; set by `build_model`.
+        packed_form: the form in which linear weights stay packed, such as AWQ; empty if they do not.
     """
 
     shape: ModelShape
     embed: Embedding
     placement: WeightPlacement
     linear_dtype: torch.dtype
+    packed_form: str = ""
 
     @abstractmethod
     def forward(

@@ -110,6 +110,7 @@ def load_draft_model(
                     f"{config.tie_word_embeddings})"
                 )
         checkpoint.rounded_to = placement.read_dtype
+        checkpoint.keeps_packed = placement.packed
         borrowing = _Borrowing(checkpoint, target, ids, ranks)
         longest = min(config.most_positions, target.shape.max_positions)
         model = build_model(borrowing, config, placement, longest, ranks)

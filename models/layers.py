@@ -20,6 +20,7 @@ from torch import Tensor
 
 from minserve.errors import ConfigError
 from minserve.models.quantized_layers import Int8Linear, int8_is_supported
+from minserve.models.weights.packed_tensor import PackedTensor
 
 Linear = Callable[[Tensor], Tensor]
 Activation = Callable[[Tensor], Tensor]
@@ -74,6 +75,8 @@ class WeightPlacement:
         format: form in which linear weights are kept.
         fused: true if norms and activations are fused kernels, for which Triton must run on the
             device.
+        packed: true if linear weights that are quantized in files stay packed, and are multiplied
+            by kernels; Triton must run on the device.
     """
 
     device: torch.device
@@ -81,6 +84,7 @@ class WeightPlacement:
     weight_dtype: torch.dtype
     format: WeightFormat
     fused: bool = False
+    packed: bool = False
 
     @classmethod
     def choose(
@@ -116,7 +120,7 @@ class WeightPlacement:
             if dtype == "auto":
                 dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
             chosen = getattr(torch, dtype)
-            return cls(device, chosen, chosen, WeightFormat.DENSE, fused)
+            return cls(device, chosen, chosen, WeightFormat.DENSE, fused, packed=fused)
         fast_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
         if dtype == "auto":
             dtype = "bfloat16" if fast_bf16 else "float16"
@@ -170,6 +174,10 @@ class WeightPlacement:
         if self.has_two_forms:
             return self._twice(lambda one: one.linear(weight, bias), weight)
         bias = self._maybe(bias)
+        if self.packed and isinstance(weight, PackedTensor):
+            from minserve.models.packed_layers import PackedLinear
+
+            return PackedLinear(weight.rows.matrix(self.device), bias)
         if self.format is WeightFormat.FBGEMM_INT8:
             return Int8Linear(weight, bias)
         weight = weight.to(self.device, self.weight_dtype)

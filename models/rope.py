@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minserve.models.rope_parameters import rotary_size
+from minserve.models.weights.packed_tensor import PackedTensor
 
 # Positions whose rotations are computed together.
 _PART = 65536
@@ -66,6 +67,8 @@ def interleave(weight: Tensor, head_dim: int, rotary: int) -> Tensor:
     Args:
         rotary: how many of a head's dimensions, the first ones, are rotated.
     """
+    if isinstance(weight, PackedTensor):
+        return weight[interleave(torch.arange(len(weight)), head_dim, rotary)]
     heads = weight.view(-1, head_dim, *weight.shape[1:])
     halves = heads[:, :rotary].reshape(-1, 2, rotary // 2, *weight.shape[1:])
     turned = halves.transpose(1, 2).reshape(-1, rotary, *weight.shape[1:])

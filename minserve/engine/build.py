@@ -132,6 +132,8 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         launches_ahead=device.type == "cuda",
     )
     dtype = dtype_words(placement.linear_dtype, placement.dtype)
+    if model.packed_form:
+        dtype = f"{model.packed_form} in {dtype}"
     draft = "" if draft_source is None else f", draft model {draft_source.name}"
     log.info(
         "%s on %s: %s, %s attention%s, %d KV blocks of %d tokens, ready in %.1f s",
@@ -180,7 +182,10 @@ def _load_model(
         twice = device.type == "cpu" and has_room_twice(checkpoint.num_parameters())
         placement = choose_placement(config, device, fused=attention != "torch", twice=twice)
         checkpoint.rounded_to = placement.read_dtype
-        return build_model(checkpoint, model_config, placement, longest), placement
+        checkpoint.keeps_packed = placement.packed
+        model = build_model(checkpoint, model_config, placement, longest)
+        model.packed_form = checkpoint.form if placement.packed else ""
+        return model, placement
 
 
 def choose_placement(

@@ -27,6 +27,7 @@ from minserve.engine.profile.profile_cache import dtype_words
 from minserve.engine.sampling_defaults import read_sampling_defaults
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import ConfigError, MinserveError
+from minserve.kernels.attention import choose_attention_backend
 from minserve.machine import GIB, Machine
 from minserve.models.config import ModelConfig
 from minserve.models.draft_model import check_draft_tensors
@@ -140,7 +141,8 @@ def _look_at_weights(
     longest = longest_sequence(config, model)
     device = choose_device(config.device)
     twice = device.type == "cpu" and has_room_twice(checkpoint.num_parameters())
-    placement = choose_placement(config, device, twice=twice)
+    attention = choose_attention_backend(config.attention_backend, device)
+    placement = choose_placement(config, device, fused=attention != "torch", twice=twice)
     found.facts["runs_as"] = {
         "device": device.type,
         "dtype": dtype_words(placement.linear_dtype, placement.dtype),
@@ -148,6 +150,9 @@ def _look_at_weights(
         "max_model_len": longest,
     }
     memory = _memory(report, placement, longest)
+    if placement.packed:
+        quantized, octets = checkpoint.packed_size()
+        memory["weights"] -= quantized * placement.dtype.itemsize - octets
     found.facts["memory"] = memory
     needed = memory["weights"] + memory["kv_per_token"]
     if memory["free"] is not None and needed > memory["free"]:

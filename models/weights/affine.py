@@ -8,7 +8,8 @@ bits at most 11, so float32 holds it exactly then; with float32 scales it is rou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
 import torch
@@ -54,16 +55,11 @@ class StoredParts(Protocol):
         """Raise a ModelLoadError that names the file and the tensor."""
 
 
-def affine(
-    shape: tuple[int, int],
-    values: Callable[[int, int], Tensor],
-    scale: Tensor,
-    zero: Tensor | None = None,
-    index: Tensor | None = None,
-) -> Tensor:
-    """Return ``(values - zero) * scale`` as a float32 tensor, computed a few rows at a time.
+@dataclass(frozen=True, slots=True)
+class AffineWeight:
+    """A quantized weight whose tensors were read, and whose values are still packed.
 
-    Args:
+    Attributes:
         shape: rows (outputs) and columns (inputs) of the weight.
         values: returns the stored values of the rows from start to stop, ``[stop - start, at
             least columns]``; start is a multiple of 8, and stop as well or the number of rows.
@@ -71,21 +67,37 @@ def affine(
         zero: like ``scale``, of any number dtype; ``None`` for 0.
         index: int64 ``[columns]``, the group of each column; ``None`` if groups are neighbouring
             columns, equally many each.
+        bits: of a stored value.
     """
-    rows, cols = shape
-    result = torch.empty(shape, dtype=torch.float32)
-    step = max(8, CHUNK // max(1, cols) // 8 * 8)
-    for start in range(0, rows, step):
-        stop = min(rows, start + step)
-        part = result[start:stop]
-        part.copy_(values(start, stop)[:, :cols])
-        if index is None:
-            part = part.view(stop - start, scale.shape[1], -1)
-        for number, change in ((zero, part.sub_), (scale, part.mul_)):
-            if number is not None:
-                some = number[start:stop].float()
-                change(some.unsqueeze(-1) if index is None else some[:, index])
-    return result
+
+    shape: tuple[int, int]
+    values: Callable[[int, int], Tensor]
+    scale: Tensor
+    zero: Tensor | None = None
+    index: Tensor | None = None
+    bits: int = 8
+
+    def dense(self) -> Tensor:
+        """Return ``(values - zero) * scale`` in float32, computed a few rows at a time."""
+        cols = self.shape[1]
+        result = torch.empty(self.shape, dtype=torch.float32)
+        for start, stop in self.steps():
+            part = result[start:stop]
+            part.copy_(self.values(start, stop)[:, :cols])
+            if self.index is None:
+                part = part.view(stop - start, self.scale.shape[1], -1)
+            for number, change in ((self.zero, part.sub_), (self.scale, part.mul_)):
+                if number is not None:
+                    some = number[start:stop].float()
+                    change(some.unsqueeze(-1) if self.index is None else some[:, self.index])
+        return result
+
+    def steps(self) -> Iterator[tuple[int, int]]:
+        """Yield the starts and stops of rows that are unpacked together."""
+        rows, cols = self.shape
+        step = max(8, CHUNK // max(1, cols) // 8 * 8)
+        for start in range(0, rows, step):
+            yield start, min(rows, start + step)
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
@@ -102,14 +114,14 @@ def unpack(words: Tensor, bits: int) -> Tensor:
 
 
 def neighbours(cols: int, size: int) -> Tensor | None:
-    """Return the `affine` index of groups of neighbouring columns; the last may be smaller."""
+    """Return the `AffineWeight.index` of groups of neighbouring columns; the last may be smaller."""
     return torch.arange(cols) // size if cols % size else None
 
 
 def group_index(
     stored: StoredParts, part: str, index: Tensor, size: int, groups: int
 ) -> Tensor | None:
-    """Return the `affine` index for stored numbers of groups, ``[columns]``.
+    """Return the `AffineWeight.index` for stored numbers of groups, ``[columns]``.
 
     Raises:
         ModelLoadError: if a number is no group's.

@@ -73,6 +73,8 @@ class Checkpoint(ABC):
     Attributes:
         form: the name of the form in which weights are quantized; empty if they are not.
         rounded_to: dtype to which GGUF's quantized weights are rounded as they are unpacked.
+        keeps_packed: true if a folder's quantized weights are to be `PackedTensor`s, as far as
+            there are kernels for their form.
     """
 
     form = ""
@@ -89,6 +91,7 @@ class Checkpoint(ABC):
         self._progress = progress
         self._bar: tqdm | None = None
         self.rounded_to = torch.float32
+        self.keeps_packed = False
 
     @property
     def path(self) -> Path:
@@ -180,6 +183,10 @@ class Checkpoint(ABC):
         return sum(
             math.prod(self._header(stored, file).shape) for stored, file in self._files.items()
         )
+
+    def packed_size(self) -> tuple[int, int]:
+        """Return how many weights are quantized, and the bytes that they take as they are stored."""
+        return 0, 0
 
     def header(self, name: str) -> TensorHeader:
         """Return a tensor's shape, as `get` would return it, and its stored dtype.

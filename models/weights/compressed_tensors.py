@@ -21,9 +21,9 @@ from minserve.models.weights.affine import (
     INTEGERS,
     PACKED,
     SCALES,
+    AffineWeight,
     Shape,
     StoredParts,
-    affine,
     group_index,
     matrix,
     matrix_shape,
@@ -101,7 +101,7 @@ class CompressedTensorsFormat(PackedFormat):
             wanted["weight_g_idx"] = {(cols,)}
         return wanted
 
-    def dequantize(self, stored: StoredParts) -> Tensor:
+    def read(self, stored: StoredParts) -> AffineWeight:
         scheme = self._scheme(stored)
         if not stored.has("weight_packed"):
             return self._plain(stored, scheme)
@@ -114,15 +114,16 @@ class CompressedTensorsFormat(PackedFormat):
         zero = torch.full((1, 1), half).expand(scale.shape)
         if not scheme.symmetric:
             zero = _packed_zero(stored, shape, scheme, half)
-        return affine(
+        return AffineWeight(
             shape,
             lambda start, stop: unpack(packed[start:stop], scheme.bits),
             scale,
             zero,
             _index(stored, cols, scale.shape[1], scheme),
+            scheme.bits,
         )
 
-    def _plain(self, stored: StoredParts, scheme: Scheme) -> Tensor:
+    def _plain(self, stored: StoredParts, scheme: Scheme) -> AffineWeight:
         weight = matrix(stored, "weight", FLOAT8 if scheme.is_float else (torch.int8,))
         shape = (weight.shape[0], weight.shape[1])
         scale = _grouped(stored, "weight_scale", stored.read("weight_scale", SCALES), shape, scheme)
@@ -131,7 +132,7 @@ class CompressedTensorsFormat(PackedFormat):
             part = "weight_zero_point"
             zero = _grouped(stored, part, stored.read(part, INTEGERS), shape, scheme)
         index = _index(stored, shape[1], scale.shape[1], scheme)
-        return affine(shape, lambda start, stop: weight[start:stop], scale, zero, index)
+        return AffineWeight(shape, lambda start, stop: weight[start:stop], scale, zero, index)
 
     def _shape(self, stored: StoredParts) -> tuple[int, int]:
         rows, cols = stored.read("weight_shape", INTEGERS, (2,)).tolist()

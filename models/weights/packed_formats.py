@@ -15,9 +15,9 @@ from minserve.models.weights.affine import (
     INTEGERS,
     PACKED,
     SCALES,
+    AffineWeight,
     Shape,
     StoredParts,
-    affine,
     group_index,
     matrix,
     matrix_shape,
@@ -29,6 +29,7 @@ from minserve.models.weights.affine import (
 
 # The value that each position of an AWQ word stands for, counted from the lowest four bits.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+AWQ_BITS = 4
 
 
 class PackedFormat(ABC):
@@ -66,8 +67,8 @@ class PackedFormat(ABC):
         """
 
     @abstractmethod
-    def dequantize(self, stored: StoredParts) -> Tensor:
-        """Return a linear's weight, float32 ``[out, in]``.
+    def read(self, stored: StoredParts) -> AffineWeight:
+        """Read the tensors of a linear's weight ``[out, in]``.
 
         Raises:
             ModelLoadError: naming file and tensor, if a tensor is missing or does not fit.
@@ -111,7 +112,7 @@ class GptqFormat(PackedFormat):
             wanted["g_idx"] = {(cols,)}
         return wanted
 
-    def dequantize(self, stored: StoredParts) -> Tensor:
+    def read(self, stored: StoredParts) -> AffineWeight:
         per_word = 32 // self.bits
         packed = matrix(stored, "qweight", PACKED)
         cols, rows = packed.shape[0] * per_word, packed.shape[1]
@@ -122,12 +123,13 @@ class GptqFormat(PackedFormat):
         if self.zeros_less_one:
             # One is added to whole words, as GPTQModel takes it away: a zero of 0 borrows.
             zero = zero + (0xFFFFFFFF // ((1 << self.bits) - 1))
-        return affine(
+        return AffineWeight(
             (rows, cols),
             lambda start, stop: unpack(packed[:, start:stop].t(), self.bits),
             scale.t(),
             unpack(zero, self.bits)[:, :rows].t(),
             self._groups(stored, cols, size, groups),
+            self.bits,
         )
 
     def _groups(self, stored: StoredParts, cols: int, size: int, groups: int) -> Tensor | None:
@@ -176,24 +178,25 @@ class AwqFormat(PackedFormat):
             width = max(width, *shape[1:2])  # tools differ in the padding
         return {"scales": {(rows, width * 8)}, "qzeros": {(rows, width)}}
 
-    def dequantize(self, stored: StoredParts) -> Tensor:
+    def read(self, stored: StoredParts) -> AffineWeight:
         packed = matrix(stored, "qweight", PACKED)
         return self._gemm(stored, packed) if self.version == "gemm" else self._gemv(stored, packed)
 
-    def _gemm(self, stored: StoredParts, packed: Tensor) -> Tensor:
+    def _gemm(self, stored: StoredParts, packed: Tensor) -> AffineWeight:
         cols, words = packed.shape
         size = self._size(stored, cols)
         scale = stored.read("scales", FLOATS, (cols // size, words * 8))
         zero = stored.read("qzeros", PACKED, (cols // size, words))
-        return affine(
+        return AffineWeight(
             (words * 8, cols),
             lambda start, stop: _unpack_awq(packed[:, start // 8 : stop // 8]),
             scale.t(),
             _unpack_awq(zero),
             neighbours(cols, size),
+            AWQ_BITS,
         )
 
-    def _gemv(self, stored: StoredParts, packed: Tensor) -> Tensor:
+    def _gemv(self, stored: StoredParts, packed: Tensor) -> AffineWeight:
         rows, cols = packed.shape[0], packed.shape[1] * 8
         size = self._size(stored, cols)
         groups = cols // size
@@ -201,12 +204,13 @@ class AwqFormat(PackedFormat):
         if zero.shape[0] != rows or zero.shape[1] * 8 < groups:
             stored.fail("qzeros", f"has shape {tuple(zero.shape)}, which does not fit qweight")
         scale = stored.read("scales", FLOATS, (rows, zero.shape[1] * 8))
-        return affine(
+        return AffineWeight(
             (rows, cols),
             lambda start, stop: unpack(packed[start:stop], 4),
             scale[:, :groups],
             unpack(zero, 4)[:, :groups],
             neighbours(cols, size),
+            AWQ_BITS,
         )
 
     def _size(self, stored: StoredParts, cols: int) -> int:
@@ -245,7 +249,7 @@ class Fp8Format(PackedFormat):
     def _scale(stored: StoredParts) -> str:
         return "weight_scale_inv" if stored.has("weight_scale_inv") else "weight_scale"
 
-    def dequantize(self, stored: StoredParts) -> Tensor:
+    def read(self, stored: StoredParts) -> AffineWeight:
         weight = matrix(stored, "weight", FLOAT8)
         part = self._scale(stored)
         scale = stored.read(part, SCALES)
@@ -254,7 +258,7 @@ class Fp8Format(PackedFormat):
         else:
             strategy = "tensor" if scale.numel() == 1 else "channel"
         rows, cols = weight.shape
-        return affine(
+        return AffineWeight(
             (rows, cols),
             lambda start, stop: weight[start:stop],
             scale_rows(stored, part, scale, (rows, cols), strategy, self.block),

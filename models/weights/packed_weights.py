@@ -2,11 +2,14 @@
 
 A folder with quantized linears stores several tensors in place of ``X.weight``. `PackedCheckpoint`
 offers ``X.weight`` in their place, in float32 with nothing lost, so that models need not know.
+Where kernels run on packed weights, it is a `PackedTensor`.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -18,6 +21,7 @@ from minserve.errors import ModelLoadError
 from minserve.models.tensor_part import TensorPart
 from minserve.models.weights.checkpoint import WEIGHT_DTYPES, Checkpoint, Misfit, TensorHeader
 from minserve.models.weights.packed_formats import PackedFormat
+from minserve.models.weights.packed_tensor import PackedRows, PackedTensor
 
 log = logging.getLogger(__name__)
 
@@ -61,21 +65,24 @@ class PackedCheckpoint(Checkpoint):
             names[plain] = f"{linear}.{mark}"
         files = {plain: Path(stored.describe(origin)) for plain, origin in names.items()}
         super().__init__(stored.path, files, progress=progress)
-        if self._linears:
-            self._log()
+        self._is_logged = self._has_unpacked = False
 
     def _log(self) -> None:
+        """Say once, at the first weight that is read, what becomes of the weights."""
+        if self._is_logged:
+            return
+        self._is_logged = True
         files = {Path(self._source.describe(name)) for name in self._source.names()}
         on_disk = sum(file.stat().st_size for file in files)
+        unpacked = 2 * self.num_parameters() / GB
+        fate = f"are unpacked as they are loaded, to {unpacked:.3g} GB at 16 bits a weight"
+        if self.keeps_packed:
+            fate = f"stay packed; at 16 bits a weight they would take {unpacked:.3g} GB"
+        notes = "".join(f"; {note}" for note in self._form.notes)
         log.info(
-            "%s: %s weights, %.3g GB on disk, are unpacked as they are loaded, to %.3g GB at 16 "
-            "bits a weight; none stays packed%s",
-            self.path,
-            self._form.title,
-            on_disk / GB,
-            2 * self.num_parameters() / GB,
-            "".join(f"; {note}" for note in self._form.notes),
-        )
+            "%s: %s weights, %.3g GB on disk, %s%s",
+            self.path, self._form.title, on_disk / GB, fate, notes,
+        )  # fmt: skip
 
     def misfits(self, names: Iterable[str]) -> list[Misfit]:
         marks = [*self._linears.values(), *self._form.marks]
@@ -94,6 +101,17 @@ class PackedCheckpoint(Checkpoint):
                 found.append(Misfit(name, lost) if lacks else one)
         return found
 
+    def packed_size(self) -> tuple[int, int]:
+        weights, octets = 0, 0
+        for name, mark in self._linears.items():
+            linear = _Linear(self._source, name, mark)
+            weights += math.prod(self._form.shape(linear))
+            for part in self._form.parts:
+                if linear.has(part):
+                    header = self._source.header(f"{name}.{part}")
+                    octets += math.prod(header.shape) * _octets(header.dtype)
+        return weights, octets
+
     def _header(self, stored: str, file: Path) -> TensorHeader:
         linear = self._linear(stored)
         if linear is None:
@@ -103,7 +121,7 @@ class PackedCheckpoint(Checkpoint):
     def _read(self, stored: str, file: Path) -> Tensor:
         linear = self._linear(stored)
         if linear is not None:
-            return self._form.dequantize(linear)
+            return self._read_linear(linear)
         tensor = self._source.read(stored)
         if tensor.dtype not in WEIGHT_DTYPES and stored.endswith(".weight"):
             raise ModelLoadError(
@@ -115,6 +133,23 @@ class PackedCheckpoint(Checkpoint):
     def _read_part(self, stored: str, file: Path, part: TensorPart) -> Tensor:
         tensor = self._read(stored, file)
         return part.cut(tensor) if self._linear(stored) is None else part.copy(tensor)
+
+    def _read_linear(self, linear: _Linear) -> Tensor:
+        self._log()
+        weight = self._form.read(linear)
+        if self.keeps_packed:
+            rows = PackedRows.of(weight)
+            if rows is not None:
+                return PackedTensor.of(rows)
+            if not self._has_unpacked:
+                self._has_unpacked = True
+                log.warning(
+                    "%s: no kernel runs on %s as it is packed, because its values have no 4 or 8 "
+                    "bits or its groups no size that 16 divides; it and its like are unpacked, and "
+                    "take the memory of unquantized weights",
+                    self.path, linear.name,
+                )  # fmt: skip
+        return weight.dense()
 
     def _linear(self, name: str) -> _Linear | None:
         """Return the parts of the quantized linear whose weight has this name."""
@@ -183,6 +218,12 @@ class _Linear:
     def fail(self, part: str, reason: str) -> NoReturn:
         name = f"{self.name}.{part}"
         raise ModelLoadError(f"{self._source.describe(name)}: tensor {name!r} {reason}")
+
+
+def _octets(dtype: str) -> int:
+    """Return the size of a dtype by its name in a header, such as ``F8_E4M3`` or ``bfloat16``."""
+    bits = re.search(r"\d+", dtype)
+    return int(bits[0]) // 8 if bits else 1
 
 
 def refuse_unexplained(stored: Checkpoint) -> None:

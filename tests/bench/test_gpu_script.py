@@ -59,7 +59,7 @@ def test_every_kernel_was_checked_beside_its_competitors(dry_run: tuple[dict, di
     assert {row["kernel"] for row in rows} == {
         "decode", "prefill", "rms_norm", "layer_norm", "qk_norm", "silu_mul",
         "gelu_tanh_mul", "write_kv", "bias_relu",
-        "truncation",
+        "truncation", "packed_linear",
     }  # fmt: skip
     for row in rows:
         assert row["error"]["minserve"] < 1e-3

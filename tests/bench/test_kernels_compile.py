@@ -24,6 +24,7 @@ KERNELS = {
     "gelu_tanh_mul",
     "write_kv",
     "truncation",
+    "packed_linear",
 }
 
 # A tile whose stages no GPU's shared memory holds.

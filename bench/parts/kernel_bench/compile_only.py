@@ -26,6 +26,9 @@ from minserve.machine import Machine
 from minserve.progress_bar import progress_bar
 from minserve.tables import text_table
 from parts.kernel_bench.attention import BLOCK_SIZE, UniformBatch, attention_problem
+from parts.kernel_bench.packed import FORMS as PACKED_FORMS
+from parts.kernel_bench.packed import KERNEL as PACKED_KERNEL
+from parts.kernel_bench.packed import packed_problem
 from parts.kernel_bench.prefill_tiles import KERNEL as TILES_KERNEL
 from parts.kernel_bench.prefill_tiles import tiles_problem
 from parts.kernel_bench.rows import gate_problem, kv_problem, norm_problem, qk_norm_problem
@@ -52,6 +55,8 @@ FEW_DECODES, FEW_CHUNKS = ((1, 4096), (5, 4096)), (512,)
 # For fp16 the same code has another type name than for bfloat16: a part of the cases is enough.
 FP16_HEAD_DIMS = (64, 128)
 NORM_MODELS = ("opt-125m", "opt-6.7b", "opt-30b", "llama-3.1-8b", "llama-3.1-70b")
+# One row, a tile that is not full and a full one, and so many that weights are unpacked.
+PACKED_ROWS = (1, 8, 64, 512)
 WORKERS, MOST_WORKERS = 2, 15
 
 
@@ -127,6 +132,11 @@ def cases(quick: bool) -> Iterator[CompileCase]:
     yield CompileCase(TILES_KERNEL, "int64 512 of 16", torch.int64, tiles)
     make = partial(truncation_problem, "llama-3.1-8b", TOKENS, "wide")
     yield CompileCase(TRUNCATION_KERNEL, "float32 llama-3.1-8b", torch.float32, make)
+    for form in ("fp8 channel",) if quick else PACKED_FORMS:
+        for rows in PACKED_ROWS[:2] if quick else PACKED_ROWS:
+            make = partial(packed_problem, "llama-3.1-8b", "down", rows, form)
+            label, has_dot = f"bfloat16 {form} {rows} rows", 1 < rows <= 64
+            yield CompileCase(PACKED_KERNEL, label, torch.bfloat16, make, needs_wgmma=has_dot)
 
 
 def _attention_cases(

@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from minserve.progress_bar import progress_bar
 from parts.kernel_bench.attention import attention_problems
+from parts.kernel_bench.packed import KERNEL as PACKED_KERNEL
+from parts.kernel_bench.packed import packed_problems
 from parts.kernel_bench.rows import KERNELS as ROW_KERNELS
 from parts.kernel_bench.rows import row_problems
 from parts.kernel_bench.truncation import KERNEL as TRUNCATION_KERNEL
@@ -26,7 +28,7 @@ from shared.kernel_timing import (
     one_call,
 )
 
-KERNELS = ("decode", "prefill", *ROW_KERNELS, TRUNCATION_KERNEL)
+KERNELS = ("decode", "prefill", *ROW_KERNELS, TRUNCATION_KERNEL, PACKED_KERNEL)
 FREE_SHARE = 0.8  # of the device's free memory: the most that a problem may take
 
 
@@ -45,6 +47,8 @@ def problems(kernels: Sequence[str], scale: Scale) -> list[tuple[str, Make]]:
 def _problems_of(kernel: str, scale: Scale) -> Sequence[Make]:
     if kernel == TRUNCATION_KERNEL:
         return truncation_problems(scale)
+    if kernel == PACKED_KERNEL:
+        return packed_problems(scale)
     return (row_problems if kernel in ROW_KERNELS else attention_problems)(kernel, scale)
 
 

@@ -301,6 +301,8 @@ def _dtypes(runner: ModelRunner) -> str:
     not at another.
     """
     words = dtype_words(runner.model.linear_dtype, runner.kv[0].key.dtype)
+    if runner.model.packed_form:
+        words = f"{runner.model.packed_form} in {words}"
     return f"{words} and float16" if runner.model.placement.has_two_forms else words
 
 

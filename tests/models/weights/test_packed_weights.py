@@ -13,22 +13,16 @@ import pytest
 import torch
 from checkpoints import Q_PROJ, weights_of
 from packers import FORMS, Form, compressed, gptq
-from safetensors.torch import load_file, save_file
+from quantized_folders import WEIGHTS, change, logits, quantized, set_settings, write
+from safetensors.torch import load_file
 from torch import Tensor
 
-from minserve.engine.device.batch_tensors import Chunk
-from minserve.engine.device.paged_model import PagedModel
 from minserve.errors import ModelLoadError, UnsupportedModelError
-from minserve.kernels.attention import make_attention_backend
 from minserve.models.finding.source import find_model, load_config
-from minserve.models.layers import WeightFormat, WeightPlacement
-from minserve.models.registry import build_model
 from minserve.models.tensor_check import require_tensors
 from minserve.models.weights import affine
 from minserve.models.weights.loader import open_checkpoint
 
-CPU = torch.device("cpu")
-WEIGHTS = "model.safetensors"
 K_PROJ = Q_PROJ.replace("q_proj", "k_proj")
 LINEAR = Q_PROJ.removesuffix(".weight")
 
@@ -37,63 +31,6 @@ BESIDE = (
     *("scales", "qzeros", "g_idx", "weight_scale", "weight_scale_inv"),
     *("weight_zero_point", "weight_g_idx"),
 )
-
-
-def write(folder: Path, like: Path, tensors: dict[str, Tensor], settings: Any = None) -> Path:
-    """Write a model folder with the configuration of another one."""
-    folder.mkdir()
-    shutil.copy(like / "config.json", folder)
-    set_settings(folder, settings)
-    save_file({name: one.contiguous() for name, one in tensors.items()}, folder / WEIGHTS)
-    return folder
-
-
-def set_settings(folder: Path, settings: Any, key: str = "quantization_config") -> None:
-    config = json.loads((folder / "config.json").read_text())
-    config.pop("quantization_config", None)
-    if settings is not None:
-        config[key] = settings
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def quantized(form: Form, like: Path, to: Path) -> tuple[Path, Path]:
-    """Write a folder whose linears are random ones in a form, and its plain twin.
-
-    As usual, the head is not quantized.
-    """
-    rng = torch.Generator().manual_seed(0)
-    plain, packed = weights_of(like), {}
-    for name, weight in list(plain.items()):
-        linear = name.removesuffix(".weight")
-        if linear.endswith("_proj"):
-            made = form.make(*weight.shape, rng)
-            packed |= {f"{linear}.{part}": one for part, one in made.stored.items()}
-            plain[name] = made.weight
-        else:
-            packed[name] = weight
-    return write(to / "packed", like, packed, form.settings), write(to / "plain", like, plain)
-
-
-def change(folder: Path, changes: dict[str, Tensor | None]) -> None:
-    """Replace tensors of a folder, or remove them."""
-    tensors = load_file(folder / WEIGHTS) | changes
-    kept = {name: one.contiguous() for name, one in tensors.items() if one is not None}
-    save_file(kept, folder / WEIGHTS)
-
-
-@torch.inference_mode()
-def logits(folder: Path) -> Tensor:
-    """Of a prompt, in float32."""
-    source = find_model(str(folder))
-    where = WeightPlacement(CPU, torch.float32, torch.float32, WeightFormat.DENSE)
-    with open_checkpoint(source, progress=False) as checkpoint:
-        model = build_model(checkpoint, load_config(source), where)
-    s = model.shape
-    backend = make_attention_backend("torch", s.num_heads, s.num_kv_heads, s.head_dim, s.scale)
-    kv = [backend.allocate(2, 16, torch.float32, CPU) for _ in range(s.num_layers)]
-    return model.logits(
-        PagedModel(model, backend, kv, 16, CPU).forward([Chunk(range(3, 20), 0, [1, 0])], 0)
-    )
 
 
 # -------------------------------------------------------------------------------- what loads
@@ -236,6 +173,8 @@ def test_the_log_says_what_is_done_and_what_it_costs(
     ):
         assert checkpoint.names() == set(weights_of(plain))
         unpacked = 2 * checkpoint.num_parameters() / 1e9
+        for name in (Q_PROJ, K_PROJ):
+            checkpoint.get(name)
     (message,) = caplog.messages
     on_disk = (packed / WEIGHTS).stat().st_size / 1e9
     assert str(packed) in message

@@ -9,8 +9,8 @@ import parity
 import pytest
 import torch
 from packers import FORMS
+from quantized_folders import quantized
 from safetensors.torch import save_file
-from test_packed_weights import quantized
 
 from minserve.errors import ModelLoadError
 from minserve.models.finding.source import find_model
