@@ -4,10 +4,12 @@ It starts `minserve serve --replicas 4` with the embedded model in float32 and s
 load: greedy and sampled, one output and two, with and without an SLO, streamed. The same
 requests are answered twice: first undisturbed, then while replicas are killed (SIGKILL), stopped
 (SIGSTOP) and restarted (`minserve ctl restart`), all at random times. Every stream must bring
-exactly the tokens of the undisturbed run.
+exactly the tokens of the undisturbed run. With `--tensor-parallel` each replica is a group of
+ranks, any of which may be hit.
 
     .venv/bin/python bench/chaos.py                 # two minutes of chaos
     .venv/bin/python bench/chaos.py --seconds 60
+    .venv/bin/python bench/chaos.py --tensor-parallel 2 --seconds 60
 
 The last line is JSON; the exit code is 0 only if nothing was lost, doubled or changed.
 """
@@ -22,10 +24,12 @@ import random
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
+import psutil
 
 from minserve.progress_bar import progress_bar
 from minserve.workload.data_files import read_prompts
@@ -36,6 +40,7 @@ MODEL = "smollm2"
 REPLICA_TIMEOUT_S = 3.0
 # Requests that run at once while the true answers are found.
 AT_ONCE = 24
+NUM_RANKS = 4
 DRAIN_S = 300.0
 HITS = ("kill", "kill", "stop", "restart")
 
@@ -159,8 +164,17 @@ async def hit_at_random(
         else:
             hits.kills += how == "kill"
             hits.stops += how == "stop"
-            os.kill(one["pid"], signal.SIGKILL if how == "kill" else signal.SIGSTOP)
+            pid = rng.choice([one["pid"], *ranks_of(one["pid"])])
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL if how == "kill" else signal.SIGSTOP)
     await asyncio.gather(*restarting)
+
+
+def ranks_of(pid: int) -> list[int]:
+    """Return the other ranks of a replica, which its process has started."""
+    with suppress(psutil.NoSuchProcess):
+        return [child.pid for child in psutil.Process(pid).children()]
+    return []
 
 
 async def true_answers(
@@ -258,12 +272,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=120.0, help="time of chaos in seconds")
     parser.add_argument("--rate", type=float, default=1.0, help="requests per second")
-    parser.add_argument("--replicas", type=int, default=4)
+    parser.add_argument(
+        "--replicas", type=int, help="default: 4, or with --tensor-parallel as many as have 4 ranks"
+    )
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks of each replica")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    replicas = args.replicas or max(1, NUM_RANKS // args.tensor_parallel)
     flags = [
-        "--model", MODEL, "--dtype", "float32", "--replicas", str(args.replicas),
-        "--replica-timeout", str(REPLICA_TIMEOUT_S),
+        "--model", MODEL, "--dtype", "float32", "--replicas", str(replicas),
+        "--tensor-parallel", str(args.tensor_parallel), "--replica-timeout", str(REPLICA_TIMEOUT_S),
     ]  # fmt: skip
     with ServerProcess(minserve_command(*flags)) as server:
         result = asyncio.run(run(server.url, args))

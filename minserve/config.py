@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from minserve.access_names import HOST_NAME, ORIGIN, URL, check_key, names_in
 from minserve.chat_formats import REASONING_SETTINGS, TOOL_SETTINGS
 from minserve.errors import ConfigError
 from minserve.exit_codes import EXIT_HUNG
@@ -32,10 +33,6 @@ EXECUTORS = ("model", "simulated")
 LOG_FORMATS = ("text", "json")
 REQUEST_LINES = ("all", "errors", "off")
 ROUTERS = ("slo", "least-loaded", "round-robin")
-# How an origin is written in the header Origin; `null` is that of files and of sandboxed frames.
-_ORIGIN = re.compile(r"\*|null|[A-Za-z][A-Za-z0-9+.-]*://[^/\s?#]+/?")
-_URL = re.compile(r"https?://[^/\s?#]+(/[^\s?#]*)?")
-_HOST_NAME = re.compile(r"\*|[A-Za-z0-9._-]+")
 
 
 def option(default: Any, help: str, *, group: str, choices: Collection[str] | None = None) -> Any:
@@ -115,6 +112,12 @@ class EngineConfig:
         None,
         "threads of the forward pass on a CPU; default: the physical cores that this process may "
         "use, at most a container's CPU quota (OMP_NUM_THREADS does not change it)",
+        group="model",
+    )
+    tensor_parallel: int = option(
+        1,
+        "ranks that share one model: each is a process with a GPU of its own, or on a CPU with its "
+        "share of the threads, and holds a part of each layer",
         group="model",
     )
     attention_backend: str = option(
@@ -244,6 +247,7 @@ class EngineConfig:
             ("max_model_len", 1),
             ("max_speculation", 1),
             ("threads", 1),
+            ("tensor_parallel", 1),
         ):
             value = getattr(self, name)
             if value is not None and value < low:
@@ -259,6 +263,11 @@ class EngineConfig:
         if self.executor == "simulated" and self.quantization != "none":
             raise ConfigError(
                 "executor simulated has no weights: leave quantization out, and simulate by a "
+                "profile measured with it"
+            )
+        if self.executor == "simulated" and self.tensor_parallel > 1:
+            raise ConfigError(
+                "executor simulated has no ranks: leave tensor_parallel out, and simulate by a "
                 "profile measured with it"
             )
         if self.deterministic:
@@ -291,6 +300,7 @@ class EngineConfig:
             ("attention_backend", ("auto", "torch")),
             ("quantization", ("none",)),
             ("executor", ("model",)),
+            ("tensor_parallel", (1,)),
         ):
             if getattr(self, name) not in fitting:
                 raise ConfigError(
@@ -465,7 +475,7 @@ class ServerConfig:
         for name in ("shutdown_timeout", "first_byte_s", "watchdog_exit_s"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} must not be below 0, not {getattr(self, name)}")
-        if self.otlp_endpoint is not None and not _URL.fullmatch(self.otlp_endpoint):
+        if self.otlp_endpoint is not None and not URL.fullmatch(self.otlp_endpoint):
             raise ConfigError(
                 "otlp_endpoint must be a URL such as http://localhost:4318, not "
                 f"{self.otlp_endpoint!r}"
@@ -486,34 +496,17 @@ class ServerConfig:
         for key in self.api_key:
             check_key(key, "an API key")
         for origin in names_in(self.allowed_origins):
-            if not _ORIGIN.fullmatch(origin):
+            if not ORIGIN.fullmatch(origin):
                 raise ConfigError(
                     f"allowed_origins: {origin!r} is no origin; one looks like "
                     "https://chat.example.com or http://localhost:3000, without a path"
                 )
         for host in names_in(self.allowed_hosts):
-            if not _HOST_NAME.fullmatch(host):
+            if not HOST_NAME.fullmatch(host):
                 raise ConfigError(
                     f"allowed_hosts: {host!r} is no name; one looks like llm.example.com, "
                     "without a port"
                 )
-
-
-def names_in(values: Collection[str]) -> list[str]:
-    """Return the names of a setting that may be given several times, or with commas."""
-    return [name for value in values for name in value.replace(",", " ").split()]
-
-
-def check_key(key: str, what: str) -> None:
-    """Check that a key can be sent in a header.
-
-    Raises:
-        ConfigError: if not; it does not hold the key.
-    """
-    if key == "":
-        raise ConfigError(f"{what} is empty; the API key may be left out to serve without one")
-    if not key.isprintable() or any(character.isspace() for character in key):
-        raise ConfigError(f"{what} has spaces or characters in it that no header can hold")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,6 +88,22 @@ class DeviceLostError(MinserveError):
     """The device runs nothing any more; only a new process helps."""
 
 
+class RankLostError(DeviceLostError):
+    """One of the processes that run the model together has ended or hangs.
+
+    Attributes:
+        by_fault: True if it crashed, failed or hangs; False if somebody else ended it.
+    """
+
+    def __init__(self, message: str, *, by_fault: bool) -> None:
+        super().__init__(message)
+        self.by_fault = by_fault
+
+    def again(self) -> RankLostError:
+        """Return an equal error."""
+        return RankLostError(str(self), by_fault=self.by_fault)
+
+
 class ProfileError(MinserveError):
     """The device's speed could not be measured or fitted."""
 

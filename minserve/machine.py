@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 
@@ -55,6 +55,10 @@ class Machine:
             memory_limit=limit if limit is not None and limit < memory.total else None,
             free_memory=free,
         )
+
+    def shared_by(self, num_processes: int) -> Machine:
+        """The machine with the memory that one of so many equal processes may take."""
+        return replace(self, free_memory=self.free_memory // num_processes)
 
     @property
     def num_threads(self) -> int:

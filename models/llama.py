@@ -113,8 +113,8 @@ class _LayerReader:
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         # Rows of queries, keys and values: in the file, and of these this rank's.
         self._sizes = [heads * width, kv_heads * width, kv_heads * width]
-        own_kv = ranks.kv_heads(kv_heads, width)
-        self._own = [ranks.part(0, heads, width), own_kv, own_kv]
+        own_kv = ranks.kv_heads(heads, kv_heads, width)
+        self._own = [ranks.queries(0, heads, kv_heads, width), own_kv, own_kv]
 
     def norm(self, name: str) -> Tensor:
         """Return the weight of a norm over hidden states."""
@@ -146,7 +146,10 @@ class _LayerReader:
 
     def attention_output(self) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias of the projection of what attention gives."""
-        own = self._ranks.part(1, self._config.num_attention_heads, self._shape.head_dim)
+        config = self._config
+        own = self._ranks.queries(
+            1, config.num_attention_heads, config.num_key_value_heads, self._shape.head_dim
+        )
         has_bias = bool(self._config.output_bias)
         return self._to_residual("self_attn.o_proj", self._sizes[0], own, has_bias)
 
@@ -289,10 +292,11 @@ def read_norm(checkpoint: TensorSource, name: str, size: int, config: LlamaConfi
 
 def llama_shape(config: LlamaConfig, max_positions: int, ranks: Ranks = ALONE) -> ModelShape:
     """Return the shape of a Llama config that serves sequences of up to ``max_positions``."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     return ModelShape(
         num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads // ranks.size,
-        num_kv_heads=ranks.num_kv_heads(config.num_key_value_heads),
+        num_heads=ranks.queries(0, heads, kv_heads, 1).length,
+        num_kv_heads=ranks.num_kv_heads(heads, kv_heads),
         head_dim=config.head_dim,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,

@@ -189,10 +189,11 @@ class OPT(CausalLM):
 def opt_shape(config: OPTConfig, max_positions: int, ranks: Ranks = ALONE) -> ModelShape:
     """Return the shape of an OPT config that serves sequences of up to ``max_positions``."""
     head_dim = config.hidden_size // config.num_attention_heads
+    heads = ranks.part(0, config.num_attention_heads).length
     return ModelShape(
         num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads // ranks.size,
-        num_kv_heads=config.num_attention_heads // ranks.size,
+        num_heads=heads,
+        num_kv_heads=heads,
         head_dim=head_dim,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,

@@ -75,10 +75,19 @@ class Ranks:
     def part(self, dim: int, count: int, width: int = 1) -> TensorPart:
         """Return this rank's part of a dimension of ``count`` things of ``width`` rows or columns.
 
-        ``count`` is a multiple of the number of ranks.
+        Where ``count`` does not divide, the last ranks have one more: rank 0 has other work too.
         """
-        length = count // self.size * width
-        return TensorPart(dim, ((self.rank * length, length),))
+        start, end = (rank * count // self.size for rank in (self.rank, self.rank + 1))
+        return TensorPart(dim, ((start * width, (end - start) * width),))
+
+    def queries(self, dim: int, heads: int, kv_heads: int, width: int) -> TensorPart:
+        """Return this rank's part of the query heads.
+
+        Where they do not divide, a rank has whole KV heads with all their query heads.
+        """
+        if heads % self.size == 0:
+            return self.part(dim, heads, width)
+        return self.part(dim, kv_heads, heads // kv_heads * width)
 
     def vocabulary(self, count: int) -> TensorPart:
         """Return this rank's rows of a vocabulary; the last ranks may have fewer, or none."""
@@ -91,20 +100,25 @@ class Ranks:
         missing = math.ceil(count / self.size) - len(rows)
         return F.pad(rows, (0, 0, 0, missing)) if missing else rows
 
-    def num_kv_heads(self, count: int) -> int:
-        """Return how many KV heads each rank has, of a model's ``count``.
+    def num_kv_heads(self, heads: int, count: int) -> int:
+        """Return how many KV heads this rank has, of a model's ``count`` for so many query heads.
 
         Where there are fewer than ranks, or a number that does not divide, each is there as often
-        as it takes, so that a rank's query heads are spread evenly over its KV heads.
+        as it takes, so that a rank's query heads are spread evenly over its KV heads. Where query
+        heads do not divide either, no KV head is there twice, and some ranks have more.
         """
+        if heads % self.size:
+            return self.part(0, count).length
         return math.lcm(count, self.size) // self.size
 
-    def kv_heads(self, count: int, width: int) -> TensorPart:
+    def kv_heads(self, heads: int, count: int, width: int) -> TensorPart:
         """Return this rank's rows of a projection to ``count`` KV heads of ``width`` rows."""
-        own = self.num_kv_heads(count)
+        if heads % self.size:
+            return self.part(0, count, width)
+        own = self.num_kv_heads(heads, count)
         times = own * self.size // count
-        heads = ((self.rank * own + i) // times for i in range(own))
-        return TensorPart.of(0, ((head * width, width) for head in heads))
+        places = ((self.rank * own + i) // times for i in range(own))
+        return TensorPart.of(0, ((place * width, width) for place in places))
 
 
 ALONE = Ranks()
@@ -192,11 +206,15 @@ def check_size(config: ModelConfig, size: int) -> None:
             do.
     """
     heads, channels = config.num_attention_heads, config.mlp_size
-    if heads % size == 0 and channels % size == 0:
+    kv_heads = getattr(config, "num_key_value_heads", heads)
+
+    def divides(n: int) -> bool:
+        return channels % n == 0 and (heads % n == 0 or n <= kv_heads)
+
+    if divides(size):
         return
-    common = math.gcd(heads, channels)
-    sizes = [str(n) for n in range(1, common + 1) if common % n == 0]
+    sizes = [str(n) for n in range(1, heads + 1) if divides(n)]
     raise ConfigError(
-        f"a model of {heads} attention heads and {channels} channels in its MLPs cannot be divided "
-        f"among {size} ranks: --tensor-parallel may be {', '.join(sizes)}"
+        f"a model of {heads} attention heads, {kv_heads} KV heads and {channels} channels in its "
+        f"MLPs cannot be divided among {size} ranks: --tensor-parallel may be {', '.join(sizes)}"
     )

@@ -18,6 +18,7 @@ HOMES = {
 
 # A room may import itself, its neighbours named here, and the ground.
 GROUND = {
+    "access_names",
     "activity",
     "blocks",
     "cgroups",
@@ -28,6 +29,7 @@ GROUND = {
     "exit_codes",
     "log_lines",
     "machine",
+    "process_ends",
     "progress_bar",
     "config",
     "request",

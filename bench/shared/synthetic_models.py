@@ -51,6 +51,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "opt-13b": _opt(5120, 40, 40),
     "opt-30b": _opt(7168, 48, 56),
     "smollm2-135m": _llama3(576, 30, 1536, 9, 3, vocab=49152, tied=True),
+    # The shape of a draft model: two layers of SmolLM2, with a head for a part of the vocabulary.
+    "draft-2-layers": _llama3(576, 2, 1536, 8, 4, vocab=8192),
+    "llama-300m": _llama3(1024, 16, 4096, 16, 8, vocab=32000),
     "llama-3.2-1b": _llama3(2048, 16, 8192, tied=True),
     "llama-3.1-8b": _llama3(4096, 32, 14336),
     "llama-3.1-70b": _llama3(8192, 80, 28672, 64),

@@ -146,30 +146,36 @@ def share_device(
 ) -> list[tuple[dict[str, Any], dict[str, str]]]:
     """Return the settings and the environment of each replica of this machine.
 
-    Each replica has its own GPU; on a CPU the replicas share cores and memory evenly.
+    Each rank of a replica has its own GPU; on a CPU all ranks share cores and memory evenly.
 
     Raises:
-        ConfigError: if there are more replicas than GPUs.
+        ConfigError: if there are more ranks than GPUs.
     """
     import torch
 
     from minserve.machine import GIB, Machine
 
-    num = int(os.environ.get("LOCAL_WORLD_SIZE", len(indices)))
+    num, each = int(os.environ.get("LOCAL_WORLD_SIZE", len(indices))), config.tensor_parallel
     first = int(os.environ.get(LOCAL_RANK, 0))
     if config.executor == "model" and config.device != "cpu" and torch.cuda.is_available():
         count = torch.cuda.device_count()
-        if num > count:
-            raise ConfigError(f"{num} replicas, but this machine has {count} GPUs")
+        if num * each > count:
+            wanted = f"{num} replicas" if each == 1 else f"{num} x {each} ranks (replicas x ranks)"
+            raise ConfigError(f"{wanted}, but this machine has {count} GPUs")
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = visible.split(",") if visible else [str(i) for i in range(count)]
-        return [({}, {"CUDA_VISIBLE_DEVICES": gpus[first + i]}) for i in range(len(indices))]
+        return [
+            ({}, {"CUDA_VISIBLE_DEVICES": ",".join(gpus[(first + i) * each :][:each])})
+            for i in range(len(indices))
+        ]
     own: dict[str, Any] = {}
     machine = Machine.look()
-    threads = config.threads or max(1, machine.num_threads // num)
+    threads = config.threads or max(1, machine.num_threads // (num * each))
     own["threads"] = threads
     if config.executor == "model":
-        machine.warn_of(threads * num, f"--replicas {num}")
+        setting = f"--replicas {num}" + (f" --tensor-parallel {each}" if each > 1 else "")
+        machine.warn_of(threads * num * each, setting)
     if config.kv_cache_gib is None and config.num_blocks is None:
-        own["kv_cache_gib"] = min(machine.free_memory / GIB * KV_SHARE, MOST_KV_GIB) / num
+        most = min(machine.free_memory / GIB * KV_SHARE, MOST_KV_GIB)
+        own["kv_cache_gib"] = most / (num * each)
     return [(own, {"OMP_NUM_THREADS": str(threads)}) for _ in indices]

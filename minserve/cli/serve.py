@@ -59,7 +59,7 @@ def _serve(args: argparse.Namespace) -> int:
     server_config = ServerConfig(**settings)
     set_up_logs(server_config.log_format)
     engine_settings = given(args, EngineConfig)
-    model = EngineConfig.create(**engine_settings).model  # refuse wrong settings early
+    engine_config = EngineConfig.create(**engine_settings)  # refuse wrong settings early
 
     controller_config = under_torchrun(ControllerConfig(**given(args, ControllerConfig)))
     if is_follower():
@@ -72,8 +72,10 @@ def _serve(args: argparse.Namespace) -> int:
     url = lifecycle.reachable_url(sock)
 
     def load_engine() -> EngineFace:
-        find_model(model)  # a model that is not to be had is told before torch is imported
-        if controller_config.replicas > 1:
+        # A model that is not to be had is told before torch is imported.
+        find_model(engine_config.model)
+        # A controller starts a group again that has lost a rank.
+        if controller_config.replicas > 1 or engine_config.tensor_parallel > 1:
             return create_controller(controller_config, engine_settings, server_config)
         from minserve import AsyncEngine
 

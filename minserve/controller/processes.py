@@ -13,17 +13,16 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from minserve.controller.replica_process import ReplicaSpec
 from minserve.errors import ReplicaLostError, ReplicaRefusedError
-from minserve.exit_codes import EXIT_AGAIN, EXIT_ERROR, EXIT_LOST, EXIT_REFUSED
+from minserve.exit_codes import EXIT_AGAIN, EXIT_ERROR, EXIT_REFUSED
+from minserve.process_ends import is_fault, is_stopped, num_oom_kills, words_of
 
 log = logging.getLogger(__name__)
 
@@ -37,15 +36,6 @@ END_S = 2.0
 LOOK_S = 0.25
 # The module that is a replica's process.
 MODULE = "minserve.controller.replica_process"
-# Ends that were no fault of the process.
-_INNOCENT_CODES = (0, EXIT_LOST, EXIT_AGAIN, EXIT_REFUSED)
-_CRASHES = tuple(
-    -number
-    for number in (
-        signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV, signal.SIGSYS,
-        signal.SIGTRAP,
-    )
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +49,7 @@ class _Life:
     def ended_by_fault(self) -> bool:
         """True if it crashed, ended with an error, or was killed for want of memory."""
         code = self.process.returncode
-        if code is None:
-            return False
-        if code == -signal.SIGKILL:
-            return num_oom_kills() > self.num_oom_kills
-        return code in _CRASHES if code < 0 else code not in _INNOCENT_CODES
+        return code is not None and is_fault(code, self.num_oom_kills)
 
     @property
     def was_killed(self) -> bool:
@@ -131,7 +117,7 @@ class Watcher:
             log.warning(
                 "replica %d ended (%s); starting it again in %.1f s",
                 self.spec.index,
-                _how(code),
+                words_of(code),
                 pause,
             )
             await asyncio.sleep(pause)
@@ -208,29 +194,3 @@ async def _ended(process: asyncio.subprocess.Process, patience_s: float) -> None
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(process.wait(), min(LOOK_S, rest_s))
             return
-
-
-def is_stopped(pid: int) -> bool:
-    """Return whether a process is stopped by a signal, as by SIGSTOP; False where unknown."""
-    with contextlib.suppress(OSError):
-        # See proc(5): the state follows the name, which may itself hold brackets.
-        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
-        return state == b"T"
-    return False
-
-
-def num_oom_kills() -> int:
-    """Return how many processes of this machine were killed for want of memory; 0 if unknown."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/vmstat").read_text().splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    return 0
-
-
-def _how(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    with contextlib.suppress(ValueError):
-        return signal.Signals(-code).name
-    return f"signal {-code}"

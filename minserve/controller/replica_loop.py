@@ -31,6 +31,7 @@ from minserve.errors import (
     InvalidRequestError,
     MinserveError,
     ProtocolError,
+    RankLostError,
     ReplicaLostError,
     ReplicaRefusedError,
 )
@@ -82,6 +83,7 @@ class ReplicaLoop:
             lambda error: self._inbox.put((engine.clock_s, error)),
             name="controller",
         )
+        engine.call_when_lost(lambda error: self._inbox.put((engine.clock_s, error)))
         self._num_taken = 0
         self._stand(engine.load())
         self._stopped = threading.Event()
@@ -280,6 +282,9 @@ def run_replica(spec: ReplicaSpec) -> int:
     except ReplicaLostError as error:
         log.error("%s", error)
         return EXIT_LOST
+    except RankLostError as error:
+        log.error("%s", error)
+        return EXIT_ERROR if error.by_fault else EXIT_LOST
     except ReplicaRefusedError as error:
         log.error("refused: %s", error)
         return EXIT_REFUSED
@@ -292,6 +297,9 @@ def run_replica(spec: ReplicaSpec) -> int:
     except (ReplicaLostError, ProtocolError) as error:
         log.error("%s", error)
         return EXIT_LOST
+    except RankLostError as error:
+        log.error("%s", error)
+        return EXIT_FAULT if error.by_fault else EXIT_LOST
     except MinserveError as error:
         log.error("%s", error)
         return EXIT_FAULT

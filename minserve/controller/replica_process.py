@@ -7,20 +7,16 @@ system lets each stopped process of such a group go on, with a signal that ends 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import os
-import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from minserve.exit_codes import EXIT_LOST
-
-# The constant of Linux's prctl(2).
-PR_SET_PDEATHSIG = 1
+from minserve.process_ends import end_with, ignore_signals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,26 +54,11 @@ def main(spec: str, parent: str) -> int:
     """
     if not end_with(int(parent)):
         return EXIT_LOST
-    # Ctrl-C and SIGTERM may reach the whole group of processes; only the controller decides when
-    # a replica stops.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    # Only the controller decides when a replica stops.
+    ignore_signals()
     from minserve.controller.replica_loop import run_replica
 
     return run_replica(ReplicaSpec(**json.loads(spec)))
-
-
-def end_with(parent: int) -> bool:
-    """Let the system kill this process, even a stopped one, when its parent ends (Linux only).
-
-    Linux counts the parent's thread that started this process, which is that of its event loop.
-
-    Returns:
-        False if the parent has ended already.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    return os.getppid() == parent
 
 
 def exit_now(code: int) -> None:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
-import re
 import time
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,14 +14,17 @@ from minserve.config import EngineConfig
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.core import EngineCore
 from minserve.engine.device.cuda_graphs import CudaRecorder
+from minserve.engine.device.device_choice import choose_device, set_num_threads
 from minserve.engine.device.graph_recording import free_beside_graphs, limits_of, record_all
 from minserve.engine.device.kv_cache import allocate_kv_cache, choose_num_blocks
 from minserve.engine.device.own_thread import apart
 from minserve.engine.device.paged_model import PagedModel
 from minserve.engine.device.runner import ModelRunner
-from minserve.engine.device.thread_count import ThreadCount
 from minserve.engine.model_tokenizer import load_model_tokenizer
 from minserve.engine.profile.profile_cache import dtype_words
+from minserve.engine.ranks.group import RankGroup
+from minserve.engine.ranks.keeper import Keeper
+from minserve.engine.ranks.starting import most_queries, start_group
 from minserve.engine.sampling.sampler import Sampler
 from minserve.engine.simulated import load_simulated_core
 from minserve.engine.speculation.draft_model_proposer import MOST_DECODE_TOKENS, DraftModelProposer
@@ -43,7 +42,7 @@ from minserve.machine import Machine
 from minserve.models.base import CausalLM, ModelShape
 from minserve.models.config import ModelConfig
 from minserve.models.deterministic_layers import DeterministicPlacement
-from minserve.models.draft_model import check_vocabulary, load_draft_model
+from minserve.models.draft_model import check_vocabulary, lend_embeddings, load_draft_model
 from minserve.models.finding.source import (
     EMBEDDED_DRAFT,
     ModelSource,
@@ -51,6 +50,7 @@ from minserve.models.finding.source import (
     load_config,
 )
 from minserve.models.layers import WeightPlacement
+from minserve.models.ranks import ALONE
 from minserve.models.registry import build_model
 from minserve.models.tensor_check import require_tensors
 from minserve.models.weights.loader import open_checkpoint
@@ -59,8 +59,6 @@ from minserve.planner.predict.lengths import make_length_estimator
 
 log = logging.getLogger(__name__)
 
-# The first exists where a GPU can be used, and the second tells its driver's version.
-NVIDIA_DEVICE, NVIDIA_DRIVER = Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version")
 # Share of a CPU's free memory that a second form of the weights, faster for few rows, may take.
 SECOND_FORM_SHARE = 0.1
 
@@ -72,6 +70,7 @@ class LoadedEngine:
     Attributes:
         source: where the model's files are.
         dtype: the dtype of the weights, and that of arithmetic where it differs.
+        keeper: who keeps the other ranks of a group.
     """
 
     core: EngineCore
@@ -80,6 +79,7 @@ class LoadedEngine:
     dtype: str
     max_model_len: int
     vocab_size: int
+    keeper: Keeper | None = None
 
 
 def load_engine(config: EngineConfig) -> LoadedEngine:
@@ -95,24 +95,15 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     started = time.perf_counter()
     device = choose_device(config.device)
     token_budget = config.budget_on(device.type)
-    threads = _set_num_threads(config, device)
+    threads = set_num_threads(config, device)
     source = find_model(config.model)
     # All that may be wrong with the files is found before weights are read, which takes long.
     model_config = load_config(source)
     tokenizer = load_model_tokenizer(config, source)
     draft_source = find_draft_model(config, model_config, tokenizer)
-    attention = choose_attention_backend(config.attention_backend, device)
-    model, placement = _load_model(config, source, model_config, device, attention)
-    if config.deterministic:
-        attention = DETERMINISTIC
-    parts = _PartMaker(attention, config.block_size, placement)
-    proposer = _make_proposer(config, model, draft_source, parts)
-    runner = ModelRunner(model, *parts.of(model.shape))
+    loaded = _load_models(config, source, model_config, draft_source, device)
+    runner, num_blocks, max_model_len = loaded.runner, loaded.num_blocks, loaded.max_model_len
     runner.threads = threads
-    runner.sampler = Sampler(fused=runner.backend.in_triton, one_by_one=config.deterministic)
-    num_blocks, max_model_len = apart(
-        device, lambda: _make_ready(config, runner, proposer, placement)
-    )
     core = EngineCore(
         runner,
         BlockPool(num_blocks, config.block_size, prefix_caching=config.prefix_caching),
@@ -126,18 +117,21 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
         clock=time.monotonic,
-        proposer=proposer,
+        proposer=loaded.proposer,
         safe_planner=make_safe_planner(chunked_prefill=config.chunked_prefill),
         plans_ahead=device.type == "cuda",
         launches_ahead=device.type == "cuda",
     )
+    placement = runner.model.placement
     dtype = dtype_words(placement.linear_dtype, placement.dtype)
-    if model.packed_form:
-        dtype = f"{model.packed_form} in {dtype}"
+    if runner.model.packed_form:
+        dtype = f"{runner.model.packed_form} in {dtype}"
     draft = "" if draft_source is None else f", draft model {draft_source.name}"
+    num_ranks = config.tensor_parallel
+    where = str(device) if num_ranks == 1 else f"{num_ranks} ranks on {device}"
     log.info(
         "%s on %s: %s, %s attention%s, %d KV blocks of %d tokens, ready in %.1f s",
-        source.name, device, dtype, attention, draft, num_blocks, config.block_size,
+        source.name, where, dtype, runner.backend.name, draft, num_blocks, config.block_size,
         time.perf_counter() - started,
     )  # fmt: skip
     return LoadedEngine(
@@ -146,8 +140,86 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         source=source,
         dtype=dtype,
         max_model_len=max_model_len,
-        vocab_size=model.shape.vocab_size,
+        vocab_size=runner.model.shape.vocab_size,
+        keeper=loaded.keeper,
     )
+
+
+class _LoadedModels(NamedTuple):
+    """Models that are ready to run, with the size of their KV cache."""
+
+    runner: ModelRunner
+    proposer: Proposer | None
+    num_blocks: int
+    max_model_len: int
+    keeper: Keeper | None
+
+
+def _load_models(
+    config: EngineConfig,
+    source: ModelSource,
+    model_config: ModelConfig,
+    draft_source: ModelSource | None,
+    device: torch.device,
+) -> _LoadedModels:
+    """Load the models, with the other ranks where a group of them is asked for."""
+    group = leader = None
+    if config.tensor_parallel > 1:
+        group, leader = start_group(config, model_config, device)
+    try:
+        runner, parts = _load_share(config, source, model_config, device, group)
+        proposer = _make_proposer(config, runner.model, draft_source, parts)
+        models: dict[PagedModel, int] = {runner: most_queries(config)}
+        if isinstance(proposer, DraftModelProposer):
+            models[proposer.model] = MOST_DECODE_TOKENS
+            runner.drafts_by_chance = True
+        num_blocks, max_model_len = apart(
+            device, lambda: _make_ready(config, models, proposer, parts.placement, group)
+        )
+    except BaseException:
+        if leader is not None:
+            leader.keeper.close()
+        raise
+    runner.company = leader
+    keeper = None if leader is None else leader.keeper
+    return _LoadedModels(runner, proposer, num_blocks, max_model_len, keeper)
+
+
+def load_share(config: EngineConfig, group: RankGroup) -> ModelRunner:
+    """Load this rank's share of a model, while rank 0 and all others load theirs.
+
+    Raises:
+        MinserveError: as `load_engine` does.
+    """
+    device = choose_device(config.device)
+    threads = set_num_threads(config, device)
+    source = find_model(config.model)
+    runner, parts = _load_share(config, source, load_config(source), device, group)
+    runner.threads = threads
+    draft_source = _draft_source(config)
+    if draft_source is not None:
+        lend_embeddings(draft_source, runner.model)
+    models: dict[PagedModel, int] = {runner: most_queries(config)}
+    apart(device, lambda: _make_ready(config, models, None, parts.placement, group))
+    return runner
+
+
+def _load_share(
+    config: EngineConfig,
+    source: ModelSource,
+    model_config: ModelConfig,
+    device: torch.device,
+    group: RankGroup | None,
+) -> tuple[ModelRunner, _PartMaker]:
+    """Load the model, or in a group this rank's share of it."""
+    attention = choose_attention_backend(config.attention_backend, device)
+    model, placement = _load_model(config, source, model_config, device, attention, group)
+    if config.deterministic:
+        attention = DETERMINISTIC
+    parts = _PartMaker(attention, config.block_size, placement)
+    runner = ModelRunner(model, *parts.of(model.shape))
+    runner.sampler = Sampler(fused=runner.backend.in_triton, one_by_one=config.deterministic)
+    return runner, parts
 
 
 def _load_simulated_engine(config: EngineConfig) -> LoadedEngine:
@@ -169,6 +241,7 @@ def _load_model(
     model_config: ModelConfig,
     device: torch.device,
     attention: str,
+    group: RankGroup | None,
 ) -> tuple[CausalLM, WeightPlacement]:
     """Read the model's weights, and return with them where and in which form they are.
 
@@ -177,13 +250,16 @@ def _load_model(
         ModelLoadError: where the files do not hold the model's tensors; before any is read.
     """
     longest = longest_sequence(config, model_config)
-    with open_checkpoint(source) as checkpoint:
+    with open_checkpoint(source, progress=group is None or group.rank == 0) as checkpoint:
         require_tensors(checkpoint, model_config)
         twice = device.type == "cpu" and has_room_twice(checkpoint.num_parameters())
+        if group is not None:
+            twice = group.agree(int(twice)) == 1
         placement = choose_placement(config, device, fused=attention != "torch", twice=twice)
         checkpoint.rounded_to = placement.read_dtype
         checkpoint.keeps_packed = placement.packed
-        model = build_model(checkpoint, model_config, placement, longest)
+        ranks = ALONE if group is None else group.ranks
+        model = build_model(checkpoint, model_config, placement, longest, ranks)
         model.packed_form = checkpoint.form if placement.packed else ""
         return model, placement
 
@@ -204,11 +280,15 @@ def choose_placement(
 
 def _make_ready(
     config: EngineConfig,
-    runner: ModelRunner,
+    models: Mapping[PagedModel, int],
     proposer: Proposer | None,
     placement: WeightPlacement,
+    group: RankGroup | None,
 ) -> tuple[int, int]:
     """Warm the models up, give them their KV caches and record their CUDA graphs.
+
+    Args:
+        models: the target model first, each with the most query tokens of one of its decodes.
 
     Returns:
         The number of KV blocks, and the most tokens of a sequence.
@@ -216,16 +296,14 @@ def _make_ready(
     Raises:
         ConfigError: where the cache does not hold what the settings ask for.
     """
-    longest = runner.model.shape.max_positions
+    target = next(iter(models))
+    longest = target.model.shape.max_positions
     with_graphs = (
-        config.cuda_graphs and placement.device.type == "cuda" and runner.backend.supports_graphs
+        config.cuda_graphs and placement.device.type == "cuda" and target.backend.supports_graphs
     )
-    # A decode of the model has the newest token, and the drafted ones that it verifies.
-    models: dict[PagedModel, int] = {runner: 1 if proposer is None else 1 + proposer.max_tokens}
-    if isinstance(proposer, DraftModelProposer):
-        models[proposer.model] = MOST_DECODE_TOKENS
-        runner.drafts_by_chance = True
-    num_blocks = _allocate_kv_cache(config, models, proposer, placement, longest, with_graphs)
+    num_blocks = _allocate_kv_cache(
+        config, models, proposer, placement, longest, with_graphs, group
+    )
     _log_limits(models, placement.device)
     capacity = num_blocks * config.block_size
     if config.max_model_len is not None and config.max_model_len > capacity:
@@ -246,6 +324,7 @@ def _allocate_kv_cache(
     placement: WeightPlacement,
     longest: int,
     with_graphs: bool,
+    group: RankGroup | None,
 ) -> int:
     """Give the models their KV caches, and return the number of blocks of each.
 
@@ -281,6 +360,8 @@ def _allocate_kv_cache(
         placement.device,
         free_bytes=free_bytes,
     )
+    if group is not None:
+        num_blocks = group.agree(num_blocks)
     for one in models:
         one.kv = allocate_kv_cache(
             one.backend,
@@ -333,9 +414,9 @@ def find_draft_model(
         ConfigError: where its vocabulary is not the model's.
         ModelLoadError: where there is no such model.
     """
-    if config.draft_model is None and config.speculator != "draft":
+    source = _draft_source(config, download=download)
+    if source is None:
         return None
-    source = find_model(config.draft_model or EMBEDDED_DRAFT, download=download)
     check_vocabulary(source, load_config(source), model_config.vocab_size)
     if has_tokenizer(source) and not Tokenizer.load(source).has_vocabulary_of(tokenizer):
         raise ConfigError(
@@ -343,6 +424,12 @@ def find_draft_model(
             "token id means different texts"
         )
     return source
+
+
+def _draft_source(config: EngineConfig, *, download: bool = True) -> ModelSource | None:
+    if config.draft_model is None and config.speculator != "draft":
+        return None
+    return find_model(config.draft_model or EMBEDDED_DRAFT, download=download)
 
 
 def _make_proposer(
@@ -358,75 +445,10 @@ def _make_proposer(
     )
 
 
-def choose_device(name: str) -> torch.device:
-    """Return the device of a setting; ``auto`` takes a GPU where torch can use one.
-
-    A GPU that torch cannot use is named in one line of the log.
-
-    Raises:
-        ConfigError: where a GPU is asked for and there is none that torch can use.
-    """
-    if name == "cpu":
-        return torch.device("cpu")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says the same in several lines
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-    problem = _why_no_gpu()
-    if name == "cuda":
-        raise ConfigError(
-            f"device cuda was asked for, but {problem or 'torch sees no CUDA device'}; "
-            "or use --device cpu"
-        )
-    if problem is not None:
-        log.warning("%s; running on the CPU", problem)
-    return torch.device("cpu")
-
-
-def _why_no_gpu() -> str | None:
-    """Return why torch cannot use the NVIDIA GPU of this machine.
-
-    ``None`` stands for a machine without one, or one that is hidden on purpose.
-    """
-    if not NVIDIA_DEVICE.exists() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return None
-    try:
-        found = re.search(r"Kernel Module.*?\s(\d[\d.]+)", NVIDIA_DRIVER.read_text())
-    except OSError:
-        found = None
-    driver = f"the NVIDIA driver {found[1]}" if found else "the NVIDIA driver"
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} has no CUDA in it; install one built for CUDA"
-    return (
-        f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, cannot use {driver}; "
-        "update the driver, or install a torch built for an older CUDA"
-    )
-
-
 def has_room_twice(num_parameters: int) -> bool:
     """Return whether a second form of weights in half precision takes little of the free memory."""
     second_form = 2 * num_parameters
     return second_form <= SECOND_FORM_SHARE * Machine.look().free_memory
-
-
-def _set_num_threads(config: EngineConfig, device: torch.device) -> ThreadCount | None:
-    """Give torch's operations on the CPU as many threads as this process may keep busy.
-
-    Returns:
-        On a CPU, what adapts that number before each pass.
-    """
-    machine = Machine.look()
-    if device.type != "cpu":
-        # Little runs on the CPU then, but torch does not know of quotas.
-        if machine.cpu_quota is not None:
-            torch.set_num_threads(min(torch.get_num_threads(), machine.num_threads))
-        return None
-    if config.threads is not None:
-        machine.warn_of(config.threads, f"--threads {config.threads}")
-    torch.set_num_threads(config.threads or machine.num_threads)
-    # How work is divided among threads may show in the last bits.
-    adapts = not config.deterministic
-    return ThreadCount(torch.get_num_threads(), machine.cores, adapts=adapts)
 
 
 def longest_sequence(config: EngineConfig, model: ModelConfig) -> int:

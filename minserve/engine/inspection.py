@@ -15,12 +15,12 @@ import torch
 from minserve.chat_formats import NONE, find_reasoning_format, find_tool_format
 from minserve.config import EngineConfig
 from minserve.engine.build import (
-    choose_device,
     choose_placement,
     find_draft_model,
     has_room_twice,
     longest_sequence,
 )
+from minserve.engine.device.device_choice import choose_device
 from minserve.engine.device.kv_cache import bytes_per_block
 from minserve.engine.model_tokenizer import load_model_tokenizer
 from minserve.engine.profile.profile_cache import dtype_words

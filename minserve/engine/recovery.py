@@ -52,6 +52,8 @@ def recover(runner: BatchRunner, batch: SequenceOf[Scheduled], error: Exception)
         DeviceLostError: if the error belongs to no sequence: the device runs nothing any more.
     """
     _drop_locals(error)
+    if isinstance(error, DeviceLostError):
+        raise error
     if runner.is_lost:
         raise DeviceLostError(
             f"{runner.device} runs nothing any more; restart the process ({error})"

@@ -7,7 +7,7 @@ and returns all news of an iteration at once.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from minserve.engine.base import EngineBase, Submission
 from minserve.engine.journal import Journal
 from minserve.engine.live_output import History
 from minserve.engine.stats import EngineStats
-from minserve.errors import InvalidRequestError
+from minserve.errors import InvalidRequestError, RankLostError
 from minserve.models.finding.source import fingerprint
 from minserve.outputs import OutputDelta
 from minserve.planner.replica_load import ReplicaLoad, load_of
@@ -97,6 +97,15 @@ class RelayEngine(EngineBase):
             DeviceLostError: where no further iteration can succeed.
         """
         return IterationNews(self._iterate(), self._core.declined, self.load())
+
+    def call_when_lost(self, call: Callable[[RankLostError], object]) -> None:
+        """Have it told when a rank of this engine's group has ended, also while nothing runs.
+
+        Args:
+            call: called in another thread.
+        """
+        if self._loaded.keeper is not None:
+            self._loaded.keeper.call_when_lost(call)
 
     def check_integrity(self) -> None:
         """Check the pool's books, on an engine that has been idle for `core.IDLE_S`.

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from aiohttp import web
 
-from minserve.config import ServerConfig, check_key
+from minserve.access_names import check_key
+from minserve.config import ServerConfig
 from minserve.errors import ConfigError
 from minserve.server.errors import HttpError
 from minserve.server.routes import Handler, is_open

@@ -130,6 +130,24 @@ def test_more_replicas_than_gpus_are_refused_in_one_line(monkeypatch: pytest.Mon
         share_device(EngineConfig(), [0])
 
 
+def test_each_rank_of_each_replica_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    have_gpus(monkeypatch, 8)
+    config = EngineConfig(tensor_parallel=4)
+    assert gpus(share_device(config, [0, 1])) == ["0,1,2,3", "4,5,6,7"]
+    with pytest.raises(ConfigError, match=r"3 x 4 ranks .*, but this machine has 8 GPUs"):
+        share_device(config, [0, 1, 2])
+    tell(monkeypatch, {**TORCHRUN, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
+    assert gpus(share_device(config, [3])) == ["4,5,6,7"]
+
+
+def test_the_ranks_of_a_cpu_divide_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    have_gpus(monkeypatch, 0)
+    machine = Machine(processors=8, cores=8, cpu_quota=None, memory_limit=None, free_memory=8 * GIB)
+    monkeypatch.setattr(Machine, "look", lambda: machine)
+    shares = share_device(EngineConfig(tensor_parallel=2), [0, 1])
+    assert shares == [({"threads": 2, "kv_cache_gib": 0.5}, {"OMP_NUM_THREADS": "2"})] * 2
+
+
 def test_a_simulated_device_takes_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     have_gpus(monkeypatch, 1)
     config = EngineConfig(executor="simulated", profile="opt-6.7b-a100")

@@ -16,7 +16,7 @@ import pytest
 from cluster import Cluster, announced, is_alive, launch
 from waiting import PATIENCE_S, wait_until
 
-from minserve.controller.processes import is_stopped
+from minserve.process_ends import is_stopped
 
 PLANTED = Path(__file__).parent / "planted"
 sys.path.append(str(PLANTED))

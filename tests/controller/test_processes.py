@@ -15,16 +15,18 @@ import pytest
 from cluster import is_alive
 from waiting import PATIENCE_S, wait_until
 
+from minserve import process_ends
 from minserve.controller import processes
-from minserve.controller.processes import Watcher, is_stopped
+from minserve.controller.processes import Watcher
 from minserve.controller.replica_process import ReplicaSpec
 from minserve.exit_codes import EXIT_AGAIN, EXIT_ERROR, EXIT_FAULT, EXIT_LOST
+from minserve.process_ends import is_stopped
 
 SPEC = ReplicaSpec(index=0, store_host="", store_port=0, settings={}, profile_s=1.0, watchdog_s=1.0)
 # Takes the place of a replica's process, without an engine.
 STAND_IN = """
 import os, signal, sys, time
-from minserve.controller.replica_process import end_with
+from minserve.process_ends import end_with
 if os.environ.get("STOPS_FIRST"):
     os.kill(os.getpid(), signal.SIGSTOP)
 assert end_with(int(sys.argv[2]))
@@ -116,7 +118,7 @@ def test_a_fault_is_told_from_what_comes_from_outside(
 @pytest.mark.usefixtures("stand_in")
 def test_a_kill_for_want_of_memory_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(watcher: Watcher) -> None:
-        monkeypatch.setattr(processes, "num_oom_kills", lambda: 10**9)
+        monkeypatch.setattr(process_ends, "num_oom_kills", lambda: 10**9)
         os.kill(watcher.pid, signal.SIGKILL)
         assert await watcher.ended_by_fault(watcher.pid)
 

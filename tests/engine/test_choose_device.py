@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minserve.engine import build
-from minserve.engine.build import choose_device
+from minserve.engine.device import device_choice
+from minserve.engine.device.device_choice import choose_device
 from minserve.errors import ConfigError
 
 DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01  Wed Oct 27 21:21:55 UTC 2021\n"
@@ -27,8 +27,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     device, driver = tmp_path / "nvidiactl", tmp_path / "version"
     device.touch()
     driver.write_text(DRIVER)
-    monkeypatch.setattr(build, "NVIDIA_DEVICE", device)
-    monkeypatch.setattr(build, "NVIDIA_DRIVER", driver)
+    monkeypatch.setattr(device_choice, "NVIDIA_DEVICE", device)
+    monkeypatch.setattr(device_choice, "NVIDIA_DRIVER", driver)
     monkeypatch.setattr(torch.cuda, "is_available", no_cuda)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

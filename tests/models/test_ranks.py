@@ -189,9 +189,22 @@ def test_each_rank_keeps_its_share_of_the_weights(family: str, size: int, tmp_pa
 @pytest.mark.parametrize(
     ("config", "size", "would_do"),
     [
-        (LlamaConfig(hidden_size=576, num_attention_heads=9, intermediate_size=1536), 2, "1, 3"),
-        (LlamaConfig(num_attention_heads=32, intermediate_size=11010), 4, "1, 2"),
-        (OPTConfig(num_attention_heads=12, ffn_dim=3072), 8, "1, 2, 3, 4, 6, 12"),
+        (
+            LlamaConfig(
+                hidden_size=576,
+                num_attention_heads=9,
+                num_key_value_heads=3,
+                intermediate_size=1536,
+            ),
+            4,
+            "1, 2, 3",
+        ),
+        (
+            LlamaConfig(num_attention_heads=32, num_key_value_heads=8, intermediate_size=11010),
+            4,
+            "1, 2, 3, 5, 6",
+        ),
+        (OPTConfig(num_attention_heads=12, ffn_dim=3072), 16, "1, 2, 3, 4, 6, 8, 12"),
     ],
 )
 def test_a_model_that_does_not_divide_says_which_numbers_would_do(
@@ -207,11 +220,11 @@ def test_a_model_that_does_not_divide_says_which_numbers_would_do(
 def test_each_query_head_finds_its_kv_head_on_its_rank(size: int) -> None:
     for kv_heads, times in product((1, 2, 3, 4, 6, 8, 12), repeat=2):
         heads = kv_heads * times
-        for rank in range(size if heads % size == 0 else 0):
+        for rank in range(size if heads % size == 0 or size <= kv_heads else 0):
             ranks = OneOf(rank, size)
-            own = ranks.part(0, heads).cut(torch.arange(heads)).tolist()
-            own_kv = ranks.kv_heads(kv_heads, 1).cut(torch.arange(kv_heads)).tolist()
-            assert len(own_kv) == ranks.num_kv_heads(kv_heads)
+            own = ranks.queries(0, heads, kv_heads, 1).cut(torch.arange(heads)).tolist()
+            own_kv = ranks.kv_heads(heads, kv_heads, 1).cut(torch.arange(kv_heads)).tolist()
+            assert len(own_kv) == ranks.num_kv_heads(heads, kv_heads)
             group = len(own) // len(own_kv)  # query head i attends to KV head i // group
             assert [own_kv[i // group] for i in range(len(own))] == [h // times for h in own]
 

@@ -42,6 +42,7 @@ GPU_TESTS = (
 TEST_WORKERS = 12
 KILL_GRACE_S = 5.0
 DRY_LIMIT_S = 300
+RANKS_LIMIT_S = 120
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,13 @@ def stages(dry: bool, rows: Path) -> list[Stage]:
             needs=("aiohttp", "msgspec", "prometheus_client"),
         ),
     ]  # fmt: skip
+
+
+def ranks_stage(dry: bool) -> Stage:
+    """Return the stage for two GPUs; with one alone it says so, in a few seconds."""
+    command = [sys.executable, "bench/tensor_parallel.py"]
+    command += ["--dry"] if dry else ["--shapes", "llama-3.1-8b", "--rounds", "1"]
+    return Stage("ranks", command, DRY_LIMIT_S if dry else RANKS_LIMIT_S)
 
 
 def link_packages(folder: Path) -> None:
@@ -256,7 +264,9 @@ def main() -> int:
         results: dict[str, dict[str, Any]] = {}
         with log_file.open("w", encoding="utf-8") as log:
             rows = args.out.resolve() / slug
-            for stage in tuning(args.dry) if args.tune else stages(args.dry, rows):
+            for stage in (
+                tuning(args.dry) if args.tune else (*stages(args.dry, rows), ranks_stage(args.dry))
+            ):
                 if stage.rows is not None:
                     stage.rows.unlink(missing_ok=True)  # of a call that was cut off
                 results[stage.name] = run_stage(stage, env, scratch, log)

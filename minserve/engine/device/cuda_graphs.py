@@ -94,8 +94,13 @@ class GraphLimits:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """A recorded pass, and the layout of the batches that it is replayed for."""
+    """A recorded pass, and the layout of the batches that it is replayed for.
 
+    Attributes:
+        number: how many graphs of the model were recorded before it.
+    """
+
+    number: int
     layout: BatchLayout
     replay: Replay
 
@@ -106,19 +111,27 @@ class PaddedPasses:
     Args:
         model: the model. Its weights and KV must stay where they are from now on.
         layouts: those that are recorded.
+        first_number: how many graphs of the model were recorded before these.
     """
 
-    def __init__(self, model: PagedModel, limits: GraphLimits, layouts: list[BatchLayout]) -> None:
+    def __init__(
+        self,
+        model: PagedModel,
+        limits: GraphLimits,
+        layouts: list[BatchLayout],
+        first_number: int = 0,
+    ) -> None:
         self._model = model
         self._limits = limits
-        self._num_recorded = 0
+        self._first_number = first_number
+        self._recorded: list[Recorded] = []
         largest = max((layout.size for layout in layouts), default=0)
         self._buffer = torch.zeros(largest, dtype=torch.int64, device=model.device)
 
     @property
     def num_recorded(self) -> int:
         """The number of graphs."""
-        return self._num_recorded
+        return len(self._recorded)
 
     @property
     def _width(self) -> int:
@@ -138,9 +151,19 @@ class PaddedPasses:
             newest: as in `PagedModel.forward`.
         """
         self._fill(chunks, graph.layout, needed.num_blocks)
+        inputs = self._buffer[: graph.layout.size]
         if newest is not None:
-            fill_in(graph.layout.split(self._buffer[: graph.layout.size]).token_ids, newest)
+            fill_in(graph.layout.split(inputs).token_ids, newest)
+        if self._model.company is not None:
+            self._model.company.replay(graph.number, inputs)
         return graph.replay()[: needed.num_tokens]
+
+    @torch.inference_mode()
+    def replay(self, number: int, fill: Callable[[Tensor], None]) -> None:
+        """Replay the graph of that number, once ``fill`` has put its inputs in place."""
+        graph = self._recorded[number - self._first_number]
+        fill(self._buffer[: graph.layout.size])
+        graph.replay()
 
     def _fill(self, chunks: SequenceOf[Chunk], layout: BatchLayout, num_blocks: int) -> None:
         """Copy a padded batch to where the graph of a layout reads it.
@@ -190,8 +213,9 @@ class PaddedPasses:
                 lengths_known=False,
             )
 
-        self._num_recorded += 1
-        return Recorded(layout, recorder.record(work))
+        number = self._first_number + len(self._recorded)
+        self._recorded.append(Recorded(number, layout, recorder.record(work)))
+        return self._recorded[-1]
 
 
 class DecodeGraphs(PaddedPasses):
@@ -209,9 +233,11 @@ class DecodeGraphs(PaddedPasses):
         recorder: Recorder,
         limits: GraphLimits,
         only: slice = slice(None),
+        first_number: int = 0,
     ) -> None:
         layouts = {most: decode_layouts(model, limits, most)[only] for most in limits.max_queries}
-        super().__init__(model, limits, [layout for own in layouts.values() for layout in own])
+        every = [layout for own in layouts.values() for layout in own]
+        super().__init__(model, limits, every, first_number)
         self._families: dict[int, list[Recorded]] = {most: [] for most in layouts}
         # The largest first: the others find room in the memory that it needed.
         order = [(layout, most) for most, own in layouts.items() for layout in own]

@@ -91,7 +91,7 @@ def _choose_on_cpu(
     A CPU's pages are taken only as they are written to: too many would end the process much
     later, so all must fit now.
     """
-    machine = Machine.look()
+    machine = Machine.look().shared_by(config.tensor_parallel)
     if config.num_blocks is not None:
         option, num_blocks = "--num-blocks", config.num_blocks
     elif config.kv_cache_gib is not None:
@@ -117,7 +117,8 @@ def _fitting_on_cpu(
     useful: int,
 ) -> int:
     """Return the number of blocks that a CPU's free memory allows, where no setting says it."""
-    share = min(machine.free_memory * CPU_SHARE_OF_FREE, CPU_MOST_GIB * GIB)
+    most = CPU_MOST_GIB * GIB / config.tensor_parallel
+    share = min(machine.free_memory * CPU_SHARE_OF_FREE, most)
     fitting = _blocks_beside_a_pass(machine.free_memory, config, shape, per_block)
     num_blocks = min(int(share // per_block), fitting, useful)
     least = min(useful, blocks_for(min(longest, LEAST_TOKENS), config.block_size))

@@ -7,6 +7,7 @@ to different kernels; places that a batch does not need hold sequences without t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from itertools import accumulate
 
@@ -154,12 +155,13 @@ class ModelGraphs:
         self._mixed = None
         if self.mixed.max_tokens:  # the largest first: see `DecodeGraphs`
             self._mixed = MixedGraphs(model, recorder, limits, only)
-        self._of_decodes = DecodeGraphs(model, recorder, limits, only)
+        self._num_mixed = 0 if self._mixed is None else self._mixed.num_recorded
+        self._of_decodes = DecodeGraphs(model, recorder, limits, only, self._num_mixed)
 
     @property
     def num_recorded(self) -> int:
         """The number of graphs."""
-        return self._of_decodes.num_recorded + (self._mixed.num_recorded if self._mixed else 0)
+        return self._num_mixed + self._of_decodes.num_recorded
 
     def forward(
         self, chunks: SequenceOf[Chunk], num_decodes: int, newest: Tensor | None = None
@@ -170,6 +172,14 @@ class ModelGraphs:
         if self._mixed is None:
             return None
         return self._mixed.forward(chunks, num_decodes, newest)
+
+    def replay(self, number: int, fill: Callable[[Tensor], None]) -> None:
+        """Replay the graph of that number, once ``fill`` has put its inputs in place."""
+        if number >= self._num_mixed:
+            self._of_decodes.replay(number, fill)
+        else:
+            assert self._mixed is not None, "rank 0 has given up the same graphs"
+            self._mixed.replay(number, fill)
 
     def without_mixed(self) -> None:
         """Give up the graphs of batches with prefills."""

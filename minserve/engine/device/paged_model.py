@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from contextlib import nullcontext
+from types import TracebackType
 from typing import Protocol
 
 import torch
@@ -35,6 +38,47 @@ class RecordedPasses(Protocol):
     ) -> Tensor | None:
         """Return hidden states as `PagedModel.forward` does, or ``None`` where no pass fits."""
 
+    def replay(self, number: int, fill: Callable[[Tensor], None]) -> None:
+        """Replay the pass of that number, once its packed inputs were put where it reads them."""
+
+
+class Company(Protocol):
+    """Other ranks that run the same passes, each with its share of the model.
+
+    It is the context of each step: it raises `RankLostError` where they cannot go on together.
+    """
+
+    @property
+    def size(self) -> int:
+        """The number of ranks, this one included."""
+
+    @property
+    def is_lost(self) -> bool:
+        """True where the ranks run nothing together any more."""
+
+    def forward(
+        self, layout: BatchLayout, num_decodes: int, lengths: list[int], inputs: Tensor
+    ) -> None:
+        """Have them run a pass over packed inputs, with what the host knows of their lengths."""
+
+    def replay(self, number: int, inputs: Tensor) -> None:
+        """Have them replay the recorded pass of that number."""
+
+    def logits(self, hidden: Tensor) -> None:
+        """Have them compute their part of the logits."""
+
+    def check(self) -> None:
+        """Raise `RankLostError` where the ranks run nothing together any more."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
 
 class PagedModel:
     """Runs chunks on one device. Knows nothing of sequences, planning or sampling.
@@ -44,6 +88,7 @@ class PagedModel:
 
     Attributes:
         graphs: recorded passes; set once ``kv`` is allocated, if the device has graphs.
+        company: the other ranks, on rank 0 of a group.
     """
 
     def __init__(
@@ -60,10 +105,13 @@ class PagedModel:
         self.block_size = block_size
         self.device = device
         self.graphs: RecordedPasses | None = None
+        self.company: Company | None = None
 
     @property
     def is_lost(self) -> bool:
         """True where the device runs nothing any more. Asking waits for the device."""
+        if self.company is not None and self.company.is_lost:
+            return True
         return transfers.is_lost(self.device)
 
     @torch.inference_mode()
@@ -81,13 +129,21 @@ class PagedModel:
             newest: int64 ``[rows]`` on the device: the tokens for which the chunks have an
                 `unknown_token`; ``None`` where the host knows all.
         """
-        if self.graphs is not None:
-            num_tokens = sum(len(chunk.token_ids) for chunk in chunks)
-            if not is_eager(len(chunks), num_decodes, num_tokens, self.graphs.mixed):
-                hidden = self.graphs.forward(chunks, num_decodes, newest)
-                if hidden is not None:
-                    return hidden
-        return self._run(chunks, num_decodes, self.kv, newest)
+        with self.company or nullcontext():
+            if self.graphs is not None:
+                num_tokens = sum(len(chunk.token_ids) for chunk in chunks)
+                if not is_eager(len(chunks), num_decodes, num_tokens, self.graphs.mixed):
+                    hidden = self.graphs.forward(chunks, num_decodes, newest)
+                    if hidden is not None:
+                        return hidden
+            return self._run(chunks, num_decodes, self.kv, newest)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits of some rows of hidden states, as `CausalLM.logits` does."""
+        with self.company or nullcontext():
+            if self.company is not None:
+                self.company.logits(hidden)
+            return self.model.logits(hidden)
 
     def forward_tensors(
         self,
@@ -173,8 +229,10 @@ class PagedModel:
     ) -> Tensor:
         layout = BatchLayout.of(chunks)
         host, parts = place(chunks, layout, self.block_size, self.device)
-        inputs = layout.split(host.to(self.device, non_blocking=True))
+        inputs = host.to(self.device, non_blocking=True)
         if newest is not None:
-            fill_in(inputs.token_ids, newest)
+            fill_in(layout.split(inputs).token_ids, newest)
         starts, lengths = parts.starts.tolist(), parts.lengths.tolist()
-        return self.forward_tensors(inputs, starts, lengths, num_decodes, kv)
+        if self.company is not None:
+            self.company.forward(layout, num_decodes, starts + lengths, inputs)
+        return self.forward_tensors(layout.split(inputs), starts, lengths, num_decodes, kv)

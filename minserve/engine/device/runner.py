@@ -117,6 +117,8 @@ class InFlightBatch:
                 results[seq_id].sampled = tokens
         elif self._end is not None:
             self._end.wait()
+        if self._runner.company is not None:
+            self._runner.company.check()  # a sum that was broken off lets a pass end all the same
         for rows in self._prompts:
             result = results.get(rows.seq_id)
             if result is None:
@@ -213,7 +215,7 @@ class ModelRunner(PagedModel):
         logits = None
         if places:
             chosen = hidden if len(places) == len(hidden) else self.rows(hidden, places)
-            logits = self.model.logits(chosen)
+            logits = self.logits(chosen)
         return InFlightBatch(self, logits, rows, prompts)
 
     def log_probs_of(self, rows: _PromptRows) -> list[TokenLogprob]:
@@ -226,7 +228,7 @@ class ModelRunner(PagedModel):
         for begin in range(0, len(rows.token_ids), PROMPT_LOGPROB_ROWS):
             some = slice(begin, begin + PROMPT_LOGPROB_ROWS)
             found += self.sampler.prompt_logprobs(
-                self.model.logits(rows.hidden[some]), rows.token_ids[some], rows.num_top
+                self.logits(rows.hidden[some]), rows.token_ids[some], rows.num_top
             )
         return found
 

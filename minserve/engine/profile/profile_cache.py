@@ -42,7 +42,7 @@ class ProfileKey:
 
     Attributes:
         model: its name, family and shape.
-        device: the CPU's or GPU's product name.
+        device: the CPU's or GPU's product name; of a group of ranks their number and the name.
         dtype: the dtype of linear weights, and that of activations where they differ.
         threads: the number of threads on the CPU.
         attention: the backend, and which passes are CUDA graphs.
@@ -154,7 +154,7 @@ def profile_key(core: EngineCore, model_name: str) -> ProfileKey:
     )
     return ProfileKey(
         model=f"{model_name} ({family} {numbers})",
-        device=_device_name(runner.device),
+        device=_group_name(runner),
         dtype=_dtypes(runner),
         threads=torch.get_num_threads() if runner.threads is None else runner.threads.most,
         attention=runner.backend.name + _graph_words(runner),
@@ -283,6 +283,11 @@ def _seconds(runs: Any) -> tuple[float, ...]:
     if not seconds or not all(0.0 < each < float("inf") for each in seconds):
         raise ValueError(f"{runs!r} are no seconds of runs")
     return seconds
+
+
+def _group_name(runner: ModelRunner) -> str:
+    name = _device_name(runner.device)
+    return name if runner.company is None else f"{runner.company.size} ranks on {name}"
 
 
 def _device_name(device: torch.device) -> str:
