@@ -22,28 +22,14 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from minserve.cpu_name import cpu_name
+from shared.checkouts import OWN, importable
 
-OWN = Path(__file__).resolve().parents[1]
 TRACE = ("--trace", "azure2023_conv")
 PROFILE = ("--profile", "qwen2.5-7b-a100")
-
-
-@contextmanager
-def importable(checkout: Path) -> Iterator[Path]:
-    """Yield a folder from which the package of a checkout can be imported, as it is installed."""
-    with tempfile.TemporaryDirectory() as folder:
-        package = Path(folder, "minserve")
-        package.mkdir()
-        for part in (*(checkout / "minserve").iterdir(), checkout / "kernels", checkout / "models"):
-            (package / part.name).symlink_to(part)
-        yield Path(folder)
 
 
 def measure(folder: Path, flags: list[str]) -> tuple[float, dict[str, Any]]:

@@ -39,6 +39,7 @@ GROUND = {
     "structure",
     "tables",
     "outputs",
+    "process_config",
     "prompts",
     "planner",
 }

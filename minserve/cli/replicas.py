@@ -1,4 +1,4 @@
-"""``minserve serve --replicas N``: the processes behind one endpoint."""
+"""The processes behind one endpoint: those of replicas, or that of a lone engine."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import asyncio
 import logging
 import os
 import signal
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from minserve.config import ControllerConfig, EngineConfig, ServerConfig
 from minserve.errors import ConfigError
+from minserve.process_config import ProcessConfig
 
 if TYPE_CHECKING:
     from minserve.controller.controller import Controller
@@ -94,10 +96,35 @@ async def _follow(watcher: Watcher, drain_s: float) -> None:
     running.cancel()
 
 
+def is_apart(processes: ProcessConfig, config: EngineConfig) -> bool:
+    """Return whether a lone engine has a process of its own.
+
+    One of several ranks has: a controller starts it again where it has lost a rank.
+    """
+    if config.tensor_parallel > 1:
+        return True
+    if processes.engine_process == "auto":
+        return has_gpus(config)
+    return processes.engine_process == "own"
+
+
+def has_gpus(config: EngineConfig) -> bool:
+    """Return whether an engine with these settings runs on a GPU."""
+    import torch
+
+    if config.executor != "model" or config.device == "cpu":
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the engine says what is wrong with a GPU
+        return torch.cuda.is_available()
+
+
 def create_controller(
     config: ControllerConfig, settings: Mapping[str, Any], server: ServerConfig
 ) -> Controller:
     """Return a controller, not yet started, with watchers for the replicas of this machine.
+
+    A lone replica on a CPU has all of the machine, as an engine in this process would.
 
     Raises:
         ConfigError: if the port is taken or there are too few GPUs.
@@ -107,7 +134,9 @@ def create_controller(
 
     engine_config = EngineConfig.create(**settings)
     indices = [int(os.environ[RANK])] if RANK in os.environ else list(range(config.replicas))
-    shares = share_device(engine_config, indices)
+    alone: list[tuple[dict[str, Any], dict[str, str]]] = [({}, {})]
+    is_lone_on_cpu = config.replicas == 1 and not has_gpus(engine_config)
+    shares = alone if is_lone_on_cpu else share_device(engine_config, indices)
     rendezvous = Rendezvous(config.control_host, config.control_port, config.replicas)
     log.info("replicas meet at %s:%d", rendezvous.host, rendezvous.port)
     watchers = [
@@ -137,6 +166,7 @@ def create_watcher(
         profile_s=server.profile_seconds,
         watchdog_s=server.watchdog_s,
         log_format=server.log_format,
+        is_alone=config.replicas == 1,
     )
     return Watcher(spec, environment, config.replica_timeout)
 
@@ -157,7 +187,7 @@ def share_device(
 
     num, each = int(os.environ.get("LOCAL_WORLD_SIZE", len(indices))), config.tensor_parallel
     first = int(os.environ.get(LOCAL_RANK, 0))
-    if config.executor == "model" and config.device != "cpu" and torch.cuda.is_available():
+    if has_gpus(config):
         count = torch.cuda.device_count()
         if num * each > count:
             wanted = f"{num} replicas" if each == 1 else f"{num} x {each} ranks (replicas x ranks)"

@@ -10,11 +10,18 @@ import sys
 from typing import TYPE_CHECKING, NoReturn
 
 from minserve.cli.flags import add_config_flags, given
-from minserve.cli.replicas import create_controller, follow, is_follower, under_torchrun
+from minserve.cli.replicas import (
+    create_controller,
+    follow,
+    is_apart,
+    is_follower,
+    under_torchrun,
+)
 from minserve.cli.standard_files import secure_standard_files
 from minserve.config import ControllerConfig, EngineConfig, ServerConfig
 from minserve.exit_codes import EXIT_HUNG
 from minserve.log_lines import set_up_logs
+from minserve.process_config import ProcessConfig
 
 if TYPE_CHECKING:
     from minserve.server.engine_face import EngineFace
@@ -43,6 +50,7 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
         allow_abbrev=False,
     )
     add_config_flags(parser, ServerConfig)
+    add_config_flags(parser, ProcessConfig)
     add_config_flags(parser, ControllerConfig)
     add_config_flags(parser, EngineConfig)
     parser.set_defaults(command=_serve, takes_model_flag=True)
@@ -60,8 +68,9 @@ def _serve(args: argparse.Namespace) -> int:
     set_up_logs(server_config.log_format)
     engine_settings = given(args, EngineConfig)
     engine_config = EngineConfig.create(**engine_settings)  # refuse wrong settings early
-
+    processes = ProcessConfig(**given(args, ProcessConfig))
     controller_config = under_torchrun(ControllerConfig(**given(args, ControllerConfig)))
+    processes.check_fits(controller_config, engine_config)
     if is_follower():
         return follow(controller_config, engine_settings, server_config)
 
@@ -74,8 +83,7 @@ def _serve(args: argparse.Namespace) -> int:
     def load_engine() -> EngineFace:
         # A model that is not to be had is told before torch is imported.
         find_model(engine_config.model)
-        # A controller starts a group again that has lost a rank.
-        if controller_config.replicas > 1 or engine_config.tensor_parallel > 1:
+        if controller_config.replicas > 1 or is_apart(processes, engine_config):
             return create_controller(controller_config, engine_settings, server_config)
         from minserve import AsyncEngine
 

@@ -6,12 +6,12 @@ did not deliver it; a token that was delivered is never delivered again.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from minserve.controller.messages import Resumed, Submit
 from minserve.controller.prefixes import Chunks, chunks_of
+from minserve.engine.delta_queue import DeltaQueue
 from minserve.engine.tasks import TaskWatch
 from minserve.outputs import OutputDelta
 from minserve.request import FinishReason, Request, Sequence
@@ -109,7 +109,7 @@ class Flight:
         )
 
 
-class FlightHandle:
+class FlightHandle(DeltaQueue):
     """A flight as its client's handler sees it, with the interface of `RequestHandle`."""
 
     def __init__(
@@ -120,9 +120,8 @@ class FlightHandle:
         complete: Callable[[str], None],
         watch: TaskWatch,
     ) -> None:
+        super().__init__(flight.num_open)
         self._abort, self._complete, self._watch = abort, complete, watch
-        self._deltas: asyncio.Queue[OutputDelta] = asyncio.Queue()
-        self._num_open = flight.num_open
         self.request_id = flight.request.request_id
         self.prompt = prompt
         self.prompt_token_ids = flight.request.prompt_token_ids
@@ -137,13 +136,7 @@ class FlightHandle:
     def put(self, delta: OutputDelta) -> None:
         """Deliver a delta to the handler that waits for it."""
         self._watch.note(delta)
-        self._deltas.put_nowait(delta)
-
-    async def __aiter__(self) -> AsyncIterator[OutputDelta]:
-        while self._num_open:
-            delta = await self._deltas.get()
-            self._num_open -= delta.finish_reason is not None
-            yield delta
+        super().put(delta)
 
     def abort(self) -> None:
         """Stop the request. Does nothing if it has ended."""

@@ -276,8 +276,11 @@ def run_replica(spec: ReplicaSpec) -> int:
     set_up_logs(spec.log_format, replica=spec.index)
     try:
         engine = RelayEngine(**spec.settings)
+        engine.warm_up()
         if engine.perf_model is None:
-            engine.profile(spec.profile_s)
+            engine.profile(spec.profile_s, progress=spec.is_alone)
+        if spec.is_alone and (unkept := engine.unattainable_classes()):
+            log.warning("%s", unkept)
         channel = connect(spec, engine)
     except ReplicaLostError as error:
         log.error("%s", error)

@@ -30,6 +30,7 @@ class ReplicaSpec:
         watchdog_s: longest iteration in seconds. The replica tells the controller of a longer
             one, which gives the replica up.
         log_format: how it writes its log; see `minserve.log_lines`.
+        is_alone: no other replica tells the console the same.
     """
 
     index: int
@@ -39,6 +40,7 @@ class ReplicaSpec:
     profile_s: float
     watchdog_s: float
     log_format: str = "text"
+    is_alone: bool = False
 
     def to_json(self) -> str:
         """Return the settings as JSON, for the command line of a process."""

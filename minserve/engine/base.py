@@ -361,7 +361,7 @@ class EngineBase:
         try:
             for seq, history in zip(submission.sequences, submission.histories, strict=True):
                 detokenizer = IncrementalDetokenizer(
-                    decode, request.prompt_token_ids, request.params
+                    decode, request.prompt_token_ids, request.params, self.tokenizer.plain_tokens
                 )
                 if (structure := request.params.structure) is not None:
                     seq.guide = self._structures.guide(structure)

@@ -15,6 +15,7 @@ from minserve.activity import Activity, Cursor
 from minserve.config import DEFAULT_MODEL
 from minserve.engine.base import PROBE_S, EngineBase, Submission
 from minserve.engine.core import IDLE_S
+from minserve.engine.delta_queue import DeltaQueue
 from minserve.engine.intake import check_room
 from minserve.engine.journal import Journal
 from minserve.engine.stats import EngineStats
@@ -159,7 +160,7 @@ class Engine(EngineBase):
             self._mailboxes[delta.request_id].append(delta)
 
 
-class RequestHandle:
+class RequestHandle(DeltaQueue):
     """A request in flight: iterate over it for its deltas, and `abort` it to stop it.
 
     Iteration ends when all ``n`` outputs have finished; a failure is the last delta of
@@ -167,21 +168,14 @@ class RequestHandle:
     """
 
     def __init__(self, engine: AsyncEngine, submission: Submission) -> None:
-        self._engine = engine
-        self._deltas: asyncio.Queue[OutputDelta] = asyncio.Queue()
-        self._open = self._unfinished = len(submission.sequences)
+        super().__init__(len(submission.sequences))
+        self._engine, self._unfinished = engine, len(submission.sequences)
         self._watch = engine._intake.tasks.watch(submission.request)
         self.request_id = submission.request.request_id
         self.prompt = submission.text
         self.prompt_token_ids = submission.request.prompt_token_ids
         self.targets = submission.request.targets
         self.replica = None
-
-    async def __aiter__(self) -> AsyncIterator[OutputDelta]:
-        while self._open:
-            delta = await self._deltas.get()
-            self._open -= delta.finish_reason is not None
-            yield delta
 
     def abort(self) -> None:
         """Stop the request and free its KV within an iteration. Does nothing if it ended."""
@@ -498,7 +492,7 @@ class AsyncEngine(EngineBase):
             if handle is None:
                 continue
             handle._watch.note(delta)
-            handle._deltas.put_nowait(delta)
+            handle.put(delta)
             if delta.finish_reason is not None:
                 self._num_unfinished -= 1
                 handle._unfinished -= 1

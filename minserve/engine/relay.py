@@ -65,6 +65,10 @@ class RelayEngine(EngineBase):
         """The time now, on the clock of arrivals and histories."""
         return self._core.clock()
 
+    def warm_up(self) -> None:
+        """Load what the first structure needs; chats are written as prompts elsewhere."""
+        self._structures.warm_up()
+
     def add(self, request: Request, histories: Mapping[int, History]) -> None:
         """Queue outputs of a request.
 

@@ -272,7 +272,10 @@ class Server:
         """
         replicas = self._loaded_engine().replica_set
         if replicas is None:
-            raise HttpError(404, "this server has no replicas; start it with --replicas")
+            raise HttpError(
+                404,
+                "this server has no replicas; start it with --replicas or --engine-process own",
+            )
         # Without a key, any user of this machine may give orders.
         if not self.config.has_keys and request.remote not in LOOPBACK:
             raise HttpError(403, "without an API key, replicas are controlled from this machine")

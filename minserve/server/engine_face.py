@@ -45,6 +45,9 @@ class Handle(Protocol):
 
     def __aiter__(self) -> AsyncIterator[OutputDelta]: ...
 
+    def waiting(self, most: int) -> Sequence[OutputDelta]:
+        """Take up to so many of the deltas that iteration would give without waiting."""
+
     def abort(self) -> None:
         """Stop the request and free its KV. Does nothing if the request has ended."""
 

@@ -22,10 +22,12 @@ from minserve.server.errors import HttpError, to_http_error
 from minserve.server.pauses import Pauses
 from minserve.server.protocol import GenerationCall
 from minserve.server.request_record import note_error
-from minserve.server.sse import EventStream
+from minserve.server.sse import EventStream, StreamEvent
 
 # Bytes of a whole answer from which on it is sent in pieces.
 LARGE_BODY = 2**20
+# Deltas of one handle that are taken at a time, where so many wait.
+MOST_DELTAS = 64
 UNLIMITED: AbstractAsyncContextManager[None] = nullcontext()
 
 
@@ -45,7 +47,7 @@ class ReplyFace(Protocol):
     async def note(self, prompt: int, delta: OutputDelta, pauses: Pauses) -> None:
         """Count a delta of the given prompt, and write what it tells of the prompt."""
 
-    def chunks(self, prompt: int, delta: OutputDelta) -> list[dict[str, Any]]:
+    def chunks(self, prompt: int, delta: OutputDelta) -> Sequence[StreamEvent]:
         """Return the events of a stream that can be sent after a delta of the given prompt."""
 
     def last_chunks(self) -> list[dict[str, Any]]:
@@ -81,11 +83,12 @@ async def whole_response(
     """
     pauses = Pauses()
     async with limit, aclosing(merged(handles)) as stream:
-        async for prompt, delta in stream:
-            await reply.note(prompt, delta, pauses)
-            if not reply.is_done(prompt, delta):
-                _raise_failure(delta)
-            reply.add(prompt, delta)
+        async for prompt, deltas in stream:
+            for delta in deltas:
+                await reply.note(prompt, delta, pauses)
+                if not reply.is_done(prompt, delta) and (failure := _failure(delta)) is not None:
+                    raise failure
+                reply.add(prompt, delta)
     pieces, size = [], 0
     body = reply.body()
     for piece in body:
@@ -140,11 +143,10 @@ async def streamed_response(
     in_pieces = reply.has_large_events
     async with events.kept_alive(first_byte_s):
         try:
-            async with limit, aclosing(_chunks(reply, handles, num_held)) as chunks:
-                async for chunk in chunks:
-                    await events.send(chunk, in_pieces=in_pieces)
-            for chunk in reply.last_chunks():
-                await events.send(chunk, in_pieces=in_pieces)
+            async with limit, aclosing(_chunks(reply, handles, num_held)) as batches:
+                async for chunks in batches:
+                    await events.send(*chunks, in_pieces=in_pieces)
+            await events.send(*reply.last_chunks(), in_pieces=in_pieces)
             await events.done()
         except ConnectionError:
             raise
@@ -159,31 +161,45 @@ async def streamed_response(
 
 async def _chunks(
     reply: ReplyFace, handles: Sequence[Handle], num_held: int
-) -> AsyncGenerator[dict[str, Any], None]:
-    """Yield the chunks of a stream, the first when so many outputs have begun."""
+) -> AsyncGenerator[list[StreamEvent], None]:
+    """Yield the chunks of a stream, all that there are at a time: they go out in one write.
+
+    The first ones come when so many outputs have begun.
+    """
     pauses = Pauses()
     begun: set[tuple[int, int]] = set()
-    held: list[dict[str, Any]] = []
+    held: list[StreamEvent] = []
     async with aclosing(merged(handles)) as stream:
-        async for prompt, delta in stream:
-            await reply.note(prompt, delta, pauses)
-            if not reply.is_done(prompt, delta):
-                _raise_failure(delta)
-            begun.add((prompt, delta.index))
-            held += reply.chunks(prompt, delta)
-            if len(begun) >= num_held:
-                for chunk in held:
-                    yield chunk
-                held.clear()
+        async for prompt, deltas in stream:
+            failure = None
+            for delta in deltas:
+                await reply.note(prompt, delta, pauses)
+                if not reply.is_done(prompt, delta) and (failure := _failure(delta)) is not None:
+                    break
+                if len(begun) < num_held:
+                    begun.add((prompt, delta.index))
+                held += reply.chunks(prompt, delta)
+            if held and len(begun) >= num_held:
+                yield held
+                held = []
+            if failure is not None:
+                raise failure
 
 
-async def merged(handles: Sequence[Handle]) -> AsyncGenerator[tuple[int, OutputDelta], None]:
-    """Yield the deltas of several handles as they come, each with the position of its handle."""
+async def merged(
+    handles: Sequence[Handle],
+) -> AsyncGenerator[tuple[int, list[OutputDelta]], None]:
+    """Yield the deltas of several handles as they come, each with the position of its handle.
+
+    What is there already comes together, in order, at most `MOST_DELTAS` at a time: where this
+    process is behind, many tokens then cost hardly more than one.
+    """
     if len(handles) == 1:
-        async for delta in handles[0]:
-            yield 0, delta
+        (handle,) = handles
+        async for delta in handle:
+            yield 0, [delta, *handle.waiting(MOST_DELTAS - 1)]
         return
-    arrived: asyncio.Queue[tuple[int, OutputDelta] | Exception | None] = asyncio.Queue()
+    arrived: asyncio.Queue[tuple[int, list[OutputDelta]] | Exception | None] = asyncio.Queue()
     pumps = [asyncio.create_task(_pump(i, one, arrived)) for i, one in enumerate(handles)]
     try:
         running = len(pumps)
@@ -203,23 +219,24 @@ async def merged(handles: Sequence[Handle]) -> AsyncGenerator[tuple[int, OutputD
 async def _pump(
     position: int,
     handle: Handle,
-    arrived: asyncio.Queue[tuple[int, OutputDelta] | Exception | None],
+    arrived: asyncio.Queue[tuple[int, list[OutputDelta]] | Exception | None],
 ) -> None:
     try:
         async for delta in handle:
-            arrived.put_nowait((position, delta))
+            arrived.put_nowait((position, [delta, *handle.waiting(MOST_DELTAS - 1)]))
     except Exception as error:
         arrived.put_nowait(error)
     else:
         arrived.put_nowait(None)
 
 
-def _raise_failure(delta: OutputDelta) -> None:
-    """Raise the error of a failed or aborted output.
+def _failure(delta: OutputDelta) -> Exception | None:
+    """Return the error of a failed or aborted output; ``None`` for any other.
 
     A client that is still connected asked for no abort, so an abort is a failure to it too.
     """
     if delta.finish_reason is FinishReason.ERROR:
-        raise delta.error or GenerationError("generation failed")
+        return delta.error or GenerationError("generation failed")
     if delta.finish_reason is FinishReason.ABORT:
-        raise delta.error or EngineStoppedError("the server is shutting down")
+        return delta.error or EngineStoppedError("the server is shutting down")
+    return None

@@ -11,6 +11,7 @@ from minserve.server.answer.answer_parser import AnswerParser
 from minserve.server.answer.parts import Content, Part
 from minserve.server.answer.thinking_tokens import ThinkingTokens
 from minserve.server.chat_message import MessagePieces
+from minserve.server.chunk_frame import ChunkFrame
 from minserve.server.engine_face import Handle
 from minserve.server.json_array import JsonArray
 from minserve.server.logprobs import ChatLogprobs, CompletionLogprobs, LogprobWriter
@@ -89,6 +90,7 @@ class Choice:
         end: its newest delta.
         parser: tells the parts of its text apart, where that is wanted.
         thinking: counts the tokens of its thinking, where the model thinks.
+        frame: writes its next chunks, where these bring nothing but text.
         has_ended: its output has ended.
         is_done: it has ended before its output did, and nothing more of that is told.
     """
@@ -101,6 +103,7 @@ class Choice:
     end: OutputDelta | None = None
     parser: AnswerParser | None = None
     thinking: ThinkingTokens | None = None
+    frame: ChunkFrame | None = None
     has_ended: bool = False
     is_done: bool = False
 

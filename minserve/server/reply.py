@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from minserve.outputs import OutputDelta, acceptance
 from minserve.request import FinishReason
+from minserve.server.chunk_frame import PLACEHOLDER, ChunkFrame
 from minserve.server.engine_face import Handle
 from minserve.server.errors import HttpError, error_body
 from minserve.server.json_array import dump_pieces
@@ -21,6 +22,7 @@ from minserve.server.prompt_choices import Choice, ChoicePart, PromptChoices
 from minserve.server.protocol import GenerationCall
 from minserve.server.reply_base import TOOL_CALLS, ReplyBase
 from minserve.server.slo_http import slo_object
+from minserve.server.sse import StreamEvent
 
 if TYPE_CHECKING:
     from minserve.engine.text.tokenizer import Tokenizer
@@ -60,15 +62,25 @@ class Reply(ReplyBase):
         super().__init__(call, str(self._head["id"]), model, groups)
         self._tokenizer = tokenizer
         self.has_large_events = call.params.prompt_logprobs is not None
+        # A delta brings a chunk nothing but its text, once the chunk is not the first.
+        self._is_plain = (
+            call.form is None
+            and call.params.logprobs is None
+            and not (call.return_token_ids or call.continuous_usage or call.drop_output)
+        )
         self._chunk_head = dict(self._head)
         if call.chat:
             self._chunk_head["object"] = "chat.completion.chunk"
 
-    def chunks(self, prompt: int, delta: OutputDelta) -> list[dict[str, Any]]:
+    def chunks(self, prompt: int, delta: OutputDelta) -> Sequence[StreamEvent]:
         """Return the stream chunks that can be sent after a delta of the given prompt; often 0 or
         1.
         """
         group = self._groups[prompt]
+        if delta.finish_reason is None:
+            frame = group.choices[delta.index].frame
+            if frame is not None:
+                return [frame.around(delta.text)] if delta.text else []
         group.held.append(delta)
         if group.awaits_prompt_logprobs:
             return []
@@ -125,7 +137,16 @@ class Reply(ReplyBase):
         state.begun = group.begun = True
         if self._call.continuous_usage:
             chunk["usage"] = self.usage()
+        if self._is_plain and delta.finish_reason is None and state.frame is None:
+            state.frame = self._frame(prompt, state, delta)
         return chunk
+
+    def _frame(self, prompt: int, state: Choice, delta: OutputDelta) -> ChunkFrame:
+        """Return what the next chunks of a choice have in common: all but their texts."""
+        part = ChoicePart(self._call)
+        part.add_text(PLACEHOLDER)
+        choice = self._choice(prompt, state, part, delta)
+        return ChunkFrame({**self._chunk_head, "choices": [choice]})
 
     def _choice(
         self, prompt: int, state: Choice, part: ChoicePart, delta: OutputDelta

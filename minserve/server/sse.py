@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Any
 
 from aiohttp import web
+from msgspec import Raw
 
 from minserve.server.json_array import coalesced, dump_json, dump_pieces
 
@@ -22,6 +23,9 @@ _HEADERS = {
     # Reverse proxies that buffer would turn a stream of tokens into one late block.
     "X-Accel-Buffering": "no",
 }
+_END = b"\n\n"
+# An event, or its JSON.
+StreamEvent = dict[str, Any] | Raw
 
 
 class EventStream:
@@ -65,23 +69,32 @@ class EventStream:
             if comments is not None:
                 comments.cancel()
 
-    async def send(self, event: Any, *, in_pieces: bool = False) -> None:
-        """Write one event; waits while the client reads slowly.
+    async def send(self, *events: StreamEvent, in_pieces: bool = False) -> None:
+        """Write events, all of them at once; waits while the client reads slowly.
 
         Args:
-            in_pieces: the event may be of megabytes, so that others run while it is written.
+            in_pieces: an event may be of megabytes, so that others run while it is written.
 
         Raises:
             ConnectionResetError: if the client has closed the connection.
         """
-        self._has_events = True
-        before = b"event: %s\ndata: " % event["type"].encode() if self._named else b"data: "
-        if not in_pieces:
-            await self._write(before + dump_json(event) + b"\n\n")
+        if not events:
             return
-        for piece in coalesced(chain([before], dump_pieces(event), [b"\n\n"])):
-            await self._write(piece)
-            await asyncio.sleep(0)
+        self._has_events = True
+        if not in_pieces:
+            parts = [part for one in events for part in (self._before(one), dump_json(one), _END)]
+            await self._write(b"".join(parts))
+            return
+        for event in events:
+            for piece in coalesced(chain([self._before(event)], dump_pieces(event), [_END])):
+                await self._write(piece)
+                await asyncio.sleep(0)
+
+    def _before(self, event: StreamEvent) -> bytes:
+        """Return what stands before an event's JSON."""
+        if not self._named or isinstance(event, Raw):
+            return b"data: "
+        return b"event: %s\ndata: " % event["type"].encode()
 
     async def done(self) -> None:
         """Write the marker of a complete stream, where it has one, and end the response."""
@@ -90,10 +103,9 @@ class EventStream:
             await self._write(b"data: [DONE]\n\n")
         await self.response.write_eof()
 
-    async def fail(self, events: Sequence[Any]) -> None:
+    async def fail(self, events: Sequence[StreamEvent]) -> None:
         """Write events that tell of an error, and end the response without the marker."""
-        for event in events:
-            await self.send(event)
+        await self.send(*events)
         await self.response.write_eof()
 
     async def _comment(self, every_s: float) -> None:

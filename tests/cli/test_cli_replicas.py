@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,10 +15,17 @@ import pytest
 import torch
 from waiting import PATIENCE_S
 
-from minserve.cli.replicas import is_follower, share_device, under_torchrun
-from minserve.config import ControllerConfig, EngineConfig
+from minserve.cli.replicas import (
+    create_controller,
+    is_apart,
+    is_follower,
+    share_device,
+    under_torchrun,
+)
+from minserve.config import ControllerConfig, EngineConfig, ServerConfig
 from minserve.errors import ConfigError
 from minserve.machine import GIB, Machine
+from minserve.process_config import ProcessConfig
 
 TORCHRUN = {"WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3",
             "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"}  # fmt: skip
@@ -254,3 +262,72 @@ def test_settings_out_of_their_range_are_refused(settings: dict[str, Any], says:
 def test_settings_at_the_ends_of_their_range_are_taken() -> None:
     for settings in ({"replicas": 1}, {"hop_limit": 0}, {"control_port": 65535}):
         assert ControllerConfig(**settings)
+
+
+# --- the process of a lone engine ---
+
+SIMULATED = EngineConfig(executor="simulated", profile="opt-6.7b-a100")
+
+
+@pytest.mark.parametrize(
+    ("choice", "num_gpus", "config", "apart"),
+    [
+        ("auto", 0, EngineConfig(), False),
+        ("auto", 1, EngineConfig(), True),
+        ("auto", 1, EngineConfig(device="cuda"), True),
+        ("auto", 1, EngineConfig(device="cpu"), False),
+        ("auto", 1, SIMULATED, False),
+        ("own", 0, EngineConfig(), True),
+        ("own", 0, SIMULATED, True),
+        ("shared", 1, EngineConfig(), False),
+        # The controller starts it again where it has lost a rank.
+        ("auto", 0, EngineConfig(tensor_parallel=2), True),
+        # It is refused where the engine is loaded, in this process.
+        ("auto", 0, EngineConfig(device="cuda"), False),
+    ],
+)
+def test_an_engine_on_a_gpu_has_a_process_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, choice: str, num_gpus: int, config: EngineConfig, apart: bool
+) -> None:
+    have_gpus(monkeypatch, num_gpus)
+    assert is_apart(ProcessConfig(engine_process=choice), config) is apart
+
+
+def test_one_process_for_several_replicas_or_ranks_is_refused() -> None:
+    shared, two_ranks = ProcessConfig(engine_process="shared"), EngineConfig(tensor_parallel=2)
+    with pytest.raises(ConfigError, match="one engine in one process, not for 2 replicas"):
+        shared.check_fits(ControllerConfig(replicas=2), EngineConfig())
+    with pytest.raises(ConfigError, match="one engine in one process, not for 2 ranks"):
+        shared.check_fits(ControllerConfig(), two_ranks)
+    shared.check_fits(ControllerConfig(), EngineConfig())
+    for choice in ("own", "auto"):
+        ProcessConfig(engine_process=choice).check_fits(ControllerConfig(replicas=2), two_ranks)
+    with pytest.raises(ConfigError, match="engine_process must be one of auto, own, shared"):
+        ProcessConfig(engine_process="mine")
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "replicas", "settings", "environment", "alone"),
+    [
+        (0, 1, {}, {}, True),
+        (3, 1, {}, {"CUDA_VISIBLE_DEVICES": "0"}, True),
+        (3, 2, {}, {"CUDA_VISIBLE_DEVICES": "0"}, False),
+    ],
+)
+def test_a_lone_engine_on_a_cpu_has_the_whole_machine(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_llama_dir: Path,
+    num_gpus: int,
+    replicas: int,
+    settings: dict[str, Any],
+    environment: dict[str, str],
+    alone: bool,
+) -> None:
+    have_gpus(monkeypatch, num_gpus)
+    config, given = ControllerConfig(replicas=replicas), {"model": str(tiny_llama_dir)}
+    controller = create_controller(config, given, ServerConfig())
+    watcher = controller._watchers[0]
+    assert watcher.spec.settings == {**given, **settings}
+    assert watcher.spec.is_alone is alone
+    assert environment.items() <= watcher._environment.items()
+    assert ("OMP_NUM_THREADS" in watcher._environment) == ("OMP_NUM_THREADS" in os.environ)

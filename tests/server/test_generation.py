@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import openai
+import pytest
 from aiohttp import ClientSession, web
 from test_reply import ByteTokenizer, entry, letters
 from waiting import PATIENCE_S
@@ -18,6 +20,7 @@ from minserve.request import FinishReason
 from minserve.server.errors import error_body, error_response, to_http_error
 from minserve.server.generation import (
     LARGE_BODY,
+    MOST_DELTAS,
     ReplyFace,
     streamed_response,
     whole_response,
@@ -33,19 +36,35 @@ SOON_S = 0.005
 
 
 class ScriptedHandle:
-    """A handle whose deltas are known beforehand; it waits at each event among them."""
+    """A handle whose deltas are known beforehand; it waits at each event among them.
+
+    Args:
+        behind: the reader is so slow that all deltas up to the next event are there at once.
+    """
 
     request_id, prompt = "r", "ab"
 
-    def __init__(self, *script: Any, prompt_token_ids: Any = tuple(b"ab")) -> None:
-        self._script, self.prompt_token_ids = script, prompt_token_ids
+    def __init__(
+        self, *script: Any, prompt_token_ids: Any = tuple(b"ab"), behind: bool = False
+    ) -> None:
+        self._script, self.prompt_token_ids = deque(script), prompt_token_ids
+        self._behind = behind
 
     async def __aiter__(self) -> AsyncIterator[OutputDelta]:
-        for one in self._script:
+        while self._script:
+            one = self._script.popleft()
             if isinstance(one, asyncio.Event):
                 await asyncio.wait_for(one.wait(), PATIENCE_S)
             else:
                 yield one
+
+    def waiting(self, most: int) -> list[OutputDelta]:
+        found: list[OutputDelta] = []
+        while self._behind and self._script and len(found) < most:
+            if isinstance(self._script[0], asyncio.Event):
+                break
+            found.append(self._script.popleft())
+        return found
 
     def abort(self) -> None:
         pass
@@ -199,6 +218,91 @@ def test_a_failure_in_mid_stream_is_an_error_to_clients_of_openai() -> None:
             return texts, "no error"
 
     assert serve([handle], use, stream=True) == (["a"], "generation_failed")
+
+
+# --- a reader that is behind ---
+
+
+def pieces_of(text: str) -> list[OutputDelta]:
+    return [*(letters(one) for one in text), letters("", **END)]
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_what_is_there_at_once_is_written_at_once(
+    behind: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[bytes] = []
+    write = web.StreamResponse.write
+
+    async def note(response: web.StreamResponse, data: bytes) -> None:
+        written.append(data)
+        await write(response, data)
+
+    monkeypatch.setattr(web.StreamResponse, "write", note)
+    text = "a long enough text"
+    handle = ScriptedHandle(*pieces_of(text), behind=behind)
+    status, _, got = serve([handle], read, stream=True)
+    assert status == 200
+    # The end of the stream is a write of its own, and so is each delta's event otherwise.
+    assert len(written) == (2 if behind else len(text) + 2)
+    events = got.removesuffix("\n\n").split("\n\n")
+    assert events[-1] == "data: [DONE]"
+    chunks = [json.loads(one.removeprefix("data: ")) for one in events[:-1]]
+    assert [one["choices"][0]["text"] for one in chunks] == [*text, ""]
+    assert [one["choices"][0]["finish_reason"] for one in chunks] == [*([None] * len(text)), "stop"]
+
+
+def test_so_much_is_not_taken_at_once_that_others_wait() -> None:
+    taken: list[int] = []
+
+    class Counted(ScriptedHandle):
+        def waiting(self, most: int) -> list[OutputDelta]:
+            found = super().waiting(most)
+            taken.append(1 + len(found))
+            return found
+
+    text = "x" * 1000
+    _, _, got = serve([Counted(*pieces_of(text), behind=True)], read, stream=True)
+    assert got.count('"text":"x"') == len(text)
+    assert max(taken) == MOST_DELTAS
+    assert sum(taken) == len(text) + 1
+
+
+def test_behind_too_all_that_came_before_a_failure_is_told() -> None:
+    handle = ScriptedHandle(letters("a"), letters("b"), failure(BROKEN), letters("c"), behind=True)
+    status, _, text = serve([handle], read, stream=True)
+    *events, last = text.removesuffix("\n\n").split("\n\n")
+    texts = [json.loads(one.removeprefix("data: "))["choices"][0]["text"] for one in events]
+    assert (status, texts) == (200, ["a", "b"])
+    assert json.loads(last.removeprefix("data: ")) == error_body(to_http_error(BROKEN))
+
+
+def test_a_refusal_among_what_is_there_at_once_has_its_status() -> None:
+    handle = ScriptedHandle(letters("a"), failure(REFUSED, index=1), behind=True)
+    status, _, text = serve([handle], read, stream=True, refusable=True, n=2)
+    assert status == 429
+    assert json.loads(text) == error_body(to_http_error(REFUSED))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_choices_and_prompts_do_not_mix_behind(stream: bool) -> None:
+    def handle() -> ScriptedHandle:
+        script = [letters(one, index=i) for one in "xyz" for i in range(2)]
+        return ScriptedHandle(
+            *script, *(letters("", index=i, **END) for i in range(2)), behind=True
+        )
+
+    _, _, text = serve([handle(), handle()], read, stream=stream, n=2)
+    texts = [""] * 4
+    if stream:
+        for event in text.removesuffix("\n\n").split("\n\n")[:-1]:
+            for choice in json.loads(event.removeprefix("data: "))["choices"]:
+                texts[choice["index"]] += choice["text"]
+    else:
+        answer = json.loads(text)
+        texts = [choice["text"] for choice in answer["choices"]]
+        assert answer["usage"]["completion_tokens"] == 12
+    assert texts == ["xyz"] * 4
 
 
 # --- large answers ---

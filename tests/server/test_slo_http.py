@@ -254,6 +254,9 @@ class ScriptedHandle:
             await asyncio.sleep(0)
             yield delta
 
+    def waiting(self, most: int) -> list[OutputDelta]:
+        return []
+
 
 def stream(handles: list[Any], *, refusable: bool, **fields: Any) -> tuple[int, str]:
     """Status and body of a streamed response over a real socket."""

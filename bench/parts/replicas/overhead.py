@@ -21,7 +21,8 @@ from minserve.workload.client import run_load
 from minserve.workload.conversation import Conversation, Turn
 from minserve.workload.report import Report
 from minserve.workload.server_process import ServerProcess, minserve_command
-from parts.replicas.runs import MODEL, profile_file
+from parts.replicas.runs import MODEL
+from shared.profile_file import profile_file
 from shared.prompt_texts import Counter, with_texts
 
 # A small model on a fast GPU. It delays no request: the time added to it is the software's.

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minserve.devices import Device, find_device
-from minserve.planner.predict.perf_model import PerfModel
 from minserve.simulator.simulation import BLOCK_SIZE, Setup, simulate
 from minserve.workload.capacity import find_capacity
 from minserve.workload.client import Load, LoadProgress, run_load
@@ -19,6 +16,7 @@ from minserve.workload.endpoint import Endpoint
 from minserve.workload.report import Report
 from minserve.workload.scenarios import SCENARIOS, Scenario
 from minserve.workload.server_process import ServerProcess, minserve_command
+from shared.profile_file import profile_file
 from shared.prompt_texts import with_texts
 
 PROFILES = {"chatbot": "opt-6.7b-a100", "coding": "opt-6.7b-a100", "tools": "toolllama-7b-a100"}
@@ -93,15 +91,6 @@ class Slowed:
             "--max-model-len", str(device.max_model_len),
             "--max-num-seqs", str(MAX_NUM_SEQS), "--replica-timeout", "30",
         ]  # fmt: skip
-
-
-@contextmanager
-def profile_file(model: PerfModel, name: str) -> Iterator[Path]:
-    """Yield a performance model as a file that ``--profile`` takes."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "profile.json"
-        path.write_text(json.dumps({"key": {"model": name}, "model": model.to_dict()}))
-        yield path
 
 
 def expected_capacity(slowed: Slowed, case: ReplicaCase, seconds: float, tolerance: float) -> float:

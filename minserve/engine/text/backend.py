@@ -7,6 +7,7 @@ is using the tokenizer. All methods only read, so any number of threads may call
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,9 +33,11 @@ class TokenizerBackend(Protocol):
         max_token_bytes: no token stands for more bytes of UTF-8 than this.
         special_ids: the tokens that ``skip_special_tokens`` leaves out.
         mark_ids: as in `Tokenizer`.
+        texts_add_up: as `PlainTokens` needs it.
     """
 
     kind: str
+    texts_add_up: bool
     vocab_size: int
     max_token_bytes: int
     special_ids: frozenset[int]
@@ -79,6 +82,7 @@ class RustBackend:
         self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
         self.mark_ids = marks_among(self._added)
         self._alphabet = _alphabet(tokenizer)
+        self.texts_add_up = _adds_up(tokenizer)
         # DeepSeek Coder's has added tokens such as "ü". The library reads them as signs for a byte
         # (0xFC), like those of other tokens, and their text would be no character.
         self._misreads = self._alphabet == _BYTE_LEVEL and any(
@@ -161,3 +165,22 @@ def _alphabet(tokenizer: RustTokenizer) -> str | None:
     if '"ByteLevel"' in decoder:
         return _BYTE_LEVEL
     return _SENTENCEPIECE if "▁" in decoder else None
+
+
+def _adds_up(tokenizer: RustTokenizer) -> bool:
+    """Return whether the decoder is one of those that only put the texts of tokens in a row.
+
+    Others change the end of one token by the beginning of the next, as WordPiece's do.
+    """
+    if tokenizer.decoder is None:
+        return False
+    state = json.loads(tokenizer.decoder.__getstate__())
+    if state["type"] == "ByteLevel":
+        return True
+    parts = state.get("decoders", [])
+    kinds = [one["type"] for one in parts]
+    if kinds[:3] != ["Replace", "ByteFallback", "Fuse"] or kinds[3:] not in ([], ["Strip"]):
+        return False
+    spaces = {"pattern": {"String": "▁"}, "content": " "}
+    strips = [(one["content"], one["start"], one["stop"]) for one in parts[3:]]
+    return spaces.items() <= parts[0].items() and strips in ([], [(" ", 1, 0)])

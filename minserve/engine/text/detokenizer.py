@@ -9,11 +9,9 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from os.path import commonprefix
 
+from minserve.engine.text.plain_tokens import REPLACEMENT, PlainTokens
 from minserve.engine.text.stop_strings import StopMatcher
 from minserve.sampling_params import SamplingParams
-
-# Decoders put this in place of bytes that are not (yet) a character.
-REPLACEMENT = "\ufffd"
 
 # Prompt tokens decoded before the first output token, so that it gets the space that
 # belongs before it; more than one, since special tokens among them are left out.
@@ -28,9 +26,10 @@ class IncrementalDetokenizer:
     It has two stages. The first decodes a short window of tokens twice, without and with the
     new one, and takes the difference, as text-generation-inference and vLLM do: a token's
     text depends on the tokens before it, so tokens cannot be decoded one by one. A window
-    that ends within a character waits for the rest of it. The second looks for stop
-    strings, and holds back the longest tail that may be the beginning of one. The cost
-    of a token does not grow with the length of the output.
+    that ends within a character waits for the rest of it. Where a token's text is known to be
+    the same behind any text, it is looked up instead. The second looks for stop strings,
+    and holds back the longest tail that may be the beginning of one. The cost of a token does not
+    grow with the length of the output.
 
     Attributes:
         num_tokens: output tokens taken so far. Tokens given to `add` behind the one that
@@ -42,14 +41,17 @@ class IncrementalDetokenizer:
         decode: Callable[[list[int], bool], str],
         prompt_token_ids: SequenceOf[int],
         params: SamplingParams,
+        plain: PlainTokens | None = None,
     ) -> None:
         """Start after the prompt.
 
         Args:
             decode: ``decode(token_ids, skip_special_tokens)`` gives the text, with U+FFFD
                 for bytes that form no character.
+            plain: the vocabulary's tokens of always the same text, where it has such.
         """
         self.num_tokens = 0
+        self._plain = plain
         self._decode = decode
         self._params = params
         # Tokens that still matter. The first `_num_read` of them, whose text is
@@ -112,6 +114,17 @@ class IncrementalDetokenizer:
 
     def _read(self, token_id: int) -> str:
         """Do the first stage: return the text that one more token completes, possibly none."""
+        before = self._read_text
+        if (
+            before
+            and self._plain is not None
+            and self._num_read == len(self._window)
+            and (plain := self._plain[token_id]) is not None
+            and not before.endswith(REPLACEMENT)
+        ):
+            # What the rest of this method comes to where whole characters stand before the token.
+            self._window, self._num_read, self._read_text = [token_id], 1, plain.alone
+            return plain.behind
         self._window.append(token_id)
         text, end = self._text(self._window), len(self._window)
         if text.endswith(REPLACEMENT):

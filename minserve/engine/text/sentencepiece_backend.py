@@ -68,6 +68,7 @@ class SentencePieceBackend:
         self.model = model
         self.rules = rules
         self.kind = kind
+        self.texts_add_up = True
         self._processor = SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(model.SerializeToString())
         self._splitter, self._added_ids = _make_splitter(rules.added)

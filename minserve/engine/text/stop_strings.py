@@ -28,6 +28,8 @@ class StopMatcher:
             Where the string first ends in this piece; ``None`` where it does not.
         """
         stop, borders, num, end = self.stop, self._borders, self.num_matched, None
+        if not num and stop[0] not in text:
+            return None
         for place, character in enumerate(text, 1):
             while num and stop[num] != character:
                 num = borders[num]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from os.path import commonprefix
 from typing import TYPE_CHECKING
 
-from minserve.engine.text.detokenizer import REPLACEMENT, IncrementalDetokenizer
+from minserve.engine.text.detokenizer import IncrementalDetokenizer
+from minserve.engine.text.plain_tokens import REPLACEMENT
 from minserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ from minserve.engine.text.chat_template import (
 )
 from minserve.engine.text.folder_vocabulary import has_vocabulary, load_folder
 from minserve.engine.text.gguf_vocabulary import load_gguf
+from minserve.engine.text.plain_tokens import PlainTokens
 from minserve.engine.text.stop_tokens import folder_stop_tokens, named_ends, named_tokens
 from minserve.engine.text.template_facts import TemplateFacts, template_facts
 from minserve.engine.text.text_offsets import TextOffsets, prompt_offsets
@@ -48,6 +49,8 @@ class Tokenizer:
         chat_template_names: names of the model's chat templates; an only one is "default".
         max_token_bytes: no token stands for more bytes of UTF-8 than this.
         mark_ids: ids of tokens that are marks and no text, such as ``<|im_end|>``.
+        plain_tokens: the tokens of always the same text; ``None`` where the texts of tokens depend
+            on each other.
     """
 
     def __init__(
@@ -75,6 +78,9 @@ class Tokenizer:
         self.vocab_size = backend.vocab_size
         self.max_token_bytes = backend.max_token_bytes
         self.mark_ids = backend.mark_ids
+        self.plain_tokens = (
+            PlainTokens(backend.decode, backend.special_ids) if backend.texts_add_up else None
+        )
         self.bos_token_id = self._special_id("bos_token")
         eos = self._special_id("eos_token")
         self.eos_token_ids = frozenset(eos_token_ids) | ({eos} if eos is not None else set())

@@ -404,13 +404,14 @@ def _best_effort(
     before = batch.seconds
     scheduled = batch.builder.plan.num_scheduled_tokens
     todo = [seq for seq in (*first, *work.best_effort) if seq.seq_id not in scheduled]
-    is_full = batch.is_full(until)
+    if batch.is_full(until):
+        return 0.0
     for seq in todo:
-        if is_full:
-            return batch.seconds - before
-        if seq.is_decoding:
-            batch.decode(seq, until)
-            is_full = batch.is_full(until)
+        # Whether a batch is full takes as long to tell as running one more decode.
+        if seq.is_decoding and not batch.decode(seq, until) and batch.is_full(until):
+            break
+    if batch.is_full(until):
+        return batch.seconds - before
     for seq in todo:
         if seq.state is SequenceState.RUNNING and not seq.is_decoding:
             batch.prefill(seq, until)

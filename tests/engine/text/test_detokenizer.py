@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders
 
-from minserve.engine.text.detokenizer import REPLACEMENT, IncrementalDetokenizer
+from minserve.engine.text.detokenizer import IncrementalDetokenizer
+from minserve.engine.text.plain_tokens import REPLACEMENT
 from minserve.sampling_params import SamplingParams
 
 PROMPT = "Tell me:"
