@@ -44,8 +44,8 @@ from minserve.planner.predict.eager import NO_MIXED
 from minserve.progress_bar import progress_bar
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
+from parts.engine_gpu.device_trace import trace_steps
 from parts.engine_gpu.idle import IdleMeter
-from parts.gpu.device_trace import trace_steps
 from shared.interpreter import choose_interpreter
 from shared.kernel_timing import measure_ceilings
 from shared.machine import gpu_machine

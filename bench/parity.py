@@ -26,8 +26,8 @@ from minserve.engine.device.runner import ModelRunner
 from minserve.progress_bar import progress_bar
 from parts.parity.passes import chunked_logits, greedy, load, load_divided, make_runner
 from parts.parity.rank_threads import RankThreads
-from parts.parity.reference import VOCAB, choices_along, divides, reference_model, save
-from parts.parity.variants import CASES, ModelVariant
+from shared.reference_models.reference import VOCAB, choices_along, divides, reference_model, save
+from shared.reference_models.variants import CASES, ModelVariant
 
 CHUNKS = (256, 17, 1)
 GREEDY_TOKENS = 64

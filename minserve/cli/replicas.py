@@ -86,7 +86,8 @@ async def _follow(watcher: Watcher, drain_s: float) -> None:
         log.info("replica %d waits for the first one to be up", spec.index)
         while not await asyncio.to_thread(is_open, spec.store_host, spec.store_port):
             await asyncio.sleep(POLL_S)
-        await watcher.run(lambda: False)
+        # Only the controller knows which replicas have joined.
+        await watcher.run(lambda: watcher.has_lived)
 
     running, waiting = asyncio.create_task(run()), asyncio.create_task(ended.wait())
     await asyncio.wait({running, waiting}, return_when=asyncio.FIRST_COMPLETED)

@@ -97,17 +97,8 @@ def _serve(args: argparse.Namespace) -> int:
         return engine
 
     def announce(engine: EngineFace, model: str) -> None:
-        chat = engine.tokenizer.has_chat_template
-        needs_key = server_config.has_keys
-        try:
-            print(lifecycle.ready_message(url, model, chat=chat, needs_key=needs_key), flush=True)
-        except OSError as error:
-            # A full disk, or a reader that has gone, is no reason not to serve. What is still in
-            # the buffer goes nowhere, or Python would fail once more when it ends.
-            logging.getLogger(__name__).warning(
-                "%s is served, which stdout is not told: %s", url, error
-            )
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        chat, needs_key = engine.tokenizer.has_chat_template, server_config.has_keys
+        _tell(url, lifecycle.ready_message(url, model, chat=chat, needs_key=needs_key))
 
     try:
         ended = asyncio.run(lifecycle.serve(sock, server_config, load_engine, announce))
@@ -117,6 +108,19 @@ def _serve(args: argparse.Namespace) -> int:
     if ended.hangs:
         _exit_now(code)
     return code
+
+
+def _tell(url: str, message: str) -> None:
+    """Print what a user needs to know of a server at this address."""
+    try:
+        print(message, flush=True)
+    except OSError as error:
+        # A full disk, or a reader that has gone, is no reason not to serve. What is still in the
+        # buffer goes nowhere, or Python would fail once more when it ends.
+        logging.getLogger(__name__).warning(
+            "%s is served, which stdout is not told: %s", url, error
+        )
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _exit_code(signal_number: int) -> int:

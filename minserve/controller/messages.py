@@ -13,7 +13,13 @@ import msgspec
 
 from minserve.activity import Activity, Cursor
 from minserve.engine.stats import EngineStats, Histogram
-from minserve.errors import GenerationError, MinserveError, ProtocolError, SLOUnattainableError
+from minserve.errors import (
+    GenerationError,
+    InvalidRequestError,
+    MinserveError,
+    ProtocolError,
+    SLOUnattainableError,
+)
 from minserve.outputs import OutputDelta
 from minserve.planner.predict.eager import NO_MIXED, MixedLimit
 from minserve.planner.predict.perf_model import Piece
@@ -211,6 +217,8 @@ def decode(data: bytes | memoryview) -> Message:
 def _to_wire(value: Any) -> Any:
     if isinstance(value, SLOUnattainableError):
         return {"message": str(value), "reason": value.reason, "after_s": value.retry_after_s}
+    if isinstance(value, InvalidRequestError):
+        return {"message": str(value), "param": value.param or ""}
     if isinstance(value, Exception):
         return {"message": str(value)}
     if isinstance(value, Histogram):
@@ -236,6 +244,8 @@ def _error(told: dict[str, str | float]) -> MinserveError:
         return SLOUnattainableError(
             message, reason=str(told["reason"]), retry_after_s=float(told.get("after_s", 0.0))
         )
+    if "param" in told:
+        return InvalidRequestError(message, str(told["param"]) or None)
     return GenerationError(message)
 
 

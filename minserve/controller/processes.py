@@ -73,7 +73,12 @@ class Watcher:
         self._environment = {**os.environ, **environment}
         # The present process and the one before, of whose end the controller may still ask.
         self._lives: deque[_Life] = deque(maxlen=2)
-        self._stopping = False
+        self._began, self._stopping = 0.0, False
+
+    @property
+    def has_lived(self) -> bool:
+        """True if the newest process began so long ago that it had started well."""
+        return time.monotonic() - self._began > HEALTHY_S
 
     @property
     def pid(self) -> int | None:
@@ -91,15 +96,16 @@ class Watcher:
         """Start the process, and again whenever it ends, until `stop` or until it ends with code 0.
 
         Args:
-            has_served: returns whether this replica has ever joined. A process that fails before
-                that fails for a lasting reason, and another try would fail in the same way.
+            has_served: returns whether this replica has ever joined. A process that ends before that
+                with an error of its own has a lasting reason, however long it loaded: another try
+                would fail in the same way.
 
         Raises:
             ReplicaLostError, ReplicaRefusedError: if the process cannot be started.
         """
         pause = FIRST_PAUSE_S
         while not self._stopping:
-            began = time.monotonic()
+            self._began = time.monotonic()
             code = await self._run_once()
             if self._stopping or code == 0:
                 return
@@ -107,12 +113,11 @@ class Watcher:
                 continue
             if code == EXIT_REFUSED:
                 raise ReplicaRefusedError(f"replica {self.spec.index} differs from the others")
-            lived_s = time.monotonic() - began
-            if code == EXIT_ERROR and lived_s < HEALTHY_S and not has_served():
+            if code == EXIT_ERROR and not has_served():
                 raise ReplicaLostError(
                     f"replica {self.spec.index} cannot be started; see what it said above"
                 )
-            if lived_s > HEALTHY_S or self._lives[-1].was_killed:
+            if self.has_lived or self._lives[-1].was_killed:
                 pause = FIRST_PAUSE_S
             log.warning(
                 "replica %d ended (%s); starting it again in %.1f s",

@@ -157,7 +157,7 @@ class EngineBase:
     @property
     def speculation_stats(self) -> SpeculationStats:
         """The running counts of drafted and accepted tokens since the start."""
-        return self._core.speculation
+        return self._core.stats.speculation
 
     def unattainable_classes(self) -> str:
         """Return a table of the SLO classes that even a lone request would miss; often empty."""

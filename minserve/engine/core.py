@@ -68,7 +68,6 @@ class EngineCore:
         journal: told of each batch and end, where somebody may look at what the engine does.
         declined: ids of the requests that the newest plan promises nothing and that have not
             begun: another engine may have room for them.
-        speculation: of the stats, what was drafted and accepted.
         table: the outputs under way.
     """
 
@@ -99,7 +98,6 @@ class EngineCore:
         self.plans_ahead, self.launches_ahead = plans_ahead, launches_ahead
         self.stats = EngineStats() if stats is None else stats
         self.planning = GuardedPlanning(planner, safe_planner, self.stats.planner_fallbacks)
-        self.speculation = self.stats.speculation
         self.journal = NoJournal()
         self.table = SequenceTable()
         self.waiting, self.running = self.table.waiting, self.table.running
@@ -209,6 +207,7 @@ class EngineCore:
         most_before = 1 if self.launches_ahead else 0
         assert len(self._overlap) <= most_before, "the iteration before has not ended"
         now = self.clock()
+        self._overlap.enter(now)
         self._release_ready()
         self.pool.end_holds(now)
         self.declined = []
@@ -307,7 +306,7 @@ class EngineCore:
         plan = self._plans.take(view, lambda plan: can_follow(plan, before))
         if plan is None:
             return
-        plan = self._settle(plan, takes)
+        plan = self._settle(plan, takes, view)
         batch = self._start(plan, {seq.seq_id: seq for seq in view.running})
         self.planning.started(plan)
         if batch:
@@ -320,6 +319,7 @@ class EngineCore:
         """Read the first batch on the device and apply it; then the one behind it can sample."""
         first = self._overlap.first
         assert first is not None, "asked only where there is one"
+        asked_s = self.clock()
         results = first.launch.results()
         came_s = self.clock()
         self._overlap.pop()
@@ -331,7 +331,7 @@ class EngineCore:
             self.stats.num_surplus_tokens += follower.go_on(self.runner, first, came_s)
         # Where the next batch runs already, the device has not waited for the results' applying.
         ended_s = self.clock() if follower is None else came_s
-        seconds = ended_s - first.began_s if took_s is None else took_s
+        seconds = first.took_s(ended_s, came_s - asked_s) if took_s is None else took_s
         self.journal.iteration(first.plan, first.began_s, seconds)
         if first.launch.failure is None:
             self.planning.observe(first.plan, seconds)
@@ -340,6 +340,7 @@ class EngineCore:
             self.stats.failed_batches[first.launch.failure] += 1
         if follower is not None:
             self._count_batch(follower.batch)
+            self._overlap.leave(self.clock())
 
     def _count_batch(self, batch: SequenceOf[Scheduled]) -> None:
         self.journal.batch(batch, self.stats.batch(batch))
@@ -360,10 +361,10 @@ class EngineCore:
                 log.error("a plan of %s names %s, which %s", self.planner.name, seq_id, fault)
         return self._rest_of(plan)
 
-    def _rest_of(self, plan: IterationPlan) -> IterationPlan:
-        """Return a plan without the sequences that are gone."""
+    def _rest_of(self, plan: IterationPlan, view: PlannerView | None = None) -> IterationPlan:
+        """Return a plan without the sequences that are gone, for `_settle`'s view."""
         plan = plan.only(self.table.outputs)
-        self.planning.reckon(plan, self.view())
+        self.planning.reckon(plan, self.view() if view is None else view)
         return plan
 
     def _end_request(self, seq: Sequence, why: str) -> None:
@@ -380,8 +381,16 @@ class EngineCore:
                     end = End(FinishReason.ERROR)
                     self._untold.append(self._finish(output, end, failure_of(error)))
 
-    def _settle(self, plan: IterationPlan, takes: Callable[[str], bool] | None) -> IterationPlan:
+    def _settle(
+        self,
+        plan: IterationPlan,
+        takes: Callable[[str], bool] | None,
+        view: PlannerView | None = None,
+    ) -> IterationPlan:
         """Carry out what the planner promises, gives up and refuses.
+
+        Args:
+            view: the state that the plan was made for; ``None`` is the present one.
 
         Returns:
             the plan without what ``takes`` has taken away.
@@ -404,7 +413,7 @@ class EngineCore:
         for request_id in taken:
             self.withdraw(request_id)
             self.declined.remove(request_id)
-        return self._rest_of(plan) if taken else plan
+        return self._rest_of(plan, view) if taken else plan
 
     def _start(
         self, plan: IterationPlan, ahead: Mapping[str, Sequence] | None = None

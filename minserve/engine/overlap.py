@@ -36,6 +36,7 @@ class Iteration:
         launch: the batch on the device.
         began_s: when it began, with the planning that it waited for; where it followed another one,
             when that had ended.
+        away_s: seconds between two steps in which it ran, or had ended already: nobody looked.
         leaving: sequences of the batch that ended meanwhile. The device may still write to their
             blocks, which are freed, or held as wished, when the batch is over.
     """
@@ -44,6 +45,7 @@ class Iteration:
     batch: list[Scheduled]
     launch: Launch
     began_s: float
+    away_s: float = 0.0
     leaving: list[tuple[Sequence, HoldWish | None]] = field(default_factory=list)
 
     @property
@@ -71,6 +73,22 @@ class Iteration:
             # It has run behind tokens that were never right.
             self.launch = Launch(runner, live)
         return num_surplus
+
+    def took_s(self, ended_s: float, waited_s: float) -> float:
+        """Return how many seconds it took, as far as that can be told.
+
+        Whoever reads a stream slowly lets time pass between two steps, which is not the device's.
+        Where the batch may have ended meanwhile, it counts as having taken what was predicted, or
+        as near to that as can be.
+
+        Args:
+            ended_s: when its end was seen.
+            waited_s: for how long it was waited for.
+        """
+        longest = ended_s - self.began_s
+        if self.away_s <= waited_s:
+            return longest
+        return min(longest, max(longest - self.away_s, self.plan.predicted_s or 0.0))
 
     def runs(self, seq: Sequence) -> bool:
         """Return whether a sequence is in the batch."""
@@ -111,6 +129,7 @@ class Overlap:
     def __init__(self, release: Callable[[Sequence, HoldWish | None], None]) -> None:
         self._release = release
         self._iterations: list[Iteration] = []
+        self._left_s = 0.0
 
     def __len__(self) -> int:
         return len(self._iterations)
@@ -124,6 +143,15 @@ class Overlap:
     def leaving(self) -> list[Sequence]:
         """The sequences that have ended and whose blocks are still to be freed."""
         return [seq for one in self._iterations for seq, _ in one.leaving]
+
+    def leave(self, now: float) -> None:
+        """Note that a step ends here."""
+        self._left_s = now
+
+    def enter(self, now: float) -> None:
+        """Note that a step begins here."""
+        if self._iterations:
+            self._iterations[0].away_s = now - self._left_s
 
     def add(self, iteration: Iteration) -> None:
         """Take an iteration that was launched now."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from parts.gpu.device_trace import device_shares, trace_steps
+from parts.engine_gpu.device_trace import device_shares, trace_steps
 
 
 def event(name: str, start: float, duration: float, kind: str = "kernel") -> dict[str, Any]:

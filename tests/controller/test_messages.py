@@ -10,7 +10,12 @@ from hellos import hello
 from minserve.activity import Activity, BatchTokens, ClassEnds, Cursor, IterationRecord, Lane, Mark
 from minserve.controller import messages as m
 from minserve.engine.stats import EngineStats
-from minserve.errors import GenerationError, ProtocolError, SLOUnattainableError
+from minserve.errors import (
+    GenerationError,
+    InvalidRequestError,
+    ProtocolError,
+    SLOUnattainableError,
+)
 from minserve.outputs import OutputDelta, OutputTimes, TokenLogprob
 from minserve.planner.replica_load import ReplicaLoad
 from minserve.request import FinishReason, Request, SequenceState
@@ -103,7 +108,8 @@ def test_a_message_comes_out_as_it_went_in(message: m.Message) -> None:
 def test_a_delta_comes_out_with_its_log_probabilities_and_its_error() -> None:
     one = TokenLogprob(1, -0.5, 1, ((1, -0.5), (2, -1.5)))
     refused = SLOUnattainableError("later", reason="memory", retry_after_s=1.5)
-    for error in (None, refused, GenerationError("broken")):
+    barred = InvalidRequestError("no token is left", "bad_words")
+    for error in (None, refused, GenerationError("broken"), barred, InvalidRequestError("odd")):
         delta = OutputDelta(
             "a",
             1,
@@ -119,6 +125,7 @@ def test_a_delta_comes_out_with_its_log_probabilities_and_its_error() -> None:
         assert found._replace(error=None) == delta._replace(error=None)
         assert type(found.error) is type(error)
         assert str(found.error) == str(error)
+        assert getattr(found.error, "param", None) == getattr(error, "param", None)
     assert (refused.reason, refused.retry_after_s) == ("memory", 1.5)
 
 

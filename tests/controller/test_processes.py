@@ -19,6 +19,7 @@ from minserve import process_ends
 from minserve.controller import processes
 from minserve.controller.processes import Watcher
 from minserve.controller.replica_process import ReplicaSpec
+from minserve.errors import ReplicaLostError
 from minserve.exit_codes import EXIT_AGAIN, EXIT_ERROR, EXIT_FAULT, EXIT_LOST
 from minserve.process_ends import is_stopped
 
@@ -168,6 +169,20 @@ def test_pauses_grow_where_a_process_ends_by_itself_not_where_it_is_killed(
     pauses = [record.args[-1] for record in caplog.records[:4]]
     by_itself = how not in ("killed", "terminated")
     assert pauses == ([0.01, 0.02, 0.04, 0.08] if by_itself else [0.01] * 4)
+
+
+def test_a_process_that_fails_before_it_ever_joined_is_not_started_again_however_long_it_loaded(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (stand_in.parent / "stand_in.py").write_text(f"import os\nos._exit({EXIT_ERROR})\n")
+    monkeypatch.setattr(processes, "HEALTHY_S", 0.0)
+
+    async def main() -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            with pytest.raises(ReplicaLostError, match="cannot be started"):
+                await Watcher(SPEC, {}, 1000.0).run(lambda: False)
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("when", ["bound to it", "stopped by then", "stopped before"])

@@ -1,8 +1,8 @@
 """A device that works behind the host: it runs what is queued only when results are asked for.
 
-Its KV is a table of slots, its model a hash of all the tokens that it finds there. So a token is
-right only if every slot that it depends on held the right token when the pass ran, and
-`expected_tokens` tells what that is without any engine.
+Its KV is a table of slots: each holds a token and all that it was computed behind. Its model is a hash
+of the tokens that it finds there. So a token is right only if every slot that it depends on held the
+right one when the pass ran, and `expected_tokens` tells what that is without any engine.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from minserve.engine.speculation.proposal import SampledToken, Verified
 from minserve.request import Request, Sequence
 
 VOCAB, END = 5, 4
+UNWRITTEN = -1
 Slot = tuple[int, int]
 
 
@@ -68,15 +69,21 @@ class LateBatch:
         """Write the KV of each part, then read that of its whole text."""
         kv, size = self._device.kv, self._device.block_size
         for item, table, tokens in parts:
+            text: tuple[int, ...] = ()
+            if item.start:
+                before = item.start - 1
+                text = kv.get((table[before // size], before % size), (UNWRITTEN,))
             for position, token in enumerate(tokens(), item.start):
                 block = table[position // size]
                 assert block in item.seq.block_table, f"{item.seq} has lost block {block}"
-                kv[block, position % size] = token
+                text = kv[block, position % size] = (*text, token)
         for item, table, tokens in parts:
             if not item.samples:
                 continue
             end = item.start + len(tokens())
-            text = [kv.get((table[p // size], p % size), -1) for p in range(end)]
+            text = [kv.get((table[p // size], p % size), (UNWRITTEN,))[-1] for p in range(end)]
+            last = end - 1
+            assert kv[table[last // size], last % size] == tuple(text), f"{item.seq} has other KV"
             num = len(item.drafted)
             self._texts[item.seq.seq_id] = [text[: end - num + i] for i in range(num + 1)]
             self._drafted[item.seq.seq_id] = item.drafted
@@ -113,7 +120,7 @@ class LateDevice:
     def __init__(self, block_size: int, fails: Callable[[str], None] = lambda _: None) -> None:
         self.block_size = block_size
         self.may_fail = fails
-        self.kv: dict[Slot, int] = {}
+        self.kv: dict[Slot, tuple[int, ...]] = {}
         self.queue: list[tuple[LateBatch, Callable[[], None]]] = []
         self.num_followed = 0
 

@@ -120,8 +120,8 @@ def test_two_halves_are_a_step(drafts: int) -> None:
         halved.check_integrity()
     assert not halved.has_work
     assert halved.runner.launched == whole.runner.launched
-    assert halved.speculation == whole.speculation
-    assert (whole.speculation.num_accepted_tokens > 0) == (drafts > 0)
+    assert halved.stats.speculation == whole.stats.speculation
+    assert (whole.stats.speculation.num_accepted_tokens > 0) == (drafts > 0)
 
 
 def test_nothing_is_appended_before_the_second_half() -> None:

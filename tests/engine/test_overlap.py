@@ -8,119 +8,21 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-from late_device import END, VOCAB, LateDevice, expected_tokens
+from late_device import VOCAB, LateDevice, expected_tokens
+from late_play import Play, lasting_seed
 
-from minserve.engine.block_pool import BlockPool
-from minserve.engine.core import EngineCore
-from minserve.engine.journal import Journal
-from minserve.engine.speculation.proposer import NgramProposer
 from minserve.errors import DeviceLostError, GenerationError
-from minserve.outputs import OutputDelta
 from minserve.planner.plan import IterationPlan, PlannerView
-from minserve.planner.policies.registry import make_planner
 from minserve.planner.policies.sarathi import SarathiPlanner
-from minserve.planner.predict.perf_model import BatchShape, PerfModel, Piece
-from minserve.request import FinishReason, Request, Sequence
-from minserve.sampling_params import SamplingParams
+from minserve.request import FinishReason, Sequence
 from minserve.slo.objectives import SLO, Task
 from minserve.slo.task_call import TaskCall, TaskKey
 
-BLOCK = 4
-DEVICE = (Piece(tokens=0.002, seqs=0.0005, context_tokens=1e-6, base=0.01, draft_tokens=1e-5),)
 SEEDS = 6  # of random plays in each house
 GENEROUS = SLO(ttft=1000.0, tpot=100.0)
-
-
-class TickingClock:
-    """A clock that goes on a little whenever it is read."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        self.now += 1e-6
-        return self.now
-
-
-class Play:
-    """A core on a late device, and what was told of its requests."""
-
-    def __init__(
-        self,
-        policy: str = "sarathi",
-        *,
-        num_blocks: int = 60,
-        max_num_seqs: int = 8,
-        drafts: int = 0,
-        ahead: bool = True,
-        fails: Callable[[str], None] = lambda _: None,
-    ) -> None:
-        self.device = LateDevice(BLOCK, fails)
-        self.core = EngineCore(
-            self.device,
-            BlockPool(num_blocks, BLOCK),
-            make_planner(policy, model=PerfModel(DEVICE)),
-            token_budget=16,
-            max_num_seqs=max_num_seqs,
-            max_model_len=num_blocks * BLOCK,
-            clock=TickingClock(),
-            proposer=NgramProposer(drafts) if drafts else None,
-            plans_ahead=True,
-            launches_ahead=ahead,
-        )
-        self.told: dict[tuple[str, int], list[int]] = {}
-        self.ends: dict[tuple[str, int], OutputDelta] = {}
-        self.requests: dict[str, Request] = {}
-
-    def add(self, name: str, prompt: list[int], slo: SLO | None = None, **params: Any) -> None:
-        request = Request(
-            request_id=name,
-            prompt_token_ids=tuple(prompt),
-            params=SamplingParams(**params),
-            seed=int(name),
-            arrival_s=self.core.clock(),
-            stop_token_ids=frozenset({END}),
-            slo=slo,
-            targets=None if slo is None else slo.resolve(0.0, 0.0),
-        )
-        self.requests[name] = request
-        for index in range(request.params.n):
-            self.told[name, index] = []
-            self.core.add(Sequence(request, index), None)
-
-    def take(self, deltas: list[OutputDelta]) -> None:
-        for delta in deltas:
-            key = (delta.request_id, delta.index)
-            assert key not in self.ends, "told behind the end"
-            self.told[key] += delta.token_ids
-            if delta.finish_reason is not None:
-                self.ends[key] = delta
-
-    def step(self) -> None:
-        self.take(self.core.step())
-        self.core.check_integrity()
-
-    def run(self) -> None:
-        while self.core.has_work:
-            self.step()
-        self.check_idle()
-
-    def check_idle(self) -> None:
-        assert self.ends.keys() == self.told.keys()
-        assert self.core.pool.num_free_blocks == self.core.pool.num_blocks
-        self.core.check_integrity()
-
-    def check_tokens(self) -> None:
-        """Each output is what it should be, or what had come of it when it was cut off."""
-        for (name, index), told in self.told.items():
-            expected = expected_tokens(self.requests[name], index)
-            reason = self.ends[name, index].finish_reason
-            if reason in (FinishReason.ABORT, FinishReason.ERROR):
-                expected = expected[: len(told)]
-            assert told == expected, (name, index, reason)
 
 
 def a_prompt(rng: random.Random) -> list[int]:
@@ -149,15 +51,15 @@ def play_at_random(play: Play, seed: int) -> None:
         early, late = (rng.choice([0, aborts[step]]) for _ in range(2))
         for _ in range(early):
             play.take(core.abort(str(rng.randrange(number + 1))))
-        core.check_integrity()
+        play.check_books()
         core.begin()
-        core.check_integrity()
+        play.check_books()
         for _ in range(late):
             ask = rng.choice([core.abort, core.complete])
             play.take(ask(str(rng.randrange(number + 1))))
-        core.check_integrity()
+        play.check_books()
         play.take(core.end())
-        core.check_integrity()
+        play.check_books()
         step += 1
     play.check_idle()
 
@@ -207,18 +109,6 @@ def test_all_tokens_of_all_outputs_come(policy: str) -> None:
 
 
 # -- when things happen ------------------------------------------------------------------
-
-
-def lasting_seed(num: int, ends_at: int | None = None) -> int:
-    """A seed whose output behind prompt [1] has ``num`` tokens, with its end there or beyond."""
-    for seed in range(100_000):
-        request = Request(request_id="x", prompt_token_ids=(1,), params=SamplingParams(max_tokens=num),
-                          seed=seed, arrival_s=0.0)  # fmt: skip
-        tokens = expected_tokens(request, 0)
-        ends = tokens.index(END) + 1 if END in tokens else None
-        if ends == ends_at:
-            return seed
-    raise AssertionError("no such seed")
 
 
 def test_the_next_batch_is_launched_before_the_last_one_is_read() -> None:
@@ -288,7 +178,7 @@ def test_drafts_are_verified_in_the_order_in_which_nothing_overlaps() -> None:
             play.add(str(number), [1, 2, 1, 2, 1, 2, 1], slo=GENEROUS, max_tokens=14)
         play.run()
         play.check_tokens()
-        assert play.core.speculation.num_drafts > 0
+        assert play.core.stats.speculation.num_drafts > 0
     assert one_by_one.device.num_followed == 0
 
 
@@ -388,59 +278,6 @@ def test_ctrl_c_forgets_both_batches_and_the_requests_can_go_on_or_be_aborted() 
     play.run()
     play.check_tokens()
     assert [len(play.told[str(n), 0]) > 3 for n in (0, 2)] == [True, True]
-
-
-# -- times and counts --------------------------------------------------------------------
-
-
-class TimedDevice(LateDevice):
-    """Each batch takes a second, behind the one before it."""
-
-    def __init__(self, clock: Any) -> None:
-        super().__init__(BLOCK)
-        self.clock, self.free_at = clock, 0.0
-        self.ends: list[float] = []
-
-    def _launch(self, batch: Any, before: Any) -> Any:
-        launched = super()._launch(batch, before)
-        self.free_at = ends_at = max(self.free_at, self.clock.now) + 1.0
-        self.ends.append(ends_at)
-        results = launched.results
-
-        def late_results() -> Any:
-            self.clock.now = max(self.clock.now, ends_at)
-            return results()
-
-        launched.results = late_results
-        return launched
-
-
-def test_iterations_are_timed_from_the_end_of_one_to_the_end_of_the_next() -> None:
-    play = Play()
-    clock = play.core.clock
-    play.device = play.core.runner = TimedDevice(clock)
-    journal = Journal.of(play.core)
-    observed: list[tuple[BatchShape, float]] = []
-    play.core.planner.model.observe = lambda shape, seconds: observed.append((shape, seconds))
-    seed = str(lasting_seed(8))
-    play.add(seed, [1], max_tokens=8)
-    while play.core.has_work:
-        play.step()
-        clock.now += 0.4  # the host is busy with something else, which the device need not wait for
-    play.check_tokens()
-    assert [seconds for _, seconds in observed] == pytest.approx([1.0] * 8, abs=0.01)
-    assert all(shape.tokens == 1 for shape, _ in observed)
-    stats = play.core.stats
-    assert stats.iteration_s.total == pytest.approx(8.0, abs=0.1)
-    assert sum(stats.iteration_s.counts) == 8
-    iterations = journal.since(None).iterations
-    ends = [one.began_s + one.seconds for one in iterations]
-    assert ends == pytest.approx(play.device.ends, abs=0.01)
-    begins = [one.began_s for one in iterations]
-    assert begins[1:] == pytest.approx(ends[:-1], abs=0.01)
-    assert [one.num_seqs for one in iterations] == [1] * 8
-    assert [one.tokens.best_effort_prefill for one in iterations] == [1] + [0] * 7
-    assert [one.tokens.best_effort_decode for one in iterations] == [0] + [1] * 7
 
 
 def test_a_plan_that_fails_while_a_batch_runs_loses_nothing_of_it() -> None:

@@ -61,4 +61,4 @@ def test_outputs_are_those_of_plain_torch(
     assert essence(outputs_of(engine, PROMPTS[:3], params)) == want
     assert core.stats.plans_ahead["held"] > 0
     if how == "draft":
-        assert core.speculation.num_accepted_tokens > 0
+        assert core.stats.speculation.num_accepted_tokens > 0

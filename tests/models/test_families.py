@@ -10,8 +10,8 @@ import pytest
 from minserve import Engine, SamplingParams
 from minserve.errors import ConfigError
 from minserve.models.config import CONFIGS
-from parts.parity.reference import choices_along, reference_model, save
-from parts.parity.variants import ModelVariant
+from shared.reference_models.reference import choices_along, reference_model, save
+from shared.reference_models.variants import ModelVariant
 
 # As many as the tokenizer of the tiny models may need.
 VOCAB = 512

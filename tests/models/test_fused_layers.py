@@ -14,8 +14,8 @@ from minserve.models.finding.source import find_model, load_config
 from minserve.models.layers import DenseReluLinear, WeightFormat, WeightPlacement
 from minserve.models.registry import build_model
 from minserve.models.weights.loader import open_checkpoint
-from parts.parity.reference import reference_model, save
-from parts.parity.variants import CASES
+from shared.reference_models.reference import reference_model, save
+from shared.reference_models.variants import CASES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCK_SIZE = 16

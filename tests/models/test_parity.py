@@ -8,7 +8,7 @@ import torch
 
 from minserve.models.families import FAMILIES
 from minserve.models.layers import OneDnnLinear, WeightFormat, WeightPlacement
-from parts.parity.variants import ModelVariant
+from shared.reference_models.variants import ModelVariant
 
 
 @pytest.mark.parametrize("case", parity.CASES, ids=lambda c: c.name)

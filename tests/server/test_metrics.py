@@ -397,7 +397,7 @@ def test_drafts_are_counted_as_the_engine_counts_them(
         tiny_llama_dir, ServerConfig(), policy="sarathi", speculator="ngram", max_speculation=4
     )
     usage = ask(server, **REPETITIVE, include_acceptance=True)["usage"]
-    now, counts = scrape(server), server.engine._core.speculation
+    now, counts = scrape(server), server.engine._core.stats.speculation
     assert 0 < counts.num_accepted_tokens < counts.num_draft_tokens
     assert now["spec_decode_num_drafts_total"] == counts.num_drafts
     assert now["spec_decode_num_draft_tokens_total"] == counts.num_draft_tokens

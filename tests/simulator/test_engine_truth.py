@@ -345,4 +345,4 @@ def test_the_loop_and_its_slow_twin_give_every_token_at_the_same_time(
     if num_blocks < 100:
         assert replica.planner.num_preemptions > 0
     if acceptance is not None and policy in ("fcfs", "sarathi"):
-        assert replica.core.speculation.num_accepted_tokens > 0
+        assert replica.core.stats.speculation.num_accepted_tokens > 0

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 
 from minserve import Engine, SamplingParams
-from parts.parity.reference import VOCAB, reference_model, save
-from parts.parity.variants import ModelVariant
+from shared.reference_models.reference import VOCAB, reference_model, save
+from shared.reference_models.variants import ModelVariant
 from shared.synthetic_models import write_words
 
 CASES = [

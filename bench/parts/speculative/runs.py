@@ -164,7 +164,7 @@ def _prefill(engine: Engine, outputs: dict[str, list[int]]) -> None:
 def _decode(engine: Engine, outputs: dict[str, list[int]]) -> Counts:
     """Run and time all tokens after the first ones."""
     core = engine._core
-    core.speculation = tally = Tally()
+    core.stats.speculation = tally = Tally()
     tokens = passes = iterations = speculated = 0
     started = time.perf_counter()
     while core.has_work:
@@ -249,7 +249,7 @@ def check_lossless(
             ]  # fmt: skip
             core.proposer = None
             expected = engine.generate(asked, params)
-            core.proposer, core.speculation = proposers[case.speculator], Tally()
+            core.proposer, core.stats.speculation = proposers[case.speculator], Tally()
             found = engine.generate(asked, params)
             for one, other in zip(found, expected, strict=True):
                 text = _mismatch(one.outputs[0], other.outputs[0])
@@ -258,9 +258,9 @@ def check_lossless(
                     tqdm.write(f"{case.name}: NOT LOSSLESS, temperature {temperature:g}, {text}")
         # Acceptance is that of the greedy outputs, as in the measured runs.
         result.forced = Counts(
-            num_drafts=core.speculation.num_drafts,
-            drafted=tuple(core.speculation.num_drafted_per_pos),
-            accepted=tuple(core.speculation.num_accepted_per_pos),
+            num_drafts=core.stats.speculation.num_drafts,
+            drafted=tuple(core.stats.speculation.num_drafted_per_pos),
+            accepted=tuple(core.stats.speculation.num_accepted_per_pos),
         )
 
 

@@ -13,7 +13,7 @@ from gguf_models import CLASSES, NORM, Q_PROJ, tiny_model, weights_of
 
 from minserve.errors import ModelLoadError, UnsupportedModelError
 from minserve.models.gguf_files.gguf_checkpoint import GGUFCheckpoint
-from parts.parity.gguf_writer import write_gguf
+from shared.reference_models.gguf_writer import write_gguf
 
 ALL_BIASES = {"attention_bias": True, "mlp_bias": True}
 

@@ -13,7 +13,7 @@ from minserve.errors import ModelLoadError, UnsupportedModelError
 from minserve.models.finding.source import find_model, load_config
 from minserve.models.gguf_files.gguf_config import gguf_config
 from minserve.models.gguf_files.gguf_model import GGUFModel
-from parts.parity.gguf_writer import write_gguf
+from shared.reference_models.gguf_writer import write_gguf
 
 # Entries that the config classes of some families do not have, and what these models then do.
 IMPLIED = {

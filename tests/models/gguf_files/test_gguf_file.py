@@ -14,7 +14,7 @@ from gguf_models import tiny_model, weights_of
 
 from minserve.errors import ModelLoadError
 from minserve.models.gguf_files.gguf_file import GGUFFile
-from parts.parity.gguf_writer import write_gguf
+from shared.reference_models.gguf_writer import write_gguf
 
 STRING, ARRAY, UINT8, INT32 = 8, 9, 0, 5
 

@@ -13,7 +13,7 @@ from minserve.models.finding.source import ModelSource, fingerprint
 from minserve.models.gguf_files.gguf_checkpoint import GGUFCheckpoint
 from minserve.models.gguf_files.gguf_config import gguf_config
 from minserve.models.gguf_files.gguf_model import GGUFModel
-from parts.parity.gguf_writer import write_gguf
+from shared.reference_models.gguf_writer import write_gguf
 
 
 @pytest.fixture

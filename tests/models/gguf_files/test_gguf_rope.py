@@ -13,7 +13,7 @@ from gguf_models import tiny_model
 from minserve.errors import ModelLoadError, UnsupportedModelError
 from minserve.models.gguf_files.gguf_model import GGUFModel
 from minserve.models.gguf_files.gguf_rope import gguf_rope
-from parts.parity.gguf_writer import write_gguf
+from shared.reference_models.gguf_writer import write_gguf
 
 SCALING = "llama.rope.scaling"
 LLAMA3 = {

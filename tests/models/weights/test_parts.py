@@ -18,8 +18,8 @@ from minserve.models.tensor_part import TensorPart
 from minserve.models.weights.loader import open_checkpoint
 from parts.parity.passes import chunked_logits, load, load_divided, make_runner
 from parts.parity.rank_threads import RankThreads
-from parts.parity.reference import reference_model, save
-from parts.parity.variants import ModelVariant
+from shared.reference_models.reference import reference_model, save
+from shared.reference_models.variants import ModelVariant
 
 
 def parts_of(shape: tuple[int, ...]) -> list[TensorPart]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from parts.parity.variants import POSITIONS, ModelVariant
+from shared.reference_models.variants import POSITIONS, ModelVariant
 
 VOCAB = 257
 
@@ -56,7 +56,7 @@ def reference_model(case: ModelVariant) -> torch.nn.Module:
 def save(model: torch.nn.Module, folder: Path, case: ModelVariant) -> Path:
     """Write the model in the variant's form, and return the path to load it from."""
     if case.form == "gguf":
-        from parts.parity.gguf_writer import write_gguf
+        from shared.reference_models.gguf_writer import write_gguf
 
         write_gguf(model, folder / "model.gguf")
         return folder / "model.gguf"
