@@ -40,6 +40,7 @@ class Device:
         drafts: whether the profile knows what a draft model costs.
         margin: what the planner's margin starts from.
         mixed: the largest batches with a prefill that are CUDA graphs.
+        is_gpu: whether it is known to be a GPU. The file of a profile does not say.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Device:
     drafts: bool = False
     margin: float = MARGIN
     mixed: MixedLimit = NO_MIXED
+    is_gpu: bool = False
 
     def perf_model(self) -> PerfModel:
         """A model for one planner to correct online."""
@@ -94,6 +96,7 @@ def _device(
         kv_tokens_drafting=int(with_draft) if drafts else None,
         kv_bytes=shape.kv_bytes,
         drafts=drafts,
+        is_gpu=True,
     )
 
 

@@ -298,9 +298,10 @@ class Dispatcher:
         self._tend()
 
     def _take_news(self, replica: Replica, news: m.News) -> None:
+        now = time.monotonic()
         for delta in news.deltas:
             if (flight := self._flight_on(replica, delta.request_id)) is not None:
-                self._deliver(flight, delta)
+                self._deliver(flight, delta, now)
         if news.load is not None:
             self._placement.reported(replica)
         for request_id in news.declined:
@@ -315,22 +316,22 @@ class Dispatcher:
         flight = self._flights.get(request_id)
         return flight if flight is not None and flight.replica == replica.number else None
 
-    def _deliver(self, flight: Flight, delta: OutputDelta) -> None:
+    def _deliver(self, flight: Flight, delta: OutputDelta, now: float) -> None:
         if not flight.expects(delta.index):
             raise ProtocolError(f"it told of output {delta.index}, which is none or has ended")
         if isinstance(delta.error, SLOUnattainableError) and self._retried(flight):
             return
         flight.moving_to = None
-        flight.note(delta, time.monotonic())
+        flight.note(delta, now)
         self._handles[delta.request_id].put(delta)
         if delta.finish_reason is not None:
             self.num_unfinished -= 1
-            if delta.finish_reason is not None and delta.finish_reason.is_own_end:
+            if delta.finish_reason.is_own_end:
                 self._placement.ended(flight, delta.index)
-        if not flight.num_open:
-            self._forget(flight)
-        else:
-            self._quarantine.clear_if_proved(flight)
+            if not flight.num_open:
+                self._forget(flight)
+                return
+        self._quarantine.clear_if_proved(flight)
 
     def _retried(self, flight: Flight) -> bool:
         """Return True if another replica is now asked for a request that this replica refuses.

@@ -9,6 +9,7 @@ as they were joined, so that a chat that comes back is found in the prefix cache
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Sequence as SequenceOf
@@ -18,7 +19,7 @@ import torch
 
 from minserve.config import EngineConfig
 from minserve.devices import Device, find_device
-from minserve.engine.batch import RunResult, Scheduled, shape_of
+from minserve.engine.batch import RunningBatch, RunResult, Scheduled, shape_of
 from minserve.engine.block_pool import BlockPool
 from minserve.engine.core import EngineCore
 from minserve.engine.model_tokenizer import load_model_tokenizer
@@ -40,12 +41,20 @@ _STEP, _SPREAD = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9
 
 
 class SimulatedBatch:
-    """A batch that is over at a certain time."""
+    """A batch that is over at a certain time.
+
+    Args:
+        ends_at: that time, in seconds on the monotonic clock.
+    """
 
     def __init__(
         self, batch: SequenceOf[Scheduled], ends_at: float, words: SequenceOf[int]
     ) -> None:
         self._batch, self._ends_at, self._words = batch, ends_at, words
+
+    def sample(self, batch: SequenceOf[Scheduled]) -> None:
+        """Take its sequences as they are now that the batch before is applied."""
+        self._batch = batch
 
     def results(self) -> dict[str, RunResult]:
         """Wait for the end of the batch, and return made-up tokens."""
@@ -76,11 +85,18 @@ class SimulatedRunner:
 
     def __init__(self, model: PerfModel, words: SequenceOf[int]) -> None:
         self._model, self._words = model, words
+        # When the device is done with all that it has been given.
+        self._free_at = -math.inf
 
     def launch(self, batch: SequenceOf[Scheduled]) -> SimulatedBatch:
-        """Begin a batch now."""
-        ends_at = time.monotonic() + self._model.profiled(shape_of(batch, self._model.mixed))
-        return SimulatedBatch(batch, ends_at, self._words)
+        """Begin a batch now, or when the device is done with those before it."""
+        took_s = self._model.profiled(shape_of(batch, self._model.mixed))
+        self._free_at = max(time.monotonic(), self._free_at) + took_s
+        return SimulatedBatch(batch, self._free_at, self._words)
+
+    def follow(self, batch: SequenceOf[Scheduled], before: RunningBatch) -> SimulatedBatch:
+        """Begin a batch when the one before it, the newest one, is over."""
+        return self.launch(batch)
 
 
 def made_up_token(seq: Sequence, words: SequenceOf[int]) -> int:
@@ -144,6 +160,9 @@ def load_simulated_core(
         max_model_len=max_model_len,
         clock=time.monotonic,
         safe_planner=make_safe_planner(chunked_prefill=config.chunked_prefill),
+        # As beside a real one. It takes more processor time, which only a GPU's host has to spare.
+        plans_ahead=device.is_gpu,
+        launches_ahead=device.is_gpu,
     )
     core.stats.profile_completeness = 1.0
     return core, tokenizer, max_model_len

@@ -118,6 +118,10 @@ class EventStream:
                 await self._write(b": waiting\n\n")
 
     async def _write(self, data: bytes) -> None:
+        if self.response.prepared and not self._writing.locked():
+            # A write hands its bytes over before it waits, so that none comes between them.
+            await self.response.write(data)
+            return
         async with self._writing:
             if not self.response.prepared:
                 await self.response.prepare(self._request)

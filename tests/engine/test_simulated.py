@@ -197,3 +197,28 @@ def test_a_profile_without_kv_memory_needs_a_number_of_blocks(
     engine = Engine(str(tiny_llama_dir), **settings)
     assert engine.max_model_len == 32
     assert len(tokens(engine, SamplingParams(max_tokens=28, ignore_eos=True))[0]) == 28
+
+
+def test_the_iterations_of_a_gpu_overlap_and_give_the_same_tokens(
+    engine: Engine, tiny_llama_dir: Path, profile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = replace(find_device(profile), is_gpu=True)
+    monkeypatch.setattr(simulated, "find_device", lambda _: gpu)
+    other = Engine(str(tiny_llama_dir), executor="simulated", profile=profile, num_blocks=200)
+    params = SamplingParams(max_tokens=30, n=3, seed=5, ignore_eos=True)
+    assert tokens(other, params, 4) == tokens(engine, params, 4)
+    assert other._core.stats.plans_ahead["launched"] > 20
+    assert not any(engine._core.stats.plans_ahead.values())
+    assert find_device(PUBLISHED).is_gpu
+
+
+def test_a_batch_behind_another_one_begins_when_that_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(simulated.time, "monotonic", lambda: 100.0)
+    runner = simulated.SimulatedRunner(PerfModel([Piece(tokens=1e-3, base=2.0)]), [1])
+    first = runner.launch([])
+    assert first._ends_at == 102.0
+    assert runner.follow([], first)._ends_at == 104.0
+    monkeypatch.setattr(simulated.time, "monotonic", lambda: 110.0)
+    assert runner.launch([])._ends_at == 112.0

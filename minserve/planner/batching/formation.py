@@ -139,7 +139,7 @@ def form_batch(
     with_drafts = _with_drafts(paces, work, candidates) if candidates else paces
     must, may = _split_decodes(work, batch, limit, limits, now, min(with_drafts, default=0.0))
     within = _must_end_s(at_stake, decodes_s, stakes, limits, now)
-    run = [seq for _, seq in must if batch.decode(seq, within)]
+    run = batch.decodes([seq for _, seq in must], within)
     if drafting is not None and candidates:
         own = [one for seq in run if (one := candidates.get(seq.seq_id)) is not None]
         needed = drafting.for_prefills.needed
@@ -152,8 +152,7 @@ def form_batch(
         given = _best_effort(batch, work, limits, min(overdue, limit, calm))
     until = _prefill_promised(batch, work, limits, limit, now)
     limit, due = min(limit, until), min(due, until)
-    for _, seq in may:
-        batch.decode(seq, limit)
+    batch.decodes([seq for _, seq in may], limit)
     # The credit of admitted decodes is not for others.
     given += _fill_up(batch, work, limits, min([limit, *paces]), calm, now)
     if drafting is not None:
@@ -351,8 +350,7 @@ def _fill_up(
     """
     decodes = [(deadline, seq) for deadline, seq in work.unpromised if seq.is_decoding]
     prefills = [(deadline, seq) for deadline, seq in work.unpromised if not seq.is_decoding]
-    for _, seq in decodes:
-        batch.decode(seq, spare)
+    batch.decodes([seq for _, seq in decodes], spare)
     stakes = _stakes(work.at_stake(decodes), batch, limits, now)
     if stakes:
         waiting = [seq for _, seq in prefills]
@@ -406,10 +404,12 @@ def _best_effort(
     todo = [seq for seq in (*first, *work.best_effort) if seq.seq_id not in scheduled]
     if batch.is_full(until):
         return 0.0
-    for seq in todo:
-        # Whether a batch is full takes as long to tell as running one more decode.
-        if seq.is_decoding and not batch.decode(seq, until) and batch.is_full(until):
-            break
+    decodes = [seq for seq in todo if seq.is_decoding]
+    if not batch.decode_all(decodes, until):
+        for seq in decodes:
+            # Whether a batch is full takes as long to tell as running one more decode.
+            if not batch.decode(seq, until) and batch.is_full(until):
+                break
     if batch.is_full(until):
         return batch.seconds - before
     for seq in todo:
