@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from minserve.errors import ModelLoadError
 from minserve.models.base import ModelShape
 from minserve.models.config import ModelConfig
 from minserve.models.layers import Linear, WeightFormat, WeightPlacement
+from minserve.models.ranks import ALONE, Ranks
 from minserve.models.registry import build_model
 from minserve.models.tensor_part import TensorPart
 from minserve.models.weights.checkpoint import Checkpoint, Misfit
@@ -53,7 +54,7 @@ class TensorReport:
     """What the files of a model lack, and what they hold that nothing reads.
 
     Attributes:
-        wanted: shapes of all tensors that the model reads, by name.
+        wanted: shapes of all tensors, or of their parts, that the model reads, by name.
         missing: names of tensors that it reads and that are not there.
         wrong_shape: tensors that are there with another shape.
         misfits: stored tensors that are missing or wrong for the weights that are made of them.
@@ -120,24 +121,20 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> TensorReport:
     Raises:
         ModelLoadError: if a header cannot be read, or the configuration makes no model.
     """
-    placement = _CountingPlacement(META, torch.float32, torch.float32, WeightFormat.DENSE)
     names = checkpoint.names()
-    recorder = _WantedTensors(names)
-    with _WithoutMemory():
-        # One position, for tables of positions take time and no tensor depends on their length.
-        model = build_model(recorder, config, placement, max_positions=1)
-    misfits = checkpoint.misfits(recorder.wanted)
+    asked = _ask(names, config, ALONE)
+    misfits = checkpoint.misfits(asked.wanted)
     broken = {one.weight for one in misfits}
     missing, wrong = [], []
-    for name, wanted in recorder.wanted.items():
+    for name, wanted in asked.wanted.items():
         if name not in names:
             missing.append(name)
         elif name not in broken and (found := tuple(checkpoint.header(name).shape)) != wanted:
             wrong.append(WrongShape(name, found, wanted))
     tied = {"lm_head.weight"} if getattr(config, "tie_word_embeddings", False) else set()
-    unread = names - recorder.wanted.keys() - tied
+    unread = names - asked.wanted.keys() - tied
     return TensorReport(
-        wanted=recorder.wanted,
+        **asked._asdict(),
         missing=missing,
         wrong_shape=wrong,
         misfits=misfits,
@@ -147,6 +144,35 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> TensorReport:
             for name in unread
             if not _COMPUTED.fullmatch(name) and not _is_zero_bias(checkpoint, name)
         ),
+    )
+
+
+def share_of(report: TensorReport, config: ModelConfig, ranks: Ranks) -> TensorReport:
+    """Return the report of a model with the sizes of one rank's share of it.
+
+    Raises:
+        ConfigError: if the model cannot be divided among so many ranks.
+    """
+    return replace(report, **_ask(set(report.wanted), config, ranks)._asdict())
+
+
+class _Asked(NamedTuple):
+    """What a model asks of its files, as `TensorReport` has it."""
+
+    wanted: dict[str, tuple[int, ...]]
+    shape: ModelShape
+    num_linear: int
+    num_embedding: int
+
+
+def _ask(names: set[str], config: ModelConfig, ranks: Ranks) -> _Asked:
+    placement = _CountingPlacement(META, torch.float32, torch.float32, WeightFormat.DENSE)
+    recorder = _WantedTensors(names)
+    with _WithoutMemory():
+        # One position, for tables of positions take time and no tensor depends on their length.
+        model = build_model(recorder, config, placement, max_positions=1, ranks=ranks)
+    return _Asked(
+        wanted=recorder.wanted,
         shape=replace(model.shape, max_positions=config.max_positions),
         num_linear=sum(placement.linears),
         num_embedding=model.embed.table.numel(),
@@ -225,8 +251,11 @@ class _WantedTensors:
         return self._names
 
     def get(self, name: str, shape: tuple[int, ...], part: TensorPart | None = None) -> Tensor:
-        self.wanted[name] = tuple(shape)
-        return torch.empty(shape, device=META)
+        own = list(shape)
+        if part is not None:
+            own[part.dim] = part.length
+        self.wanted[name] = tuple(own)
+        return torch.empty(own, device=META)
 
 
 class _WithoutMemory(TorchFunctionMode):

@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 _FLAGS = (
     *("tokenizer", "chat_template", "tool_format", "reasoning_format"),
     *("dtype", "quantization", "generation_config", "device"),
-    *("max_model_len", "draft_model"),
+    *("max_model_len", "draft_model", "tensor_parallel"),
 )
 _EXAMPLES = """\
 examples:
   minserve inspect ./Llama-3.2-1B
   minserve inspect ./model.gguf --max-model-len 8192
   minserve inspect ./Llama-3.2-1B --quantization int8 --json
+  minserve inspect ./opt-30b --tensor-parallel 4
 
 The exit code is 0 if minserve serve would serve the model with the same flags, and 2 if not; the
 reason is the last line. No model is downloaded: a hub id is looked for in the cache.
@@ -197,13 +198,14 @@ def _draft_rows(facts: dict[str, Any]) -> Rows:
 
 def _memory_rows(facts: dict[str, Any]) -> Rows:
     forms = " (two forms, for speed)" if facts["weight_forms"] > 1 else ""
+    each = f"on each of {facts['ranks']} ranks: " if facts["ranks"] > 1 else ""
     yield (
         "memory",
-        f"weights {_size(facts['weights'])}{forms}, of {_size(facts['free'])} that are free now",
+        f"{each}weights {_size(facts['weights'])}{forms}, of {_size(facts['free'])} that are free now",
     )
     yield (
         "KV cache",
-        f"{_size(facts['kv_per_token'])} a token, {_size(facts['kv_per_sequence'])} for the longest "
+        f"{each}{_size(facts['kv_per_token'])} a token, {_size(facts['kv_per_sequence'])} for the longest "
         "sequence",
     )
 

@@ -261,7 +261,9 @@ def _load_model(
         ranks = ALONE if group is None else group.ranks
         model = build_model(checkpoint, model_config, placement, longest, ranks)
         model.packed_form = checkpoint.form if placement.packed else ""
-        return model, placement
+    if group is not None:
+        group.agree(0)  # who has loaded waits here, and not in a sum, which has no such patience
+    return model, placement
 
 
 def choose_placement(

@@ -24,6 +24,7 @@ from minserve.engine.device.device_choice import choose_device
 from minserve.engine.device.kv_cache import bytes_per_block
 from minserve.engine.model_tokenizer import load_model_tokenizer
 from minserve.engine.profile.profile_cache import dtype_words
+from minserve.engine.ranks.starting import visible_gpus
 from minserve.engine.sampling_defaults import read_sampling_defaults
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import ConfigError, MinserveError
@@ -33,7 +34,14 @@ from minserve.models.config import ModelConfig
 from minserve.models.draft_model import check_draft_tensors
 from minserve.models.finding.source import ModelSource, find_model, load_config
 from minserve.models.layers import WeightFormat, WeightPlacement
-from minserve.models.tensor_check import TensorReport, check_tensors, refuse_misfits, unread_words
+from minserve.models.ranks import Ranks
+from minserve.models.tensor_check import (
+    TensorReport,
+    check_tensors,
+    refuse_misfits,
+    share_of,
+    unread_words,
+)
 from minserve.models.weights.checkpoint import Checkpoint
 from minserve.models.weights.loader import open_checkpoint
 
@@ -149,16 +157,22 @@ def _look_at_weights(
         "weight_format": placement.format.value,
         "max_model_len": longest,
     }
-    memory = _memory(report, placement, longest)
+    size = config.tensor_parallel
+    if device.type == "cuda":
+        visible_gpus(size)
+    # Where a model does not divide evenly, the last rank has most.
+    share = report if size == 1 else share_of(report, model, Ranks(size - 1, size))
+    memory = _memory(share, placement, longest, size)
     if placement.packed:
         quantized, octets = checkpoint.packed_size()
-        memory["weights"] -= quantized * placement.dtype.itemsize - octets
+        memory["weights"] -= (quantized * placement.dtype.itemsize - octets) // size
     found.facts["memory"] = memory
     needed = memory["weights"] + memory["kv_per_token"]
     if memory["free"] is not None and needed > memory["free"]:
+        where = "on this machine" if size == 1 else "for each rank"
         found.warnings.append(
             f"the weights take {memory['weights'] / GIB:.2f} GiB, and {memory['free'] / GIB:.2f} GiB "
-            "are free on this machine: it would probably not start"
+            f"are free {where}: it would probably not start"
         )
 
 
@@ -267,16 +281,25 @@ def _chats(config: EngineConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _memory(report: TensorReport, placement: WeightPlacement, longest: int) -> dict[str, Any]:
-    """Return the bytes that weights and KV take; ``free`` is ``None`` on a device but the CPU."""
+def _memory(
+    report: TensorReport, placement: WeightPlacement, longest: int, num_ranks: int
+) -> dict[str, Any]:
+    """Return the bytes that weights and KV take, and those that are free, for each rank.
+
+    Args:
+        report: of the share of a rank.
+    """
     per_token = bytes_per_block(report.shape, 1, placement.dtype)
     on_cpu = placement.device.type == "cpu"
     return {
+        "ranks": num_ranks,
         "weights": weight_bytes(report, placement),
         "weight_forms": 2 if placement.format is WeightFormat.ONEDNN_AND_FP16 else 1,
         "kv_per_token": per_token,
         "kv_per_sequence": per_token * longest,
-        "free": Machine.look().free_memory if on_cpu else _free_on_gpu(placement.device),
+        "free": Machine.look().shared_by(num_ranks).free_memory
+        if on_cpu
+        else _free_on_gpu(placement.device),
     }
 
 

@@ -16,6 +16,7 @@ from minserve.engine.batch import (
     Scheduled,
 )
 from minserve.engine.recovery import is_out_of_memory, recover
+from minserve.errors import DeviceLostError
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,6 @@ class Launch:
             except Exception as caught:
                 error = caught
         self.failure = "out_of_memory" if is_out_of_memory(error) else "error"
-        if len(self._batch) > 1:
+        if len(self._batch) > 1 and not isinstance(error, DeviceLostError):
             log.warning("a batch of %d failed (%s); it runs in parts", len(self._batch), error)
         return recover(self._runner, self._batch, error)

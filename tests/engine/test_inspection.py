@@ -12,8 +12,9 @@ from minserve.config import EngineConfig
 from minserve.engine.inspection import inspect_model, weight_bytes
 from minserve.models.finding.source import find_model, load_config
 from minserve.models.layers import WeightFormat, WeightPlacement
+from minserve.models.ranks import ALONE, Ranks
 from minserve.models.registry import build_model
-from minserve.models.tensor_check import check_tensors
+from minserve.models.tensor_check import check_tensors, share_of
 from minserve.models.weights.loader import open_checkpoint
 
 CPU = torch.device("cpu")
@@ -40,20 +41,27 @@ def tensors_of(value: Any, seen: dict[int, Any]) -> dict[int, int]:
     return {place: size for one in inside for place, size in tensors_of(one, seen).items()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# A rank's part in the file's own dtype may be a view of the mapped file, all of which counts here.
+@pytest.mark.parametrize(
+    ("dtype", "ranks"),
+    [(torch.float32, ALONE), (torch.bfloat16, ALONE), (torch.float64, Ranks(1, 2))],
+    ids=["float32", "bfloat16", "second of two ranks"],
+)
 @pytest.mark.parametrize("model", ["smollm2", "tiny_llama_dir", "tiny_opt_dir"])
-def test_the_bytes_of_weights_are_those_of_the_loaded_model(model, dtype, request):
+def test_the_bytes_of_weights_are_those_of_the_loaded_model(model, dtype, ranks, request):
     source = find_model(model if model == "smollm2" else str(request.getfixturevalue(model)))
     config = load_config(source)
     placement = WeightPlacement(CPU, dtype, dtype, WeightFormat.DENSE)
     with open_checkpoint(source, progress=False) as checkpoint:
-        said = weight_bytes(check_tensors(checkpoint, config), placement)
-        loaded = build_model(checkpoint, config, placement)
+        report = share_of(check_tensors(checkpoint, config), config, ranks)
+        loaded = build_model(checkpoint, config, placement, ranks=ranks)
+    said = weight_bytes(report, placement)
     if hasattr(loaded, "rope"):
         del loaded.rope  # a table, and no weights
     found = sum(tensors_of(loaded, {}).values())
     assert found > 0
     assert abs(said - found) <= 0.02 * found  # norms stay in float32
+    assert report.shape == loaded.shape
 
 
 @pytest.mark.parametrize(
@@ -80,6 +88,20 @@ def test_packed_forms_count_what_each_weight_takes(tiny_llama_dir, form, factor)
     assert weight_bytes(report, placement) == linears * factor + 2 * (
         report.num_parameters - linears
     )
+
+
+def test_each_rank_of_a_group_has_a_part_of_the_memory(tiny_llama_dir):
+    def inspect(ranks):
+        return inspect_model(
+            EngineConfig.create(str(tiny_llama_dir), device="cpu", tensor_parallel=ranks)
+        )
+
+    whole, half = inspect(1).facts["memory"], inspect(2).facts["memory"]
+    assert half["ranks"] == 2
+    assert half["kv_per_token"] == whole["kv_per_token"] / 2
+    assert half["weights"] == pytest.approx(whole["weights"] / 2, rel=0.05)
+    (problem,) = inspect(3).problems
+    assert "cannot be divided among 3 ranks" in problem
 
 
 def test_what_is_said_is_what_an_engine_has(tiny_llama_dir):

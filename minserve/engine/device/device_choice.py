@@ -78,10 +78,14 @@ def set_num_threads(config: EngineConfig, device: torch.device) -> ThreadCount |
         if machine.cpu_quota is not None:
             torch.set_num_threads(min(torch.get_num_threads(), machine.num_threads))
         return None
-    if config.threads is not None:
-        machine.warn_of(config.threads, f"--threads {config.threads}")
-    share = max(1, machine.num_threads // config.tensor_parallel)
-    torch.set_num_threads(config.threads or share)
+    num_ranks = config.tensor_parallel
+    threads = config.threads or max(1, machine.num_threads // num_ranks)
+    settings = [] if config.threads is None else [f"--threads {threads}"]
+    if num_ranks > 1:
+        settings.append(f"--tensor-parallel {num_ranks}")
+    if settings:
+        machine.warn_of(threads * num_ranks, " ".join(settings))
+    torch.set_num_threads(threads)
     # How work is divided among threads may show in the last bits.
     adapts = not config.deterministic
     return ThreadCount(torch.get_num_threads(), machine.cores, adapts=adapts)

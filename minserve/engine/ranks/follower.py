@@ -9,7 +9,7 @@ from minserve.engine.build import load_share
 from minserve.engine.device.device_choice import choose_device
 from minserve.engine.ranks.follower_process import RankSpec
 from minserve.engine.ranks.following import follow
-from minserve.engine.ranks.group import RankGroup, reach_store
+from minserve.engine.ranks.group import RankGroup, reach_store, report
 from minserve.engine.ranks.line import LineEnd
 from minserve.exit_codes import EXIT_FAULT, EXIT_LOST
 from minserve.log_lines import set_up_logs
@@ -26,16 +26,15 @@ def run_rank(spec: RankSpec) -> int:
     line = LineEnd(spec.line)
     try:
         store = reach_store(spec.host, spec.port)
-        group = RankGroup(
-            spec.rank, spec.size, store, spec.host, choose_device(config.device), spec.memory, None
-        )
     except RuntimeError as error:
         log.error("rank %d finds no rank 0: %s", spec.rank, error)
         return EXIT_LOST
     try:
+        device = choose_device(config.device)
+        group = RankGroup(spec.rank, spec.size, store, spec.host, device, spec.memory, None)
         follow(load_share(config, group), group, line)
         return EXIT_LOST
     except Exception as error:
-        group.report(error)
+        report(store, spec.rank, error)
         log.debug("rank %d has failed", spec.rank, exc_info=error)
         return EXIT_FAULT

@@ -136,11 +136,6 @@ class RankGroup:
         self._store.set(f"{place}/0", str(least))
         return least
 
-    def report(self, error: BaseException) -> None:
-        """Leave word of why this rank ends, for rank 0."""
-        with suppress(RuntimeError):
-            self._store.set(f"failed/{self.rank}", f"{type(error).__name__}: {error}")
-
     def _checker(self) -> Callable[[float], None]:
         keeper = self.keeper
         if keeper is None:
@@ -152,6 +147,12 @@ class RankGroup:
                 raise RankLostError(f"a rank hangs: {waited_s:.0f} s in one sum", by_fault=True)
 
         return check
+
+
+def report(store: TCPStore, rank: int, error: BaseException) -> None:
+    """Leave word of why a rank ends, for rank 0."""
+    with suppress(RuntimeError):
+        store.set(f"failed/{rank}", f"{type(error).__name__}: {error}")
 
 
 def told_by(store: TCPStore) -> Callable[[int], str]:

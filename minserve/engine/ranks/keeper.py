@@ -76,8 +76,13 @@ class Keeper:
         """Ask whether the group is beyond use.
 
         Raises:
-            RankLostError: if it is; each time another one, whose traceback is its own.
+            RankLostError: if it is, or in a fork; each time another one, whose traceback is its own.
         """
+        if self._state.is_fork:
+            raise RankLostError(
+                "this process is a fork, and the ranks are its parent's; start an engine of its own",
+                by_fault=False,
+            )
         if self._state.lost is not None:
             raise self._state.lost.again()
 
@@ -121,6 +126,12 @@ class _State:
         self.news = threading.Event()
         self._guard = threading.Lock()
         self._closed = False
+        self._owner = os.getpid()
+
+    @property
+    def is_fork(self) -> bool:
+        """True in a fork of the process that started the ranks: they do not belong to it."""
+        return os.getpid() != self._owner
 
     def add(self, rank: int, process: subprocess.Popen[bytes]) -> None:
         with self._guard:
@@ -137,6 +148,8 @@ class _State:
 
     def end(self) -> None:
         """Kill all processes: there is nothing that they would have to put in order."""
+        if self.is_fork:
+            return
         with self._guard:
             self._closed = True
             for process in self.running.values():

@@ -38,7 +38,7 @@ def start_group(
     """
     size = config.tensor_parallel
     check_size(model_config, size)
-    gpus = _visible_gpus(size) if device.type == "cuda" else []
+    gpus = visible_gpus(size) if device.type == "cuda" else []
     shared = device.type == "cpu" and shared_memory.is_supported()
     memory = shared_memory.create(size) if shared else None
     pipes = [os.pipe() for _ in range(1, size)]
@@ -79,7 +79,7 @@ def most_queries(config: EngineConfig) -> int:
     return 1 + config.max_speculation if drafts else 1
 
 
-def _visible_gpus(size: int) -> list[str]:
+def visible_gpus(size: int) -> list[str]:
     """Return the names of the GPUs that this process sees, as CUDA_VISIBLE_DEVICES has them.
 
     Raises:

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from minserve import Engine, SamplingParams
+from minserve.config import EngineConfig
 from minserve.engine.device import thread_count
+from minserve.engine.device.device_choice import set_num_threads
 from minserve.engine.device.thread_count import ThreadCount, Usage, num_fitting
 
 
@@ -40,6 +42,14 @@ def test_cores_that_others_keep_busy_are_left_to_them(
     for seconds in (0.25, 1.0, 60.0):
         after = Usage(10.0 + seconds, 100.0 + busy * seconds, 50.0 + own * seconds)
         assert num_fitting(most, cores, before, after) == fitting
+
+
+def test_the_threads_of_all_ranks_count_as_too_many(caplog: pytest.LogCaptureFixture) -> None:
+    set_num_threads(EngineConfig(threads=1), torch.device("cpu"))
+    assert not caplog.messages
+    set_num_threads(EngineConfig(threads=1, tensor_parallel=4096), torch.device("cpu"))
+    (told,) = caplog.messages
+    assert told.startswith("--threads 1 --tensor-parallel 4096: 4096 threads, but")
 
 
 def test_passes_give_way_to_a_neighbour_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:

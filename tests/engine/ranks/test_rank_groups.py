@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from speculating import essence, make_engine, outputs_of
 from waiting import wait_until
 
 from minserve import Engine, SamplingParams
+from minserve.engine.ranks import group as group_module
 from minserve.engine.ranks import keeper, shared_memory
 from minserve.errors import ConfigError, DeviceLostError
 from minserve.outputs import RequestOutput
@@ -96,7 +98,7 @@ def group(
 
 @pytest.mark.parametrize("group", [("draft", True)], indirect=True)
 def test_two_ranks_with_a_draft_model_say_what_one_process_says_until_one_is_killed(
-    group: Engine, alone: dict[str, Any]
+    group: Engine, alone: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     assert everything(group) == alone
     assert group.speculation_stats.num_accepted_tokens > 0
@@ -108,7 +110,8 @@ def test_two_ranks_with_a_draft_model_say_what_one_process_says_until_one_is_kil
         list(stream)
     assert not group._loaded.keeper.lost.by_fault
     with pytest.raises(DeviceLostError, match="rank 1"):
-        group.generate(PROMPTS[0], GREEDY)
+        group.generate(PROMPTS[:2], GREEDY)
+    assert "runs in parts" not in caplog.text
 
 
 @pytest.mark.parametrize("group", [("ngram", False)], indirect=True)
@@ -141,24 +144,50 @@ def test_four_ranks_say_what_one_process_says_and_end_with_their_engine(
     wait_until(lambda: not any(map(is_there, pids)))
 
 
+@pytest.mark.parametrize("where", ["choose_device", "follow"])
 def test_what_fails_on_one_rank_alone_is_told_by_the_error(
-    tiny_llama_dir: Path, planted: Callable[[str], None]
+    where: str, tiny_llama_dir: Path, planted: Callable[[str, str], None]
 ) -> None:
-    planted("raise MemoryError('no room')")
-    with pytest.raises(DeviceLostError, match=r"rank 1 has ended .*MemoryError: no room"):
+    planted(where, "raise RuntimeError('no room')")
+    with pytest.raises(DeviceLostError, match=r"rank 1 has ended .*RuntimeError: no room"):
         Engine(str(tiny_llama_dir), tensor_parallel=2, threads=1, num_blocks=20).generate("The")
 
 
-@pytest.fixture
-def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Has the ranks other than 0 do something in place of following."""
+def test_ranks_wait_for_who_still_loads_and_are_not_those_of_a_fork(
+    tiny_llama_dir: Path, planted: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_module, "PATIENCE_S", 0.5)
+    planted(
+        "load_share",
+        "from minserve.engine import build; read = build.build_model\n"
+        "    build.build_model = lambda *args: time.sleep(2) or read(*args)\n"
+        "    return build.load_share(*_)",
+    )
+    engine = Engine(str(tiny_llama_dir), tensor_parallel=2, threads=1, num_blocks=20)
+    monkeypatch.undo()
+    expected = tokens(engine.generate("The", GREEDY))
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        with suppress(BaseException):
+            engine.generate("The", GREEDY)  # whose KV the other rank would keep
+            code = 2
+        engine._loaded.keeper.close()  # as a fork that ends does
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    assert tokens(engine.generate("The", GREEDY)) == expected
 
-    def plant(what: str) -> None:
+
+@pytest.fixture
+def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Has the ranks other than 0 do something in place of a function that they call."""
+
+    def plant(function: str, what: str) -> None:
         (tmp_path / "planted_rank.py").write_text(
-            "import logging, os, sys\n"
+            "import os, sys, time\n"
             "from minserve.engine.ranks import follower, follower_process\n"
-            f"def follow(*_):\n    {what}\n"
-            "follower.follow = follow\n"
+            f"def planted(*_):\n    {what}\n"
+            f"follower.{function} = planted\n"
             "code = follower_process.main(*sys.argv[1:])\n"
             "os._exit(code)\n"
         )
