@@ -34,7 +34,6 @@ from tqdm import tqdm
 from minserve.config import EngineConfig
 from minserve.engine.build import load_engine
 from minserve.engine.core import EngineCore
-from minserve.engine.device.kv_cache import bytes_per_block
 from minserve.engine.device.runner import model_runner
 from minserve.engine.profile.profile_design import ProfileBatch
 from minserve.engine.profile.profiler import Workbench, profile_core
@@ -133,9 +132,11 @@ def load(model: str, settings: dict[str, Any]) -> EngineCore:
 
 def step_bytes(core: EngineCore, model: str, context: int, batch: int) -> int:
     """Return the bytes that a decode step must read: all weights, and the KV of its sequences."""
-    kv = core.runner.kv[0].key
-    block = bytes_per_block(core.runner.model.shape, 1, kv.dtype)
-    return linear_weights(model) * kv.dtype.itemsize + batch * (context + 1) * block
+    kv = core.runner.kv
+    per_token = (
+        sum(part.nbytes for layer in kv for part in layer.parts) // kv[0].key[..., 0, 0].numel()
+    )
+    return linear_weights(model) * kv[0].dtype.itemsize + batch * (context + 1) * per_token
 
 
 def batch_ms(bench: Workbench, batch: ProfileBatch, repeats: int) -> float:

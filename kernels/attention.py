@@ -15,6 +15,7 @@ import torch
 
 from minserve.config import ATTENTION_BACKENDS
 from minserve.errors import BackendUnavailableError
+from minserve.kernels.kv_quantization import KV_FORMS, KVForm, KVScales
 from minserve.kernels.upload import to_device
 
 # The torch backend where results must not depend on the batch; a setting of its own asks for it.
@@ -29,11 +30,24 @@ class LayerKV:
         key, value: ``[num_blocks, block_size, num_kv_heads, head_dim]``; the backend chooses
             their order in memory.
         views: other views of the same memory that the backend keeps at hand.
+        scales: of keys and values that are stored in 8 bits, else ``None``.
     """
 
     key: torch.Tensor
     value: torch.Tensor
     views: Any = None
+    scales: KVScales | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which attention computes."""
+        return self.key.dtype if self.scales is None else self.scales.dtype
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that take memory: keys, values, and their scales where there are any."""
+        scales = () if self.scales is None else (self.scales.key, self.scales.value)
+        return (self.key, self.value, *scales)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -106,12 +120,14 @@ class AttentionBackend(ABC):
         in_triton: true if Triton runs on the device, so that other operations may be Triton
             kernels too.
         chunk_sizes: chunk sizes in tokens, ascending; from each on, another kernel runs than below.
+        kv_form: the form of 8 bits in which it stores keys and values; ``None`` for their own dtype.
     """
 
     name: str
     supports_graphs: bool = False
     in_triton: bool = False
     chunk_sizes: tuple[int, ...] = (1,)
+    kv_form: KVForm | None = None
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float) -> None:
         self.num_heads = num_heads
@@ -123,7 +139,11 @@ class AttentionBackend(ABC):
     def allocate(
         self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> LayerKV:
-        """Return a zeroed cache for one layer."""
+        """Return a zeroed cache for one layer.
+
+        Args:
+            dtype: that of the model's arithmetic, and of the cache if there is no `kv_form`.
+        """
 
     @abstractmethod
     def prepare(self, metadata: AttentionMetadata) -> None:
@@ -204,27 +224,42 @@ def _why_not_triton(device: torch.device) -> str | None:
 
 
 def make_attention_backend(
-    name: str, num_heads: int, num_kv_heads: int, head_dim: int, scale: float
+    name: str,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+    kv_cache_dtype: str = "auto",
 ) -> AttentionBackend:
     """Return a new backend for a name that `choose_attention_backend` returned, or `DETERMINISTIC`.
+
+    Args:
+        kv_cache_dtype: as in `EngineConfig`; 8 bits are for the backends torch and triton alone.
 
     Raises:
         BackendUnavailableError: for an unknown name, or if it cannot serve such heads.
     """
+    backend = _backend_class(name)(num_heads, num_kv_heads, head_dim, scale)
+    backend.kv_form = KV_FORMS[kv_cache_dtype]
+    return backend
+
+
+def _backend_class(name: str) -> type[AttentionBackend]:
+    """Return the class of a backend, whose libraries may be missing elsewhere."""
     if name == DETERMINISTIC:
         from minserve.kernels.deterministic_backend import DeterministicBackend
 
-        return DeterministicBackend(num_heads, num_kv_heads, head_dim, scale)
+        return DeterministicBackend
     if name == "torch":
         from minserve.kernels.torch_backend import TorchBackend
 
-        return TorchBackend(num_heads, num_kv_heads, head_dim, scale)
+        return TorchBackend
     if name == "triton":
         from minserve.kernels.triton_backend import TritonBackend
 
-        return TritonBackend(num_heads, num_kv_heads, head_dim, scale)
+        return TritonBackend
     if name == "flash-attn":
         from minserve.kernels.flash_attn import FlashAttnBackend
 
-        return FlashAttnBackend(num_heads, num_kv_heads, head_dim, scale)
+        return FlashAttnBackend
     raise _unknown(name)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from minserve.blocks import blocks_for
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
+from minserve.kernels.kv_quantization import KVScales, quantize, raw
 
 # The smallest sequence of a group has at least this share of the largest one's queries, and of its
 # tokens: padding does not double either.
@@ -43,11 +44,21 @@ class _Views(NamedTuple):
         blocks: ``[2 * num_kv_heads * num_blocks, block_size * head_dim]``.
         tokens: ``[2 * num_kv_heads, num_blocks * block_size, head_dim]``.
         pairs: ``[2, num_kv_heads, num_blocks * block_size, head_dim]``.
+        scales: the scales in the same views, without head_dim; ``None`` if there are none.
     """
 
     blocks: Tensor
     tokens: Tensor
     pairs: Tensor
+    scales: _Views | None = None
+
+    @classmethod
+    def of(cls, memory: Tensor, scales: _Views | None = None) -> _Views:
+        """Return the views of ``[2, num_kv_heads, num_blocks, block_size, ...]``."""
+        return cls(
+            memory.flatten(3).flatten(0, 2), memory.flatten(0, 1).flatten(1, 2), memory.flatten(2, 3),
+            scales,
+        )  # fmt: skip
 
 
 class _Gathered(NamedTuple):
@@ -65,7 +76,13 @@ class _Gathered(NamedTuple):
 
     def read(self, kv: LayerKV) -> Tensor:
         """Gather from a layer's cache and return `tokens`."""
-        torch.index_select(kv.views.blocks, 0, self.rows, out=self.buffer)
+        if kv.scales is None:
+            torch.index_select(kv.views.blocks, 0, self.rows, out=self.buffer)
+        else:
+            stored = kv.views.blocks.index_select(0, self.rows).view(kv.key.dtype)
+            scales = kv.views.scales.blocks.index_select(0, self.rows)
+            values = stored.unflatten(1, (scales.shape[1], -1)).float().mul_(scales.unsqueeze(2))
+            self.buffer.copy_(values.flatten(1))
         return self.tokens
 
 
@@ -128,7 +145,8 @@ class TorchBackend(AttentionBackend):
     """The torch backend. It runs on any device and in any float dtype.
 
     Matmuls of a single sequence are in the queries' dtype, matmuls of a group in the cache's, and
-    every softmax is in float32 within torch's operation.
+    every softmax is in float32 within torch's operation. Keys and values in 8 bits are multiplied
+    by their scales as they are gathered.
     """
 
     name = "torch"
@@ -142,16 +160,16 @@ class TorchBackend(AttentionBackend):
 
         It is zeroed, since a masked NaN would still spoil a sum.
         """
-        memory = _zeros(
-            (2, self.num_kv_heads, num_blocks, block_size, self.head_dim), dtype, device
-        )
-        views = _Views(
-            memory.view(-1, block_size * self.head_dim),
-            memory.view(2 * self.num_kv_heads, -1, self.head_dim),
-            memory.flatten(2, 3),
-        )
+        size = (2, self.num_kv_heads, num_blocks, block_size)
+        scales = scale_views = None
+        if self.kv_form is not None:
+            factors = _zeros(size, torch.float32, device)
+            key_scales, value_scales = factors.transpose(1, 2).unbind(0)
+            scales = KVScales(key_scales, value_scales, dtype)
+            scale_views, dtype = _Views.of(factors), self.kv_form.dtype
+        memory = _zeros((*size, self.head_dim), dtype, device)
         key, value = memory.permute(0, 2, 3, 1, 4).unbind(0)
-        return LayerKV(key, value, views)
+        return LayerKV(key, value, _Views.of(raw(memory), scale_views), scales)
 
     def prepare(self, metadata: AttentionMetadata) -> None:
         slots = metadata.slot_mapping
@@ -179,7 +197,14 @@ class TorchBackend(AttentionBackend):
         if metadata.state.left_over is not None:
             # Groups read blocks whole. Masked or not, a NaN of the block's owner before would
             # spoil the sums of this one.
-            kv.views.tokens.index_fill_(1, metadata.state.left_over, 0.0)
+            kv.views.tokens.index_fill_(1, metadata.state.left_over, 0)
+            if kv.scales is not None:
+                kv.views.scales.tokens.index_fill_(1, metadata.state.left_over, 0)
+        if self.kv_form is not None:
+            stored, scales = quantize(new, self.kv_form)
+            kv.views.scales.tokens.index_copy_(1, metadata.slot_mapping, scales.transpose(0, 1))
+            kv.views.tokens.index_copy_(1, metadata.slot_mapping, raw(stored).transpose(0, 1))
+            return
         slot = metadata.state.slot
         if slot is not None:  # cheaper than `index_copy_`, and it converts the dtype
             kv.views.tokens.select(1, slot).copy_(new.squeeze(0))
@@ -206,7 +231,7 @@ class TorchBackend(AttentionBackend):
         """Return ``[tokens, num_heads * head_dim]`` of similar sequences together."""
         num_seqs, num_queries, _ = group.visible.shape
         if group.gathered is None:
-            bias = self._bias(group.visible, kv.key.dtype)
+            bias = self._bias(group.visible, kv.dtype)
             group.gathered = (*self._place(group.tables, kv), bias)
         # Values are gathered after the softmax, not with the keys: so each core multiplies by the
         # values that it has gathered itself, which are in its own cache.
@@ -263,8 +288,11 @@ class TorchBackend(AttentionBackend):
     def _tokens_of(self, kv: LayerKV, single: _Single, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return a sequence's keys and values, each ``[num_kv_heads, seq_len, head_dim]``."""
         if single.first is not None:
-            own = kv.views.pairs.narrow(2, single.first, single.seq_len).to(dtype)
-            return own.unbind(0)
+            own = kv.views.pairs.narrow(2, single.first, single.seq_len)
+            if kv.scales is not None:
+                scales = kv.views.scales.pairs.narrow(2, single.first, single.seq_len)
+                own = own.view(kv.key.dtype).float().mul_(scales.unsqueeze(3))
+            return own.to(dtype).unbind(0)
         if single.gathered is None:
             single.gathered = self._place(single.table, kv)
         key, value = (one.read(kv)[:, : single.seq_len].to(dtype) for one in single.gathered)
@@ -279,7 +307,7 @@ class TorchBackend(AttentionBackend):
         rows, width = self._rows(tables, kv), kv.views.blocks.shape[1]
         size = rows.numel() * width
         if self._scratch is None or self._scratch.numel() < size:
-            self._scratch = torch.empty(size, dtype=kv.key.dtype, device=kv.key.device)
+            self._scratch = torch.empty(size, dtype=kv.dtype, device=kv.key.device)
         buffers = self._scratch[:size].view(2, -1, width)
         tokens = buffers.view(2, len(tables) * self.num_kv_heads, -1, self.head_dim)
         key, value = map(_Gathered, rows, buffers, tokens)

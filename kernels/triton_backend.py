@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minserve.errors import BackendUnavailableError
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
+from minserve.kernels.kv_quantization import INT8, KVScales
 from minserve.kernels.triton.batched_decode import batched_decode
 from minserve.kernels.triton.chunked_prefill import (
     CHUNK_SIZES,
@@ -26,6 +27,8 @@ from minserve.kernels.triton.write_kv import write_kv
 # Programs that run on a multiprocessor at a time: for decodes; for prefills in small tiles with
 # heads of more than 64 dimensions; for prefills with smaller heads.
 DECODES_PER_MULTIPROCESSOR = 4
+# Values in 8 bits are converted in registers, and fewer programs with wide heads have room.
+DECODES_IN_8_BITS = 3
 PREFILLS_PER_MULTIPROCESSOR = 2, 3
 MOST_HEAD_DIM = 256
 
@@ -71,7 +74,7 @@ class TritonBackend(AttentionBackend):
     supports_graphs = True
     in_triton = True
     chunk_sizes = CHUNK_SIZES
-    # The dtype of the cache, as allocated; the tiles depend on it.
+    # The dtype of arithmetic, as the cache was allocated for it; the tiles depend on it.
     _dtype = torch.float16
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float) -> None:
@@ -87,8 +90,15 @@ class TritonBackend(AttentionBackend):
     ) -> LayerKV:
         self._dtype = dtype
         size = (num_blocks, block_size, self.num_kv_heads, self.head_dim)
+        scales = None
+        if self.kv_form is not None:
+            factors = torch.zeros(
+                (2, num_blocks, self.num_kv_heads, block_size), dtype=torch.float32, device=device
+            )
+            key_scales, value_scales = factors.unbind(0)
+            scales, dtype = KVScales(key_scales, value_scales, dtype), self.kv_form.dtype
         key, value = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
-        return LayerKV(key, value)
+        return LayerKV(key, value, scales=scales)
 
     def prepare(self, metadata: AttentionMetadata) -> None:
         state = metadata.state = _TritonBatchState(*metadata.on_device())
@@ -113,13 +123,15 @@ class TritonBackend(AttentionBackend):
             self.num_kv_heads,
             metadata.block_size,
             rotations,
+            kv.scales,
+            self.kv_form or INT8,
         )
 
     def forward(self, query: Tensor, kv: LayerKV, metadata: AttentionMetadata) -> Tensor:
         state = metadata.state
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         if state.decodes is not None:
-            batched_decode(query, kv.key, kv.value, out, state.decodes, self.scale)
+            batched_decode(query, kv.key, kv.value, out, state.decodes, self.scale, kv.scales)
         if state.prefills is not None:
             chunked_prefill(
                 query,
@@ -131,11 +143,14 @@ class TritonBackend(AttentionBackend):
                 metadata.block_tables,
                 state.prefills,
                 self.scale,
+                kv.scales,
             )
         return out.flatten(1)
 
     def _plan_decodes(self, metadata: AttentionMetadata, state: _TritonBatchState) -> DecodePlan:
         num, starts = metadata.num_decodes, metadata.query_start_loc
+        few = self.kv_form is not None and self.head_dim > 64
+        at_a_time = DECODES_IN_8_BITS if few else DECODES_PER_MULTIPROCESSOR
         return plan_decodes(
             state.starts[: num + 1],
             state.lengths[:num],
@@ -147,8 +162,8 @@ class TritonBackend(AttentionBackend):
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             dtype=self._dtype,
-            num_programs=DECODES_PER_MULTIPROCESSOR
-            * describe(metadata.slot_mapping.device).multiprocessors,
+            num_programs=at_a_time * describe(metadata.slot_mapping.device).multiprocessors,
+            in_8_bits=self.kv_form is not None,
         )
 
     def _plan_prefills(self, metadata: AttentionMetadata, device_starts: Tensor) -> PrefillPlan:
@@ -157,7 +172,8 @@ class TritonBackend(AttentionBackend):
         longest = max(starts[i + 1] - starts[i] for i in range(first, metadata.num_seqs))
         longest = min(longest, num_tokens)
         device = describe(metadata.slot_mapping.device)
-        tile = prefill_tile(longest, self.head_dim, self._dtype, device.capability)
+        in_8_bits = self.kv_form is not None
+        tile = prefill_tile(longest, self.head_dim, self._dtype, device.capability, in_8_bits)
         tiles = None
         if not metadata.lengths_known:
             tiles = prefill_tiles_on_device(device_starts, first, num_tokens, tile.block_m)

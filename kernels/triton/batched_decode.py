@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minserve.kernels.kv_quantization import KVScales
 from minserve.kernels.triton.decode_plan import FIELDS, DecodePlan
+from minserve.kernels.triton.kv_values import LIFT, load_scales
 from minserve.kernels.triton.online_softmax import LOG2_E, softmax_step
 from minserve.kernels.triton.paged_tiles import blocks_at, slots_in
 from minserve.kernels.triton.split_merge import ended_last, merge_splits
@@ -27,6 +29,7 @@ def batched_decode(
     out: Tensor,
     plan: DecodePlan,
     scale: float,
+    scales: KVScales | None = None,
 ) -> None:
     """Attend causally; the last query token of a sequence is its newest token.
 
@@ -35,6 +38,7 @@ def batched_decode(
         key_cache, value_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]``, contiguous.
         out: ``[num_tokens, num_heads, head_dim]``, contiguous; receives the result.
         scale: factor on the scores, above 0.
+        scales: those of a cache in 8 bits, contiguous; ``None`` for a cache in the queries' dtype.
     """
     if plan.pieces.shape[0] == 0:
         return
@@ -51,6 +55,8 @@ def batched_decode(
         plan.arrived,
         plan.pieces,
         plan.tables,
+        None if scales is None else scales.key,
+        None if scales is None else scales.value,
         query.stride(0),
         plan.tables.stride(0),
         plan.num_tiles,
@@ -79,6 +85,8 @@ def _decode_kernel(
     arrived_ptr,
     pieces_ptr,
     tables_ptr,
+    key_scale_ptr,
+    value_scale_ptr,
     query_stride,
     table_stride,
     num_tiles,
@@ -114,7 +122,7 @@ def _decode_kernel(
     acc, lse = _attend_piece(
         query_ptr, key_ptr, value_ptr, tables_ptr + seq.to(tl.int64) * table_stride,
         (rows // GROUP) * query_stride + (rows % GROUP) * HEAD_DIM, is_row, kv_head,
-        length - num_queries + rows // GROUP, begin, end, scale,
+        length - num_queries + rows // GROUP, begin, end, scale, key_scale_ptr, value_scale_ptr,
         NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N,
     )  # fmt: skip
     _store_piece(
@@ -186,6 +194,8 @@ def _attend_piece(
     begin,
     end,
     scale,
+    key_scale_ptr,
+    value_scale_ptr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -221,7 +231,11 @@ def _attend_piece(
             mask=is_there[None, :] & is_dim[:, None],
             other=0.0,
         )
-        scores = tl.dot(query, key, input_precision="ieee")
+        scores = tl.dot(query, key.to(query.dtype), input_precision="ieee")
+        if key_scale_ptr is not None:
+            scores *= load_scales(key_scale_ptr, slot, kv_head, is_there, NUM_KV_HEADS, BLOCK_SIZE)[
+                None, :
+            ]
         is_seen = is_there[None, :] & (context[None, :] <= position[:, None])
         scores = tl.where(is_seen, scores, float("-inf"))
         # A row may see nothing of a whole piece: drafted tokens at its end come after it.
@@ -232,8 +246,16 @@ def _attend_piece(
             other=0.0,
         )
         acc = acc * decay[:, None]
-        acc = tl.dot(weights.to(value.dtype), value, acc, input_precision="ieee")
+        if value_scale_ptr is not None:
+            value_scale = load_scales(
+                value_scale_ptr, slot, kv_head, is_there, NUM_KV_HEADS, BLOCK_SIZE
+            )
+            weights *= (value_scale * LIFT)[None, :]
+        weights, value = weights.to(query.dtype), value.to(query.dtype)
+        acc = tl.dot(weights, value, acc, input_precision="ieee")
     total = tl.where(total > 0.0, total, 1.0)
+    if value_scale_ptr is not None:
+        acc /= LIFT
     return acc / total[:, None], best + tl.log2(total)
 
 

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minserve.kernels.kv_quantization import KVScales
+from minserve.kernels.triton.kv_values import LIFT, load_scales
 from minserve.kernels.triton.online_softmax import LOG2_E, softmax_step
 from minserve.kernels.triton.paged_tiles import blocks_at, slots_in
 from minserve.kernels.triton.prefill_tiles import prefill_tiles
@@ -46,12 +48,15 @@ class PrefillTile(NamedTuple):
     num_stages: int
 
 
-def prefill_tile(longest: int, head_dim: int, dtype: torch.dtype, capability: int) -> PrefillTile:
+def prefill_tile(
+    longest: int, head_dim: int, dtype: torch.dtype, capability: int, in_8_bits: bool = False
+) -> PrefillTile:
     """Return the tile for a batch whose longest chunk has so many tokens.
 
     Args:
         capability: the device's compute capability, times ten. Below 90, and from 120 on, the
             tensor cores read their operands from registers, so fewer registers are free.
+        in_8_bits: true if keys and values are converted, which takes registers too.
     """
     if dtype is torch.float32:
         return PrefillTile(32, 16, num_warps=8, num_stages=2)
@@ -59,7 +64,7 @@ def prefill_tile(longest: int, head_dim: int, dtype: torch.dtype, capability: in
         return PrefillTile(64, 32, num_warps=8, num_stages=2)
     if 90 <= capability < 120:
         if longest < LONG_CHUNK:
-            return PrefillTile(64, 64, num_warps=4, num_stages=3)
+            return PrefillTile(64, 32 if in_8_bits else 64, num_warps=4, num_stages=3)
         return PrefillTile(128, 64, num_warps=8, num_stages=4)
     if longest <= SHORT_CHUNK:
         return PrefillTile(64, 32, num_warps=4, num_stages=3)
@@ -153,6 +158,7 @@ def chunked_prefill(
     tables: Tensor,
     plan: PrefillPlan,
     scale: float,
+    scales: KVScales | None = None,
 ) -> None:
     """Attend causally; the last query token of a chunk is the newest token of its sequence.
 
@@ -163,6 +169,7 @@ def chunked_prefill(
         starts, lengths, tables: int64, for all sequences of the batch: ``[num_seqs + 1]``,
             ``[num_seqs]``, ``[num_seqs, max_blocks]``.
         scale: factor on the scores.
+        scales: those of a cache in 8 bits, contiguous; ``None`` for a cache in the queries' dtype.
     """
     tile, num_tiles = plan.tile, plan.tiles.shape[0]
     if num_tiles == 0:
@@ -183,6 +190,8 @@ def chunked_prefill(
         lengths,
         tables,
         plan.tiles,
+        None if scales is None else scales.key,
+        None if scales is None else scales.value,
         query.stride(0),
         tables.stride(0),
         plan.split_len,
@@ -225,6 +234,8 @@ def _prefill_kernel(
     lengths_ptr,
     tables_ptr,
     tiles_ptr,
+    key_scale_ptr,
+    value_scale_ptr,
     query_stride,
     table_stride,
     split_len,
@@ -282,15 +293,17 @@ def _prefill_kernel(
     table_ptr = tables_ptr + seq * table_stride
     best, total, acc_low, acc_high = _attend(
         best, total, acc_low, acc_high, query_low, query_high, key_ptr, value_ptr, table_ptr,
-        position, low, high, kv_head, begin, until_unmasked, end, scale,
+        position, low, high, kv_head, begin, until_unmasked, end, scale, key_scale_ptr, value_scale_ptr,
         NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N, HIGH, False, False,
     )  # fmt: skip
     best, total, acc_low, acc_high = _attend(
         best, total, acc_low, acc_high, query_low, query_high, key_ptr, value_ptr, table_ptr,
-        position, low, high, kv_head, until_unmasked, until, end, scale,
+        position, low, high, kv_head, until_unmasked, until, end, scale, key_scale_ptr, value_scale_ptr,
         NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N, HIGH, True, SPLIT,
     )  # fmt: skip
 
+    if value_scale_ptr is not None:
+        acc_low, acc_high = acc_low / LIFT, acc_high / LIFT
     out_ptr += ((start + first) * NUM_HEADS + head) * HEAD_DIM
     if SPLIT:
         _store_split(
@@ -412,6 +425,8 @@ def _attend(
     until,
     end,
     scale,
+    key_scale_ptr,
+    value_scale_ptr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -435,21 +450,32 @@ def _attend(
         offset = (slot * NUM_KV_HEADS + kv_head) * HEAD_DIM
         key_ptrs, value_ptrs = key_ptr + offset[None, :], value_ptr + offset[:, None]
         key = _load(key_ptrs + low[:, None], is_there[None, :], MASKED)
-        scores = tl.dot(query_low, key, input_precision="ieee")
+        scores = tl.dot(query_low, key.to(query_low.dtype), input_precision="ieee")
         if HIGH > 0:
             is_key = is_there[None, :] & is_high[:, None]
             key_high = tl.load(key_ptrs + high[:, None], mask=is_key, other=0.0)
+            key_high = key_high.to(query_low.dtype)
             scores = tl.dot(query_high, key_high, scores, input_precision="ieee")
+        if key_scale_ptr is not None:
+            scores *= load_scales(key_scale_ptr, slot, kv_head, is_there, NUM_KV_HEADS, BLOCK_SIZE)[
+                None, :
+            ]
         if MASKED:
             is_seen = is_there[None, :] & (context[None, :] <= position[:, None])
             scores = tl.where(is_seen, scores, float("-inf"))
         weights, decay, best, total = softmax_step(scores, scale, best, total, MAY_SEE_NOTHING)
         value = _load(value_ptrs + low[None, :], is_there[:, None], MASKED)
-        weights = weights.to(value.dtype)
+        if value_scale_ptr is not None:
+            value_scale = load_scales(
+                value_scale_ptr, slot, kv_head, is_there, NUM_KV_HEADS, BLOCK_SIZE
+            )
+            weights *= (value_scale * LIFT)[None, :]
+        weights, value = weights.to(query_low.dtype), value.to(query_low.dtype)
         acc_low = tl.dot(weights, value, acc_low * decay[:, None], input_precision="ieee")
         if HIGH > 0:
             is_value = is_there[:, None] & is_high[None, :]
             value_high = tl.load(value_ptrs + high[None, :], mask=is_value, other=0.0)
+            value_high = value_high.to(query_low.dtype)
             acc_high = tl.dot(
                 weights, value_high, acc_high * decay[:, None], input_precision="ieee"
             )
@@ -458,4 +484,4 @@ def _attend(
 
 @triton.jit
 def _load(ptrs, mask, MASKED: tl.constexpr):
-    return tl.load(ptrs, mask=mask, other=0) if MASKED else tl.load(ptrs)
+    return tl.load(ptrs, mask=mask, other=0.0) if MASKED else tl.load(ptrs)

@@ -41,12 +41,17 @@ class DecodeTile(NamedTuple):
 
 
 def decode_tile(
-    num_rows: int, head_dim: int, dtype: torch.dtype, fills_device: bool = True
+    num_rows: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    fills_device: bool = True,
+    in_8_bits: bool = False,
 ) -> DecodeTile:
     """Return the tile for so many rows per sequence and KV head.
 
     Args:
         fills_device: true if there are about as many programs as the device runs at a time.
+        in_8_bits: true if the cache is; ``dtype`` is that of the queries.
     """
     block_m = min(64, max(16, triton.next_power_of_2(num_rows)))
     block_n = 64 if head_dim <= 128 else 32
@@ -55,8 +60,9 @@ def decode_tile(
     if block_m > 32:
         return DecodeTile(block_m, 32, num_warps=8, num_stages=3)
     # Loads take all the time. More programs at a time are better than more stages, if there are
-    # enough programs.
-    few_stages = block_m == 16 and fills_device
+    # enough programs; but the widest heads in 8 bits would spill then.
+    spills = in_8_bits and head_dim > 128
+    few_stages = block_m == 16 and fills_device and not spills
     return DecodeTile(block_m, block_n, num_warps=4, num_stages=2 if few_stages else 3)
 
 
@@ -102,6 +108,7 @@ def plan_decodes(
     head_dim: int,
     dtype: torch.dtype,
     num_programs: int,
+    in_8_bits: bool = False,
 ) -> DecodePlan:
     """Decide the pieces of a batch. It enqueues work and does not wait for the device.
 
@@ -112,8 +119,9 @@ def plan_decodes(
         tables: as in `DecodePlan`.
         most_queries, longest: bounds on query tokens and length of a sequence.
         total: the sum of the lengths; ``None`` if the host does not know it.
-        dtype: dtype of queries and KV.
+        dtype: dtype of queries, and of KV that is not in 8 bits.
         num_programs: number of programs that the device runs at a time.
+        in_8_bits: true if the KV is.
     """
     num_seqs, rows = lengths.shape[0], most_queries * (num_heads // num_kv_heads)
     tile = decode_tile(rows, head_dim, dtype)
@@ -122,7 +130,7 @@ def plan_decodes(
     at_a_time = max(1, num_programs // programs_per_piece)
     more = _most_splits(num_seqs, longest, total, at_a_time, tile.block_n)
     sure = num_seqs + (0 if total is None else more)
-    tile = decode_tile(rows, head_dim, dtype, 2 * sure > at_a_time)
+    tile = decode_tile(rows, head_dim, dtype, 2 * sure > at_a_time, in_8_bits)
     device = lengths.device
     pieces = torch.empty((num_seqs + more, NUM_FIELDS), dtype=torch.int32, device=device)
     # A sequence of n pieces has n - 1 splits, and n is at most twice that.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _FLAGS = (
     *("tokenizer", "chat_template", "tool_format", "reasoning_format"),
     *("dtype", "quantization", "generation_config", "device"),
-    *("max_model_len", "draft_model", "tensor_parallel"),
+    *("max_model_len", "draft_model", "tensor_parallel", "kv_cache_dtype"),
 )
 _EXAMPLES = """\
 examples:

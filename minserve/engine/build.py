@@ -38,6 +38,7 @@ from minserve.kernels.attention import (
     choose_attention_backend,
     make_attention_backend,
 )
+from minserve.kernels.kv_quantization import check_kv_cache_dtype
 from minserve.machine import Machine
 from minserve.models.base import CausalLM, ModelShape
 from minserve.models.config import ModelConfig
@@ -126,12 +127,14 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     dtype = dtype_words(placement.linear_dtype, placement.dtype)
     if runner.model.packed_form:
         dtype = f"{runner.model.packed_form} in {dtype}"
+    kv_form = "" if config.kv_cache_dtype == "auto" else f" in {config.kv_cache_dtype}"
     draft = "" if draft_source is None else f", draft model {draft_source.name}"
     num_ranks = config.tensor_parallel
     where = str(device) if num_ranks == 1 else f"{num_ranks} ranks on {device}"
     log.info(
-        "%s on %s: %s, %s attention%s, %d KV blocks of %d tokens, ready in %.1f s",
+        "%s on %s: %s, %s attention%s, %d KV blocks of %d tokens%s, ready in %.1f s",
         source.name, where, dtype, runner.backend.name, draft, num_blocks, config.block_size,
+        kv_form,
         time.perf_counter() - started,
     )  # fmt: skip
     return LoadedEngine(
@@ -213,10 +216,11 @@ def _load_share(
 ) -> tuple[ModelRunner, _PartMaker]:
     """Load the model, or in a group this rank's share of it."""
     attention = choose_attention_backend(config.attention_backend, device)
+    check_kv_cache_dtype(config.kv_cache_dtype, attention, device)
     model, placement = _load_model(config, source, model_config, device, attention, group)
     if config.deterministic:
         attention = DETERMINISTIC
-    parts = _PartMaker(attention, config.block_size, placement)
+    parts = _PartMaker(attention, config.kv_cache_dtype, config.block_size, placement)
     runner = ModelRunner(model, *parts.of(model.shape))
     runner.sampler = Sampler(fused=runner.backend.in_triton, one_by_one=config.deterministic)
     return runner, parts
@@ -380,7 +384,7 @@ def _log_limits(models: Iterable[PagedModel], device: torch.device) -> None:
     """Log in one line how a container's limits were met, if there are any."""
     kv_bytes = None
     if device.type == "cpu":
-        kv_bytes = sum(kv.key.nbytes + kv.value.nbytes for one in models for kv in one.kv)
+        kv_bytes = sum(part.nbytes for one in models for kv in one.kv for part in kv.parts)
     if words := Machine.look().limit_words(torch.get_num_threads(), kv_bytes):
         log.info("%s", words)
 
@@ -389,14 +393,14 @@ class _PartMaker(NamedTuple):
     """Makes what a `PagedModel` needs beside its model."""
 
     attention: str
+    kv_cache_dtype: str
     block_size: int
     placement: WeightPlacement
 
     def of(self, shape: ModelShape) -> tuple[AttentionBackend, list[LayerKV], int, torch.device]:
         """Return a backend, a KV cache of one block for now, the block size and the device."""
-        backend = make_attention_backend(
-            self.attention, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.scale
-        )
+        heads = shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.scale
+        backend = make_attention_backend(self.attention, *heads, self.kv_cache_dtype)
         device = self.placement.device
         kv = backend.allocate(1, self.block_size, self.placement.dtype, device)
         return backend, [kv] * shape.num_layers, self.block_size, device

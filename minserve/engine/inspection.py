@@ -29,6 +29,7 @@ from minserve.engine.sampling_defaults import read_sampling_defaults
 from minserve.engine.text.tokenizer import Tokenizer
 from minserve.errors import ConfigError, MinserveError
 from minserve.kernels.attention import choose_attention_backend
+from minserve.kernels.kv_quantization import check_kv_cache_dtype
 from minserve.machine import GIB, Machine
 from minserve.models.config import ModelConfig
 from minserve.models.draft_model import check_draft_tensors
@@ -150,6 +151,7 @@ def _look_at_weights(
     device = choose_device(config.device)
     twice = device.type == "cpu" and has_room_twice(checkpoint.num_parameters())
     attention = choose_attention_backend(config.attention_backend, device)
+    check_kv_cache_dtype(config.kv_cache_dtype, attention, device)
     placement = choose_placement(config, device, fused=attention != "torch", twice=twice)
     found.facts["runs_as"] = {
         "device": device.type,
@@ -162,7 +164,7 @@ def _look_at_weights(
         visible_gpus(size)
     # Where a model does not divide evenly, the last rank has most.
     share = report if size == 1 else share_of(report, model, Ranks(size - 1, size))
-    memory = _memory(share, placement, longest, size)
+    memory = _memory(share, placement, longest, config)
     if placement.packed:
         quantized, octets = checkpoint.packed_size()
         memory["weights"] -= (quantized * placement.dtype.itemsize - octets) // size
@@ -282,22 +284,22 @@ def _chats(config: EngineConfig, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _memory(
-    report: TensorReport, placement: WeightPlacement, longest: int, num_ranks: int
+    report: TensorReport, placement: WeightPlacement, longest: int, config: EngineConfig
 ) -> dict[str, Any]:
     """Return the bytes that weights and KV take, and those that are free, for each rank.
 
     Args:
         report: of the share of a rank.
     """
-    per_token = bytes_per_block(report.shape, 1, placement.dtype)
+    per_token = bytes_per_block(report.shape, 1, placement.dtype, config.kv_cache_dtype)
     on_cpu = placement.device.type == "cpu"
     return {
-        "ranks": num_ranks,
+        "ranks": config.tensor_parallel,
         "weights": weight_bytes(report, placement),
         "weight_forms": 2 if placement.format is WeightFormat.ONEDNN_AND_FP16 else 1,
         "kv_per_token": per_token,
         "kv_per_sequence": per_token * longest,
-        "free": Machine.look().shared_by(num_ranks).free_memory
+        "free": Machine.look().shared_by(config.tensor_parallel).free_memory
         if on_cpu
         else _free_on_gpu(placement.device),
     }

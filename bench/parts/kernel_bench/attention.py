@@ -18,6 +18,7 @@ from minserve.kernels.attention import (
     LayerKV,
     make_attention_backend,
 )
+from minserve.kernels.kv_quantization import KV_FORMS, head_bytes, quantize, raw
 from shared.kernel_cases import OURS, Contestant, Heads, KernelSetting, Problem, Scale
 
 BLOCK_SIZE = 32  # the engine's default
@@ -44,6 +45,13 @@ DECODES = {
     Scale.QUICK: [(1, 512), (8, 512), (64, 512), GOAL_DECODE, GOAL_LONE, (256, 512)],
     Scale.DRY: [(2, 40)],
 }
+# Decodes over a cache in 8 bits, by the models of `MODELS`.
+EIGHT_BITS = ("int8", "fp8")
+IN_8_BITS = {
+    Scale.FULL: [GOAL_DECODE, (8, 2048)],
+    Scale.QUICK: [GOAL_DECODE],
+    Scale.DRY: [(2, 40)],
+}
 VERIFIED = 5  # query tokens of a verification: one token and four drafted ones
 GOAL_CHUNK = 512  # tokens of the shortest chunk for which the goal counts
 CHUNKS = {  # tokens, and tokens before them
@@ -63,6 +71,7 @@ class UniformBatch:
         queries: tokens of each that are run.
         past: tokens of each that have KV already.
         decode: true if they are run as decodes, false for prefill chunks.
+        kv_cache_dtype: as in `EngineConfig`.
     """
 
     model: str
@@ -72,6 +81,7 @@ class UniformBatch:
     past: int
     decode: bool
     block_size: int = BLOCK_SIZE
+    kv_cache_dtype: str = "auto"
 
     @property
     def context(self) -> int:
@@ -83,16 +93,19 @@ class UniformBatch:
         """The values that distinguish the batch from others, for its row."""
         if self.decode:
             case = {"batch": self.seqs, "context": self.context}
-            more = {"queries": self.queries} if self.queries > 1 else {}
+            more: dict[str, str | int] = {"queries": self.queries} if self.queries > 1 else {}
         else:
             case = {"chunk": self.queries, "past": self.past}
             more = {"batch": self.seqs} if self.seqs > 1 else {}
+        if self.kv_cache_dtype != "auto":
+            more["kv"] = self.kv_cache_dtype
         return {"model": self.model, **case, **more}
 
     def kv_bytes(self, dtype: torch.dtype) -> int:
         """Return the bytes of one layer's keys and values."""
         _, num_kv_heads, head_dim = self.heads
-        return 2 * self.seqs * self.context * num_kv_heads * head_dim * dtype.itemsize
+        per_head = head_bytes(head_dim, dtype, self.kv_cache_dtype)
+        return 2 * self.seqs * self.context * num_kv_heads * per_head
 
     def least_bytes(self, dtype: torch.dtype) -> int:
         """Return the bytes that must move: keys, values and queries in, the output out."""
@@ -131,7 +144,8 @@ class AttentionInputs:
 
     Attributes:
         query: ``[seqs * queries, num_heads, head_dim]``, for all sets.
-        key, value: ``[num_sets, seqs, context, num_kv_heads, head_dim]``.
+        key, value: ``[num_sets, seqs, context, num_kv_heads, head_dim]``; in float32 what a cache
+            in 8 bits holds.
     """
 
     def __init__(self, batch: UniformBatch, setting: KernelSetting, num_sets: int) -> None:
@@ -146,17 +160,22 @@ class AttentionInputs:
 
     @cached_property
     def key(self) -> Tensor:
-        _, num_kv_heads, head_dim = self.batch.heads
-        return self.setting.randn(
-            self.num_sets, self.batch.seqs, self.batch.context, num_kv_heads, head_dim
-        )
+        return self._values()
 
     @cached_property
     def value(self) -> Tensor:
+        return self._values()
+
+    def _values(self) -> Tensor:
         _, num_kv_heads, head_dim = self.batch.heads
-        return self.setting.randn(
+        values = self.setting.randn(
             self.num_sets, self.batch.seqs, self.batch.context, num_kv_heads, head_dim
         )
+        form = KV_FORMS[self.batch.kv_cache_dtype]
+        if form is None or not self.setting.filled:
+            return values
+        stored, scales = quantize(values, form)
+        return stored.float().mul_(scales.unsqueeze(-1))
 
     def expected(self) -> Tensor:
         """Return the first set's attention in plain float32: ``[tokens, heads * head_dim]``."""
@@ -199,12 +218,23 @@ class AttentionInputs:
         if self.setting.filled:
             position = torch.arange(batch.context, device=device)
             blocks, offsets = tables[:, :, position // block_size], position % block_size
-            kv.key[blocks, offsets] = self.key
-            kv.value[blocks, offsets] = self.value
+            fill(kv, blocks, offsets, self.key, self.value)
         planned = [batch.metadata(table, block_size) for table in tables]
         for metadata in planned:
             backend.prepare(metadata)
         return kv, planned
+
+
+def fill(kv: LayerKV, blocks: Tensor, offsets: Tensor, key: Tensor, value: Tensor) -> None:
+    """Store keys and values ``[..., num_kv_heads, head_dim]`` in their places ``[...]``."""
+    if kv.scales is None:
+        kv.key[blocks, offsets], kv.value[blocks, offsets] = key, value
+        return
+    form = next(form for form in KV_FORMS.values() if form and form.dtype is kv.key.dtype)
+    for x, cache, factors in ((key, kv.key, kv.scales.key), (value, kv.value, kv.scales.value)):
+        stored, scales = quantize(x, form)
+        raw(cache)[blocks, offsets] = raw(stored)
+        factors[blocks, :, offsets] = scales
 
 
 def attention_problem(batch: UniformBatch, setting: KernelSetting) -> Problem:
@@ -215,17 +245,20 @@ def attention_problem(batch: UniformBatch, setting: KernelSetting) -> Problem:
     contestants: dict[str, Callable[[], Contestant]] = {
         OURS: lambda: _paged(inputs, "triton", batch.block_size),
         "sdpa": lambda: _sdpa(inputs),
-        "flash-attn": lambda: _paged(inputs, "flash-attn", FLASH_ATTN_BLOCK_SIZE),
         "torch": lambda: _paged(inputs, "torch", batch.block_size),
     }
+    if batch.kv_cache_dtype == "auto":
+        contestants["flash-attn"] = lambda: _paged(inputs, "flash-attn", FLASH_ATTN_BLOCK_SIZE)
     return Problem(
         kernel="decode" if batch.decode else "prefill",
         case=batch.case,
         dtype=setting.dtype,
         least_bytes=batch.least_bytes(setting.dtype),
         flops=batch.flops,
-        # The inputs, a cache, and what a contestant gathers or a reference needs.
-        memory=3 * num_sets * kv_bytes + 4 * batch.queries * batch.context * batch.seqs,
+        # The inputs, a cache, and what a contestant gathers or a reference needs. The inputs of a
+        # cache in 8 bits are in float32.
+        memory=(3 if batch.kv_cache_dtype == "auto" else 16) * num_sets * kv_bytes
+        + 4 * batch.queries * batch.context * batch.seqs,
         expected=inputs.expected,
         contestants=contestants,
     )
@@ -234,7 +267,7 @@ def attention_problem(batch: UniformBatch, setting: KernelSetting) -> Problem:
 def _paged(inputs: AttentionInputs, name: str, block_size: int) -> Contestant:
     """Return a contestant that runs one of minserve's backends over its own cache."""
     heads = inputs.batch.heads
-    backend = make_attention_backend(name, *heads, heads.scale)
+    backend = make_attention_backend(name, *heads, heads.scale, inputs.batch.kv_cache_dtype)
     kv, planned = inputs.paged(backend, block_size)
     runs = [lambda m=metadata: backend.forward(inputs.query, kv, m) for metadata in planned]
     return Contestant(runs, runs[0])
@@ -247,7 +280,7 @@ def _sdpa(inputs: AttentionInputs) -> Contestant:
     size = (batch.seqs, batch.queries, num_heads, head_dim)
     query = inputs.query.view(size).transpose(1, 2)
     mask = None
-    keys, values = inputs.key.transpose(2, 3), inputs.value.transpose(2, 3)
+    keys, values = (x.to(query.dtype).transpose(2, 3) for x in (inputs.key, inputs.value))
     if batch.queries > 1:
         mask = causal_lower_right(batch.queries, batch.context)
         # That mask does not support grouped heads.
@@ -288,6 +321,10 @@ def _decode_batches(scale: Scale) -> Iterator[UniformBatch]:
     for seqs, context in DECODES[scale]:
         if context == GOAL_DECODE[1] or scale is Scale.DRY:
             yield _batch(MODELS[scale][-1], seqs, VERIFIED, context - VERIFIED, decode=True)
+    for model in MODELS[scale]:
+        for seqs, context in IN_8_BITS[scale]:
+            for form in EIGHT_BITS:
+                yield _batch(model, seqs, 1, context - 1, decode=True, kv_cache_dtype=form)
 
 
 def _prefill_batches(scale: Scale) -> Iterator[UniformBatch]:
@@ -296,10 +333,14 @@ def _prefill_batches(scale: Scale) -> Iterator[UniformBatch]:
         for chunk, past in CHUNKS[scale]:
             yield _batch(model, 1, chunk, past, decode=False)
     yield _batch(MODELS[scale][-1], 4, CHUNKS[scale][0][0], 0, decode=False)
+    for form in EIGHT_BITS:
+        yield _batch(MODELS[scale][-1], 1, *CHUNKS[scale][-1], decode=False, kv_cache_dtype=form)
 
 
-def _batch(model: str, seqs: int, queries: int, past: int, *, decode: bool) -> UniformBatch:
-    heads = Heads.of(model)
+def _batch(
+    model: str, seqs: int, queries: int, past: int, *, decode: bool, kv_cache_dtype: str = "auto"
+) -> UniformBatch:
     return UniformBatch(
-        model=model, heads=heads, seqs=seqs, queries=queries, past=past, decode=decode
-    )
+        model=model, heads=Heads.of(model), seqs=seqs, queries=queries, past=past, decode=decode,
+        kv_cache_dtype=kv_cache_dtype,
+    )  # fmt: skip

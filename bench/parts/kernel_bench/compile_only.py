@@ -52,6 +52,8 @@ PAST = 4096
 TOKENS = 64
 # What is compiled of groups and of float32, for which other shapes change nothing more.
 FEW_DECODES, FEW_CHUNKS = ((1, 4096), (5, 4096)), (512,)
+# Forms of a KV cache in 8 bits. sm_80 has no conversions of e4m3, and the engine refuses it there.
+EIGHT_BITS, CONVERTS_FP8 = ("int8", "fp8"), 89
 # For fp16 the same code has another type name than for bfloat16: a part of the cases is enough.
 FP16_HEAD_DIMS = (64, 128)
 NORM_MODELS = ("opt-125m", "opt-6.7b", "opt-30b", "llama-3.1-8b", "llama-3.1-70b")
@@ -68,6 +70,7 @@ class CompileCase(NamedTuple):
         label: the rest of its row.
         make: makes the problem.
         needs_wgmma: true if on sm_90 it must multiply with that architecture's instructions.
+        least_arch: the first architecture that has its instructions.
     """
 
     kernel: str
@@ -75,6 +78,7 @@ class CompileCase(NamedTuple):
     dtype: torch.dtype
     make: Make
     needs_wgmma: bool = False
+    least_arch: int = 0
 
 
 class Compiled(NamedTuple):
@@ -109,6 +113,7 @@ def cases(quick: bool) -> Iterator[CompileCase]:
             heads = Heads(OTHERS_GROUP * NUM_KV_HEADS, NUM_KV_HEADS, head_dim)
             shape = heads, BLOCK_SIZE, torch.float32
             yield from _attention_cases(*shape, FEW_DECODES, FEW_CHUNKS)
+    yield from _cases_in_8_bits(quick)
     for head_dim in HEAD_DIMS:
         heads = Heads(4 * NUM_KV_HEADS, NUM_KV_HEADS, head_dim)
         for block_size in (BLOCK_SIZE,) if quick else (BLOCK_SIZE, *OTHER_BLOCK_SIZES):
@@ -139,25 +144,44 @@ def cases(quick: bool) -> Iterator[CompileCase]:
             yield CompileCase(PACKED_KERNEL, label, torch.bfloat16, make, needs_wgmma=has_dot)
 
 
+def _cases_in_8_bits(quick: bool) -> Iterator[CompileCase]:
+    """Yield attention over a KV cache in 8 bits, and the writing of it."""
+    for form in EIGHT_BITS:
+        for head_dim in (128,) if quick else HEAD_DIMS:
+            heads = Heads(OTHERS_GROUP * NUM_KV_HEADS, NUM_KV_HEADS, head_dim)
+            sizes = (FEW_DECODES[:1], FEW_CHUNKS) if quick else (DECODES, CHUNKS)
+            yield from _attention_cases(heads, BLOCK_SIZE, torch.bfloat16, *sizes, form)
+            for rope in (False, True):
+                make = partial(kv_problem, "", heads, TOKENS, BLOCK_SIZE, rope, kv_cache_dtype=form)
+                label = f"bfloat16 D{head_dim} G4 B{BLOCK_SIZE} rope {rope} KV {form}"
+                least_arch = CONVERTS_FP8 if form == "fp8" else 0
+                yield CompileCase("write_kv", label, torch.bfloat16, make, least_arch=least_arch)
+
+
 def _attention_cases(
     heads: Heads,
     block_size: int,
     dtype: torch.dtype,
     decodes: Sequence[tuple[int, int]],
     chunks: Sequence[int],
+    form: str = "auto",
 ) -> Iterator[CompileCase]:
     """Yield decodes, as query tokens and context, and prefill chunks behind a context."""
+    least_arch = CONVERTS_FP8 if form == "fp8" else 0
     heads_name = f"D{heads.head_dim} G{heads[0] // heads[1]} H{heads.num_kv_heads}"
     where = f"{_name(dtype)} {heads_name} B{block_size}"
+    if form != "auto":
+        where = f"{where} KV {form}"
     for queries, context in decodes:
-        make = _attention(heads, queries, context - queries, block_size, decode=True)
-        yield CompileCase("decode", f"{where} {queries} of {context}", dtype, make)
+        make = _attention(heads, queries, context - queries, block_size, decode=True, form=form)
+        label = f"{where} {queries} of {context}"
+        yield CompileCase("decode", label, dtype, make, least_arch=least_arch)
     for chunk in chunks:
-        make = _attention(heads, chunk, PAST, block_size, decode=False)
+        make = _attention(heads, chunk, PAST, block_size, decode=False, form=form)
         label = f"{where} {chunk} of {PAST + chunk}"
         # float32 has no tensor cores.
         needs_wgmma = dtype is not torch.float32
-        yield CompileCase("prefill", label, dtype, make, needs_wgmma)
+        yield CompileCase("prefill", label, dtype, make, needs_wgmma, least_arch)
 
 
 def _attention_shapes(quick: bool) -> Iterator[tuple[Heads, int, torch.dtype]]:
@@ -173,7 +197,9 @@ def _attention_shapes(quick: bool) -> Iterator[tuple[Heads, int, torch.dtype]]:
                     yield heads, BLOCK_SIZE, torch.float16
 
 
-def _attention(heads: Heads, queries: int, past: int, block_size: int, *, decode: bool) -> Make:
+def _attention(
+    heads: Heads, queries: int, past: int, block_size: int, *, decode: bool, form: str
+) -> Make:
     batch = UniformBatch(
         model="",
         heads=heads,
@@ -182,6 +208,7 @@ def _attention(heads: Heads, queries: int, past: int, block_size: int, *, decode
         past=past,
         decode=decode,
         block_size=block_size,
+        kv_cache_dtype=form,
     )
     return partial(attention_problem, batch)
 
@@ -260,7 +287,7 @@ def run_compile(only: Sequence[str] | None, *, quick: bool) -> int:
     if not wanted:
         print(f"nothing of {', '.join(only or ())} is compiled by Triton", file=sys.stderr)
         return 2
-    tasks = [(case, arch) for case in wanted for arch in ARCHS]
+    tasks = [(case, arch) for case in wanted for arch in ARCHS if arch >= case.least_arch]
     results: list[Compiled] = []
     with _pool(WORKERS) as pool:
         pending = [pool.submit(compile_case, *task) for task in tasks]

@@ -94,7 +94,10 @@ def summary(rows: Sequence[Row], ceilings: Ceilings | None) -> dict[str, Any]:
     ratios = [
         row["ms"]["sdpa"][1] / row["ms"][OURS][1]
         for row in timed
-        if row["kernel"] == "prefill" and row["chunk"] >= GOAL_CHUNK and "sdpa" in row["ms"]
+        if row["kernel"] == "prefill"
+        and row["chunk"] >= GOAL_CHUNK
+        and "sdpa" in row["ms"]
+        and "kv" not in row
     ]
     if ratios:
         goals["prefill_vs_sdpa_min"] = round(min(ratios), 3)
@@ -114,7 +117,8 @@ def summary(rows: Sequence[Row], ceilings: Ceilings | None) -> dict[str, Any]:
 def _is_decode(row: Row, batch: int, context: int) -> bool:
     """Return whether a row is of plain decodes of that size."""
     size = (row.get("batch"), row.get("context"))
-    return row["kernel"] == "decode" and size == (batch, context) and "queries" not in row
+    plain = "queries" not in row and "kv" not in row
+    return row["kernel"] == "decode" and size == (batch, context) and plain
 
 
 def plot(rows: Sequence[Row], file: Path, title: str) -> None:

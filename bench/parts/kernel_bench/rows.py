@@ -213,7 +213,13 @@ def write_kv_problem(model: str, tokens: int, setting: KernelSetting) -> Problem
 
 
 def kv_problem(
-    model: str, heads: Heads, tokens: int, block_size: int, rope: bool, setting: KernelSetting
+    model: str,
+    heads: Heads,
+    tokens: int,
+    block_size: int,
+    rope: bool,
+    setting: KernelSetting,
+    kv_cache_dtype: str = "auto",
 ) -> Problem:
     """Return the write of a chunk of tokens through the backends, into scattered blocks."""
     num_heads, num_kv_heads, head_dim = heads
@@ -232,7 +238,7 @@ def kv_problem(
     sets = [setting.randn(tokens, num_rows, head_dim) for _ in range(num_sets)]
 
     def build(name: str) -> Contestant:
-        backend = make_attention_backend(name, *heads, heads.scale)
+        backend = make_attention_backend(name, *heads, heads.scale, kv_cache_dtype)
         kv = backend.allocate(num_sets * per_set, block_size, setting.dtype, device)
         own = [qkv.clone() for qkv in sets]
         planned = [chunk.metadata(table, block_size) for table in tables]

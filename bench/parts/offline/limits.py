@@ -158,7 +158,7 @@ def measured(model: str, dtype: str, quantization: str | None) -> dict[str, Any]
         pairs = [pair for layer in own.layers for pair in zip(layer.linears, inputs, strict=True)]
         return [*pairs, (own.head, rows(one.head_rows, shape.hidden_size))]
 
-    kv_itemsize = runner.kv[0].key.dtype.itemsize
+    kv_itemsize = runner.kv[0].dtype.itemsize
     return {
         **memory_rates(),
         "weight_bytes": num_weights * bits / 8,

@@ -10,6 +10,7 @@ from minserve.blocks import blocks_for
 from minserve.config import EngineConfig
 from minserve.errors import ConfigError
 from minserve.kernels.attention import AttentionBackend, LayerKV
+from minserve.kernels.kv_quantization import head_bytes
 from minserve.machine import GIB, Machine
 from minserve.models.base import ModelShape
 
@@ -29,10 +30,12 @@ LEAST_TOKENS = 256
 GPU_SHARE_OF_FREE = 0.9
 
 
-def bytes_per_block(shape: ModelShape, block_size: int, dtype: torch.dtype) -> int:
+def bytes_per_block(
+    shape: ModelShape, block_size: int, dtype: torch.dtype, kv_cache_dtype: str = "auto"
+) -> int:
     """Return the bytes of one block over all layers, keys and values."""
-    width = shape.num_kv_heads * shape.head_dim * dtype.itemsize
-    return 2 * shape.num_layers * block_size * width
+    per_head = head_bytes(shape.head_dim, dtype, kv_cache_dtype)
+    return 2 * shape.num_layers * block_size * shape.num_kv_heads * per_head
 
 
 def choose_num_blocks(
@@ -58,7 +61,8 @@ def choose_num_blocks(
         ConfigError: where not a single block fits, or on a CPU no useful number of them, or
             less than the settings ask for.
     """
-    per_block = sum(bytes_per_block(shape, config.block_size, dtype) for shape in shapes)
+    size, form = config.block_size, config.kv_cache_dtype
+    per_block = sum(bytes_per_block(shape, size, dtype, form) for shape in shapes)
     longest = config.max_model_len or shapes[0].max_positions
     useful = config.max_num_seqs * blocks_for(longest, config.block_size)
     if device.type == "cpu":

@@ -195,9 +195,7 @@ class PagedModel:
         """
         longest = min(longest, num_tokens)
         blocks = list(range(blocks_for(longest, self.block_size)))
-        scratch = self.backend.allocate(
-            len(blocks), self.block_size, self.kv[0].key.dtype, self.device
-        )
+        scratch = self.backend.allocate(len(blocks), self.block_size, self.kv[0].dtype, self.device)
         kv = [scratch] * len(self.kv)
         sizes = [min(longest, num_tokens - done) for done in range(0, num_tokens, longest)]
         hidden = self._run([Chunk([0] * size, 0, blocks) for size in sizes], 0, kv)

@@ -305,10 +305,13 @@ def _dtypes(runner: ModelRunner) -> str:
     They name a second form of the weights too, for which there may be room at one start and
     not at another.
     """
-    words = dtype_words(runner.model.linear_dtype, runner.kv[0].key.dtype)
+    kv = runner.kv[0]
+    words = dtype_words(runner.model.linear_dtype, kv.dtype)
     if runner.model.packed_form:
         words = f"{runner.model.packed_form} in {words}"
-    return f"{words} and float16" if runner.model.placement.has_two_forms else words
+    if runner.model.placement.has_two_forms:
+        words = f"{words} and float16"
+    return words if kv.scales is None else f"{words}, KV in {_name(kv.key.dtype)}"
 
 
 def _name(dtype: torch.dtype) -> str:

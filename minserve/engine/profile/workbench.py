@@ -21,6 +21,7 @@ from minserve.engine.device.runner import model_runner
 from minserve.engine.profile.profile_design import DRAFT_CONTEXT, ProfileBatch
 from minserve.engine.speculation.proposal import Proposal
 from minserve.engine.speculation.proposer import DraftRequest
+from minserve.kernels.kv_quantization import raw
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
 
@@ -148,9 +149,9 @@ class Workbench:
         if now:
             self._written.update(now)
             for kv in self._runner.kv:
-                for part in (kv.key, kv.value):
+                for part in kv.parts:
                     noise = torch.randn(part.shape[1:], device=part.device)
-                    part[now] = noise.to(part.dtype)
+                    raw(part)[now] = raw(noise.to(part.dtype))
         return len(now) == len(blocks)
 
     def _synchronize(self) -> None:

@@ -23,7 +23,7 @@ SHARED_SETTINGS = (
     "model", "dtype", "quantization", "device", "max_model_len", "threads", "attention_backend",
     "cuda_graphs", "block_size", "kv_cache_gib", "num_blocks", "policy", "token_budget",
     "max_num_seqs", "chunked_prefill", "tensor_parallel", "speculator", "draft_model",
-    "max_speculation",
+    "max_speculation", "kv_cache_dtype",
 )  # fmt: skip
 
 

@@ -46,6 +46,16 @@ def test_a_gpu_gives_most_of_what_graphs_leave_of_what_is_free(
     assert with_graphs == pytest.approx(27.0, abs=0.01)
 
 
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_in_8_bits_nearly_twice_the_blocks_fit(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10 * GIB, 80 * GIB))
+    config = EngineConfig(block_size=16, max_num_seqs=512, kv_cache_dtype=form)
+    # A head of 128 has 256 bytes in bfloat16; in 8 bits it has 128, and 4 of its scale.
+    per_block = 2 * 32 * 16 * 32 * (128 + 4)
+    assert bytes_per_block(SHAPE, 16, torch.bfloat16, form) == per_block
+    assert choose_num_blocks(config, [SHAPE], torch.bfloat16, GPU) == int(9 * GIB // per_block)
+
+
 def test_no_more_blocks_than_all_sequences_could_use(monkeypatch: pytest.MonkeyPatch) -> None:
     assert num_blocks(4000.0, monkeypatch) == 512 * 2048 // 16
 

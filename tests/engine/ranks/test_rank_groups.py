@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from speculating import essence, make_engine, outputs_of
 from waiting import wait_until
 
 from minserve import Engine, SamplingParams
+from minserve.config import EngineConfig
 from minserve.engine.ranks import group as group_module
 from minserve.engine.ranks import keeper, shared_memory
+from minserve.engine.ranks.starting import SHARED_SETTINGS
 from minserve.errors import ConfigError, DeviceLostError
 from minserve.outputs import RequestOutput
 from minserve.structure import Structure
@@ -127,6 +129,15 @@ def test_a_rank_that_stays_stopped_is_killed_and_its_group_is_lost(
     with pytest.raises(DeviceLostError, match="rank 1 has ended"):
         list(stream)
     wait_until(lambda: not is_there(pid))
+
+
+def test_a_setting_is_every_ranks_or_known_as_rank_0s_alone() -> None:
+    alone = {
+        "tokenizer", "chat_template", "tool_format", "reasoning_format", "generation_config",
+        "deterministic", "executor", "profile", "prefix_caching", "max_queue", "slo_classes",
+        "default_slo", "thinking_marker", "length_estimator", "best_effort_share", "seed",
+    }  # fmt: skip
+    assert {one.name for one in fields(EngineConfig)} - alone == set(SHARED_SETTINGS)
 
 
 def test_four_ranks_say_what_one_process_says_and_end_with_their_engine(
