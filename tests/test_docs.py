@@ -389,6 +389,7 @@ def names_of(modules: frozenset[str]) -> tuple[set[str], set[str]]:
 def test_python_compiles_and_uses_names_that_exist(fence: Fence) -> None:
     tree = ast.parse(fence.text)
     modules = {*minserve._HOMES.values(), "minserve.engine.base", "minserve.config"}
+    modules |= {"minserve.server_config", "minserve.process_config"}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("minserve"):
             own = importlib.import_module(node.module or "")

@@ -40,6 +40,7 @@ GROUND = {
     "tables",
     "outputs",
     "process_config",
+    "server_config",
     "prompts",
     "planner",
 }

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from minserve.config import ControllerConfig, EngineConfig, ServerConfig
+from minserve.config import EngineConfig
 from minserve.errors import ConfigError
-from minserve.process_config import ProcessConfig
+from minserve.process_config import ControllerConfig, ProcessConfig
+from minserve.server_config import ServerConfig
 
 if TYPE_CHECKING:
     from minserve.controller.controller import Controller

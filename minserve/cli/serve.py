@@ -18,10 +18,11 @@ from minserve.cli.replicas import (
     under_torchrun,
 )
 from minserve.cli.standard_files import secure_standard_files
-from minserve.config import ControllerConfig, EngineConfig, ServerConfig
+from minserve.config import EngineConfig
 from minserve.exit_codes import EXIT_HUNG
 from minserve.log_lines import set_up_logs
-from minserve.process_config import ProcessConfig
+from minserve.process_config import ControllerConfig, ProcessConfig
+from minserve.server_config import ServerConfig
 
 if TYPE_CHECKING:
     from minserve.server.engine_face import EngineFace

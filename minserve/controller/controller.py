@@ -15,7 +15,7 @@ from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
 from minserve.activity import Activity, Cursor
-from minserve.config import ControllerConfig, EngineConfig
+from minserve.config import EngineConfig
 from minserve.controller import messages as m
 from minserve.controller.dispatcher import Dispatcher, RoutingStats
 from minserve.controller.flight_placement import FlightPlacement
@@ -37,6 +37,7 @@ from minserve.errors import (
 from minserve.outputs import ReplicaReport
 from minserve.planner.predict.lengths import make_length_estimator
 from minserve.planner.predict.perf_model import PerfModel
+from minserve.process_config import ControllerConfig
 from minserve.prompts import BadWordIds, Prompt
 from minserve.sampling_params import SamplingParams
 from minserve.slo.objectives import SLO

@@ -15,7 +15,6 @@ from typing import Any
 
 from aiohttp import web
 
-from minserve.config import ServerConfig
 from minserve.errors import EngineStoppedError, InvalidRequestError
 from minserve.server.chat_facts import find_chat_facts
 from minserve.server.connections import ConnectionRunner
@@ -37,6 +36,7 @@ from minserve.server.request_record import RECORD, GenerationRecord
 from minserve.server.responses_api.response_reply import ResponseReply
 from minserve.server.responses_api.responses_call import ResponsesCall, name_own_field
 from minserve.server.watchdog import problem_of
+from minserve.server_config import ServerConfig
 
 # The time in which connections may send their last bytes once the engine has stopped.
 FLUSH_TIMEOUT_S = 5.0

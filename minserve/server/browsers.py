@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 from aiohttp import web
 
 from minserve.access_names import names_in
-from minserve.config import ServerConfig
 from minserve.server.errors import HttpError
 from minserve.server.routes import Handler, is_feed, is_matched, is_order, is_safe
+from minserve.server_config import ServerConfig
 
 ANY = "*"
 EXPOSED_HEADERS = ", ".join(

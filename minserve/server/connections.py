@@ -19,13 +19,13 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import RawRequestMessage
 from aiohttp.streams import StreamReader
 
-from minserve.config import ServerConfig
 from minserve.server.errors import HttpError, error_body, error_response, to_http_error
 from minserve.server.json_array import dump_json
 from minserve.server.malformed import MAX_HEADER_BYTES, MAX_HEADERS, MAX_URI_BYTES, refusal_of
 from minserve.server.request_ids import HEADER as REQUEST_ID
 from minserve.server.request_ids import new_request_id
 from minserve.server.throttled_log import ThrottledLog
+from minserve.server_config import ServerConfig
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
-from minserve.config import ServerConfig
 from minserve.server.browsers import BrowserRules
 from minserve.server.errors import error_response, to_http_error
 from minserve.server.keys import KeyRing
@@ -21,6 +20,7 @@ from minserve.server.request_ids import add_request_id
 from minserve.server.request_log import RequestLog
 from minserve.server.request_record import note_disconnect, note_error, note_status
 from minserve.server.routes import Handler
+from minserve.server_config import ServerConfig
 
 
 class Edge:

@@ -10,10 +10,10 @@ from pathlib import Path
 from aiohttp import web
 
 from minserve.access_names import check_key
-from minserve.config import ServerConfig
 from minserve.errors import ConfigError
 from minserve.server.errors import HttpError
 from minserve.server.routes import Handler, is_open
+from minserve.server_config import ServerConfig
 
 # The number of a request's key, counted from 0.
 KEY_NUMBER = web.RequestKey("key_number", int)

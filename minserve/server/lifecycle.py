@@ -18,7 +18,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from minserve.config import ServerConfig
 from minserve.errors import ConfigError
 from minserve.sampling_params import default_words
 from minserve.server.app import Server
@@ -26,6 +25,7 @@ from minserve.server.engine_face import EngineFace
 from minserve.server.listener import Listener, allow_connections
 from minserve.server.page.front_page import example_command
 from minserve.server.watchdog import until_given_up
+from minserve.server_config import ServerConfig
 
 logger = logging.getLogger(__name__)
 

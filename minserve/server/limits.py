@@ -9,13 +9,13 @@ from contextlib import asynccontextmanager
 
 from aiohttp import web
 
-from minserve.config import ServerConfig
 from minserve.errors import RequestTimeoutError
 from minserve.server.connections import UNSUPPORTED_VERSION
 from minserve.server.errors import RETRY_AFTER, HttpError
 from minserve.server.keys import KEY_NUMBER
 from minserve.server.malformed import unsupported_version
 from minserve.server.routes import Handler, computes
+from minserve.server_config import ServerConfig
 
 
 class ClientLimits:

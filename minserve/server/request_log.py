@@ -13,13 +13,13 @@ from typing import Any
 
 from aiohttp import web
 
-from minserve.config import ServerConfig
 from minserve.log_lines import Event, one_line
 from minserve.server.request_record import RECORD, RequestRecord
 from minserve.server.routes import Handler, generates
 from minserve.server.slo_http import in_ms, targets_object
 from minserve.server.trace_context import trace_headers, trace_id_of
 from minserve.server.tracing import make_tracing
+from minserve.server_config import ServerConfig
 
 logger = logging.getLogger("minserve.requests")
 

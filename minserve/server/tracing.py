@@ -20,9 +20,9 @@ from contextlib import suppress
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from minserve.config import ServerConfig
 from minserve.errors import ConfigError
 from minserve.outputs import OutputTimes
+from minserve.server_config import ServerConfig
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

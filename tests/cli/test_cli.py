@@ -23,8 +23,9 @@ from waiting import PATIENCE_S, wait_until
 from minserve import __version__
 from minserve.cli.generate import GENERATE_MAX_TOKENS
 from minserve.cli.main import main
-from minserve.config import EngineConfig, ServerConfig
+from minserve.config import EngineConfig
 from minserve.sampling_params import SamplingParams
+from minserve.server_config import ServerConfig
 
 JSON = {"Content-Type": "application/json"}
 MINSERVE = [sys.executable, "-m", "minserve"]

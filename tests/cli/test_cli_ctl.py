@@ -15,11 +15,13 @@ from served import served
 from waiting import PATIENCE_S
 
 from minserve.cli.main import main
-from minserve.config import ControllerConfig, EngineConfig, ServerConfig
+from minserve.config import EngineConfig
 from minserve.controller.controller import Controller
 from minserve.controller.rendezvous import Rendezvous
 from minserve.controller.replicas import ReplicaState
+from minserve.process_config import ControllerConfig
 from minserve.server.app import Server
+from minserve.server_config import ServerConfig
 
 COLUMNS = ["replica", "state", "for_s", "pid", "host", "requests", "routed", "lost"]
 

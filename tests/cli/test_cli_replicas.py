@@ -22,10 +22,11 @@ from minserve.cli.replicas import (
     share_device,
     under_torchrun,
 )
-from minserve.config import ControllerConfig, EngineConfig, ServerConfig
+from minserve.config import EngineConfig
 from minserve.errors import ConfigError
 from minserve.machine import GIB, Machine
-from minserve.process_config import ProcessConfig
+from minserve.process_config import ControllerConfig, ProcessConfig
+from minserve.server_config import ServerConfig
 
 TORCHRUN = {"WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3",
             "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"}  # fmt: skip

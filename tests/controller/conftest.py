@@ -11,9 +11,10 @@ import pytest
 from played import Test, join
 from waiting import PATIENCE_S
 
-from minserve.config import ControllerConfig, EngineConfig
+from minserve.config import EngineConfig
 from minserve.controller.controller import Controller
 from minserve.controller.rendezvous import Rendezvous
+from minserve.process_config import ControllerConfig
 
 
 @pytest.fixture

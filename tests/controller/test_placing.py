@@ -28,7 +28,7 @@ from played import (
 )
 from waiting import PATIENCE_S
 
-from minserve.config import ControllerConfig, EngineConfig
+from minserve.config import EngineConfig
 from minserve.controller import dispatcher as dispatcher_module
 from minserve.controller import messages as m
 from minserve.controller.controller import Controller
@@ -42,6 +42,7 @@ from minserve.errors import (
 )
 from minserve.outputs import OutputDelta
 from minserve.planner.replica_load import ReplicaLoad
+from minserve.process_config import ControllerConfig
 from minserve.request import FinishReason
 from minserve.sampling_params import SamplingParams
 from minserve.slo.objectives import SLO

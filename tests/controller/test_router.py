@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from minserve import config
+from minserve import process_config
 from minserve.controller.router import ROUTERS, Ask, make_router
 from minserve.errors import ConfigError
 from minserve.planner.predict.perf_model import PerfModel, Piece
@@ -105,7 +105,7 @@ def test_replicas_that_are_not_there_get_nothing(name: str) -> None:
 
 
 def test_the_settings_name_all_routers() -> None:
-    assert set(config.ROUTERS) == set(ROUTERS)
+    assert set(process_config.ROUTERS) == set(ROUTERS)
 
 
 def test_an_unknown_router_is_refused() -> None:

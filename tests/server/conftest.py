@@ -11,7 +11,7 @@ import pytest
 from live_server import ENGINE_SETTINGS, RunningServer, run_server
 
 from minserve import AsyncEngine
-from minserve.config import ServerConfig
+from minserve.server_config import ServerConfig
 
 
 @pytest.fixture(scope="session")

@@ -16,12 +16,12 @@ import openai
 from waiting import PATIENCE_S, wait_until
 
 from minserve import AsyncEngine
-from minserve.config import ServerConfig
 from minserve.outputs import OutputDelta
 from minserve.server.app import Server
 from minserve.server.connections import ConnectionRunner
 from minserve.server.lifecycle import bind_socket
 from minserve.server.listener import Listener
+from minserve.server_config import ServerConfig
 
 ENGINE_SETTINGS: dict[str, Any] = {
     "dtype": "float32",

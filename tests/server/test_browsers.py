@@ -12,8 +12,8 @@ import pytest
 from live_server import ENGINE_SETTINGS, RunningServer, post, raw_answer, run_server
 
 from minserve import AsyncEngine
-from minserve.config import ServerConfig
 from minserve.errors import ConfigError
+from minserve.server_config import ServerConfig
 
 BODY = {"prompt": "The rain", "max_tokens": 1}
 PATH = "/v1/completions"

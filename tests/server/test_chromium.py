@@ -13,11 +13,13 @@ from live_server import RunningServer
 from served import served
 from web_pages import site, visit
 
-from minserve.config import ControllerConfig, EngineConfig, ServerConfig
+from minserve.config import EngineConfig
 from minserve.controller.controller import Controller
 from minserve.controller.rendezvous import Rendezvous
 from minserve.controller.replicas import ReplicaState
+from minserve.process_config import ControllerConfig
 from minserve.server.app import Server
+from minserve.server_config import ServerConfig
 from parts.page_picture.chromium import CHROMIUM, NO_CHROMIUM
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)

@@ -14,7 +14,7 @@ import pytest
 from live_server import RunningServer, hanging, post, request_bytes
 from waiting import PATIENCE_S, wait_until
 
-from minserve.config import ServerConfig
+from minserve.server_config import ServerConfig
 
 Start = Callable[..., RunningServer]
 LONG = {"prompt": "The rain", "max_tokens": 400, "ignore_eos": True, "stream": True}
@@ -143,7 +143,7 @@ def test_where_all_are_busy_a_new_connection_is_answered_with_503(
 FEW_FILES = """
 import asyncio, resource
 from aiohttp import web
-from minserve.config import ServerConfig
+from minserve.server_config import ServerConfig
 from minserve.server.connections import ConnectionRunner
 from minserve.server.lifecycle import bind_socket
 from minserve.server.listener import Listener, allow_connections

@@ -19,8 +19,8 @@ from live_server import RunningServer, hanging, post, request_bytes
 from transformers import LlamaForCausalLM
 from waiting import PATIENCE_S, wait_until
 
-from minserve.config import ServerConfig
 from minserve.request import FinishReason
+from minserve.server_config import ServerConfig
 
 PROMPT = "The quick brown fox"
 MESSAGES = [{"role": "user", "content": "The quick brown fox jumps over"}]

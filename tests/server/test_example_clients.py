@@ -16,7 +16,7 @@ from live_server import ENGINE_SETTINGS, RunningServer, post, run_server
 from waiting import PATIENCE_S
 
 from minserve import AsyncEngine
-from minserve.config import ServerConfig
+from minserve.server_config import ServerConfig
 
 SETTINGS: dict[str, Any] = {**ENGINE_SETTINGS, "dtype": "auto", "num_blocks": 64, "block_size": 32}
 

@@ -11,9 +11,9 @@ from live_server import ENGINE_SETTINGS, RunningServer, post, raw_answer, run_se
 
 from minserve import AsyncEngine
 from minserve.cli.main import main
-from minserve.config import ServerConfig
 from minserve.errors import ConfigError
 from minserve.server.keys import read_keys
+from minserve.server_config import ServerConfig
 
 
 @pytest.fixture(scope="module")

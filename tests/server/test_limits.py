@@ -14,8 +14,8 @@ import pytest
 from live_server import RunningServer, hanging, post, request_bytes
 from waiting import wait_until
 
-from minserve.config import ServerConfig
 from minserve.errors import ConfigError
+from minserve.server_config import ServerConfig
 
 Start = Callable[..., RunningServer]
 LONG = {"prompt": "The rain", "max_tokens": 400, "ignore_eos": True, "stream": True}

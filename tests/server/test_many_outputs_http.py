@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from live_server import RunningServer, post
 
-from minserve.config import ServerConfig
 from minserve.planner.predict.perf_model import PerfModel, Piece
+from minserve.server_config import ServerConfig
 
 PROMPT = "The quick brown fox"
 STREAM = {"prompt": PROMPT, "max_tokens": 60, "ignore_eos": True, "stream": True, "seed": 3}

@@ -15,10 +15,10 @@ from live_server import RunningServer, post, request_bytes
 from prometheus_client.parser import text_string_to_metric_families
 from waiting import wait_until
 
-from minserve.config import ServerConfig
 from minserve.errors import ConfigError
 from minserve.request import FinishReason
 from minserve.server.app import Server
+from minserve.server_config import ServerConfig
 from minserve.slo.attainment import Outcome
 from minserve.slo.task_table import TaskOutcome
 

@@ -20,11 +20,11 @@ from schemathesis.specs.openapi.checks import (
 )
 from test_parameters import ENOUGH, each_endpoint
 
-from minserve.config import ServerConfig
 from minserve.server.app import Server
 from minserve.server.openapi import openapi
 from minserve.server.parameters.parameter import PATHS, Endpoint, Sort
 from minserve.server.parameters.table import BY_ENDPOINT
+from minserve.server_config import ServerConfig
 
 DESCRIPTION = json.loads(json.dumps(openapi()))
 OPERATIONS = [(path, verb) for path, verbs in DESCRIPTION["paths"].items() for verb in verbs]

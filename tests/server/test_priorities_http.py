@@ -12,7 +12,7 @@ import pytest
 from live_server import RunningServer, hanging, post
 from waiting import wait_until
 
-from minserve.config import ServerConfig
+from minserve.server_config import ServerConfig
 
 PATH = "/v1/completions"
 BODY = {"prompt": "The quick brown fox", "temperature": 0, "ignore_eos": True}

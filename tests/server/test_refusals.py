@@ -12,7 +12,7 @@ import openai
 import pytest
 from live_server import RunningServer, post
 
-from minserve.config import ServerConfig
+from minserve.server_config import ServerConfig
 
 PROMPT = "The quick brown fox"
 MESSAGES = [{"role": "user", "content": "The quick brown fox jumps over"}]

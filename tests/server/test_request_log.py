@@ -13,10 +13,10 @@ import pytest
 from live_server import RunningServer, hanging, post, request_bytes
 from waiting import wait_until
 
-from minserve.config import ServerConfig
 from minserve.errors import ConfigError
 from minserve.log_lines import JsonLines, TextLines
 from minserve.server.request_log import RequestLine
+from minserve.server_config import ServerConfig
 
 PATH = "/v1/completions"
 SECRET = "a secret prompt"

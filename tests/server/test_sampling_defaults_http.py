@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from live_server import RunningServer, post
 
-from minserve.config import ServerConfig
 from minserve.server.protocol import parse_chat, parse_completion
+from minserve.server_config import ServerConfig
 
 MESSAGES = [{"role": "user", "content": "The quick brown fox jumps over"}]
 DEFAULTS = {"temperature": 0.7, "top_k": 5, "repetition_penalty": 1.1, "max_tokens": 8}

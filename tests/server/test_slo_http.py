@@ -18,7 +18,6 @@ from aiohttp import ClientSession, web
 from live_server import RunningServer, post
 from multidict import CIMultiDict
 
-from minserve.config import ServerConfig
 from minserve.errors import InvalidSLOError, SLOUnattainableError
 from minserve.outputs import OutputDelta
 from minserve.request import FinishReason
@@ -27,6 +26,7 @@ from minserve.server.generation import streamed_response
 from minserve.server.protocol import parse_completion
 from minserve.server.reply import Reply
 from minserve.server.slo_http import read_slo, slo_object
+from minserve.server_config import ServerConfig
 from minserve.slo.attainment import SLOReport, judge, report
 from minserve.slo.objectives import (
     SLO,

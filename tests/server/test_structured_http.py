@@ -13,8 +13,8 @@ import pytest
 from live_server import RunningServer, post
 from pydantic import BaseModel
 
-from minserve.config import ServerConfig
 from minserve.server.protocol import parse_chat, parse_completion
+from minserve.server_config import ServerConfig
 from minserve.structure import Structure, StructureKind
 
 HELLO = [{"role": "user", "content": "hello"}]

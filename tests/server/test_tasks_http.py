@@ -11,7 +11,7 @@ import pytest
 from live_server import RunningServer, post
 from waiting import wait_until
 
-from minserve.config import ServerConfig
+from minserve.server_config import ServerConfig
 
 BODY = {"model": "tiny", "temperature": 0, "max_tokens": 24, "ignore_eos": True}
 LONG = 600_000

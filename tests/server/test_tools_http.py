@@ -13,7 +13,7 @@ from live_server import ENGINE_SETTINGS, RunningServer, post, run_server
 from tool_templates import BY_NAME
 
 from minserve import AsyncEngine
-from minserve.config import ServerConfig
+from minserve.server_config import ServerConfig
 
 CITY = {
     "type": "object",

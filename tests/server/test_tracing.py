@@ -23,11 +23,11 @@ from opentelemetry.trace import get_current_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from waiting import wait_until
 
-from minserve.config import ServerConfig
 from minserve.errors import ConfigError
 from minserve.server import tracing
 from minserve.server.trace_context import MAX_STATE, trace_headers, trace_id_of
 from minserve.server.tracing import ENDPOINTS, make_tracing
+from minserve.server_config import ServerConfig
 
 PATH = "/v1/completions"
 BODY = {"prompt": "The quick brown fox", "temperature": 0, "max_tokens": 6, "ignore_eos": True}
@@ -359,7 +359,7 @@ def test_what_is_no_url_is_refused() -> None:
 MISSING = """
 import os, sys
 sys.modules["opentelemetry"] = None
-from minserve.config import ServerConfig
+from minserve.server_config import ServerConfig
 from minserve.errors import ConfigError
 from minserve.server.tracing import make_tracing
 os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = "http://127.0.0.1:9"
@@ -380,7 +380,7 @@ def test_without_the_extra_it_is_named() -> None:
 
 def test_opentelemetry_is_imported_where_it_is_wanted_alone() -> None:
     code = (
-        "import sys; from minserve.config import ServerConfig; from minserve.server.app import Server;"
+        "import sys; from minserve.server_config import ServerConfig; from minserve.server.app import Server;"
         "Server(ServerConfig()); sys.exit(any(m.startswith('opentelemetry') for m in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -19,10 +19,10 @@ import pytest
 from live_server import RunningServer, hanging, post
 from waiting import PATIENCE_S, wait_until
 
-from minserve.config import ServerConfig
 from minserve.exit_codes import EXIT_HUNG
 from minserve.server import watchdog
 from minserve.server.watchdog import until_given_up
+from minserve.server_config import ServerConfig
 
 # A server in which a request of 7 tokens makes the core hang, and one of 8 breaks it.
 SCRIPT = """

@@ -16,9 +16,9 @@ from live_server import RunningServer, post
 from prometheus_client.parser import text_string_to_metric_families
 from waiting import PATIENCE_S, wait_until
 
-from minserve.config import ServerConfig
 from minserve.server.page.feed import MAX_FEEDS
 from minserve.server.page.frames import FRAME_SCHEMA
+from minserve.server_config import ServerConfig
 
 PROMPT = "The quick brown fox jumps over the lazy dog"
 EASY = {"ttft_ms": 900_000, "tpot_ms": 900_000}

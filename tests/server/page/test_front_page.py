@@ -16,9 +16,9 @@ import pytest
 from aiohttp import ClientSession, web
 from live_server import RunningServer, post
 
-from minserve.config import ServerConfig
 from minserve.server.app import Server
 from minserve.server.page.front_page import FILES, example_command
+from minserve.server_config import ServerConfig
 
 KEY = "a-secret-key"
 

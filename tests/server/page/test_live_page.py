@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from live_server import RunningServer, hanging, post
 
-from minserve.config import ServerConfig
 from minserve.request import FinishReason
+from minserve.server_config import ServerConfig
 from minserve.slo.objectives import SLO
 from parts.page_picture.chromium import CHROMIUM, NO_CHROMIUM, BrowserPage, chromium
 

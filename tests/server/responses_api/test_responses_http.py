@@ -14,9 +14,9 @@ from openai.types.responses import Response
 from pydantic import BaseModel
 
 from minserve import AsyncEngine
-from minserve.config import ServerConfig
 from minserve.request import FinishReason
 from minserve.server.reading.body_reader import SHORT
+from minserve.server_config import ServerConfig
 
 GREEDY: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_output_tokens": 12}
 LOGPROBS: Any = ["message.output_text.logprobs"]
