@@ -8,7 +8,7 @@ import triton.language as tl
 
 from minserve.kernels.packed_matrix import PackedMatrix
 from minserve.kernels.triton.packed_values import (
-    kind_on,
+    constants_of,
     load_scale,
     load_zero,
     stored_values,
@@ -63,12 +63,7 @@ def packed_dequantize(matrix: PackedMatrix, dtype: torch.dtype, *, capability: i
         matrix.words,
         matrix.scale,
         matrix.zero,
-        NUM_INPUTS=matrix.num_inputs,
-        NUM_OUTPUTS=outputs,
-        GROUP=matrix.group,
-        HEIGHT=matrix.height,
-        PER_WORD=matrix.per_word,
-        KIND=kind_on(matrix, capability),
+        **constants_of(matrix, capability),
         BLOCK_N=BLOCK_N,
         num_warps=NUM_WARPS,
     )

@@ -19,7 +19,7 @@ from minserve.kernels.triton.packed_splits import (
 )
 from minserve.kernels.triton.packed_values import (
     check_rows,
-    kind_on,
+    constants_of,
     load_scale,
     load_zero,
     stored_values,
@@ -114,13 +114,8 @@ def packed_gemv(
         bias,
         partial_sums(x, splits, outputs),
         matrix.arrived,
-        NUM_INPUTS=matrix.num_inputs,
-        NUM_OUTPUTS=outputs,
-        GROUP=matrix.group,
-        HEIGHT=matrix.height,
-        PER_WORD=matrix.per_word,
+        **constants_of(matrix, capability),
         RUN=matrix.run,
-        KIND=kind_on(matrix, capability),
         NUM_CHUNKS=matrix.num_chunks,
         CHUNKS_OF_SPLIT=chunks,
         SPLITS=splits,

@@ -7,6 +7,8 @@ power (`OFFSET`), which is taken away together with the zero.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -66,10 +68,21 @@ def load_scale(scale, where, mask, KIND: tl.constexpr):
     return loaded * 256.0 if KIND == "fp8-by-bits" else loaded
 
 
-def kind_on(matrix: PackedMatrix, capability: int) -> str:
-    """Return the kernels' word for a matrix's kind on a GPU of a compute capability, times ten."""
+def constants_of(matrix: PackedMatrix, capability: int) -> dict[str, Any]:
+    """Return the constants by which a kernel finds a matrix's values in its words.
+
+    Args:
+        capability: the GPU's compute capability, times ten.
+    """
     by_bits = matrix.kind is ValueKind.FP8 and capability < CONVERTS_FP8
-    return "fp8-by-bits" if by_bits else matrix.kind.value
+    return {
+        "NUM_INPUTS": matrix.num_inputs,
+        "NUM_OUTPUTS": matrix.num_outputs,
+        "GROUP": matrix.group,
+        "HEIGHT": matrix.height,
+        "PER_WORD": matrix.per_word,
+        "KIND": "fp8-by-bits" if by_bits else matrix.kind.value,
+    }
 
 
 def check_rows(x: torch.Tensor, matrix: PackedMatrix) -> None:
