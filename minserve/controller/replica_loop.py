@@ -57,6 +57,7 @@ def identity_of(engine: RelayEngine) -> m.Identity:
     traits = {
         "model": f"{engine.model_name} ({engine.fingerprint})",
         "dtype": engine.dtype,
+        "kv_cache_dtype": engine.config.kv_cache_dtype,
         "tokenizer": engine.config.tokenizer or "the model's",
         "max_model_len": str(engine.max_model_len),
         "policy": engine.config.policy,

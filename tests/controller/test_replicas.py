@@ -6,7 +6,9 @@ import asyncio
 import math
 import threading
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -14,10 +16,13 @@ from hellos import hello
 from waiting import PATIENCE_S
 
 from minserve import __version__
+from minserve.config import EngineConfig
 from minserve.controller import messages as m
 from minserve.controller.channel import FRAME, MAX_MESSAGE, REPLICA, Channel, pair_store
 from minserve.controller.rendezvous import Arrival, Rendezvous, announce
+from minserve.controller.replica_loop import identity_of
 from minserve.controller.replicas import ReplicaTable
+from minserve.engine.relay import RelayEngine
 from minserve.errors import ReplicaLostError, ReplicaRefusedError
 from minserve.planner.replica_load import ReplicaLoad
 
@@ -42,6 +47,23 @@ def check(table: ReplicaTable, identity: m.Identity, number: int = 1, epoch: int
 def test_one_like_the_others_is_taken_in(table: ReplicaTable) -> None:
     check(table, OWN)
     check(table, OWN, number=0, epoch=4)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("kv_cache_dtype", "int8"), ("tokenizer", "other"), ("policy", "edf")]
+)
+def test_a_setting_that_changes_tokens_or_promises_is_a_trait(setting: str, value: str) -> None:
+    def traits(config: EngineConfig) -> dict[str, str]:
+        engine = SimpleNamespace(
+            config=config, model_name="tiny", fingerprint="", dtype="", max_model_len=1
+        )
+        return identity_of(cast(RelayEngine, engine)).traits
+
+    usual = EngineConfig()
+    differs = {
+        k for k, v in traits(replace(usual, **{setting: value})).items() if v != traits(usual)[k]
+    }
+    assert differs == {setting}
 
 
 @pytest.mark.parametrize(
