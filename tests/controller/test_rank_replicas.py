@@ -49,6 +49,9 @@ def test_a_group_answers_over_http_goes_on_without_a_lost_token_and_leaves_no_ra
         (rank,) = ranks()
         os.kill(again["pid"], signal.SIGKILL)  # its own rank 0
         wait_until(lambda: not is_alive(rank))
+        # Until a group is back, new requests are refused.
+        wait_until(lambda: server.replicas()[0]["pid"] not in (None, again["pid"]))
+        server.wait_until_up()
         assert server.stream({**BODY, "n": 2})[0] == expected[0]
         ranks()
         process.send_signal(signal.SIGTERM)
