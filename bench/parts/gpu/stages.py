@@ -38,6 +38,7 @@ GPU_TESTS = (
     "tests/engine/device/test_cuda_graphs.py",
     "tests/engine/device/test_launch.py",
     "tests/engine/test_triton_engine.py",
+    "tests/engine/test_packed_engine.py",
 )
 TEST_WORKERS = 12
 KILL_GRACE_S = 5.0
@@ -84,8 +85,8 @@ def stages(dry: bool, rows: Path) -> list[Stage]:
     tests = ["tests/minserve_kernels/test_attention.py"] if dry else list(GPU_TESTS)
     if not dry and importlib.util.find_spec("xdist"):
         tests += ["-n", str(TEST_WORKERS)]  # most of their time is compilation
-    limits = (DRY_LIMIT_S,) * 6 if dry else (15, 90, 35, 90, 190, 35)
-    seconds = [] if dry else ["--seconds", "70"]
+    limits = (DRY_LIMIT_S,) * 6 if dry else (15, 120, 40, 75, 190, 60)
+    seconds = [] if dry else ["--seconds", "55"]
     return [
         Stage("ceilings", [python, "bench/parts/gpu/ceilings.py", *dry_flag], limits[0]),
         Stage(
@@ -149,6 +150,7 @@ def environment(folder: Path) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
         "XDG_CACHE_HOME": str(folder / "cache"),
+        "TQDM_MININTERVAL": "20",  # bars go to the log
         # Test workers share the cores, and the CPU's work beside a GPU's is small.
         "OMP_NUM_THREADS": "2",
     }
