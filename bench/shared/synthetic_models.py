@@ -13,6 +13,7 @@ from zlib import crc32
 import torch
 
 from minserve.models.tensor_part import TensorPart
+from minserve.models.weights.checkpoint import Checkpoint, TensorHeader
 
 
 def _opt(hidden: int, layers: int, heads: int, vocab: int = 50272) -> dict[str, Any]:
@@ -71,18 +72,13 @@ def linear_weights(shape: str) -> int:
     return layers + values["vocab_size"] * hidden
 
 
-class RandomCheckpoint:
+class RandomCheckpoint(Checkpoint):
     """Random weights of any shape, made on the model's device. It replaces a real checkpoint."""
 
     def __init__(self, device: str) -> None:
+        super().__init__(Path("random weights"), {}, progress=False)
         self._device = device
         self._generator = torch.Generator(device)
-
-    def __enter__(self) -> RandomCheckpoint:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
     def names(self) -> set[str]:
         """Return the tensor that a draft model would otherwise borrow from its target."""
@@ -96,12 +92,19 @@ class RandomCheckpoint:
         self, name: str, shape: tuple[int, ...] | None = None, part: TensorPart | None = None
     ) -> torch.Tensor:
         """Return float32 weights, normal with the sd of untrained models; norms are 1."""
+        assert shape is not None, "no file tells it"
         if "norm" in name and name.endswith("weight"):
             return torch.ones(shape, device=self._device)
         # Whole and by name, so that ranks have parts of the same model.
         self._generator.manual_seed(crc32(name.encode()))
         whole = torch.randn(shape, device=self._device, generator=self._generator).mul_(0.02)
         return whole if part is None or part.is_whole(shape) else part.copy(whole)
+
+    def _header(self, stored: str, file: Path) -> TensorHeader:
+        raise NotImplementedError("no tensor is stored")
+
+    def _read(self, stored: str, file: Path) -> torch.Tensor:
+        raise NotImplementedError("no tensor is stored")
 
 
 @contextmanager

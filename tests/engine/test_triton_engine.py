@@ -59,6 +59,7 @@ def test_outputs_are_those_of_plain_torch(
         as_on_a_gpu(engine, monkeypatch)
     assert core.runner.graphs is not None
     assert essence(outputs_of(engine, PROMPTS[:3], params)) == want
-    assert core.stats.plans_ahead["held"] > 0
+    # On a GPU a plan that holds is launched behind the batch that runs.
+    assert core.stats.plans_ahead["held"] + core.stats.plans_ahead["launched"] > 0
     if how == "draft":
         assert core.stats.speculation.num_accepted_tokens > 0

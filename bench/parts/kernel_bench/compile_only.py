@@ -259,7 +259,9 @@ def precompile_here(makes: Sequence[Make], dtype: torch.dtype) -> None:
         pending = [
             pool.submit(_precompile_one, make, dtype, arch, multiprocessors) for make in makes
         ]
-        for _ in progress_bar(as_completed(pending), "Compiling", len(pending), mininterval=1.0):
+        for _ in progress_bar(
+            as_completed(pending), desc="Compiling", total=len(pending), unit="kernel"
+        ):
             pass
 
 
