@@ -17,8 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minserve.kernels.triton.split_merge import MERGED_ROWS, MERGED_SPLITS
+
 # Tokens of a piece, at least: a shorter one costs more to begin and to merge than it saves.
-LEAST_SPLIT = 128
+LEAST_SPLIT = 256
+# The same for a batch whose pieces are so few that each sequence's are merged at once.
+FEW_PIECES_SPLIT = 128
 # Contexts of at most so many tokens are one piece: the first split costs more than the next ones.
 UNSPLIT = 256
 # The numbers of a piece; `_store_pieces` has their meaning.
@@ -55,6 +59,9 @@ def decode_tile(
     """
     block_m = min(64, max(16, triton.next_power_of_2(num_rows)))
     block_n = 64 if head_dim <= 128 else 32
+    if in_8_bits and block_m == 16 and head_dim <= 128 and head_dim.bit_count() == 1:
+        # As many bytes are loaded at a time as in 16 bits; heads of other dimensions would spill.
+        block_n = 128
     if dtype is torch.float32:
         return DecodeTile(min(block_m, 32), 16, num_warps=8, num_stages=2)
     if block_m > 32:
@@ -128,7 +135,8 @@ def plan_decodes(
     num_tiles = triton.cdiv(rows, tile.block_m)
     programs_per_piece = max(1, num_kv_heads * num_tiles)
     at_a_time = max(1, num_programs // programs_per_piece)
-    more = _most_splits(num_seqs, longest, total, at_a_time, tile.block_n)
+    few = MERGED_SPLITS // max(1, triton.cdiv(min(rows, tile.block_m), MERGED_ROWS))
+    more = _most_splits(num_seqs, longest, total, at_a_time, few, tile.block_n)
     sure = num_seqs + (0 if total is None else more)
     tile = decode_tile(rows, head_dim, dtype, 2 * sure > at_a_time, in_8_bits)
     device = lengths.device
@@ -145,7 +153,9 @@ def plan_decodes(
         num_seqs,
         pieces.shape[0],
         at_a_time,
+        few,
         LEAST_SPLIT=LEAST_SPLIT,
+        FEW_PIECES_SPLIT=FEW_PIECES_SPLIT,
         UNSPLIT=UNSPLIT,
         BLOCK_N=tile.block_n,
         BLOCK=128,
@@ -155,16 +165,17 @@ def plan_decodes(
 
 
 def _most_splits(
-    num_seqs: int, longest: int, total: int | None, at_a_time: int, block_n: int
+    num_seqs: int, longest: int, total: int | None, at_a_time: int, few: int, block_n: int
 ) -> int:
     """Return how often `_plan_kernel` splits the contexts of a batch at most, all together."""
     if longest <= UNSPLIT:
         return 0
     if total is None:
-        return min(2 * at_a_time, num_seqs * longest // LEAST_SPLIT)
+        return min(2 * at_a_time, max(few, num_seqs * longest // LEAST_SPLIT))
+    least = FEW_PIECES_SPLIT if triton.cdiv(total, FEW_PIECES_SPLIT) <= few else LEAST_SPLIT
 
     def whole_tiles(num_tokens: int) -> int:
-        return triton.cdiv(max(num_tokens, LEAST_SPLIT), block_n) * block_n
+        return triton.cdiv(max(num_tokens, least), block_n) * block_n
 
     split_len = whole_tiles(triton.cdiv(total, at_a_time))
     if longest <= split_len and num_seqs <= at_a_time:
@@ -175,7 +186,9 @@ def _most_splits(
 
 # Values that differ from batch to batch are not specialized: a kernel compiled for each new value
 # would stall the requests of that batch. The inputs of a batch lie in one buffer, at any address.
-@triton.jit(do_not_specialize=["starts_ptr", "lengths_ptr", "num_seqs", "num_pieces", "at_a_time"])
+@triton.jit(
+    do_not_specialize=["starts_ptr", "lengths_ptr", "num_seqs", "num_pieces", "at_a_time", "few"]
+)
 def _plan_kernel(
     starts_ptr,
     lengths_ptr,
@@ -183,7 +196,9 @@ def _plan_kernel(
     num_seqs,
     num_pieces,
     at_a_time,
+    few,
     LEAST_SPLIT: tl.constexpr,
+    FEW_PIECES_SPLIT: tl.constexpr,
     UNSPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -192,20 +207,23 @@ def _plan_kernel(
 
     Args:
         at_a_time: number of pieces that the device computes at a time.
+        few: number of pieces up to which they may be as short as ``FEW_PIECES_SPLIT``.
     """
     total = tl.zeros([BLOCK], dtype=tl.int64)
     for first in range(0, num_seqs, BLOCK):
         seqs = first + tl.arange(0, BLOCK)
         total += tl.load(lengths_ptr + seqs, mask=seqs < num_seqs, other=0)
-    split_len = tl.cdiv(tl.sum(total, 0), at_a_time).to(tl.int32)
-    split_len = tl.cdiv(tl.maximum(split_len, LEAST_SPLIT), BLOCK_N) * BLOCK_N
+    whole = tl.sum(total, 0)
+    least = tl.where(tl.cdiv(whole, FEW_PIECES_SPLIT) <= few, FEW_PIECES_SPLIT, LEAST_SPLIT)
+    split_len = tl.cdiv(whole, at_a_time).to(tl.int32)
+    split_len = tl.cdiv(tl.maximum(split_len, least), BLOCK_N) * BLOCK_N
     count = tl.zeros([BLOCK], dtype=tl.int32)
     for first in range(0, num_seqs, BLOCK):
         seqs = first + tl.arange(0, BLOCK)
         length = tl.load(lengths_ptr + seqs, mask=seqs < num_seqs, other=0).to(tl.int32)
         count += _cut(length, split_len, UNSPLIT, BLOCK_N)[0]
     if tl.sum(count, 0) > at_a_time:
-        split_len = tl.cdiv(tl.maximum(split_len // 2, LEAST_SPLIT), BLOCK_N) * BLOCK_N
+        split_len = tl.cdiv(tl.maximum(split_len // 2, least), BLOCK_N) * BLOCK_N
 
     used = 0
     # Five turns: sequences that are split, then the others, by quarters of that length.

@@ -9,6 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# So many rows of so many splits are merged at a time: each load in turn would cost the latency of
+# memory once more, and with more of them fewer programs would run at a time.
+MERGED_ROWS, MERGED_SPLITS = 4, 8
+ROWS_AT_A_TIME, SPLITS_AT_A_TIME = tl.constexpr(MERGED_ROWS), tl.constexpr(MERGED_SPLITS)
+
 
 @triton.jit
 def ended_last(arrived_ptr, num_splits):
@@ -41,9 +46,6 @@ def merge_splits(
 ):
     """Store the attention of the rows in [begin, end), from that of their splits.
 
-    Several rows and many splits are loaded at a time: each load in turn would cost the latency of
-    memory once more.
-
     Args:
         partial_ptr: float32 rows of ``HEAD_DIM``: the splits' outputs. Row r of split s is the
             ``r + s * split_stride``-th.
@@ -52,9 +54,9 @@ def merge_splits(
             is head ``r % GROUP`` of token ``r // GROUP`` from there on.
     """
     BLOCK_D: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
-    ROWS: tl.constexpr = 4
-    # Of 128 threads each holds 32 numbers: with more of them fewer programs would run at a time.
-    SPLITS: tl.constexpr = min(8, 4096 // (ROWS * BLOCK_D))
+    ROWS: tl.constexpr = ROWS_AT_A_TIME
+    # Of 128 threads each holds 32 numbers.
+    SPLITS: tl.constexpr = min(SPLITS_AT_A_TIME, 4096 // (ROWS * BLOCK_D))
     dim = tl.arange(0, BLOCK_D)
     is_dim = dim < HEAD_DIM
     for first in range(begin, end, ROWS):

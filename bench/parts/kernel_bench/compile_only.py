@@ -147,6 +147,10 @@ def cases(quick: bool) -> Iterator[CompileCase]:
 def _cases_in_8_bits(quick: bool) -> Iterator[CompileCase]:
     """Yield attention over a KV cache in 8 bits, and the writing of it."""
     for form in EIGHT_BITS:
+        if quick:
+            # In prefills heads of 96 dimensions are two parts, with a layout for each.
+            heads = Heads(OTHERS_GROUP * NUM_KV_HEADS, NUM_KV_HEADS, 96)
+            yield from _attention_cases(heads, BLOCK_SIZE, torch.bfloat16, (), FEW_CHUNKS, form)
         for head_dim in (128,) if quick else HEAD_DIMS:
             heads = Heads(OTHERS_GROUP * NUM_KV_HEADS, NUM_KV_HEADS, head_dim)
             sizes = (FEW_DECODES[:1], FEW_CHUNKS) if quick else (DECODES, CHUNKS)
@@ -315,6 +319,7 @@ def run_compile(only: Sequence[str] | None, *, quick: bool) -> int:
         "cases": len(results),
         "spills": sum(kernel.spill_bytes for kernel in built),
         "unpipelined": sum(kernel.is_unpipelined for kernel in built),
+        "miscompiled": sum(bool(kernel.mistakes) for kernel in built),
         "triton": triton.__version__,
         "archs": list(ARCHS),
         "max_shared": max((kernel.shared for kernel in built), default=0),

@@ -23,6 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 
+from parts.kernel_bench import machine_code
+
 KIB = 1024
 # Shared memory that one block may use, and multiprocessors of an A100 and an H100 (CUDA C++
 # Programming Guide, "Compute capabilities"; the chips' datasheets).
@@ -58,6 +60,7 @@ class Built:
         ahead: number of later loads that are under way when a loop waits for a load; the least
             of all loops, ``None`` if none of them waits.
         buffers: number of tiles for which pipelined loads have room; ``None`` without such loads.
+        mistakes: the assembler's, from `machine_code.problems`.
     """
 
     name: str
@@ -73,6 +76,7 @@ class Built:
     instructions: str
     ahead: int | None
     buffers: int | None
+    mistakes: tuple[str, ...] = ()
 
     @property
     def at_a_time(self) -> int:
@@ -95,7 +99,7 @@ class Built:
 
     def problems(self) -> list[str]:
         """Return what keeps it from running well, or at all, on its architecture."""
-        found = []
+        found = list(self.mistakes)
         if self.spill_bytes > FEW_SPILL_BYTES:
             found.append(f"{self.spill_bytes} bytes of registers spilled")
         if self.shared > MAX_SHARED[self.arch]:
@@ -181,17 +185,25 @@ def inspect(kernel: CompiledKernel) -> Built:
             default=None,
         ),
         buffers=max((int(n) for n in BUFFERS.findall(kernel.asm["ttgir"])), default=None),
+        mistakes=tuple(
+            machine_code.problems(_read(kernel.asm["cubin"], knobs.nvidia.nvdisasm, "-c"))
+        ),
     )
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Return the registers, and the bytes of stack, per thread."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(file)]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    text = _read(cubin, knobs.nvidia.cuobjdump, "--dump-resource-usage")
     usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if usage is None:
         raise RuntimeError(f"cuobjdump says nothing of resources: {text!r:.200}")
     return int(usage[1]), int(usage[2])
+
+
+def _read(cubin: bytes, tool: knobs.NvidiaTool, flag: str) -> str:
+    """Return what one of CUDA's tools says of machine code."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        command = [tool.path, flag, str(file)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -1,8 +1,7 @@
-"""The assembler for GPUs before Blackwell: the newer of Triton's two, where the driver knows its code."""
+"""The assembler for Hopper: the newer of Triton's two, where the driver knows its code."""
 
 from __future__ import annotations
 
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -10,54 +9,50 @@ import torch
 
 from minserve.kernels.triton import assembler
 
-OWN = "of/ptxas"
+OLDER = SimpleNamespace(path="of/ptxas", version="12.8")
+NEWER = SimpleNamespace(path="of/ptxas-blackwell", version="13.1")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Triton whose assemblers are of CUDA 12.8 and 13.1, without a choice of the user's."""
-    tools = {
-        "ptxas": SimpleNamespace(path=OWN, version="12.8"),
-        "ptxas_blackwell": SimpleNamespace(path="of/ptxas-blackwell", version="13.1"),
-    }
-    fake = SimpleNamespace(
-        nvidia=SimpleNamespace(**tools), runtime=SimpleNamespace(interpret=False)
+    """A Triton of two assemblers that takes the older one for Hopper, as 3.7 does."""
+    monkeypatch.setattr(
+        assembler, "knobs", SimpleNamespace(nvidia=SimpleNamespace(ptxas_blackwell=NEWER))
     )
-    monkeypatch.setattr(assembler, "knobs", fake)
-    # Set and taken away, so that what the test leaves is taken away too.
-    monkeypatch.setenv(assembler.VARIABLE, "")
-    monkeypatch.delenv(assembler.VARIABLE)
+    fake = SimpleNamespace(get_ptxas=lambda arch: NEWER if arch >= 100 else OLDER)
+    monkeypatch.setattr(assembler, "compiler", fake)
+    monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
 
 
-@pytest.mark.usefixtures("_triton")
+def chosen(cuda: str | None, monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
+    """The assemblers for an A100, an H100 and a B200, beside a torch of a version of CUDA."""
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assembler.use_newer_assembler()
+    return [assembler.compiler.get_ptxas(arch) for arch in (80, 90, 100)]
+
+
 @pytest.mark.parametrize(
-    ("cuda", "chosen"),
-    [("13.0", "of/ptxas-blackwell"), (None, "of/ptxas-blackwell"), ("12.8", None)],
+    ("cuda", "hopper"),
+    [("13.0", NEWER), (None, NEWER), ("12.8", OLDER)],
     ids=["torch of CUDA 13", "torch without CUDA", "a driver may be of CUDA 12"],
 )
 def test_it_is_the_newer_one_where_torchs_driver_knows_its_code(
-    monkeypatch: pytest.MonkeyPatch, cuda: str | None, chosen: str | None
+    monkeypatch: pytest.MonkeyPatch, cuda: str | None, hopper: SimpleNamespace
 ) -> None:
-    monkeypatch.setattr(torch.version, "cuda", cuda)
-    assembler.use_newer_assembler()
-    assert os.environ.get(assembler.VARIABLE) == chosen
+    assert chosen(cuda, monkeypatch) == [OLDER, hopper, NEWER]
 
 
-@pytest.mark.usefixtures("_triton")
 def test_what_triton_has_is_kept_where_it_is_as_new(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assembler.knobs.nvidia.ptxas, "version", "13.1")
-    assembler.use_newer_assembler()
-    assert assembler.VARIABLE not in os.environ
+    monkeypatch.setattr(assembler.knobs.nvidia, "ptxas_blackwell", OLDER)
+    assert chosen("13.0", monkeypatch) == [OLDER, OLDER, NEWER]
 
 
-@pytest.mark.usefixtures("_triton")
 def test_a_users_choice_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(assembler.VARIABLE, OWN)
-    assembler.use_newer_assembler()
-    assert os.environ[assembler.VARIABLE] == OWN
+    monkeypatch.setenv("TRITON_PTXAS_PATH", OLDER.path)
+    assert chosen("13.0", monkeypatch) == [OLDER, OLDER, NEWER]
 
 
-def test_tritons_own_assemblers_have_versions_that_can_be_compared() -> None:
-    nvidia = assembler.knobs.nvidia
-    for tool in (nvidia.ptxas, nvidia.ptxas_blackwell):
+def test_triton_tells_its_assemblers_as_is_expected_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for tool in (assembler.compiler.get_ptxas(90), assembler.knobs.nvidia.ptxas_blackwell):
         assert assembler._numbers(tool.version) > (12, 0)

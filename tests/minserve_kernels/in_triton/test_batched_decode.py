@@ -18,12 +18,9 @@ from attention_cases import (
 from decode_pieces import pieces_of
 
 from minserve.kernels.attention import LayerKV
+from minserve.kernels.triton import decode_plan
 from minserve.kernels.triton.batched_decode import batched_decode
-from minserve.kernels.triton.decode_plan import (
-    LEAST_SPLIT,
-    DecodePlan,
-    plan_decodes,
-)
+from minserve.kernels.triton.decode_plan import DecodePlan, plan_decodes
 
 # (query heads, KV heads, head_dim).
 WIDE, PHI, ONE_KV_HEAD, TINY = (4, 2, 256), (6, 2, 96), (8, 1, 64), (4, 2, 16)
@@ -131,10 +128,11 @@ def test_a_context_of_128k_tokens(device: torch.device) -> None:
 
 
 def test_a_split_may_hold_nothing_that_the_first_drafts_see(
-    dtype: torch.dtype, device: torch.device
+    dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(decode_plan, "LEAST_SPLIT", 64)
     # The last piece begins at one of the last tokens of a sequence.
-    lengths = [(5, 8 * LEAST_SPLIT + more) for more in (-4, -2, -1)]
+    lengths = [(5, 8 * 64 + more) for more in (-4, -2, -1)]
     plan = run(TINY, lengths, dtype, device, num_programs=1000)
     assert [pieces[-1][1] - pieces[-1][0] for _, pieces in sorted(pieces_of(plan).items())] == [
         1,

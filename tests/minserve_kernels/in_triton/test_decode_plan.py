@@ -8,7 +8,13 @@ import pytest
 import torch
 from decode_pieces import pieces_of
 
-from minserve.kernels.triton.decode_plan import LEAST_SPLIT, UNSPLIT, DecodePlan, plan_decodes
+from minserve.kernels.triton.decode_plan import (
+    FEW_PIECES_SPLIT,
+    LEAST_SPLIT,
+    UNSPLIT,
+    DecodePlan,
+    plan_decodes,
+)
 
 LLAMA_3_8B, OPT_6_7B, ONE_KV_HEAD = (32, 8, 128), (32, 32, 128), (8, 1, 64)
 PROGRAMS = 528  # of an H100 at a time
@@ -62,7 +68,8 @@ def test_every_token_is_in_one_piece(
         assert ends[-1] == lengths[seq]
         assert all(end % made.tile.block_n == 0 for end in ends[:-1])
         if len(pieces) > 1:
-            assert pieces[0][1] >= LEAST_SPLIT
+            # Pieces of a sequence have the same length, the last one aside.
+            assert pieces[0][1] > FEW_PIECES_SPLIT / 2
     for row in made.pieces.tolist():
         seq, start, num_queries, length, begin, end, _, num_splits = row
         if begin < end:
@@ -108,6 +115,20 @@ def test_one_sequence_is_split_over_the_device(lengths_known: bool, device: torc
     assert len(pieces_of(made)[0]) == 2048 // LEAST_SPLIT
     made = plan([100_000], LLAMA_3_8B, device, lengths_known=lengths_known)
     assert len(pieces_of(made)[0]) * 8 > 0.9 * PROGRAMS
+
+
+@KNOWN
+@pytest.mark.parametrize(
+    ("lengths", "queries", "shortest"),
+    [([512], 1, FEW_PIECES_SPLIT), ([512] * 8, 1, LEAST_SPLIT), ([512], 5, LEAST_SPLIT)],
+    ids=["one short sequence", "several", "many rows to merge"],
+)
+def test_pieces_are_shorter_where_all_are_merged_at_once(
+    lengths: list[int], queries: int, shortest: int, lengths_known: bool, device: torch.device
+) -> None:
+    made = plan(lengths, LLAMA_3_8B, device, lengths_known=lengths_known, queries=queries)
+    for pieces in pieces_of(made).values():
+        assert [end - begin for begin, end in pieces] == [shortest] * (512 // shortest)
 
 
 @pytest.mark.parametrize(("num_seqs", "length"), [(64, 2048), (256, 512), (1, UNSPLIT)])
