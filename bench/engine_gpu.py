@@ -9,7 +9,7 @@ line is JSON.
 
     .venv/bin/python bench/engine_gpu.py --out engine.jsonl           # on an NVIDIA GPU
     .venv/bin/python bench/engine_gpu.py --model opt-6.7b --profile-seconds 0
-    .venv/bin/python bench/engine_gpu.py --dry                        # tiny, on a CPU
+    .venv/bin/python bench/engine_gpu.py --dry                        # tiny, on a CPU, by a GPU's ways
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import statistics
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +36,8 @@ from minserve.engine.build import load_engine
 from minserve.engine.core import EngineCore
 from minserve.engine.device.runner import model_runner
 from minserve.engine.profile.profile_design import ProfileBatch
-from minserve.engine.profile.profiler import Workbench, profile_core
+from minserve.engine.profile.profiler import profile_core
+from minserve.engine.profile.workbench import Workbench
 from minserve.engine.speculation.proposal import Proposal
 from minserve.machine import GIB
 from minserve.planner.predict.eager import NO_MIXED
@@ -44,7 +45,9 @@ from minserve.progress_bar import progress_bar
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
 from parts.engine_gpu.device_trace import trace_steps
+from parts.engine_gpu.gpu_ways import follow_gpu_ways, gpu_ways
 from parts.engine_gpu.idle import IdleMeter
+from shared.failing import FailureLog
 from shared.interpreter import choose_interpreter
 from shared.kernel_timing import measure_ceilings
 from shared.machine import gpu_machine
@@ -126,13 +129,17 @@ def load(model: str, settings: dict[str, Any]) -> EngineCore:
         torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as folder:
         path = write_shape(Path(folder) / model, model, tokenizer=True)
-        with random_weights(settings.get("device", "auto")):
-            return load_engine(EngineConfig.create(str(path), **settings)).core
+        config = EngineConfig.create(str(path), **settings)
+        with random_weights(config.device):
+            core = load_engine(config).core
+        if model_runner(core.runner).device.type == "cpu":
+            follow_gpu_ways(core, config)
+        return core
 
 
 def step_bytes(core: EngineCore, model: str, context: int, batch: int) -> int:
     """Return the bytes that a decode step must read: all weights, and the KV of its sequences."""
-    kv = core.runner.kv
+    kv = model_runner(core.runner).kv
     per_token = (
         sum(part.nbytes for layer in kv for part in layer.parts) // kv[0].key[..., 0, 0].numel()
     )
@@ -171,7 +178,7 @@ def measure_runner(
         for name, params in (("greedy_ms", GREEDY), ("top_p_ms", NUCLEUS))
     }
     mixed = []
-    graphs = core.runner.graphs
+    graphs = model_runner(core.runner).graphs
     for decoding, chunk in effort.mixed:
         batch = ProfileBatch(
             decodes=(effort.context,) * decoding,
@@ -210,7 +217,7 @@ def verification_ms(bench: Workbench, batch: int, effort: EngineEffort) -> float
 def memory_of(core: EngineCore) -> dict[str, Any]:
     """Return what is free on the device in GiB, and the most that torch ever reserved."""
     blocks = core.pool.num_blocks
-    if core.runner.device.type != "cuda":
+    if model_runner(core.runner).device.type != "cuda":
         return {"kv_blocks": blocks, "free_gib": None, "peak_reserved_gib": None}
     free, total = torch.cuda.mem_get_info()
     return {
@@ -231,7 +238,7 @@ def measure_engine(core: EngineCore, effort: EngineEffort) -> dict[str, Any]:
     with each batch launched behind the one that runs, and with the order in which that has ended.
     """
     num_seqs, num_steps = effort.engine
-    rng, vocab = random.Random(0), core.runner.model.shape.vocab_size
+    rng, vocab = random.Random(0), model_runner(core.runner).model.shape.vocab_size
     for i in range(num_seqs):
         request = Request(
             request_id=f"bench-{i}",
@@ -304,11 +311,12 @@ def measure_model(
     started = time.perf_counter()
     core = load(model, {**effort.settings, "cuda_graphs": graphs})
     start_s, after_start = time.perf_counter() - started, memory_of(core)
-    recorded = core.runner.graphs
+    runner = model_runner(core.runner)
+    recorded = runner.graphs
     result = {
         "model": model,
         "cuda_graphs": graphs,
-        "backend": core.runner.backend.name,
+        "backend": runner.backend.name,
         "start_s": round(start_s, 1),
         "graphs": None if recorded is None else recorded.num_recorded,
         "mixed_graphs": None if recorded is None else list(recorded.mixed),
@@ -417,26 +425,26 @@ def main() -> int:
     effort, words = DRY if args.dry else FULL, gpu_machine()
     copy_gb_s = None if args.dry else round(measure_ceilings(rep_ms=200.0).copy_gb_s, 1)
     results: list[dict[str, Any]] = []
-    failures: list[str] = []
-    # With graphs: this is how minserve serves, and it is what is profiled; a CPU has no graphs.
-    variants = [False] if args.dry else [True, False]
+    failures = FailureLog()
+    # With graphs: this is how minserve serves, and it is what is profiled.
+    variants = [True] if args.dry else [True, False]
     runs = [(model, graphs) for graphs in variants for model in args.model or effort.models]
     for model, graphs in progress_bar(runs, unit="engine", desc="Measuring"):
         seconds = args.profile_seconds if graphs == variants[0] else 0.0
         try:
-            result = measure_model(model, effort, copy_gb_s, seconds, graphs)
+            with gpu_ways() if args.dry else nullcontext():
+                result = measure_model(model, effort, copy_gb_s, seconds, graphs)
         except Exception as error:  # a model that does not fit must not hide the others
-            traceback.print_exc()
-            failures.append(f"{model}: {type(error).__name__}: {error}")
+            failures.add(f"{model}{'' if graphs else ' without graphs'}", error)
             continue
         results.append({**result, **words, "dry": args.dry})
         tqdm.write("\n".join(lines(result)))
         if args.out is not None:
             with args.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(results[-1]) + "\n")
-    told = {**words, **summary(results, copy_gb_s), "failures": failures, "dry": args.dry}
+    told = {**words, **summary(results, copy_gb_s), "failures": failures.lines, "dry": args.dry}
     print(json.dumps(told))
-    return 1 if failures else 0
+    return 1 if failures.lines else 0
 
 
 if __name__ == "__main__":

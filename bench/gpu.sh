@@ -5,6 +5,9 @@
 # network.
 #
 #   bench/gpu.sh [--out DIR]     # default DIR: bench/results; writes <device>.json and .log
+#   bench/gpu.sh --stages engine,kernels   # these alone, in that order, where time is short, into a
+#                                          # file of their own; the names are ceilings, tests, parity,
+#                                          # kernels, engine, http and ranks
 #   bench/gpu.sh --tune          # a second call, of 3 minutes: other tiles for attention
 #   bench/gpu.sh --dry           # the same on a CPU, tiny, in Triton's interpreter
 #

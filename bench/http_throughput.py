@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,9 +27,9 @@ from typing import Any
 from minserve.planner.predict.perf_model import PerfModel, Piece
 from minserve.tables import text_table
 from minserve.workload.server_process import ServerCommand, ServerProcess
-from parts.http_throughput import client
-from parts.http_throughput.processes import ENGINE, HTTP, READERS, cpu_by_part
 from shared.checkouts import OWN, importable
+from shared.http_streams.processes import ENGINE, HTTP
+from shared.http_streams.turn import StreamLoad, StreamTurn, turn
 from shared.machine import machine
 from shared.profile_file import profile_file
 from shared.program import positive, run_program
@@ -75,40 +74,13 @@ def servers(args: argparse.Namespace) -> Iterator[dict[str, ServerProcess]]:
         yield found
 
 
-def turn(server: ServerProcess, streams: int, tokens: int) -> dict[str, float]:
-    """Read so many streams of so many tokens.
-
-    Returns:
-        tokens per second, events per read, and microseconds of processor time per token by part.
-
-    Raises:
-        EngineStoppedError: where a stream did not bring all of its tokens.
-    """
-    command = [sys.executable, client.__file__, server.url, MODEL, str(streams), str(tokens)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        _await(process.stdout, client.RUNNING, server)
-        before = cpu_by_part(server.pid)
-        _await(process.stdout, client.ENDING, server)
-        after = cpu_by_part(server.pid)
-        counts = client.StreamCounts(**json.loads(process.stdout.read()))
-    # The last event of a stream has its end, and no token or one that was held back.
-    if not all(tokens <= num <= tokens + 1 for num in counts.by_stream):
-        raise server.failed(f"sent {sorted(set(counts.by_stream))} events of {tokens} tokens")
-    parts = {part: after[part] - before[part] for part in (HTTP, ENGINE, READERS)}
-    parts["client"] = counts.cpu_s
+def figures_of(found: StreamTurn) -> dict[str, float]:
+    """Return tokens per second, events per read, and microseconds of processor time per token."""
     return {
-        "tokens_per_s": counts.events / counts.seconds,
-        "events_per_read": counts.events / counts.reads,
-        **{f"{part}_us": 1e6 * seconds / counts.events for part, seconds in parts.items()},
+        "tokens_per_s": found.tokens_per_s,
+        "events_per_read": found.counts.events / found.counts.reads,
+        **{f"{part}_us": us for part, us in found.cpu_us().items()},
     }
-
-
-def _await(lines: Iterator[str], word: str, server: ServerProcess) -> None:
-    if (found := next(lines, "").strip()) != word:
-        raise server.failed(
-            f"let a stream end before all had begun ({found!r}); ask for more --tokens"
-        )
 
 
 def bound(name: str, figures: dict[str, float]) -> float:
@@ -157,10 +129,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with servers(args) as started:
         for number in range(-1, args.turns):
             for name, server in started.items():
-                found = turn(server, args.streams, args.tokens)
+                figures = figures_of(turn(server, MODEL, StreamLoad(args.streams, args.tokens)))
                 if number >= 0:  # the first one warms up
-                    turns.setdefault(name, []).append(found)
-                    print(f"{name}: {found['tokens_per_s']:.0f} tokens/s", file=sys.stderr)
+                    turns.setdefault(name, []).append(figures)
+                    print(f"{name}: {figures['tokens_per_s']:.0f} tokens/s", file=sys.stderr)
     found = summary(turns)
     keys = ["tokens_per_s", "bound_per_s", "http_us", "engine_us", "client_us", "events_per_read"]
     print(text_table(("", *keys), [(name, *(found[name][key] for key in keys)) for name in turns]))

@@ -27,10 +27,11 @@ from parts.kernel_bench.report import failures, plot, summary, table
 from parts.kernel_bench.rows import CUBLAS_KERNEL
 from parts.kernel_bench.sweep import KERNELS, NotCapturedError, problems, sweep
 from shared.interpreter import choose_interpreter
-from shared.kernel_cases import KernelSetting, Scale
+from shared.kernel_cases import KernelSetting, Make, Scale
 from shared.kernel_timing import Ceilings, measure_ceilings
 from shared.machine import gpu_machine
 
+NO_LIMIT_S = 1e9
 # For each flag, the flags that have no effect beside it.
 NO_EFFECT = {
     "compile_only": ("dtype", "rep_ms", "seconds", "out", "plot", "dry"),
@@ -47,7 +48,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", action="append", choices=KERNELS, help="may be repeated")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--rep-ms", type=float, default=40.0, help="for each contestant")
-    parser.add_argument("--seconds", type=float, help="begin no case after so many", default=1e9)
+    parser.add_argument(
+        "--seconds", type=float, help="begin no case after so many", default=NO_LIMIT_S
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="append the rows, as JSON lines")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="needs matplotlib")
     parser.add_argument("--dry", action="store_true", help="tiny, on a CPU, in the interpreter")
@@ -91,6 +94,18 @@ def go_on(args: argparse.Namespace, begin: int, name: str) -> NoReturn:
     os.execv(sys.executable, [sys.executable, *own, *more])
 
 
+def compiled_ahead(args: argparse.Namespace, scale: Scale) -> list[Make]:
+    """Return the problems whose kernels are compiled before the sweep, on all cores.
+
+    Where its time is limited these are the quick sweep's, which come first. A dry run has no use for
+    compiled kernels: one shows that they can be compiled.
+    """
+    if scale is Scale.FULL and args.seconds < NO_LIMIT_S:
+        scale = Scale.QUICK
+    makes = [m for kernel, m in problems(args.only or KERNELS, scale) if kernel != CUBLAS_KERNEL]
+    return makes[:1] if args.dry else makes
+
+
 def run_sweep(args: argparse.Namespace, scale: Scale) -> int:
     """Measure the ceilings, run the sweep, and print the table and the goals."""
     machine_words, ceilings = gpu_machine(), None
@@ -102,11 +117,12 @@ def run_sweep(args: argparse.Namespace, scale: Scale) -> int:
             flush=True,
         )
     cases, place = problems(args.only or KERNELS, scale), setting(args)
-    if not args.dry and not args.begin:
+    uncompiled: list[str] = []
+    if not args.begin and not args.launch:
         from parts.kernel_bench.compile_only import precompile_here
 
-        makes = [make for kernel, make in cases if kernel != CUBLAS_KERNEL]
-        precompile_here(makes, place.dtype)
+        uncompiled = precompile_here(compiled_ahead(args, scale), place.dtype)
+        print(f"{len(uncompiled)} problems not compiled ahead", *uncompiled, sep="\n  ", flush=True)
     rows: list[dict[str, Any]] = earlier_rows(args) if args.begin else []
     done = args.begin
     try:
@@ -130,7 +146,8 @@ def run_sweep(args: argparse.Namespace, scale: Scale) -> int:
         plot(rows, args.plot, machine_words["device"])
     for failure in failures(rows):
         print(f"FAILED {failure}")
-    print(json.dumps({**machine_words, **summary(rows, ceilings), "dry": args.dry}))
+    told = {**machine_words, **summary(rows, ceilings), "uncompiled": uncompiled, "dry": args.dry}
+    print(json.dumps(told))
     return 1 if failures(rows) else 0
 
 

@@ -27,6 +27,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
@@ -118,6 +119,10 @@ def peers_of(args: argparse.Namespace) -> list[Contender]:
     return found
 
 
+def _show(bar: tqdm, event: Event) -> None:
+    bar.set_postfix_str(event["event"])
+
+
 class OfflineBenchmark:
     """All turns of one run of this program.
 
@@ -141,7 +146,7 @@ class OfflineBenchmark:
         with progress_bar(order, unit="engine", file=sys.stderr) as bar:
             for contender in bar:
                 bar.set_description(contender.label)
-                self._turn(contender, lambda event, bar=bar: bar.set_postfix_str(event["event"]))
+                self._turn(contender, partial(_show, bar))
                 if contender in ours and "limits" in self._args.parts:
                     self.limits.setdefault(contender.label, []).append(
                         self._measure_limits(contender)

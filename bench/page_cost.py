@@ -16,6 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from minserve.activity import Cursor
@@ -84,14 +85,12 @@ def measure(num_seqs: int, turns: int) -> dict[str, Any]:
             if journal is not None and name == "looked at":
                 journal.since(None)
             run(core, WARM_UP)
-            least[name] = min(
-                least[name], timed(lambda core=core: run(core, ITERATIONS)) / ITERATIONS
-            )
+            least[name] = min(least[name], timed(partial(run, core, ITERATIONS)) / ITERATIONS)
         assert journal is not None
-        least["first frame"] = min(least["first frame"], timed(lambda j=journal: look(j, None)))
+        least["first frame"] = min(least["first frame"], timed(partial(look, journal, None)))
         cursor = look(journal, None)
         run(core, NEWS)
-        least["frame"] = min(least["frame"], timed(lambda j=journal, c=cursor: look(j, c)))
+        least["frame"] = min(least["frame"], timed(partial(look, journal, cursor)))
     return {"sequences": num_seqs, **{name: round(cost, 1) for name, cost in least.items()}}
 
 

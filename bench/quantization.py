@@ -26,6 +26,7 @@ from minserve.blocks import blocks_for
 from minserve.config import KV_CACHE_DTYPES, QUANTIZATIONS
 from minserve.cpu_name import cpu_name
 from minserve.engine.device.batch_tensors import Chunk
+from minserve.engine.device.runner import model_runner
 from minserve.progress_bar import progress_bar
 from minserve.tables import text_table
 
@@ -76,7 +77,7 @@ def text_logprobs(engine: Engine, texts: list[list[int]]) -> torch.Tensor:
 @torch.inference_mode()
 def next_tokens(engine: Engine, text: list[int]) -> torch.Tensor:
     """Return log probabilities ``[tokens, vocabulary]`` of what follows each token of a text."""
-    runner = engine._core.runner
+    runner = model_runner(engine._core.runner)
     blocks = list(range(blocks_for(len(text), runner.block_size)))
     hidden = runner.forward([Chunk(text, 0, blocks)], 0)
     return runner.model.logits(hidden).float().log_softmax(-1)

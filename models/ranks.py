@@ -10,7 +10,6 @@ of logits on rank 0.
 from __future__ import annotations
 
 import math
-import time
 from typing import TYPE_CHECKING
 
 import torch
@@ -162,40 +161,6 @@ class GroupRanks(Ranks):
         parts = [torch.empty_like(columns) for _ in range(self.size)] if self.rank == 0 else []
         self._group.gather([parts] if parts else [], [columns], self._to_first).wait()
         return torch.cat(parts, -1) if parts else columns
-
-
-class TimedRanks(GroupRanks):
-    """Ranks that note how much time they spend in collectives, for benchmarks.
-
-    On a GPU each collective waits until the device is idle, before and after, which no other ranks
-    do: the time is that of the collectives, not what they cost a pass.
-
-    Attributes:
-        calls: the number of collectives so far.
-        seconds: the time spent in them, waiting for slower ranks included.
-    """
-
-    def __init__(self, group: ProcessGroup) -> None:
-        super().__init__(group)
-        self.calls = 0
-        self.seconds = 0.0
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        return self._timed(super().all_reduce, tensor)
-
-    def gather(self, columns: Tensor) -> Tensor:
-        return self._timed(super().gather, columns)
-
-    def _timed(self, collective: Linear, tensor: Tensor) -> Tensor:
-        if tensor.is_cuda:
-            torch.cuda.synchronize(tensor.device)
-        started = time.perf_counter()
-        result = collective(tensor)
-        if tensor.is_cuda:
-            torch.cuda.synchronize(tensor.device)
-        self.seconds += time.perf_counter() - started
-        self.calls += 1
-        return result
 
 
 def check_size(config: ModelConfig, size: int) -> None:

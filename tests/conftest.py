@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 from example_scripts import load_example
+from lost_device import LostDevicePlugin
 
+from minserve.engine.device.transfers import is_lost
 from minserve.machine import Machine
 from shared.interpreter import quicken_interpreter
 
@@ -50,6 +52,13 @@ TRAINING_TEXT = [
     "Grüße aus Köln: naïve café, 東京の天気, Привет мир, ¿qué tal? 🙂 and 1 234 567.89 others.",
     "def add(a, b):\n    return a + b\n\nprint(add(1, 2))\n",
 ]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A GPU that is lost is lost for all further tests of a process."""
+    if torch.cuda.is_available():
+        gpu = torch.device("cuda")
+        config.pluginmanager.register(LostDevicePlugin(lambda: is_lost(gpu)))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -116,5 +117,5 @@ class KernelSetting(NamedTuple):
         return make(size, dtype=self.dtype, device=self.device)
 
 
-# Makes a problem; a `functools.partial`, so that it can go to another process.
-Make = Callable[[KernelSetting], Problem]
+# Makes a problem of a `KernelSetting`; it can go to another process.
+Make = partial[Problem]

@@ -76,7 +76,8 @@ def measure(contestant: Contestant, rep_ms: float, *, captured: bool = True) -> 
     runs = contestant.runs
     graph = _capture(runs) if captured else None
     times = _bench(graph.replay if graph else lambda: _round(runs), rep_ms)
-    return KernelTiming(*(ms / len(runs) for ms in times), in_graph=graph is not None)
+    p20, p50, p80 = (ms / len(runs) for ms in times)
+    return KernelTiming(p20, p50, p80, in_graph=graph is not None)
 
 
 def one_call(contestant: Contestant) -> KernelTiming:

@@ -16,6 +16,8 @@ from parts.gpu.stages import (
     GPU_TESTS,
     NEEDED,
     Stage,
+    all_stages,
+    chosen,
     environment,
     last_line,
     link_packages,
@@ -25,22 +27,29 @@ from parts.gpu.stages import (
 )
 
 ROOT = Path(__file__).parents[2]
+# A dry run of all stages is a minute's work, and several minutes' beside other programs.
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, str]:
     """The last line, the written report, and all that was printed."""
     out = tmp_path_factory.mktemp("results")
-    done = subprocess.run(
-        ["bench/gpu.sh", "--dry", "--out", str(out)],
+    done = script(out, "--dry")
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    return told, json.loads(Path(told["written"]).read_text()), done.stdout
+
+
+def script(out: Path, *flags: str) -> subprocess.CompletedProcess:
+    """A call of the script, with the interpreter of these tests."""
+    return subprocess.run(
+        ["bench/gpu.sh", "--out", str(out), *flags],
         cwd=ROOT,
         env={**os.environ, "PYTHON": sys.executable},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    return told, json.loads(Path(told["written"]).read_text()), done.stdout
 
 
 def test_all_stages_pass_without_a_gpu(dry_run: tuple[dict, dict, str]):
@@ -88,10 +97,29 @@ def test_draws_with_top_p_are_timed_beside_greedy_ones(dry_run: tuple[dict, dict
         assert row["drawn"]["greedy_ms"] > 0
         assert row["drawn"]["top_p_ms"] > 0
         assert row["verification"]["ms"] > 0
-        assert [mixed["graph"] for mixed in row["mixed"]] == [False]
         assert row["engine"]["trace"]["steps"] == 5
         assert row["engine"]["trace"]["busy_share"] is None, "a CPU is no device that is traced"
         assert row["memory"]["after_run"]["kv_blocks"] > 0
+
+
+def test_a_dry_run_goes_the_ways_of_a_gpu(dry_run: tuple[dict, dict, str]):
+    stages = dry_run[1]["stages"]
+    assert stages["kernels"]["summary"]["uncompiled"] == []
+    (row,) = stages["engine"]["rows"]
+    assert row["cuda_graphs"]
+    assert row["graphs"] > 0
+    assert [mixed["graph"] for mixed in row["mixed"]] == [True]
+    assert row["engine"]["plans_ahead"]["launched"] > 0
+    assert row["engine"]["idle"].keys() == {"behind", "after"}
+
+
+def test_streams_are_told_beside_what_server_and_client_took(dry_run: tuple[dict, dict, str]):
+    told = dry_run[1]["stages"]["http"]["summary"]
+    assert told["engine"]["iterations"] >= 40
+    assert told["engine"]["iteration_ms"] > 0
+    assert told["cores"].keys() == {"http", "engine", "readers", "client"}
+    assert told["ttft_ms"] > 0
+    assert told["tpot_ms"] > 0
 
 
 @pytest.mark.parametrize("dry", [True, False])
@@ -123,6 +151,33 @@ def test_nothing_is_imported_that_is_not_named_as_needed(tmp_path: Path):
         [sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_stages_run_alone_in_the_order_in_which_they_are_named(tmp_path: Path):
+    every = all_stages(False, tmp_path / "gpu")
+    assert chosen(every, None) == every
+    assert [stage.name for stage in chosen(every, "engine,kernels")] == ["engine", "kernels"]
+    for wrong, words in (("engine,kernel", "no stage 'kernel'"), ("http,http", "twice")):
+        with pytest.raises(ValueError, match=words):
+            chosen(every, wrong)
+
+
+def test_what_a_part_of_the_stages_tells_has_a_file_of_its_own(tmp_path: Path):
+    done = script(tmp_path, "--dry", "--stages", "ceilings")
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert list(told["stages"]) == ["ceilings"]
+    assert Path(told["written"]).name == "cpu-ceilings-dry.json"
+    wrong = script(tmp_path, "--stages", "engines")
+    assert wrong.returncode == 2
+    assert "no stage 'engines'; there are ceilings, tests" in wrong.stderr
+
+
+def test_logs_have_no_bars_of_others(tmp_path: Path):
+    code = "from transformers.utils import logging; print(logging.is_progress_bar_enabled())"
+    env = environment(tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.split() == ["False"], done.stderr
 
 
 def test_all_stages_together_fit_their_lease(tmp_path: Path):

@@ -15,8 +15,8 @@ import pytest
 from http_throughput import bound, summary
 from waiting import wait_until
 
-from parts.http_throughput.client import ENDING, RUNNING, CountedStream, count
-from parts.http_throughput.processes import ENGINE, HTTP, READERS, cpu_by_part
+from shared.http_streams.client import ENDING, RUNNING, CountedStream, count
+from shared.http_streams.processes import ENGINE, HTTP, READERS, cpu_by_part
 
 CHUNK = b'data: {"choices":[{"index":0,"text":"finish_reason","finish_reason":null}]}\n\n'
 DONE = b"data: [DONE]\n\n"

@@ -6,12 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import kernel_bench
 import pytest
 import torch
 
+from parts.kernel_bench.compile_only import precompile_here
+from parts.kernel_bench.prefill_tiles import tiles_problem
 from parts.kernel_bench.triton_aot import KIB, Built, compiling_for
+from shared.kernel_cases import Scale
 
 ROOT = Path(__file__).parents[2]
 KERNELS = {
@@ -60,6 +65,24 @@ def test_every_kernel_compiles_for_both_architectures_without_spills_to_speak_of
     assert 0 < told["max_shared"] <= 227 * KIB
     compiled = {line.split()[0] for line in done.stdout.splitlines()[:-1]}
     assert compiled >= KERNELS
+
+
+def test_where_time_is_short_only_the_quick_sweep_is_compiled_ahead(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def ahead(*flags: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["kernel_bench.py", *flags])
+        return len(kernel_bench.compiled_ahead(kernel_bench.parse(), Scale.FULL))
+
+    monkeypatch.setattr(sys, "argv", ["kernel_bench.py", "--quick"])
+    quick = len(kernel_bench.compiled_ahead(kernel_bench.parse(), Scale.QUICK))
+    assert ahead("--seconds", "55") == quick < ahead()
+
+
+def test_what_cannot_be_compiled_ahead_is_told():
+    makes = [partial(tiles_problem, 64, 4), partial(tiles_problem, 64, 0)]
+    (failure,) = precompile_here(makes, torch.bfloat16)
+    assert failure.startswith("ZeroDivisionError")
 
 
 def test_a_tile_beyond_the_shared_memory_is_a_failure():

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from speculative import (
     CASES,
     EFFORTS,
@@ -16,7 +17,7 @@ from speculative import (
     parse,
 )
 
-from minserve.engine.speculation.proposal import SampledToken, Verified
+from minserve.engine.speculation.proposal import Proposal
 from minserve.outputs import CompletionOutput, TokenLogprob
 from minserve.request import Request, Sequence
 from minserve.sampling_params import SamplingParams
@@ -210,7 +211,8 @@ def test_wrong_arguments_are_refused(wrong: list[str]):
 
 @pytest.mark.parametrize("rate", [0.0, 0.7, 1.0])
 def test_synthetic_acceptance_is_what_was_asked_for(rate: float):
-    sampler, real = SyntheticSampler(rate), Verified((SampledToken(7, None),), 0)
+    # The target's own choice is 7, so that none of the drafts would be accepted.
+    sampler, logits = SyntheticSampler(rate), torch.eye(9)[[7] * 4]
     length, accepted = 3, [0, 0, 0]
     for seed in range(400):
         request = Request(
@@ -220,7 +222,8 @@ def test_synthetic_acceptance_is_what_was_asked_for(rate: float):
             seed=seed,
             arrival_s=0.0,
         )
-        found = sampler._decide(real, Sequence(request), (4, 5, 6))
+        launched = sampler.launch(logits, [Sequence(request)], [Proposal((4, 5, 6))])
+        (found,) = launched.results()
         assert [token.token_id for token in found.tokens] == [*[4, 5, 6][: found.num_accepted], 7]
         for place in range(found.num_accepted):
             accepted[place] += 1

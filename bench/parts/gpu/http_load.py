@@ -1,6 +1,8 @@
 """Tokens per second over HTTP: streams at once from a server with a small model of random weights.
 
-The server is a process of its own, as it is served. The last line is JSON.
+The server is a process of its own, as it is served, and so is the client, which reads raw bytes. Beside
+what the client saw stand the engine's own iterations and the processor time of each part, so that the
+figures tell where the time goes. The last line is JSON.
 
     python bench/parts/gpu/http_load.py [--dry]
 """
@@ -8,39 +10,43 @@ The server is a process of its own, as it is served. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import statistics
 import tempfile
 import time
+import urllib.request
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import aiohttp
 import torch
 
 from minserve.workload.server_process import ServerProcess, minserve_command
+from shared.http_streams.turn import StreamLoad, StreamTurn, turn
 from shared.synthetic_models import SHAPES, write_shape, write_words
+
+TOKENS = "generation_tokens_total"
+SETTLED_S = 10.0
 
 
 class HttpEffort(NamedTuple):
-    """The model's shape, streams at once, tokens of each prompt and output, and the flags."""
+    """The model's shape, the streams, the tokens of each in the turn that warms up, and the flags."""
 
     shape: str
-    streams: int
-    prompt_tokens: int
-    output_tokens: int
+    load: StreamLoad
+    warm_tokens: int
     flags: tuple[str, ...]
 
 
 FULL = HttpEffort(
-    "smollm2-135m", 128, 128, 256,
+    "smollm2-135m", StreamLoad(128, 512, 128), 256,
     ("--device", "cuda", "--max-num-seqs", "128", "--max-model-len", "1024", "--profile-seconds", "2"),
 )  # fmt: skip
 DRY = HttpEffort(
-    "tiny-llama", 2, 4, 3,
+    "tiny-llama", StreamLoad(2, 40, 4), 40,
     ("--device", "cpu", "--dtype", "float32", "--num-blocks", "32", "--max-num-seqs", "2",
-     "--max-model-len", "64", "--profile-seconds", "0.5"),
+     "--max-model-len", "64", "--profile-seconds", "0.5", "--engine-process", "own",
+     "--attention-backend", "torch"),
 )  # fmt: skip
 
 
@@ -57,40 +63,61 @@ def write_model(folder: Path, shape: str) -> Path:
     return path
 
 
-async def stream(session: aiohttp.ClientSession, url: str, effort: HttpEffort) -> list[float]:
-    """Return the times of one stream's events, the first its start."""
-    body = {
-        "prompt": [1] * effort.prompt_tokens,
-        "max_tokens": effort.output_tokens,
-        "temperature": 0.0,
-        "ignore_eos": True,
-        "stream": True,
-    }
-    times = [time.perf_counter()]
-    async with session.post(f"{url}/v1/completions", json=body) as answer:
-        answer.raise_for_status()
-        async for line in answer.content:
-            if line.startswith(b"data:") and b"[DONE]" not in line:
-                times.append(time.perf_counter())
-    return times
+def sums(url: str) -> Counter[str]:
+    """Return the counters of a server, and its histograms' sums and counts, summed over labels."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    with urllib.request.urlopen(f"{url}/metrics") as response:
+        families = text_string_to_metric_families(response.read().decode())
+    found: Counter[str] = Counter()
+    for family in families:
+        for sample in family.samples:
+            if sample.name.endswith(("_total", "_sum", "_count")):
+                found[sample.name.removeprefix("minserve:")] += sample.value
+    return found
 
 
-async def load(url: str, effort: HttpEffort) -> dict[str, Any]:
-    """Return the rate of all streams together, and how long their first tokens took."""
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector) as session:
-        await stream(session, url, effort)
-        started = time.perf_counter()
-        times = await asyncio.gather(*(stream(session, url, effort) for _ in range(effort.streams)))
-    seconds = max(own[-1] for own in times) - started
-    gaps = [1e3 * (own[-1] - own[1]) / max(1, effort.output_tokens - 1) for own in times]
+def settled(url: str, before: Counter[str], num_tokens: int) -> Counter[str]:
+    """Return by how much `sums` grew, once so many tokens are among them.
+
+    An engine in a process of its own tells its counts some times a second.
+    """
+    limit = time.monotonic() + SETTLED_S
+    while (found := sums(url))[TOKENS] - before[TOKENS] < num_tokens and time.monotonic() < limit:
+        time.sleep(0.05)
+    found.subtract(before)
+    return found
+
+
+def figures(found: StreamTurn, engine: Counter[str], load: StreamLoad) -> dict[str, Any]:
+    """Return what came, and where the time went.
+
+    The engine's own iterations tell whether tokens are late because of the device, or because of
+    what brings them to the client: compare ``iteration_ms`` with ``tpot_ms``. ``cores`` are those
+    that each part kept busy; each has one thread that does its work, so that one near 1 is what the
+    others wait for.
+    """
+    counts = found.counts
     return {
-        "streams": effort.streams,
-        "tokens_s": round(effort.streams * effort.output_tokens / seconds),
-        "ttft_ms": round(1e3 * statistics.median(own[1] - own[0] for own in times), 2),
-        "tpot_ms": round(statistics.median(gaps), 3),
-        "seconds": round(seconds, 2),
+        "streams": load.streams,
+        "tokens_s": round(found.tokens_per_s),
+        "ttft_ms": round(1e3 * statistics.median(counts.first_s), 2),
+        "tpot_ms": round(1e3 * statistics.median(counts.token_s), 3),
+        "seconds": round(counts.seconds, 3),
+        "engine": {
+            "iterations": round(engine["iteration_seconds_count"]),
+            "iteration_ms": _mean_ms(engine, "iteration_seconds"),
+            "planning_ms": _mean_ms(engine, "planning_seconds"),
+            "tokens_s": round(engine[TOKENS] / max(1e-9, engine["iteration_seconds_sum"])),
+        },
+        "cores": {part: round(s / counts.seconds, 3) for part, s in found.cpu_s.items()},
+        "cpu_us_per_token": {part: round(us, 2) for part, us in found.cpu_us().items()},
+        "events_per_read": round(counts.events / counts.reads, 2),
     }
+
+
+def _mean_ms(engine: Counter[str], name: str) -> float:
+    return round(1e3 * engine[f"{name}_sum"] / max(1.0, engine[f"{name}_count"]), 3)
 
 
 def main() -> None:
@@ -101,7 +128,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = write_model(Path(folder), effort.shape)
         with ServerProcess(minserve_command("--model", str(path), *effort.flags)) as server:
-            told = asyncio.run(load(server.url, effort))
+            name = path.name
+            load, warm = effort.load, effort.load._replace(tokens=effort.warm_tokens)
+            num_warm, num_tokens = (one.streams * one.tokens for one in (warm, load))
+            turn(server, name, warm)
+            settled(server.url, Counter(), num_warm)
+            before = sums(server.url)
+            found = turn(server, name, load)
+            told = figures(found, settled(server.url, before, num_tokens), load)
     print(json.dumps({**told, "model": effort.shape, "dry": args.dry}))
 
 

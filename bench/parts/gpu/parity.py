@@ -13,13 +13,14 @@ import argparse
 import json
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from minserve import Engine, SamplingParams
+from minserve.engine.device.runner import model_runner
+from shared.failing import FailureLog
 from shared.reference_models.reference import VOCAB, reference_model, save
 from shared.reference_models.variants import ModelVariant
 from shared.synthetic_models import write_words
@@ -67,7 +68,7 @@ def compare(case: ModelVariant, effort: ParityEffort, speculator: str) -> dict[s
             speculator=speculator, max_speculation=3, attention_backend="triton",
         )  # fmt: skip
         results = engine.generate(prompts, params)
-    graphs = engine._core.runner.graphs
+    graphs = model_runner(engine._core.runner).graphs
     reference.to(effort.device)
     wrong = sum(
         gap(reference, [*prompt, *result.outputs[0].token_ids], place) > TIE
@@ -85,15 +86,15 @@ def main() -> int:
     effort = DRY if args.dry else FULL
     torch.backends.cuda.matmul.allow_tf32 = False
     runs = [(case, how) for case in CASES for how in ("off", "ngram")][: 1 if args.dry else None]
-    rows, failures = [], []
+    rows: list[dict[str, Any]] = []
+    failures = FailureLog()
     for case, speculator in runs:
         try:
             rows.append(compare(case, effort, speculator))
         except Exception as error:  # one case must not hide the others
-            traceback.print_exc()
-            failures.append(f"{case.name}, {speculator}: {type(error).__name__}: {error}")
-    passed = not failures and not any(row["wrong"] for row in rows)
-    print(json.dumps({"passed": passed, "rows": rows, "failures": failures, "dry": args.dry}))
+            failures.add(f"{case.name}, {speculator}", error)
+    passed = not failures.lines and not any(row["wrong"] for row in rows)
+    print(json.dumps({"passed": passed, "rows": rows, "failures": failures.lines, "dry": args.dry}))
     return 0 if passed else 1
 
 

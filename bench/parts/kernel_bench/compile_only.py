@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 from unittest import mock
@@ -153,8 +153,9 @@ def _cases_in_8_bits(quick: bool) -> Iterator[CompileCase]:
             yield from _attention_cases(heads, BLOCK_SIZE, torch.bfloat16, (), FEW_CHUNKS, form)
         for head_dim in (128,) if quick else HEAD_DIMS:
             heads = Heads(OTHERS_GROUP * NUM_KV_HEADS, NUM_KV_HEADS, head_dim)
-            sizes = (FEW_DECODES[:1], FEW_CHUNKS) if quick else (DECODES, CHUNKS)
-            yield from _attention_cases(heads, BLOCK_SIZE, torch.bfloat16, *sizes, form)
+            decodes, chunks = (FEW_DECODES[:1], FEW_CHUNKS) if quick else (DECODES, CHUNKS)
+            shape = heads, BLOCK_SIZE, torch.bfloat16
+            yield from _attention_cases(*shape, decodes, chunks, form)
             for rope in (False, True):
                 make = partial(kv_problem, "", heads, TOKENS, BLOCK_SIZE, rope, kv_cache_dtype=form)
                 label = f"bfloat16 D{head_dim} G4 B{BLOCK_SIZE} rope {rope} KV {form}"
@@ -239,7 +240,7 @@ def compile_case(case: CompileCase, arch: int) -> Compiled:
         compiled = launched_kernels(case.make, case.dtype, arch, MULTIPROCESSORS[arch])
         kernels = [inspect(kernel) for kernel in compiled]
     except Exception as error:  # a kernel that does not compile must not hide the others
-        failures.append(f"{type(error).__name__}: {error}".strip().partition("\n")[0][:300])
+        failures.append(_first_line(error))
     else:
         if not kernels:
             failures.append("it launched no kernel")
@@ -249,29 +250,52 @@ def compile_case(case: CompileCase, arch: int) -> Compiled:
     return Compiled(case.kernel, case.label, arch, kernels, failures)
 
 
-def precompile_here(makes: Sequence[Make], dtype: torch.dtype) -> None:
+class GpuTraits(NamedTuple):
+    """What code depends on: compute capability, times ten, and the number of multiprocessors."""
+
+    arch: int
+    multiprocessors: int
+
+    @classmethod
+    def here(cls) -> GpuTraits:
+        """Return those of the current CUDA device; of an H100 where there is none."""
+        if not torch.cuda.is_available():
+            return cls(90, MULTIPROCESSORS[90])
+        gpu = torch.cuda.get_device_properties(0)
+        return cls(10 * gpu.major + gpu.minor, gpu.multi_processor_count)
+
+
+def precompile_here(makes: Sequence[Make], dtype: torch.dtype) -> list[str]:
     """Fill Triton's cache for the current CUDA device, on all cores.
 
-    To compile one kernel after the other would take longer than to time them. A failure is not
-    reported here, since it shows again when the kernel runs.
+    To compile one kernel after the other would take longer than to time them.
+
+    Returns:
+        what failed, which most likely shows again when the kernel runs.
     """
-    gpu = torch.cuda.get_device_properties(0)
-    arch, multiprocessors = 10 * gpu.major + gpu.minor, gpu.multi_processor_count
+    gpu = GpuTraits.here()
     # Each worker imports torch anew.
-    workers = min(MOST_WORKERS, Machine.look().num_processes - 1)
-    with _pool(max(1, workers)) as pool:
-        pending = [
-            pool.submit(_precompile_one, make, dtype, arch, multiprocessors) for make in makes
-        ]
-        for _ in progress_bar(
-            as_completed(pending), desc="Compiling", total=len(pending), unit="kernel"
-        ):
-            pass
+    workers = max(1, min(MOST_WORKERS, Machine.look().num_processes - 1, len(makes)))
+    failures: list[str] = []
+    # Workers compile, also those of a program that runs in Triton's interpreter.
+    with mock.patch.dict(os.environ):
+        os.environ.pop("TRITON_INTERPRET", None)
+        with _pool(workers) as pool:
+            pending = [pool.submit(_precompile_one, make, dtype, gpu) for make in makes]
+            for done in progress_bar(
+                as_completed(pending), desc="Compiling", total=len(pending), unit="problem"
+            ):
+                if (error := done.exception()) is not None:
+                    failures.append(_first_line(error))
+    return failures
 
 
-def _precompile_one(make: Make, dtype: torch.dtype, arch: int, multiprocessors: int) -> None:
-    with suppress(Exception):
-        launched_kernels(make, dtype, arch, multiprocessors)
+def _precompile_one(make: Make, dtype: torch.dtype, gpu: GpuTraits) -> None:
+    launched_kernels(make, dtype, *gpu)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".strip().partition("\n")[0][:300]
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:

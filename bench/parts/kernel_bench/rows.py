@@ -44,7 +44,7 @@ KERNELS = (
 
 def row_problems(kernel: str, scale: Scale) -> list[partial[Problem]]:
     """Return the problems of one of `KERNELS`, at the sizes of the models that use it."""
-    build, family = {
+    builds: dict[str, tuple[Callable[..., Problem], str]] = {
         "rms_norm": (norm_problem, "llama"),
         "layer_norm": (norm_problem, "opt"),
         "qk_norm": (qk_norm_problem, "llama"),
@@ -52,8 +52,10 @@ def row_problems(kernel: str, scale: Scale) -> list[partial[Problem]]:
         "gelu_tanh_mul": (partial(gate_problem, activation="gelu_tanh"), "llama"),
         "write_kv": (write_kv_problem, ""),
         "bias_relu": (bias_relu_problem, "opt"),
-    }[kernel]
-    variants = ({"residual": False}, {"residual": True}) if build is norm_problem else ({},)
+    }
+    build, family = builds[kernel]
+    is_norm = build is norm_problem
+    variants = ({"residual": False}, {"residual": True}) if is_norm else ({},)
     return [
         partial(build, model, tokens, **variant)
         for model in MODELS[scale]
@@ -192,7 +194,7 @@ def _row_problem(
 
     def build(form: Callable[..., Tensor]) -> Contestant:
         own = [[x.clone() for x in one] for one in sets]
-        return Contestant([lambda one=one: form(*one) for one in own], lambda: form(*own[0]))
+        return Contestant([partial(form, *one) for one in own], partial(form, *own[0]))
 
     return Problem(
         kernel=kernel,
@@ -202,7 +204,7 @@ def _row_problem(
         flops=flops,
         memory=3 * num_sets * least_bytes,
         expected=lambda: exact(*sets[0]),
-        contestants={name: lambda form=form: build(form) for name, form in forms.items()},
+        contestants={name: partial(build, form) for name, form in forms.items()},
     )
 
 

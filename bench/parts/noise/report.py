@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import Any
 
 from minserve.simulator.simulation import promises
@@ -95,7 +96,7 @@ def summary(grid: Grid, found: Measured, rows: Sequence[dict[str, Any]]) -> dict
         # Cells in which the regret exceeds two standard errors.
         figures["behind"] = sum(row["regret"] > 2 * row["spread"] for row in judged)
         figures["mean_regret_by"] = {
-            axis: _means_by(sorted(judged, key=lambda row, axis=axis: row[axis]), axis)
+            axis: _means_by(sorted(judged, key=itemgetter(axis)), axis)
             for axis in ("device", "tight", "scenario", "kind", "noise", "load")
         }
         figures["mean_attainment"] = {

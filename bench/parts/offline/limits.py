@@ -133,14 +133,18 @@ def measured(model: str, dtype: str, quantization: str | None) -> dict[str, Any]
     import torch
 
     from minserve import Engine
+    from minserve.engine.device.runner import model_runner
     from minserve.models.finding.source import find_model
+    from minserve.models.llama import Llama
+    from minserve.models.opt import OPT
     from minserve.models.weights.loader import open_checkpoint
     from shared.cpu_ceilings import memory_rates, pass_milliseconds
 
     settings = {} if quantization is None else {"quantization": quantization}
     engine = Engine(model, dtype=dtype, kv_cache_gib=0.1, **settings)
-    runner = engine._loaded.core.runner
+    runner = model_runner(engine._loaded.core.runner)
     own, shape = runner.model, runner.model.shape
+    assert isinstance(own, Llama | OPT), "its linears are known"
     with open_checkpoint(find_model(model), progress=False) as checkpoint:
         num_weights = checkpoint.num_parameters()
         if "lm_head.weight" in checkpoint.names():  # of the embedding only one row is read

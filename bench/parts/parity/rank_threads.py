@@ -13,7 +13,10 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed import HashStore, ProcessGroupGloo
+from torch.distributed import (  # type: ignore[attr-defined]  # HashStore is not in its exports
+    HashStore,
+    ProcessGroupGloo,
+)
 
 from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
 from minserve.models.base import CausalLM

@@ -19,8 +19,8 @@ from shared.simulated.jobs import Job, Measured, Planning, Point, Search, Series
 SMALL, MEDIUM, LARGE = "opt-6.7b-a100", "opt-13b-2xa100", "opt-30b-4xa100"
 OPT_SCENARIOS = ("chatbot", "coding", "summarization", "mixed")
 # The paper uses a distilled 1.5B model for reasoning, of which no coefficients are published.
-OTHERS = (("tools", "toolllama-7b-a100"), ("reasoning", "qwen2.5-7b-a100"))
-HEADLINE = (*((scenario, SMALL) for scenario in OPT_SCENARIOS), *OTHERS)
+OTHER_MODELS = (("tools", "toolllama-7b-a100"), ("reasoning", "qwen2.5-7b-a100"))
+HEADLINE = (*((scenario, SMALL) for scenario in OPT_SCENARIOS), *OTHER_MODELS)
 LARGER = tuple((scenario, device) for device in (MEDIUM, LARGE) for scenario in OPT_SCENARIOS)
 
 PROMISES = tuple(promising_policies())

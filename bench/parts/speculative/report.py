@@ -315,7 +315,7 @@ def plot(results: Sequence[CaseResult], file: str) -> None:
     right.axhline(1.0, color=SLATE, linestyle=":", linewidth=1.2)
     left.set(xlabel="position in the proposal", ylabel="% accepted of those drafted there")
     left.set_ylim(0, 102)
-    left.xaxis.get_major_locator().set_params(integer=True)
+    left.locator_params(axis="x", integer=True)
     right.set(xlabel="batch size", ylabel="decode speed over that without speculation")
     right.set_ylim(bottom=0)
     handles, labels = right.get_legend_handles_labels()

@@ -249,7 +249,8 @@ def check_lossless(
             ]  # fmt: skip
             core.proposer = None
             expected = engine.generate(asked, params)
-            core.proposer, core.stats.speculation = proposers[case.speculator], Tally()
+            core.proposer, tally = proposers[case.speculator], Tally()
+            core.stats.speculation = tally
             found = engine.generate(asked, params)
             for one, other in zip(found, expected, strict=True):
                 text = _mismatch(one.outputs[0], other.outputs[0])
@@ -258,9 +259,9 @@ def check_lossless(
                     tqdm.write(f"{case.name}: NOT LOSSLESS, temperature {temperature:g}, {text}")
         # Acceptance is that of the greedy outputs, as in the measured runs.
         result.forced = Counts(
-            num_drafts=core.stats.speculation.num_drafts,
-            drafted=tuple(core.stats.speculation.num_drafted_per_pos),
-            accepted=tuple(core.stats.speculation.num_accepted_per_pos),
+            num_drafts=tally.num_drafts,
+            drafted=tuple(tally.num_drafted_per_pos),
+            accepted=tuple(tally.num_accepted_per_pos),
         )
 
 

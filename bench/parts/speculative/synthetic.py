@@ -8,12 +8,14 @@ from typing import Any
 import torch
 
 from minserve import Engine
+from minserve.engine.device.runner import model_runner
 from minserve.engine.sampling.noise import ACCEPTANCE, uniforms, words
 from minserve.engine.sampling.rows import SamplingRow
 from minserve.engine.sampling.sampler import Sampler
 from minserve.engine.speculation.draft_model_proposer import DraftModelProposer
 from minserve.engine.speculation.proposal import Proposal, SampledToken, Verified
-from minserve.errors import GenerationError
+from minserve.engine.speculation.verification import PendingTokens
+from minserve.errors import MinserveError
 from minserve.request import Sequence as EngineSequence
 from shared.synthetic_models import random_weights
 
@@ -29,19 +31,25 @@ class SyntheticSampler(Sampler):
         super().__init__(fused=fused)
         self._rate = rate
 
-    def verify(
+    def launch(
         self,
         logits: torch.Tensor,
         seqs: list[EngineSequence],
         proposals: Sequence[Proposal | None],
-    ) -> list[Verified | GenerationError]:
-        """Do as `Sampler.verify`, except for which tokens are accepted."""
-        results = super().verify(logits, seqs, proposals)
-        return [
-            one if proposal is None or isinstance(one, GenerationError)
-            else self._decide(one, seq, proposal.token_ids)
-            for one, seq, proposal in zip(results, seqs, proposals, strict=True)
-        ]  # fmt: skip
+    ) -> PendingTokens:
+        """Do as `Sampler.launch`, except for which tokens are accepted."""
+        pending = super().launch(logits, seqs, proposals)
+        real = pending.results
+
+        def results() -> list[Verified | MinserveError]:
+            return [
+                one if proposal is None or isinstance(one, MinserveError)
+                else self._decide(one, seq, proposal.token_ids)
+                for one, seq, proposal in zip(real(), seqs, proposals, strict=True)
+            ]  # fmt: skip
+
+        pending.results = results
+        return pending
 
     def _decide(self, real: Verified, seq: EngineSequence, drafted: tuple[int, ...]) -> Verified:
         num = 0
@@ -60,7 +68,7 @@ def synthetic_loader(rate: float, device: str) -> Callable[..., Engine]:
         with random_weights(device):
             engine = Engine(target, **settings)
         if isinstance(engine._core.proposer, DraftModelProposer):
-            runner = engine._core.runner
+            runner = model_runner(engine._core.runner)
             runner.sampler = SyntheticSampler(rate, fused=runner.backend.in_triton)
         return engine
 

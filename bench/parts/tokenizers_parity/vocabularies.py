@@ -22,6 +22,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Regex as RustRegex
 from tokenizers import Tokenizer as RustTokenizer
 
+MODEL_PROTO: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]  # made there
 NUM_CHARACTERS = 400_000
 BPE_SIZE, SPM_SIZE = 3000, 2500
 # ggml's types of tokens.
@@ -109,7 +110,7 @@ def sentencepiece_folder(
 
 def sentencepiece_gguf(path: Path, style: str, **metadata: Any) -> Path:
     """Write the tokens of a model as a GGUF file, as llama.cpp's converter does."""
-    model = sentencepiece_model_pb2.ModelProto.FromString(sentencepiece_model(style))
+    model = MODEL_PROTO.FromString(sentencepiece_model(style))
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model("llama")
     writer.add_token_list([piece.piece for piece in model.pieces])
@@ -240,7 +241,7 @@ def _finish(writer: gguf.GGUFWriter, metadata: dict[str, Any]) -> Path:
 
 def llama_tokenizer_json(style: str, *, legacy: bool) -> RustTokenizer:
     """Return Llama 2's tokenizer in the form of tokenizer.json, old or new."""
-    model = sentencepiece_model_pb2.ModelProto.FromString(sentencepiece_model(style))
+    model = MODEL_PROTO.FromString(sentencepiece_model(style))
     bpe = RustTokenizer(
         models.BPE(
             {piece.piece: i for i, piece in enumerate(model.pieces)},

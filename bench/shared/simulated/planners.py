@@ -79,17 +79,17 @@ def _untouched(seq: Sequence) -> bool:
 
 
 class FixedBatchPlanner(DpPlanner):
-    """Lets every iteration take as long as one of `token_budget` tokens, whatever is due.
+    """Lets every iteration take as long as one of `budget` tokens, whatever is due.
 
     Decodes run first, all of them in every iteration. Admission takes this into account: while
     no sequence decodes, it counts on iterations of the same length.
     """
 
     name = "dp"
-    token_budget: int
+    budget = DpPlanner.token_budget
 
     def longest_s(self, model: PerfModel) -> float:
-        return model.predict(BatchShape.of([(0, self.token_budget)], eager=True))
+        return model.predict(BatchShape.of([(0, self.budget)], eager=True))
 
     def roles(self, view: PlannerView, now: float, result: ReviewResult, broken: set[str]) -> Work:
         work = super().roles(view, now, result, broken)
@@ -106,7 +106,7 @@ def _ablation(kind: type[DpPlanner], share: float | None = None) -> MakePlanner:
             best_effort_share=setup.best_effort_share if share is None else share,
         )
         if isinstance(planner, FixedBatchPlanner):
-            planner.token_budget = setup.budget
+            planner.budget = setup.budget
         return planner
 
     return make

@@ -33,6 +33,10 @@ class RecordedPasses(Protocol):
     def mixed(self) -> MixedLimit:
         """The largest batches with prefills that were recorded."""
 
+    @property
+    def num_recorded(self) -> int:
+        """The number of passes."""
+
     def forward(
         self, chunks: SequenceOf[Chunk], num_decodes: int, newest: Tensor | None = None
     ) -> Tensor | None:

@@ -1,6 +1,6 @@
 """A light client: many streams read as raw bytes in one thread, their events counted and not parsed.
 
-    python client.py URL MODEL STREAMS TOKENS
+    python client.py URL MODEL STREAMS TOKENS PROMPT_TOKENS
 
 It is a process of its own, so that its processor time is told apart. It begins all streams at once, and says
 `RUNNING` when the last of them has begun, `ENDING` when the first has ended, and at the end what came, as JSON.
@@ -20,6 +20,8 @@ from urllib.parse import urlsplit
 
 RUNNING, ENDING = "running", "ending"
 RECEIVE = 2**16
+# Of a prompt's token ids, those of the first stream; lower ones may end a text.
+FIRST_ID = 3
 # The last event of a stream, and what every event of a token has.
 LAST, EVENT = b"data: [DONE]\n\n", b'"finish_reason":'
 
@@ -34,6 +36,8 @@ class StreamCounts:
         reads: times in that time that something was read.
         cpu_s: processor seconds of this process in that time.
         by_stream: all such events of each stream.
+        first_s: seconds of each stream from its request to its first token.
+        token_s: seconds of each stream between two tokens, the mean of them all.
         ended: streams that came to their end.
     """
 
@@ -42,6 +46,8 @@ class StreamCounts:
     reads: int = 0
     cpu_s: float = 0.0
     by_stream: list[int] = field(default_factory=list)
+    first_s: list[float] = field(default_factory=list)
+    token_s: list[float] = field(default_factory=list)
     ended: int = 0
 
 
@@ -52,9 +58,15 @@ class CountedStream:
     Attributes:
         tail: the end of what was read, as far as an event may begin in it that is not counted yet.
         ends: its last event was read.
+        asked_s: when it was asked for; like the next two, by `time.perf_counter`.
+        first_s: when its first event was read.
+        newest_s: when its newest event was read.
     """
 
     sock: socket.socket
+    asked_s: float = 0.0
+    first_s: float = 0.0
+    newest_s: float = 0.0
     num_events: int = 0
     tail: bytes = b""
     ends: bool = False
@@ -68,19 +80,28 @@ class CountedStream:
         num = text.count(EVENT)
         behind = text.rfind(EVENT) + len(EVENT) if num else 0
         self.tail = text[max(behind, len(text) - len(EVENT) - len(LAST)) :]
+        if num:
+            self.newest_s = time.perf_counter()
+            self.first_s = self.first_s or self.newest_s
         self.num_events += num
         self.ends = not data or LAST in text
         return num
 
 
-def open_stream(url: str, model: str, number: int, tokens: int) -> CountedStream:
-    """Ask for a stream of so many tokens."""
+def open_stream(
+    url: str, model: str, number: int, tokens: int, prompt_tokens: int
+) -> CountedStream:
+    """Ask for a stream of so many tokens, behind a prompt that no other stream has.
+
+    Args:
+        prompt_tokens: length of the prompt; 0 for a few words.
+    """
     place = urlsplit(url)
     assert place.hostname is not None
     body = json.dumps(
         {
             "model": model,
-            "prompt": f"stream {number} says",
+            "prompt": [FIRST_ID + number] * prompt_tokens or f"stream {number} says",
             "max_tokens": tokens,
             "ignore_eos": True,
             "seed": number,
@@ -92,9 +113,10 @@ def open_stream(url: str, model: str, number: int, tokens: int) -> CountedStream
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     sock = socket.create_connection((place.hostname, place.port or 80))
+    asked_s = time.perf_counter()
     sock.sendall(head.encode() + body)
     sock.setblocking(False)
-    return CountedStream(sock)
+    return CountedStream(sock, asked_s)
 
 
 def count(streams: list[CountedStream], say: Callable[[str], object]) -> StreamCounts:
@@ -130,11 +152,16 @@ def count(streams: list[CountedStream], say: Callable[[str], object]) -> StreamC
                     selector.unregister(stream.sock)
                     stream.sock.close()
     counts.by_stream = [one.num_events for one in streams]
+    counts.first_s = [one.first_s - one.asked_s for one in streams]
+    counts.token_s = [(one.newest_s - one.first_s) / max(1, one.num_events - 1) for one in streams]
     return counts
 
 
-def main(url: str, model: str, streams: str, tokens: str) -> None:
-    opened = [open_stream(url, model, number, int(tokens)) for number in range(int(streams))]
+def main(url: str, model: str, streams: str, tokens: str, prompt_tokens: str) -> None:
+    opened = [
+        open_stream(url, model, number, int(tokens), int(prompt_tokens))
+        for number in range(int(streams))
+    ]
     print(json.dumps(asdict(count(opened, partial(print, flush=True)))))
 
 
