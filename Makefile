@@ -8,6 +8,7 @@ $(error there is no program '$(PYTHON)'; give a Python 3.11 or newer, as in: mak
 endif
 endif
 
+COMPILED := env -u PYTHONDONTWRITEBYTECODE
 INSTALL := pyproject.toml setup.py constraints.txt scripts/install.sh
 
 .PHONY: serve test types bench lint clean
@@ -19,9 +20,14 @@ serve: .venv/.installed  ## serve the embedded model on 127.0.0.1:8000 (ARGS="--
 test: .venv/.installed-test  ## check style and types, run the test suite (ARGS="-k pool", ARGS="-n 0 --pdb")
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	scripts/typecheck.sh
-	@# A worker for each core, so that none needs more than one thread.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
+	@# Beside the types' check, on one core, the tests are compiled on another. Compiled files are
+	@# kept whatever the environment says: else every process of a test compiles all it imports.
+	@$(COMPILED) $(BIN)/python -m pytest --collect-only >/dev/null 2>&1 & \
+	scripts/typecheck.sh && wait
+	@# A worker for each core, so that none needs more than one thread. They begin with the files
+	@# that take longest, see tests/conftest.py.
+	$(COMPILED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 \
+		--dist loadfile --no-loadscope-reorder $(ARGS)
 
 types: .venv/.installed-test  ## check the types
 	scripts/typecheck.sh

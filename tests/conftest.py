@@ -39,6 +39,7 @@ SPECIAL_TOKENS = ["<unk>", "<s>", EOS_TOKEN, "<|im_start|>", "<|im_end|>"]
 TOKENIZER_SIZE = 500  # at most; the text below gives fewer merges
 MODEL_VOCAB_SIZE = 512  # wider than the tokenizer, as padded real models are
 MAX_POSITIONS = 512
+THREADS = torch.get_num_threads()
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -52,6 +53,38 @@ TRAINING_TEXT = [
     "Grüße aus Köln: naïve café, 東京の天気, Привет мир, ¿qué tal? 🙂 and 1 234 567.89 others.",
     "def add(a, b):\n    return a + b\n\nprint(add(1, 2))\n",
 ]
+
+# Files that take ten seconds of a processor and more. Whichever of them came last would run while
+# all other workers have nothing left to do. The first one trains the pairs, the others find them.
+LONGEST_FIRST = (
+    "engine/speculation/test_draft_kv.py",
+    "bench/test_kernels_compile.py",
+    "bench/test_gpu_script.py",
+    "controller/test_faults.py",
+    "models/test_parity.py",
+    "models/test_smollm2.py",
+    "engine/ranks/test_rank_groups.py",
+    "controller/test_controller.py",
+    "controller/test_torchrun.py",
+    "planner/policies/test_dp.py",
+    "engine/speculation/test_speculation.py",
+    "engine/test_triton_engine.py",
+    "engine/speculation/test_verification.py",
+    "engine/speculation/test_embedded_draft.py",
+    "engine/test_any_requests.py",
+    "engine/sampling/test_sampler.py",
+    "bench/test_paired_runs.py",
+    "test_names.py",
+    "server/test_containers.py",
+    "cli/test_cli_outputs.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, as workers do that are told to keep the order."""
+    here = Path(__file__).parent
+    place = {here / name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -84,6 +117,14 @@ def _quick_kernels() -> None:
     """The interpreter, where tests that use it were collected."""
     if "triton" in sys.modules and "TRITON_INTERPRET" in os.environ:
         quicken_interpreter()
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_at_first() -> None:
+    """An engine sets torch's threads for the whole process. Those of an earlier test's would share
+    the cores with the other workers' ever after, and wait for each other behind each operation.
+    """
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture

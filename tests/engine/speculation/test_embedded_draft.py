@@ -15,7 +15,9 @@ PARAMS = [
 
 
 def test_the_embedded_draft_helps_the_embedded_model_and_changes_nothing() -> None:
-    engine = Engine("smollm2", speculator="draft", policy="sarathi", dtype="float32", num_blocks=32)
+    engine = Engine(
+        "smollm2", speculator="draft", policy="sarathi", dtype="float32", threads=1, num_blocks=32
+    )
     proposer, engine._core.proposer = engine._core.proposer, None
     alone = [output.outputs[0].token_ids for output in engine.generate(CHATS, PARAMS)]
     engine._core.proposer = proposer
