@@ -23,21 +23,17 @@ over pairs, by Student's t, does not contain 0: this holds for 5% of the cells b
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from minserve.exit_codes import EXIT_INTERRUPTED
 from minserve.planner.policies.registry import POLICIES
 from minserve.workload.scenarios import SCENARIOS
 from minserve.workload.server_process import ServerCommand
 from parts.policies.report import summary, table
-from shared.paired.runs import Effort, PairedBenchmark, add_flags, caveats, open_store, say_estimate
+from shared.paired.comparison import add_flags, finish, measure, open_store
 from shared.paired.turns import Cell, Pairs
 from shared.program import names, numbers, run_program
-from shared.prompt_texts import Counter
-from shared.servers import profiled_minserve, started
+from shared.servers import profiled_minserve
 
 RATES, QUICK_RATES = (0.8, 1.5, 3.0, 6.0), (1.5, 6.0)
 SCENARIO_NAMES = ("mixed", "coding")
@@ -110,18 +106,10 @@ def main() -> None:
     variants = make_variants(args, name)
     policies = [variant.label for variant in variants]
     store = open_store(args, "policies", {}, policies, name)
-    effort = Effort(seconds=args.seconds, pairs=args.pairs, lengths=args.lengths, seed=args.seed,
-                    rounds=1 if args.quick else 2)  # fmt: skip
-    say_estimate(cells, effort, policies, START_S * len(policies), store)
-    with started(variants) as servers:
-        done = PairedBenchmark(effort, store, servers, Counter(args.model)).run(cells)
+    done = measure(args, cells, variants, store, START_S * len(policies))
     result = summary(Pairs(store.results), cells, policies)
     print(table(result))
-    print(caveats(store))
-    if args.json:
-        reference = None if store.reference is None else store.reference.to_dict()
-        print(json.dumps({**result, "complete": done, "reference": reference, **store.settings}))
-    sys.exit(0 if done else EXIT_INTERRUPTED)
+    finish(args, result, done, store)
 
 
 if __name__ == "__main__":

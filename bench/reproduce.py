@@ -27,9 +27,10 @@ from pathlib import Path
 
 from minserve.machine import Machine, machine_words
 from minserve.workload.plots import GET_MATPLOTLIB
-from parts.reproduce.plan import NOT_QUICK, SECTIONS, Plan, jobs_of
+from parts.reproduce.plan import Plan
 from parts.reproduce.plots import draw_all
 from parts.reproduce.report import details, markdown, summary
+from parts.reproduce.sections import NOT_QUICK, SECTIONS, jobs_of
 from shared.simulated.jobs import fingerprint
 from shared.simulated.run import Done, ResultStore, run_all
 

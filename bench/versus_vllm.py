@@ -26,12 +26,9 @@ caching is on in both, and no two prompts begin alike.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
-import sys
 from collections.abc import Sequence
 
-from minserve.exit_codes import EXIT_INTERRUPTED
 from minserve.workload.plots import check_can_plot
 from minserve.workload.scenarios import SCENARIOS
 from minserve.workload.server_process import ServerCommand
@@ -43,12 +40,10 @@ from shared.contending_servers import (
     our_variant,
     vllm_variant,
 )
-from shared.paired.runs import Effort, PairedBenchmark, add_flags, caveats, open_store, say_estimate
+from shared.paired.comparison import add_flags, finish, measure, open_store
 from shared.paired.turns import Cell, Pairs
 from shared.peers import TORCH_VERSION, VLLM_VERSION, cores, peer_dtype
 from shared.program import names, run_program
-from shared.prompt_texts import Counter
-from shared.servers import started
 
 RATES = {"mixed": (3.0, 6.0, 12.0), "coding": (2.0, 5.0), "chatbot": (4.0, 8.0)}
 QUICK_RATES = {"mixed": (3.0, 12.0)}
@@ -161,21 +156,13 @@ def main() -> None:
     labels = [variant.label for variant in variants]
     settings = {name: getattr(args, name) for name in ("vllm_threads", "tight", "loose")}
     store = open_store(args, "versus_vllm", settings | {"dtype": dtype}, labels, SERVED_NAME)
-    effort = Effort(seconds=args.seconds, pairs=args.pairs, lengths=args.lengths, seed=args.seed,
-                    rounds=1 if args.quick else 2)  # fmt: skip
-    say_estimate(cells, effort, labels, START_S * len(args.vllm_budgets), store)
-    with started(variants) as servers:
-        done = PairedBenchmark(effort, store, servers, Counter(args.model)).run(cells)
+    done = measure(args, cells, variants, store, START_S * len(args.vllm_budgets))
     pairs = Pairs(store.results)
     result = summary(pairs, cells, labels[0], labels[1:])
     print(table(result))
-    print(caveats(store))
     if args.plot:
         plot(pairs, cells, labels[0], labels[1:], args.plot)
-    if args.json:
-        reference = None if store.reference is None else store.reference.to_dict()
-        print(json.dumps({**result, "complete": done, "reference": reference, **store.settings}))
-    sys.exit(0 if done else EXIT_INTERRUPTED)
+    finish(args, result, done, store)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minserve.engine.engine import AsyncEngine, Engine
+    from minserve.engine.async_engine import AsyncEngine
+    from minserve.engine.engine import Engine
     from minserve.outputs import CompletionOutput, OutputDelta, RequestOutput
     from minserve.sampling_params import SamplingParams
     from minserve.slo.attainment import SLOReport
@@ -20,7 +21,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Engine": "minserve.engine.engine",
-    "AsyncEngine": "minserve.engine.engine",
+    "AsyncEngine": "minserve.engine.async_engine",
     "SamplingParams": "minserve.sampling_params",
     "RequestOutput": "minserve.outputs",
     "CompletionOutput": "minserve.outputs",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypedDict
 
+from minserve.errors import GenerationError, MinserveError
 from minserve.request import FinishReason
 from minserve.slo.attainment import SLOReport, worst_report
 
@@ -100,6 +101,17 @@ class OutputDelta(NamedTuple):
     error: Exception | None = None
     slo: SLOReport | None = None
     times: OutputTimes | None = None
+
+    def raise_if_failed(self) -> None:
+        """Raise the error that ended this output, if one did.
+
+        Raises:
+            MinserveError: the error itself; one of another kind as a `GenerationError`.
+        """
+        if isinstance(self.error, MinserveError):
+            raise self.error
+        if self.error is not None:
+            raise GenerationError(str(self.error))
 
 
 class ReplicaReport(TypedDict):

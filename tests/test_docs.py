@@ -26,7 +26,7 @@ from minserve.slo.objectives import preset_classes
 from minserve.slo.slo_fields import parse_slo
 
 ROOT = Path(__file__).parents[1]
-README, GLOSSARY = ROOT / "README.md", ROOT / "docs" / "architecture.md"
+README, GLOSSARY = ROOT / "README.md", ROOT / "docs" / "words.md"
 FOLDERS = ("docs", "bench", "models", "minserve", "examples")
 PAGES = sorted([*ROOT.glob("*.md"), *(p for name in FOLDERS for p in (ROOT / name).rglob("*.md"))])
 # Pages that people write; what a program prints is not one of them.
@@ -428,8 +428,8 @@ def test_the_code_with_which_a_hung_server_ends_is_the_one_that_the_page_names()
     assert re.findall(r"ends with code (\d+)", page) == [str(EXIT_HUNG)]
 
 
-def test_the_metrics_of_the_page_on_http_are_those_of_the_server() -> None:
-    table = prose(ROOT / "docs" / "http.md").partition("## Metrics")[2].partition("\n## ")[0]
+def test_the_metrics_of_the_page_on_observing_are_those_of_the_server() -> None:
+    table = prose(ROOT / "docs" / "observing.md").partition("## Metrics")[2].partition("\n## ")[0]
     names = set(re.findall(r"`([a-z]\w*?)(?:_total)?(?:\{[\w,]+\})?`", table))
     source = (ROOT / "minserve/server/metrics.py").read_text(encoding="utf-8")
     assert len(names) > 25
@@ -443,7 +443,7 @@ def test_the_metrics_of_the_page_on_http_are_those_of_the_server() -> None:
 TEXT = GLOSSARY.read_text(encoding="utf-8")
 # | word | meaning | [`Name`](file) |
 WORDS = re.findall(r"^\| ([^|]+) \| [^|]+ \| \[`(\w+)`\]\(([^)]+)\) \|$", TEXT, re.MULTILINE)
-ROWS = [line for line in TEXT.partition("## Words")[2].splitlines() if line.startswith("| ")]
+ROWS = [line for line in TEXT.splitlines() if line.startswith("| ")]
 
 
 @pytest.mark.parametrize(("word", "name", "link"), WORDS)

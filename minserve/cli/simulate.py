@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from minserve.cli.flags import given
 from minserve.cli.workload import (
     add_report_flags,
     add_workload_flags,
     check_workload,
-    in_words,
     make_draw,
     say,
 )
@@ -27,13 +22,11 @@ from minserve.interrupt import Interrupt
 from minserve.planner.policies.registry import POLICIES
 
 if TYPE_CHECKING:
-    from minserve.simulator.offered_load import OfferedLoad
-    from minserve.simulator.simulation import Setup, SimulationResult
+    from minserve.cli.simulated_runs import SimulatedRuns
+    from minserve.simulator.simulation import Setup
     from minserve.simulator.sizing import Sizing
     from minserve.workload.capacity import Capacity
-    from minserve.workload.conversation import Conversation
     from minserve.workload.draws import Draw
-    from minserve.workload.report import Report
 
 # Profiles for scenarios whose requests are longer than the default profile can serve.
 PROFILES = {
@@ -187,77 +180,12 @@ def _ratio(text: str) -> tuple[int, int]:
     return prefills, decodes
 
 
-@dataclass(frozen=True, slots=True)
-class _SimulationRun:
-    """A simulation at one rate, with its results.
-
-    Attributes:
-        rate: requests per second that were wanted; ``None`` for a trace's own rate.
-        seconds: time over which the requests arrived.
-    """
-
-    rate: float | None
-    setup: Setup
-    seconds: float
-    result: SimulationResult
-
-
-@dataclass(slots=True)
-class _Simulations:
-    """The runs of one workload, kept for the report; also a run that was cut short."""
-
-    setup: Setup
-    draw: Draw
-    interrupt: Interrupt
-    runs: list[_SimulationRun] = field(default_factory=list)
-
-    def attainment(self, rate: float | None, repeat: int, replicas: int | None = None) -> float:
-        """Simulate the workload at a rate, keep the run, and return its attainment.
-
-        Args:
-            repeat: is added to the seed.
-            replicas: number of replicas instead of the setup's.
-        """
-        from minserve.progress_bar import progress_bar
-        from minserve.simulator.simulation import SimulationResult, simulate
-        from minserve.workload.conversation import num_turns
-        from minserve.workload.report import Report
-
-        setup = replace(self.setup, seed=self.setup.seed + repeat)
-        if replicas is not None:
-            setup = replace(setup, replicas=replicas)
-        workload = self.draw(rate, setup.seed)
-        name = "trace" if rate is None else f"{rate:.3g}/s"
-        if replicas is not None:
-            name += f", {replicas} replicas"
-        result = SimulationResult()
-        with progress_bar(total=num_turns(workload), desc=name, unit="request", leave=False) as bar:
-
-            def progressed(_: OfferedLoad) -> None:
-                bar.update()
-                self.interrupt.check()
-
-            try:
-                simulate(workload, setup, progressed, into=result)
-            except KeyboardInterrupt:
-                seconds = min(result.seconds, _span_s(workload, rate))
-                self.runs.append(_SimulationRun(rate, setup, seconds, result))
-                raise
-        self.runs.append(_SimulationRun(rate, setup, _span_s(workload, rate), result))
-        return Report.of(result.verdicts, self.runs[-1].seconds, result.task_verdicts).kept
-
-
-def _span_s(workload: Sequence[Conversation], rate: float | None) -> float:
-    """Return the seconds over which a workload arrives."""
-    from minserve.workload.conversation import num_turns
-
-    return workload[-1].arrival_s if rate is None else num_turns(workload) / rate
-
-
 def _simulate(args: argparse.Namespace) -> int:
     """Simulate a workload, print the results and draw them."""
     _check(args)
 
+    from minserve.cli.simulated_runs import SimulatedRuns
+    from minserve.cli.simulation_report import print_results
     from minserve.devices import find_device
     from minserve.simulator.simulation import Setup, check_fits
 
@@ -274,9 +202,9 @@ def _simulate(args: argparse.Namespace) -> int:
     if args.profile is None:
         say(f"simulating {device.name}; --profile takes another one")
     with Interrupt() as interrupt:
-        simulations = _Simulations(setup, draw, interrupt)
+        simulations = SimulatedRuns(setup, draw, interrupt)
         capacity, sizing, interrupted = _measure(args, simulations)
-    _print(args, simulations, capacity, sizing, interrupted)
+    print_results(args, simulations, capacity, sizing, interrupted)
     return EXIT_INTERRUPTED if interrupted else 0
 
 
@@ -353,7 +281,7 @@ def _own_rate(args: argparse.Namespace) -> float | None:
 
 
 def _measure(
-    args: argparse.Namespace, simulations: _Simulations
+    args: argparse.Namespace, simulations: SimulatedRuns
 ) -> tuple[Capacity | None, Sizing | None, bool]:
     """Run all simulations.
 
@@ -377,7 +305,7 @@ def _measure(
             start = (args.rates or [_own_rate(args)])[0]
             if start is None:
                 workload = simulations.draw(None, args.seed)
-                start = len(workload) / max(_span_s(workload, None), 1e-9)
+                start = len(workload) / max(workload[-1].arrival_s, 1e-9)
             if not args.rates:
                 start *= setup.replicas
             find_capacity(
@@ -395,7 +323,7 @@ def _measure(
     return capacity, sizing, False
 
 
-def _least_replicas(rate: float, simulations: _Simulations) -> tuple[int, int]:
+def _least_replicas(rate: float, simulations: SimulatedRuns) -> tuple[int, int]:
     """Return the number to start the search with, from tokens per second alone, and the largest."""
     from minserve.simulator.simulation import MOST_REPLICAS
 
@@ -404,128 +332,3 @@ def _least_replicas(rate: float, simulations: _Simulations) -> tuple[int, int]:
     tokens = sum(turn.prompt_tokens - turn.shared_tokens + turn.output_tokens for turn in turns)
     token_s = simulations.setup.device.perf_model().steepest.tokens
     return math.ceil(rate * tokens / len(turns) * token_s), MOST_REPLICAS
-
-
-def _print(
-    args: argparse.Namespace,
-    simulations: _Simulations,
-    capacity: Capacity | None,
-    sizing: Sizing | None,
-    interrupted: bool,
-) -> None:
-    """Print a table or JSON, and draw the picture."""
-    pooled = _pooled(simulations.runs)
-    if args.json:
-        print(json.dumps(_as_json(args, simulations, pooled, capacity, sizing, interrupted)))
-    else:
-        for run, report in pooled:
-            print(f"\n{_title(run, sizing is not None)}\n{report.table()}")
-        if capacity is not None:
-            print(f"\n{in_words(capacity)}")
-            if capacity.rate is not None:
-                gpus = simulations.setup.num_gpus
-                print(f"per GPU, of {gpus}: {capacity.rate / gpus:.3g} requests/s")
-        if sizing is not None:
-            print(f"\n{_sizing_in_words(args.replicas_for, sizing)}")
-    if args.plot is not None and simulations.runs:
-        _plot(args, simulations, pooled)
-
-
-def _title(run: _SimulationRun, sizing: bool) -> str:
-    title = "the trace as it is" if run.rate is None else f"{run.rate:.4g} requests/s"
-    return f"{title}, {run.setup.replicas} replicas" if sizing else title
-
-
-def _pooled(runs: Sequence[_SimulationRun]) -> list[tuple[_SimulationRun, Report]]:
-    """Return a report for each rate and number of replicas, with one of the runs that it covers.
-
-    The reports cover all repeats and are in ascending order.
-    """
-    from minserve.workload.report import Report
-
-    by_key: dict[tuple[float, int], list[_SimulationRun]] = {}
-    for run in runs:
-        by_key.setdefault((run.rate or 0.0, run.setup.replicas), []).append(run)
-    pooled = []
-    for _, own in sorted(by_key.items()):
-        verdicts = [verdict for run in own for verdict in run.result.verdicts]
-        tasks = [verdict for run in own for verdict in run.result.task_verdicts]
-        pooled.append((own[-1], Report.of(verdicts, sum(run.seconds for run in own), tasks)))
-    return pooled
-
-
-def _sizing_in_words(rate: float, sizing: Sizing) -> str:
-    number = sizing.replicas
-    if number is None:
-        return f"no number of replicas was found with which {sizing.level:.0%} attain their SLO"
-    fewer = sizing.attainment.get(number - 1)
-    less = "" if fewer is None else f"; with one fewer {fewer:.1%}"
-    cut = "" if sizing.complete else "; the search was cut short"
-    return (
-        f"{number} replicas serve {rate:.4g} requests/s with "
-        f"{sizing.attainment[number]:.1%} attained{less}{cut}"
-    )
-
-
-def _as_json(
-    args: argparse.Namespace,
-    simulations: _Simulations,
-    pooled: Sequence[tuple[_SimulationRun, Report]],
-    capacity: Capacity | None,
-    sizing: Sizing | None,
-    interrupted: bool,
-) -> dict[str, Any]:
-    setup = simulations.setup
-    return {
-        "workload": args.scenario or str(args.trace),
-        "tasks": args.tasks,
-        "profile": setup.device.name,
-        "policy": setup.policy,
-        "replicas": setup.replicas,
-        "num_gpus": setup.num_gpus,
-        "seed": args.seed,
-        "repeats": args.repeats,
-        "runs": [
-            {
-                "target_rate": run.rate,
-                "replicas": run.setup.replicas,
-                **report.to_dict(),
-                "busy_share": round(run.result.busy_share, 4),
-                "preemptions": run.result.num_preemptions,
-            }
-            for run, report in pooled
-        ],
-        "capacity": None if capacity is None else _per_gpu(capacity, setup.num_gpus),
-        "replicas_for": None if sizing is None else {"rate": args.replicas_for, **sizing.to_dict()},
-        "interrupted": interrupted,
-    }
-
-
-def _per_gpu(capacity: Capacity, num_gpus: int) -> dict[str, Any]:
-    values = capacity.to_dict()
-    rates = [values["capacity"], *values["interval"]]
-    each, *interval = [None if rate is None else round(rate / num_gpus, 4) for rate in rates]
-    return {**values, "per_gpu": each, "interval_per_gpu": interval}
-
-
-def _plot(
-    args: argparse.Namespace,
-    simulations: _Simulations,
-    pooled: Sequence[tuple[_SimulationRun, Report]],
-) -> None:
-    """Draw attainment against rate; with a single rate, draw the last run."""
-    from minserve.workload.plots import plot_attainment, plot_run
-
-    setup = simulations.setup
-    title = f"{args.scenario or Path(args.trace).name}, {setup.device.name}"
-    if len({run.rate for run, _ in pooled}) > 1:
-        line: dict[float, list[float]] = {}
-        for run in simulations.runs:
-            judged = run.result.task_verdicts or run.result.verdicts
-            if judged:
-                kept = statistics.fmean(verdict.attained for verdict in judged)
-                line.setdefault(run.rate or 0.0, []).append(kept)
-        plot_attainment({setup.policy: line}, args.plot, level=args.level, title=title)
-    else:
-        last = simulations.runs[-1]
-        plot_run(last.result.verdicts, last.seconds, args.plot, title=f"{setup.policy}, {title}")

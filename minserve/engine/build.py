@@ -123,18 +123,14 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         plans_ahead=device.type == "cuda",
         launches_ahead=device.type == "cuda",
     )
-    placement = runner.model.placement
-    dtype = dtype_words(placement.linear_dtype, placement.dtype)
-    if runner.model.packed_form:
-        dtype = f"{runner.model.packed_form} in {dtype}"
+    dtype = _dtype_words(runner)
+    num_ranks = config.tensor_parallel
     kv_form = "" if config.kv_cache_dtype == "auto" else f" in {config.kv_cache_dtype}"
     draft = "" if draft_source is None else f", draft model {draft_source.name}"
-    num_ranks = config.tensor_parallel
-    where = str(device) if num_ranks == 1 else f"{num_ranks} ranks on {device}"
     log.info(
         "%s on %s: %s, %s attention%s, %d KV blocks of %d tokens%s, ready in %.1f s",
-        source.name, where, dtype, runner.backend.name, draft, num_blocks, config.block_size,
-        kv_form,
+        source.name, str(device) if num_ranks == 1 else f"{num_ranks} ranks on {device}", dtype,
+        runner.backend.name, draft, num_blocks, config.block_size, kv_form,
         time.perf_counter() - started,
     )  # fmt: skip
     return LoadedEngine(
@@ -146,6 +142,13 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         vocab_size=runner.model.shape.vocab_size,
         keeper=loaded.keeper,
     )
+
+
+def _dtype_words(runner: ModelRunner) -> str:
+    """Return the form and dtype of the weights, and the dtype of arithmetic where it differs."""
+    model = runner.model
+    dtype = dtype_words(model.placement.linear_dtype, model.placement.dtype)
+    return f"{model.packed_form} in {dtype}" if model.packed_form else dtype
 
 
 class _LoadedModels(NamedTuple):

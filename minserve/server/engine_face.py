@@ -1,6 +1,6 @@
 """`EngineFace`: all that the server knows of an engine, whether it is one or several replicas.
 
-`minserve.engine.engine.AsyncEngine` and `minserve.controller.controller.Controller` have it.
+`minserve.engine.async_engine.AsyncEngine` and `minserve.controller.controller.Controller` have it.
 """
 
 from __future__ import annotations
@@ -179,4 +179,4 @@ class EngineFace(Protocol):
         bad_word_ids: BadWordIds | None = None,
         client: str = "",
     ) -> Sequence[Handle]:
-        """Queue requests, all or none; see `minserve.engine.engine.AsyncEngine.submit`."""
+        """Queue requests, all or none; see `minserve.engine.async_engine.AsyncEngine.submit`."""

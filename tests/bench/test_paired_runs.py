@@ -8,9 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import policies
 import pytest
-import versus_vllm
 from paired import CELL, result
 from scripted_server import ScriptedServer, scripted_server
 
@@ -30,8 +28,6 @@ from shared.paired.runs import (
     PairedBenchmark,
     best_of,
     best_reference,
-    estimate_s,
-    open_store,
 )
 from shared.paired.turns import Cell, Pairs, TurnStore
 from shared.prompt_texts import MARK_TOKENS, marked
@@ -171,77 +167,6 @@ def test_no_two_turns_send_a_prompt_that_begins_alike() -> None:
     again = marked(workload, "1 0 0")
     assert again == marked(workload, "1 0 0")
     assert [one.turns[1:] for one in again] == [one.turns[1:] for one in workload]
-
-
-# --- flags ---
-
-
-def test_without_a_name_results_are_kept_under_one_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(paired_runs, "CACHE", tmp_path / "peers")
-    args = policies.parse_args([])
-    store = open_store(args, "policies", {}, ["dp", "edf"], "smollm2")
-    assert store.file is not None
-    assert store.file.parent == tmp_path / "bench"
-    args = policies.parse_args(["--results", str(store.file)])
-    with pytest.raises(SystemExit, match="--resume"):
-        open_store(args, "policies", {}, ["dp", "edf"], "smollm2")
-    args = policies.parse_args(["--resume", str(store.file)])
-    assert open_store(args, "policies", {}, ["dp", "edf"], "smollm2").results == []
-    args = policies.parse_args(["--resume", str(store.file), "--seed", "1"])
-    with pytest.raises(SystemExit, match="other settings: seed"):
-        open_store(args, "policies", {}, ["dp", "edf"], "smollm2")
-
-
-def test_slos_may_be_meant_by_an_idle_speed_from_a_file(tmp_path: Path) -> None:
-    idle = tmp_path / "idle.json"
-    Reference.now(ZeroLoad(0.02, 0.001, 0.03), "smollm2", "somebody").save(idle)
-    flags = ["--zero-load", str(idle), "--results"]
-    args = policies.parse_args([*flags, str(tmp_path / "a.json")])
-    store = open_store(args, "policies", {}, ["dp"], "smollm2")
-    assert store.reference == Reference.load(idle)
-    args = policies.parse_args([*flags, str(tmp_path / "b.json")])
-    with pytest.raises(SystemExit, match="not of 'other'"):
-        open_store(args, "policies", {}, ["dp"], "other")
-
-
-def test_cells_are_those_of_the_flags() -> None:
-    cells = policies.cells_of(policies.parse_args([]))
-    assert len(cells) == 2 * 3 * 4 * 2
-    assert [cell.busy for cell in cells] == [False] * 24 + [True] * 24
-    assert all(cell.loose == 2 * cell.tight for cell in cells)
-    quick = policies.cells_of(policies.parse_args(["--quick"]))
-    assert [cell.rate for cell in quick] == [1.5, 6.0]
-    told = versus_vllm.parse_args(["--rates", "mixed=2,1", "reasoning=3", "--scenarios", "mixed"])
-    assert [(cell.scenario, cell.rate) for cell in versus_vllm.cells_of(told)] == [
-        ("mixed", 1.0),
-        ("mixed", 2.0),
-    ]
-    assert len(versus_vllm.cells_of(versus_vllm.parse_args([]))) == 7
-
-
-@pytest.mark.parametrize(
-    "flags", [["--rates", "dance=3"], ["--rates", "mixed"], ["--rates", "mixed=0"],
-              ["--scenarios", "reasoning"]],
-)  # fmt: skip
-def test_senseless_rates_are_refused(flags: list[str]) -> None:
-    with pytest.raises(SystemExit):
-        versus_vllm.parse_args(flags)
-
-
-@pytest.mark.parametrize(
-    "flags", [["--policies", "edf"], ["--policies", "dp,lifo"], ["--beside", "wind"],
-              ["--rates", "0"], ["--tight", "0.5"], ["--scenarios", "dance"]],
-)  # fmt: skip
-def test_senseless_cells_are_refused(flags: list[str]) -> None:
-    with pytest.raises(SystemExit):
-        policies.parse_args(flags)
-
-
-def test_the_estimate_grows_with_the_turns() -> None:
-    short, long = (estimate_s(n, EFFORT, 2, 10.0) for n in (10, 20))
-    assert long - short == pytest.approx(10 * (EFFORT.seconds + paired_runs.TURN_EXTRA_S))
 
 
 # --- what is found ---

@@ -18,8 +18,10 @@ from minserve.planner.predict.perf_model import BatchShape
 from minserve.simulator.simulation import simulate
 from minserve.workload.capacity import LEVEL, Measure, find_capacity
 from minserve.workload.verdict import Cause
-from parts.reproduce.plan import SECTIONS, WITH, WITHOUT, Plan, baseline, chunks, jobs_of, promise
+from parts.reproduce.capacity_searches import baseline, chunks, promise
+from parts.reproduce.plan import WITH, WITHOUT, Plan
 from parts.reproduce.report import capacity_table, ratios, summary
+from parts.reproduce.sections import SECTIONS, jobs_of
 from shared.simulated import jobs
 from shared.simulated.cases import Case, Size, attainment, cut_below, measures_of
 from shared.simulated.jobs import Job, Point, Result, Search, case_of

@@ -13,8 +13,7 @@ from speculating import DEVICE
 from waiting import PATIENCE_S
 
 from minserve import SLO, AsyncEngine, Engine, SamplingParams
-from minserve.engine import engine as engine_module
-from minserve.engine import guarded_planning
+from minserve.engine import async_engine, guarded_planning
 from minserve.engine.guarded_planning import LOG_EVERY_S, GuardedPlanning
 from minserve.engine.stats import EngineStats
 from minserve.planner.plan import IterationPlan, PlannerView
@@ -180,7 +179,7 @@ def test_a_policy_that_hangs_is_interrupted(
     tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(guarded_planning, "LONGEST_PLAN_S", 0.1)
-    monkeypatch.setattr(engine_module, "WATCH_S", 0.05)
+    monkeypatch.setattr(async_engine, "WATCH_S", 0.05)
 
     async def go() -> None:
         engine = AsyncEngine(str(tiny_llama_dir), policy="dp", **SETTINGS)

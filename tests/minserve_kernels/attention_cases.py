@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 
 import torch
+from accuracy import assert_as_exact_as
 
-from minserve.kernels.attention import AttentionMetadata, LayerKV
+from minserve.kernels.attention import AttentionBackend, AttentionMetadata, LayerKV
 
 # Heads of real models, as (query heads, KV heads, head_dim).
 OPT_125M, OPT_2_7B, OPT_6_7B = (12, 12, 64), (32, 32, 80), (32, 32, 128)
@@ -122,3 +123,39 @@ def expected(
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         rows.append(torch.einsum("hqk,khd->qhd", weights, value))
     return torch.cat(rows).flatten(1)
+
+
+def check_attention(
+    backend: AttentionBackend,
+    heads: tuple[int, int, int],
+    lengths: list[tuple[int, int]],
+    num_decodes: int,
+    dtype: torch.dtype,
+    block_size: int,
+    own_tails: float | None = None,
+) -> None:
+    """Hold a CPU backend against attention written out, on a cache whose unowned slots are NaN.
+
+    Args:
+        heads: query heads, KV heads, head_dim.
+        lengths: (query tokens, earlier tokens) of each sequence; decodes first.
+        own_tails: as in `poison`.
+    """
+    num_heads, num_kv_heads, head_dim = heads
+    metadata, num_blocks = make_metadata(lengths, num_decodes, block_size)
+    torch.manual_seed(0)
+    kv = backend.allocate(num_blocks, block_size, dtype, torch.device("cpu"))
+    assert kv.key.shape == (num_blocks, block_size, num_kv_heads, head_dim)
+    kv.key.normal_()
+    kv.value.normal_()
+    poison(kv, metadata, torch.nan, own_tails=own_tails)
+    query = torch.randn(metadata.num_tokens, num_heads, head_dim).to(dtype)
+    new = torch.randn(2, metadata.num_tokens, num_kv_heads, head_dim).to(dtype)
+    with torch.inference_mode():
+        backend.prepare(metadata)
+        backend.write_kv(torch.cat((query, *new), dim=1), kv, metadata)
+        got = backend.forward(query, kv, metadata)
+    flat = kv.key.reshape(-1, num_kv_heads, head_dim)
+    assert torch.equal(flat[metadata.slot_mapping], new[0])
+    plain, exact = expected(query, kv, metadata, dtype), expected(query, kv, metadata)
+    assert_as_exact_as(plain, got, exact)

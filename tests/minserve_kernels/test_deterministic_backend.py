@@ -6,8 +6,7 @@ import random
 
 import pytest
 import torch
-from accuracy import assert_as_exact_as
-from attention_cases import expected, make_metadata, poison
+from attention_cases import check_attention, make_metadata
 from torch import Tensor
 
 from minserve.kernels.attention import LayerKV
@@ -31,25 +30,9 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=s
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("block_size", [1, 24])
 def test_attention_is_right(batch: str, heads: str, dtype: torch.dtype, block_size: int) -> None:
-    lengths, num_decodes = BATCHES[batch]
     num_heads, num_kv_heads, head_dim = HEADS[heads]
     backend = DeterministicBackend(num_heads, num_kv_heads, head_dim, scale=head_dim**-0.5)
-    metadata, num_blocks = make_metadata(lengths, num_decodes, block_size)
-    torch.manual_seed(0)
-    kv = backend.allocate(num_blocks, block_size, dtype, torch.device("cpu"))
-    kv.key.normal_()
-    kv.value.normal_()
-    poison(kv, metadata, torch.nan)  # not even that may show
-    query = torch.randn(metadata.num_tokens, num_heads, head_dim).to(dtype)
-    new = torch.randn(2, metadata.num_tokens, num_kv_heads, head_dim).to(dtype)
-    with torch.inference_mode():
-        backend.prepare(metadata)
-        backend.write_kv(torch.cat((query, *new), dim=1), kv, metadata)
-        got = backend.forward(query, kv, metadata)
-    flat = kv.key.reshape(-1, num_kv_heads, head_dim)
-    assert torch.equal(flat[metadata.slot_mapping], new[0])
-    want = expected(query, kv, metadata)
-    assert_as_exact_as(expected(query, kv, metadata, dtype), got, want)
+    check_attention(backend, HEADS[heads], *BATCHES[batch], dtype, block_size)
 
 
 @DTYPES

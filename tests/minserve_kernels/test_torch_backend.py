@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_as_exact_as
-from attention_cases import LLAMA_3_8B, expected, make_metadata, poison
+from attention_cases import LLAMA_3_8B, check_attention, expected, make_metadata
 
 from minserve.kernels.torch_backend import TorchBackend
 
@@ -32,28 +32,10 @@ HEADS = {"multi-head": (4, 4, 16), "grouped": (6, 2, 16), "one KV head": (4, 1, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("block_size", [1, 16])
 def test_attention_is_right(batch: str, heads: str, dtype: torch.dtype, block_size: int) -> None:
-    lengths, num_decodes = BATCHES[batch]
     num_heads, num_kv_heads, head_dim = HEADS[heads]
     backend = TorchBackend(num_heads, num_kv_heads, head_dim, scale=head_dim**-0.5)
-    metadata, num_blocks = make_metadata(lengths, num_decodes, block_size)
-    torch.manual_seed(0)
-    kv = backend.allocate(num_blocks, block_size, dtype, torch.device("cpu"))
-    assert kv.key.shape == (num_blocks, block_size, num_kv_heads, head_dim)
-    kv.key.normal_()
-    kv.value.normal_()
-    # Touching these would show: NaN even where masked. Behind a sequence's own tokens is what it
-    # drafted itself, in a block that it entered before.
-    poison(kv, metadata, torch.nan, own_tails=1e4)
-    query = torch.randn(metadata.num_tokens, num_heads, head_dim).to(dtype)
-    new = torch.randn(2, metadata.num_tokens, num_kv_heads, head_dim).to(dtype)
-    with torch.inference_mode():
-        backend.prepare(metadata)
-        backend.write_kv(torch.cat((query, *new), dim=1), kv, metadata)
-        got = backend.forward(query, kv, metadata)
-    flat = kv.key.reshape(-1, num_kv_heads, head_dim)
-    assert torch.equal(flat[metadata.slot_mapping], new[0])
-    want = expected(query, kv, metadata)
-    assert_as_exact_as(expected(query, kv, metadata, dtype), got, want)
+    # What a sequence drafted itself lies behind its own tokens, in a block that it entered before.
+    check_attention(backend, HEADS[heads], *BATCHES[batch], dtype, block_size, own_tails=1e4)
 
 
 def test_padding_never_doubles_the_work() -> None:

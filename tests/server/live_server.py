@@ -113,6 +113,12 @@ def post(
         connection.close()
 
 
+def tokenized(server: RunningServer, **body: Any) -> dict[str, Any]:
+    status, _, raw = post(server, "/tokenize", body)
+    assert status == 200, raw
+    return json.loads(raw)
+
+
 def request_bytes(path: str, body: dict[str, Any]) -> bytes:
     data = json.dumps(body).encode()
     head = (

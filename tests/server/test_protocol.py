@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from minserve.errors import InvalidRequestError
 from minserve.prompts import PromptOptions
 from minserve.server.body import parse_object
-from minserve.server.json_array import dump_json
-from minserve.server.protocol import (
-    parse_chat,
-    parse_completion,
-    parse_detokenize,
-    parse_tokenize,
-)
+from minserve.server.protocol import parse_chat, parse_completion, parse_detokenize, parse_tokenize
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -35,99 +26,6 @@ def completion(**fields: Any) -> Any:
 
 def chat(**fields: Any) -> Any:
     return parse_chat(sent(**{"messages": HELLO, **fields}), {})
-
-
-# --- JSON ---
-
-
-@pytest.mark.parametrize(
-    ("raw", "says"),
-    [
-        (b"", "not JSON"),
-        (b"{", "not JSON"),
-        (b"[]", "JSON object"),
-        (b'"text"', "JSON object"),
-        (b"null", "JSON object"),
-        (b'{"a": 1, "a": 2}', "'a' appears twice"),
-        (b'{"a": {"b": 1, "b": 1}}', "'b' appears twice"),
-        (b'{"a": NaN}', "NaN"),
-        (b'{"a": Infinity}', "Infinity"),
-        (b'{"a": -Infinity}', "-Infinity"),
-        (b'{"a": 1e999}', "too large"),
-        (b'{"a": 1' + b"0" * 30 + b"}", "too large"),
-        (b'{"a": -1' + b"0" * 5000 + b"}", "too large"),
-        (rb'{"a": "\ud800"}', "surrogate"),
-        (rb'{"a": ["ok", {"b": "x\uDFFFy"}]}', "surrogate"),
-        (rb'{"\ud83d": 1}', "surrogate"),
-        (b'{"a": "\xff"}', "UTF-8"),
-        (b'{"a": "\xed\xa0\x80"}', "UTF-8"),
-        (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
-        (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested too deeply"),
-    ],
-)
-def test_what_is_not_strict_json_is_refused(raw: bytes, says: str) -> None:
-    with pytest.raises(InvalidRequestError, match=says):
-        parse_object(raw)
-
-
-def test_a_field_that_appears_twice_is_found_among_very_many() -> None:
-    """Comparing each with each would take minutes, in which no other client is served."""
-    fields = b", ".join(b'"%d": 0' % i for i in range(300_000))
-    with pytest.raises(InvalidRequestError, match="'299999' appears twice"):
-        parse_object(b"{" + fields + b', "299999": 0}')
-
-
-def test_escapes_and_long_digit_strings_are_no_numbers() -> None:
-    value = {"emoji": "🙂", "digits": "1" * 100, "small": 5, "backslash": "\\ud800"}
-    assert parse_object(json.dumps(value).encode()) == value
-
-
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**63), 2**63)
-    | st.floats(allow_nan=False)
-    | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
-)
-FIELD_NAMES = st.sampled_from(
-    [
-        "prompt",
-        "messages",
-        "max_tokens",
-        "n",
-        "temperature",
-        "top_p",
-        "top_k",
-        "stop",
-        "stop_token_ids",
-        "seed",
-        "logprobs",
-        "echo",
-        "stream",
-        "stream_options",
-        "best_of",
-        "logit_bias",
-        "tools",
-        "response_format",
-        "priority",
-        "metadata",
-    ]
-)
-
-
-@given(st.dictionaries(FIELD_NAMES | st.text(), JSON, max_size=6))
-def test_any_body_is_parsed_or_refused_but_never_crashes(body: dict[str, Any]) -> None:
-    generations = (partial(parse, defaults={}) for parse in (parse_completion, parse_chat))
-    for parse in (*generations, parse_tokenize, parse_detokenize):
-        for read in (dict, lambda value: sent(**value)):
-            try:
-                parse(read(body))
-            except InvalidRequestError as error:
-                dump_json({"message": str(error), "param": error.param})
-
-
-# --- fields ---
 
 
 def test_defaults_are_those_of_openai() -> None:
@@ -356,6 +254,24 @@ def test_an_error_says_what_was_expected_and_what_came(fields: dict[str, Any], s
     assert str(caught.value).endswith(says)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("n", True, "n: must be an integer, not true"),
+        ("temperature", "hot", 'temperature: must be a number, not "hot"'),
+        ("ignore_eos", [1], "ignore_eos: must be true or false, not a list"),
+        ("stop_token_ids", [1.5], "stop_token_ids[0]: must be an integer, not 1.5"),
+    ],
+)
+def test_settings_of_another_type_are_refused_in_the_words_of_json(
+    field: str, value: Any, says: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        completion(**{field: value})
+    assert str(refused.value).startswith(says)
+    assert refused.value.param == field
+
+
 def test_a_whole_number_is_an_integer_however_it_is_written() -> None:
     for name in ("max_tokens", "logprobs", "priority", "n", "seed", "top_k", "min_tokens"):
         call = completion(**{name: 5.0})
@@ -480,138 +396,6 @@ def test_echo_without_output_runs_one_token_and_drops_it() -> None:
         completion(echo=True, max_tokens=0, min_tokens=1)
 
 
-# --- messages ---
-
-CALL = {
-    "id": "call_1",
-    "type": "function",
-    "function": {"name": "add", "arguments": '{"x": [1, {"y": null}]}'},
-}
-ASSISTANT = {"role": "assistant", "content": None, "tool_calls": [CALL]}
-# Templates take arguments as an object.
-PLAIN_CALL = {**CALL, "function": {"name": "add", "arguments": {"x": [1, {"y": None}]}}}
-
-
-def test_text_parts_are_joined_and_developer_is_system() -> None:
-    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
-    call = chat(
-        messages=[
-            {"role": "developer", "content": "be brief"},
-            {"role": "user", "content": parts, "name": "ann"},
-            {"role": "assistant", "content": "ok", "refusal": None, "tool_calls": []},
-        ]
-    )
-    assert call.prompts == [
-        [
-            {"role": "system", "content": "be brief"},
-            {"role": "user", "content": "one\ntwo", "name": "ann"},
-            {"role": "assistant", "content": "ok"},
-        ]
-    ]
-
-
-def test_what_agents_send_back_is_taken() -> None:
-    call = chat(
-        messages=[
-            {"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {}}]},
-            {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": []},
-            {"role": "assistant", "refusal": "no", "tool_calls": [CALL]},
-            {"role": "assistant", "content": [{"type": "refusal", "refusal": "never"}]},
-            {"role": "assistant", "content": "x", "refusal": "y", "annotations": [{"type": "u"}]},
-            {"role": "tool", "content": "42", "tool_call_id": "call_1"},
-            {"role": "function", "content": "43", "name": "sum", "audio": None},
-        ]
-    )
-    assert call.prompts == [
-        [
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "content": "", "reasoning_content": "hm"},
-            {"role": "assistant", "content": "no", "tool_calls": [PLAIN_CALL]},
-            {"role": "assistant", "content": "never"},
-            {"role": "assistant", "content": "x"},
-            {"role": "tool", "content": "42", "name": "add", "tool_call_id": "call_1"},
-            {"role": "tool", "content": "43", "name": "sum"},
-        ]
-    ]
-    assert call.ignored == (
-        "messages.content.cache_control",
-        "messages.refusal",
-        "messages.annotations",
-    )
-
-
-@pytest.mark.parametrize(
-    ("messages", "param"),
-    [
-        (None, "messages"),
-        ([], "messages"),
-        ("hello", "messages"),
-        (["hello"], "messages[0]"),
-        ([{"content": "x"}], "messages[0].role"),
-        ([{"role": "wizard", "content": "x"}], "messages[0].role"),
-        ([{"role": ["user"], "content": "x"}], "messages[0].role"),
-        ([{"role": "user"}], "messages[0].content"),
-        ([{"role": "user", "content": 5}], "messages[0].content"),
-        ([*HELLO, {"role": "user", "content": ["x"]}], "messages[1].content[0]"),
-        (
-            [
-                {
-                    "role": "user",
-                    "content": [{"type": "image_url", "image_url": {"url": "http://x"}}],
-                }
-            ],
-            "messages[0].content[0].type",
-        ),
-        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
-        ([{"role": "user", "content": None}], "messages[0].content"),
-        (
-            [{"role": "user", "content": [{"type": "text", "text": "a", "refusal": "b"}]}],
-            "messages[0].content[0].refusal",
-        ),
-        ([{"role": "user", "content": "x", "audio": {}}], "messages[0].audio"),
-        ([{"role": "assistant", "content": "x", "tool_calls": [1]}], "messages[0].tool_calls[0]"),
-        ([{"role": "user", "content": "x", "tool_calls": [CALL]}], "messages[0].tool_calls"),
-        ([{"role": "assistant", "tool_calls": [{}]}], "messages[0].tool_calls[0].id"),
-        (
-            [{"role": "assistant", "tool_calls": [{**CALL, "type": "custom"}]}],
-            "messages[0].tool_calls[0].type",
-        ),
-        ([{"role": "tool", "content": "x"}], "messages[0].tool_call_id"),
-        ([{"role": "tool", "content": "x", "tool_call_id": "a"}], "messages[0].tool_call_id"),
-        (
-            [{"role": "tool", "content": "x", "tool_call_id": "call_1"}, ASSISTANT],
-            "messages[0].tool_call_id",
-        ),
-    ],
-)
-def test_messages_are_refused_by_place(messages: Any, param: str) -> None:
-    with pytest.raises(InvalidRequestError) as caught:
-        chat(messages=messages)
-    assert caught.value.param == param
-
-
-@pytest.mark.parametrize(
-    ("sent", "taken"),
-    [
-        ('{"a": 1}', {"a": 1}),
-        ({"a": 1}, {"a": 1}),
-        ("", {}),
-        ("  ", {}),
-        # Whatever a model wrote wrong goes back to it as it is.
-        ('{"a": ', '{"a": '),
-        ("[1]", "[1]"),
-        ("[" * 100_000, "[" * 100_000),
-    ],
-)
-def test_arguments_are_an_object_for_templates_where_they_are_one(sent: Any, taken: Any) -> None:
-    call = {**CALL, "function": {"name": "add", "arguments": sent}}
-    [[message]] = chat(messages=[{**ASSISTANT, "tool_calls": [call]}]).prompts
-    assert message["tool_calls"][0]["function"]["arguments"] == taken
-
-
-# --- the rest ---
-
-
 def test_tokenize_takes_prompt_or_messages() -> None:
     assert parse_tokenize({"prompt": "hi"}).prompt_options == PromptOptions()
     assert parse_tokenize({"messages": HELLO}).prompt == HELLO
@@ -637,39 +421,3 @@ def test_detokenize_takes_ids_only() -> None:
     for tokens in (None, "ab", [1.5], [True], [-1], [[1]]):
         with pytest.raises(InvalidRequestError):
             parse_detokenize({"tokens": tokens})
-
-
-# --- JSON that is written ---
-
-
-@given(JSON.filter(lambda value: "inf" not in str(value)))
-def test_what_is_written_is_read_as_the_same_value_in_the_same_order(value: Any) -> None:
-    assert json.dumps(json.loads(dump_json(value))) == json.dumps(value)
-
-
-def test_numbers_that_json_lacks_are_written_as_null() -> None:
-    values = [float("nan"), float("inf"), float("-inf"), 1.0]
-    assert dump_json(values) == b"[null,null,null,1.0]"
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "says"),
-    [
-        ("n", True, "n: must be an integer, not true"),
-        ("temperature", "hot", 'temperature: must be a number, not "hot"'),
-        ("ignore_eos", [1], "ignore_eos: must be true or false, not a list"),
-        ("stop_token_ids", [1.5], "stop_token_ids[0]: must be an integer, not 1.5"),
-    ],
-)
-def test_settings_of_another_type_are_refused_in_the_words_of_json(
-    field: str, value: Any, says: str
-) -> None:
-    with pytest.raises(InvalidRequestError) as refused:
-        completion(**{field: value})
-    assert str(refused.value).startswith(says)
-    assert refused.value.param == field
-
-
-def test_half_of_a_surrogate_pair_is_refused_in_the_name_of_an_empty_field_too() -> None:
-    with pytest.raises(InvalidRequestError, match="surrogate"):
-        parse_object(b'{"prompt": "hi", "q\\ud800": null}')

@@ -28,10 +28,10 @@ from minserve.server_config import ServerConfig
 SCRIPT = """
 import sys, threading
 from minserve.cli.main import main
-from minserve.engine import engine
+from minserve.engine import async_engine
 from minserve.engine.core import EngineCore
 
-engine.LAST_ITERATION_S = 0.3
+async_engine.LAST_ITERATION_S = 0.3
 step = EngineCore.step
 
 def planted(core):

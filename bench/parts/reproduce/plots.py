@@ -16,18 +16,9 @@ from minserve.workload.plots import (
     figure_of,
     save,
 )
-from parts.reproduce.plan import (
-    BASELINES,
-    HEADLINE,
-    OTHERS,
-    PROMISES,
-    SENSITIVE,
-    Plan,
-    burst_points,
-    curve_points,
-    slo_searches,
-)
+from parts.reproduce.plan import BASELINES, HEADLINE, OTHER_POLICIES, PROMISES, Plan
 from parts.reproduce.report import GOALS, capacity_table, first_mode, name_of, ratios, scaling_of
+from parts.reproduce.sections import SENSITIVE, burst_points, curve_points, slo_searches
 from shared.simulated.jobs import Measured
 
 
@@ -54,7 +45,7 @@ def _capacity(plan: Plan, found: Measured):
     if not ready:
         return None
     figure, (bars, ratio) = figure_of(2)
-    policies = (*PROMISES, *OTHERS, *BASELINES)
+    policies = (*PROMISES, *OTHER_POLICIES, *BASELINES)
     width = 0.84 / len(policies)
     for i, policy in enumerate(policies):
         rows = [first_mode(table[one]) for one in ready]

@@ -7,20 +7,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from minserve.tables import text_table
+from parts.reproduce.capacity_searches import search_of
 from parts.reproduce.plan import (
-    ABLATED,
     BASELINES,
     HEADLINE,
     LARGER,
-    OTHERS,
+    OTHER_POLICIES,
     PROMISES,
-    SCALED,
-    SENSITIVE,
     SMALL,
     WEAK,
     WITH,
     WITHOUT,
     Plan,
+)
+from parts.reproduce.sections import (
+    ABLATED,
+    SCALED,
+    SENSITIVE,
+    SENSITIVE_POLICIES,
     ablation_searches,
     burst_points,
     capacities,
@@ -29,7 +33,6 @@ from parts.reproduce.plan import (
     planning_points,
     routing_searches,
     scaling_searches,
-    search_of,
     slo_searches,
 )
 from shared.simulated.jobs import Measured
@@ -217,7 +220,7 @@ def _headline(plan: Plan, found: Measured) -> str:
 
 
 def _capacities(plan: Plan, found: Measured, mode: str) -> str:
-    columns = (*PROMISES, *OTHERS, *BASELINES, "best", WEAK)
+    columns = (*PROMISES, *OTHER_POLICIES, *BASELINES, "best", WEAK)
     rows = []
     for combination, modes in capacity_table(plan, found).items():
         row = modes.get(mode)
@@ -283,9 +286,7 @@ def _slo_changes(plan: Plan, found: Measured) -> str:
             if result is not None:
                 what = f"{name} {value:g}" if name else "unchanged"
                 rows.setdefault((scenario, what), {})[policy] = result["capacity"] or 0.0
-    head = ("scenario", "change", "dp", "edf", "sarathi")
-    lines = [(*key, *(row.get(p) for p in head[2:])) for key, row in rows.items()]
-    return _table("Capacity under other promises", head, lines)
+    return _by_policy("Capacity under other promises", "change", rows)
 
 
 def _errors(plan: Plan, found: Measured) -> str:
@@ -297,9 +298,7 @@ def _errors(plan: Plan, found: Measured) -> str:
                 what = f"{name} {value}" if name else "none"
                 attained = _percent(result["attainment"])
                 rows.setdefault((scenario, what), {})[policy] = attained
-    head = ("scenario", "error", "dp", "edf", "sarathi")
-    lines = [(*key, *(row.get(p) for p in head[2:])) for key, row in rows.items()]
-    return _table("Attainment at 90% of each policy's own capacity, with errors", head, lines)
+    return _by_policy("Attainment at 90% of each policy's own capacity, with errors", "error", rows)
 
 
 def _planning(plan: Plan, found: Measured) -> str:
@@ -310,6 +309,17 @@ def _planning(plan: Plan, found: Measured) -> str:
             rows.append((scenario, policy, f"{crowd} or more", *values))
     head = ("scenario", "policy", "sequences", "plans", "p50 ms", "p99 ms", "max ms")
     return _table("Planning time at capacity", head, rows)
+
+
+def _by_policy(title: str, what: str, rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
+    """Return a table with a column for each of `SENSITIVE_POLICIES`.
+
+    Args:
+        what: the heading of what is changed.
+        rows: by scenario and change, the values of the policies.
+    """
+    lines = [(*key, *map(row.get, SENSITIVE_POLICIES)) for key, row in rows.items()]
+    return _table(title, ("scenario", what, *SENSITIVE_POLICIES), lines)
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -121,14 +121,7 @@ def form_batch(
     at_stake = work.at_stake(work.decodes)
     stakes = _stakes(at_stake, batch, limits, now)
     decodes_s = batch.seconds_of_decodes([seq for _, seq in work.decodes])
-    # Seconds until a token of this batch is due: at the risk that its prefills are worth, and
-    # at next to none.
-    due = calm = math.inf
-    if stakes:
-        share = URGENT if work.unpromised else CALM
-        waiting = _worthwhile(work, batch, now)
-        due = _allowed_s(stakes, decodes_s, waiting, share, batch, limits)
-        calm = _allowed_s(stakes, decodes_s, [], share, batch, limits)
+    due, calm = _due_times(work, stakes, decodes_s, batch, limits, now)
     limit = min(due, limits.longest_s, work.tightest_of_deadlines_s() - limits.guard_s)
 
     candidates: dict[str, DraftCandidate] = {}
@@ -228,6 +221,28 @@ def _worthwhile(work: Work, batch: TimedBatchBuilder, now: float) -> list[Sequen
         and now + batch.seconds_of_rest(seq) <= deadline
     ]
     return waiting
+
+
+def _due_times(
+    work: Work,
+    stakes: list[Stake],
+    decodes_s: float,
+    batch: TimedBatchBuilder,
+    limits: BatchLimits,
+    now: float,
+) -> tuple[float, float]:
+    """Return the seconds until a token of this batch is due: at the risk that its prefills are
+    worth, and at next to none.
+
+    Args:
+        decodes_s: seconds that the decodes take alone.
+    """
+    if not stakes:
+        return math.inf, math.inf
+    share = URGENT if work.unpromised else CALM
+    waiting = _worthwhile(work, batch, now)
+    due = _allowed_s(stakes, decodes_s, waiting, share, batch, limits)
+    return due, _allowed_s(stakes, decodes_s, [], share, batch, limits)
 
 
 def _allowed_s(

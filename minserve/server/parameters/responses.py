@@ -52,7 +52,7 @@ _IN_TURN = "answers are given while the client waits; leave it out, or use `stre
 RESPONSES_WORKS = (
     _works(
         "input",
-        "a text, or [the items of a conversation](http.md#responses)",
+        "a text, or [the items of a conversation](responses.md)",
         form=Input,
         by_place=True,
         required=True,

@@ -396,7 +396,7 @@ ANSWER = (
         "priority",
         "VS",
         "a lower number goes first, and each step doubles the "
-        "[weight of an SLO](promises.md#value-and-priority)",
+        "[weight of an SLO](precedence.md#value-and-priority)",
         endpoints=GENERATION,
         form=Int64,
         default="0",

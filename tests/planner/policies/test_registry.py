@@ -97,7 +97,8 @@ def test_servers_offer_a_new_policy(own_policies: Path, command: tuple[str, ...]
 
 def test_the_reproduction_takes_new_policies(own_policies: Path) -> None:
     code = (
-        "from parts.reproduce.plan import Plan, capacities\n"
+        "from parts.reproduce.plan import Plan\n"
+        "from parts.reproduce.sections import capacities\n"
         "from shared.simulated.cases import Case\n"
         "from minserve.simulator.simulation import simulate\n"
         "scenario, device = Plan(quick=True).combinations[0]\n"
