@@ -237,6 +237,9 @@ def measure_engine(core: EngineCore, effort: EngineEffort) -> dict[str, Any]:
     if that is less than the time of a plan. ``idle`` is for how long the device waited for the host,
     with each batch launched behind the one that runs, and with the order in which that has ended.
     """
+    # Random weights repeat themselves, so drafts would come true: sequences would end early, and a
+    # batch with drafts is not launched ahead.
+    proposer, core.proposer = core.proposer, None
     num_seqs, num_steps = effort.engine
     rng, vocab = random.Random(0), model_runner(core.runner).model.shape.vocab_size
     for i in range(num_seqs):
@@ -244,7 +247,9 @@ def measure_engine(core: EngineCore, effort: EngineEffort) -> dict[str, Any]:
             request_id=f"bench-{i}",
             prompt_token_ids=tuple(rng.choices(range(vocab), k=effort.context)),
             # A sequence whose prompt runs early decodes until the last prompt has run.
-            params=replace(GREEDY, max_tokens=2 * num_steps + num_seqs + TRACED_STEPS + 2),
+            params=replace(
+                GREEDY, max_tokens=2 * num_steps + num_seqs + TRACED_STEPS + 2, ignore_eos=True
+            ),
             seed=0,
             arrival_s=core.clock(),
         )
@@ -265,6 +270,7 @@ def measure_engine(core: EngineCore, effort: EngineEffort) -> dict[str, Any]:
     for i in range(num_seqs):
         core.abort(f"bench-{i}")
     core.drain()
+    core.proposer = proposer
     runner_ms = batch_ms(
         Workbench(core, 1, GREEDY), ProfileBatch(decodes=(context,) * num_seqs), effort.repeats
     )

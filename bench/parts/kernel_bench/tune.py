@@ -44,7 +44,7 @@ TRIED = {
         "num_stages": (2, 3, 4, 5),
         "block_n": (32, 64, 128),
         "num_warps": (4, 8),
-        "least_split": (64, 128, 256),
+        "least_split": (128, 256, 512),
         "block_size": (16, 32, 64, 128),
     },
 }
