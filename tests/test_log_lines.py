@@ -11,6 +11,7 @@ import sys
 import threading
 
 import pytest
+from waiting import PATIENCE_S
 
 from minserve.log_lines import CUT, MAX_MESSAGE, JsonLines, LineHandler, TextLines
 
@@ -74,7 +75,7 @@ def test_a_log_that_nobody_reads_stops_nobody() -> None:
             target=lambda: [handler.emit(record("m" * 500)) for _ in range(1000)], daemon=True
         )
         writer.start()
-        writer.join(60)
+        writer.join(PATIENCE_S)
         assert not writer.is_alive()
         written = os.read(into, 10**6).decode().splitlines()
         assert 0 < len(written) < 1000

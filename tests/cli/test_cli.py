@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from unused_ports import unused_port
 from waiting import PATIENCE_S, wait_until
 
 from minserve import __version__
@@ -33,6 +34,33 @@ SMALL = ["--device", "cpu", "--dtype", "float32", "--threads", "1", "--num-block
 # What `serve` takes beside it, so that its device is profiled at once.
 ROUGH = ["--profile-seconds", "0.1"]
 PROMPT = "The quick brown fox"
+NOWHERE = Path("/nowhere/at/all")
+# ``minserve`` that loads no model while the first of two files is there, and brings no output beyond
+# some tokens while the second one is.
+HELD = """
+import sys, time
+from pathlib import Path
+from minserve.cli.main import main
+from minserve.engine import engine
+from minserve.engine.core import EngineCore
+
+engine.LAST_ITERATION_S = 1000.0
+loads, steps = Path(sys.argv.pop(1)), Path(sys.argv.pop(1))
+init, step = EngineCore.__init__, EngineCore.step
+
+def held_load(core, *args, **settings):
+    while loads.exists():
+        time.sleep(0.01)
+    init(core, *args, **settings)
+
+def held_step(core):
+    while any(seq.num_output_tokens > 20 for seq in core.running) and steps.exists():
+        time.sleep(0.01)
+    return step(core)
+
+EngineCore.__init__, EngineCore.step = held_load, held_step
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def run(*args: str, **options: object) -> subprocess.CompletedProcess[str]:
@@ -47,21 +75,22 @@ def run(*args: str, **options: object) -> subprocess.CompletedProcess[str]:
 
 
 @contextmanager
-def process(*args: str) -> Iterator[subprocess.Popen[str]]:
-    """A minserve process with pipes; killed if the test leaves it behind."""
-    running = subprocess.Popen(
-        [*MINSERVE, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def process(
+    *args: str, loads: Path = NOWHERE, steps: Path = NOWHERE
+) -> Iterator[subprocess.Popen[str]]:
+    """A minserve process with pipes; killed if the test leaves it behind.
+
+    Args:
+        loads: while this file is there, the model is not loaded.
+        steps: while this file is there, no output that is long ends.
+    """
+    command = [sys.executable, "-c", HELD, str(loads), str(steps), *args]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         yield running
     finally:
         running.kill()
         running.communicate()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return sock.getsockname()[1]
 
 
 def get(port: int, path: str) -> tuple[int, bytes]:
@@ -81,7 +110,7 @@ def get_once_listening(port: int, path: str) -> tuple[int, bytes]:
 
 
 def start_stream(port: int) -> http.client.HTTPResponse:
-    """A request that runs for seconds, with its first bytes already here."""
+    """A request of many tokens, with its first bytes already here."""
     body = {"prompt": PROMPT, "max_tokens": 480, "n": 4, "ignore_eos": True, "stream": True}
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
     connection.request("POST", "/v1/completions", json.dumps(body), JSON)
@@ -273,7 +302,7 @@ def test_generate_reports_every_output_and_logprobs(
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_generate_quietly(tiny_llama_dir: Path) -> None:
     args = ["--model", str(tiny_llama_dir), *SMALL, "--ignore-eos", "--max-tokens", "480"]
-    with process("generate", *args, "--prompt", PROMPT) as running:
+    with process("generate", *args, "--prompt", PROMPT, steps=Path("/")) as running:
         assert running.stdout.read(1)
         running.send_signal(signal.SIGINT)
         assert running.wait(PATIENCE_S) == 130
@@ -297,14 +326,14 @@ def test_a_busy_port_is_one_line_before_any_loading() -> None:
 
 @pytest.mark.usefixtures("ctrl_c")
 def test_while_loading_it_answers_503_and_can_be_interrupted(
-    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MINSERVE_API_KEY", "secret")
-    port = free_port()
+    port, hold = unused_port(), tmp_path / "hold"
+    hold.touch()
+    args = ["--port", str(port), "--model", str(tiny_llama_dir), *SMALL]
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 0)):
-        with process(
-            "serve", "--port", str(port), "--model", str(tiny_llama_dir), *SMALL
-        ) as server:
+        with process("serve", *args, loads=hold) as server:
             status, body = get_once_listening(port, "/health")
             assert status == 503
             assert "loading" in json.loads(body)["error"]["message"]
@@ -314,9 +343,12 @@ def test_while_loading_it_answers_503_and_can_be_interrupted(
             assert "Traceback" not in server.stderr.read()
 
 
-def test_sigterm_lets_running_requests_finish_and_exits_0(tiny_llama_dir: Path) -> None:
+def test_sigterm_lets_running_requests_finish_and_exits_0(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
     args = ["--port", "0", "--model", str(tiny_llama_dir), *SMALL, *ROUGH]
-    with process("serve", *args) as server:
+    hold = tmp_path / "hold"
+    with process("serve", *args, steps=hold) as server:
         port = announced_port(server)
         command = server.stdout.readline().removeprefix("Try: ")
         if shutil.which("curl"):
@@ -325,12 +357,14 @@ def test_sigterm_lets_running_requests_finish_and_exits_0(tiny_llama_dir: Path) 
             ).stdout
             assert json.loads(answer)["choices"][0]["message"]["role"] == "assistant"
         assert get(port, "/health")[0] == 200
+        hold.touch()
         stream = start_stream(port)
         server.send_signal(signal.SIGTERM)
         wait_until(lambda: get(port, "/health")[0] == 503)
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
         connection.request("POST", "/v1/completions", json.dumps({"prompt": PROMPT}), JSON)
         assert connection.getresponse().status == 503
+        hold.unlink()
         rest = stream.read()
         assert rest.endswith(b"data: [DONE]\n\n")
         assert rest.count(b'"finish_reason":"length"') == 4
@@ -338,12 +372,19 @@ def test_sigterm_lets_running_requests_finish_and_exits_0(tiny_llama_dir: Path) 
         assert "Traceback" not in server.stderr.read()
 
 
-def test_what_outlasts_the_shutdown_timeout_ends_with_an_error(tiny_llama_dir: Path) -> None:
+def test_what_outlasts_the_shutdown_timeout_ends_with_an_error(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
     args = ["--port", "0", "--model", str(tiny_llama_dir), *SMALL, *ROUGH]
     args += ["--shutdown-timeout", "0", "--log-format", "json"]
-    with process("serve", *args) as server:
-        stream = start_stream(announced_port(server))
+    hold = tmp_path / "hold"
+    with process("serve", *args, steps=hold) as server:
+        port = announced_port(server)
+        hold.touch()
+        stream = start_stream(port)
         server.send_signal(signal.SIGTERM)
+        wait_until(lambda: get(port, "/health")[0] == 503)
+        hold.unlink()
         rest = stream.read()
         assert b"[DONE]" not in rest
         last = rest.rstrip().rsplit(b"data: ", 1)[1]

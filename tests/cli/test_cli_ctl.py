@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from served import served
+from unused_ports import unused_port
 from waiting import PATIENCE_S
 
 from minserve.cli.main import main
@@ -141,8 +142,7 @@ def test_wrong_usage_exits_with_2(args: list[str], capsys: pytest.CaptureFixture
 
 
 def test_a_dead_url_is_one_line_that_names_it(capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    url = f"http://127.0.0.1:{unused_port()}"
     line = error_of(capsys, "status", "--url", url)
     assert url in line
     assert "no minserve answers" in line

@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -14,13 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from unused_ports import unused_port
 from waiting import PATIENCE_S, wait_until
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def answer(url: str) -> int | None:
@@ -44,7 +38,7 @@ def without_standard_files() -> None:
 def test_a_server_that_cannot_write_anything_serves(
     tiny_llama_dir: Path, tmp_path: Path, trouble: str
 ) -> None:
-    port = free_port()
+    port = unused_port()
     command = [sys.executable, "-m", "minserve", "serve", "--port", str(port), "--model",
                str(tiny_llama_dir), "--num-blocks", "64", "--threads", "1", "--device", "cpu",
                "--profile-seconds", "0.1"]  # fmt: skip

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
+from held import planted_in
 from waiting import PATIENCE_S, wait_until
 
 READY = re.compile(r"on (http://\S+)")
@@ -46,9 +46,26 @@ class Cluster:
     def replicas(self) -> list[dict[str, Any]]:
         return self.get("/replicas")["replicas"]
 
+    def is_healthy(self) -> bool:
+        """Whether it takes requests."""
+        try:
+            return bool(self.get("/health"))
+        except urllib.error.HTTPError:
+            return False
+
     def busy(self) -> dict[str, Any]:
         """The replica that runs something."""
         return next(replica for replica in self.replicas() if replica["requests"])
+
+    def lose(self, number: int) -> None:
+        """Kill a replica, and return once the controller knows: until then it seems to be up."""
+        before = self.replicas()[number]
+        os.kill(before["pid"], signal.SIGKILL)
+        self.wait_until_lost(before)
+
+    def wait_until_lost(self, before: Mapping[str, Any]) -> None:
+        """Wait until the controller has given up a replica, which was so before."""
+        wait_until(lambda: self.replicas()[before["replica"]]["lost"] > before["lost"])
 
     def error_of(self, body: Mapping[str, Any]) -> str:
         """The message of a request that is answered with an error."""
@@ -97,14 +114,6 @@ class Cluster:
         return list(zip(texts, tokens, strict=True))
 
 
-def is_alive(pid: int) -> bool:
-    """Whether a process runs or is stopped; nobody may be there to collect one that has ended."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def launch(
     log: Path,
     model: Path,
@@ -146,9 +155,18 @@ def announced(process: subprocess.Popen, log: Path) -> Cluster:
 def start_cluster(
     model: Path, folder: Path, *flags: str, environment: Mapping[str, str] | None = None
 ) -> Iterator[Cluster]:
-    """Start it, and at the end stop it with SIGTERM, which has to work."""
+    """Start it, and at the end stop it with SIGTERM, which has to work.
+
+    Its replicas are held by a `Hold` of the same folder.
+    """
     log = folder / "cluster.log"
-    process = launch(log, model, *flags, environment=environment)
+    process = launch(
+        log,
+        model,
+        *flags,
+        module="planted_serve",
+        environment={**planted_in(folder), **(environment or {})},
+    )
     try:
         yield announced(process, log)
         process.send_signal(signal.SIGTERM)

@@ -20,16 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import Cluster, is_alive, start_cluster
-from waiting import PATIENCE_S, wait_until
+from cluster import Cluster, start_cluster
+from held import Hold
+from waiting import PATIENCE_S, is_alive, wait_until
 
 from minserve.controller.replica_process import ReplicaSpec
 from minserve.engine.profile.profile_cache import Profile
 from minserve.exit_codes import EXIT_REFUSED
 from minserve.planner.predict.perf_model import BatchShape
 
-# Streams that are to be hit must not be over by then.
 NUM_TOKENS = 320
+# Streams that are to be hit go no further until then.
+HELD_AT = 100
 LONG = {
     "prompt": "The quick brown fox",
     "max_tokens": NUM_TOKENS,
@@ -52,10 +54,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster(
-    tiny_llama_dir: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Cluster]:
-    folder = tmp_path_factory.mktemp("cluster")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the cluster."""
+    return tmp_path_factory.mktemp("cluster")
+
+
+@pytest.fixture(scope="module")
+def cluster(tiny_llama_dir: Path, cache: Path, folder: Path) -> Iterator[Cluster]:
     # A replica is hung for so long before it is given up; one that is only slow must not be.
     flags = ("--replicas", "2", "--replica-timeout", "3", "--profile-seconds", "0.05")
     environment = {"XDG_CACHE_HOME": str(cache)}
@@ -65,6 +70,13 @@ def cluster(
         # SIGTERM comes now, and this one cannot hear that it has to end.
         os.kill(pids[1], signal.SIGSTOP)
     wait_until(lambda: not any(is_alive(pid) for pid in pids))
+
+
+@pytest.fixture
+def hold(folder: Path) -> Iterator[Hold]:
+    """Holds the replicas of the cluster."""
+    with Hold(folder) as hold:
+        yield hold
 
 
 @pytest.fixture(autouse=True)
@@ -107,8 +119,13 @@ def test_the_page_is_told_of_each_replica(cluster: Cluster) -> None:
         cluster.post("/v1/completions", {"prompt": [5, 6, 7 + prompt], "max_tokens": 4})
 
     def told() -> Any:
-        with urllib.request.urlopen(f"{cluster.url}/page/feed?frames=1", timeout=60) as answer:
+        with urllib.request.urlopen(
+            f"{cluster.url}/page/feed?frames=1", timeout=PATIENCE_S
+        ) as answer:
             replicas = json.loads(answer.read().removeprefix(b"data: "))["replicas"]
+        # A replica that does not answer soon is left out of a frame.
+        if not all(one["activity"] for one in replicas):
+            return None
         lanes = [lane for one in replicas for lane in one["activity"]["lanes"]]
         return len(lanes) >= 4 and replicas
 
@@ -133,21 +150,35 @@ def undisturbed(cluster: Cluster) -> dict[str, Any]:
     ("number", "how"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)], ids=["killed", "hung"]
 )
 def test_streams_go_on_as_if_nothing_had_happened(
-    cluster: Cluster, undisturbed: dict[str, Any], number: int, how: signal.Signals
+    cluster: Cluster,
+    undisturbed: dict[str, Any],
+    hold: Hold,
+    number: int,
+    how: signal.Signals,
 ) -> None:
     before, other = cluster.replicas(), 1 - number
     cluster.post(f"/replicas/{other}/drain")
 
-    def hit() -> None:
-        """All run on this replica now; they go on on the other one."""
-        cluster.post(f"/replicas/{other}/resume")
-        assert cluster.replicas()[number]["requests"]
-        os.kill(before[number]["pid"], how)
+    first = threading.Semaphore(1)
 
-    met = threading.Barrier(len(WAYS), action=hit)
+    def hit() -> None:
+        """Once a stream is half-way: all are on this replica now, and go on on the other one."""
+        if not first.acquire(blocking=False):
+            return
+        cluster.post(f"/replicas/{other}/resume")
+        assert cluster.replicas()[number]["requests"] == len(WAYS)
+        os.kill(before[number]["pid"], how)
+        cluster.wait_until_lost(before[number])
+        hold.release()
+
     bodies = [{**LONG, **way} for way in WAYS.values()]
+    hold.at(0)
     with ThreadPoolExecutor(len(WAYS)) as pool:
-        found = list(pool.map(partial(cluster.stream, after=20, then=met.wait), bodies))
+        streams = pool.map(partial(cluster.stream, after=20, then=hit), bodies)
+        # None may be over before all are there.
+        wait_until(lambda: cluster.replicas()[number]["requests"] == len(WAYS))
+        hold.at(HELD_AT)
+        found = list(streams)
     assert dict(zip(WAYS, found, strict=True)) == undisturbed
     after = cluster.wait_until_up()
     assert after[number]["lost"] == before[number]["lost"] + 1
@@ -156,20 +187,23 @@ def test_streams_go_on_as_if_nothing_had_happened(
 
 
 def test_without_any_replica_new_requests_get_503_and_those_in_flight_wait(
-    cluster: Cluster, undisturbed: dict[str, Any]
+    cluster: Cluster, undisturbed: dict[str, Any], hold: Hold
 ) -> None:
     body = {**LONG, **WAYS["greedy"]}
     refused: list[int] = []
 
     def kill_all() -> None:
-        for one in cluster.replicas():
-            os.kill(one["pid"], signal.SIGKILL)
-        wait_until(lambda: not any(one["pid"] for one in cluster.replicas()))
-        for path in ("/health", "/v1/completions"):
-            with pytest.raises(urllib.error.HTTPError) as error:
-                cluster.get(path) if path == "/health" else cluster.post(path, body)
-            refused.append(error.value.code)
+        with hold.starts():
+            for one in cluster.replicas():
+                os.kill(one["pid"], signal.SIGKILL)
+            wait_until(lambda: not any(one["pid"] for one in cluster.replicas()))
+            for path in ("/health", "/v1/completions"):
+                with pytest.raises(urllib.error.HTTPError) as error:
+                    cluster.get(path) if path == "/health" else cluster.post(path, body)
+                refused.append(error.value.code)
+        hold.release()
 
+    hold.at(HELD_AT)
     assert cluster.stream(body, after=20, then=kill_all) == undisturbed["greedy"]
     assert refused == [503, 503]
 
@@ -187,7 +221,9 @@ def test_a_drained_replica_gets_nothing_until_it_is_resumed(cluster: Cluster) ->
     assert cluster.replicas()[0]["state"] == "up"
 
 
-def test_draining_waits_for_what_runs(cluster: Cluster, undisturbed: dict[str, Any]) -> None:
+def test_draining_waits_for_what_runs(
+    cluster: Cluster, undisturbed: dict[str, Any], hold: Hold
+) -> None:
     body = {**LONG, **WAYS["greedy"]}
     threads = []
 
@@ -196,7 +232,9 @@ def test_draining_waits_for_what_runs(cluster: Cluster, undisturbed: dict[str, A
         threads.append(threading.Thread(target=cluster.post, args=(f"/replicas/{number}/drain",)))
         threads[0].start()
         wait_until(lambda: cluster.replicas()[number]["state"] == "draining")
+        hold.release()
 
+    hold.at(HELD_AT)
     assert cluster.stream(body, after=20, then=drain) == undisturbed["greedy"]
     threads[0].join(PATIENCE_S)
     (drained,) = [one for one in cluster.replicas() if one["state"] == "drained"]
@@ -254,14 +292,12 @@ def test_a_replica_of_another_model_length_is_refused_with_a_clear_line(
 def test_garbage_on_the_control_port_harms_nobody(cluster: Cluster) -> None:
     host, port = re.search(r"replicas meet at (\S+):(\d+)", cluster.log.read_text()).groups()
     for data in (b"GET / HTTP/1.1\r\n\r\n", os.urandom(5000), b"\xff" * 1_000_000):
-        with socket.create_connection((host, int(port)), timeout=5) as sock:
+        with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as sock:
             try:
                 sock.sendall(data)
             except OSError:
                 continue
-    before = cluster.replicas()
-    os.kill(before[0]["pid"], signal.SIGKILL)
-    wait_until(lambda: cluster.replicas()[0]["lost"] > before[0]["lost"])
+    cluster.lose(0)
     cluster.wait_until_up()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import Cluster, announced, is_alive, launch
-from waiting import PATIENCE_S, wait_until
+from cluster import Cluster, announced, launch
+from held import planted_in
+from planted_replica import ABORT, HANG
+from waiting import PATIENCE_S, is_alive, wait_until
 
 from minserve.process_ends import is_stopped
-
-PLANTED = Path(__file__).parent / "planted"
-sys.path.append(str(PLANTED))
-from planted_replica import ABORT, FOLDER, HANG  # noqa: E402 - the folder has to be known first
 
 MOMENTS = ("starting", "loading", "measuring", "joining")
 NEIGHBOURS = [
@@ -46,7 +43,7 @@ def planted(
     log = tmp_path_factory.mktemp("planted") / "log"
     process = launch(
         log, tiny_llama_dir, "--replicas", "2", "--watchdog-s", "4", "--replica-timeout", "3",
-        module="planted_serve", environment={"PYTHONPATH": str(PLANTED), FOLDER: str(halts)},
+        module="planted_serve", environment=planted_in(halts),
     )  # fmt: skip
     try:
         cluster = announced(process, log)
@@ -110,10 +107,11 @@ def test_a_request_that_kills_costs_two_processes_and_no_neighbour(
 def test_a_replica_comes_up_at_whatever_moment_of_its_start_it_is_stopped_or_killed(
     planted: Cluster, halts: Path
 ) -> None:
-    for number, moment in enumerate(MOMENTS):
+    # All now: each process is stopped at the first moment that none before it was stopped at.
+    for moment in MOMENTS:
         (halts / f"{moment}.halt").touch()
-        if not number:
-            os.kill(planted.replicas()[1]["pid"], signal.SIGKILL)
+    os.kill(planted.replicas()[1]["pid"], signal.SIGKILL)
+    for number, moment in enumerate(MOMENTS):
         pid = halted(halts, moment)
         # The others stay as they are, until they are given up.
         if number % 2:
@@ -128,7 +126,7 @@ def test_draining_and_restarting_come_to_their_end_though_the_process_is_hit(
     pid = planted.replicas()[1]["pid"]
     restarting = threading.Thread(target=planted.post, args=("/replicas/1/restart",))
     restarting.start()
-    wait_until(lambda: planted.replicas()[1]["state"] != "up")
+    wait_until(lambda: (one := planted.replicas()[1])["state"] != "up" or one["pid"] != pid)
     with suppress(ProcessLookupError):  # on a busy machine it may have ended
         os.kill(pid, signal.SIGSTOP)
     restarting.join(PATIENCE_S)

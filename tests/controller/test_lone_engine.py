@@ -3,38 +3,53 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from cluster import Cluster, is_alive, launch, start_cluster
-from waiting import PATIENCE_S, wait_until
+from cluster import Cluster, launch, start_cluster
+from held import Hold
+from waiting import PATIENCE_S, is_alive, wait_until
 
 from minserve import Engine, SamplingParams
 from minserve.cli.main import main
 
 PROMPT = "The quick brown fox"
 LONG = {"prompt": PROMPT, "max_tokens": 240, "ignore_eos": True, "temperature": 0}
+# Streams that are to be under way go no further until then.
+HELD_AT = 100
 # The class that no device of these tests can keep.
 CLASSES = "[impossible]\ntpot_ms = 0.0001\n"
 
 
 @pytest.fixture(scope="module")
-def lone(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = tmp_path_factory.mktemp("lone")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the server."""
+    return tmp_path_factory.mktemp("lone")
+
+
+@pytest.fixture(scope="module")
+def lone(tiny_llama_dir: Path, folder: Path) -> Iterator[Cluster]:
     (folder / "classes.toml").write_text(CLASSES)
     yield from start_cluster(
         tiny_llama_dir, folder, "--engine-process", "own", "--log-format", "json",
         "--slo-classes", str(folder / "classes.toml"),
         environment={"XDG_CACHE_HOME": str(folder)},
     )  # fmt: skip
+
+
+@pytest.fixture
+def hold(folder: Path) -> Iterator[Hold]:
+    """Holds the engine."""
+    with Hold(folder) as hold:
+        yield hold
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +105,14 @@ def test_operators_and_monitors_see_one_replica(
     assert parent.pid == lone.process.pid
     metrics = lone.get("/metrics")
     assert 'minserve:replica_up{replica="0"} 1.0' in metrics
-    with urllib.request.urlopen(f"{lone.url}/page/feed?frames=1", timeout=PATIENCE_S) as answer:
-        (one,) = json.loads(answer.read().removeprefix(b"data: "))["replicas"]
+
+    def told_by_page() -> dict[str, Any] | None:
+        with urllib.request.urlopen(f"{lone.url}/page/feed?frames=1", timeout=PATIENCE_S) as answer:
+            (one,) = json.loads(answer.read().removeprefix(b"data: "))["replicas"]
+        # One that does not answer soon is left out.
+        return one["activity"] and one
+
+    one = wait_until(told_by_page)
     assert (one["replica"], one["state"]) == ("0", "up")
     assert one["activity"]["iterations"]
 
@@ -104,8 +125,14 @@ def test_what_the_console_is_told_of_a_lone_engine_is_told(lone: Cluster) -> Non
 
 def test_the_log_of_requests_names_the_replica(lone: Cluster) -> None:
     lone.post("/v1/completions", {"prompt": PROMPT, "max_tokens": 3, "ignore_eos": True})
-    *_, last = (one for one in records(lone) if one["logger"] == "minserve.requests")
-    assert (last["replicas"], last["output_tokens"], last["status"]) == ([0], 3, 200)
+
+    def lines() -> list[dict[str, Any]]:
+        told = [one for one in records(lone) if one["logger"] == "minserve.requests"]
+        return [one for one in told if one["output_tokens"] == 3]
+
+    # It may be written once the client has its answer.
+    last = wait_until(lines)[-1]
+    assert (last["replicas"], last["status"]) == ([0], 200)
 
 
 @pytest.mark.parametrize("streams", [False, True])
@@ -155,11 +182,18 @@ def test_structures_are_kept(lone: Cluster) -> None:
     assert choice["finish_reason"] == "stop"
 
 
-def test_a_stream_outlives_its_engine_behind_the_last_token_that_it_has(lone: Cluster) -> None:
+def test_a_stream_outlives_its_engine_behind_the_last_token_that_it_has(
+    lone: Cluster, hold: Hold
+) -> None:
+    def kill() -> None:
+        lone.lose(0)
+        hold.release()
+
     ends_late = {**LONG, "stop": ["never in it"]}
     whole = streamed(lone, ends_late)
     (before,) = lone.replicas()
-    found = streamed(lone, ends_late, 20, lambda: os.kill(before["pid"], signal.SIGKILL))
+    hold.at(HELD_AT)
+    found = streamed(lone, ends_late, 20, kill)
     assert found == whole
     (after,) = lone.wait_until_up()
     assert after["lost"] == before["lost"] + 1
@@ -167,7 +201,7 @@ def test_a_stream_outlives_its_engine_behind_the_last_token_that_it_has(lone: Cl
     assert lone.post("/v1/completions", {"prompt": PROMPT, "max_tokens": 4})["choices"]
 
 
-def test_a_restart_waits_for_what_runs_and_refuses_what_comes(lone: Cluster) -> None:
+def test_a_restart_waits_for_what_runs_and_refuses_what_comes(lone: Cluster, hold: Hold) -> None:
     (before,) = lone.wait_until_up()
     whole = streamed(lone, LONG)
     restarting = threading.Thread(target=main, args=(["ctl", "--url", lone.url, "restart", "0"],))
@@ -180,7 +214,9 @@ def test_a_restart_waits_for_what_runs_and_refuses_what_comes(lone: Cluster) -> 
             lone.post("/v1/completions", {"prompt": PROMPT, "max_tokens": 4})
         except urllib.error.HTTPError as error:
             status.append(error.code)
+        hold.release()
 
+    hold.at(HELD_AT)
     assert streamed(lone, LONG, 20, restart) == whole
     restarting.join(PATIENCE_S)
     assert status == [503]
@@ -189,11 +225,18 @@ def test_a_restart_waits_for_what_runs_and_refuses_what_comes(lone: Cluster) -> 
     assert after["lost"] == before["lost"]
 
 
-def test_sigterm_lets_a_stream_end_and_takes_the_engine_along(lone: Cluster) -> None:
+def test_sigterm_lets_a_stream_end_and_takes_the_engine_along(lone: Cluster, hold: Hold) -> None:
     """The last one: the server has ended then."""
+
+    def end() -> None:
+        lone.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: not lone.is_healthy())
+        hold.release()
+
     (before,) = lone.wait_until_up()
     whole = streamed(lone, LONG)
-    assert streamed(lone, LONG, 20, lambda: lone.process.send_signal(signal.SIGTERM)) == whole
+    hold.at(HELD_AT)
+    assert streamed(lone, LONG, 20, end) == whole
     assert lone.process.wait(PATIENCE_S) == 0
     assert not is_alive(before["pid"])
     assert not [one for one in records(lone) if "Traceback" in one["message"]]
@@ -215,5 +258,10 @@ def test_ctrl_c_while_the_engine_loads_ends_both(tiny_llama_dir: Path, tmp_path:
 
 
 def _engines(pid: int) -> list[psutil.Process]:
-    children = psutil.Process(pid).children()
-    return [one for one in children if "replica_process" in " ".join(one.cmdline())]
+    return [one for one in psutil.Process(pid).children() if "replica_process" in _words(one)]
+
+
+def _words(process: psutil.Process) -> str:
+    with suppress(psutil.NoSuchProcess):  # it has ended since
+        return " ".join(process.cmdline())
+    return ""

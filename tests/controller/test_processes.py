@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
-from cluster import is_alive
-from waiting import PATIENCE_S, wait_until
+from waiting import PATIENCE_S, is_alive, wait_until
 
 from minserve import process_ends
 from minserve.controller import processes
@@ -205,5 +205,5 @@ def test_a_process_ends_with_its_parent(
         wait_until(lambda: not is_alive(child.pid))
     finally:
         parent.kill()
-        if child.is_running():
+        with suppress(psutil.NoSuchProcess):
             child.kill()

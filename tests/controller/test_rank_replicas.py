@@ -7,12 +7,13 @@ import signal
 from pathlib import Path
 
 import psutil
-from cluster import announced, is_alive, launch
-from waiting import PATIENCE_S, wait_until
+from cluster import announced, launch
+from held import Hold, planted_in
+from waiting import PATIENCE_S, is_alive, wait_until
 
 BODY = {
     "prompt": "The quick brown fox",
-    "max_tokens": 200,
+    "max_tokens": 100,
     "ignore_eos": True,
     "temperature": 0,
     "logprobs": 0,
@@ -23,7 +24,10 @@ def test_a_group_answers_over_http_goes_on_without_a_lost_token_and_leaves_no_ra
     tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     log = tmp_path / "server.log"
-    process = launch(log, tiny_llama_dir, "--tensor-parallel", "2", "--threads", "1")
+    process = launch(
+        log, tiny_llama_dir, "--tensor-parallel", "2", "--threads", "1",
+        module="planted_serve", environment=planted_in(tmp_path),
+    )  # fmt: skip
     seen: set[int] = set()
     try:
         server = announced(process, log)
@@ -39,18 +43,24 @@ def test_a_group_answers_over_http_goes_on_without_a_lost_token_and_leaves_no_ra
         assert len(expected[0][1]) == BODY["max_tokens"]
 
         (rank,) = ranks()
-        killed = server.stream(BODY, after=20, then=lambda: os.kill(rank, signal.SIGKILL))
-        assert killed == expected
+        hold = Hold(tmp_path).at(60)
+
+        def kill() -> None:
+            os.kill(rank, signal.SIGKILL)
+            # Its rank 0 finds that out where it goes on.
+            hold.release()
+            server.wait_until_lost(replica)
+
+        assert server.stream(BODY, after=20, then=kill) == expected
         (again,) = server.wait_until_up()
         assert again["pid"] != replica["pid"]
         assert again["lost"] == 1
         assert not is_alive(replica["pid"])
 
         (rank,) = ranks()
-        os.kill(again["pid"], signal.SIGKILL)  # its own rank 0
+        server.lose(0)  # its own rank 0
         wait_until(lambda: not is_alive(rank))
         # Until a group is back, new requests are refused.
-        wait_until(lambda: server.replicas()[0]["pid"] not in (None, again["pid"]))
         server.wait_until_up()
         assert server.stream({**BODY, "n": 2})[0] == expected[0]
         ranks()

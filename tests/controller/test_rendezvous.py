@@ -7,6 +7,7 @@ import socket
 import psutil
 import pytest
 from torch.distributed import TCPStore
+from unused_ports import unused_port
 
 from minserve.controller import rendezvous
 from minserve.controller.rendezvous import Arrival, Rendezvous, announce, is_open, local_address
@@ -18,11 +19,6 @@ HOST = "127.0.0.1"
 @pytest.fixture
 def meeting() -> Rendezvous:
     return Rendezvous(HOST, 0, 3)
-
-
-def free_port() -> int:
-    with socket.create_server((HOST, 0)) as sock:
-        return sock.getsockname()[1]
 
 
 def stranger(meeting: Rendezvous) -> TCPStore:
@@ -63,7 +59,7 @@ def test_it_listens_on_the_asked_address_and_on_no_other(meeting: Rendezvous) ->
 
 
 def test_a_port_that_was_asked_for_is_the_one_it_has() -> None:
-    port = free_port()
+    port = unused_port()
     assert Rendezvous(HOST, port, 3).port == port
 
 
@@ -112,7 +108,7 @@ def test_without_a_controller_nothing_is_open_and_nothing_is_said(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(rendezvous, "PROBE_S", 0.1)
-    assert not is_open(HOST, free_port())
+    assert not is_open(HOST, unused_port())
     # Whoever waits asks again and again.
     assert capfd.readouterr() == ("", "")
 
@@ -128,7 +124,7 @@ def test_a_replica_without_a_controller_says_so_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(rendezvous, "CONNECT_S", 0.2)
-    port = free_port()
+    port = unused_port()
     for call in (lambda: announce(HOST, port, 0), lambda: local_address(HOST, port)):
         with pytest.raises(ReplicaLostError, match=f"no controller answers on {HOST}:{port}") as e:
             call()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
@@ -13,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from cluster import Cluster, announced, launch
+from unused_ports import unused_port
 from waiting import PATIENCE_S
 
 BODY = {
@@ -28,7 +27,8 @@ BODY = {
 def machines(tiny_llama_dir: Path, tmp_path: Path) -> Iterator[tuple[Cluster, list]]:
     """The endpoint of the first machine, and both agents."""
     logs = [tmp_path / f"machine-{rank}.log" for rank in range(2)]
-    port = _free_pair()
+    # The controller takes the next one.
+    port = unused_port(2)
     agents = [
         launch(
             log,
@@ -61,7 +61,7 @@ def test_replicas_of_two_machines_serve_one_endpoint_and_outlive_each_other(
 
     undisturbed = cluster.stream(BODY)
     for replica in before:
-        kill = partial(os.kill, replica["pid"], signal.SIGKILL)
+        kill = partial(cluster.lose, replica["replica"])
         cluster.wait_until_up()
         assert cluster.stream(BODY, after=20, then=kill) == undisturbed
     after = cluster.wait_until_up()
@@ -83,14 +83,3 @@ def _family(pid: int) -> list[psutil.Process]:
         process = psutil.Process(pid)
         return [process, *process.children(recursive=True)]
     return []
-
-
-def _free_pair() -> int:
-    """A port for torchrun, where the next one is free too: the controller takes it."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
-            with suppress(OSError, OverflowError):
-                second.bind(("127.0.0.1", port + 1))
-                return port

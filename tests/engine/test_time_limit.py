@@ -43,7 +43,7 @@ def test_work_that_never_ends_is_interrupted() -> None:
 def test_what_is_on_its_way_when_the_work_ends_arrives_within_it() -> None:
     """Many tries, since it depends on the moment in which the interruption comes."""
     limit, stop = TimeLimit(), threading.Event()
-    num_interrupted = 0
+    num_tries = num_interrupted = 0
 
     def enforce() -> None:
         while not stop.is_set():
@@ -52,7 +52,9 @@ def test_what_is_on_its_way_when_the_work_ends_arrives_within_it() -> None:
     thread = threading.Thread(target=enforce, daemon=True)
     thread.start()
     try:
-        for _ in range(200):
+        # On a busy machine the other thread may begin late.
+        while num_tries < 200 or not num_interrupted:
+            num_tries += 1
             try:
                 with limit:
                     time.sleep(0)
@@ -63,7 +65,6 @@ def test_what_is_on_its_way_when_the_work_ends_arrives_within_it() -> None:
     finally:
         stop.set()
         thread.join(PATIENCE_S)
-    assert num_interrupted > 0
 
 
 def test_another_error_stays_what_it_is() -> None:

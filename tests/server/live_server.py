@@ -60,7 +60,35 @@ class RunningServer:
         wait_until(lambda: not self.engine.num_unfinished, "some are still unfinished")
 
     def wait_until_busy(self) -> None:
+        """Wait until something runs; the engine has to hang by then, or it may be over."""
         wait_until(lambda: self.engine.num_unfinished, "nothing runs")
+
+    def wait_until_left(self) -> None:
+        """Wait until the engine, which hangs now or soon, is told that a client has left."""
+
+        def is_told() -> bool:
+            told = list(self.engine._inbox)
+            return not self.engine.num_unfinished or any(verb == "abort" for verb, _ in told)
+
+        wait_until(is_told, "nobody leaves")
+
+    def pass_time(self, seconds: float) -> None:
+        """Let so many seconds go by on the clock of the server's loop.
+
+        What clients have sent before is read before, and whatever is due by then has come after.
+        """
+
+        async def go_by() -> None:
+            await turns()
+            now = self.loop.time
+            self.loop.time = lambda: now() + seconds  # type: ignore[method-assign]
+            await turns()
+
+        async def turns() -> None:
+            for _ in range(10):
+                await asyncio.sleep(0)
+
+        asyncio.run_coroutine_threadsafe(go_by(), self.loop).result(PATIENCE_S)
 
 
 def run_server(engine: AsyncEngine, config: ServerConfig) -> Iterator[RunningServer]:
@@ -137,6 +165,18 @@ def raw_answer(server: RunningServer, sent: bytes) -> tuple[int, dict[str, str],
         assert response.version == 11
         headers = {name.lower(): value for name, value in response.getheaders()}
         return response.status, headers, response.read()
+
+
+def late_stream(
+    server: RunningServer, path: str, body: dict[str, Any], seconds: float
+) -> tuple[int, bytes]:
+    """Status and body of a stream that hangs after a few tokens until so many seconds are over."""
+    with hanging(server, after=5), server.connect() as sock:
+        sock.sendall(request_bytes(path, {**body, "stream": True}))
+        response = http.client.HTTPResponse(sock)
+        response.begin()  # the first token is there
+        server.pass_time(seconds)
+        return response.status, response.read()
 
 
 @contextmanager

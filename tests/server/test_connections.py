@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,13 +38,16 @@ def until_closed(sock: socket.socket) -> bytes:
 
 
 def test_headers_that_take_too_long_end_with_408(tiny_llama_dir: Path, start_server: Start) -> None:
-    server = start_server(tiny_llama_dir, ServerConfig(header_timeout_s=0.2))
+    server = start_server(tiny_llama_dir, ServerConfig(header_timeout_s=30.0))
     for served_before in (False, True):
+        wait_until(lambda: server.runner.connections.num_open == 0)
         with server.connect() as sock:
+            wait_until(lambda: server.runner.connections.num_open == 1)
             if served_before:
                 sock.sendall(HEALTH)
                 assert sock.recv(65536).startswith(b"HTTP/1.1 200")
             sock.sendall(b"GET /health HTTP/1.1\r\nHost: local")
+            server.pass_time(31.0)
             answer = until_closed(sock)
         head, _, body = answer.partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 408 ")
@@ -53,35 +56,35 @@ def test_headers_that_take_too_long_end_with_408(tiny_llama_dir: Path, start_ser
 
 
 def test_headers_that_trickle_in_end_with_408(tiny_llama_dir: Path, start_server: Start) -> None:
-    server = start_server(tiny_llama_dir, ServerConfig(header_timeout_s=0.2))
+    server = start_server(tiny_llama_dir, ServerConfig(header_timeout_s=30.0))
     with server.connect() as sock:
-        sock.settimeout(0.02)
+        wait_until(lambda: server.runner.connections.num_open == 1)
         sock.sendall(b"GET /health HTTP/1.1\r\nX: ")
-        while True:
-            try:
-                sock.sendall(b"x")
-                assert sock.recv(65536).startswith(b"HTTP/1.1 408 ")
-                break
-            except TimeoutError:
-                pass
+        for _ in range(4):
+            assert select.select([sock], [], [], 0) == ([], [], [])
+            sock.sendall(b"x")
+            server.pass_time(8.0)
+        assert sock.recv(65536).startswith(b"HTTP/1.1 408 ")
 
 
 def test_silent_connections_are_closed_without_a_word(
     tiny_llama_dir: Path, start_server: Start
 ) -> None:
-    server = start_server(tiny_llama_dir, ServerConfig(header_timeout_s=0.2, keep_alive_s=0.2))
+    server = start_server(tiny_llama_dir, ServerConfig(header_timeout_s=30.0, keep_alive_s=30.0))
     with server.connect() as never_asked, server.connect() as asked:
         asked.sendall(HEALTH)
-        assert until_closed(never_asked) == b""
-        assert until_closed(asked).startswith(b"HTTP/1.1 200")
+        assert asked.recv(65536).startswith(b"HTTP/1.1 200")
+        wait_until(lambda: server.runner.connections.num_open == 2)
+        server.pass_time(31.0)
+        assert until_closed(never_asked) == until_closed(asked) == b""
 
 
 def test_a_long_answer_is_no_silence(tiny_llama_dir: Path, start_server: Start) -> None:
-    server = start_server(tiny_llama_dir, ServerConfig(header_timeout_s=0.05, keep_alive_s=0.05))
+    server = start_server(tiny_llama_dir, ServerConfig(header_timeout_s=30.0, keep_alive_s=30.0))
     with hanging(server) as go_on, server.connect() as sock:
         sock.sendall(request_bytes(PATH, SHORT))
         server.wait_until_busy()
-        time.sleep(0.3)
+        server.pass_time(100.0)
         go_on.set()
         assert sock.recv(65536).startswith(b"HTTP/1.1 200")
 
@@ -93,8 +96,8 @@ def test_a_client_that_reads_nothing_loses_its_connection(
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect(("127.0.0.1", server.port))
-        sock.sendall(request_bytes(PATH, {**LONG, "n": 16, "logprobs": 50}))
         wait_until(lambda: server.runner.connections.num_open == 1)
+        sock.sendall(request_bytes(PATH, {**LONG, "n": 16, "logprobs": 50}))
         wait_until(lambda: server.runner.connections.num_open == 0, "it is still connected")
         server.wait_until_free()
     assert post(server, PATH, SHORT)[0] == 200

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from real_cgroups import real_cgroup
+from waiting import PATIENCE_S
 
 GIB = 2**30
 LIMIT_GIB, CPUS = 1.2, 0.9
@@ -71,7 +72,7 @@ def complete(url: str, number: int) -> int:
     request = urllib.request.Request(
         f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=120) as answer:
+    with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
         return json.load(answer)["usage"]["completion_tokens"]
 
 
@@ -109,7 +110,7 @@ def test_a_cache_beyond_the_containers_limit_is_refused_in_one_line(
         real_cgroup(CPUS, int(LIMIT_GIB * GIB)) as enter,
         server_within(enter, wide_llama_dir, log, "--kv-cache-gib", "2") as server,
     ):
-        assert server.wait(timeout=60) == 1
+        assert server.wait(PATIENCE_S) == 1
     last = log.read_text().splitlines()[-1]
     assert re.search(
         r"--kv-cache-gib asks for .* 2\.00 GiB, more than there is: memory limited to 1\.20 GiB",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,9 +221,14 @@ def test_a_failure_in_mid_stream_is_an_error_and_no_normal_end(
 ) -> None:
     server = start_server(tiny_llama_dir, ServerConfig())
     sock = server.connect()
-    sock.sendall(request_bytes("/v1/completions", {**LONG, "stream": True}))
-    received = sock.recv(1000)
-    asyncio.run_coroutine_threadsafe(server.engine.stop(0.0), server.loop).result(PATIENCE_S)
+    with hanging(server, after=5) as go_on:
+        sock.sendall(request_bytes("/v1/completions", {**LONG, "stream": True}))
+        received = sock.recv(1000)
+        stopping = asyncio.run_coroutine_threadsafe(server.engine.stop(0.0), server.loop)
+        # Told while it hangs, or even before.
+        wait_until(lambda: server.engine._inbox or stopping.done())
+        go_on.set()
+        stopping.result(PATIENCE_S)
     while part := sock.recv(65536):
         received += part
         if received.endswith(b"0\r\n\r\n"):
@@ -295,10 +299,11 @@ def test_health_fails_while_an_iteration_hangs(
     with hanging(server):
         sock = server.connect()
         sock.sendall(request_bytes("/v1/completions", {**LONG, "max_tokens": 2}))
-        while (status := post(server, "/health", None, method="GET"))[0] == 200:
-            time.sleep(0.01)
-        assert status[0] == 503
-        assert "no iteration has ended" in str(status[2])
+        status, _, told = wait_until(
+            lambda: (found := post(server, "/health", None, method="GET"))[0] != 200 and found
+        )
+        assert status == 503
+        assert b"no iteration has ended" in told
     assert sock.recv(1000).startswith(b"HTTP/1.1 200")
     wait_until(lambda: post(server, "/health", None, method="GET")[0] == 200)
 

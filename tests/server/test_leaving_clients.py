@@ -6,7 +6,7 @@ import socket
 import struct
 
 import pytest
-from live_server import RunningServer, request_bytes
+from live_server import RunningServer, hanging, request_bytes
 
 from minserve.request import FinishReason
 
@@ -20,16 +20,18 @@ LONG = {"model": "tiny", "prompt": PROMPT, "max_tokens": 480, "ignore_eos": True
 def test_a_client_that_leaves_frees_its_request(
     server: RunningServer, stream: bool, reset: bool
 ) -> None:
-    sock = server.connect()
     body = {**LONG, "stream": stream, "n": 8, "prompt": [PROMPT, "A server"]}
-    sock.sendall(request_bytes("/v1/completions", body))
-    server.wait_until_busy()
-    before = server.engine.stats().finished
-    if stream:
-        assert sock.recv(100).startswith(b"HTTP/1.1 200")
-    if reset:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
+    with hanging(server, after=5):
+        sock = server.connect()
+        sock.sendall(request_bytes("/v1/completions", body))
+        server.wait_until_busy()
+        before = server.engine.stats().finished
+        if stream:
+            assert sock.recv(100).startswith(b"HTTP/1.1 200")
+        if reset:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.close()
+        server.wait_until_left()
     server.wait_until_free()
     after = server.engine.stats().finished
     ended = {

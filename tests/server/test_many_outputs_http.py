@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from live_server import RunningServer, post
+from waiting import wait_until
 
 from minserve.planner.predict.perf_model import PerfModel, Piece
 from minserve.server_config import ServerConfig
@@ -57,7 +58,7 @@ def test_it_is_refused_or_served_and_its_neighbours_go_on(
     neighbours = [threading.Thread(target=neighbour) for _ in range(3)]
     for thread in neighbours:
         thread.start()
-    server.wait_until_busy()
+    wait_until(lambda: server.engine.num_unfinished or len(texts) == len(neighbours))
     body = {"prompt": PROMPT, "n": n, "max_tokens": 16, "slo": STRICT, "stream": stream}
     status, headers, raw = post(server, "/v1/completions", {**body, "ignore_eos": True})
     assert status == expected, raw

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from aiohttp import ClientSession, web
-from live_server import RunningServer, post, request_bytes
+from live_server import RunningServer, hanging, post, request_bytes
 from prometheus_client.parser import text_string_to_metric_families
 from waiting import wait_until
 
@@ -305,7 +305,7 @@ def test_gauges_while_requests_run_and_wait(
     tiny_llama_dir: Path, start_server: Callable[..., RunningServer]
 ) -> None:
     server = start_server(tiny_llama_dir, ServerConfig(), policy="sarathi", max_num_seqs=1)
-    with server.connect() as sock:
+    with hanging(server, after=5), server.connect() as sock:
         sock.sendall(request_bytes("/v1/completions", {**LONG, "n": 3}))
         busy = wait_for(server, lambda now: now["num_requests_running"] == 1)
         assert busy["num_requests_waiting"] == 2
@@ -317,9 +317,11 @@ def test_gauges_while_requests_run_and_wait(
 
 
 def test_an_aborted_request_is_no_success_and_has_no_latency(plain: RunningServer) -> None:
-    with plain.connect() as sock:
-        sock.sendall(request_bytes("/v1/completions", {**LONG, "n": 2, "stream": True}))
-        wait_for(plain, lambda now: now["generation_tokens_total"] > 2)
+    with hanging(plain, after=5):
+        with plain.connect() as sock:
+            sock.sendall(request_bytes("/v1/completions", {**LONG, "n": 2, "stream": True}))
+            wait_for(plain, lambda now: now["generation_tokens_total"] > 2)
+        plain.wait_until_left()
     plain.wait_until_free()
     now = scrape(plain)
     assert now["request_success_total abort"] == 2
@@ -333,9 +335,11 @@ def test_an_aborted_request_counts_against_its_slo_only_where_it_was_late(
 ) -> None:
     for slo, late in ((GENEROUS, 0), ({"ttft_ms": 0.001}, 1)):
         seen = scrape(plain)["generation_tokens_total"]
-        with plain.connect() as sock:
-            sock.sendall(request_bytes("/v1/completions", {**LONG, "slo": slo, "stream": True}))
-            wait_for(plain, lambda now, seen=seen: now["generation_tokens_total"] > seen + 2)
+        with hanging(plain, after=5):
+            with plain.connect() as sock:
+                sock.sendall(request_bytes("/v1/completions", {**LONG, "slo": slo, "stream": True}))
+                wait_for(plain, lambda now, seen=seen: now["generation_tokens_total"] > seen + 2)
+            plain.wait_until_left()
         plain.wait_until_free()
         now = scrape(plain)
         counted = {k: v for k, v in now.items() if k.startswith("slo_requests_total") and v}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live_server import RunningServer, hanging, post, request_bytes
+from live_server import RunningServer, hanging, late_stream, post, request_bytes
 from waiting import wait_until
 
 from minserve.errors import ConfigError
@@ -194,13 +194,14 @@ def test_keys_queues_and_ends_have_their_lines(
 def test_a_client_that_leaves_has_its_line(
     server: RunningServer, lines: Lines, stream: bool
 ) -> None:
-    sock = server.connect()
-    sock.sendall(request_bytes(PATH, {**LONG, "slo": EASY, "stream": stream}))
-    server.wait_until_busy()
-    if stream:
-        assert sock.recv(2000).startswith(b"HTTP/1.1 200")
-    sock.close()
-    line = lines.next()
+    with hanging(server, after=5):
+        sock = server.connect()
+        sock.sendall(request_bytes(PATH, {**LONG, "slo": EASY, "stream": stream}))
+        server.wait_until_busy()
+        if stream:
+            assert sock.recv(2000).startswith(b"HTTP/1.1 200")
+        sock.close()
+        line = lines.next()
     assert line["error"] == "client_disconnected"
     assert line["status"] == (200 if stream else None)
     assert (line["class"], line["outcome"], line["target_ttft_ms"]) == ("custom", None, 500_000)
@@ -213,10 +214,9 @@ def test_a_client_that_leaves_has_its_line(
 def test_a_failure_in_mid_stream_has_its_line(
     tiny_llama_dir: Path, start_server: Start, lines: Lines
 ) -> None:
-    server = start_server(tiny_llama_dir, ServerConfig(request_timeout_s=1.0))
-    body = {**{k: v for k, v in LONG.items() if k != "model"}, "stream": True, "slo": EASY}
-    with hanging(server, after=5):
-        assert post(server, PATH, body)[0] == 200
+    server = start_server(tiny_llama_dir, ServerConfig(request_timeout_s=60.0))
+    body = {**{k: v for k, v in LONG.items() if k != "model"}, "slo": EASY}
+    assert late_stream(server, PATH, body, 61.0)[0] == 200
     line = lines.next()
     assert (line["status"], line["error"], line["outcome"]) == (200, "request_timeout", "failed")
     assert line["finish_reasons"] == {}

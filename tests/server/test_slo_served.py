@@ -12,6 +12,7 @@ from typing import Any
 import openai
 import pytest
 from live_server import RunningServer, post
+from waiting import wait_until
 
 from minserve.request import FinishReason
 from minserve.server_config import ServerConfig
@@ -254,7 +255,7 @@ def test_refusals_and_promises_change_no_neighbours_output(server: RunningServer
     neighbours = [threading.Thread(target=ask, args=(slo,)) for slo in (None, GENEROUS)]
     for thread in neighbours:
         thread.start()
-    server.wait_until_busy()
+    wait_until(lambda: server.engine.num_unfinished or len(together) == len(neighbours))
     reject = {**IMPOSSIBLE, "on_unattainable": "reject"}
     for slo in (IMPOSSIBLE, TOO_LATE, reject, {"ttft_ms": -1}) * 3:
         post(server, "/v1/completions", {**GREEDY, "slo": slo})

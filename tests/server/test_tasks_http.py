@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live_server import RunningServer, post
+from live_server import RunningServer, hanging, post
 from waiting import wait_until
 
 from minserve.server_config import ServerConfig
@@ -163,12 +163,14 @@ def test_the_stricter_of_two_deadlines_counts(server: RunningServer) -> None:
 
 def test_a_call_that_the_client_leaves_does_not_count(server: RunningServer) -> None:
     body = {**BODY, "prompt": "a", "slo": task("left"), "max_tokens": 150, "stream": True}
-    with server.connect() as sock:
+    with hanging(server), server.connect() as sock:
         data = json.dumps(body).encode()
         head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
         sock.sendall(head.encode() + data)
         server.wait_until_busy()
+        sock.close()
+        server.wait_until_left()
     server.wait_until_free()
     _, _, answer = ask(server, "a", task("left"))
     assert answer["usage"]["slo"]["task"]["call"] == 1

@@ -8,7 +8,7 @@ import urllib.request
 
 import psutil
 import pytest
-from waiting import wait_until
+from waiting import is_alive, wait_until
 
 from minserve.errors import EngineStoppedError
 from minserve.workload import server_process
@@ -41,8 +41,8 @@ def test_a_peer_is_ready_when_it_is_healthy_and_ends_with_its_children() -> None
             child, *words = answer.read().decode().split()
         assert words == ["[]", "this"], "it runs in an empty folder, with its variables"
         assert server.cpu_seconds() > 0
-        assert psutil.pid_exists(int(child))
-    wait_until(lambda: not psutil.pid_exists(int(child)))
+        assert is_alive(int(child))
+    wait_until(lambda: not is_alive(int(child)))
     assert server.cpu_seconds() == 0
 
 

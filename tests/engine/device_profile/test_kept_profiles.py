@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from known_device import SETTINGS, Device, never, rough, start_afresh, truth
+from waiting import PATIENCE_S
 
 from minserve import AsyncEngine, Engine, SamplingParams
 from minserve.engine.profile import profile_cache, refinement
@@ -67,11 +68,11 @@ def test_of_several_first_starts_one_measures_and_the_others_wait(
     starting = threading.Thread(target=lambda: found.append(second.profile(30.0)))
     with profile_cache.alone_with(profile_cache.profile_key(first._core, "tiny"), 0.0):
         starting.start()
-        assert waits.wait(30)
+        assert waits.wait(PATIENCE_S)
         measured = replace(rough(first), allowed_s=30.0)
         profile_cache.save(measured)
         del device.runs[:]
-    starting.join(30)
+    starting.join(PATIENCE_S)
     assert found[0].to_dict() == measured.to_dict()
     assert device.runs == []
 
@@ -139,7 +140,7 @@ def test_an_idle_engine_plans_by_the_refined_profile(
         await engine.start()
         try:
             rough_s = engine.perf_model.zero_load_decode_s(100)
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE_S):
                 while engine.stats().profile_completeness < 1.0:
                     await asyncio.sleep(0.01)
             refined_s = engine.perf_model.zero_load_decode_s(100)
@@ -167,7 +168,7 @@ def test_a_stopped_engine_keeps_what_it_measured(
         engine.profile(3.0)
         await engine.start()
         num_probed = len(device.runs)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             while len(device.runs) < num_probed + 8:
                 await asyncio.sleep(0.005)
         await engine.stop()

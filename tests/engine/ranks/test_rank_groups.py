@@ -11,10 +11,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from speculating import essence, make_engine, outputs_of
-from waiting import wait_until
+from waiting import is_alive, wait_until
 
 from minserve import Engine, SamplingParams
 from minserve.config import EngineConfig
@@ -71,10 +70,6 @@ def ranks_of(engine: Engine) -> list[int]:
     return engine._loaded.keeper.pids
 
 
-def is_there(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-
-
 def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
     return [list(one.token_ids) for output in outputs for one in output.outputs]
 
@@ -128,7 +123,7 @@ def test_a_rank_that_stays_stopped_is_killed_and_its_group_is_lost(
     os.kill(pid, signal.SIGSTOP)
     with pytest.raises(DeviceLostError, match="rank 1 has ended"):
         list(stream)
-    wait_until(lambda: not is_there(pid))
+    wait_until(lambda: not is_alive(pid))
 
 
 def test_a_setting_is_every_ranks_or_known_as_rank_0s_alone() -> None:
@@ -152,7 +147,7 @@ def test_four_ranks_say_what_one_process_says_and_end_with_their_engine(
     assert tokens(engine.generate(prompts, GREEDY)) == expected
     del engine
     gc.collect()
-    wait_until(lambda: not any(map(is_there, pids)))
+    wait_until(lambda: not any(map(is_alive, pids)))
 
 
 @pytest.mark.parametrize("where", ["choose_device", "follow"])

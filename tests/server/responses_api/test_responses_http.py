@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import openai
 import pytest
-from live_server import ENGINE_SETTINGS, RunningServer, post, request_bytes, run_server
+from live_server import ENGINE_SETTINGS, RunningServer, hanging, post, request_bytes, run_server
 from openai.types.responses import Response
 from pydantic import BaseModel
 
@@ -328,10 +328,12 @@ def test_promises_work_as_in_chats(server: RunningServer, client: openai.OpenAI)
 def test_a_client_that_leaves_a_response_frees_it(server: RunningServer, stream: bool) -> None:
     body = {"input": "hello", "max_output_tokens": 400, "ignore_eos": True, "stream": stream}
     before = server.engine.stats().finished[FinishReason.ABORT]
-    with server.connect() as sock:
-        sock.sendall(request_bytes("/v1/responses", body))
-        server.wait_until_busy()
-        if stream:
-            assert sock.recv(100).startswith(b"HTTP/1.1 200")
+    with hanging(server, after=5):
+        with server.connect() as sock:
+            sock.sendall(request_bytes("/v1/responses", body))
+            server.wait_until_busy()
+            if stream:
+                assert sock.recv(100).startswith(b"HTTP/1.1 200")
+        server.wait_until_left()
     server.wait_until_free()
     assert server.engine.stats().finished[FinishReason.ABORT] == before + 1
