@@ -29,8 +29,9 @@ def decode_row(share: float, **case: object) -> dict:
     return {"kernel": "decode", **case, **results}
 
 
-def prefill_row(chunk: int, ours_ms: float, sdpa_ms: float) -> dict:
+def prefill_row(chunk: int, ours_ms: float, sdpa_ms: float, **others: float) -> dict:
     ms = {OURS: [0, ours_ms, 0], "sdpa": [0, sdpa_ms, 0]}
+    ms |= {name: [0, value, 0] for name, value in others.items()}
     return {"kernel": "prefill", "model": "m", "chunk": chunk, "past": 0, "ms": ms, "failed": {}}
 
 
@@ -49,6 +50,9 @@ def test_goals_are_the_worst_decode_and_the_worst_and_median_prefill():
     assert summary([decode_row(0.89), *rows], CEILINGS)["goals_met"] is False
     assert summary([decode_row(0.59, batch=1), *rows], CEILINGS)["goals_met"] is False
     assert summary([prefill_row(512, 1.0, 0.9), *rows], CEILINGS)["goals_met"] is False
+    for cudnn_ms, is_met in ((0.8, True), (0.7, False)):
+        told = summary([prefill_row(512, 1.0, 1.1, cudnn=cudnn_ms), *rows], CEILINGS)
+        assert (told["prefill_vs_cudnn_min"], told["goals_met"]) == (cudnn_ms, is_met)
 
 
 def test_what_was_not_measured_is_null():

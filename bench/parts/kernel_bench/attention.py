@@ -249,6 +249,8 @@ def attention_problem(batch: UniformBatch, setting: KernelSetting) -> Problem:
     }
     if batch.kv_cache_dtype == "auto":
         contestants["flash-attn"] = lambda: _paged(inputs, "flash-attn", FLASH_ATTN_BLOCK_SIZE)
+        if not batch.decode and not batch.past:
+            contestants["cudnn"] = lambda: _cudnn(inputs)
     return Problem(
         kernel="decode" if batch.decode else "prefill",
         case=batch.case,
@@ -298,6 +300,33 @@ def _sdpa(inputs: AttentionInputs) -> Contestant:
                 enable_gqa=mask is None and num_heads > num_kv_heads,
             )  # fmt: skip
 
+    return _contiguous(inputs, run)
+
+
+def _cudnn(inputs: AttentionInputs) -> Contestant:
+    """Return a contestant that runs cuDNN's attention over contiguous keys and values of whole
+    prompts: torch gives it no mask for chunks behind a context.
+    """
+    batch = inputs.batch
+    num_heads, num_kv_heads, head_dim = batch.heads
+    query = inputs.query.view(batch.seqs, batch.queries, num_heads, head_dim).transpose(1, 2)
+    keys, values = (
+        x.to(query.dtype).transpose(2, 3).contiguous() for x in (inputs.key, inputs.value)
+    )
+
+    def run(i: int) -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return F.scaled_dot_product_attention(
+                query, keys[i], values[i], is_causal=True, scale=batch.heads.scale,
+                enable_gqa=num_heads > num_kv_heads,
+            )  # fmt: skip
+
+    return _contiguous(inputs, run)
+
+
+def _contiguous(inputs: AttentionInputs, run: Callable[[int], Tensor]) -> Contestant:
+    """Return a contestant from ``[seqs, num_heads, queries, head_dim]`` of each set of inputs."""
+    num_heads, _, head_dim = inputs.batch.heads
     runs = [lambda i=i: run(i) for i in range(inputs.num_sets)]
     return Contestant(runs, lambda: run(0).transpose(1, 2).reshape(-1, num_heads * head_dim))
 
