@@ -15,8 +15,8 @@ def use_newer_assembler() -> None:
     """Let Triton assemble for Hopper with the ptxas that it brings for Blackwell.
 
     Triton 3.6 and 3.7 bring ptxas 12.8.93 for Hopper, with which a kernel that has two layouts of one
-    piece of shared memory reads a matrix descriptor from registers that nothing has written:
-    attention on heads of 96 dimensions over a KV cache in 8 bits then ends with an illegal memory
+    piece of shared memory may read a matrix descriptor from registers that nothing has written:
+    attention on heads of 96 dimensions over a KV cache in 8 bits ended with an illegal memory
     access on an H100. `bench/kernel_bench.py --compile-only` looks for such reads in all kernels.
     From 3.9 on Triton itself chooses so.
 

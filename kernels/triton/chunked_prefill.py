@@ -178,6 +178,10 @@ def chunked_prefill(
     _, block_size, num_kv_heads, _ = key_cache.shape
     low = 2 ** (head_dim.bit_length() - 1)
     high = max(16, triton.next_power_of_2(head_dim - low)) if head_dim > low else 0
+    if scales is not None and high == 32:
+        # Converted values of both parts pass through one piece of shared memory. Where they have the
+        # same layout there, ptxas 12.8 is right: see `minserve.kernels.triton.assembler`.
+        high = 64
     _prefill_kernel[(num_heads, num_tiles, plan.num_splits)](
         query,
         key_cache,
