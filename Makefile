@@ -22,7 +22,9 @@ test: .venv/.installed-test  ## check style and types, run the test suite (ARGS=
 	$(BIN)/ruff format --check .
 	@# Beside the types' check, on one core, the tests are compiled on another. Compiled files are
 	@# kept whatever the environment says: else every process of a test compiles all it imports.
+	@# It ends with the check, also if that fails or is interrupted.
 	@$(COMPILED) $(BIN)/python -m pytest --collect-only >/dev/null 2>&1 & \
+	trap "kill $$! 2>/dev/null" EXIT; trap "exit 130" INT TERM; \
 	scripts/typecheck.sh && wait
 	@# A worker for each core, so that none needs more than one thread. They begin with the files
 	@# that take longest, see tests/conftest.py.

@@ -6,7 +6,11 @@ import os
 
 import torch
 from triton import knobs
-from triton.backends.nvidia import compiler
+
+try:
+    from triton.backends.nvidia import compiler
+except ImportError:  # a Triton for other GPUs
+    compiler = None
 
 HOPPER = 90
 
@@ -21,22 +25,28 @@ def use_newer_assembler() -> None:
     From 3.9 on Triton itself chooses so.
 
     A driver loads machine code of its own major version of CUDA, so the newer one is not taken
-    where torch is of an older one. Who has set ``TRITON_PTXAS_PATH`` has chosen.
+    where torch is of an older one. Who has set ``TRITON_PTXAS_PATH`` has chosen. A Triton that lacks
+    one of the two is left as it is.
     """
-    chosen_by_arch, newer = compiler.get_ptxas, knobs.nvidia.ptxas_blackwell
-    own = chosen_by_arch(HOPPER)
-    driver = _numbers(torch.version.cuda or newer.version)
-    if (
-        "TRITON_PTXAS_PATH" in os.environ
-        or _numbers(newer.version) <= _numbers(own.version)
-        or _numbers(newer.version)[0] > driver[0]
-    ):
+    if compiler is None or "TRITON_PTXAS_PATH" in os.environ:
+        return
+    try:
+        chosen_by_arch, newer = compiler.get_ptxas, knobs.nvidia.ptxas_blackwell
+        forget_version = compiler.get_ptxas_version.cache_clear
+        own = _numbers(chosen_by_arch(HOPPER).version)
+        version = _numbers(newer.version)
+        driver = _numbers(torch.version.cuda or newer.version)
+    except (AttributeError, OSError, RuntimeError, TypeError, ValueError):
+        return  # a program or setting is not there, or cannot be run
+    if version <= own or version[0] > driver[0]:
         return
 
     def get_ptxas(arch: int) -> knobs.NvidiaTool:
         return newer if arch >= HOPPER else chosen_by_arch(arch)
 
     compiler.get_ptxas = get_ptxas
+    # The version is a part of what Triton's cache is asked for; it is kept from the first kernel on.
+    forget_version()
 
 
 def _numbers(version: str) -> tuple[int, ...]:

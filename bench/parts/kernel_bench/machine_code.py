@@ -22,6 +22,10 @@ _UNIFORM = re.compile(r"\bUR(\d+)\b")
 _DESCRIPTOR = re.compile(r"\b(g?desc)\[UR(\d+)\]")
 _PAIRS = (".64", ".WIDE")
 _VECTOR = re.compile(r"R(\d+)(?:\.reuse)?")
+# Instructions that may name a predicate, which they write too, before the register that they write.
+_PREDICATE_FIRST = ("SHFL", "LOP3", "ATOM", "ULOP3", "R2UR", "VOTEU", "ELECT")
+_PREDICATE = re.compile(r"U?P[T0-9]")
+_EARLIER_GROUPS = re.compile(r"0x([0-9a-f]+)")
 # Four registers of each thread hold the first operand of a product in 16 bits.
 _OPERAND = 4
 
@@ -40,7 +44,15 @@ class Instruction(NamedTuple):
     @property
     def is_product(self) -> bool:
         """True for a product of Hopper's, which runs while the program goes on."""
-        return self.name.startswith("HGMMA")
+        return self.name.startswith(("HGMMA", "IGMMA", "QGMMA"))
+
+    @property
+    def result(self) -> str:
+        """The operand that is written, unless the instruction writes none; empty without operands."""
+        operands = self.operands
+        if self.name.startswith(_PREDICATE_FIRST):
+            operands = [one for one in operands if not _PREDICATE.fullmatch(one)]
+        return operands[0] if operands else ""
 
     @property
     def first_operand(self) -> int | None:
@@ -112,11 +124,11 @@ def _uniform_registers(one: Instruction) -> tuple[frozenset[int], frozenset[int]
     written: set[int] = set()
     read: set[int] = set()
     is_wide = any(word in one.name for word in _PAIRS)
-    for i, operand in enumerate(one.operands):
-        plain = _UNIFORM.fullmatch(operand)
-        if i == 0 and plain:
-            written |= _run(int(plain[1]), 4 if ".128" in one.name else 2 if is_wide else 1)
-            continue
+    operands = list(one.operands)
+    if plain := _UNIFORM.fullmatch(one.result):
+        written |= _run(int(plain[1]), 4 if ".128" in one.name else 2 if is_wide else 1)
+        operands.remove(one.result)  # the first of that name
+    for operand in operands:
         for kind, first in _DESCRIPTOR.findall(operand):
             # Of a product whose left side is in registers only the second pair counts.
             skip = 2 if kind == "gdesc" and one.first_operand is not None else 0
@@ -128,24 +140,32 @@ def _uniform_registers(one: Instruction) -> tuple[frozenset[int], frozenset[int]
 
 def _overwritten(instructions: Sequence[Instruction]) -> Iterator[str]:
     """Yield writes to registers from which a product that nobody has waited for still reads."""
-    under_way: set[int] = set()
+    groups: list[set[int]] = [set()]  # of products; the last one is not complete yet
     for one in instructions:
         if one.name.startswith("WARPGROUP.DEPBAR"):
-            under_way.clear()
-        elif one.first_operand is not None:
-            under_way |= _run(one.first_operand, _OPERAND)
-        elif not one.is_product and under_way & _vector_registers(one):
+            # So many of the latest complete groups may still be under way.
+            found = _EARLIER_GROUPS.fullmatch(one.operands[-1])
+            still = int(found[1], 16) if found else 0
+            groups = [*groups[:-1][-still:], set()] if still else [set()]
+        elif one.is_product:
+            if one.first_operand is not None:
+                groups[-1] |= _run(one.first_operand, _OPERAND)
+            if one.operands[-1].startswith("gsb"):
+                groups.append(set())
+        elif set().union(*groups) & _vector_registers(one):
             yield f"a product still reads what is written by {one}"
 
 
 def _vector_registers(one: Instruction) -> set[int]:
     """Return the registers of each thread that an instruction writes."""
-    found = _VECTOR.fullmatch(one.operands[0]) if one.operands else None
+    found = _VECTOR.fullmatch(one.result)
     if found is None or one.name.startswith(("ST", "RED", "BAR")):
         return set()
     words = one.name.split(".")
-    is_pair = "64" in words or "WIDE" in words or (words[0] == "CS2R" and "32" not in words)
-    return _run(int(found[1]), 4 if "128" in words or "4" in words else 2 if is_pair else 1)
+    in_parts = words[0] in ("HMMA", "IMMA")  # a product that each warp waits for
+    is_four = "128" in words or "4" in words or (in_parts and "F16" not in words)
+    is_pair = {"64", "WIDE", "2"} & {*words} or (words[0] == "CS2R" and "32" not in words)
+    return _run(int(found[1]), 4 if is_four else 2 if is_pair or in_parts else 1)
 
 
 def _run(first: int, length: int) -> set[int]:
