@@ -119,7 +119,7 @@ def test_streams_are_told_beside_what_server_and_client_took(dry_run: tuple[dict
     assert told["engine"]["iteration_ms"] > 0
     assert told["cores"].keys() == {"http", "engine", "readers", "client"}
     assert told["ttft_ms"] > 0
-    assert told["tpot_ms"] > 0
+    assert told["tpot_ms"] >= 0  # of a client that was kept from reading, all come at once
 
 
 @pytest.mark.parametrize("dry", [True, False])

@@ -45,7 +45,8 @@ class StreamTurn:
 
     def cpu_us(self) -> dict[str, float]:
         """Return the microseconds of processor time per token, by part."""
-        return {part: 1e6 * seconds / self.counts.events for part, seconds in self.cpu_s.items()}
+        events = max(1, self.counts.events)
+        return {part: 1e6 * seconds / events for part, seconds in self.cpu_s.items()}
 
 
 def turn(server: ServerProcess, model: str, load: StreamLoad) -> StreamTurn:
